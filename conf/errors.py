@@ -1,0 +1,23 @@
+"""The one error for what a user can mend: every fault found, each with its value and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """One or more faults in what the user asked for, reported together.
+
+    Attributes:
+        faults: one sentence a fault, naming the value and what to set instead.
+    """
+
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        count = len(self.faults)
+        heading = "1 fault" if count == 1 else f"{count} faults"
+        super().__init__("\n".join([f"{heading} in the configuration:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+class InputError(ValueError):
+    """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the mend."""

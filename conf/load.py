@@ -1,0 +1,117 @@
+"""The only way to get a config: composed by Hydra, or read back from a run's `resolved.yaml`, typed and checked."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from conf.errors import ConfigError
+from conf.hf_shape import read_shape
+from conf.schema import RunConfig
+from conf.typed import UNRESOLVED, Reader, plain
+from conf.validate import missing_files, validate
+
+
+def compose(overrides: Sequence[str], check_files: bool = False) -> RunConfig:
+    """The config of a run from `key=value` overrides, as on the command line.
+
+    Args:
+        overrides: Hydra overrides: groups (`experiment=demo`) and values (`distill.lr=1e-4`).
+        check_files: also require that the user's local files and folders exist.
+
+    Raises:
+        ConfigError: all faults found: unknown keys, wrong types, missing values, contradictions.
+    """
+    # Workers read resolved.yaml and have no need of Hydra.
+    from conf.composition import compose_tree
+
+    faults: list[str] = []
+    return _typed(_resolve(compose_tree(overrides), faults), faults, check_files)
+
+
+def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run from its `resolved.yaml`.
+
+    Raises:
+        ConfigError: the file is not there or not readable, or its content is at fault.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(Path(path)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; launch.run writes it into the run's folder") from error
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); start launch.run again") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__} instead of keys and values; start launch.run again")
+    return _typed(tree, [])
+
+
+def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Writes a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(to_yaml(cfg))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """A config as YAML, enums by name."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
+
+
+def _resolve(node: Any, faults: list[str], prefix: str = "") -> Any:
+    """A composed tree as plain values, its interpolations worked out."""
+    if isinstance(node, ListConfig):
+        return [_item(node, index, faults, f"{prefix}[{index}]") for index in range(len(node))]
+    if isinstance(node, DictConfig):
+        dot = f"{prefix}." if prefix else ""
+        return {str(key): _item(node, key, faults, f"{dot}{key!s}") for key in node}
+    return node
+
+
+def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
+    if OmegaConf.is_missing(node, key):
+        return "???"
+    try:
+        return _resolve(node[key], faults, dotted)
+    except InterpolationToMissingValueError:
+        # The missing value is a fault of its own.
+        return UNRESOLVED
+    except OmegaConfBaseException as error:
+        faults.append(f"{dotted} cannot be worked out ({str(error).splitlines()[0]}); set {dotted} to a plain value")
+        return UNRESOLVED
+
+
+def _typed(tree: Any, faults: list[str], check_files: bool = False) -> RunConfig:
+    """The config that a plain tree describes; `faults` are those found before."""
+    reader = Reader(RunConfig)
+    cfg = reader.group(RunConfig, tree)
+    faults = faults + reader.faults
+    unreadable = set(reader.unreadable)
+    if not any(key == "model" or key.startswith("model.") for key in unreadable):
+        cfg.model.shape, shape_faults = read_shape(cfg.model)
+        faults += shape_faults
+        if cfg.model.shape is None and cfg.model.hf_path is not None:
+            unreadable.add("model.shape")
+    faults += validate(cfg, unreadable)
+    if check_files:
+        faults += missing_files(cfg, unreadable)
+    if faults:
+        raise ConfigError(faults)
+    return cfg

@@ -1,0 +1,210 @@
+"""Typed configuration of a run: one dataclass a config group, `RunConfig` at the root.
+
+The values are in the YAML files beside this file; `conf.load` merges them into these classes, so that an unknown key
+or a wrong type is refused. Sizes are in tokens, sequences or layers as their names say; paths may be relative to the
+working directory. Fields marked with `placement()` say how the work is laid out or watched, not what comes out of it:
+they are left out of a stage's identity (see `recipes.artifact`), so that a run can resume on another layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def placement(default: Any) -> Any:
+    """A field that does not change a stage's result, only where, how fast or how visibly it is computed."""
+    if callable(default):
+        return field(default_factory=default, metadata={"identity": False})
+    return field(default=default, metadata={"identity": False})
+
+
+class Family(Enum):
+    """Model families, named as `model_type` in a Hugging Face `config.json`."""
+
+    qwen3 = "qwen3"
+    llama = "llama"
+
+
+class Precision(Enum):
+    """Training precision. `bf16`: NeMo's bf16-mixed, weights in bf16 with fp32 master weights; `fp32`: all in fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Recompute(Enum):
+    """Activation recomputation: nothing, the attention core, or whole layers."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Loss(Enum):
+    """`kd`: KL divergence to the teacher's logits. `ce`: cross-entropy on the data, no teacher."""
+
+    kd = "kd"
+    ce = "ce"
+
+
+@dataclass
+class Shape:
+    """What a Hugging Face `config.json` says of the model's size, in Megatron's terms."""
+
+    num_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    kv_channels: int = MISSING
+    vocab_size: int = MISSING
+    max_position_embeddings: int = MISSING
+    tie_word_embeddings: bool = False
+
+
+@dataclass
+class Parallel:
+    """Megatron's parallel layout; data parallelism is what is left of the ranks."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    # Takes effect where tensor_model_parallel_size > 1.
+    sequence_parallel: bool = True
+
+
+@dataclass
+class Training:
+    """One training run through `recipes.runtime.training`. A step is one optimizer step of one global batch."""
+
+    max_steps: int = MISSING
+    seq_length: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = placement(1)
+    lr: float = MISSING
+    min_lr: float = MISSING
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    clip_grad: float = 1.0
+    precision: Precision = Precision.bf16
+    parallel: Parallel = placement(Parallel)  # noqa: RUF009
+    use_distributed_optimizer: bool = placement(True)
+    overlap_grad_reduce: bool = placement(True)
+    overlap_param_gather: bool = placement(True)
+    recompute: Recompute = placement(Recompute.none)  # noqa: RUF009
+    save_every_n_steps: int = placement(100)
+    keep_checkpoints: int = placement(1)
+    val_every_n_steps: int = placement(100)
+    # Global batches a validation takes, always the same ones; null: the whole validation set, once.
+    val_batches: int | None = placement(8)
+    log_every_n_steps: int = placement(10)
+    num_workers: int = placement(2)
+
+
+@dataclass
+class DemoModel:
+    """The teacher that stage `demo_model` makes, its shape being `model.shape`."""
+
+    training: Training = field(default_factory=Training)
+
+
+@dataclass
+class ModelConfig:
+    """The teacher: a Hugging Face folder or Hub id, or (`demo`) one made on the spot."""
+
+    name: str = MISSING
+    family: Family = MISSING
+    # A folder, or a Hub id such as Qwen/Qwen3-8B; null where `demo` makes the model.
+    hf_path: str | None = None
+    # Hub revision (commit, branch or tag); null: the default branch.
+    revision: str | None = None
+    # Null: read from config.json, which then has to be at hand when the run is composed.
+    shape: Shape | None = None
+    demo: DemoModel | None = None
+
+
+@dataclass
+class DataConfig:
+    """JSONL documents for calibration, distillation and validation."""
+
+    # JSONL files or globs; null where the demo's corpus is used.
+    train: list[str] | None = None
+    # JSONL files or globs; null: every `holdout_every`-th document of `train`, chosen by a hash of its text.
+    validation: list[str] | None = None
+    holdout_every: int = 1000
+    text_key: str = "text"
+    # Documents are cut at this many tokens, end-of-document not counted.
+    max_document_tokens: int = 32000
+    # Share of lines that may be broken (bad JSON, no text) before the stage fails.
+    max_bad_share: float = 0.001
+
+
+@dataclass
+class PruneConfig:
+    """Target sizes of the student (Minitron); null keeps the teacher's."""
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    # Layers to drop, counted from 1; instead of num_layers, which drops the least important ones.
+    drop_layers: list[int] | None = None
+    calibration_samples: int = 1024
+    calibration_seq_length: int = 4096
+    micro_batch_size: int = placement(1)
+    pipeline_model_parallel_size: int = placement(1)
+
+
+@dataclass
+class DistillConfig(Training):
+    """Distillation of the pruned student from the teacher."""
+
+    loss: Loss = Loss.kd
+    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher).
+    controls: list[str] = field(default_factory=list, metadata={"identity": False})
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out loss of the Hugging Face models, and the checks of both conversions."""
+
+    seq_length: int = 2048
+    micro_batch_size: int = 1
+    # Sequences of held-out text at most; null: all.
+    max_sequences: int | None = None
+    # Held-out tokens on which NeMo's and Hugging Face's logits are compared; 0 skips the check.
+    verify_tokens: int = 512
+
+
+@dataclass
+class ClusterConfig:
+    """Where the stages run."""
+
+    name: str = MISSING
+    nodes: int = 1
+    # Ranks a node: GPUs, or processes on a machine without CUDA.
+    devices_per_node: int = 1
+    # CPU threads a rank; null: the node's cores shared out among its ranks.
+    threads_per_rank: int | None = None
+
+
+@dataclass
+class RunConfig:
+    """A whole run. `name` is what the report calls it; `run_dir` holds everything that it writes."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    seed: int = 1234
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

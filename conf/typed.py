@@ -1,0 +1,157 @@
+"""Plain YAML trees into the dataclasses of `conf.schema` and back, finding every fault instead of the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, TypeVar
+
+from omegaconf import MISSING
+
+# What a tree holds where a value could not be worked out and that fault is already known.
+UNRESOLVED = object()
+
+T = TypeVar("T")
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
+
+
+class Reader:
+    """Reads trees of plain values as dataclasses.
+
+    Attributes:
+        faults: one sentence a fault.
+        unreadable: dotted keys that have no usable value; what the built objects hold there means nothing.
+    """
+
+    def __init__(self, root: type) -> None:
+        self.faults: list[str] = []
+        self.unreadable: set[str] = set()
+        self._known_keys = list(schema_keys(root))
+
+    def group(self, cls: type[T], tree: Any, prefix: str = "") -> T:
+        """An instance of the dataclass `cls` from a mapping; `prefix` is its dotted key with a dot at the end."""
+        key = prefix.rstrip(".")
+        if not isinstance(tree, dict):
+            self._fault(key, f"{key}={tree!r} is a value, but {key} is a group; set its keys, as in {key}.KEY=VALUE")
+            tree = {}
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in tree:
+            if name not in fields:
+                self._unknown(prefix, str(name), list(fields))
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: self._field(field, hints[name], tree, prefix + name) for name, field in fields.items()})
+
+    def _field(self, field: dataclasses.Field[Any], hint: Any, tree: dict[Any, Any], key: str) -> Any:
+        if field.name in tree:
+            return self._value(hint, tree[field.name], key)
+        if _is_group(hint):
+            return self.group(hint, {}, f"{key}.")
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+        return self._value(hint, MISSING, key) if field.default == MISSING else field.default
+
+    def _value(self, hint: Any, raw: Any, key: str) -> Any:
+        hint, optional = _unwrap(hint)
+        if raw is UNRESOLVED:
+            return self._unusable(key)
+        if raw == MISSING:
+            return self._fault(key, f"{key} is not set; set {key} to {_describe(hint)}")
+        if raw is None:
+            return None if optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint)}")
+        if _is_group(hint):
+            return self.group(hint, raw, f"{key}.")
+        if typing.get_origin(hint) is list:
+            return self._list(hint, raw, key)
+        if issubclass(hint, Enum):
+            return self._member(hint, raw, key)
+        return self._scalar(hint, raw, key)
+
+    def _list(self, hint: Any, raw: Any, key: str) -> Any:
+        if not isinstance(raw, list):
+            return self._fault(key, f"{key}={raw!r} is not a list; set {key}=[{raw}]")
+        (item,) = typing.get_args(hint)
+        known = len(self.unreadable)
+        values = [self._value(item, value, f"{key}[{index}]") for index, value in enumerate(raw)]
+        return values if len(self.unreadable) == known else self._unusable(key)
+
+    def _member(self, hint: type[Enum], raw: Any, key: str) -> Any:
+        if isinstance(raw, str) and raw in hint.__members__:
+            return hint[raw]
+        guess = did_you_mean(str(raw), list(hint.__members__))
+        return self._fault(key, f"{key}={raw} is not known{guess}; set {key} to {_describe(hint)}")
+
+    def _scalar(self, hint: type, raw: Any, key: str) -> Any:
+        if type(raw) is hint and not (isinstance(raw, float) and not math.isfinite(raw)):
+            return raw
+        # A name or a revision may be made of digits only.
+        if type(raw) is int and hint in (float, str):
+            return hint(raw)
+        mend = f"{int(raw)}" if type(raw) is float and raw.is_integer() and hint is int else _KINDS[hint]
+        return self._fault(key, f"{key}={raw!r} is not {_KINDS[hint]}; set {key} to {mend}")
+
+    def _unknown(self, prefix: str, name: str, siblings: list[str]) -> None:
+        guess = did_you_mean(name, siblings, prefix)
+        elsewhere = [key for key in self._known_keys if key.rpartition(".")[2] == name]
+        if not guess and elsewhere:
+            guess = f" (did you mean {' or '.join(elsewhere)}?)"
+        where = f"{prefix.rstrip('.') or 'the root'} has {', '.join(siblings)}"
+        self.faults.append(f"{prefix}{name} is not a known key{guess or f'; {where}'}")
+
+    def _fault(self, key: str, sentence: str) -> None:
+        self.faults.append(sentence)
+        self._unusable(key)
+
+    def _unusable(self, key: str) -> None:
+        self.unreadable.add(key)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and enums as mappings and member names: what `Reader` reads back as the same object."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a dataclass, groups included."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        inner, _ = _unwrap(hint)
+        if _is_group(inner):
+            yield from schema_keys(inner, f"{prefix}{name}.")
+
+
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    """A clause that guesses what was meant, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """The type inside `X | None`, and whether null is allowed."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return inner, True
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _describe(hint: Any) -> str:
+    hint, _ = _unwrap(hint)
+    if typing.get_origin(hint) is list:
+        return "a list"
+    if issubclass(hint, Enum):
+        return " or ".join(hint.__members__)
+    return _KINDS.get(hint, "a group of settings")

@@ -1,0 +1,513 @@
+"""Rules across fields. Pure functions of a config; each fault names a key, its value and the value to set instead.
+
+Where upstream would refuse (or silently ignore) something hours later, the rule names the line that does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import os.path
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, cast
+
+from conf.hf_shape import may_be_hub_id
+from conf.schema import Loss, RunConfig, Shape, Training
+
+# Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
+WIDTH_STEP = 64
+# Further students that the stage table knows.
+CONTROLS = ("ce",)
+WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+
+
+class _UnreadableError(Exception):
+    """A rule asked for a value that is itself at fault."""
+
+
+class _View:
+    """A config whose unreadable keys raise when read, so that no rule judges what is already known to be wrong."""
+
+    def __init__(self, value: Any, unreadable: Collection[str], prefix: str = "") -> None:
+        self._value, self._unreadable, self._prefix = value, unreadable, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        key = self._prefix + name
+        if any(bad == key or bad.startswith(f"{key}[") for bad in self._unreadable):
+            raise _UnreadableError(key)
+        value = getattr(self._value, name)
+        return _View(value, self._unreadable, f"{key}.") if dataclasses.is_dataclass(value) else value
+
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+
+def validate(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
+    """The faults of a config, all of them, one sentence each.
+
+    Args:
+        cfg: the config.
+        unreadable: dotted keys that hold no usable value; rules that need one of them are left out.
+    """
+    bad = set(unreadable)
+    faults = []
+    for key, sentence in _bounds(cfg, bad):
+        faults.append(sentence)
+        bad.add(key)
+    for rule in RULES:
+        faults += _apply(rule, cfg, bad)
+    return faults
+
+
+def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
+    """The user's files and folders that a run reads and that are not there."""
+    return _apply(_missing_files, cfg, unreadable)
+
+
+def student_shape(cfg: RunConfig) -> Shape:
+    """The student's shape: the teacher's with the targets of the prune section. Needs `model.shape`."""
+    shape = cast(Shape, cfg.model.shape)
+    layers = shape.num_layers - len(cfg.prune.drop_layers or ())
+    return Shape(
+        num_layers=_or(cfg.prune.num_layers, layers),
+        hidden_size=_or(cfg.prune.hidden_size, shape.hidden_size),
+        ffn_hidden_size=_or(cfg.prune.ffn_hidden_size, shape.ffn_hidden_size),
+        num_attention_heads=_or(cfg.prune.num_attention_heads, shape.num_attention_heads),
+        num_query_groups=_or(cfg.prune.num_query_groups, shape.num_query_groups),
+        kv_channels=shape.kv_channels,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
+
+
+def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]:
+    try:
+        return list(rule(cast(RunConfig, _View(cfg, unreadable))))
+    except _UnreadableError:
+        return []
+
+
+# Single values.
+
+_ABOVE_ZERO = (
+    *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
+    *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
+    *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
+    *("prune.micro_batch_size", "prune.pipeline_model_parallel_size"),
+    *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
+    *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
+)
+_FROM_ZERO = ("evaluate.verify_tokens", "seed")
+_TRAININGS = ("distill", "model.demo.training")
+_TRAINING_ABOVE_ZERO = (
+    *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
+    *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps"),
+    *(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context")),
+)
+_TRAINING_FROM_ZERO = ("min_lr", "warmup_steps", "weight_decay", "num_workers")
+
+
+def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Values out of range on their own, each with its key."""
+    above_zero = [*_ABOVE_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_ABOVE_ZERO)]
+    from_zero = [*_FROM_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_FROM_ZERO)]
+    shares = [f"{part}.{key}" for part in _TRAININGS for key in ("adam_beta1", "adam_beta2")]
+    limits: list[tuple[list[str], Callable[[Any], bool], str]] = [
+        (above_zero, lambda value: value > 0, "must be above 0; set {key} to 1 or more"),
+        (from_zero, lambda value: value >= 0, "must not be negative; set {key} to 0 or more"),
+        (["data.holdout_every"], lambda value: value > 1, "would hold out every document; set {key} to 2 or more"),
+        ([*shares, "data.max_bad_share"], lambda value: 0 <= value < 1, "is no share; set {key} within 0 and 1"),
+        (["name", "run_dir", "data.text_key"], lambda value: bool(value.strip()), "is empty; set {key} to a text"),
+    ]
+    for keys, holds, sentence in limits:
+        for key in keys:
+            value = _value(cfg, key, unreadable)
+            if value is not None and not holds(value):
+                mend = sentence.replace("1 or more", "a number above 0") if isinstance(value, float) else sentence
+                yield key, f"{key}={value!r} {mend.format(key=key)}"
+
+
+def _value(cfg: RunConfig, key: str, unreadable: Collection[str]) -> Any:
+    """The value of a dotted key; None where it or a group above it is null or unreadable."""
+    value: Any = cfg
+    path = ""
+    for part in key.split("."):
+        path = f"{path}.{part}".lstrip(".")
+        if value is None or path in unreadable:
+            return None
+        value = getattr(value, part)
+    return value
+
+
+# Contradictions.
+
+
+def _model(cfg: RunConfig) -> Iterator[str]:
+    if cfg.model.demo is None and cfg.model.hf_path is None:
+        yield "model.hf_path=null names no teacher; set model.hf_path to a Hugging Face folder or a Hub id"
+    if cfg.model.demo is not None and cfg.model.hf_path is not None:
+        yield (
+            f"model.hf_path={cfg.model.hf_path} and model.demo are both set, but the teacher is one or the other; "
+            "set model.hf_path=null, or model.demo=null"
+        )
+    if cfg.model.demo is not None and cfg.model.shape is None:
+        yield "model.shape=null, but a model made on the spot needs one; set model.shape (as in model=demo)"
+
+
+def _shape(cfg: RunConfig) -> Iterator[str]:
+    shape = cfg.model.shape
+    if shape is not None and shape.num_attention_heads % shape.num_query_groups:
+        yield (
+            f"model.shape.num_attention_heads={shape.num_attention_heads} is not divisible by "
+            f"model.shape.num_query_groups={shape.num_query_groups}; "
+            f"set model.shape.num_query_groups to {_any_of(_divisors(shape.num_attention_heads))}"
+        )
+
+
+def _data(cfg: RunConfig) -> Iterator[str]:
+    train, validation = cfg.data.train, cfg.data.validation
+    if train is None and cfg.model.demo is None:
+        yield "data.train=null, but only the demo's model brings its own corpus; set data.train=[FILE.jsonl]"
+    if train is None and validation is not None:
+        yield f"data.validation={validation} is set without data.train; set data.train=[FILE.jsonl] too"
+    for key, files in (("train", train), ("validation", validation)):
+        if files == []:
+            yield f"data.{key}=[] names no file; set data.{key}=[FILE.jsonl], or data.{key}=null"
+    shared = sorted(set(train or ()) & set(validation or ()))
+    if shared:
+        yield (
+            f"data.validation holds {', '.join(shared)}, which data.train holds too; take it out of one of them, or "
+            "set data.validation=null to hold out some of the documents"
+        )
+
+
+def _prune_choice(cfg: RunConfig) -> Iterator[str]:
+    """Exclusive ways to say what to prune (nemo/collections/llm/modelopt/prune/pruner.py:66)."""
+    targets = {name: getattr(cfg.prune, name) for name in ("num_layers", *WIDTHS)}
+    asked = [f"prune.{name}={value}" for name, value in targets.items() if value is not None]
+    if cfg.prune.drop_layers and asked:
+        yield (
+            f"prune.drop_layers={cfg.prune.drop_layers} cannot go together with {', '.join(asked)}; "
+            "set prune.drop_layers=null, or the others to null"
+        )
+    shape = cfg.model.shape
+    kept = shape is not None and all(value in (None, getattr(shape, name)) for name, value in targets.items())
+    if not cfg.prune.drop_layers and (kept or not asked):
+        yield (
+            "the prune section leaves the student as large as the teacher; set one of prune.num_layers, "
+            f"prune.drop_layers, {', '.join(f'prune.{name}' for name in WIDTHS)}"
+        )
+
+
+def _drop_layers(cfg: RunConfig) -> Iterator[str]:
+    drop, shape = cfg.prune.drop_layers, cfg.model.shape
+    if not drop or shape is None:
+        return
+    outside = [layer for layer in drop if not 1 <= layer <= shape.num_layers]
+    if outside:
+        yield (
+            f"prune.drop_layers={drop} names {outside}, but the teacher's layers are 1 to {shape.num_layers}; "
+            f"set prune.drop_layers to numbers from 1 to {shape.num_layers}"
+        )
+    twice = sorted({layer for layer in drop if drop.count(layer) > 1})
+    if twice:
+        yield f"prune.drop_layers={drop} names {twice} more than once; set prune.drop_layers={sorted(set(drop))}"
+    if len(set(drop)) >= shape.num_layers:
+        yield f"prune.drop_layers={drop} leaves no layer of {shape.num_layers}; drop fewer"
+
+
+def _prune_sizes(cfg: RunConfig) -> Iterator[str]:
+    shape = cfg.model.shape
+    if shape is None:
+        return
+    for name in ("num_layers", *WIDTHS):
+        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and target > of_teacher:
+            yield (
+                f"prune.{name}={target} is larger than the teacher's {of_teacher}; "
+                f"set prune.{name} to at most {of_teacher}"
+            )
+    for name in ("hidden_size", "ffn_hidden_size"):
+        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and target < of_teacher and target % WIDTH_STEP:
+            yield (
+                f"prune.{name}={target} is not a multiple of {WIDTH_STEP}, the step in which Minitron prunes; "
+                f"set prune.{name} to {_any_of(_around(target, WIDTH_STEP))}"
+            )
+
+
+def _prune_heads(cfg: RunConfig) -> Iterator[str]:
+    """Minitron prunes groups, and heads within each group (modelopt/torch/prune/plugins/mcore_minitron.py:138-151)."""
+    shape = cfg.model.shape
+    if shape is None or (cfg.prune.num_attention_heads is None and cfg.prune.num_query_groups is None):
+        return
+    student = student_shape(cfg)
+    heads, groups = student.num_attention_heads, student.num_query_groups
+    most = shape.num_attention_heads // shape.num_query_groups
+    fitting = [groups * per_group for per_group in range(1, most + 1)]
+    if heads % groups:
+        yield (
+            f"prune.num_attention_heads={heads} is not divisible by the student's {groups} query groups; "
+            f"set prune.num_attention_heads to {_any_of(fitting)}"
+        )
+    elif heads // groups > most:
+        yield (
+            f"prune.num_attention_heads={heads} over {groups} query groups are {heads // groups} heads a group, but "
+            f"the teacher has {most}; set prune.num_attention_heads to {_any_of(fitting)}"
+        )
+
+
+def _prune_run(cfg: RunConfig) -> Iterator[str]:
+    shape, parallel = cfg.model.shape, cfg.prune.pipeline_model_parallel_size
+    if shape is None:
+        return
+    if cfg.prune.calibration_seq_length > shape.max_position_embeddings:
+        yield _too_long("prune.calibration_seq_length", cfg.prune.calibration_seq_length, shape)
+    if shape.num_layers % parallel:
+        yield (
+            f"prune.pipeline_model_parallel_size={parallel} does not divide the teacher's {shape.num_layers} layers; "
+            f"set prune.pipeline_model_parallel_size to {_any_of(_divisors(shape.num_layers, parallel))}"
+        )
+
+
+def _prune_ranks(cfg: RunConfig) -> Iterator[str]:
+    parallel, there_are = cfg.prune.pipeline_model_parallel_size, cfg.cluster.devices_per_node
+    if parallel > there_are:
+        yield (
+            f"prune.pipeline_model_parallel_size={parallel} is more than the {there_are} devices of a node; "
+            f"set prune.pipeline_model_parallel_size to at most {there_are}, or cluster.devices_per_node={parallel}"
+        )
+
+
+def _evaluate(cfg: RunConfig) -> Iterator[str]:
+    shape = cfg.model.shape
+    if shape is None:
+        return
+    for key in ("seq_length", "verify_tokens"):
+        if getattr(cfg.evaluate, key) > shape.max_position_embeddings:
+            yield _too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
+
+
+def _controls(cfg: RunConfig) -> Iterator[str]:
+    controls = cfg.distill.controls
+    unknown = [name for name in controls if name not in CONTROLS]
+    if unknown:
+        yield f"distill.controls={controls} names {unknown}, which is not known; set distill.controls={[*CONTROLS]}"
+    if len(set(controls)) < len(controls):
+        yield f"distill.controls={controls} names one twice; set distill.controls={sorted(set(controls))}"
+    if cfg.distill.loss is Loss.ce and "ce" in controls:
+        yield "distill.controls=['ce'] repeats what distill.loss=ce already trains; set distill.controls=[]"
+
+
+# Training runs. Each rule is applied to each of them.
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What a rule needs to know of a training run: `at` is its config key, `shapes` the models it lays out, by role."""
+
+    training: Training
+    at: str
+    shapes: list[tuple[str, Shape]]
+    ranks: int
+
+
+TrainingRule = Callable[[TrainingRun], Iterator[str]]
+
+
+def _steps(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    if training.warmup_steps >= training.max_steps:
+        yield (
+            f"{at}.warmup_steps={training.warmup_steps} leaves nothing of {at}.max_steps={training.max_steps}; "
+            f"set {at}.warmup_steps to less, such as {training.max_steps // 20}"
+        )
+    if training.min_lr > training.lr:
+        yield f"{at}.min_lr={training.min_lr} is above {at}.lr={training.lr}; set {at}.min_lr to at most {training.lr}"
+
+
+def _overlaps(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    # Megatron takes the overlap only with the distributed optimizer (distributed/distributed_data_parallel.py:368)
+    # and asserts it when gathering (distributed/param_and_grad_buffer.py:280); otherwise it is silently left out.
+    if training.overlap_param_gather and not training.use_distributed_optimizer:
+        yield (
+            f"{at}.overlap_param_gather=True needs {at}.use_distributed_optimizer=True; set that, or "
+            f"{at}.overlap_param_gather=False"
+        )
+
+
+def _ranks(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    # megatron/core/parallel_state.py:698
+    ranks, a_model = run.ranks, _model_parallel(training)
+    if ranks % a_model:
+        least = math.ceil(ranks / a_model) * a_model
+        yield (
+            f"cluster.nodes x cluster.devices_per_node={ranks} ranks is not a multiple of {a_model}, the product of "
+            f"tensor, pipeline and context parallelism in {at}.parallel; start {least} ranks, or lower {at}.parallel"
+        )
+
+
+def _batches(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    # megatron/core/num_microbatches_calculator.py:340
+    replicas = run.ranks // _model_parallel(training)
+    step = training.micro_batch_size * max(replicas, 1)
+    if training.global_batch_size % step:
+        yield (
+            f"{at}.global_batch_size={training.global_batch_size} is not divisible by {step} ({at}.micro_batch_size="
+            f"{training.micro_batch_size} x {max(replicas, 1)} data-parallel ranks); "
+            f"set {at}.global_batch_size to {_any_of(_around(training.global_batch_size, step))}"
+        )
+
+
+def _sequence(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    context, tensor = training.parallel.context_parallel_size, training.parallel.tensor_model_parallel_size
+    for _, shape in run.shapes[:1]:
+        if training.seq_length > shape.max_position_embeddings:
+            yield _too_long(f"{at}.seq_length", training.seq_length, shape)
+    # Each context-parallel rank takes two pieces of a sequence (megatron/core/utils.py:1835), and sequence
+    # parallelism cuts what a rank holds among the tensor-parallel ranks.
+    pieces = 2 * context if context > 1 else 1
+    if tensor > 1 and training.parallel.sequence_parallel:
+        pieces = math.lcm(pieces, context * tensor)
+    if training.seq_length % pieces:
+        yield (
+            f"{at}.seq_length={training.seq_length} is not divisible by the {pieces} pieces of a sequence that "
+            f"{at}.parallel asks for (context parallel {context}, tensor parallel {tensor}); "
+            f"set {at}.seq_length to {_any_of(_around(training.seq_length, pieces))}"
+        )
+
+
+def _layers(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    # megatron/core/transformer/transformer_block.py:156
+    stages = training.parallel.pipeline_model_parallel_size
+    uneven = [f"the {who}'s {shape.num_layers}" for who, shape in run.shapes if shape.num_layers % stages]
+    if uneven:
+        yield (
+            f"{at}.parallel.pipeline_model_parallel_size={stages} does not divide {' and '.join(uneven)} layers; "
+            f"set it to {_any_of(_common_divisors(run.shapes, ('num_layers',)))}"
+        )
+
+
+def _tensor(run: TrainingRun) -> Iterator[str]:
+    training, at = run.training, run.at
+    # megatron/core/transformer/transformer_config.py:742 and :758. NeMo takes the vocabulary as config.json has it, so
+    # that nothing pads it (nemo/collections/llm/gpt/model/base.py:343, megatron/core/tensor_parallel/utils.py:108).
+    size = training.parallel.tensor_model_parallel_size
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    uneven = [
+        f"the {who}'s {name} {getattr(shape, name)}"
+        for who, shape in run.shapes
+        for name in names
+        if getattr(shape, name) % size
+    ]
+    if uneven:
+        yield (
+            f"{at}.parallel.tensor_model_parallel_size={size} does not divide {', '.join(uneven)}; "
+            f"set it to {_any_of(_common_divisors(run.shapes, names))}"
+        )
+
+
+TRAINING_RULES: tuple[TrainingRule, ...] = (_steps, _overlaps, _ranks, _batches, _sequence, _layers, _tensor)
+
+
+def _of_distillation(rule: TrainingRule) -> Rule:
+    def apply(cfg: RunConfig) -> Iterator[str]:
+        yield from rule(TrainingRun(cfg.distill, "distill", _shapes(cfg), _world_size(cfg)))
+
+    return apply
+
+
+def _of_demo(rule: TrainingRule) -> Rule:
+    def apply(cfg: RunConfig) -> Iterator[str]:
+        if cfg.model.demo is not None:
+            yield from rule(TrainingRun(cfg.model.demo.training, "model.demo.training", _shapes(cfg)[:1], ranks=1))
+
+    return apply
+
+
+def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
+    """The models that a training run lays out; empty where the teacher's shape is not known."""
+    if cfg.model.shape is None:
+        return []
+    return [("teacher", cfg.model.shape), ("student", student_shape(cfg))]
+
+
+def _missing_files(cfg: RunConfig) -> Iterator[str]:
+    path = cfg.model.hf_path
+    # Where the shape had to be read from it, its absence is known already.
+    if path is not None and cfg.model.shape is not None and not may_be_hub_id(path) and not os.path.exists(_home(path)):
+        yield f"model.hf_path={path} does not exist; set model.hf_path to a Hugging Face folder or a Hub id"
+    for key in ("train", "validation"):
+        absent = [name for name in getattr(cfg.data, key) or () if not glob.glob(_home(name), recursive=True)]
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            yield (
+                f"data.{key} names {absent[0]}{more}, not to be found; set data.{key}=[FILE.jsonl] to files that "
+                "exist (relative to the working directory), or put them there"
+            )
+
+
+def _home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+def _world_size(cfg: RunConfig) -> int:
+    return cfg.cluster.nodes * cfg.cluster.devices_per_node
+
+
+def _model_parallel(run: Training) -> int:
+    """Ranks that one copy of a model takes."""
+    parallel = run.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _too_long(key: str, value: int, shape: Shape) -> str:
+    most = shape.max_position_embeddings
+    return f"{key}={value} is longer than the model's max_position_embeddings {most}; set {key} to at most {most}"
+
+
+def _around(value: int, step: int) -> list[int]:
+    """The multiples of `step` next to `value`."""
+    below = value // step * step
+    return [multiple for multiple in (below, below + step) if multiple > 0]
+
+
+def _divisors(value: int, near: int | None = None) -> list[int]:
+    """The divisors of a number; with `near`, those up to twice as large."""
+    return [number for number in range(1, min(value, 2 * near if near else value) + 1) if value % number == 0]
+
+
+def _common_divisors(shapes: list[tuple[str, Shape]], names: tuple[str, ...]) -> list[int]:
+    return _divisors(math.gcd(*(getattr(shape, name) for _, shape in shapes for name in names)))
+
+
+def _any_of(values: list[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+RULES: tuple[Rule, ...] = (
+    _model,
+    _shape,
+    _data,
+    _prune_choice,
+    _drop_layers,
+    _prune_sizes,
+    _prune_heads,
+    _prune_run,
+    _prune_ranks,
+    _evaluate,
+    _controls,
+    *(_of_demo(rule) for rule in TRAINING_RULES),
+    *(_of_distillation(rule) for rule in TRAINING_RULES),
+)

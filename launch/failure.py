@@ -1,0 +1,67 @@
+"""What a failed stage's log says of the reason."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+LINES = 30
+# torchrun's report on its worker, after which it only repeats itself in a traceback of its own.
+_WORKER_DIED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/(run|elastic)")
+_FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
+_NOISE = re.compile(r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a stage failed.
+
+    Attributes:
+        fault: the message that `stage_main` prints for what the user can mend; None for anything else.
+        death: which rank died of what, where torchrun says so.
+        lines: the last lines that say something.
+    """
+
+    fault: str | None
+    death: str | None
+    lines: list[str]
+
+
+def read_reason(log: Path, start: int) -> Reason:
+    """The reason in the part of a log from byte `start` on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    deaths = [(index, found) for index, line in enumerate(lines) if (found := _WORKER_DIED.search(line))]
+    said = lines[: deaths[0][0]] if deaths else lines
+    telling = [line for line in said if not _NOISE.search(line) and not _TORCHRUN.match(line)]
+    return Reason(_fault(lines), _death(deaths[0][1]) if deaths else None, telling[-LINES:])
+
+
+def exit_words(code: int) -> str:
+    """An exit code for people."""
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _death(found: re.Match[str]) -> str:
+    return f"rank {found.group(2)}: {exit_words(int(found.group(1)))}"
+
+
+def _fault(lines: list[str]) -> str | None:
+    """The first `error:` line and the indented ones below it."""
+    for index, line in enumerate(lines):
+        found = _FAULT.match(line)
+        if found:
+            below = []
+            for following in lines[index + 1 :]:
+                if not following.startswith("  "):
+                    break
+                below.append(following)
+            return "\n".join([found.group(1), *below])
+    return None

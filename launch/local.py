@@ -1,0 +1,112 @@
+"""One stage as processes on this machine: its command, its environment, its start and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from conf.errors import ConfigError
+from conf.schema import RunConfig
+from recipes.artifact import Located
+
+ROOT = Path(__file__).resolve().parents[1]
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# torchrun gives its workers 30 s to end before it kills them (torch/distributed/elastic/multiprocessing/api.py:1023).
+SECONDS_TO_END = 40.0
+
+
+def check(cfg: RunConfig) -> None:
+    """Raises: ConfigError, where a run asks for more than this machine."""
+    if cfg.cluster.nodes > 1:
+        raise ConfigError(
+            f"cluster.nodes={cfg.cluster.nodes}, but ranks are started on this machine only; set cluster.nodes=1"
+        )
+
+
+def command(located: Located, resolved: Path) -> list[str]:
+    """What starts a stage; by torchrun where its ranks form a process group."""
+    ranks = located.stage.ranks(located.cfg)
+    launcher = [sys.executable, "-m"]
+    if located.stage.distributed or ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+    return [*launcher, located.stage.module, "--config", str(resolved), "--stage", located.stage.name]
+
+
+def environment(located: Located) -> dict[str, str]:
+    """The environment of a stage's processes: this one's, and how many threads each may take."""
+    ranks = located.stage.ranks(located.cfg)
+    env = dict(os.environ)
+    threads = located.cfg.cluster.threads_per_rank
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    env["PYTHONUNBUFFERED"] = "1"
+    # The tokenizer's threads help where documents are encoded; in a training process they do not survive the fork
+    # of the data loader's workers, about which tokenizers would warn.
+    env.setdefault("TOKENIZERS_PARALLELISM", "false" if located.stage.distributed else "true")
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Starts a stage in a process group of its own, both its outputs going to `log`.
+
+    Args:
+        located: the stage.
+        resolved: the run's `resolved.yaml`.
+        log: a file open for appending.
+        keep_open: file descriptors that the process inherits (the run's lock, which so outlives the launcher).
+    """
+    return subprocess.Popen(
+        command(located, resolved),
+        env=environment(located),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=keep_open,
+        # Safe here: the launcher has one thread.
+        preexec_fn=_end_with(os.getpid()) if sys.platform == "linux" else None,
+    )
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = SECONDS_TO_END) -> None:
+    """Ends a stage's processes: asked first, so that torchrun ends its workers, and killed after `seconds`."""
+    for signum, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, None)):
+        _signal_group(process, signum)
+        try:
+            process.wait(patience)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    # What the leader left behind in its group.
+    _signal_group(process, signal.SIGKILL)
+
+
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
+
+
+def _end_with(launcher: int) -> Callable[[], None]:
+    """What a child does before it starts: have Linux end it when the launcher dies, however it dies."""
+    libc = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return prepare
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,122 @@
+"""Walks the stage table: skips what is complete, resumes what is not, and stops at the first stage that fails."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from conf.errors import ConfigError
+from conf.load import save_resolved
+from conf.schema import RunConfig
+from launch import local, lock
+from launch.disk import disk_warning
+from launch.failure import Reason, exit_words, read_reason
+from launch.progress import Progress, duration, training_status
+from launch.summary import summary
+from recipes.artifact import Located, locate
+from recipes.stages import STAGES, Stage
+
+SECONDS_BETWEEN_LOOKS = 0.2
+RESOLVED = "resolved.yaml"
+
+
+@dataclass
+class StageFailedError(Exception):
+    """A stage ended without having completed its folder.
+
+    Attributes:
+        message: for the person at the terminal: which stage, why, and where its log is.
+        exit_code: 2 where the user can mend it, otherwise 1.
+    """
+
+    message: str
+    exit_code: int = 1
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> None:
+    """Brings a run to its end, or to the end of stage `until`.
+
+    Raises:
+        ConfigError: a missing input, a stage that does not exist, a run folder in use.
+        StageFailedError: a stage failed; what was complete stays.
+    """
+    progress = Progress(sys.stdout)
+    run_dir = Path(cfg.run_dir)
+    local.check(cfg)
+    located = _up_to(locate(cfg, stages), until)
+    with lock.held(run_dir) as lock_file:
+        save_resolved(cfg, run_dir / RESOLVED)
+        warning = disk_warning(cfg, run_dir)
+        if warning and not all(stage.complete for stage in located):
+            progress.event(f"warning: {warning}")
+        progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")
+        for number, stage in enumerate(located, 1):
+            label = f"[{number}/{len(located)}] {stage.stage.name}"
+            if stage.complete:
+                progress.event(f"{label}: complete, skipped")
+            else:
+                _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file)
+    progress.event(summary(located))
+
+
+def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
+    """The stages of a run, their folders, and which of them are complete."""
+    located = _up_to(locate(cfg, stages), until)
+    width = max(len(stage.stage.name) for stage in located)
+    return "\n".join(
+        f"{stage.stage.name:<{width}}  {'complete' if stage.complete else 'to do':<8}  {stage.folder}"
+        for stage in located
+    )
+
+
+def _up_to(located: dict[str, Located], until: str | None) -> list[Located]:
+    names = list(located)
+    if until is not None and until not in names:
+        raise ConfigError(f"--until {until}: this run has no such stage; it has {', '.join(names)}")
+    last = len(names) if until is None else names.index(until) + 1
+    return [located[name] for name in names[:last]]
+
+
+def _run_stage(located: Located, resolved: Path, label: str, progress: Progress, lock_file: int) -> None:
+    """One stage from start to manifest, its output appended to the log in its folder."""
+    started = time.time()
+    located.folder.mkdir(parents=True, exist_ok=True)
+    log = located.folder / "log.txt"
+    progress.event(f"{label}: started, log in {log}")
+    with log.open("ab") as file:
+        begin = file.tell()
+        words = shlex.join(local.command(located, resolved))
+        file.write(f"--- {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z} {words}\n".encode())
+        file.flush()
+        process = local.start(located, resolved, file, keep_open=(lock_file,))
+        try:
+            while process.poll() is None:
+                detail = training_status(located.folder / "metrics.jsonl", started)
+                progress.status(", ".join(filter(None, [f"{label}: {duration(time.time() - started)}", detail])))
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        finally:
+            local.stop(process)
+    if not located.complete:
+        raise _failure(located, process.returncode, read_reason(log, begin), log)
+    progress.event(f"{label}: done in {duration(time.time() - started)}")
+
+
+def _failure(located: Located, code: int, reason: Reason, log: Path) -> StageFailedError:
+    ending = reason.death or exit_words(code)
+    if code == 0:
+        ending = f"exit code 0, but no manifest.json in {located.folder}, so its work is not whole"
+    parts = [f"stage {located.stage.name} failed ({ending})"]
+    if reason.fault is not None:
+        parts += [reason.fault]
+    elif reason.lines:
+        parts += ["its last lines:", *(f"  {line}" for line in reason.lines)]
+    parts += [f"log: {log}", "what is complete is kept: once mended, the same command goes on from here"]
+    return StageFailedError("\n".join(parts), 2 if reason.fault is not None else 1)

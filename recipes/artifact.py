@@ -1,0 +1,249 @@
+"""A stage's folder: where it is, what it was made from, and whether it is whole. No torch, no NeMo.
+
+The folder's name ends in a hash of everything that decides its content: the stage's config, its inputs' identities
+(the tokenizer is one of them) and the library versions. `manifest.json` is written last, atomically; a folder
+without it is resumed or redone, never read. How the work is placed and watched is no part of the hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.hf_shape import may_be_hub_id
+from conf.schema import RunConfig
+from recipes.stages import STAGES, Output, Source, Stage
+
+MANIFEST = "manifest.json"
+# What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
+LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
+# A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
+# would cost more than the start.
+WHOLE_FILE_BYTES = 4 << 20
+SAMPLE_BYTES = 64 << 10
+SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Located:
+    """One stage of a run: its config, the folder it writes, and where its inputs are.
+
+    Attributes:
+        inputs: path by input name; a Hub id stays as it is, a glob gives a tuple of files.
+        input_hashes: identity by input name.
+    """
+
+    stage: Stage
+    cfg: RunConfig
+    folder: Path
+    config_hash: str
+    inputs: dict[str, Any]
+    input_hashes: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        return read_manifest(self.folder, self.config_hash) is not None
+
+
+def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Located]:
+    """Where every stage of a run is, in the order in which they run.
+
+    Args:
+        cfg: the run.
+        stages: the table, of which the run takes those that `cfg` wants.
+
+    Raises:
+        ConfigError: files of the user's that are missing, all of them in one message.
+    """
+    located: dict[str, Located] = {}
+    faults: dict[str, str] = {}
+    for stage in [stage for stage in stages if stage.wanted(cfg)]:
+        stage_cfg = stage.configure(cfg)
+        inputs: dict[str, Any] = {}
+        hashes: dict[str, str] = {}
+        for name, source in stage.inputs(stage_cfg).items():
+            try:
+                inputs[name], hashes[name] = _resolve(source, located)
+            except FileNotFoundError as fault:
+                # Once, though several stages may read it.
+                faults.setdefault(str(fault), f"stage {stage.name}, input {name}: {fault}")
+        config_hash = _hash(
+            {
+                "stage": stage.name.split(".")[0],
+                "config": {key: identity_view(_get(stage_cfg, key)) for key in (*stage.sections, "seed")},
+                "inputs": hashes,
+                "versions": library_versions(),
+            }
+        )
+        folder = Path(cfg.run_dir) / (stage.folder or f"{stage.name}-{config_hash[:8]}")
+        located[stage.name] = Located(stage, stage_cfg, folder, config_hash, inputs, hashes)
+    if faults:
+        raise ConfigError(list(faults.values()))
+    return located
+
+
+def _resolve(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
+    """The path and the identity of an input."""
+    if isinstance(source, Output):
+        made = located[source.stage]
+        return made.folder / source.path, f"{made.config_hash}/{source.path}"
+    found: list[str] = []
+    for pattern in source.paths:
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not matches and not (source.hub and may_be_hub_id(pattern)):
+            raise FileNotFoundError(f"{pattern!r} does not exist; set the path of what is to be read")
+        found += matches or [pattern]
+    if len(found) == 1 and not os.path.exists(found[0]):
+        return found[0], _hash(["hub", found[0], source.revision])
+    digests = [fingerprint(Path(path)) for path in found]
+    if len(source.paths) == 1 and found == [os.path.expanduser(source.paths[0])]:
+        return Path(found[0]), digests[0]
+    return tuple(Path(path) for path in found), _hash(digests)
+
+
+def fingerprint(path: Path) -> str:
+    """Identity of a file or folder by content: names and sizes of all, small files whole, large ones by samples.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    if path.is_file():
+        return _file_digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
+    return _hash([[str(entry.relative_to(path)), fingerprint(entry)] for entry in files])
+
+
+@cache
+def _file_digest(path: Path, size: int, _mtime_ns: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            digest.update(file.read())
+        else:
+            for sample in range(SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def identity_view(value: Any) -> Any:
+    """A config value as plain data, without the fields that `conf.schema.placement` marks."""
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: identity_view(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.metadata.get("identity", True)
+        }
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [identity_view(item) for item in value]
+    return value
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide results, `absent` where one is not installed."""
+    return {name: _version(name) for name in LIBRARIES}
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any] | None:
+    """The manifest of a complete stage folder, or None: absent, unreadable, or (if asked) of another identity."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("status") != "complete":
+        return None
+    if config_hash not in (None, manifest.get("config_hash")):
+        return None
+    return manifest
+
+
+def write_manifest(located: Located, started: float, ended: float, metrics: dict[str, Any]) -> None:
+    """Declares a stage's folder whole. Times are seconds since the epoch; `seconds` is the last process's share."""
+    run_dir = located.folder.parent
+    write_json(
+        located.folder / MANIFEST,
+        {
+            "stage": located.stage.name,
+            "status": "complete",
+            "config_hash": located.config_hash,
+            "inputs": {
+                name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
+                for name, path in located.inputs.items()
+            },
+            "versions": library_versions(),
+            "git_commit": git_commit(),
+            "started": started,
+            "ended": ended,
+            "seconds": round(ended - started, 3),
+            "metrics": metrics,
+        },
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `-dirty` where it was changed; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _relative(path: Any, run_dir: Path) -> Any:
+    if isinstance(path, tuple):
+        return [_relative(part, run_dir) for part in path]
+    return os.path.relpath(path, run_dir) if isinstance(path, Path) else path
+
+
+def _get(cfg: RunConfig, key: str) -> Any:
+    value: Any = cfg
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

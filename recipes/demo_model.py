@@ -1,0 +1,141 @@
+"""torchrun -m recipes.demo_model --config RUN_DIR/resolved.yaml
+
+A small real teacher for a first try, made on the spot with no download: text from the standard library's
+documentation, a byte-level BPE tokenizer, and a Qwen3-style model that NeMo trains through the same code as the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig, Shape
+from recipes.runtime.stage_main import stage_main
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """No inputs. Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
+    from recipes.runtime import backend
+
+    backend.activate()
+    from nemo.collections import llm
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    from recipes.runtime import demo_corpus, nemo_api
+    from recipes.runtime.huggingface import export_model
+    from recipes.runtime.tokenize import tokenize
+    from recipes.runtime.training import train
+
+    assert cfg.model.demo is not None  # the stage is wanted only then
+    assert cfg.model.shape is not None  # conf.validate has seen to it
+    texts, validation_texts = demo_corpus.documents()
+    train_file = _write_jsonl(out / "corpus" / "train.jsonl", texts)
+    validation_file = _write_jsonl(out / "corpus" / "validation.jsonl", validation_texts)
+    reference = out / "reference"
+    _write_tokenizer(texts, cfg.model.shape.vocab_size, reference)
+    _write_config(cfg.model.shape, reference)
+    (out / "tokens").mkdir(exist_ok=True)
+    data, _ = tokenize(cfg.data, [train_file], [validation_file], reference, out / "tokens")
+
+    config = llm.Qwen3Config(**_nemo_config(cfg.model.shape, cfg.model.demo.training.seq_length))
+    nemo_api.configure(config)
+    model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
+    metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None)
+    export_model(out / "nemo", reference, out / "hf")
+    return {"bigram_loss": bigram_loss(data), **metrics}
+
+
+def _write_jsonl(path: Path, texts: Sequence[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    os.replace(partial, path)
+    return path
+
+
+def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, show_progress=False, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    fast.save_pretrained(folder)
+
+
+def _write_config(shape: Shape, folder: Path) -> None:
+    from transformers import GenerationConfig, Qwen3Config
+
+    config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        head_dim=shape.kv_channels,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+
+
+def _nemo_config(shape: Shape, seq_length: int) -> dict[str, Any]:
+    """Arguments of NeMo's `Qwen3Config`; what is not named here has the same default there and in transformers."""
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "vocab_size": shape.vocab_size,
+        "make_vocab_size_divisible_by": 1,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "share_embeddings_and_output_weights": shape.tie_word_embeddings,
+        "seq_length": seq_length,
+        "rotary_base": 10000.0,
+        "layernorm_epsilon": 1e-6,
+        "init_method_std": 0.02,
+    }
+
+
+def bigram_loss(data: Any) -> float:
+    """Validation loss of a smoothed bigram model of the training tokens, nats per token: what a model must beat.
+
+    Each row of counts is topped up with `strength` pseudo-counts of the unigram distribution (Dirichlet prior).
+    """
+    import numpy as np
+
+    train, validation = data.tokens(data.train), data.tokens(data.validation)
+    vocab_size, strength = data.vocab_size, 10.0
+    unigram = np.bincount(train, minlength=vocab_size) + 1.0
+    unigram /= unigram.sum()
+    pairs = np.zeros((vocab_size, vocab_size))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    previous, following = validation[:-1], validation[1:]
+    total = pairs[previous].sum(1)
+    return float(-np.log((pairs[previous, following] + strength * unigram[following]) / (total + strength)).mean())
+
+
+if __name__ == "__main__":
+    stage_main(run, "demo_model")

@@ -1,0 +1,49 @@
+"""torchrun --nproc_per_node 8 -m recipes.distill --config RUN_DIR/resolved.yaml [--stage distill.ce]
+
+Distillation: the pruned student learns the teacher's next-token distribution (KL divergence on the logits). The
+control `distill.ce` trains the same student on the same tokens without a teacher.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conf.schema import Loss, RunConfig
+from recipes.runtime.stage_main import stage_main
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints).
+
+    Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
+    """
+    from recipes.runtime import backend
+
+    backend.activate()
+    from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
+
+    from recipes.runtime import nemo_api
+    from recipes.runtime.indexed_data import DataFolder
+    from recipes.runtime.training import train
+
+    student = nemo_api.load_model(inputs["student"])
+    model = student
+    if cfg.distill.loss is Loss.kd:
+        teacher = nemo_api.load_model(inputs["teacher"])
+        nemo_api.match_vocabularies(student.config, teacher.config)
+        nemo_api.match_precision(teacher.config, cfg.distill.precision)
+        model = DistillationGPTModel(
+            student.config,
+            teacher.config,
+            teacher_ckpt_path=str(inputs["teacher"]),
+            tokenizer=student.tokenizer,
+        )
+        # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
+        model.__io__ = student.__io__
+    data = DataFolder.read(inputs["data"])
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"])
+
+
+if __name__ == "__main__":
+    stage_main(run, "distill")

@@ -1,0 +1,160 @@
+"""python -m recipes.report --config RUN_DIR/resolved.yaml
+
+What came out of a run, for people (`report/index.html`, one file that needs no network) and programs (`report.json`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from recipes.artifact import library_versions, read_manifest, write_json
+from recipes.runtime.metrics_file import read_metrics
+from recipes.runtime.stage_main import stage_main
+
+# How the report calls a model, in the order of its tables.
+LABELS = {
+    "teacher": "Teacher",
+    "pruned": "Just pruned",
+    "student": "Student (distilled)",
+    "ce": "Control: cross-entropy, no teacher",
+}
+COLOURS = {"teacher": "#808080", "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1"}
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: the folder of every stage before. Output: `report.json`, `index.html`."""
+    manifests = {name: read_manifest(folder) or {} for name, folder in inputs.items()}
+    report = summarize(cfg, manifests)
+    write_json(out / "report.json", report)
+    curves = {
+        name: read_metrics(inputs[stage] / "metrics.jsonl")
+        for name, stage in (("student", "distill"), ("ce", "distill.ce"))
+        if stage in inputs
+    }
+    partial = out / ".index.html"
+    partial.write_text(render(cfg, report, curves))
+    partial.replace(out / "index.html")
+    return {name: model["val_loss"] for name, model in report["models"].items()}
+
+
+def summarize(cfg: RunConfig, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The content of `report.json`; paths are relative to the run's folder.
+
+    Args:
+        manifests: the manifest of each complete stage, by stage name.
+    """
+    evaluation = manifests["evaluate"]
+    models = {}
+    for name, metrics in evaluation["metrics"].items():
+        path = evaluation["inputs"][name]["path"]
+        inside = isinstance(path, str) and not path.startswith(("/", ".."))
+        # A teacher of the user's is outside the run, or on the Hub: its place is no part of the report.
+        made_here = name != "teacher" or cfg.model.demo is not None
+        models[name] = {**metrics, **({"hf_path": path} if inside and made_here else {})}
+    return {
+        "experiment": cfg.name,
+        "backend": manifests["distill"]["metrics"]["backend"],
+        "versions": library_versions(),
+        "git_commit": evaluation["git_commit"],
+        "models": models,
+        "checks": {
+            key: value for key, value in manifests.get("verify", {}).get("metrics", {}).items() if key.endswith("_diff")
+        },
+        "pruning": manifests["prune"]["metrics"],
+        "stages": {
+            name: {"status": manifest["status"], "seconds": manifest["seconds"]} for name, manifest in manifests.items()
+        },
+    }
+
+
+def render(cfg: RunConfig, report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
+    """The report's page.
+
+    Args:
+        curves: the lines of `metrics.jsonl` of each trained student.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template("report.html.j2").render(
+        cfg=cfg,
+        report=report,
+        labels=LABELS,
+        config=json.dumps({"prune": _plain(cfg.prune), "distill": _plain(cfg.distill)}, indent=2),
+        validation_plot=_validation_plot(report["models"], curves),
+        training_plot=_training_plot(curves),
+        gain=report["models"]["pruned"]["val_loss"] - report["models"]["student"]["val_loss"],
+        gap=report["models"]["student"]["val_loss"] - report["models"]["teacher"]["val_loss"],
+        share=report["models"]["student"]["params"] / report["models"]["teacher"]["params"],
+    )
+
+
+def _plain(section: Any) -> Any:
+    from recipes.artifact import identity_view
+
+    return identity_view(section)
+
+
+def _validation_plot(models: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
+    figure, axes = _figure("distillation step", "held-out loss (nats per token)")
+    for name in ("teacher", "pruned"):
+        axes.axhline(models[name]["val_loss"], color=COLOURS[name], linestyle="--", label=LABELS[name])
+    for name, lines in curves.items():
+        points = [(0, models["pruned"]["val_loss"])] + [
+            (ln["step"], ln["val_loss"]) for ln in lines if "val_loss" in ln
+        ]
+        axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", label=LABELS[name])
+    axes.legend(frameon=False, labelcolor="#808080")
+    return _svg(figure, "Held-out loss of the students during distillation, between the pruned model and the teacher")
+
+
+def _training_plot(curves: dict[str, list[dict[str, Any]]]) -> str:
+    figure, axes = _figure("distillation step", "training loss (nats per token)")
+    for name, lines in curves.items():
+        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        kind = "cross-entropy" if name == "ce" else "loss"
+        axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=f"{LABELS[name]}: {kind}")
+    axes.legend(frameon=False, labelcolor="#808080")
+    return _svg(figure, "Training loss of each student")
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label, color="#808080")
+    axes.set_ylabel(y_label, color="#808080")
+    # One grey that reads on white and on black, so that the page needs a single picture.
+    axes.tick_params(colors="#808080")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#808080")
+    axes.grid(color="#808080", alpha=0.2)
+    return figure, axes
+
+
+def _svg(figure: Any, description: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # The size comes from the page, the shape from the viewBox.
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+if __name__ == "__main__":
+    stage_main(run, "report")

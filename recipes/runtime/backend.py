@@ -1,0 +1,116 @@
+"""Where the computing is done: the one place that asks whether there is a GPU.
+
+from recipes.runtime import backend
+chosen = backend.activate()          # before nemo, megatron or modelopt is imported
+trainer = nl.Trainer(accelerator=chosen.accelerator, ...)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+
+_LOG = logging.getLogger(__name__)
+_SITE = Path(__file__).resolve().parent / "cpu" / "site"
+# They look for Transformer Engine or bind patched names when they are imported.
+_AFTER_ACTIVATION = ("transformer_engine", "megatron.core", "nemo", "modelopt.torch")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What differs between a machine with CUDA and one without.
+
+    Attributes:
+        name: "cpu" or "gpu", as reports write it.
+        device: PyTorch's name of the device: "cpu" or "cuda".
+        accelerator: Lightning's name of it, for `nl.Trainer`: "cpu" or "gpu".
+        process_group: backend of `torch.distributed`: "gloo" or "nccl".
+        model_config: what every Megatron `TransformerConfig` must be given here.
+    """
+
+    name: str
+    device: str
+    accelerator: str
+    process_group: str
+    model_config: dict[str, Any] = field(default_factory=dict)
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory so far, in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
+        if self.name == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+
+def torch_device() -> str:
+    """The device for stages that need PyTorch alone: "cuda" where it is available, else "cpu". Patches nothing."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def activate() -> Backend:
+    """Decide for this process, once, and make NeMo, Megatron-Core and Model Optimizer run on what there is.
+
+    With CUDA nothing is changed. Without, the stand-in for Transformer Engine goes to the front of `sys.path` and of
+    PYTHONPATH (for child processes), and the patches of `recipes/runtime/cpu/patches.py` are applied.
+
+    Raises:
+        RuntimeError: if one of those libraries was imported already.
+        ConfigError: if CUDA is available without Transformer Engine, or Transformer Engine installed without CUDA.
+    """
+    early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
+    if early:
+        raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
+    return _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
+
+
+def _activate_gpu() -> Backend:
+    import importlib.util
+
+    import torch
+
+    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or (spec.origin or "").startswith(str(_SITE)):
+        raise ConfigError(
+            f"CUDA is available ({name} x {count}) but Transformer Engine is not installed: run in the container of the "
+            "Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    _LOG.info("backend: gpu (%s x %d)", name, count)
+    return Backend(name="gpu", device="cuda", accelerator="gpu", process_group="nccl")
+
+
+def _activate_cpu() -> Backend:
+    from recipes.runtime.cpu import patches
+
+    _put_first_on_path(str(_SITE))
+    try:
+        import transformer_engine
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    patches.apply(patches.PATCHES)
+    _LOG.info("backend: cpu (no CUDA device found; Transformer Engine stand-in %s)", transformer_engine.__version__)
+    return Backend(
+        name="cpu",
+        device="cpu",
+        accelerator="cpu",
+        process_group="gloo",
+        model_config={"use_cpu_initialization": True, "gradient_accumulation_fusion": False},
+    )
+
+
+def _put_first_on_path(folder: str) -> None:
+    sys.path.insert(0, folder)
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != folder]
+    os.environ["PYTHONPATH"] = os.pathsep.join([folder, *inherited])

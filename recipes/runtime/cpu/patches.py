@@ -1,0 +1,311 @@
+"""What NeMo, Megatron-Core and Model Optimizer take for granted of CUDA, and what answers in its place on a CPU.
+
+Each patch names its target, the upstream line that needs it (megatron-core 0.15.3, nemo_toolkit 2.7.3,
+nvidia-modelopt 0.40.0, torch 2.13.0) and when it can go. A target in a module that is not imported yet is patched
+right after that module's own import, before anybody can take the name from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced name.
+
+    Attributes:
+        target: `module:attribute`, where the attribute may have dots.
+        replacement: takes the original, returns what stands in its place.
+        cause: the upstream file and line that cannot run without CUDA as it is.
+        until: when the patch can go.
+    """
+
+    target: str
+    replacement: Callable[[Any], Any]
+    cause: str
+    until: str
+
+    @property
+    def module(self) -> str:
+        """The module that holds the target."""
+        return self.target.partition(":")[0]
+
+    def apply(self) -> None:
+        """Replace the target in its module, which must be imported."""
+        *path, name = self.target.partition(":")[2].split(".")
+        owner = functools.reduce(getattr, path, sys.modules[self.module])
+        setattr(owner, name, self.replacement(getattr(owner, name)))
+
+
+def apply(patches: Sequence[Patch]) -> None:
+    """Apply the patches of PyTorch now, the others when their modules are imported.
+
+    Raises:
+        RuntimeError: if such a module was imported already, for others hold the unpatched name by then.
+    """
+    late = {patch.module for patch in patches if not _is_torch(patch.module)} & sys.modules.keys()
+    if late:
+        raise RuntimeError(f"{', '.join(sorted(late))} was imported before the backend was activated")
+    for patch in patches:
+        if _is_torch(patch.module):
+            importlib.import_module(patch.module)
+            patch.apply()
+    sys.meta_path.insert(0, _PatchOnImport([patch for patch in patches if not _is_torch(patch.module)]))
+
+
+def _is_torch(module: str) -> bool:
+    return module.partition(".")[0] == "torch"
+
+
+class _PatchOnImport(importlib.abc.MetaPathFinder):
+    """Finds modules as usual; applies the patches of those that have any once their code has run."""
+
+    def __init__(self, patches: Sequence[Patch]) -> None:
+        self._modules = {patch.module for patch in patches}
+        self._patches = patches
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self._modules:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        run_module = spec.loader.exec_module
+
+        def run_and_patch(module: ModuleType) -> None:
+            run_module(module)
+            for patch in self._patches:
+                if patch.module == fullname:
+                    patch.apply()
+
+        spec.loader.exec_module = run_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+def _calling(function: Callable[..., Any]) -> Callable[[Any], Callable[..., Any]]:
+    """A replacement that calls `function` and has no use for the original.
+
+    Each target gets an object of its own: torch._dynamo refuses one function under two of the names it knows.
+    """
+
+    def replacement(original: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return call
+
+    return replacement
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _unchanged(thing: Any, *_: object, **__: object) -> Any:
+    return thing
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor factory for which "cuda" is the CPU and pinned memory is memory."""
+
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            kwargs.pop("pin_memory", None)
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.to` for which "cuda" is the CPU."""
+
+    @functools.wraps(to)
+    def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        elif kwargs and _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return to(tensor, *args, **kwargs)
+
+    return move
+
+
+def _type_with_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()` whose name of a CPU tensor's type says it is CUDA's."""
+
+    @functools.wraps(original)
+    def type_of(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(tensor, dtype, *args, **kwargs)
+        name = original(tensor)
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+
+    return type_of
+
+
+def _gather_scalars(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """`all_gather_into_tensor` that takes 0-d inputs on gloo, as NCCL does."""
+
+    @functools.wraps(gather)
+    def gather_into(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return gather(output, tensor.reshape(1) if tensor.dim() == 0 else tensor, *args, **kwargs)
+
+    return gather_into
+
+
+class _Stream:
+    """A CUDA stream where everything runs in order anyway."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None:
+        """Nothing to wait for."""
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _rng_state(*_: object, **__: object) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+    torch.set_rng_state(state)
+
+
+def _fork(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`CudaRNGStatesTracker.fork` on the CPU's generator: upstream's, without its check that the CPU's stays unused."""
+
+    @contextmanager
+    def fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+        if name not in tracker.states_:
+            raise RuntimeError(f"rng state {name} is not added; seed with model_parallel_cuda_manual_seed first")
+        outside = torch.get_rng_state()
+        torch.set_rng_state(tracker.states_[name])
+        try:
+            yield
+        finally:
+            tracker.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    return fork
+
+
+def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
+    """NeMo's `_set_random_seed`, which leaves Megatron's tracker empty where it counts no CUDA device."""
+
+    @functools.wraps(set_random_seed)
+    def seed_all(seed: int) -> None:
+        from megatron.core import parallel_state, tensor_parallel
+
+        set_random_seed(seed)
+        # The seed that upstream's own call would get.
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+
+    return seed_all
+
+
+_NEVER = "stays as long as upstream names CUDA there"
+_FACTORIES = {
+    "tensor": "nemo/lightning/pytorch/strategies/megatron_strategy.py:801 (pinned), megatron/core/optimizer/optimizer.py:481",
+    "zeros": "megatron/core/pipeline_parallel/schedules.py:573, megatron/core/optimizer/clip_grads.py:103",
+    "ones": "megatron/core/transformer/utils.py:35",
+    "empty": "megatron/core/dist_checkpointing/exchange_utils.py:329",
+    "empty_like": "megatron/core/dist_checkpointing/exchange_utils.py:107",
+}
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "torch.cuda:current_device",
+        _calling(lambda: _CPU),
+        "megatron/core/distributed/param_and_grad_buffer.py:702 and 60 more places allocate on it",
+        _NEVER,
+    ),
+    Patch("torch.cuda:set_device", _calling(_nothing), "nemo/lightning/_strategy_lib.py:65", _NEVER),
+    Patch(
+        "torch.cuda:synchronize", _calling(_nothing), "megatron/core/pipeline_parallel/p2p_communication.py:398", _NEVER
+    ),
+    Patch("torch.cuda:Stream", lambda original: _Stream, "nemo/lightning/megatron_parallel.py:617", _NEVER),
+    Patch(
+        "torch.cuda:stream", _calling(lambda stream: nullcontext()), "nemo/lightning/megatron_parallel.py:617", _NEVER
+    ),
+    Patch("torch.cuda:manual_seed", _calling(_seed), "megatron/core/tensor_parallel/random.py:198, :370", _NEVER),
+    Patch("torch.cuda:get_rng_state", _calling(_rng_state), "megatron/core/tensor_parallel/random.py:196", _NEVER),
+    Patch("torch.cuda:set_rng_state", _calling(_set_rng_state), "megatron/core/rerun_state_machine.py:915", _NEVER),
+    Patch("torch:Tensor.cuda", _calling(_unchanged), "modelopt/torch/nas/plugins/megatron.py:1621", _NEVER),
+    Patch("torch.nn:Module.cuda", _calling(_unchanged), "nemo/lightning/megatron_parallel.py:577", _NEVER),
+    Patch("torch:Tensor.to", _to_cpu, "nemo/lightning/pytorch/strategies/megatron_strategy.py:801", _NEVER),
+    *(Patch(f"torch:{name}", _on_cpu, cause, _NEVER) for name, cause in _FACTORIES.items()),
+    Patch(
+        "torch:Tensor.type",
+        _type_with_cuda,
+        "megatron/core/optimizer/clip_grads.py:167, optimizer.py:686, distrib_optimizer.py:416 compare type names",
+        "Megatron compares dtypes instead",
+    ),
+    Patch(
+        "torch.distributed:all_gather_into_tensor",
+        _gather_scalars,
+        "modelopt/torch/nas/plugins/megatron.py:1623 gathers 0-d tensors, which gloo refuses",
+        "gloo gathers 0-d tensors",
+    ),
+    Patch(
+        "megatron.core.jit:jit_fuser",
+        _calling(_unchanged),
+        "megatron/core/jit.py:13: torch.compile wants a C++ compiler and took 36 s for the first function of a process",
+        "torch.compile keeps its CPU kernels across processes at no cost",
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        _calling(_rng_state),
+        "megatron/core/tensor_parallel/random.py:383 (activation recompute)",
+        _NEVER,
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        _calling(_set_rng_state),
+        "megatron/core/tensor_parallel/random.py:391 (activation recompute)",
+        _NEVER,
+    ),
+    Patch(
+        "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",
+        _fork,
+        "megatron/core/tensor_parallel/random.py:221 warns whenever the CPU's generator is used inside",
+        _NEVER,
+    ),
+    Patch(
+        "nemo.lightning.megatron_init:_set_random_seed",
+        _seed_tracker_too,
+        "nemo/lightning/megatron_init.py:238 seeds the tracker only if torch.cuda.device_count() > 0",
+        "NeMo seeds the tracker on any device",
+    ),
+    Patch(
+        "nemo.lightning.io.pl:_fix_tensors_device",
+        _calling(_unchanged),
+        "nemo/lightning/io/pl.py:495 asserts that CUDA is initialized",
+        "NeMo does so for CUDA tensors only",
+    ),
+)

@@ -1,0 +1,24 @@
+"""Stands for `transformer_engine.pytorch`; the names that Megatron, NeMo and Model Optimizer take from it."""
+
+from . import distributed, float8_tensor, fp8, optimizers
+from .attention import DotProductAttention
+from .fp8 import fp8_autocast, fp8_model_init
+from .grouped_linear import GroupedLinear
+from .layernorm_linear import LayerNormLinear
+from .linear import Linear
+from .norm import LayerNorm, RMSNorm
+
+__all__ = [
+    "DotProductAttention",
+    "GroupedLinear",
+    "LayerNorm",
+    "LayerNormLinear",
+    "Linear",
+    "RMSNorm",
+    "distributed",
+    "float8_tensor",
+    "fp8",
+    "fp8_autocast",
+    "fp8_model_init",
+    "optimizers",
+]

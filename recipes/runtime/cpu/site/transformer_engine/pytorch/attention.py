@@ -1,0 +1,166 @@
+"""Stands for `transformer_engine.pytorch.DotProductAttention` (megatron/core/extensions/transformer_engine.py:831)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .._refuse import refuse, refuse_options
+from .base import BaseModule, divide
+from .collectives import gather_sequence
+
+_MASKS = ("causal", "no_mask")
+_NO_WINDOW = (None, (-1, -1), (-1, 0))
+
+
+class DotProductAttention(BaseModule):
+    """Multi-head or grouped-query attention without parameters, causal or unmasked, in the layout `[s, b, heads, d]`.
+
+    Under context parallelism each of n ranks holds two of 2n chunks of the sequence, the r-th from the front and the
+    r-th from the back, so that causal work is even (megatron/core/utils.py, `get_batch_on_this_cp_rank`). Keys and
+    values are gathered, queries stay.
+
+    Args:
+        num_attention_heads: of the whole model.
+        kv_channels: size of a head, or the sizes of key and value heads.
+        num_gqa_groups: key and value heads of the whole model; `num_attention_heads` if None.
+        attention_dropout: probability, in training.
+        qkv_format: must be "sbhd".
+        attn_mask_type: "causal" or "no_mask"; others are refused.
+        window_size: refused unless it means no window.
+        sequence_parallel: of no meaning for attention itself.
+        tp_size, tp_group: heads and groups are divided by the size.
+        get_rng_state_tracker: tracker under whose default state dropout is drawn.
+        layer_number: not used; Transformer Engine scales by it on request of an environment variable, which is refused.
+        attention_type: "self" or "cross".
+        cp_group, cp_global_ranks, cp_stream: the context-parallel group; the other two are of no meaning on a CPU.
+        softmax_scale: factor on the scores; `1 / sqrt(kv_channels)` if None.
+        **options: any further option is refused.
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int | tuple[int, int],
+        num_gqa_groups: int | None = None,
+        attention_dropout: float = 0.0,
+        qkv_format: str = "sbhd",
+        attn_mask_type: str = "causal",
+        window_size: tuple[int, int] | None = None,
+        sequence_parallel: bool = False,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        tp_group: ProcessGroup | None = None,
+        layer_number: int | None = None,
+        attention_type: str = "self",
+        cp_group: ProcessGroup | None = None,
+        cp_global_ranks: list[int] | None = None,
+        cp_stream: object = None,
+        softmax_scale: float | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        if int(os.getenv("NVTE_APPLY_QK_LAYER_SCALING", "0")):
+            refuse("query-key layer scaling", "unset NVTE_APPLY_QK_LAYER_SCALING")
+        if window_size not in _NO_WINDOW:
+            refuse(f"sliding-window attention (window_size={window_size})", "set window_size=None")
+        if qkv_format != "sbhd":
+            refuse(f"attention in the layout {qkv_format!r} (packed sequences)", "use 'sbhd'")
+        refuse_options("DotProductAttention", options)
+        head_size = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
+        # These three names are set by Model Optimizer when it prunes heads (modelopt/torch/nas/plugins/megatron.py:578).
+        self.num_attention_heads = num_attention_heads
+        self.num_gqa_groups = num_gqa_groups or num_attention_heads
+        self.num_gqa_groups_per_partition = divide(self.num_gqa_groups, tp_size)
+        self.attention_dropout = attention_dropout
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(head_size)
+        self.get_rng_state_tracker = get_rng_state_tracker
+        self.attention_type = attention_type
+        self.tp_group = tp_group
+        self.cp_group = cp_group
+
+    def set_context_parallel_group(
+        self, cp_group: ProcessGroup | None, cp_global_ranks: list[int] | None = None, cp_stream: object = None
+    ) -> None:
+        """Give the context-parallel group late (nemo/collections/llm/gpt/model/base.py:438)."""
+        self.cp_group = cp_group
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: str | None = None,
+        core_attention_bias_type: str = "no_bias",
+        **options: object,
+    ) -> Tensor:
+        """`[s, b, heads, d]`, `[s_kv, b, groups, d]`, `[s_kv, b, groups, d_v]` -> `[s, b, heads * d_v]`.
+
+        `attention_mask` is left aside under "causal" and "no_mask", as Transformer Engine does.
+
+        Raises:
+            NotImplementedError: for other masks, attention bias, packed sequences (`cu_seqlens_q`) and unknown options.
+        """
+        mask_type = attn_mask_type or self.attn_mask_type
+        if mask_type not in _MASKS:
+            refuse(f"attention mask of type {mask_type!r}", f"use one of {_MASKS}")
+        if core_attention_bias_type != "no_bias":
+            refuse(f"attention bias ({core_attention_bias_type})", "leave it out")
+        refuse_options("attention", options)
+
+        causal, mask = mask_type == "causal", None
+        if self.cp_group is not None and dist.get_world_size(self.cp_group) > 1:
+            key, value = _gather_keys_and_values(key, value, self.cp_group)
+            mask = _mask_of_rank(query.shape[0], self.cp_group) if causal else None
+            causal = False
+        dropout = self.attention_dropout if self.training else 0.0
+        with self._dropout_state(dropout):
+            context = F.scaled_dot_product_attention(
+                *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_state(self, dropout: float) -> AbstractContextManager[Any]:
+        if dropout == 0.0 or self.get_rng_state_tracker is None:
+            return nullcontext()
+        return self.get_rng_state_tracker().fork()
+
+
+def _gather_keys_and_values(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """This rank's chunks -> the whole sequence in its natural order, in one collective."""
+    ranks = dist.get_world_size(group)
+    gathered = gather_sequence(torch.cat((key, value), dim=-1), group)
+    chunks = gathered.unflatten(0, (ranks, 2, -1))
+    natural = torch.cat((chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)))
+    keys, values = natural.split((key.shape[-1], value.shape[-1]), dim=-1)
+    return keys, values
+
+
+def _mask_of_rank(length: int, group: ProcessGroup) -> Tensor:
+    return _causal_rows(length, dist.get_world_size(group), dist.get_rank(group))
+
+
+@lru_cache(maxsize=4)
+def _causal_rows(length: int, ranks: int, rank: int) -> Tensor:
+    """Rows `[length, length * ranks]` of the causal mask that belong to a rank's two chunks; True is attended to."""
+    half = length // 2
+    front = torch.arange(rank * half, (rank + 1) * half)
+    back = torch.arange((2 * ranks - 1 - rank) * half, (2 * ranks - rank) * half)
+    return torch.cat((front, back))[:, None] >= torch.arange(length * ranks)

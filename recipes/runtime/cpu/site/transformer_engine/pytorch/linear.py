@@ -1,0 +1,134 @@
+"""Stands for `transformer_engine.pytorch.Linear` (megatron/core/extensions/transformer_engine.py:242)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._refuse import refuse, refuse_options
+from .base import BaseModule, divide, parameter_options
+from .collectives import copy_to_group, gather_sequence, sum_and_scatter_sequence, sum_over_group
+
+
+def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
+    """Say how a parameter is cut; Megatron's gradient norm reads it (megatron/core/tensor_parallel/layers.py:85)."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+def _default_init(weight: Tensor) -> None:
+    nn.init.normal_(weight, mean=0.0, std=0.023)
+
+
+class Linear(BaseModule):
+    """`y = x W^T + b`, with `W` cut over the tensor-parallel group by rows ("column") or columns ("row").
+
+    Args:
+        in_features, out_features: sizes of the whole layer; each rank holds its part of the one that is cut.
+        sequence_parallel: "column" gathers its input `[s / tp, b, h]` first, "row" leaves its output so cut.
+        fuse_wgrad_accumulation: refused.
+        tp_group, tp_size: the tensor-parallel group; where only the size is given, `set_tensor_parallel_group` follows.
+        get_rng_state_tracker, rng_tracker_name: the tracker, and its state, under which the weight is drawn.
+        init_method: fills the weight in place; normal with a deviation of 0.023 if None.
+        bias: have a bias.
+        return_bias: leave the bias to the caller: the output is `(y, bias)`.
+        params_dtype: type of the parameters; PyTorch's default type if None.
+        parallel_mode: "column", "row" or None.
+        device: the CPU, or "meta" for a weight that is filled later.
+        ub_name: name of the layer's communication buffer, kept as an attribute.
+        **options: any further option of Transformer Engine 1.9 (communication overlap, parameter split) is refused.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: torch.device | str = "cpu",
+        ub_name: str | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        if fuse_wgrad_accumulation:
+            refuse(
+                "fused accumulation of weight gradients", "set gradient_accumulation_fusion=False in the model config"
+            )
+        if parallel_mode not in ("column", "row", None):
+            raise ValueError(f"parallel_mode is {parallel_mode!r}; use 'column', 'row' or None")
+        refuse_options(type(self).__name__, options)
+        self.tp_group = tp_group
+        self.tp_size = dist.get_world_size(tp_group) if tp_group is not None else tp_size
+        self.parallel_mode = parallel_mode
+        self.sequence_parallel = sequence_parallel and self.tp_size > 1
+        self.in_features = divide(in_features, self.tp_size) if parallel_mode == "row" else in_features
+        self.out_features = divide(out_features, self.tp_size) if parallel_mode == "column" else out_features
+        self.use_bias = bias
+        self.return_bias = return_bias
+        self.apply_bias = bias and not return_bias
+        self.ub_name = ub_name
+
+        parameters = parameter_options(params_dtype, device)
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **parameters))
+        if not self.weight.is_meta:
+            with _rng_state(get_rng_state_tracker, rng_tracker_name):
+                (init_method or _default_init)(self.weight)
+        mark_tensor_parallel(self.weight, dim=1 if parallel_mode == "row" else 0)
+        # Without a bias Transformer Engine keeps an empty tensor here, which is no parameter.
+        self.bias = self._new_bias(parameters) if bias else torch.empty(0, **parameters)
+
+    def _new_bias(self, parameters: dict[str, Any]) -> nn.Parameter:
+        bias = nn.Parameter(torch.zeros(self.out_features, **parameters))
+        if self.parallel_mode == "column":
+            mark_tensor_parallel(bias, dim=0)
+        elif self.parallel_mode == "row":
+            bias.sequence_parallel = self.sequence_parallel
+        return bias
+
+    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """`[s, b, in_features]` -> `[s, b, out_features]`; with sequence parallelism one of the two is `[s / tp, ...]`.
+
+        `is_first_microbatch` tells Transformer Engine to keep its FP8 weights; it has no meaning here.
+        """
+        bias = self.bias if self.apply_bias else None
+        if self.tp_size == 1 or self.parallel_mode is None:
+            y = F.linear(x, self.weight, bias)
+        elif self.parallel_mode == "column":
+            y = F.linear(self._enter(x), self.weight, bias)
+        else:
+            y = self._leave(F.linear(x, self.weight))
+            y = y if bias is None else y + bias
+        return (y, self.bias) if self.return_bias else y
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return (gather_sequence if self.sequence_parallel else copy_to_group)(x, self._group())
+
+    def _leave(self, y: Tensor) -> Tensor:
+        return (sum_and_scatter_sequence if self.sequence_parallel else sum_over_group)(y, self._group())
+
+    def _group(self) -> ProcessGroup:
+        assert self.tp_group is not None, "set_tensor_parallel_group was not called"
+        return self.tp_group
+
+
+def _rng_state(get_tracker: Callable[[], Any] | None, name: str | None) -> AbstractContextManager[Any]:
+    if get_tracker is None:
+        return nullcontext()
+    return get_tracker().fork(name) if name else get_tracker().fork()

@@ -1,0 +1,93 @@
+"""Real English text that every CPython carries: the language reference's topics and the library's docstrings.
+
+Read by parsing, nothing of it is imported or run. About 1,000 documents and 2.5 MB; a little more or less from one
+Python release to the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import random
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+# A module's docstrings are cut into documents of about this many characters, never inside a docstring.
+DOCUMENT_CHARACTERS = 4000
+SHORTEST_DOCUMENT = 40
+SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+def documents() -> tuple[list[str], list[str]]:
+    """The corpus in a fixed random order: train documents, and one in twenty for validation."""
+    texts = list(_without_repeats(_all_documents()))
+    random.Random(0).shuffle(texts)
+    held_out = max(1, len(texts) // 20)
+    return texts[held_out:], texts[:held_out]
+
+
+def _all_documents() -> Iterator[str]:
+    from pydoc_data import topics
+
+    for _, topic in sorted(topics.topics.items()):
+        yield topic
+    library = Path(sysconfig.get_paths()["stdlib"])
+    seen: set[bytes] = set()
+    for path in sorted(library.rglob("*.py")):
+        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts) and path.name != "topics.py":
+            yield from _joined(_docstrings(path, seen))
+
+
+def _docstrings(path: Path, seen: set[bytes]) -> Iterator[str]:
+    """A module's docstring and those of its classes and functions, each under its signature, repeats left out."""
+    try:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # the library carries a few broken files on purpose
+        return
+    docstring = ast.get_docstring(module)
+    if docstring:
+        yield docstring
+    yield from _members(module, "", seen)
+
+
+def _members(
+    parent: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, seen: set[bytes]
+) -> Iterator[str]:
+    for node in parent.body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring and _is_new(docstring, seen):
+            name = f"{prefix}{node.name}"
+            signature = f"class {name}" if isinstance(node, ast.ClassDef) else f"{name}({ast.unparse(node.args)})"
+            body = "\n".join(f"   {line}" if line else "" for line in docstring.splitlines())
+            yield f"{signature}\n\n{body}"
+        yield from _members(node, f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix, seen)
+
+
+def _joined(parts: Iterator[str]) -> Iterator[str]:
+    document = ""
+    for part in parts:
+        if document and len(document) + len(part) > DOCUMENT_CHARACTERS:
+            yield document
+            document = ""
+        document = f"{document}\n\n{part}" if document else part
+    yield document
+
+
+def _without_repeats(texts: Iterator[str]) -> Iterator[str]:
+    seen: set[bytes] = set()
+    for text in texts:
+        cleaned = inspect.cleandoc(text).strip()
+        if len(cleaned) >= SHORTEST_DOCUMENT and _is_new(cleaned, seen):
+            yield cleaned
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.sha256(" ".join(text.split()).encode()).digest()
+    if digest in seen:
+        return False
+    seen.add(digest)
+    return True

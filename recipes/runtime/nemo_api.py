@@ -1,0 +1,256 @@
+"""NeMo, Megatron-Core and ModelOpt as the stages use them: models from checkpoints, trainers, restoring.
+
+Upstream's quirks are met here and nowhere else, each with the place that shows it. Import this module inside a
+stage's `run`, after `backend.activate()`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
+from nemo.collections.llm.modelopt.model_utils import _set_gpt_mamba_modelopt_spec
+from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
+
+from conf.errors import InputError
+from conf.schema import Parallel, Precision
+from recipes.runtime import backend
+from recipes.runtime.indexed_data import DataFolder
+from recipes.runtime.stage_main import world_size
+
+log = logging.getLogger("nemo_api")
+
+
+def load_model(checkpoint: Path) -> llm.GPTModel:
+    """The model described by a checkpoint's `context/`, without weights, with this backend's settings.
+
+    Raises:
+        InputError: the folder holds no NeMo checkpoint.
+    """
+    context = ckpt_to_context_subdir(checkpoint)
+    if not Path(context, "model.yaml").exists():
+        raise InputError(f"{checkpoint} holds no NeMo checkpoint (no context/model.yaml)")
+    model = nl.io.load_context(context, subpath="model")
+    if not isinstance(model, llm.GPTModel):
+        raise InputError(f"{checkpoint} holds a {type(model).__name__}; only GPT-like language models can be used")
+    configure(model.config)
+    return model
+
+
+def configure(config: Any) -> None:
+    """Sets on a Megatron config what this backend requires of every model."""
+    for name, value in backend.activate().model_config.items():
+        setattr(config, name, value)
+
+
+def precision_plugin(precision: Precision) -> nl.MegatronMixedPrecision:
+    """NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's own recipes."""
+    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed" if precision is Precision.bf16 else "32",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
+
+
+def model_precision(config: Any) -> Precision:
+    """The precision in which a checkpoint's weights are stored."""
+    return Precision.bf16 if config.params_dtype is torch.bfloat16 else Precision.fp32
+
+
+def make_trainer(
+    parallel: Parallel,
+    precision: Precision,
+    ddp: DistributedDataParallelConfig | str,
+    callbacks: list[Any] | None = None,
+    strategy_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> nl.Trainer:
+    """A NeMo trainer over all the ranks that torchrun started.
+
+    Args:
+        ddp: Megatron's data-parallel settings, or "pytorch" where nothing is trained.
+        strategy_options: further arguments of `nl.MegatronStrategy`.
+        options: further arguments of `nl.Trainer`.
+    """
+    # What Lightning launches must be what torchrun launched (it sets both variables).
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        ddp=ddp,
+        ckpt_async_save=False,
+        # Transformer Engine's `_extra_state` entries come and go with its version and with ModelOpt's layer spec; a
+        # missing parameter would pass as well, so every load is followed by `check_parameters`.
+        ckpt_load_strictness=StrictHandling.LOG_ALL,
+        replace_progress_bar=False,
+        **(strategy_options or {}),
+    )
+    trainer = nl.Trainer(
+        accelerator=backend.activate().accelerator,
+        devices=local_ranks,
+        num_nodes=world_size() // local_ranks,
+        strategy=strategy,
+        plugins=precision_plugin(precision),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    # Not by the constructor: a checkpoint's context records its arguments, and NeMo reads no classes but its own and
+    # its libraries' back (nemo/lightning/io/mixin.py:50).
+    trainer.callbacks.extend(callbacks or [])
+    return trainer
+
+
+def restore(
+    checkpoint: Path,
+    *,
+    pipeline_model_parallel_size: int = 1,
+    modelopt_spec: bool = False,
+    **options: Any,
+) -> tuple[llm.GPTModel, nl.Trainer]:
+    """A model with its weights, to run forward: no optimizer, no gradient buffers.
+
+    The twin of `setup_trainer_and_restore_model_with_modelopt_spec` (nemo/collections/llm/modelopt/model_utils.py:118),
+    which asks for a GPU and for bf16 whatever the checkpoint holds.
+
+    Args:
+        modelopt_spec: build the layers from ModelOpt's layer spec, which its pruning requires.
+        options: further arguments of `nl.Trainer`.
+
+    Raises:
+        InputError: no NeMo checkpoint, or one without a parameter that the model has.
+    """
+    model = load_model(checkpoint)
+    if modelopt_spec:
+        _set_gpt_mamba_modelopt_spec(model.config)
+    trainer = make_trainer(
+        Parallel(pipeline_model_parallel_size=pipeline_model_parallel_size, sequence_parallel=False),
+        model_precision(model.config),
+        ddp="pytorch",
+        strategy_options={"setup_optimizers": False, "ckpt_load_optimizer": False},
+        **options,
+    )
+    model.config.sequence_parallel = False
+    del model.optim
+    _setup_trainer_and_restore_model(checkpoint, trainer, model)
+    trainer.strategy.restore_config = None  # the weights are in; a later setup must not load them again
+    check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), checkpoint)
+    return model, trainer
+
+
+def data_module(
+    tokenizer: Any,
+    data: DataFolder,
+    out: Path,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    num_workers: int,
+    seed: int,
+) -> llm.PreTrainingDataModule:
+    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
+    train, validation = [str(data.train)], [str(data.validation)]
+    return llm.PreTrainingDataModule(
+        paths={"train": train, "validation": validation, "test": validation},
+        split=None,
+        seq_length=seq_length,
+        tokenizer=tokenizer,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        seed=seed,
+        # By default it is written beside the data, which is another stage's folder.
+        index_mapping_dir=str(out / "index_mapping"),
+    )
+
+
+def match_vocabularies(student: Any, teacher: Any) -> None:
+    """Refuses a teacher whose token ids or padded vocabulary are not the student's: upstream has no guard.
+
+    Raises:
+        InputError: names both sizes.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise InputError(
+            f"the student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}; their"
+            " logits can't be compared: prune the student from this teacher"
+        )
+
+
+def match_precision(teacher: Any, precision: Precision) -> None:
+    """Gives the teacher's config the types that the precision plugin gives the student's, which is all it sees."""
+    for name, value in vars(precision_plugin(precision).dtype_config).items():
+        if hasattr(teacher, name):
+            setattr(teacher, name, value)
+
+
+def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses a checkpoint that lacks a parameter: lenient loading would leave it at its random start, unseen.
+
+    Args:
+        sharded_state_dict: Megatron's sharded state dict of the model that was loaded.
+
+    Raises:
+        InputError: names the parameters that the checkpoint does not hold.
+    """
+    saved = dist_checkpointing.load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
+    wanted = {value.key for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)}
+    missing = sorted(key for key in wanted if key not in saved and "_extra_state" not in key)
+    if missing:
+        raise InputError(f"{checkpoint} lacks {len(missing)} of the model's parameters, among them {missing[:3]}")
+
+
+def core_model(model: Any) -> Any:
+    """Megatron's own `GPTModel` inside NeMo's, ModelOpt's and the precision wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def count_parameters(core: Any) -> int:
+    """Parameters of a Megatron model over all pipeline ranks, shared embeddings counted once."""
+    own = sum(p.numel() for p in core.parameters() if not getattr(p, "shared_embedding", False) or core.pre_process)
+    if not torch.distributed.is_initialized():
+        return own
+    total = torch.tensor(own, device=backend.activate().device)
+    torch.distributed.all_reduce(total)
+    return int(total)
+
+
+def number_layers(core: Any) -> None:
+    """Marks each layer of a Megatron model with its number (from 1), which pruning carries along."""
+    for layer in core.decoder.layers:
+        layer.number_before_pruning = layer.layer_number
+
+
+def kept_layers(core: Any) -> list[int]:
+    """The numbers that the layers of a pruned model had before, over all pipeline ranks."""
+    own = [layer.number_before_pruning for layer in core.decoder.layers]
+    if not torch.distributed.is_initialized():
+        return own
+    everyones: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, own)
+    return sorted(number for numbers in everyones for number in numbers)

@@ -1,0 +1,106 @@
+"""How every stage starts and ends: `python -m MODULE --config RUN_DIR/resolved.yaml [--stage NAME]`, or by torchrun.
+
+Exit status: 0 with a manifest, 2 for what the user can mend (one `error:` line), 1 with a traceback for the rest.
+No NeMo here: a stage imports it inside `run`, because a process that saves a checkpoint spawns a helper which imports
+the top level of `__main__` again (that cost 15 to 30 s a process; see torch/distributed/checkpoint's and Megatron's
+use of `multiprocessing`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError, InputError
+from conf.load import load_resolved
+from conf.schema import RunConfig
+from recipes.artifact import Located, locate, write_manifest
+from recipes.stages import Output
+
+log = logging.getLogger("stage")
+
+Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
+
+
+def stage_main(run: Run, default_stage: str) -> None:
+    """Runs one stage of a resolved config and declares its folder complete.
+
+    Args:
+        run: `run(cfg, inputs, out) -> metrics`; called on every rank, its metrics are those of rank 0.
+        default_stage: the stage's name in the table where `--stage` does not name a variant.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--config", required=True, type=Path, help="RUN_DIR/resolved.yaml")
+    parser.add_argument("--stage", default=default_stage, help="the stage, or a variant of it")
+    args = parser.parse_args()
+    end_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    try:
+        located = _ready(args.config, args.stage)
+        if located.complete:
+            log.info("%s is complete in %s", args.stage, located.folder)
+            return
+        started = time.time()
+        located.folder.mkdir(parents=True, exist_ok=True)
+        metrics = run(located.cfg, located.inputs, located.folder)
+        if rank() == 0:
+            write_manifest(located, started, time.time(), metrics)
+    except (ConfigError, InputError) as fault:
+        sys.exit(_fail(str(fault)))
+    except OSError as fault:
+        if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(located.folder).free / 1e9
+        sys.exit(_fail(f"no space left while writing {located.folder} ({free:.2f} GB free); free some and run again"))
+
+
+def _ready(config: Path, stage: str) -> Located:
+    """The stage's place in the run, once everything that it reads is known to be whole."""
+    if not config.is_file():
+        raise ConfigError(f"--config {config} does not exist; give a run folder's resolved.yaml")
+    everything = locate(load_resolved(config))
+    if stage not in everything:
+        raise ConfigError(f"this run has no stage {stage!r}; it has {', '.join(everything)}")
+    located = everything[stage]
+    sources = located.stage.inputs(located.cfg).values()
+    needed = {source.stage for source in sources if isinstance(source, Output)}
+    faults = [
+        f"{name}, an input of {stage}, is not complete in {everything[name].folder}; run that stage first"
+        for name in sorted(needed)
+        if not everything[name].complete
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return located
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def rank() -> int:
+    """This process's global rank: 0 where nothing distributed is running."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of ranks that torchrun started: 1 where it didn't."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_parent() -> None:
+    """Asks Linux to kill this process when its parent dies, so that no rank outlives a killed launcher or torchrun."""
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

@@ -1,0 +1,201 @@
+"""The stage table: what a run consists of, and what each stage is given. No torch, no NeMo.
+
+A stage is a module with `run(cfg, inputs, out) -> metrics`, started as `python -m MODULE --config RUN_DIR/resolved.yaml
+--stage NAME`. Stages know each other only through this table: an input is a folder that another stage completed, or
+something of the user's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema import Loss, RunConfig
+
+
+@dataclass(frozen=True)
+class Output:
+    """`path` inside the folder of the completed stage `stage`."""
+
+    stage: str
+    path: str = "."
+
+
+@dataclass(frozen=True)
+class External:
+    """Something of the user's: files or folders (globs allowed), or, where `hub`, a Hub id with its revision."""
+
+    paths: tuple[str, ...]
+    revision: str | None = None
+    hub: bool = False
+
+
+Source = Output | External
+
+
+def _one(_: RunConfig) -> int:
+    return 1
+
+
+def _always(_: RunConfig) -> bool:
+    return True
+
+
+def world_size(cfg: RunConfig) -> int:
+    """Ranks of a distributed stage: all that the cluster section names."""
+    return cfg.cluster.nodes * cfg.cluster.devices_per_node
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: the stage's name, unique in the table; a variant of a stage is named `<stage>.<variant>`.
+        module: what `python -m` runs.
+        sections: dotted config keys that decide the result, besides the inputs and `seed`.
+        inputs: the stage's inputs by name, for a config.
+        ranks: how many processes it wants; above 1, or where `distributed`, torchrun starts them.
+        wanted: whether a config asks for the stage at all.
+        settings: config values that make a variant of the stage, by dotted key.
+        folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
+    """
+
+    name: str
+    module: str
+    sections: tuple[str, ...]
+    inputs: Callable[[RunConfig], dict[str, Source]]
+    ranks: Callable[[RunConfig], int] = _one
+    distributed: bool = False
+    wanted: Callable[[RunConfig], bool] = _always
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+
+    def configure(self, cfg: RunConfig) -> RunConfig:
+        """The config as this stage sees it: a copy with the variant's settings."""
+        cfg = copy.deepcopy(cfg)
+        for key, value in self.settings.items():
+            *parents, leaf = key.split(".")
+            node: Any = cfg
+            for parent in parents:
+                node = getattr(node, parent)
+            setattr(node, leaf, value)
+        return cfg
+
+
+def _teacher_hf(cfg: RunConfig) -> Source:
+    if cfg.model.demo is not None:
+        return Output("demo_model", "hf")
+    return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
+
+
+def _documents(cfg: RunConfig) -> dict[str, Source]:
+    if cfg.data.train is None:
+        return {
+            "train": Output("demo_model", "corpus/train.jsonl"),
+            "validation": Output("demo_model", "corpus/validation.jsonl"),
+        }
+    documents: dict[str, Source] = {"train": External(tuple(cfg.data.train))}
+    if cfg.data.validation is not None:
+        documents["validation"] = External(tuple(cfg.data.validation))
+    return documents
+
+
+def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
+    inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
+    if cfg.distill.loss is not Loss.ce:
+        inputs["teacher"] = Output("hf_to_nemo", "nemo")
+    return inputs
+
+
+def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
+    """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names."""
+    controls: dict[str, Source] = {name: Output(f"distill.{name}", "nemo") for name in cfg.distill.controls}
+    return {"pruned": Output("prune", "nemo"), "student": Output("distill", "nemo"), **controls}
+
+
+def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
+    return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "demo_model",
+        "recipes.demo_model",
+        ("model",),
+        lambda cfg: {},
+        distributed=True,
+        wanted=lambda cfg: cfg.model.demo is not None,
+    ),
+    Stage(
+        "prepare_data",
+        "recipes.prepare_data",
+        ("data",),
+        lambda cfg: {"tokenizer": _teacher_hf(cfg), **_documents(cfg)},
+    ),
+    Stage("hf_to_nemo", "convert.hf_to_nemo", ("model.family",), lambda cfg: {"hf_model": _teacher_hf(cfg)}),
+    Stage(
+        "prune",
+        "recipes.prune",
+        ("prune",),
+        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
+        lambda cfg: cfg.prune.pipeline_model_parallel_size,
+        distributed=True,
+    ),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, distributed=True),
+    Stage(
+        "distill.ce",
+        "recipes.distill",
+        ("distill",),
+        _distill_inputs,
+        world_size,
+        distributed=True,
+        wanted=lambda cfg: "ce" in cfg.distill.controls,
+        settings={"distill.loss": Loss.ce},
+    ),
+    Stage(
+        "nemo_to_hf",
+        "convert.nemo_to_hf",
+        (),
+        lambda cfg: {"hf_model": _teacher_hf(cfg), **_nemo_models(cfg)},
+    ),
+    Stage(
+        "verify",
+        "convert.verify",
+        ("evaluate.verify_tokens",),
+        lambda cfg: {
+            "teacher_hf": _teacher_hf(cfg),
+            "teacher_nemo": Output("hf_to_nemo", "nemo"),
+            "student_hf": Output("nemo_to_hf", "student"),
+            "student_nemo": Output("distill", "nemo"),
+            "data": Output("prepare_data"),
+        },
+        wanted=lambda cfg: cfg.evaluate.verify_tokens > 0,
+    ),
+    Stage(
+        "evaluate",
+        "recipes.evaluate",
+        ("evaluate.seq_length", "evaluate.max_sequences"),
+        lambda cfg: {
+            "teacher": _teacher_hf(cfg),
+            **{name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)},
+            "data": Output("prepare_data"),
+        },
+    ),
+    Stage("report", "recipes.report", ("name",), _report_inputs, folder="report"),
+)
+
+
+def wanted(cfg: RunConfig) -> list[Stage]:
+    """The stages that a config asks for, in the order in which they can run."""
+    return [stage for stage in STAGES if stage.wanted(cfg)]
+
+
+def find(name: str) -> Stage:
+    """The stage of that name. Raises: KeyError, naming those that there are."""
+    for stage in STAGES:
+        if stage.name == name:
+            return stage
+    raise KeyError(f"no stage {name!r}; the stages are {', '.join(stage.name for stage in STAGES)}")

@@ -1,0 +1,55 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.load import compose
+from conf.schema import RunConfig
+
+Compose = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Compose:
+    """Composes the demo experiment with further overrides, its run folder being a temporary one."""
+
+    def make(*overrides: str) -> RunConfig:
+        return compose(["experiment=demo", f"run_dir={tmp_path / 'run'}", *overrides])
+
+    return make
+
+
+# A Hugging Face config.json, as small as it goes.
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder with a `config.json`: Qwen3's, with some values replaced, or left out where None."""
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path / "hf"
+        folder.mkdir(exist_ok=True)
+        config = {key: value for key, value in {**QWEN3, **changes}.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make

@@ -1,0 +1,103 @@
+"""Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
+
+What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from conf.load import load_resolved
+from conf.schema import RunConfig
+from recipes.artifact import locate, write_json, write_manifest
+from recipes.runtime.stage_main import end_with_parent
+from recipes.stages import Output, Source, Stage
+
+PLAN = "FAKE_STAGES"
+MODULE = "tests.helpers.fake_stage"
+
+
+def _after(*names: str) -> dict[str, Source]:
+    return {name: Output(name) for name in names}
+
+
+def _ranks(cfg: RunConfig) -> int:
+    return cfg.cluster.devices_per_node
+
+
+TABLE = (
+    Stage("first", MODULE, ("data",), lambda cfg: {}),
+    Stage("second", MODULE, ("distill",), lambda cfg: _after("first")),
+    Stage("aside", MODULE, ("prune",), lambda cfg: _after("first")),
+    Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report"),
+)
+DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, _ranks, distributed=True),)
+
+
+def _act(action: str, folder: Path) -> None:
+    """Does what the plan says; returns where the stage succeeds."""
+    if action == "fail":
+        print("about to divide", flush=True)
+        raise ZeroDivisionError("nothing by nothing")
+    if action == "fault":
+        print("Loading ...\nerror: 1 fault in the configuration:\n  - distill.lr=9 is too high; set 1", file=sys.stderr)
+        sys.exit(2)
+    if action == "half":
+        (folder / "manifest.json").write_text('{"stage": "second", "stat')
+        os._exit(0)
+    if action == "train":
+        line = {"step": 40, "max_steps": 150, "loss": 2.5, "tokens_per_second": 1234.5, "seconds_left": 75.0}
+        (folder / "metrics.jsonl").write_text(
+            json.dumps(line) + "\n" + json.dumps({"step": 40, "val_loss": 3.25}) + "\n"
+        )
+        time.sleep(1.5)
+    if action == "sleep":
+        time.sleep(120)
+    if action == "die_on_rank_1":
+        if os.environ["RANK"] == "1":
+            while not (folder / "pid-0").exists():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--stage")
+    args = parser.parse_args()
+    end_with_parent()
+    table = DISTRIBUTED if args.stage == "ranks" else TABLE
+    located = locate(load_resolved(args.config), table)[args.stage]
+    rank = os.environ.get("RANK", "0")
+    with (args.config.parent / "calls.txt").open("a") as calls:
+        calls.write(f"{args.stage}\n")
+    write_json(located.folder / f"pid-{rank}", os.getpid())
+    print(f"threads {os.environ['OMP_NUM_THREADS']}", flush=True)
+    started = time.time()
+    action = json.loads(os.environ.get(PLAN, "{}")).get(args.stage, "succeed")
+    _act(action, located.folder)
+    if action != "no_manifest" and rank == "0":
+        (located.folder / "result.txt").write_text("whole")
+        write_manifest(located, started, time.time(), {})
+
+
+def launch() -> int:
+    """`launch.run` over the fake table: `python -m tests.helpers.fake_stage launch experiment=demo ...`."""
+    # Not at the top: a stage's process has no need of the launcher.
+    from launch.run import main as launch_main
+
+    _, mode, *arguments = sys.argv
+    return launch_main(arguments, DISTRIBUTED if mode == "launch_ranks" else TABLE)
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("launch"):
+        sys.exit(launch())
+    main()

@@ -1,0 +1,50 @@
+"""Stages of several ranks under torchrun: what becomes of them when one dies, or the launcher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launches import ends, launched, wait_for
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and Linux's parent-death signal")
+TWO_RANKS = ("cluster.devices_per_node=2", "model.demo.training.global_batch_size=8", "distill.global_batch_size=8")
+
+
+def test_two_ranks_complete(tmp_path: Path) -> None:
+    with launched(tmp_path, {}, *TWO_RANKS, mode="launch_ranks") as launcher:
+        out, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, err) == (0, "")
+    assert "[1/1] ranks: done" in out
+    assert (tmp_path / "calls.txt").read_text().split() == ["ranks", "ranks"]
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    with launched(tmp_path, {"ranks": "die_on_rank_1"}, *TWO_RANKS, mode="launch_ranks") as launcher:
+        other = wait_for(tmp_path, "ranks")
+        started = time.monotonic()
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    # The other rank, which would sleep for two minutes, ends within one.
+    assert time.monotonic() - started < 60
+    assert ends(other)
+    assert "stage ranks failed (rank 1: killed by SIGKILL (out of memory?))" in err
+    assert "torch/distributed" not in err
+
+
+def test_a_fault_of_the_user_is_read_from_torchruns_log(tmp_path: Path) -> None:
+    with launched(tmp_path, {"ranks": "fault"}, mode="launch_ranks") as launcher:
+        _, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 2
+    assert "stage ranks failed (rank 0: exit code 2)\n1 fault in the configuration:\n  - distill.lr=9" in err
+
+
+def test_a_killed_launcher_takes_all_ranks_along(tmp_path: Path) -> None:
+    with launched(tmp_path, {"ranks": "sleep"}, *TWO_RANKS, mode="launch_ranks") as launcher:
+        ranks = [wait_for(tmp_path, "ranks", rank) for rank in (0, 1)]
+        launcher.kill()
+        launcher.communicate(timeout=30)
+    assert all(ends(rank, seconds=40.0) for rank in ranks)

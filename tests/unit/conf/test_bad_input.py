@@ -1,0 +1,187 @@
+"""What a user can get wrong, and what is said of it: the key, the value, and the value to set instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from conf.load import compose
+
+QWEN = ["experiment=qwen3_8b_to_6b_width"]
+DEMO = ["experiment=demo"]
+LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
+
+# Overrides, and the parts of the one fault that they give.
+CASES: list[tuple[list[str], list[str]]] = [
+    # What there is no such thing of.
+    ([], ["no experiment is chosen", "experiment=NAME", "demo", "qwen3_8b_to_6b_depth", "model=NAME"]),
+    (["experiment=dmo"], ["experiment=dmo does not exist (did you mean demo?)", "there are demo, llama3_1_8b"]),
+    ([*DEMO, "model=qwen3"], ["model=qwen3 does not exist", "qwen3_8b"]),
+    ([*DEMO, "cluster=7"], ["cluster=7 does not exist", "local, one_node"]),
+    ([*DEMO, "distill.lrr=1"], ["distill.lrr is not a known key (did you mean distill.lr?)"]),
+    ([*DEMO, "lr=1"], ["lr is not a known key (did you mean model.demo.training.lr or distill.lr?)"]),
+    ([*DEMO, "distil.lr=1"], ["distil is not a known key (did you mean distill?)"]),
+    ([*DEMO, "distill.zzz=1"], ["distill.zzz is not a known key; distill has max_steps, seq_length"]),
+    ([*DEMO, "+distill.new=1"], ["distill.new is not a known key"]),
+    # Values of the wrong type, and missing ones.
+    ([*DEMO, "distill.lr=fast"], ["distill.lr='fast' is not a number; set distill.lr to a number"]),
+    ([*DEMO, "distill.lr=nan"], ["distill.lr=nan is not a number"]),
+    ([*DEMO, "distill.max_steps=10.0"], ["distill.max_steps=10.0 is not a whole number; set distill.max_steps to 10"]),
+    ([*DEMO, "distill.max_steps=1.5"], ["distill.max_steps=1.5 is not a whole number", "to a whole number"]),
+    ([*DEMO, "seed=true"], ["seed=True is not a whole number"]),
+    ([*DEMO, "distill.overlap_grad_reduce=1"], ["distill.overlap_grad_reduce=1 is not true or false"]),
+    ([*DEMO, "distill.precision=fp16"], ["precision=fp16 is not known (did you mean bf16?)", "set", "bf16 or fp32"]),
+    ([*DEMO, "distill.recompute=some"], ["distill.recompute=some", "none or selective or full"]),
+    ([*DEMO, "data.train=a.jsonl"], ["data.train='a.jsonl' is not a list; set data.train=[a.jsonl]"]),
+    ([*DEMO, "prune.drop_layers=[1,x]", "prune.num_layers=null"], ["prune.drop_layers[1]='x' is not a whole number"]),
+    ([*DEMO, "distill.parallel=2"], ["distill.parallel=2 is a value", "distill.parallel.KEY=VALUE"]),
+    ([*DEMO, "distill.max_steps=null"], ["distill.max_steps is null; set distill.max_steps to a whole number"]),
+    ([*DEMO, "distill.max_steps=???"], ["distill.max_steps is not set; set distill.max_steps to a whole number"]),
+    ([*DEMO, "~distill.lr"], ["distill.lr is not set; set distill.lr to a number"]),
+    ([*DEMO, "name=???"], ["name is not set; set name to some text"]),
+    ([*DEMO, "run_dir=${oc.env:NO_SUCH_VARIABLE}"], ["run_dir", "NO_SUCH_VARIABLE", "set run_dir to a plain value"]),
+    # What Hydra itself refuses.
+    ([*DEMO, "distill.lr=[1"], ["'distill.lr=[1' cannot be read as KEY=VALUE"]),
+    ([*DEMO, "distill.lr=1e-3,1e-4"], ["add --multirun"]),
+    ([*DEMO, "~no.such.key"], ["no.such.key"]),
+    # Numbers out of range.
+    ([*DEMO, "distill.max_steps=0"], ["distill.max_steps=0 must be above 0; set distill.max_steps to 1 or more"]),
+    ([*DEMO, "distill.lr=-1e-3"], ["distill.lr=-0.001 must be above 0; set distill.lr to a number above 0"]),
+    ([*DEMO, "distill.min_lr=-1e-3"], ["distill.min_lr=-0.001 must not be negative"]),
+    ([*DEMO, "model.demo.training.micro_batch_size=0"], ["model.demo.training.micro_batch_size=0 must be above 0"]),
+    ([*DEMO, "distill.parallel.tensor_model_parallel_size=0"], ["tensor_model_parallel_size=0 must be above 0"]),
+    ([*DEMO, "model.shape.num_layers=-6"], ["model.shape.num_layers=-6 must be above 0"]),
+    ([*DEMO, "prune.hidden_size=0"], ["prune.hidden_size=0 must be above 0"]),
+    ([*DEMO, "cluster.nodes=0"], ["cluster.nodes=0 must be above 0"]),
+    ([*DEMO, "evaluate.verify_tokens=-1"], ["evaluate.verify_tokens=-1 must not be negative"]),
+    ([*DEMO, "distill.adam_beta2=1.5"], ["distill.adam_beta2=1.5", "set distill.adam_beta2 within 0 and 1"]),
+    ([*DEMO, "data.holdout_every=1"], ["data.holdout_every=1 would hold out every document", "2 or more"]),
+    ([*DEMO, "name=''"], ["name='' is empty"]),
+    ([*DEMO, "run_dir=' '"], ["run_dir=' ' is empty; set run_dir"]),
+    # The model and its data.
+    ([*DEMO, "model.hf_path=Qwen/Qwen3-8B"], ["model.hf_path=Qwen/Qwen3-8B and model.demo are both set"]),
+    ([*QWEN, "model.hf_path=null"], ["model.hf_path=null names no teacher; set model.hf_path"]),
+    ([*DEMO, "model.shape=null"], ["model.shape=null", "set model.shape"]),
+    ([*LOCAL, "model.hf_path=./nowhere"], ["no config.json", "model.hf_path=./nowhere", "set model.hf_path"]),
+    ([*LOCAL, "model.hf_path=no-such-owner/no-such-model"], ["not in the local Hub cache", "download the model first"]),
+    (["model=local", *LOCAL[1:]], ["model.hf_path is not set; set model.hf_path"]),
+    ([*DEMO, "model.shape.num_query_groups=3"], ["num_attention_heads=4 is not divisible by", "1 or 2 or 4"]),
+    ([*QWEN, "data.train=null"], ["data.train=null", "set data.train=[FILE.jsonl]"]),
+    ([*DEMO, "data.validation=[v.jsonl]"], ["data.validation=['v.jsonl'] is set without data.train"]),
+    ([*QWEN, "data.train=[]"], ["data.train=[] names no file"]),
+    ([*QWEN, "data.train=[a,b]", "data.validation=[b]"], ["data.validation holds b, which data.train holds too"]),
+    # Pruning.
+    ([*DEMO, "prune.num_layers=null"], ["as large as the teacher", "prune.num_layers", "prune.drop_layers"]),
+    ([*DEMO, "prune.num_layers=6"], ["as large as the teacher"]),
+    ([*DEMO, "prune.num_layers=7"], ["prune.num_layers=7 is larger than the teacher's 6", "to at most 6"]),
+    ([*QWEN, "prune.hidden_size=8192"], ["prune.hidden_size=8192 is larger than the teacher's 4096"]),
+    ([*DEMO, "prune.hidden_size=200"], ["prune.hidden_size=200 is not a multiple of 64", "to 192 or 256"]),
+    ([*DEMO, "prune.ffn_hidden_size=500"], ["prune.ffn_hidden_size=500 is not a multiple of 64", "to 448 or 512"]),
+    ([*DEMO, "prune.num_attention_heads=3"], ["heads=3 is not divisible by the student's 2 query groups", "2 or 4"]),
+    ([*DEMO, "prune.num_query_groups=1"], ["heads=4 over 1 query groups are 4 heads a group", "has 2", "1 or 2"]),
+    ([*DEMO, "prune.drop_layers=[2]"], ["prune.drop_layers=[2] cannot go together with prune.num_layers=4", "=null"]),
+    ([*DEMO, "prune.num_layers=null", "prune.drop_layers=[0,7]"], ["names [0, 7]", "numbers from 1 to 6"]),
+    ([*DEMO, "prune.num_layers=null", "prune.drop_layers=[2,2]"], ["names [2] more than once", "drop_layers=[2]"]),
+    ([*DEMO, "prune.calibration_seq_length=4096"], ["prune.calibration_seq_length=4096 is longer", "at most 2048"]),
+    (
+        [*QWEN, "prune.pipeline_model_parallel_size=8"],
+        ["prune.pipeline_model_parallel_size=8 does not divide the teacher's 36 layers", "1 or 2 or 3 or 4 or 6 or 9"],
+    ),
+    (
+        [*DEMO, "prune.pipeline_model_parallel_size=2"],
+        ["prune.pipeline_model_parallel_size=2 is more than the 1 devices", "at most 1"],
+    ),
+    # Layout.
+    (
+        [*DEMO, "distill.parallel.tensor_model_parallel_size=2"],
+        ["devices_per_node=1 ranks is not a multiple of 2", "distill.parallel", "start 2 ranks"],
+    ),
+    (
+        [*QWEN, "distill.parallel.tensor_model_parallel_size=16", "cluster.nodes=2"],
+        ["tensor_model_parallel_size=16 does not divide the teacher's num_query_groups 8", "to 1 or 2 or 4 or 8"],
+    ),
+    (
+        [*QWEN, "distill.parallel.tensor_model_parallel_size=1", "distill.parallel.pipeline_model_parallel_size=8"],
+        ["pipeline_model_parallel_size=8 does not divide the teacher's 36 and the student's 36 layers", "to 1 or 2"],
+    ),
+    (
+        [
+            "experiment=qwen3_8b_to_6b_depth",
+            "distill.parallel={tensor_model_parallel_size:4,pipeline_model_parallel_size:2}",
+            "prune.num_layers=25",
+        ],
+        ["pipeline_model_parallel_size=2 does not divide the student's 25 layers; set it to 1"],
+    ),
+    (
+        [*QWEN, "distill.parallel.tensor_model_parallel_size=2", "distill.global_batch_size=30"],
+        ["distill.global_batch_size=30 is not divisible by 8", "x 4 data-parallel ranks", "to 24 or 32"],
+    ),
+    ([*QWEN, "distill.global_batch_size=1"], ["distill.global_batch_size=1 is not divisible by 2", "to 2"]),
+    (
+        [
+            *QWEN,
+            "distill.parallel={tensor_model_parallel_size:4,context_parallel_size:2,sequence_parallel:false}",
+            "distill.seq_length=4090",
+        ],
+        ["distill.seq_length=4090 is not divisible by the 4 pieces", "context parallel 2", "to 4088 or 4092"],
+    ),
+    ([*QWEN, "distill.seq_length=4095"], ["distill.seq_length=4095", "the 8 pieces", "to 4088 or 4096"]),
+    ([*DEMO, "distill.seq_length=4096"], ["distill.seq_length=4096 is longer", "max_position_embeddings 2048"]),
+    ([*DEMO, "evaluate.seq_length=4096"], ["evaluate.seq_length=4096 is longer", "at most 2048"]),
+    # Training.
+    ([*DEMO, "distill.warmup_steps=150"], ["distill.warmup_steps=150", "distill.max_steps=150", "such as 7"]),
+    ([*DEMO, "distill.min_lr=1"], ["distill.min_lr=1.0 is above distill.lr=0.001", "to at most 0.001"]),
+    (
+        [*DEMO, "model.demo.training.use_distributed_optimizer=false"],
+        ["model.demo.training.overlap_param_gather=True needs model.demo.training.use_distributed_optimizer=True"],
+    ),
+    ([*DEMO, "distill.controls=[kd]"], ["distill.controls=['kd'] names ['kd'], which is not known", "['ce']"]),
+    ([*DEMO, "distill.controls=[ce,ce]"], ["names one twice; set distill.controls=['ce']"]),
+    ([*DEMO, "distill.loss=ce"], ["distill.controls=['ce'] repeats what distill.loss=ce already trains"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), CASES, ids=lambda value: " ".join(value) if value else "nothing")
+def test_one_fault_names_the_value_and_the_mend(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    (fault,) = caught.value.faults
+    for part in parts:
+        assert part in fault
+
+
+def test_all_faults_come_in_one_message() -> None:
+    types = ["distill.lrr=1", "seed=x"]
+    contradictions = ["distill.max_steps=0", "prune.num_layers=9", "cluster.devices_per_node=3"]
+    with pytest.raises(ConfigError) as caught:
+        compose(["experiment=demo", *types, *contradictions, "distill.warmup_steps=500"])
+    assert [fault.partition(" ")[0].partition("=")[0] for fault in caught.value.faults] == [
+        "seed",
+        "distill.lrr",
+        "distill.max_steps",
+        "prune.num_layers",
+        "distill.global_batch_size",
+    ]
+    assert str(caught.value).startswith("5 faults in the configuration:\n  - seed")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.hf_path=./nowhere", ["model.hf_path=./nowhere does not exist; set model.hf_path"]),
+        ("data.train=[a.jsonl,b.jsonl]", ["data.train names a.jsonl and 1 more, not to be found", "[FILE.jsonl]"]),
+        ("data.validation=[v.jsonl]", ["data.validation names v.jsonl, not to be found"]),
+    ],
+)
+def test_missing_files_are_named_where_a_run_starts(tmp_path: Path, override: str, parts: list[str]) -> None:
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text("")
+    overrides = [*QWEN, f"data.train=[{documents}]", override]
+    compose(overrides)
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides, check_files=True)
+    (fault,) = caught.value.faults
+    for part in parts:
+        assert part in fault

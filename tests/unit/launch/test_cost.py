@@ -1,0 +1,48 @@
+"""Looking at a run, and starting a finished one again, is cheap: no torch, no NeMo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conf.schema import RunConfig
+from launch.local import ROOT
+from recipes.artifact import locate, write_manifest
+
+HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "datasets", "numpy"}
+CODE = "import sys, launch.run; code = launch.run.main(sys.argv[1:]); print('MODULES', *sys.modules); sys.exit(code)"
+# 1.2 s on two quiet cores; the rest is for busy ones.
+SECONDS = 10.0
+
+
+def cheaply(*arguments: str) -> str:
+    """What `launch.run` prints, once it was seen to take little."""
+    started = time.monotonic()
+    command = [sys.executable, "-c", CODE, "experiment=demo", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert time.monotonic() - started < SECONDS
+    printed, _, names = done.stdout.partition("MODULES ")
+    modules = {name.partition(".")[0] for name in names.split()}
+    assert "launch" in modules
+    assert not modules & HEAVY
+    return printed
+
+
+@pytest.mark.parametrize("argument", ["--list", "--cfg=job"])
+def test_a_look_costs_little_and_writes_nothing(tmp_path: Path, argument: str) -> None:
+    assert "prune" in cheaply(argument, f"run_dir={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_ends_at_once(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo()
+    stages = locate(cfg)
+    for stage in stages.values():
+        stage.folder.mkdir(parents=True)
+        write_manifest(stage, 0.0, 1.0, {})
+    assert cheaply(f"run_dir={cfg.run_dir}").count("complete, skipped") == len(stages)

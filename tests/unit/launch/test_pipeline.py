@@ -1,0 +1,177 @@
+"""The launcher over stages that do nothing, as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conf.load import load_resolved
+from launch import progress
+from launch.run import main
+from tests.helpers.fake_stage import PLAN, TABLE
+
+ALL = ["first", "second", "aside", "report"]
+
+
+class Launcher:
+    """Runs `launch.run` over the fake table on one run folder."""
+
+    def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.run_dir = run_dir
+        self._monkeypatch = monkeypatch
+        self._capfd = capfd
+
+    def run(self, *arguments: str, plan: dict[str, str] | None = None) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        self._monkeypatch.setenv(PLAN, json.dumps(plan or {}))
+        self._capfd.readouterr()
+        status = main(["experiment=demo", f"run_dir={self.run_dir}", *arguments], TABLE)
+        return (status, *self._capfd.readouterr())
+
+    def calls(self) -> list[str]:
+        """The stages that were started since the last call of this."""
+        path = self.run_dir / "calls.txt"
+        names = path.read_text().split() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return names
+
+    def folder(self, stage: str) -> Path:
+        (found,) = self.run_dir.glob(f"{stage}*")
+        return found
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Launcher:
+    return Launcher(tmp_path / "run", monkeypatch, capfd)
+
+
+def test_a_run_a_second_one_and_one_with_a_change(launcher: Launcher) -> None:
+    code, out, err = launcher.run()
+    assert (code, err) == (0, "")
+    assert launcher.calls() == ALL
+    assert load_resolved(launcher.run_dir / "resolved.yaml").name == "demo"
+    log = (launcher.folder("second") / "log.txt").read_text()
+    assert "-m tests.helpers.fake_stage --config" in log.splitlines()[0]
+
+    code, out, err = launcher.run()
+    assert (code, err) == (0, "")
+    assert launcher.calls() == []
+    assert out.count("complete, skipped") == len(ALL)
+
+    assert launcher.run("distill.lr=2e-3")[0] == 0
+    assert launcher.calls() == ["second", "report"]
+    assert load_resolved(launcher.run_dir / "resolved.yaml").distill.lr == 2e-3
+    # Back again: what was made before is still there; only the report, which is one a run folder, is written anew.
+    assert launcher.run("cluster.threads_per_rank=3")[0] == 0
+    assert launcher.calls() == ["report"]
+
+
+def test_until_and_list(launcher: Launcher) -> None:
+    assert launcher.run("--until", "second")[0] == 0
+    assert launcher.calls() == ["first", "second"]
+    code, out, _ = launcher.run("--list")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["first", "complete"],
+        ["second", "complete"],
+        ["aside", "to"],
+        ["report", "to"],
+    ]
+    assert launcher.calls() == []
+    code, _, err = launcher.run("--until", "prune")
+    assert code == 2
+    assert "no such stage" in err
+    assert ", ".join(ALL) in err
+
+
+def test_a_failed_stage_is_named_with_its_last_lines_and_resumed(launcher: Launcher) -> None:
+    code, _, err = launcher.run(plan={"second": "fail"})
+    assert code == 1
+    assert "stage second failed (exit code 1)" in err
+    assert "about to divide" in err
+    assert "ZeroDivisionError: nothing by nothing" in err
+    assert str(launcher.folder("second") / "log.txt") in err
+    assert launcher.calls() == ["first", "second"]
+
+    assert launcher.run()[0] == 0
+    assert launcher.calls() == ALL[1:]
+    # The log of the failed attempt is kept above that of the second one.
+    assert (launcher.folder("second") / "log.txt").read_text().count("--- 20") == 2
+
+
+def test_a_fault_of_the_user_is_shown_alone(launcher: Launcher) -> None:
+    code, _, err = launcher.run(plan={"first": "fault"})
+    assert code == 2
+    assert "stage first failed (exit code 2)\n1 fault in the configuration:\n  - distill.lr=9 is too high; set 1" in err
+    assert "Loading" not in err
+
+
+@pytest.mark.parametrize("action", ["no_manifest", "half"])
+def test_success_without_a_whole_manifest_is_an_error(launcher: Launcher, action: str) -> None:
+    code, _, err = launcher.run("--until", "first", plan={"first": action})
+    assert code == 1
+    assert "no manifest.json" in err
+    assert launcher.run("--until", "first")[0] == 0
+    assert launcher.calls() == ["first", "first"]
+
+
+def test_progress_comes_from_the_metrics_file(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
+    code, out, _ = launcher.run("--until", "first", plan={"first": "train"})
+    assert code == 0
+    (line,) = {line.partition(" s, ")[2] for line in out.splitlines() if "step" in line}
+    assert line == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
+
+
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(launcher: Launcher) -> None:
+    code, _, err = launcher.run("-m", "distill.lr=1e-3,2e-3", "--until", "first")
+    assert (code, err) == (0, "")
+    rates = [load_resolved(launcher.run_dir / number / "resolved.yaml").distill.lr for number in "01"]
+    assert rates == [1e-3, 2e-3]
+    assert not (launcher.run_dir / "resolved.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["-m", "prune.num_layers=4,9"], "prune.num_layers=9 is larger"),
+        (["distill.lrr=1", "cluster.nodes=0"], "2 faults in the configuration:\n"),
+        (["data.train=[nowhere/a.jsonl]"], "data.train names nowhere/a.jsonl, not to be found"),
+        (["cluster.nodes=2", "distill.global_batch_size=8", "model.demo.training.global_batch_size=8"], "this machine"),
+        (["distill.lr=1e-3,1e-4"], "add --multirun"),
+    ],
+)
+def test_a_fault_starts_nothing(launcher: Launcher, arguments: list[str], fault: str) -> None:
+    code, out, err = launcher.run(*arguments)
+    assert (code, out) == (2, "")
+    assert fault in err
+    assert not launcher.run_dir.exists()
+
+
+def test_a_run_folder_that_cannot_be_written(launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = launcher.run(f"run_dir={tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert str(tmp_path / "file") in err
+    assert "set another run_dir" in err
+
+
+def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launcher.run("--until", "first")
+    cores = len(os.sched_getaffinity(0))
+    assert f"threads {cores}\n" in (launcher.folder("first") / "log.txt").read_text()
+    launcher.run("cluster.threads_per_rank=5", "seed=2", "--until", "first")
+    logs = {path.read_text().splitlines()[1] for path in launcher.run_dir.glob("first-*/log.txt")}
+    assert logs == {f"threads {cores}", "threads 5"}
+
+
+def test_a_run_that_may_not_fit_the_disk_is_warned_about(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100_000_000)
+    code, out, _ = launcher.run("--until", "first")
+    assert code == 0
+    # Demo: 5.2 M and about 3.7 M parameters; (5.2 + 2 * 3 * 3.7) * 2 bytes of models, 2 * 2 * 3.7 * 14 of checkpoints.
+    assert "has 0.1 GB free, and the whole run writes about 0.3 GB" in out

@@ -1,0 +1,123 @@
+"""The status line and what a failed stage's log says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from launch import lock, progress
+from launch.failure import exit_words, read_reason
+from launch.progress import Progress, duration, training_status
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminals_line_is_rewritten() -> None:
+    stream = Terminal()
+    shown = Progress(stream)
+    shown.status("one")
+    shown.status("two" * 200)
+    shown.event("done")
+    shown.event("next")
+    first, second, done, after = stream.getvalue().replace("\n", "\r").split("\r")[1:5]
+    assert first == "\x1b[2Kone"
+    assert second.startswith("\x1b[2Ktwotwo")
+    # Never wider than the terminal, or it could not be rewritten.
+    assert len(second) < 200
+    assert (done, after) == ("\x1b[2Kdone", "next")
+
+
+def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    shown = Progress(stream)
+    for second in range(40):
+        now[0] = 100.0 + second
+        shown.status(str(second))
+    assert stream.getvalue().split() == ["15", "30"]
+
+
+def test_training_status_takes_the_newest_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "max_steps": 5000, "loss": 3.0 - step / 5000} for step in range(1000)]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 999, "val_loss": 3.5}])
+    path.write_text(text + '{"step": 1000, "lo')
+    assert training_status(path, since=0) == "step 999/5000, loss 2.800, val loss 3.500"
+    assert training_status(path, since=time.time() + 100) == ""
+    assert training_status(tmp_path / "none", since=0) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (60, "1:00"), (725, "12:05"), (10925, "3:02:05")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_exit_words() -> None:
+    assert exit_words(3) == "exit code 3"
+    assert exit_words(-9) == "killed by SIGKILL (out of memory?)"
+    assert exit_words(-15) == "killed by SIGTERM"
+
+
+def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("error: of the first attempt\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("x.py:1: UserWarning: noise\n\n" + "".join(f"line {number}\n" for number in range(50)))
+        file.write("E1122 02:45:26.013000 4951 /s/torch/distributed/elastic/multiprocessing/api.py:1002] failed ")
+        file.write("(exitcode: 1) local_rank: 3 (pid: 5024) of binary: python\nTraceback: of torchrun's own\n")
+    reason = read_reason(log, start)
+    assert reason.fault is None
+    assert reason.death == "rank 3: exit code 1"
+    assert reason.lines == [f"line {number}" for number in range(20, 50)]
+
+
+def test_a_fault_of_several_lines_is_taken_whole_and_once(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    fault = "error: 2 faults in the configuration:\n  - one\n  - two\n"
+    log.write_text(f"Loading\n{fault}[rank1]: {fault}W1122 torchrun\n")
+    assert read_reason(log, 0).fault == "2 faults in the configuration:\n  - one\n  - two"
+
+
+def test_a_lock_says_who_holds_it(tmp_path: Path) -> None:
+    with lock.held(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text()) == {"pid": os.getpid(), "host": socket.gethostname()}
+        with (
+            pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on .*set another run_dir"),
+            lock.held(tmp_path),
+        ):
+            raise AssertionError
+    with lock.held(tmp_path):
+        pass
+
+
+def test_a_lock_on_another_machine_is_not_waited_for(tmp_path: Path) -> None:
+    with lock.held(tmp_path):
+        (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere"}')
+        with pytest.raises(ConfigError, match="in use by process 1 on elsewhere"), lock.held(tmp_path):
+            raise AssertionError
+
+
+def test_a_dead_holders_lock_is_waited_for(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with lock.held(tmp_path):
+        (tmp_path / ".lock").write_text(json.dumps({"pid": dead.pid, "host": socket.gethostname()}))
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match="in use"), lock.held(tmp_path, seconds=0.5):
+            raise AssertionError
+        assert time.monotonic() - started >= 0.5

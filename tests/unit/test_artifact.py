@@ -1,0 +1,225 @@
+"""Identities, folders and manifests of stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from conf.hf_shape import may_be_hub_id
+from conf.load import compose
+from conf.schema import RunConfig
+from recipes import artifact
+from recipes.artifact import fingerprint, identity_view, locate, read_manifest, write_manifest
+
+Compose = Callable[..., RunConfig]
+
+
+def folders(cfg: RunConfig) -> dict[str, tuple[str, str]]:
+    return {name: (str(stage.folder), stage.config_hash) for name, stage in locate(cfg).items()}
+
+
+def changed(before: RunConfig, after: RunConfig) -> list[str]:
+    """The stages whose identity differs, in order."""
+    first, second = folders(before), folders(after)
+    return [name for name in first if first[name] != second[name]]
+
+
+AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "verify", "evaluate", "report"]
+EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "prune", *AFTER_DISTILL]
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("distill.lr=2e-3", AFTER_DISTILL),
+        ("prune.num_layers=3", ["prune", *AFTER_DISTILL]),
+        ("evaluate.seq_length=128", ["evaluate", "report"]),
+        ("evaluate.verify_tokens=64", ["verify", "report"]),
+        ("data.max_document_tokens=100", ["prepare_data", "prune", *AFTER_DISTILL]),
+        ("model.demo.training.max_steps=900", EVERYTHING),
+        ("seed=1", EVERYTHING),
+        ("name=other", ["report"]),
+        # Where and how visibly it is computed changes nothing.
+        ("cluster=one_node cluster.devices_per_node=1", []),
+        ("cluster.threads_per_rank=7", []),
+        ("distill.micro_batch_size=2", []),
+        ("distill.recompute=full", []),
+        ("distill.save_every_n_steps=5", []),
+        ("distill.overlap_param_gather=false", []),
+        ("model.demo.training.log_every_n_steps=1", []),
+        ("prune.micro_batch_size=1", []),
+        ("evaluate.micro_batch_size=1", []),
+    ],
+)
+def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:
+    assert changed(demo(), demo(*override.split())) == stages
+
+
+def test_another_layout_is_the_same_run(demo: Compose) -> None:
+    parallel = ["cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2"]
+    training = ["model.demo.training.parallel.pipeline_model_parallel_size=2", "prune.pipeline_model_parallel_size=2"]
+    assert changed(demo(), demo(*parallel, *training)) == []
+
+
+def test_folders_are_named_by_stage_and_hash(demo: Compose, tmp_path: Path) -> None:
+    located = locate(demo())
+    for name, stage in located.items():
+        expected = name if name == "report" else f"{name}-{stage.config_hash[:8]}"
+        assert stage.folder == tmp_path / "run" / expected
+    assert located["distill"].inputs["student"] == located["prune"].folder / "nemo"
+    assert len({stage.folder for stage in located.values()}) == len(located)
+
+
+def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = demo()
+    before = folders(cfg)
+    monkeypatch.setattr(artifact, "library_versions", lambda: {"torch": "0"})
+    assert all(before[name] != now for name, now in folders(cfg).items())
+
+
+def test_the_build_of_torch_is_none_of_it() -> None:
+    assert "+" not in artifact.library_versions()["torch"]
+    assert artifact._version("no-such-distribution") == "absent"
+
+
+def own(tmp_path: Path, *overrides: str) -> RunConfig:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "tokenizer.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text("a")
+    (tmp_path / "b.jsonl").write_text("b")
+    cfg = compose(["experiment=qwen3_8b_to_6b_depth", f"data.train=[{tmp_path}/*.jsonl]", *overrides])
+    cfg.model.hf_path = str(model)
+    return cfg
+
+
+def test_the_users_files_are_known_by_content(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    located = locate(cfg)
+    assert located["prepare_data"].inputs["train"] == (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert located["prepare_data"].inputs["tokenizer"] == tmp_path / "model"
+    before = folders(cfg)
+    (tmp_path / "b.jsonl").write_text("c")
+    now = folders(cfg)
+    assert next(name for name in before if before[name] != now[name]) == "prepare_data"
+    assert before["hf_to_nemo"] == now["hf_to_nemo"]
+
+
+def test_the_tokenizer_is_part_of_the_identity(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    before = folders(cfg)
+    (tmp_path / "model" / "tokenizer.json").write_text('{"other": 1}')
+    assert before["prepare_data"] != folders(cfg)["prepare_data"]
+
+
+def test_a_hub_id_is_known_by_its_revision(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    cfg.model.hf_path = "Qwen/Qwen3-8B"
+    located = locate(cfg)
+    assert located["hf_to_nemo"].inputs["hf_model"] == "Qwen/Qwen3-8B"
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, revision="v2"))
+    assert changed(cfg, other)[0] == "prepare_data"
+
+
+def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    cfg.model.hf_path = str(tmp_path / "no-model")
+    # Looks like a Hub id, but documents never come from there.
+    cfg.data.train = ["data/nowhere.jsonl"]
+    with pytest.raises(ConfigError) as caught:
+        locate(cfg)
+    tokenizer, train = caught.value.faults
+    assert f"stage prepare_data, input tokenizer: '{tmp_path}/no-model' does not exist" in tokenizer
+    assert "stage prepare_data, input train: 'data/nowhere.jsonl' does not exist" in train
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("Qwen/Qwen3-8B", True),
+        *((path, False) for path in ("/models/qwen", "./a/b", "~/qwen", "a/b/c", "qwen", "data/*.jsonl", "owner/", "")),
+    ],
+)
+def test_what_looks_like_a_hub_id(path: str, expected: bool) -> None:
+    assert may_be_hub_id(path) is expected
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a").write_text("1")
+    before = fingerprint(tmp_path)
+    (tmp_path / ".hidden").write_text("nothing")
+    assert fingerprint(tmp_path) == before
+    os.rename(tmp_path / "sub" / "a", tmp_path / "sub" / "b")
+    renamed = fingerprint(tmp_path)
+    assert renamed != before
+    (tmp_path / "sub" / "b").write_text("2")
+    assert fingerprint(tmp_path) != renamed
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fingerprint(tmp_path / "none")
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+def test_large_files_are_known_by_size_and_samples(tmp_path: Path, offset: int) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(artifact.WHOLE_FILE_BYTES + 1))
+    before = fingerprint(path)
+    content = bytearray(path.read_bytes())
+    content[offset] = 1
+    path.write_bytes(content)
+    # Files are remembered by their time stamp, which two quick writes may share.
+    os.utime(path, ns=(1, 1))
+    assert fingerprint(path) != before
+    path.write_bytes(bytes(artifact.WHOLE_FILE_BYTES + 2))
+    assert fingerprint(path) != before
+
+
+def test_placement_is_left_out_of_the_view(demo: Compose) -> None:
+    view = identity_view(demo().distill)
+    assert view["loss"] == "kd"
+    assert "micro_batch_size" not in view
+    assert "parallel" not in view
+    assert view["global_batch_size"] == 4
+
+
+def test_manifests(demo: Compose) -> None:
+    located = locate(demo())
+    stage = located["prepare_data"]
+    assert not stage.complete
+    stage.folder.mkdir(parents=True)
+    write_manifest(stage, 10.0, 12.5, {"tokens": 7})
+    assert stage.complete
+    manifest = read_manifest(stage.folder)
+    assert manifest is not None
+    assert set(manifest) == {"stage", "status", "config_hash", "inputs", "versions", "git_commit"} | {
+        "started",
+        "ended",
+        "seconds",
+        "metrics",
+    }
+    assert manifest["seconds"] == 2.5
+    assert manifest["inputs"]["train"]["path"] == f"{located['demo_model'].folder.name}/corpus/train.jsonl"
+    assert [entry.name for entry in stage.folder.iterdir()] == ["manifest.json"]
+    # Another identity in the same folder (the report's) is not this one.
+    assert read_manifest(stage.folder, "other") is None
+
+
+@pytest.mark.parametrize("content", ["", '{"stage": "prune", "stat', '{"status": "running"}', "{}", "[]", "null"])
+def test_what_is_no_whole_manifest(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert read_manifest(tmp_path) is None
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    artifact.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        artifact.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]

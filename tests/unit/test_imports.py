@@ -1,0 +1,153 @@
+"""The house's rules on who may import whom, held by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from recipes.stages import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("conf", "recipes", "convert", "launch")
+STAGE_MODULES = {stage.module for stage in STAGES}
+NO_TORCH = ("conf.", "launch.", "recipes.stages", "recipes.artifact")
+HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "transformer_engine", "lightning", "datasets"}
+UPSTREAM = {"nemo", "megatron", "modelopt", "transformer_engine", "lightning"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: of which file's, and whether at import time or inside a function."""
+
+    by: str
+    name: str
+    top_level: bool
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.by} imports {self.name}"
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in OURS:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            # The stand-in is another distribution's package, and no module of ours imports it.
+            if "site" not in path.relative_to(ROOT).parts:
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                yield name.removesuffix(".__init__"), path
+
+
+def imports_of(name: str, source: str) -> Iterator[Import]:
+    def walk(node: ast.AST, top_level: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (Import(name, alias.name, top_level) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name}: relative import"
+                yield from (Import(name, f"{child.module}.{alias.name}", top_level) for alias in child.names)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                yield from walk(ast.Module(child.orelse, []), top_level)
+            else:
+                inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+                yield from walk(child, top_level and not inside)
+
+    yield from walk(ast.parse(source), True)
+
+
+IMPORTS = [found for name, path in modules() for found in imports_of(name, path.read_text())]
+
+
+def within(name: str, *places: str) -> bool:
+    """Whether a dotted name is one of the places, or inside one that ends in a dot."""
+    return any(name == place or (place.endswith(".") and f"{name}.".startswith(place)) for place in places)
+
+
+def named(found: Import, *places: str) -> bool:
+    """The same of what is imported, of which `from a import b` may name a module or something in it."""
+    return within(found.name, *places) or within(found.name.rpartition(".")[0], *places)
+
+
+# Package of ours -> what of ours it may import.
+MAY_IMPORT = {
+    "conf": ("conf.",),
+    "recipes.runtime": ("conf.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
+    "recipes": ("conf.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
+    "convert": ("conf.", "convert.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
+    "launch": ("conf.", "launch.", "recipes.stages", "recipes.artifact"),
+}
+
+
+def home(name: str) -> str:
+    return next(place for place in ("recipes.runtime", *OURS) if within(name, f"{place}."))
+
+
+def report(broken: list[Import]) -> str:
+    return "\n".join(map(str, broken))
+
+
+def test_packages_import_in_one_direction() -> None:
+    ours = [found for found in IMPORTS if found.package in OURS]
+    broken = [found for found in ours if not named(found, *MAY_IMPORT[home(found.by)])]
+    assert not broken, report(broken)
+
+
+def test_no_stage_imports_a_stage() -> None:
+    broken = [found for found in IMPORTS if named(found, *STAGE_MODULES) and found.by != found.name]
+    assert not broken, report(broken)
+
+
+def test_configs_and_launchers_know_nothing_heavy() -> None:
+    broken = [found for found in IMPORTS if within(found.by, *NO_TORCH) and found.package in HEAVY]
+    assert not broken, report(broken)
+
+
+def test_upstream_is_imported_under_runtime_or_inside_functions() -> None:
+    elsewhere = [found for found in IMPORTS if not within(found.by, "recipes.runtime.")]
+    broken = [found for found in elsewhere if found.package in UPSTREAM and found.top_level]
+    assert not broken, report(broken)
+
+
+def test_modules_that_run_as_main_import_nothing_heavy_at_the_top() -> None:
+    """A process that saves a checkpoint spawns one that imports its `__main__` again."""
+    closure = set(STAGE_MODULES)
+    while True:
+        more = {
+            name
+            for name, _ in modules()
+            for found in IMPORTS
+            if found.by in closure and found.top_level and named(found, name)
+        }
+        if more <= closure:
+            break
+        closure |= more
+    broken = [found for found in IMPORTS if found.by in closure and found.top_level and found.package in UPSTREAM]
+    assert not broken, report(broken)
+
+
+def test_nothing_of_the_tests_or_unknown_packages_of_ours_is_imported() -> None:
+    assert [found for found in IMPORTS if found.package == "tests"] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch", [("torch", True)]),
+        ("def f():\n    from nemo import x", [("nemo.x", False)]),
+        ("class A:\n    import nemo", [("nemo", True)]),
+        ("try:\n    import a.b\nexcept ImportError:\n    pass", [("a.b", True)]),
+        ("if TYPE_CHECKING:\n    import torch\nelse:\n    import b", [("b", True)]),
+    ],
+)
+def test_the_reader_of_imports(source: str, expected: list[tuple[str, bool]]) -> None:
+    assert [(found.name, found.top_level) for found in imports_of("x", source)] == expected
+
+
+def test_the_reader_found_the_sources() -> None:
+    assert {"conf.load", "launch.run", "recipes.stages"} <= {found.by for found in IMPORTS}
