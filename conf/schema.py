@@ -36,6 +36,14 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class MatmulPrecision(Enum):
+    """How fp32 matrix products are computed, in torch's terms: `medium` may go through bf16, `high` through TF32."""
+
+    highest = "highest"
+    high = "high"
+    medium = "medium"
+
+
 class Recompute(Enum):
     """Activation recomputation: nothing, the attention core, or whole layers."""
 

@@ -1,19 +1,22 @@
 """python -m convert.verify --config RUN_DIR/resolved.yaml
+python -m convert.verify --hf-model FOLDER --checkpoint FOLDER [--tokens 128]
 
 Checks both conversions: on held-out text, the logits of a NeMo checkpoint against those of its Hugging Face twin.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
 from conf.schema import RunConfig
-from recipes.runtime.stage_main import stage_main
+from recipes.runtime.stage_main import command_line, stage_main
 
-log = logging.getLogger("verify")
+log = logging.getLogger("convert.verify")
 
 # Share of the largest logit by which twins may differ. On a CPU they differ by the order of their sums alone (1e-6 of
 # it); on a GPU Transformer Engine multiplies fp32 as TF32, whose step is 1e-3. A wrong tensor costs more than a tenth.
@@ -36,15 +39,27 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {"tokens": tokens}
     for check, model in (("import", "teacher"), ("export", "student")):
         folder = local_folder(inputs[f"{model}_hf"], cfg.model.revision if model == "teacher" else None, weights=True)
-        difference, largest = compare_logits(folder, inputs[f"{model}_nemo"], ids)
-        log.info("%s of the %s: logits differ by at most %.2e, the largest is %.1f", check, model, difference, largest)
-        if not difference <= LARGEST_SHARE * largest:
-            raise InputError(
-                f"after {check} the {model}'s logits differ by up to {difference:.2e} between Hugging Face and NeMo, the"
-                f" largest being {largest:.1f}: the conversion of this model can't be trusted"
-            )
-        metrics[f"{check}_max_abs_logit_diff"] = difference
+        metrics[f"{check}_max_abs_logit_diff"] = check_twins(folder, inputs[f"{model}_nemo"], ids)
     return metrics
+
+
+def check_twins(hf_folder: Path, checkpoint: Path, ids: Any) -> float:
+    """The largest absolute difference of the logits of a NeMo checkpoint and its Hugging Face twin.
+
+    Args:
+        ids: `[b, s]` int64 token ids.
+
+    Raises:
+        InputError: it is more than rounding explains.
+    """
+    difference, largest = compare_logits(hf_folder, checkpoint, ids)
+    log.info("%s: logits differ by at most %.2e, the largest is %.1f", checkpoint, difference, largest)
+    if not difference <= LARGEST_SHARE * largest:
+        raise InputError(
+            f"the logits of {checkpoint} and {hf_folder} differ by up to {difference:.2e}, the largest being"
+            f" {largest:.1f}: they are not the same model"
+        )
+    return difference
 
 
 def compare_logits(hf_folder: Path, checkpoint: Path, ids: Any) -> tuple[float, float]:
@@ -74,5 +89,26 @@ def compare_logits(hf_folder: Path, checkpoint: Path, ids: Any) -> tuple[float, 
     return difference.item(), theirs.abs().max().item()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-model", required=True, type=Path, help="a Hugging Face model's folder")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a NeMo checkpoint (its context is code)")
+    parser.add_argument("--tokens", type=int, default=128, help="how many random tokens to compare on (128)")
+    args = parser.parse_args()
+    with command_line():
+        from recipes.runtime import backend
+
+        backend.activate()
+        import torch
+        from transformers import AutoConfig
+
+        vocab_size = AutoConfig.from_pretrained(args.hf_model).vocab_size
+        ids = torch.randint(vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
+        print(f"max_abs_logit_diff {check_twins(args.hf_model, args.checkpoint, ids):.3e}")
+
+
 if __name__ == "__main__":
-    stage_main(run, "verify")
+    if "--config" in sys.argv:
+        stage_main(run, "verify")
+    else:
+        main()

@@ -31,10 +31,10 @@ def check(cfg: RunConfig) -> None:
 
 
 def command(located: Located, resolved: Path) -> list[str]:
-    """What starts a stage; by torchrun where its ranks form a process group."""
+    """What starts a stage: torchrun where it has several ranks (for one it would add 5 s and nothing else)."""
     ranks = located.stage.ranks(located.cfg)
     launcher = [sys.executable, "-m"]
-    if located.stage.distributed or ranks > 1:
+    if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     return [*launcher, located.stage.module, "--config", str(resolved), "--stage", located.stage.name]
 
@@ -48,9 +48,8 @@ def environment(located: Located) -> dict[str, str]:
         env["OMP_NUM_THREADS"] = str(threads)
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     env["PYTHONUNBUFFERED"] = "1"
-    # The tokenizer's threads help where documents are encoded; in a training process they do not survive the fork
-    # of the data loader's workers, about which tokenizers would warn.
-    env.setdefault("TOKENIZERS_PARALLELISM", "false" if located.stage.distributed else "true")
+    # Said outright, or tokenizers stops using threads once the data loader's workers have been forked, with a warning.
+    env.setdefault("TOKENIZERS_PARALLELISM", "true")
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return env
 

@@ -72,7 +72,12 @@ def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Non
             vocab_size=vocab_size, show_progress=False, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet
         ),
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_input_names=["input_ids", "attention_mask"],
+    )
     fast.save_pretrained(folder)
 
 

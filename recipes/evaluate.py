@@ -15,7 +15,7 @@ from conf.schema import EvaluateConfig, RunConfig
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import stage_main
 
-log = logging.getLogger("evaluate")
+log = logging.getLogger("recipes.evaluate")
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:

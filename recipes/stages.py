@@ -57,7 +57,7 @@ class Stage:
         module: what `python -m` runs.
         sections: dotted config keys that decide the result, besides the inputs and `seed`.
         inputs: the stage's inputs by name, for a config.
-        ranks: how many processes it wants; above 1, or where `distributed`, torchrun starts them.
+        ranks: how many processes it wants; above 1, torchrun starts them.
         wanted: whether a config asks for the stage at all.
         settings: config values that make a variant of the stage, by dotted key.
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
@@ -68,7 +68,6 @@ class Stage:
     sections: tuple[str, ...]
     inputs: Callable[[RunConfig], dict[str, Source]]
     ranks: Callable[[RunConfig], int] = _one
-    distributed: bool = False
     wanted: Callable[[RunConfig], bool] = _always
     settings: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
@@ -126,7 +125,6 @@ STAGES: tuple[Stage, ...] = (
         "recipes.demo_model",
         ("model",),
         lambda cfg: {},
-        distributed=True,
         wanted=lambda cfg: cfg.model.demo is not None,
     ),
     Stage(
@@ -142,16 +140,14 @@ STAGES: tuple[Stage, ...] = (
         ("prune",),
         lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
-        distributed=True,
     ),
-    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, distributed=True),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size),
     Stage(
         "distill.ce",
         "recipes.distill",
         ("distill",),
         _distill_inputs,
         world_size,
-        distributed=True,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
         settings={"distill.loss": Loss.ce},
     ),

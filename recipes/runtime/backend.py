@@ -84,8 +84,8 @@ def _activate_gpu() -> Backend:
     spec = importlib.util.find_spec("transformer_engine")
     if spec is None or (spec.origin or "").startswith(str(_SITE)):
         raise ConfigError(
-            f"CUDA is available ({name} x {count}) but Transformer Engine is not installed: run in the container of the "
-            "Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            f"CUDA is available ({name} x {count}) but Transformer Engine is not installed: run in the container of "
+            "the Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     _LOG.info("backend: gpu (%s x %d)", name, count)
     return Backend(name="gpu", device="cuda", accelerator="gpu", process_group="nccl")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
-from conf.schema import Family
 from recipes.artifact import write_json
 
-log = logging.getLogger("huggingface")
+log = logging.getLogger("recipes.huggingface")
 
 # Everything of a model's folder that is neither weights nor code nor prose.
 CARRIED_OVER = (
@@ -36,7 +35,7 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool) -> 
         weights: whether the weights are wanted, or only what describes the model.
 
     Raises:
-        InputError: neither a folder with a config.json nor a repository that can be had.
+        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code.
     """
     folder = Path(source)
     if not folder.exists():
@@ -52,12 +51,18 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool) -> 
             ) from error
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and "auto_map" in json.loads((folder / name).read_text()):
+            raise InputError(
+                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
+                " class is part of transformers, or take auto_map out if it needs none of that code"
+            )
     if weights and not list(folder.glob("*.safetensors")):
         raise InputError(f"{folder} holds no *.safetensors; save the model with safe_serialization=True")
     return folder
 
 
-def import_model(source: Path, family: Family, checkpoint: Path, staging: Path) -> None:
+def import_model(source: Path, checkpoint: Path, staging: Path) -> None:
     """Writes a Hugging Face model as a NeMo checkpoint, with NeMo's importer on the CPU.
 
     Put right here: NeMo's Qwen3 importer leaves `head_dim` at 128 whatever config.json says
@@ -66,21 +71,23 @@ def import_model(source: Path, family: Family, checkpoint: Path, staging: Path) 
 
     Args:
         checkpoint: the folder to be written; must not exist.
-        staging: an empty folder for the tokenizer, kept until the import is done.
+        staging: a folder for the tokenizer, kept until the import is done.
+
+    Raises:
+        InputError: the model is of a family that is not known here.
     """
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     from recipes.runtime.nemo_api import configure
 
-    model_class = {Family.qwen3: llm.Qwen3Model, Family.llama: llm.LlamaModel}[family]
+    model_classes = {"qwen3": llm.Qwen3Model, "llama": llm.LlamaModel}
     hf_config = json.loads((source / "config.json").read_text())
-    if hf_config.get("model_type") != family.value:
-        raise InputError(
-            f"{source} holds a {hf_config.get('model_type')!r} model, but model.family={family.value}; set it to match"
-        )
+    family = hf_config.get("model_type")
+    if family not in model_classes:
+        raise InputError(f"{source} holds a {family!r} model; the families known here are {', '.join(model_classes)}")
     copy_side_files(source, staging)
-    importer: Any = model_class.importer(f"hf://{source.absolute()}")
+    importer: Any = model_classes[family].importer(f"hf://{source.absolute()}")
     # Both are cached properties of the importer: what is set here is what it uses.
     importer.__dict__["tokenizer"] = AutoTokenizer(str(staging))
     importer.trust_remote_code = False

@@ -30,7 +30,7 @@ from recipes.runtime import backend
 from recipes.runtime.indexed_data import DataFolder
 from recipes.runtime.stage_main import world_size
 
-log = logging.getLogger("nemo_api")
+log = logging.getLogger("recipes.nemo_api")
 
 
 def load_model(checkpoint: Path) -> llm.GPTModel:
@@ -96,6 +96,10 @@ def make_trainer(
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,
         ckpt_async_save=False,
+        # The optimizer's state in the model's own shapes, so that a run resumes on any layout. The default layout also
+        # fails to load in fp32: its in-place copy into a leaf is not under no_grad
+        # (megatron/core/optimizer/distrib_optimizer.py:928).
+        ckpt_optim_fully_reshardable=True,
         # Transformer Engine's `_extra_state` entries come and go with its version and with ModelOpt's layer spec; a
         # missing parameter would pass as well, so every load is followed by `check_parameters`.
         ckpt_load_strictness=StrictHandling.LOG_ALL,

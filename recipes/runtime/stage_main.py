@@ -13,11 +13,12 @@ import ctypes
 import errno
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from conf.schema import RunConfig
 from recipes.artifact import Located, locate, write_manifest
 from recipes.stages import Output
 
-log = logging.getLogger("stage")
+log = logging.getLogger("recipes.stage")
 
 Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
@@ -43,9 +44,9 @@ def stage_main(run: Run, default_stage: str) -> None:
     parser.add_argument("--config", required=True, type=Path, help="RUN_DIR/resolved.yaml")
     parser.add_argument("--stage", default=default_stage, help="the stage, or a variant of it")
     args = parser.parse_args()
-    end_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    try:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_torchrun()
+    with command_line():
         located = _ready(args.config, args.stage)
         if located.complete:
             log.info("%s is complete in %s", args.stage, located.folder)
@@ -55,13 +56,28 @@ def stage_main(run: Run, default_stage: str) -> None:
         metrics = run(located.cfg, located.inputs, located.folder)
         if rank() == 0:
             write_manifest(located, started, time.time(), metrics)
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Logs to standard error, and turns what the user can mend into one `error:` line and exit status 2."""
+    _log_to_stderr()
+    try:
+        yield
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
-    except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # Wrapped by then in whatever the writer raises, and sometimes only quoted.
+        if not any(os.strerror(number) in traceback.format_exc() for number in (errno.ENOSPC, errno.EDQUOT)):
             raise
-        free = shutil.disk_usage(located.folder).free / 1e9
-        sys.exit(_fail(f"no space left while writing {located.folder} ({free:.2f} GB free); free some and run again"))
+        sys.exit(_fail(f"no space left ({error}); nothing that was complete is lost: free some space and run again"))
+
+
+def _log_to_stderr() -> None:
+    """Our own messages from INFO on, the libraries' from WARNING on (NeMo's own logger does as it likes)."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for package in ("recipes", "convert"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def _ready(config: Path, stage: str) -> Located:
@@ -99,8 +115,8 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def end_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, so that no rank outlives a killed launcher or torchrun."""
+def end_with_torchrun() -> None:
+    """Asks Linux to kill this rank when the torchrun that started it dies: no rank outlives a killed launcher."""
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)

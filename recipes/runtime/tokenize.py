@@ -14,7 +14,7 @@ from conf.errors import InputError
 from conf.schema import DataConfig
 from recipes.runtime.indexed_data import DataFolder, DocumentWriter, batched
 
-log = logging.getLogger("tokenize")
+log = logging.getLogger("recipes.tokenize")
 
 # Documents encoded together: the tokenizer's threads share a batch out.
 BATCH = 512
@@ -119,8 +119,9 @@ def _tokenizer(folder: Path) -> tuple[Any, int]:
         raise InputError(f"the tokenizer in {folder} has no eos_token to end documents with; set it in its config")
     if tokenizer.eos_token_id >= vocab_size:
         raise InputError(
-            f"the tokenizer in {folder} ends documents with token id {tokenizer.eos_token_id}, but the model's vocab_size"
-            f" is {vocab_size}; set model.hf_path to a folder whose tokenizer and config.json belong together"
+            f"the tokenizer in {folder} ends documents with token id {tokenizer.eos_token_id}, but the model's"
+            f" vocab_size is {vocab_size}; set model.hf_path to a folder whose tokenizer and config.json belong"
+            " together"
         )
     return tokenizer, vocab_size
 

@@ -31,7 +31,7 @@ from recipes.runtime.indexed_data import DataFolder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import rank, world_size
 
-log = logging.getLogger("training")
+log = logging.getLogger("recipes.training")
 
 
 def train(
@@ -54,6 +54,7 @@ def train(
     _check(cfg, data)
     checkpoints = out / "checkpoints"
     if not (out / "nemo").exists():
+        torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
         progress = Progress(cfg, out / "metrics.jsonl")
         callbacks: list[Callback] = [progress, Checkpoints(cfg, checkpoints, out / "nemo")]

@@ -37,7 +37,7 @@ TABLE = (
     Stage("aside", MODULE, ("prune",), lambda cfg: _after("first")),
     Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report"),
 )
-DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, _ranks, distributed=True),)
+DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, _ranks),)
 
 
 def _act(action: str, folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_the_user_is_read_from_torchruns_log(tmp_path: Path) -> None:
-    with launched(tmp_path, {"ranks": "fault"}, mode="launch_ranks") as launcher:
+    with launched(tmp_path, {"ranks": "fault"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         _, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 2
     assert "stage ranks failed (rank 0: exit code 2)\n1 fault in the configuration:\n  - distill.lr=9" in err

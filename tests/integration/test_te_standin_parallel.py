@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
-# --- modules against the same module on one rank ---------------------------------------------------------------------
+# --- modules against the same module on one rank --------------------------------------------------------------------
 
 
 def _cut(tensor: torch.Tensor, dim: int, parts: int, rank: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_dropout_differs_between_tensor_parallel_ranks_inside_attention_alone() 
     assert outside_0 == outside_1
 
 
-# --- a whole model against transformers --------------------------------------------------------------------------------
+# --- a whole model against transformers -----------------------------------------------------------------------------
 
 VOCABULARY, LENGTH, BATCH, STEPS = 96, 32, 4, 4
 LEARNING_RATE, MAX_NORM = 1e-2, 0.5
@@ -252,7 +252,8 @@ def _megatron_model(backend_config: dict[str, Any], layout: dict[str, Any]) -> A
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         bias_activation_fusion=True,
-        cross_entropy_loss_fusion=True,
+        # Fused, Megatron rounds the gradient of the logits to bf16 (megatron/core/fusions/fused_cross_entropy.py:82).
+        cross_entropy_loss_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         pipeline_dtype=torch.float32,
@@ -367,11 +368,11 @@ def test_training_follows_transformers(layout: str) -> None:
     for differences in run_ranks(_train_as_hf, 1 if layout == "one_rank" else 2, LAYOUTS[layout]):
         assert differences["learned"] > 0.1
         # fp32 rounding of losses near 4.6 and logits of order 1, grown over four steps.
-        assert differences["loss"] < 2e-5
-        assert differences["logits"] < 2e-4
+        assert differences["loss"] < 5e-6
+        assert differences["logits"] < 5e-5
 
 
-# --- the optimizer's state on disk ---------------------------------------------------------------------------------------
+# --- the optimizer's state on disk ----------------------------------------------------------------------------------
 
 
 def _checkpoint_round_trip(folder: str) -> None:
@@ -420,7 +421,7 @@ def test_a_resumed_optimizer_goes_on_exactly(tmp_path: Any) -> None:
     run_ranks(_checkpoint_round_trip, 2, str(tmp_path / "checkpoint"))
 
 
-# --- the helper itself -----------------------------------------------------------------------------------------------------
+# --- the helper itself ----------------------------------------------------------------------------------------------
 
 
 def _fail_on_rank_1() -> None:

@@ -1,1 +1,1 @@
-"""What stands in for Transformer Engine and torch.cuda where there is no CUDA; used by `recipes.runtime.backend` alone."""
+"""Stand-ins for Transformer Engine and torch.cuda where there is no CUDA; `recipes.runtime.backend` alone uses them."""

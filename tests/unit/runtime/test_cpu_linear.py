@@ -1,4 +1,4 @@
-"""The stand-in's Linear and LayerNormLinear on one rank; splits are in tests/integration/test_te_standin_parallel.py."""
+"""The stand-in's Linear and LayerNormLinear on one rank; split: tests/integration/test_te_standin_parallel.py."""
 
 from __future__ import annotations
 

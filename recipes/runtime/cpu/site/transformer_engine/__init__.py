@@ -2,10 +2,11 @@
 
 It holds what Megatron-Core, NeMo and Model Optimizer use of Transformer Engine when they train, prune and export dense
 GPT models, with the same signatures, parameter names, tensor layouts and parallelism. What it cannot do it refuses with
-`NotImplementedError`. Megatron meets it at megatron/core/extensions/transformer_engine.py:53.
+`NotImplementedError`. Megatron meets it at megatron/core/extensions/transformer_engine.py:58.
 
-The version is 1.9: below it Megatron replaces the QK norm (megatron/core/extensions/transformer_engine_spec_provider.py:50),
-from 1.10 on it asks for more modules and arguments (megatron/core/extensions/transformer_engine.py:935, :952).
+The version is 1.9: below it Megatron replaces the QK norm
+(megatron/core/extensions/transformer_engine_spec_provider.py:50), from 1.10 on it asks for more modules and arguments
+(megatron/core/extensions/transformer_engine.py:924, :957).
 
 Raises:
     ImportError: on import, where CUDA is available or a real Transformer Engine is installed as well.

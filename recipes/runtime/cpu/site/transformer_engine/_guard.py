@@ -27,8 +27,8 @@ def refuse_beside_the_real_one() -> None:
     """Raise ImportError where CUDA is available or a real Transformer Engine is installed."""
     if torch.cuda.is_available():
         raise ImportError(
-            f"the CPU stand-in for Transformer Engine was imported where CUDA is available ({torch.cuda.get_device_name()});"
-            f" take {_SITE} off PYTHONPATH"
+            "the CPU stand-in for Transformer Engine was imported where CUDA is available "
+            f"({torch.cuda.get_device_name()}); take {_SITE} off PYTHONPATH"
         )
     real = real_distributions()
     if real:

@@ -1,7 +1,7 @@
 """Stands for `transformer_engine.common.recipe`: FP8 recipes, which only the GPU has.
 
-Megatron derives a class from `DelayedScaling` when it is imported (megatron/core/extensions/transformer_engine.py:1791),
-NeMo imports both names (nemo/collections/llm/gpt/model/megatron/hyena/hyena_mixer.py:47).
+Megatron derives a class from `DelayedScaling` on import (megatron/core/extensions/transformer_engine.py:1791), NeMo
+imports both names (nemo/collections/llm/gpt/model/megatron/hyena/hyena_mixer.py:47).
 """
 
 from enum import Enum

@@ -78,7 +78,7 @@ class DotProductAttention(BaseModule):
             refuse(f"attention in the layout {qkv_format!r} (packed sequences)", "use 'sbhd'")
         refuse_options("DotProductAttention", options)
         head_size = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
-        # These three names are set by Model Optimizer when it prunes heads (modelopt/torch/nas/plugins/megatron.py:578).
+        # Model Optimizer sets these three names when it prunes heads (modelopt/torch/nas/plugins/megatron.py:578).
         self.num_attention_heads = num_attention_heads
         self.num_gqa_groups = num_gqa_groups or num_attention_heads
         self.num_gqa_groups_per_partition = divide(self.num_gqa_groups, tp_size)

@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.fp8`: there is no FP8 on the CPU (megatron/core/tensor_parallel/random.py:28)."""
+"""Stands for `transformer_engine.pytorch.fp8`: no FP8 on the CPU (megatron/core/tensor_parallel/random.py:28)."""
 
 from __future__ import annotations
 

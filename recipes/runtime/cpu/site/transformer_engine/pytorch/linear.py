@@ -18,7 +18,7 @@ from .collectives import copy_to_group, gather_sequence, sum_and_scatter_sequenc
 
 
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
-    """Say how a parameter is cut; Megatron's gradient norm reads it (megatron/core/tensor_parallel/layers.py:85)."""
+    """Say how a parameter is cut; Megatron's gradient norm reads it (megatron/core/tensor_parallel/layers.py:87)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""Stands for `transformer_engine.pytorch.LayerNorm` and `RMSNorm` (megatron/core/extensions/transformer_engine.py:218, :229).
+"""Stands for `transformer_engine.pytorch.LayerNorm` and `RMSNorm`.
 
-As there, statistics and products are computed in fp32 whatever the input's type, and the result is cast back to it.
+Megatron builds them at megatron/core/extensions/transformer_engine.py:218 and :229. As in Transformer Engine,
+statistics and products are computed in fp32 whatever the input's type, and the result is cast back to it.
 """
 
 from __future__ import annotations

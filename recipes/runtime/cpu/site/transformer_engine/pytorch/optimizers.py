@@ -15,7 +15,7 @@ class FusedAdam(torch.optim.Optimizer):
     """Adam or AdamW in PyTorch's fused CPU kernel, with the state of Transformer Engine's and Apex's FusedAdam.
 
     `step` is an int of the parameter group, `exp_avg` and `exp_avg_sq` are fp32 tensors of each parameter: that is what
-    Megatron's distributed optimizer saves and restores (megatron/core/optimizer/distrib_optimizer.py:651, :790).
+    Megatron's distributed optimizer saves and restores (megatron/core/optimizer/distrib_optimizer.py:651, :792).
 
     Args:
         params: fp32 parameters or parameter groups.
@@ -121,7 +121,7 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[li
     Like Megatron's own substitute (megatron/core/utils.py:1034) it does not report infinities in `noop_flag`.
     """
     source, target = tensor_lists
-    if all(a is b for a, b in zip(source, target)):
+    if all(a is b for a, b in zip(source, target, strict=True)):
         torch._foreach_mul_(target, scale)
     else:
         torch._foreach_copy_(target, torch._foreach_mul(source, scale))

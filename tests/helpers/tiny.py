@@ -1,0 +1,127 @@
+"""A run of the demo experiment cut down to seconds a stage: the real stages through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.load import compose
+from launch.local import ROOT
+from recipes.artifact import Located, locate
+from recipes.runtime.metrics_file import read_metrics
+
+# Odd where it can be: heads of 48 are not hidden_size / num_attention_heads, and 522 is no multiple of 64.
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "ffn_hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 48,
+    "vocab_size": 522,
+}
+TEACHER = {
+    "max_steps": 40,
+    "seq_length": 128,
+    "global_batch_size": 8,
+    "micro_batch_size": 8,
+    "lr": 4e-3,
+    "warmup_steps": 4,
+    "save_every_n_steps": 100,
+    "val_every_n_steps": 40,
+    "val_batches": 2,
+    "num_workers": 0,
+}
+DISTILL = {
+    "max_steps": 6,
+    "seq_length": 128,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "warmup_steps": 1,
+    "save_every_n_steps": 2,
+    "val_every_n_steps": 3,
+    "val_batches": 2,
+    "log_every_n_steps": 1,
+    "num_workers": 0,
+}
+DEPTH = ("prune.num_layers=2",)
+WIDTH = ("prune.hidden_size=64", "prune.ffn_hidden_size=128")
+
+
+def overrides(run_dir: Path, *more: str) -> list[str]:
+    """The command line of a tiny run: `more` follows, and needs a target for pruning among it."""
+    return [
+        "experiment=demo",
+        f"run_dir={run_dir}",
+        *(f"model.shape.{key}={value}" for key, value in SHAPE.items()),
+        *(f"model.demo.training.{key}={value}" for key, value in TEACHER.items()),
+        *(f"distill.{key}={value}" for key, value in DISTILL.items()),
+        "prune.num_layers=null",
+        "prune.calibration_samples=16",
+        "prune.calibration_seq_length=128",
+        "evaluate.seq_length=128",
+        "evaluate.max_sequences=64",
+        "evaluate.verify_tokens=128",
+        *more,
+    ]
+
+
+def launch(run_dir: Path, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m launch.run` with a tiny run's overrides."""
+    done = subprocess.run(command(run_dir, *more), env=environment(), capture_output=True, text=True, timeout=900)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def command(run_dir: Path, *more: str) -> list[str]:
+    """The arguments of a tiny launch: key=value overrides, and flags."""
+    values = [argument for argument in more if "=" in argument]
+    flags = [argument for argument in more if "=" not in argument]
+    return [sys.executable, "-m", "launch.run", *overrides(run_dir, *values), *flags]
+
+
+def environment() -> dict[str, str]:
+    # One thread a process: sums come out in the same order however many ranks share the machine.
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def stages(run_dir: Path, *more: str) -> dict[str, Located]:
+    """Where the stages of a tiny run are."""
+    return locate(compose(overrides(run_dir, *more)))
+
+
+def losses(folder: Path) -> list[float]:
+    """The training loss of every step."""
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, DISTILL["max_steps"] + 1))
+    return [line["loss"] for line in lines]
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """A second run folder with the same complete stages."""
+    shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("distill*", "nemo_to_hf*", ".lock"))
+    resolved = yaml.safe_load((target / "resolved.yaml").read_text())
+    (target / "resolved.yaml").write_text(yaml.safe_dump({**resolved, "run_dir": str(target)}))
+    return target
+
+
+def report(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run_dir / "report" / "report.json").read_text())
+    return content
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[Any]) -> None:
+    """Returns once a running stage has left its first checkpoint in its folder."""
+    until = time.monotonic() + 300
+    while not list(folder.glob("checkpoints/step=*")):
+        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.02)

@@ -1,0 +1,84 @@
+"""The whole job through `launch.run`: from the demo's text to the report, again, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from recipes.runtime.metrics_file import read_metrics
+from tests.helpers import tiny
+
+
+def test_report_keeps_its_contract(finished: Path) -> None:
+    report = tiny.report(finished)
+    assert report["experiment"] == "demo"
+    assert report["backend"] == "cpu"
+    assert set(report["models"]) == {"teacher", "pruned", "student", "ce"}
+    teacher, student = report["models"]["teacher"], report["models"]["student"]
+    assert (teacher["num_layers"], student["num_layers"]) == (4, 2)
+    assert student["params"] < teacher["params"]
+    for model in report["models"].values():
+        assert 0 < model["val_loss"] < math.log(tiny.SHAPE["vocab_size"])
+        assert (finished / model["hf_path"] / "config.json").exists()
+        assert {"params", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"} <= set(model)
+    # Sums taken in another order are all that may differ in fp32; 1e-4 is what the project promises.
+    assert 0 <= report["checks"]["import_max_abs_logit_diff"] < 1e-4
+    assert 0 <= report["checks"]["export_max_abs_logit_diff"] < 1e-4
+    assert all(stage["status"] == "complete" and stage["seconds"] > 0 for stage in report["stages"].values())
+    assert {"prune", "distill", "distill.ce", "evaluate"} <= set(report["stages"])
+    page = (finished / "report" / "index.html").read_text()
+    assert page.count("<svg") == 2
+    assert str(finished) not in page + json.dumps(report)
+
+
+def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
+    """NeMo's validation loss after the last step is that of the exported model, up to which sequences were taken."""
+    folder = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
+    nemo = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line][-1]
+    # 8 sequences against 64: the two samples differ by some tenths, a model that was not loaded by more than 1.
+    assert abs(nemo - tiny.report(finished)["models"]["student"]["val_loss"]) < 0.5
+
+
+def test_exported_student_needs_nothing_of_ours(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished / tiny.report(finished)["models"]["student"]["hf_path"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The import statement", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert generated.shape[1] > prompt["input_ids"].shape[1]
+    assert tokenizer.decode(generated[0]).startswith("The import statement")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.head_dim == tiny.SHAPE["kv_channels"]
+
+
+def test_second_run_does_nothing(finished: Path) -> None:
+    manifests = {path: path.stat().st_mtime_ns for path in finished.glob("*/manifest.json")}
+    assert len(manifests) == 10
+    started = time.monotonic()
+    tiny.launch(finished, *tiny.DEPTH)
+    assert time.monotonic() - started < 20
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*/manifest.json")} == manifests
+
+
+def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
+    killed = subprocess.Popen(
+        tiny.command(run_dir, *tiny.DEPTH, "--until", "distill"),
+        env=tiny.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    tiny.wait_for_checkpoint(folder, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (folder / "manifest.json").exists()
+    resumed = tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
+    assert "step=" in (folder / "log.txt").read_text(), resumed.stdout
+    unbroken = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
+    assert tiny.losses(folder) == tiny.losses(unbroken)
