@@ -23,7 +23,7 @@ unit: setup
 	$(BIN)/pytest tests/unit
 
 integration: setup
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest tests/integration tests/gpu
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu

@@ -1,0 +1,14 @@
+"""What this machine's arithmetic allows: fp32 on a CPU, TF32 products (10 bits) in Transformer Engine on a GPU."""
+
+from __future__ import annotations
+
+from recipes.runtime import backend
+
+GPU = backend.torch_device() == "cuda"
+BACKEND = "gpu" if GPU else "cpu"
+# Logits of twins (size about 5). CPU: sums in another order, a few 1e-6 seen; 1e-4 is what the project promises.
+LOGITS = 2e-2 if GPU else 1e-4
+# Losses of the same run in another layout. CPU: 2e-8 seen, 1e-5 is what the project promises.
+LOSS = 1e-3 if GPU else 1e-5
+# Losses of the same run, killed and resumed: to the last digit on a CPU; a GPU's kernels may add in any order.
+RESUMED = LOSS if GPU else 0.0
