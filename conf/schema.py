@@ -101,6 +101,8 @@ class Training:
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
     precision: Precision = Precision.bf16
+    # Matters where precision is fp32; see torch.set_float32_matmul_precision.
+    float32_matmul_precision: MatmulPrecision = MatmulPrecision.highest
     parallel: Parallel = placement(Parallel)  # noqa: RUF009
     use_distributed_optimizer: bool = placement(True)
     overlap_grad_reduce: bool = placement(True)

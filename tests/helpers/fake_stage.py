@@ -16,7 +16,7 @@ from pathlib import Path
 from conf.load import load_resolved
 from conf.schema import RunConfig
 from recipes.artifact import locate, write_json, write_manifest
-from recipes.runtime.stage_main import end_with_parent
+from recipes.runtime.stage_main import end_with_torchrun
 from recipes.stages import Output, Source, Stage
 
 PLAN = "FAKE_STAGES"
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--stage")
     args = parser.parse_args()
-    end_with_parent()
+    end_with_torchrun()
     table = DISTRIBUTED if args.stage == "ranks" else TABLE
     located = locate(load_resolved(args.config), table)[args.stage]
     rank = os.environ.get("RANK", "0")
