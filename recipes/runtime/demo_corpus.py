@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import os
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -33,11 +34,15 @@ def _all_documents() -> Iterator[str]:
 
     for _, topic in sorted(topics.topics.items()):
         yield topic
-    library = Path(sysconfig.get_paths()["stdlib"])
     seen: set[bytes] = set()
-    for path in sorted(library.rglob("*.py")):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts) and path.name != "topics.py":
-            yield from _joined(_docstrings(path, seen))
+    for path in _modules():
+        yield from _joined(_docstrings(path, seen))
+
+
+def _modules() -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(sysconfig.get_paths()["stdlib"]):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py") and name != "topics.py")
 
 
 def _docstrings(path: Path, seen: set[bytes]) -> Iterator[str]:
