@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from recipes.artifact import library_versions, read_manifest, write_json
+from conf.schema import Loss, RunConfig
+from recipes.artifact import identity_view, library_versions, read_manifest, write_json
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import stage_main
 
@@ -23,7 +23,9 @@ LABELS = {
     "student": "Student (distilled)",
     "ce": "Control: cross-entropy, no teacher",
 }
-COLOURS = {"teacher": "#808080", "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1"}
+# Reads on white and on black, so that the page needs a single picture.
+GREY = "#808080"
+COLOURS = {"teacher": GREY, "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1"}
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -91,23 +93,17 @@ def render(cfg: RunConfig, report: dict[str, Any], curves: dict[str, list[dict[s
         cfg=cfg,
         report=report,
         labels=LABELS,
-        config=json.dumps({"prune": _plain(cfg.prune), "distill": _plain(cfg.distill)}, indent=2),
+        config=json.dumps({"prune": identity_view(cfg.prune), "distill": identity_view(cfg.distill)}, indent=2),
         validation_plot=_validation_plot(report["models"], curves),
-        training_plot=_training_plot(curves),
+        training_plot=_training_plot(cfg, curves),
         gain=report["models"]["pruned"]["val_loss"] - report["models"]["student"]["val_loss"],
         gap=report["models"]["student"]["val_loss"] - report["models"]["teacher"]["val_loss"],
         share=report["models"]["student"]["params"] / report["models"]["teacher"]["params"],
     )
 
 
-def _plain(section: Any) -> Any:
-    from recipes.artifact import identity_view
-
-    return identity_view(section)
-
-
 def _validation_plot(models: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
-    figure, axes = _figure("distillation step", "held-out loss (nats per token)")
+    figure, (axes,) = _figure(1, "held-out loss (nats per token)")
     for name in ("teacher", "pruned"):
         axes.axhline(models[name]["val_loss"], color=COLOURS[name], linestyle="--", label=LABELS[name])
     for name, lines in curves.items():
@@ -115,34 +111,37 @@ def _validation_plot(models: dict[str, Any], curves: dict[str, list[dict[str, An
             (ln["step"], ln["val_loss"]) for ln in lines if "val_loss" in ln
         ]
         axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", label=LABELS[name])
-    axes.legend(frameon=False, labelcolor="#808080")
+    axes.legend(frameon=False, labelcolor=GREY)
     return _svg(figure, "Held-out loss of the students during distillation, between the pruned model and the teacher")
 
 
-def _training_plot(curves: dict[str, list[dict[str, Any]]]) -> str:
-    figure, axes = _figure("distillation step", "training loss (nats per token)")
-    for name, lines in curves.items():
+def _training_plot(cfg: RunConfig, curves: dict[str, list[dict[str, Any]]]) -> str:
+    """A panel a student: their losses are of different kinds."""
+    figure, panels = _figure(len(curves), "training loss (nats per token)")
+    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
         points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        kind = "cross-entropy" if name == "ce" else "loss"
-        axes.plot(*zip(*points, strict=True), color=COLOURS[name], label=f"{LABELS[name]}: {kind}")
-    axes.legend(frameon=False, labelcolor="#808080")
+        axes.plot(*zip(*points, strict=True), color=COLOURS[name])
+        kind = (
+            "KL divergence from the teacher" if name == "student" and cfg.distill.loss is Loss.kd else "cross-entropy"
+        )
+        axes.set_title(f"{LABELS[name].split(':')[0]}: {kind}", color=GREY, fontsize="medium")
     return _svg(figure, "Training loss of each student")
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+def _figure(panels: int, y_label: str) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label, color="#808080")
-    axes.set_ylabel(y_label, color="#808080")
-    # One grey that reads on white and on black, so that the page needs a single picture.
-    axes.tick_params(colors="#808080")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#808080")
-    axes.grid(color="#808080", alpha=0.2)
-    return figure, axes
+    row = figure.subplots(1, panels, squeeze=False)[0]
+    row[0].set_ylabel(y_label, color=GREY)
+    for axes in row:
+        axes.set_xlabel("distillation step", color=GREY)
+        axes.tick_params(colors=GREY)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(GREY)
+        axes.grid(color=GREY, alpha=0.2)
+    return figure, row
 
 
 def _svg(figure: Any, description: str) -> str:
