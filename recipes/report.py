@@ -21,7 +21,7 @@ LABELS = {
     "teacher": "Teacher",
     "pruned": "Just pruned",
     "student": "Student (distilled)",
-    "ce": "Control: cross-entropy, no teacher",
+    "ce": "Control (no teacher)",
 }
 # Reads on white and on black, so that the page needs a single picture.
 GREY = "#808080"
