@@ -15,6 +15,8 @@ from typing import Any
 from conf.schema import RunConfig, Shape
 from recipes.runtime.stage_main import stage_main
 
+# Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, and it bears twice the learning rate.
+INIT_STD = 0.05
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -95,6 +97,7 @@ def _write_config(shape: Shape, folder: Path) -> None:
         head_dim=shape.kv_channels,
         max_position_embeddings=shape.max_position_embeddings,
         tie_word_embeddings=shape.tie_word_embeddings,
+        initializer_range=INIT_STD,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
@@ -120,7 +123,7 @@ def _nemo_config(shape: Shape, seq_length: int) -> dict[str, Any]:
         "seq_length": seq_length,
         "rotary_base": 10000.0,
         "layernorm_epsilon": 1e-6,
-        "init_method_std": 0.02,
+        "init_method_std": INIT_STD,
     }
 
 
