@@ -34,6 +34,7 @@ TEACHER = {
     "global_batch_size": 8,
     "micro_batch_size": 8,
     "lr": 4e-3,
+    "float32_matmul_precision": "highest",
     "warmup_steps": 4,
     "save_every_n_steps": 100,
     "val_every_n_steps": 40,
@@ -45,6 +46,7 @@ DISTILL = {
     "seq_length": 128,
     "global_batch_size": 4,
     "micro_batch_size": 1,
+    "float32_matmul_precision": "highest",  # or sums in another order would show
     "warmup_steps": 1,
     "save_every_n_steps": 2,
     "val_every_n_steps": 3,
