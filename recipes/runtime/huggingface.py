@@ -147,6 +147,8 @@ def pruned_config(reference: dict[str, Any], exported: dict[str, Any]) -> dict[s
     config.pop("dtype", None)
     config["torch_dtype"] = dtype
     layers = config["num_hidden_layers"]
+    if layers == reference["num_hidden_layers"]:
+        return config
     if "layer_types" in config:
         kinds = set(config["layer_types"])
         if len(kinds) > 1:

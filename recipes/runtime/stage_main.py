@@ -67,10 +67,13 @@ def command_line() -> Iterator[None]:
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
     except Exception as error:
-        # Wrapped by then in whatever the writer raises, and sometimes only quoted.
-        if not any(os.strerror(number) in traceback.format_exc() for number in (errno.ENOSPC, errno.EDQUOT)):
+        # Wrapped by then in whatever the writer raises, sometimes only quoted; and torch's zip writer tells of a write
+        # that fell short only where it stands (caffe2/serialize/inline_container.cc).
+        signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container.cc")
+        if not any(sign in traceback.format_exc() for sign in signs):
             raise
-        sys.exit(_fail(f"no space left ({error}); nothing that was complete is lost: free some space and run again"))
+        told = str(error).strip().splitlines()[-1:]
+        sys.exit(_fail(f"no space left ({''.join(told)}); nothing that was complete is lost: free some and run again"))
 
 
 def _log_to_stderr() -> None:

@@ -139,7 +139,7 @@ def test_a_full_disk_is_one_clear_message(converted: tuple[Path, Path], small_di
     done = convert("hf_to_nemo", "--hf-model", hf, "--out", small_disk / "nemo", check=False)
     assert done.returncode == 2
     assert "error: no space left" in done.stderr
-    assert "free some space and run again" in done.stderr
+    assert "free some and run again" in done.stderr
     assert not (small_disk / "nemo").exists()
 
 

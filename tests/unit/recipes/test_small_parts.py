@@ -57,7 +57,10 @@ def test_an_exported_config_is_the_sources_with_the_new_sizes() -> None:
 
 def test_layers_of_several_kinds_are_refused() -> None:
     with pytest.raises(InputError, match="full_attention, sliding_attention"):
-        pruned_config({"layer_types": ["full_attention", "sliding_attention"]}, {**SIZES, "dtype": "float32"})
+        pruned_config(
+            {"num_hidden_layers": 9, "layer_types": ["full_attention", "sliding_attention"]},
+            {**SIZES, "dtype": "float32"},
+        )
 
 
 def test_the_head_size_is_read_or_derived() -> None:
@@ -101,6 +104,7 @@ def test_heads_and_groups_go_to_modelopt_together() -> None:
     [
         (ConfigError("set x"), "error: 1 fault in the configuration:\n  - set x"),
         (InputError("bring y"), "error: bring y"),
+        (RuntimeError("inline_container.cc:672: unexpected pos 7 vs 5"), "error: no space left (inline_container.cc"),
         (RuntimeError("writer: No space left on device"), "error: no space left (writer: No space left on device)"),
     ],
 )

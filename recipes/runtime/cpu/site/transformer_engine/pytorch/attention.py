@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from .._refuse import refuse, refuse_options
 from .base import BaseModule, divide
 from .collectives import gather_sequence
+from .rope import apply_rotary_pos_emb as apply_rotary_pos_emb  # Megatron takes it from here
 
 # Sequences up to this length are attended to plainly; see `_plain_causal`.
 _SHORT = 512
