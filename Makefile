@@ -20,7 +20,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 tests/unit
 
 integration: setup
 	$(BIN)/pytest tests/integration tests/gpu
