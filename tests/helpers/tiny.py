@@ -67,6 +67,7 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
         *(f"model.demo.training.{key}={value}" for key, value in TEACHER.items()),
         *(f"distill.{key}={value}" for key, value in DISTILL.items()),
         "prune.num_layers=null",
+        "prune.ffn_hidden_size=null",
         "prune.calibration_samples=16",
         "prune.calibration_seq_length=128",
         "evaluate.seq_length=128",

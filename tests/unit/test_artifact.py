@@ -63,7 +63,7 @@ def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) 
 
 def test_another_layout_is_the_same_run(demo: Compose) -> None:
     parallel = ["cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2"]
-    training = ["model.demo.training.parallel.pipeline_model_parallel_size=2", "prune.pipeline_model_parallel_size=2"]
+    training = ["model.demo.training.micro_batch_size=2", "prune.pipeline_model_parallel_size=2"]
     assert changed(demo(), demo(*parallel, *training)) == []
 
 

@@ -10,7 +10,7 @@ from conf.errors import ConfigError
 from conf.load import compose
 
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
-DEMO = ["experiment=demo"]
+DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 
 # Overrides, and the parts of the one fault that they give.
@@ -131,7 +131,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "distill.seq_length=4096"], ["distill.seq_length=4096 is longer", "max_position_embeddings 2048"]),
     ([*DEMO, "evaluate.seq_length=4096"], ["evaluate.seq_length=4096 is longer", "at most 2048"]),
     # Training.
-    ([*DEMO, "distill.warmup_steps=150"], ["distill.warmup_steps=150", "distill.max_steps=150", "such as 7"]),
+    ([*DEMO, "distill.warmup_steps=100"], ["distill.warmup_steps=100", "distill.max_steps=100", "such as 5"]),
     ([*DEMO, "distill.min_lr=1"], ["distill.min_lr=1.0 is above distill.lr=0.001", "to at most 0.001"]),
     (
         [*DEMO, "model.demo.training.use_distributed_optimizer=false"],

@@ -173,5 +173,5 @@ def test_a_run_that_may_not_fit_the_disk_is_warned_about(launcher: Launcher, mon
     monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100_000_000)
     code, out, _ = launcher.run("--until", "first")
     assert code == 0
-    # Demo: 5.2 M and about 3.7 M parameters; (5.2 + 2 * 3 * 3.7) * 2 bytes of models, 2 * 2 * 3.7 * 14 of checkpoints.
-    assert "has 0.1 GB free, and the whole run writes about 0.3 GB" in out
+    # Demo: 5.2 M and about 3.5 M parameters; (5.2 + 2 * 3 * 3.5) * 2 bytes of models, 2 * 2 * 3.5 * 14 of checkpoints.
+    assert "has 0.1 GB free, and the whole run writes about 0.2 GB" in out

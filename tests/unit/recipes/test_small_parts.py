@@ -91,7 +91,7 @@ def test_a_teacher_that_knows_nothing_is_refused() -> None:
 
 def test_heads_and_groups_go_to_modelopt_together() -> None:
     teacher = SimpleNamespace(num_attention_heads=8, num_query_groups=4)
-    cfg = compose(["experiment=demo", "prune.num_attention_heads=2"]).prune
+    cfg = compose(["experiment=demo", "prune.ffn_hidden_size=null", "prune.num_attention_heads=2"]).prune
     assert prune._targets(cfg, teacher) == {
         "num_layers": cfg.num_layers,
         "num_attention_heads": 2,
