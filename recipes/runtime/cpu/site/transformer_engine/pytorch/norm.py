@@ -16,7 +16,7 @@ from .base import parameter_options
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """`x / rms(x) * gamma` over the last dimension, its gradients in one step instead of F.rms_norm's autograd graph."""
+    """`x / rms(x) * gamma` over the last dimension, with its gradients in one step."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
