@@ -66,14 +66,16 @@ def command_line() -> Iterator[None]:
         yield
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
-    except Exception as error:
+    except BaseException:  # torch's CheckpointException is no Exception
         # Wrapped by then in whatever the writer raises, sometimes only quoted; and torch's zip writer tells of a write
         # that fell short only where it stands (caffe2/serialize/inline_container.cc).
         signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container.cc")
         if not any(sign in traceback.format_exc() for sign in signs):
             raise
-        told = str(error).strip().splitlines()[-1:]
-        sys.exit(_fail(f"no space left ({''.join(told)}); nothing that was complete is lost: free some and run again"))
+        told = next(
+            line for line in reversed(traceback.format_exc().splitlines()) if any(sign in line for sign in signs)
+        )
+        sys.exit(_fail(f"no space left ({told.strip()}); nothing that was complete is lost: free some and run again"))
 
 
 def _log_to_stderr() -> None:

@@ -131,7 +131,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "distill.seq_length=4096"], ["distill.seq_length=4096 is longer", "max_position_embeddings 2048"]),
     ([*DEMO, "evaluate.seq_length=4096"], ["evaluate.seq_length=4096 is longer", "at most 2048"]),
     # Training.
-    ([*DEMO, "distill.warmup_steps=100"], ["distill.warmup_steps=100", "distill.max_steps=100", "such as 5"]),
+    ([*DEMO, "distill.warmup_steps=140"], ["distill.warmup_steps=140", "distill.max_steps=140", "such as 7"]),
     ([*DEMO, "distill.min_lr=1"], ["distill.min_lr=1.0 is above distill.lr=0.001", "to at most 0.001"]),
     (
         [*DEMO, "model.demo.training.use_distributed_optimizer=false"],

@@ -104,8 +104,14 @@ def test_heads_and_groups_go_to_modelopt_together() -> None:
     [
         (ConfigError("set x"), "error: 1 fault in the configuration:\n  - set x"),
         (InputError("bring y"), "error: bring y"),
-        (RuntimeError("inline_container.cc:672: unexpected pos 7 vs 5"), "error: no space left (inline_container.cc"),
-        (RuntimeError("writer: No space left on device"), "error: no space left (writer: No space left on device)"),
+        (
+            RuntimeError("inline_container.cc:672: unexpected pos 7 vs 5"),
+            "error: no space left (RuntimeError: inline_container.cc",
+        ),
+        (
+            RuntimeError("writer: No space left on device"),
+            "error: no space left (RuntimeError: writer: No space left on device)",
+        ),
     ],
 )
 def test_what_a_user_can_mend_ends_with_one_message(
