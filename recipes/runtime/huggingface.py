@@ -66,7 +66,8 @@ def import_model(source: Path, checkpoint: Path, staging: Path) -> None:
     """Writes a Hugging Face model as a NeMo checkpoint, with NeMo's importer on the CPU.
 
     Put right here: NeMo's Qwen3 importer leaves `head_dim` at 128 whatever config.json says
-    (nemo/collections/llm/gpt/model/qwen3.py:308), and its importers stage the tokenizer in one folder of the whole
+    (nemo/collections/llm/gpt/model/qwen3.py:308), its Llama importer takes of the rope scaling the factor alone
+    (nemo/collections/llm/gpt/model/llama.py:717), and its importers stage the tokenizer in one folder of the whole
     machine, where two imports race (nemo/lightning/io/connector.py:305).
 
     Args:
@@ -74,7 +75,7 @@ def import_model(source: Path, checkpoint: Path, staging: Path) -> None:
         staging: a folder for the tokenizer, kept until the import is done.
 
     Raises:
-        InputError: the model is of a family that is not known here.
+        InputError: the model is of a family, or has a rope scaling, that is not known here.
     """
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
@@ -88,13 +89,32 @@ def import_model(source: Path, checkpoint: Path, staging: Path) -> None:
         raise InputError(f"{source} holds a {family!r} model; the families known here are {', '.join(model_classes)}")
     copy_side_files(source, staging)
     importer: Any = model_classes[family].importer(f"hf://{source.absolute()}")
-    # Both are cached properties of the importer: what is set here is what it uses.
-    importer.__dict__["tokenizer"] = AutoTokenizer(str(staging))
     importer.trust_remote_code = False
-    # In the object, and in the record of its making that goes into the checkpoint's context.
-    importer.config.kv_channels = importer.config.__io__.kv_channels = head_dim(hf_config)
-    configure(importer.config)
+    config = importer.config
+    for name, value in {"kv_channels": head_dim(hf_config), **_llama3_rope(hf_config)}.items():
+        # In the object, and in the record of its making that goes into the checkpoint's context.
+        setattr(config, name, value)
+        setattr(config.__io__, name, value)
+    configure(config)
+    # Both are properties of the importer, the Llama importer's made anew at each look: a subclass holds them fast.
+    fixed = {"config": config, "tokenizer": AutoTokenizer(str(staging))}
+    importer.__class__ = type(type(importer).__name__, (type(importer),), fixed)
     importer.apply(checkpoint)
+
+
+def _llama3_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """What NeMo's Llama config must be told of a `config.json`'s rope scaling, besides its factor."""
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise InputError(f"rope scaling of type {kind!r} can't be represented in NeMo; only llama3's can")
+    if kind == "default":
+        return {}
+    return {
+        "low_freq_factor": scaling["low_freq_factor"],
+        "high_freq_factor": scaling["high_freq_factor"],
+        "old_context_len": scaling["original_max_position_embeddings"],
+    }
 
 
 def export_model(checkpoint: Path, reference: Path, out: Path) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def test_a_fault_of_the_user_is_read_from_torchruns_log(tmp_path: Path) -> None:
     with launched(tmp_path, {"ranks": "fault"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         _, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 2
-    assert "stage ranks failed (rank 0: exit code 2)\n1 fault in the configuration:\n  - distill.lr=9" in err
+    assert "stage ranks failed (rank " in err
+    assert "1 fault in the configuration:\n  - distill.lr=9" in err
 
 
 def test_a_killed_launcher_takes_all_ranks_along(tmp_path: Path) -> None:
