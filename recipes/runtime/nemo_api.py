@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -176,7 +177,7 @@ def data_module(
 ) -> llm.PreTrainingDataModule:
     """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
     train, validation = [str(data.train)], [str(data.validation)]
-    return llm.PreTrainingDataModule(
+    module = llm.PreTrainingDataModule(
         paths={"train": train, "validation": validation, "test": validation},
         split=None,
         seq_length=seq_length,
@@ -189,6 +190,22 @@ def data_module(
         # By default it is written beside the data, which is another stage's folder.
         index_mapping_dir=str(out / "index_mapping"),
     )
+    # Not by the constructor, for the reason given in `make_trainer`.
+    module.dataset_cls = DocumentDataset
+    return module
+
+
+class DocumentDataset(GPTDataset):
+    """Sequences cut from documents laid end to end, in which every token is text: nothing is padding.
+
+    Megatron's own takes each token with the tokenizer's pad id for padding: token 0 stands in its place, and its loss
+    is not counted (megatron/core/datasets/gpt_dataset.py:211-215). Where a model pads with its end-of-text token, as
+    Qwen3's base models do, it would never again see or learn the end of a document.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pad_token_id = -1  # no token's id; Megatron's own choice for a tokenizer without one (gpt_dataset.py:28)
 
 
 def match_vocabularies(student: Any, teacher: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
@@ -238,6 +239,7 @@ class Progress(Callback):
         self.cfg = cfg
         self.file = MetricsFile(path)
         self.since = (0, 0.0)
+        self.val_losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if rank() == 0:
@@ -263,9 +265,22 @@ class Progress(Callback):
             seconds_left=round((self.cfg.max_steps - step) * seconds_a_step, 1),
         )
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.val_losses = []
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.val_losses.append(outputs.detach())
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if rank() == 0 and "val_loss" in trainer.callback_metrics:
-            self.file.append(step=trainer.global_step, val_loss=float(trainer.callback_metrics["val_loss"]))
+        # Not the mean in `callback_metrics`: NeMo leaves the batch's size to Lightning's guess, which counts the first
+        # batch once and each later one as often as it has sequences (nemo/lightning/pytorch/strategies/
+        # megatron_strategy.py:918). The loss is on the last pipeline stage, 0 on the others.
+        loss = torch.stack(self.val_losses).mean()
+        torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+        if rank() == 0:
+            self.file.append(step=trainer.global_step, val_loss=loss.item())
         # Validation is not training time.
         self.since = (trainer.global_step, time.perf_counter())
 

@@ -84,6 +84,14 @@ def launch(run_dir: Path, *more: str, check: bool = True) -> subprocess.Complete
     return done
 
 
+def convert(module: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m convert.MODULE`."""
+    command = [sys.executable, "-m", f"convert.{module}", *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 def command(run_dir: Path, *more: str) -> list[str]:
     """The arguments of a tiny launch: key=value overrides, and flags."""
     values = [argument for argument in more if "=" in argument]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers import tiny, tolerance
+from tests.helpers import tolerance
+from tests.helpers.tiny import convert
+from tests.integration.conftest import SmallDisk
 
 SMALL: dict[str, Any] = {
     "vocab_size": 517,  # a multiple of nothing
@@ -34,13 +32,6 @@ LLAMA_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-
-
-def convert(module: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"convert.{module}", *map(str, arguments)]
-    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module", params=["qwen3_untied_bf16", "llama31_tied_fp32"])
@@ -123,24 +114,14 @@ def test_a_checkpoint_without_a_parameter_is_refused(converted: tuple[Path, Path
     assert key in done.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB, where this user may mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]).returncode:
-        pytest.skip("a full disk can be made by root only")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk_is_one_clear_message(converted: tuple[Path, Path], small_disk: Path) -> None:
+def test_a_full_disk_is_one_clear_message(converted: tuple[Path, Path], small_disk: SmallDisk) -> None:
     hf, _ = converted
-    done = convert("hf_to_nemo", "--hf-model", hf, "--out", small_disk / "nemo", check=False)
+    out = small_disk("256k") / "nemo"
+    done = convert("hf_to_nemo", "--hf-model", hf, "--out", out, check=False)
     assert done.returncode == 2
     assert "error: no space left" in done.stderr
     assert "free some and run again" in done.stderr
-    assert not (small_disk / "nemo").exists()
+    assert not out.exists()
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from tests.helpers import tiny, tolerance
 from tests.helpers.launches import ends
+from tests.integration.conftest import SmallDisk
 
 TWO_RANKS = "cluster.devices_per_node=2"
 # Sequence parallelism is on wherever tensor parallelism is.
@@ -71,6 +73,29 @@ def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")  # goes on, on one rank now
     one_rank = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     assert tiny.losses(folder) == pytest.approx(tiny.losses(one_rank), abs=tolerance.LOSS)
+
+
+def test_a_disk_that_fills_up_loses_nothing(finished: Path, small_disk: SmallDisk) -> None:
+    done = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
+    (checkpoint,) = done.glob("checkpoints/step=*")
+    disk = small_disk("1g")
+    run_dir = tiny.copy_run(finished, disk / "run")
+    folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
+    # Room for the first checkpoint, not for the second.
+    small_disk(str(shutil.disk_usage(disk).used + 3 * size_of(checkpoint) // 2))
+    failed = tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill", check=False)
+    assert failed.returncode == 2, failed.stderr
+    assert "no space left" in failed.stderr
+    assert "free some and run again" in failed.stderr
+    assert [path.name for path in folder.glob("checkpoints/step=*")] == ["step=2"]
+    small_disk("1g")
+    tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
+    assert "training from " + str(folder / "checkpoints" / "step=2") in (folder / "log.txt").read_text()
+    assert tiny.losses(folder) == pytest.approx(tiny.losses(done), rel=0, abs=tolerance.RESUMED)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
 
 
 def _ranks(run_dir: Path) -> list[int]:

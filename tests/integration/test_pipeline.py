@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -37,11 +38,21 @@ def test_report_keeps_its_contract(finished: Path) -> None:
 
 
 def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
-    """NeMo's validation loss after the last step is that of the exported model, up to which sequences were taken."""
-    folder = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
-    nemo = [line["val_loss"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line][-1]
-    # 8 sequences against 64: the two samples differ by some tenths, a model that was not loaded by more than 1.
-    assert abs(nemo - tiny.report(finished)["models"]["student"]["val_loss"]) < 0.5
+    """NeMo's validation loss after the last step is the exported model's, to the digits that sums in fp32 leave.
+
+    The demo's tokenizer pads with its end-of-text token, which upstream's dataset would leave out (`DocumentDataset`).
+    """
+    located = tiny.stages(finished, *tiny.DEPTH)
+    nemo = read_metrics(located["distill"].folder / "metrics.jsonl")[-1]["val_loss"]
+    student = finished / tiny.report(finished)["models"]["student"]["hf_path"]
+    command = [sys.executable, "-m", "tests.helpers.sequences", located["prepare_data"].folder, student]
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["counted"] == 1
+    assert seen["ends"]["inputs"] > 0
+    assert seen["ends"]["labels"] > 0
+    assert nemo == pytest.approx(seen["loss"], abs=tolerance.LOSS)
 
 
 def test_exported_student_needs_nothing_of_ours(finished: Path) -> None:

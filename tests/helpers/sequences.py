@@ -1,0 +1,43 @@
+"""python -m tests.helpers.sequences DATA HF_FOLDER: the held-out sequences and a model's loss on them, as JSON.
+
+The sequences come from the data module of the stages, the loss from plain transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.helpers.tiny import DISTILL
+
+
+def main() -> None:
+    from recipes.runtime import backend
+
+    backend.activate()
+    import torch
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from recipes.runtime import nemo_api
+    from recipes.runtime.indexed_data import DataFolder
+
+    data, hf_folder = DataFolder.read(Path(sys.argv[1])), sys.argv[2]
+    sizes = {key: DISTILL[key] for key in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers")}
+    with tempfile.TemporaryDirectory() as folder:
+        module = nemo_api.data_module(AutoTokenizer(hf_folder), data, Path(folder), **sizes, seed=1234)
+        module.build(DISTILL["max_steps"], DISTILL["val_every_n_steps"], DISTILL["val_batches"], 0)
+    samples = list(module._validation_ds)
+    tokens, labels, mask = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask"))
+    first = DISTILL["val_batches"] * DISTILL["global_batch_size"]
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)(tokens[:first]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:first].flatten())
+    ends = {"inputs": (tokens == data.eod_token).sum().item(), "labels": (labels == data.eod_token).sum().item()}
+    print(json.dumps({"loss": loss.item(), "counted": mask.mean().item(), "ends": ends}))
+
+
+if __name__ == "__main__":
+    main()
