@@ -13,7 +13,7 @@ COPY recipes recipes
 COPY tests tests
 # The container's own torch, NeMo, Megatron-Core and ModelOpt stay as they are; only what it lacks is added.
 RUN pip install --no-cache-dir --no-deps -e . \
- && pip install --no-cache-dir "hydra-core>=1.3" "omegaconf>=2.3" jinja2 matplotlib pytest pytest-timeout \
+ && pip install --no-cache-dir "hydra-core>=1.3" "omegaconf>=2.3" jinja2 matplotlib filelock pytest pytest-timeout \
  && python -c "import nemo, megatron.core, modelopt, transformer_engine, conf.load, launch.run"
 
 CMD ["python", "-m", "launch.run", "--help"]

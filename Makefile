@@ -23,7 +23,7 @@ unit: setup
 	$(BIN)/pytest -n 2 tests/unit
 
 integration: setup
-	$(BIN)/pytest tests/integration tests/gpu
+	$(BIN)/pytest -n 2 --dist loadgroup tests/integration tests/gpu
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu

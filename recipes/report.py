@@ -111,7 +111,7 @@ def _validation_plot(models: dict[str, Any], curves: dict[str, list[dict[str, An
             (ln["step"], ln["val_loss"]) for ln in lines if "val_loss" in ln
         ]
         axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker="o", label=LABELS[name])
-    axes.legend(frameon=False, labelcolor=GREY)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, labelcolor=GREY)
     return _svg(figure, "Held-out loss of the students during distillation, between the pruned model and the teacher")
 
 

@@ -13,6 +13,7 @@ from tests.helpers import tolerance
 from tests.helpers.tiny import convert
 from tests.integration.conftest import SmallDisk
 
+pytestmark = pytest.mark.xdist_group("conversion")
 SMALL: dict[str, Any] = {
     "vocab_size": 517,  # a multiple of nothing
     "hidden_size": 96,
