@@ -163,7 +163,8 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     keys = shape.num_query_groups * shape.kv_channels
     attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
     if models.family in QK_NORM:
-        attention += queries  # the norm reads a copy of q, which lies in pieces
+        # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
+        attention += queries + keys
     # Gate and up, and the down projection's input; unfused also silu(gate) and the factor made of up.
     channels = (3 if models.family in FUSED_SWIGLU else 5) * shape.ffn_hidden_size
     return tokens * (4 * shape.hidden_size // _sequence_share(training) + (attention + channels) // tensor)
