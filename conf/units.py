@@ -8,7 +8,7 @@ GIB = 1 << 30
 _TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d{1,2})|(?P<hours>\d+)):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
 
 
-def time_limit_seconds(text: str) -> int:
+def seconds_of_time_limit(text: str) -> int:
     """Seconds of a time limit as Slurm writes it: `4:00:00`, `1-12:00:00` (days-hours:minutes:seconds).
 
     Slurm's shorter forms are refused: `4:00` means minutes and seconds there, which few expect.

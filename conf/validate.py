@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
-from conf.units import time_limit_seconds
+from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
@@ -307,7 +307,7 @@ def _cluster(cfg: RunConfig) -> Iterator[str]:
         )
     if limit is not None:
         try:
-            time_limit_seconds(limit)
+            seconds_of_time_limit(limit)
         except ValueError as error:
             number = " (without quotes YAML reads 4:00:00 as a number)" if limit.isdecimal() else ""
             yield f"cluster.time_limit: {error}{number}; set cluster.time_limit='4:00:00' or '1-12:00:00'"

@@ -11,7 +11,7 @@ from typing import Any
 from conf.errors import ConfigError
 from conf.model_size import parameters
 from conf.schema import Gpu, Loss, RunConfig, Shape
-from conf.units import GIB, time_limit_seconds
+from conf.units import GIB, seconds_of_time_limit
 from conf.validate import student_shape
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
@@ -137,7 +137,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
 def _jobs(hours: float | None, time_limit: str | None) -> int | None:
     if hours is None or time_limit is None:
         return None
-    return math.ceil(hours * 3600 / time_limit_seconds(time_limit))
+    return math.ceil(hours * 3600 / seconds_of_time_limit(time_limit))
 
 
 def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
