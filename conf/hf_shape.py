@@ -38,7 +38,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         return model.shape, [f"{path} does not describe a model ({reason}); set model.hf_path to a whole folder"]
-    faults = _family_faults(model, config, path)
+    faults = _family_faults(model, config, path) + _bias_faults(config, path)
     if model.shape is None:
         return found, faults
     return model.shape, faults + _shape_faults(model.shape, found, path)
@@ -95,6 +95,12 @@ def _family_faults(model: ModelConfig, config: dict[str, Any], path: Path) -> li
     if found == model.family.value:
         return []
     return [f"model.family={model.family.name}, but {path} says model_type {found}; set model.family={found}"]
+
+
+def _bias_faults(config: dict[str, Any], path: Path) -> list[str]:
+    """NeMo's importers of both families know no biases, and would leave them out without a word."""
+    asked = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
+    return [f"{path} says {name} true, but models with biases cannot be run; take one without" for name in asked]
 
 
 def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:

@@ -194,6 +194,21 @@ class EvaluateConfig:
 
 
 @dataclass
+class Gpu:
+    """One GPU, as `launch.plan` reckons with it."""
+
+    name: str = MISSING
+    # GiB that PyTorch can use, as it names them in an out-of-memory error ("total capacity").
+    memory_gib: float = MISSING
+    # Peak TFLOP/s of bf16 products with fp32 sums, without sparsity.
+    bf16_tflops: float = MISSING
+    # Share of the peak that training reaches (MFU). The default is that of the one published run, Qwen3-8B to 6B by
+    # depth: 90 B tokens x 50.3 GFLOP a token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000 H100-hours,
+    # and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
+    utilisation: float = 0.21
+
+
+@dataclass
 class ClusterConfig:
     """Where the stages run."""
 
@@ -203,6 +218,10 @@ class ClusterConfig:
     devices_per_node: int = 1
     # CPU threads a rank; null: the node's cores shared out among its ranks.
     threads_per_rank: int | None = None
+    # What launch.plan checks memory and reckons hours with; null: not stated, so neither is done.
+    gpu: Gpu | None = None
+    # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.
+    time_limit: str | None = None
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
+from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
@@ -60,6 +61,12 @@ def validate(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
     return faults
 
 
+def layout_faults(cfg: RunConfig, training: Training) -> list[str]:
+    """The faults that `cfg` would have with `training` in the place of its distillation."""
+    run = TrainingRun(training, "distill", _shapes(cfg), _world_size(cfg))
+    return [fault for rule in TRAINING_RULES for fault in rule(run)]
+
+
 def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
     """The user's files and folders that a run reads and that are not there."""
     return _apply(_missing_files, cfg, unreadable)
@@ -95,7 +102,8 @@ _ABOVE_ZERO = (
     *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
-    *("prune.micro_batch_size", "prune.pipeline_model_parallel_size"),
+    *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
+    *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
@@ -288,6 +296,21 @@ def _evaluate(cfg: RunConfig) -> Iterator[str]:
     for key in ("seq_length", "verify_tokens"):
         if getattr(cfg.evaluate, key) > shape.max_position_embeddings:
             yield _too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
+
+
+def _cluster(cfg: RunConfig) -> Iterator[str]:
+    gpu, limit = cfg.cluster.gpu, cfg.cluster.time_limit
+    if gpu is not None and gpu.utilisation > 1:
+        yield (
+            f"cluster.gpu.utilisation={gpu.utilisation} is more than all of the peak; set cluster.gpu.utilisation to a "
+            "share, such as 0.21"
+        )
+    if limit is not None:
+        try:
+            seconds_of_time_limit(limit)
+        except ValueError as error:
+            number = " (without quotes YAML reads 4:00:00 as a number)" if limit.isdecimal() else ""
+            yield f"cluster.time_limit: {error}{number}; set cluster.time_limit='4:00:00' or '1-12:00:00'"
 
 
 def _controls(cfg: RunConfig) -> Iterator[str]:
@@ -507,6 +530,7 @@ RULES: tuple[Rule, ...] = (
     _prune_run,
     _prune_ranks,
     _evaluate,
+    _cluster,
     _controls,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),

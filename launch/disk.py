@@ -1,51 +1,68 @@
-"""A rough look at the disk before a run starts."""
+"""What a run writes to disk, reckoned from shapes and steps, and what the disk has left."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from conf.schema import RunConfig, Shape
+from conf.model_size import parameters
+from conf.schema import Precision, RunConfig, Shape, Training
 from conf.validate import student_shape
+from launch.compute import tokens
 
-BF16_BYTES = 2
-# Of a training checkpoint, a parameter: bf16 weights, fp32 master weights and Adam's two moments.
-CHECKPOINT_BYTES = 14
+# What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
+# shapes (ckpt_optim_fully_reshardable), in either precision.
+OPTIMIZER_BYTES = 12
 
 
-def disk_warning(cfg: RunConfig, run_dir: Path) -> str | None:
-    """A sentence where the disk seems too small for a run; None otherwise, and where the model's shape is unknown."""
-    if cfg.model.shape is None:
-        return None
-    free, need = free_bytes(run_dir), bytes_needed(cfg, cfg.model.shape)
-    if free >= need:
-        return None
-    return (
-        f"{run_dir} has {free / 1e9:.1f} GB free, and the whole run writes about {need / 1e9:.1f} GB; "
-        "free some, or set run_dir to a larger disk"
-    )
+def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
+    """Bytes by kind, everything kept.
+
+    - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
+      files hold, and their tokens are not known before.
+    - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
+    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face.
+    - `checkpoints`: of each training, those that are kept and the one being written.
+    """
+    student = parameters(student_shape(cfg), cfg.model.family)
+    of_teacher = parameters(teacher, cfg.model.family)
+    trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
+    trainings = 1 + len(cfg.distill.controls)
+    demo = cfg.model.demo
+    return {
+        "tokens": tokens(cfg.distill) * token_bytes(teacher.vocab_size),
+        "teacher": (1 if demo is None else 3) * stored * of_teacher,
+        "students": 2 * (stored + trainings * trained) * student,
+        "checkpoints": trainings * _checkpoints(cfg.distill, student)
+        + (0 if demo is None else _checkpoints(demo.training, of_teacher)),
+    }
+
+
+def _checkpoints(training: Training, model: int) -> int:
+    return (training.keep_checkpoints + 1) * (weight_bytes(training.precision) + OPTIMIZER_BYTES) * model
+
+
+def token_bytes(vocab_size: int) -> int:
+    """Bytes of a token in Megatron's index (DType.optimal_dtype, megatron/core/datasets/indexed_dataset.py:106)."""
+    return 2 if vocab_size < 65500 else 4
+
+
+def weight_bytes(precision: Precision) -> int:
+    return 2 if precision is Precision.bf16 else 4
+
+
+def teacher_weight_bytes(cfg: RunConfig) -> int:
+    """Bytes of a weight of the teacher, and so of the pruned student: Hugging Face models are taken to be in bf16."""
+    return weight_bytes(Precision.bf16 if cfg.model.demo is None else cfg.model.demo.training.precision)
+
+
+def written_bytes(run_dir: Path) -> int:
+    """Bytes of the files that a run folder holds already."""
+    return sum(path.lstat().st_size for path in run_dir.rglob("*") if path.is_file())
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that holds an existing path."""
+    """Free bytes of the disk that holds a path, or will hold it."""
+    while not path.exists():
+        path = path.absolute().parent
     return shutil.disk_usage(path).free
-
-
-def bytes_needed(cfg: RunConfig, shape: Shape) -> int:
-    """What a run's models and checkpoints take: the teacher once, each student in both formats, one checkpoint more
-    than are kept. Without the tokenised data."""
-    students = 2 + len(cfg.distill.controls)
-    student = parameters(student_shape(cfg))
-    checkpoints = (students - 1) * (cfg.distill.keep_checkpoints + 1)
-    models = parameters(shape) + 2 * students * student
-    return BF16_BYTES * models + CHECKPOINT_BYTES * checkpoints * student
-
-
-def parameters(shape: Shape) -> int:
-    """Parameters of a dense decoder with grouped-query attention and a gated MLP, its norms left out."""
-    queries = shape.num_attention_heads * shape.kv_channels
-    keys_and_values = 2 * shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (2 * queries + keys_and_values)
-    mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
-    embeddings = (1 if shape.tie_word_embeddings else 2) * shape.vocab_size * shape.hidden_size
-    return shape.num_layers * (attention + mlp) + embeddings

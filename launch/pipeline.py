@@ -14,8 +14,9 @@ from conf.errors import ConfigError
 from conf.load import save_resolved
 from conf.schema import RunConfig
 from launch import local, lock
-from launch.disk import disk_warning
 from launch.failure import Reason, exit_words, read_reason
+from launch.plan_text import short
+from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
 from recipes.artifact import Located, locate
@@ -45,18 +46,20 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
     """Brings a run to its end, or to the end of stage `until`.
 
     Raises:
-        ConfigError: a missing input, a stage that does not exist, a run folder in use.
+        ConfigError: a missing input, a stage that does not exist or cannot fit the GPU, a run folder in use.
         StageFailedError: a stage failed; what was complete stays.
     """
     progress = Progress(sys.stdout)
     run_dir = Path(cfg.run_dir)
     local.check(cfg)
     located = _up_to(locate(cfg, stages), until)
+    to_do = [stage.stage.name for stage in located if not stage.complete]
+    plan = make(cfg)
+    refuse_impossible(plan, to_do)
     with lock.held(run_dir) as lock_file:
         save_resolved(cfg, run_dir / RESOLVED)
-        warning = disk_warning(cfg, run_dir)
-        if warning and not all(stage.complete for stage in located):
-            progress.event(f"warning: {warning}")
+        for line in short(plan) if to_do else []:
+            progress.event(line)
         progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")
         for number, stage in enumerate(located, 1):
             label = f"[{number}/{len(located)}] {stage.stage.name}"

@@ -19,7 +19,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([], ["no experiment is chosen", "experiment=NAME", "demo", "qwen3_8b_to_6b_depth", "model=NAME"]),
     (["experiment=dmo"], ["experiment=dmo does not exist (did you mean demo?)", "there are demo, llama3_1_8b"]),
     ([*DEMO, "model=qwen3"], ["model=qwen3 does not exist", "qwen3_8b"]),
-    ([*DEMO, "cluster=7"], ["cluster=7 does not exist", "local, one_node"]),
+    ([*DEMO, "cluster=7"], ["cluster=7 does not exist", "local, one_gpu_24gb, one_node"]),
     ([*DEMO, "distill.lrr=1"], ["distill.lrr is not a known key (did you mean distill.lr?)"]),
     ([*DEMO, "lr=1"], ["lr is not a known key (did you mean model.demo.training.lr or distill.lr?)"]),
     ([*DEMO, "distil.lr=1"], ["distil is not a known key (did you mean distill?)"]),
@@ -130,6 +130,19 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*QWEN, "distill.seq_length=4095"], ["distill.seq_length=4095", "the 8 pieces", "to 4088 or 4096"]),
     ([*DEMO, "distill.seq_length=4096"], ["distill.seq_length=4096 is longer", "max_position_embeddings 2048"]),
     ([*DEMO, "evaluate.seq_length=4096"], ["evaluate.seq_length=4096 is longer", "at most 2048"]),
+    # The cluster.
+    (
+        [*DEMO, "cluster.time_limit=4h"],
+        ["cluster.time_limit: '4h' is no time limit of the form H:MM:SS or D-HH:MM:SS", "cluster.time_limit='4:00:00'"],
+    ),
+    ([*DEMO, "cluster.time_limit=14400"], ["without quotes YAML reads 4:00:00 as a number"]),
+    ([*DEMO, "cluster.time_limit=0:00:00"], ["'0:00:00' leaves no time"]),
+    ([*DEMO, "cluster.gpu.memory_gib=80", "cluster.gpu.bf16_tflops=989"], ["cluster.gpu.name is not set"]),
+    (
+        [*QWEN, "cluster.gpu.utilisation=40"],
+        ["cluster.gpu.utilisation=40.0 is more than all of the peak", "such as 0.21"],
+    ),
+    ([*QWEN, "cluster.gpu.memory_gib=0"], ["cluster.gpu.memory_gib=0.0 must be above 0"]),
     # Training.
     ([*DEMO, "distill.warmup_steps=140"], ["distill.warmup_steps=140", "distill.max_steps=140", "such as 7"]),
     ([*DEMO, "distill.min_lr=1"], ["distill.min_lr=1.0 is above distill.lr=0.001", "to at most 0.001"]),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from conf.load import load_resolved
+from conf.load import compose, load_resolved
 from launch import progress
 from launch.run import main
-from tests.helpers.fake_stage import PLAN, TABLE
+from recipes.artifact import locate, write_manifest
+from recipes.stages import Stage
+from tests.helpers.fake_stage import MODULE, PLAN, TABLE
 
 ALL = ["first", "second", "aside", "report"]
 
@@ -24,11 +27,13 @@ class Launcher:
         self._monkeypatch = monkeypatch
         self._capfd = capfd
 
-    def run(self, *arguments: str, plan: dict[str, str] | None = None) -> tuple[int, str, str]:
+    def run(
+        self, *arguments: str, plan: dict[str, str] | None = None, stages: Sequence[Stage] = TABLE
+    ) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
         self._monkeypatch.setenv(PLAN, json.dumps(plan or {}))
         self._capfd.readouterr()
-        status = main(["experiment=demo", f"run_dir={self.run_dir}", *arguments], TABLE)
+        status = main(["experiment=demo", f"run_dir={self.run_dir}", *arguments], stages)
         return (status, *self._capfd.readouterr())
 
     def calls(self) -> list[str]:
@@ -122,7 +127,7 @@ def test_progress_comes_from_the_metrics_file(launcher: Launcher, monkeypatch: p
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
     code, out, _ = launcher.run("--until", "first", plan={"first": "train"})
     assert code == 0
-    (line,) = {line.partition(" s, ")[2] for line in out.splitlines() if "step" in line}
+    (line,) = {line.partition(" s, ")[2] for line in out.splitlines() if "step " in line}
     assert line == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
 
 
@@ -169,9 +174,38 @@ def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.
     assert logs == {f"threads {cores}", "threads 5"}
 
 
-def test_a_run_that_may_not_fit_the_disk_is_warned_about(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100_000_000)
+def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100 << 20)
     code, out, _ = launcher.run("--until", "first")
     assert code == 0
-    # Demo: 5.2 M and about 3.5 M parameters; (5.2 + 2 * 3 * 3.5) * 2 bytes of models, 2 * 2 * 3.5 * 14 of checkpoints.
-    assert "has 0.1 GB free, and the whole run writes about 0.2 GB" in out
+    assert out.splitlines()[:2] == [
+        "plan: 5.25 M -> 3.48 M parameters (-34%), 140 steps, 143 k tokens",
+        "plan: 0.50 GiB on disk, 0.10 GiB are free",
+    ]
+    # On a machine without a stated GPU neither memory nor hours are said.
+    assert "GPU" not in out
+    assert f"warning: {launcher.run_dir} has 0.1 GiB free, and the run still writes about 0.5 GiB" in out
+    # Nothing is left to plan of what is complete.
+    assert "plan:" not in launcher.run("--until", "first")[1]
+
+
+SMALL_GPU = "cluster.gpu={name: tiny, memory_gib: 0.1, bf16_tflops: 100}"
+
+
+def test_what_cannot_fit_the_gpu_is_refused_unless_it_is_done(launcher: Launcher) -> None:
+    table = (Stage("distill", MODULE, ("distill",), lambda cfg: {}),)
+    code, out, err = launcher.run(SMALL_GPU, stages=table)
+    assert (code, out) == (2, "")
+    assert "distill needs 0.2 GiB a GPU for its tensors alone, and cluster.gpu.memory_gib=0.1 (tiny)" in err
+    assert "or set cluster.gpu=null to go unchecked" in err
+    assert not launcher.run_dir.exists()
+
+    (located,) = locate(compose(["experiment=demo", f"run_dir={launcher.run_dir}"]), table).values()
+    write_manifest(located, 0.0, 1.0, {})
+    assert launcher.run(SMALL_GPU, stages=table)[0] == 0
+
+
+def test_what_only_lacks_the_reserve_is_warned_about(launcher: Launcher) -> None:
+    code, out, _ = launcher.run("--until", "first", SMALL_GPU.replace("0.1", "1"))
+    assert code == 0
+    assert "warning: the plan does not fit: " in out

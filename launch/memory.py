@@ -1,0 +1,210 @@
+"""What distillation and pruning keep in the memory of one rank, part by part, reckoned from shapes alone.
+
+The method is that of "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, section 4:
+count what each operation of a layer keeps for the backward pass) and, for weights and optimizer, of Megatron-LM's
+training/theoretical_memory_usage.py. The paper's layer has as many key heads as query heads, a plain MLP, dropout and
+stored attention scores: 34 + 5 a s / h bytes a token and hidden unit. `_layer_elements` counts ours: grouped-query
+attention by a kernel that stores no scores, a gated MLP, no dropout. Some bytes a token (statistics of norms and
+softmax) are left out. tests/integration/test_plan_memory.py compares with the tensors of real runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from conf.model_size import QK_NORM, rank_parameters
+from conf.schema import Family, Loss, Precision, PruneConfig, Recompute, Shape, Training
+from conf.units import GIB
+
+FP32_BYTES = 4
+# Adam's two moments (megatron/core/optimizer/__init__.py); in bf16 a master copy of the weights joins them.
+MOMENTS = 2
+# Assumptions, not measured: CUDA context, NCCL's buffers, cuBLAS and Transformer Engine workspaces; and what the
+# allocator cannot use for being in pieces, as a share of what is allocated.
+CONTEXT_BYTES = 2 * GIB
+FRAGMENTATION = 0.05
+# Families whose NeMo config asks for the fused SwiGLU, which keeps its input alone for the backward pass
+# (nemo/collections/llm/gpt/model/llama.py:77; megatron/core/fusions/fused_bias_swiglu.py:147).
+FUSED_SWIGLU = (Family.llama,)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that a training run holds; `teacher` is None where it trains on the data alone."""
+
+    family: Family
+    student: Shape
+    teacher: Shape | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank at the fullest moment of a step.
+
+    Attributes:
+        weights: the model that is trained or calibrated, in the training precision.
+        gradients: the buffer that they are summed and reduced in, always fp32.
+        optimizer: fp32 master weights and Adam's moments, this rank's share of them.
+        teacher: its weights.
+        activations: what is kept for the backward pass, of all micro batches in flight.
+        loss: both models' logits and the loss's own tensors of the vocabulary's size.
+        reserve: an assumption; see CONTEXT_BYTES and FRAGMENTATION.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    teacher: int = 0
+    activations: int = 0
+    loss: int = 0
+
+    @property
+    def tensors(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def reserve(self) -> int:
+        return CONTEXT_BYTES + round(FRAGMENTATION * self.tensors)
+
+    @property
+    def total(self) -> int:
+        return self.tensors + self.reserve
+
+
+def training_memory(training: Training, loss: Loss, models: Models, ranks: int) -> list[Memory]:
+    """The memory of a rank of each pipeline stage.
+
+    Args:
+        ranks: all of them; a multiple of the layout's tensor x pipeline x context parallel ranks.
+    """
+    return [_stage(training, loss, models, ranks, stage) for stage in range(_pipeline(training))]
+
+
+def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: int) -> Memory:
+    parallel, stages = training.parallel, _pipeline(training)
+    tensor = parallel.tensor_model_parallel_size
+    # The optimizer's state is shared out over data- and context-parallel ranks
+    # (megatron/core/optimizer/__init__.py:get_megatron_optimizer, with_context_parallel=True).
+    replicas = ranks // (tensor * stages)
+    width = FP32_BYTES if training.precision is Precision.fp32 else 2
+    student = rank_parameters(models.student, models.family, tensor, stages, stage)
+    state = FP32_BYTES * (MOMENTS + (0 if width == FP32_BYTES else 1))
+    teacher = 0
+    if models.teacher is not None:
+        teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage)
+    tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
+    kept = _kept(training, models, ranks, stage, tokens) * width
+    of_loss = 0
+    if stage == stages - 1:
+        of_loss = tokens * models.student.vocab_size // tensor * loss_bytes(loss, tensor, width)
+    # The loss is behind when the backward pass comes to the layers: only the larger of the two counts.
+    working = _working(training, models, tokens) * width
+    return Memory(
+        weights=width * student,
+        gradients=FP32_BYTES * student,
+        optimizer=state * student // (replicas if training.use_distributed_optimizer else 1),
+        teacher=width * teacher,
+        activations=kept + max(0, working - of_loss),
+        loss=of_loss,
+    )
+
+
+def loss_bytes(loss: Loss, tensor: int, width: int) -> int:
+    """Bytes an element of `[s, b, V / tensor]` that are alive at once when the loss is computed.
+
+    For KD, of LogitsKLLoss.forward (nemo/collections/llm/modelopt/distill/loss.py:163, as in ModelOpt's
+    modelopt/torch/distill/plugins/megatron.py:300), within `kl_div`: both models' logits, and in fp32 both divided by
+    the temperature (kept by name), then
+    - alone: log-softmax of the student, softmax of the teacher, and kl_div's two terms and their difference: 7;
+    - tensor parallel: the student's exponentials (kept for the backward pass), both log-probabilities, and kl_div's
+      exponential, difference and product: 8.
+    For CE, of megatron/core/tensor_parallel/cross_entropy.py: the logits and, unless they are fp32 themselves, an fp32
+    copy that becomes the softmax and then the gradient in place.
+    """
+    if loss is Loss.ce:
+        return width if width == FP32_BYTES else width + FP32_BYTES
+    return 2 * width + FP32_BYTES * (7 if tensor == 1 else 8)
+
+
+def _kept(training: Training, models: Models, ranks: int, stage: int, tokens: int) -> int:
+    """Elements kept for the backward pass at the fullest moment: all layers of the stage and micro batches in flight.
+
+    The schedule is 1F1B without interleaving, which distillation requires: stage i of p starts with p - i micro
+    batches (megatron/core/pipeline_parallel/schedules.py).
+    """
+    parallel, stages, student = training.parallel, _pipeline(training), models.student
+    replicas = ranks // (parallel.tensor_model_parallel_size * stages * parallel.context_parallel_size)
+    micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
+    shared = _sequence_share(training)
+    if training.recompute is Recompute.full:
+        of_layer = tokens * student.hidden_size // shared
+    else:
+        # `selective` recomputes the attention core, of which a kernel without stored scores keeps next to nothing.
+        of_layer = _layer_elements(training, models, tokens)
+    kept = student.num_layers // stages * of_layer
+    if stages > 1:
+        # What the stages hand on, student and teacher side by side, and, where it is received, its gradient
+        # (nemo/collections/llm/modelopt/distill/utils.py:223).
+        both = student.hidden_size + (models.teacher.hidden_size if models.teacher else 0)
+        kept += (1 if stage == 0 else 2) * tokens * both // shared
+    if stage == stages - 1:
+        kept += 2 * tokens * student.hidden_size // shared  # the final norm's input and output
+    return kept * min(stages - stage, micro_batches)
+
+
+def _layer_elements(training: Training, models: Models, tokens: int) -> int:
+    """Elements that one layer keeps for its backward pass: what its operations read and have to read again.
+
+    Both norms' inputs and outputs are cut over the tensor-parallel ranks under sequence parallelism, the rest by its
+    heads and channels always.
+    """
+    shape, tensor = models.student, training.parallel.tensor_model_parallel_size
+    queries = shape.num_attention_heads * shape.kv_channels
+    keys = shape.num_query_groups * shape.kv_channels
+    attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
+    if models.family in QK_NORM:
+        # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
+        attention += queries + keys
+    # Gate and up, and the down projection's input; unfused also silu(gate) and the factor made of up.
+    channels = (3 if models.family in FUSED_SWIGLU else 5) * shape.ffn_hidden_size
+    return tokens * (4 * shape.hidden_size // _sequence_share(training) + (attention + channels) // tensor)
+
+
+def _working(training: Training, models: Models, tokens: int) -> int:
+    """Elements that come and go in one layer's backward pass, and the layer itself where it is computed again.
+
+    The most is in the MLP: the gradients of its output and of the two factors of the down projection's input.
+    """
+    shape, tensor = models.student, training.parallel.tensor_model_parallel_size
+    gradients = tokens * (2 * shape.ffn_hidden_size // tensor + shape.hidden_size)
+    again = _layer_elements(training, models, tokens) if training.recompute is Recompute.full else 0
+    return gradients + again
+
+
+def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int) -> Memory:
+    """The memory of pruning, whose only parallelism is the pipeline's: of its fullest rank.
+
+    Calibration runs the teacher forward: its weights, one layer's work, and the validation loss over whole logits.
+    Where the layers to drop are named, there is none.
+    """
+    stages = prune.pipeline_model_parallel_size
+    weights = width * max(rank_parameters(teacher, family, 1, stages, stage) for stage in range(stages))
+    if prune.drop_layers:
+        return Memory(weights=weights)
+    tokens = prune.micro_batch_size * prune.calibration_seq_length
+    layer = Training(seq_length=prune.calibration_seq_length, micro_batch_size=prune.micro_batch_size)
+    return Memory(
+        weights=weights,
+        activations=width * _layer_elements(layer, Models(family, teacher, None), tokens),
+        loss=tokens * teacher.vocab_size * loss_bytes(Loss.ce, 1, width),
+    )
+
+
+def _pipeline(training: Training) -> int:
+    return training.parallel.pipeline_model_parallel_size
+
+
+def _sequence_share(training: Training) -> int:
+    """Ranks that share the sequence between the tensor-parallel parts."""
+    parallel = training.parallel
+    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

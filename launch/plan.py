@@ -1,0 +1,59 @@
+"""python -m launch.plan experiment=NAME cluster=NAME [key=value ...] [--json]
+
+What a run will need, before it starts: parameters, memory of a rank, hours, disk, and the layouts that fit. Nothing is
+started, downloaded or written. Exit status: 0, 1 where the plan does not fit, 2 for what is wrong in the config.
+
+`--json` prints one object (bytes, hours and FLOP as numbers; null where `cluster.gpu` or what else it takes is not
+stated; new keys may come, these stay):
+
+experiment      its name
+cluster         name, nodes, devices_per_node, ranks, gpu (name, memory_bytes, bf16_flops, utilisation), time_limit
+models          teacher, student: parameters and sizes; cut: share of the parameters that pruning removes
+training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
+stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least)
+memory          distill: a list, one a pipeline stage; prune: its largest. Each: weights, gradients, optimizer, teacher,
+                activations, loss, reserve, total (bytes; the reserve is an assumption)
+layout          the present one: tensor, pipeline, context, data, micro_batch_size, recompute, peak
+layouts         those that fit, best first; undivided: values that keep others from dividing
+disk            tokens, teacher, students, checkpoints, total; written: of that; free (bytes)
+warnings        sentences
+fits            true, false, or null where the GPU is not stated
+impossible      a sentence by stage: those whose tensors alone, without the reserve, are more than the GPU holds
+mend            what to set where it does not fit, else null
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from conf.errors import ConfigError
+from conf.load import compose
+from launch.plan_text import table
+from launch.planning import make
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.plan",
+        usage="python -m launch.plan experiment=NAME cluster=NAME [key=value ...] [--json]",
+        description=(__doc__ or "").partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config groups and values, as Hydra has them")
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        plan = make(compose(args.overrides))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(plan, indent=1) if args.json else table(plan))
+    return 1 if plan["fits"] is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

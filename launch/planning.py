@@ -1,0 +1,206 @@
+"""The plan of a run: what it will need, as one object (`launch.plan` says what its keys mean)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.model_size import parameters
+from conf.schema import Gpu, Loss, RunConfig, Shape
+from conf.units import GIB, seconds_of_time_limit
+from conf.validate import student_shape
+from launch import compute, disk
+from launch.layouts import Layout, fitting, layout_of, undivided
+from launch.memory import Memory, Models, prune_memory, training_memory
+from recipes.stages import wanted
+
+# Beyond it, prune and distil twice (Minitron's advice: at most a third a round, no more than half).
+LARGEST_CUT = 0.5
+SHORTEST_SEQUENCE = 256
+
+
+def make(cfg: RunConfig) -> dict[str, Any]:
+    """The plan of a run whose config was checked, as the object that `--json` prints."""
+    teacher = _teacher(cfg)
+    student = student_shape(cfg)
+    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    gpu = cfg.cluster.gpu
+    models = _models(cfg)
+    of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
+    of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
+    flops = compute.training_flops(cfg.distill, cfg.distill.loss, student, teacher)
+    sizes = disk.bytes_needed(cfg, teacher)
+    total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
+    room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
+    cut = 1 - parameters(student, cfg.model.family) / parameters(teacher, cfg.model.family)
+    limit = gpu.memory_gib * GIB if gpu else math.inf
+    layouts = fitting(cfg, models, ranks, limit) if gpu else []
+    peaks = {"distill": max(of_distill, key=lambda memory: memory.total), "prune": of_prune}
+    fits = all(memory.total <= limit for memory in peaks.values())
+    return {
+        "experiment": cfg.name,
+        "cluster": {**_cluster(cfg), "ranks": ranks},
+        "models": {"teacher": _model(cfg, teacher), "student": _model(cfg, student), "cut": cut},
+        "training": {
+            "steps": cfg.distill.max_steps,
+            "tokens": compute.tokens(cfg.distill),
+            "tokens_a_step": cfg.distill.global_batch_size * cfg.distill.seq_length,
+            "flops": compute.tokens(cfg.distill) * flops.total,
+            "flops_a_token": {**dataclasses.asdict(flops), "total": flops.total},
+        },
+        "stages": _stages(cfg, student, teacher, ranks),
+        "memory": {"distill": [_memory(memory) for memory in of_distill], "prune": _memory(of_prune)},
+        "layout": _layout(layout_of(cfg.distill, cfg, models, ranks)),
+        "layouts": [_layout(layout) for layout in layouts],
+        "undivided": undivided(cfg, ranks),
+        "disk": {**sizes, **room},
+        "warnings": _warnings(cfg, cut, room),
+        "fits": fits if gpu else None,
+        "impossible": _impossible(peaks, gpu) if gpu else {},
+        "mend": None if fits else _mend(cfg, layouts, peaks, limit),
+    }
+
+
+def _teacher(cfg: RunConfig) -> Shape:
+    assert cfg.model.shape is not None  # conf.load refuses a config without
+    return cfg.model.shape
+
+
+def _models(cfg: RunConfig) -> Models:
+    teacher = _teacher(cfg) if cfg.distill.loss is Loss.kd else None
+    return Models(cfg.model.family, student_shape(cfg), teacher)
+
+
+def _cluster(cfg: RunConfig) -> dict[str, Any]:
+    cluster, gpu = cfg.cluster, cfg.cluster.gpu
+    stated = None
+    if gpu is not None:
+        stated = {
+            "name": gpu.name,
+            "memory_bytes": round(gpu.memory_gib * GIB),
+            "bf16_flops": gpu.bf16_tflops * 1e12,
+            "utilisation": gpu.utilisation,
+        }
+    return {
+        "name": cluster.name,
+        "nodes": cluster.nodes,
+        "devices_per_node": cluster.devices_per_node,
+        "gpu": stated,
+        "time_limit": cluster.time_limit,
+    }
+
+
+def _model(cfg: RunConfig, shape: Shape) -> dict[str, Any]:
+    return {"parameters": parameters(shape, cfg.model.family), **dataclasses.asdict(shape)}
+
+
+def _memory(memory: Memory) -> dict[str, int]:
+    return {**dataclasses.asdict(memory), "reserve": memory.reserve, "total": memory.total}
+
+
+def _layout(layout: Layout) -> dict[str, Any]:
+    return {**dataclasses.asdict(layout), "recompute": layout.recompute.value}
+
+
+def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
+    """Every stage of the run, with hours where they can be reckoned."""
+    flops: dict[str, tuple[float, int]] = {
+        "prune": (compute.calibration_flops(cfg.prune, teacher), cfg.prune.pipeline_model_parallel_size)
+    }
+    for stage in wanted(cfg):
+        if stage.module == "recipes.distill":
+            run = stage.configure(cfg).distill
+            a_token = compute.training_flops(run, run.loss, student, teacher).total
+            flops[stage.name] = (compute.tokens(run) * a_token, ranks)
+    rows = []
+    for stage in wanted(cfg):
+        # Pipeline stages of the pruning wait for one another: no faster than one rank.
+        amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
+        working = 1 if stage.name == "prune" else held
+        hours = compute.training_hours(amount, cfg.distill.precision, cfg.cluster.gpu, working) if amount else None
+        rows.append(
+            {
+                "stage": stage.name,
+                "ranks": held,
+                "hours": hours,
+                "gpu_hours": None if hours is None else hours * held,
+                "jobs": _jobs(hours, cfg.cluster.time_limit),
+            }
+        )
+    return rows
+
+
+def _jobs(hours: float | None, time_limit: str | None) -> int | None:
+    if hours is None or time_limit is None:
+        return None
+    return math.ceil(hours * 3600 / seconds_of_time_limit(time_limit))
+
+
+def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
+    warnings = []
+    if cut > LARGEST_CUT:
+        warnings.append(
+            f"pruning removes {cut:.0%} of the parameters in one round; beyond {LARGEST_CUT:.0%} prune and distil a "
+            "model in between first, and prune that one"
+        )
+    to_come = room["total"] - room["written"]
+    if to_come > room["free"]:
+        warnings.append(
+            f"{cfg.run_dir} has {room['free'] / GIB:,.1f} GiB free, and the run still writes about "
+            f"{to_come / GIB:,.1f} GiB; free some, or set run_dir to a larger disk"
+        )
+    return warnings
+
+
+def _impossible(peaks: dict[str, Memory], gpu: Gpu) -> dict[str, str]:
+    return {
+        stage: f"{stage} needs {memory.tensors / GIB:.1f} GiB a GPU for its tensors alone, and "
+        f"cluster.gpu.memory_gib={gpu.memory_gib} ({gpu.name})"
+        for stage, memory in peaks.items()
+        if memory.tensors > gpu.memory_gib * GIB
+    }
+
+
+def refuse_impossible(plan: dict[str, Any], stages: Collection[str]) -> None:
+    """Raises: ConfigError, where one of these stages cannot fit the GPU, however its memory is used."""
+    faults = [fault for stage, fault in plan["impossible"].items() if stage in stages]
+    if faults:
+        # The plan may be wrong: whoever knows better has a way past it.
+        raise ConfigError([f"{fault}; {plan['mend']}; or set cluster.gpu=null to go unchecked" for fault in faults])
+
+
+def _mend(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit: float) -> str:
+    """What to set so that all fits: the best layout, or else a shorter sequence; for pruning more pipeline stages."""
+    parts = []
+    if peaks["distill"].total > limit:
+        parts.append(_changes(cfg, layouts[0]) if layouts else _shorter(cfg, limit))
+    if peaks["prune"].total > limit:
+        parts.append(
+            "raise prune.pipeline_model_parallel_size, or lower prune.calibration_seq_length or prune.micro_batch_size"
+        )
+    return "; ".join(parts)
+
+
+def _changes(cfg: RunConfig, layout: Layout) -> str:
+    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    present = layout_of(cfg.distill, cfg, _models(cfg), ranks).overrides
+    return "set " + " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
+
+
+def _shorter(cfg: RunConfig, limit: float) -> str:
+    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    cfg = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill))
+    present = cfg.distill.seq_length
+    while cfg.distill.seq_length // 2 >= SHORTEST_SEQUENCE:
+        cfg.distill.seq_length //= 2
+        layouts = fitting(cfg, _models(cfg), ranks, limit)
+        if layouts:
+            changes = _changes(cfg, layouts[0]).removeprefix("set")
+            return f"no layout fits sequences of {present} tokens: set distill.seq_length={cfg.distill.seq_length}" + (
+                changes.rstrip()
+            )
+    return f"no layout of {ranks} ranks fits: take more GPUs, or GPUs of more memory"

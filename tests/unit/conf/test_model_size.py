@@ -1,0 +1,80 @@
+"""Counting parameters: by transformers, by hand, and over ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+from conf.composition import config_groups
+from conf.hf_shape import _TERMS
+from conf.load import compose
+from conf.model_size import parameters, product_weights, rank_parameters
+from conf.schema import Family, Shape
+from conf.validate import student_shape
+
+TINY = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
+TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
+SHIPPED = [name for name in config_groups()["model"] if name != "local"]
+# Fits the shortest of them.
+SHORT = ("distill=demo", "prune.calibration_seq_length=256")
+ODD = dataclasses.replace(TINY, num_attention_heads=6, num_query_groups=3, vocab_size=37, tie_word_embeddings=True)
+
+
+# In a process of its own: once a test has activated the CPU backend, a model on "meta" takes real memory.
+COUNT = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+counts = []
+for family, values in json.load(sys.stdin):
+    with torch.device("meta"):
+        counts.append(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values)).num_parameters())
+print(json.dumps(counts))
+"""
+
+
+def of_transformers(*models: tuple[Shape, Family]) -> list[int]:
+    """`num_parameters()` of models that have no storage."""
+    asked = [
+        (family.value, {theirs: getattr(shape, ours) for ours, theirs in _TERMS.items()}) for shape, family in models
+    ]
+    command = [sys.executable, "-c", COUNT]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True, timeout=300)
+    counts: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+def test_all_models_are_counted_as_transformers_counts_them() -> None:
+    """Every shipped model, every experiment's student, and tiny shapes of each family."""
+    models = []
+    for name in SHIPPED:
+        cfg = compose([f"model={name}", "name=x", "prune.num_layers=2", *SHORT])
+        assert cfg.model.shape is not None
+        models.append((cfg.model.shape, cfg.model.family))
+    for name in config_groups()["experiment"]:
+        cfg = compose([f"experiment={name}"])
+        models.append((student_shape(cfg), cfg.model.family))
+    models += [(shape, family) for shape in (TINY, ODD, TIED) for family in Family]
+    assert [parameters(*model) for model in models] == of_transformers(*models)
+
+
+def test_by_hand() -> None:
+    # A layer: q and o 2 x 8 x 8, k and v 2 x 8 x 4, MLP 3 x 8 x 16 = 576; norms 2 x 8, QK-norms 2 x 4.
+    assert parameters(TINY, Family.qwen3) == 4 * (576 + 16 + 8) + 2 * 32 * 8 + 8
+    assert parameters(TINY, Family.llama) == 4 * (576 + 16) + 2 * 32 * 8 + 8
+    assert product_weights(TINY) == 4 * 576 + 32 * 8
+
+
+def test_ranks_share_weights_and_each_has_the_norms() -> None:
+    assert rank_parameters(TINY, Family.llama, 2) == 4 * (288 + 16) + 2 * 16 * 8 + 8
+    first, last = (rank_parameters(TINY, Family.llama, 1, 2, stage) for stage in (0, 1))
+    assert first == 2 * (576 + 16) + 32 * 8
+    assert last == 2 * (576 + 16) + 8 + 32 * 8
+    assert first + last == parameters(TINY, Family.llama)
+    assert rank_parameters(TINY, Family.llama, 1, 4, 1) == 576 + 16
+
+
+def test_a_tied_embedding_is_there_twice_in_a_pipeline() -> None:
+    assert parameters(TIED, Family.llama) == parameters(TINY, Family.llama) - 32 * 8
+    assert sum(rank_parameters(TIED, Family.llama, 1, 2, stage) for stage in (0, 1)) == parameters(TINY, Family.llama)

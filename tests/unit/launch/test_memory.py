@@ -1,0 +1,122 @@
+"""The memory of a rank by part, against sums done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from conf.schema import Family, Loss, Parallel, Precision, PruneConfig, Recompute, Shape, Training
+from conf.units import GIB
+from launch.memory import Memory, Models, prune_memory, training_memory
+
+TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
+STUDENT = dataclasses.replace(TEACHER, num_layers=2)
+QWEN3 = Models(Family.qwen3, STUDENT, TEACHER)
+# Parameters: 600 a layer (test_model_size.py), 520 in embeddings and the final norm.
+OF_STUDENT, OF_TEACHER = 1720, 2920
+TRAINING = Training(
+    max_steps=1, seq_length=16, global_batch_size=8, micro_batch_size=1, precision=Precision.bf16, parallel=Parallel()
+)
+# Elements a token that a layer keeps: norms' inputs and outputs 4 x 8; QKV 16, rotated q and k 12, the output 8 and the
+# QK-norms' copies of q and k 12; FFN 5 x 16.
+LAYER = 32 + 48 + 80
+NORM = 2 * 8
+
+
+def one(training: Training, ranks: int = 1, models: Models = QWEN3, loss: Loss = Loss.kd) -> Memory:
+    (memory,) = training_memory(training, loss, models, ranks)
+    return memory
+
+
+def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
+    assert one(TRAINING, ranks=2) == Memory(
+        weights=2 * OF_STUDENT,
+        gradients=4 * OF_STUDENT,
+        optimizer=12 * OF_STUDENT // 2,
+        teacher=2 * OF_TEACHER,
+        activations=2 * 16 * (2 * LAYER + NORM),
+        # Two logits in bf16 and seven fp32 tensors.
+        loss=16 * 32 * (2 * 2 + 7 * 4),
+    )
+    whole = dataclasses.replace(TRAINING, use_distributed_optimizer=False)
+    assert one(whole, ranks=2) == dataclasses.replace(one(TRAINING, ranks=2), optimizer=12 * OF_STUDENT)
+
+
+def test_fp32_has_no_master_weights() -> None:
+    memory = one(dataclasses.replace(TRAINING, precision=Precision.fp32))
+    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * OF_STUDENT, 4 * OF_STUDENT, 8 * OF_STUDENT)
+    assert memory.activations == 2 * one(TRAINING).activations
+    assert memory.loss == 16 * 32 * (2 * 4 + 7 * 4)
+
+
+@pytest.mark.parametrize(("sequence_parallel", "norms"), [(True, 16), (False, 32)])
+def test_tensor_parallelism_cuts_all_but_the_norms_parameters(sequence_parallel: bool, norms: int) -> None:
+    memory = one(dataclasses.replace(TRAINING, parallel=Parallel(2, 1, 1, sequence_parallel)), ranks=2)
+    of_rank = 2 * (576 // 2 + 24) + 520 // 2 + 4
+    assert memory.weights == 2 * of_rank
+    assert memory.optimizer == 12 * of_rank
+    assert memory.activations == 2 * 16 * (2 * (norms + (48 + 80) // 2) + NORM * norms // 32)
+    # One fp32 tensor more, of half the vocabulary.
+    assert memory.loss == 16 * 16 * (2 * 2 + 8 * 4)
+
+
+def test_context_parallelism_cuts_the_tokens_and_the_optimizer() -> None:
+    memory, whole = one(dataclasses.replace(TRAINING, parallel=Parallel(1, 1, 2)), ranks=2), one(TRAINING)
+    assert (memory.activations * 2, memory.loss * 2) == (whole.activations, whole.loss)
+    assert (memory.weights, memory.optimizer * 2) == (whole.weights, whole.optimizer)
+
+
+def test_pipeline_stages_differ() -> None:
+    first, last = training_memory(dataclasses.replace(TRAINING, parallel=Parallel(1, 2, 1)), Loss.kd, QWEN3, 2)
+    assert (first.weights, last.weights) == (2 * (600 + 256), 2 * (600 + 8 + 256))
+    assert (first.loss, last.loss) == (0, 16 * 32 * 32)
+    # Two micro batches are under way in the first, each with the 8 + 8 that it hands on; no loss covers the gradients
+    # of the MLP there (2 x 16 + 8).
+    assert first.activations == 2 * 16 * (2 * (LAYER + 16) + 40)
+    assert last.activations == 2 * 16 * (LAYER + 2 * 16 + NORM)
+    # With one micro batch a step there is no second one.
+    single = dataclasses.replace(TRAINING, parallel=Parallel(1, 2, 1), global_batch_size=1)
+    assert training_memory(single, Loss.kd, QWEN3, 2)[0].activations == 2 * 16 * (LAYER + 16 + 40)
+
+
+def test_recomputation() -> None:
+    full = one(dataclasses.replace(TRAINING, recompute=Recompute.full))
+    assert full.activations == 2 * 16 * (2 * 8 + NORM)
+    # Attention without stored scores leaves `selective` nothing to save.
+    assert one(dataclasses.replace(TRAINING, recompute=Recompute.selective)) == one(TRAINING)
+    # Where the loss is small, the layer that is computed again is the fullest moment.
+    few = dataclasses.replace(STUDENT, vocab_size=2)
+    small = one(
+        dataclasses.replace(TRAINING, recompute=Recompute.full),
+        models=Models(Family.qwen3, few, dataclasses.replace(TEACHER, vocab_size=2)),
+    )
+    assert small.activations + small.loss == 2 * 16 * (2 * 8 + NORM + LAYER + 40)
+
+
+def test_llama_has_no_qk_norm_and_a_fused_swiglu() -> None:
+    memory = one(TRAINING, models=Models(Family.llama, STUDENT, TEACHER))
+    assert memory.activations == 2 * 16 * (2 * (32 + 36 + 48) + NORM)
+
+
+def test_without_a_teacher() -> None:
+    memory = one(TRAINING, models=Models(Family.qwen3, STUDENT, None), loss=Loss.ce)
+    assert memory.teacher == 0
+    assert memory.loss == 16 * 32 * (2 + 4)
+
+
+def test_pruning() -> None:
+    prune = PruneConfig(calibration_seq_length=16, micro_batch_size=2)
+    memory = prune_memory(prune, TEACHER, Family.qwen3, 2)
+    assert memory == Memory(weights=2 * OF_TEACHER, activations=2 * 32 * LAYER, loss=32 * 32 * 6)
+    prune.pipeline_model_parallel_size = 2
+    assert prune_memory(prune, TEACHER, Family.qwen3, 2).weights == 2 * (2 * 600 + 8 + 256)
+    prune.drop_layers = [2]
+    assert prune_memory(prune, TEACHER, Family.qwen3, 2) == Memory(weights=2 * (2 * 600 + 8 + 256))
+
+
+def test_the_reserve_is_an_assumption_on_top() -> None:
+    memory = Memory(weights=50 * GIB, teacher=50 * GIB)
+    assert memory.tensors == 100 * GIB
+    assert memory.reserve == 7 * GIB
+    assert memory.total == 107 * GIB

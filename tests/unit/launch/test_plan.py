@@ -1,0 +1,246 @@
+"""The plan of a run: published figures, sums by hand, layouts that hold, and what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from conf.composition import config_groups
+from conf.errors import ConfigError
+from conf.load import compose
+from conf.schema import Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
+from launch import compute, disk, plan
+from launch.plan_text import short, table
+from launch.planning import make, refuse_impossible
+
+EXPERIMENTS = config_groups()["experiment"]
+DEPTH = "experiment=qwen3_8b_to_6b_depth"
+SMALL = "cluster.gpu.memory_gib=24"
+TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
+STUDENT = dataclasses.replace(TEACHER, num_layers=2)
+
+
+def planned(*overrides: str) -> dict[str, Any]:
+    return make(compose(overrides))
+
+
+# Arithmetic.
+
+
+def test_the_published_run_takes_its_published_hours() -> None:
+    (row,) = [stage for stage in planned(DEPTH)["stages"] if stage["stage"] == "distill"]
+    assert row["gpu_hours"] == pytest.approx(6000, rel=0.1)
+    assert row["hours"] == row["gpu_hours"] / 8
+
+
+def test_flops_by_hand() -> None:
+    training = Training(max_steps=10, seq_length=16, global_batch_size=4)
+    # Products: 576 a layer, 32 x 8 in the output layer. Attention: 2 x 16 x 8 a layer.
+    student, teacher = 2 * (2 * 576 + 256) + 2 * 256, 2 * (4 * 576 + 256) + 4 * 256
+    flops = compute.training_flops(training, Loss.kd, STUDENT, TEACHER)
+    assert (flops.student, flops.teacher, flops.recompute) == (3 * student, teacher, 0)
+    assert flops.total == 3 * student + teacher
+    assert compute.training_flops(training, Loss.ce, STUDENT, TEACHER).total == 3 * student
+    training.recompute = Recompute.full
+    assert compute.training_flops(training, Loss.kd, STUDENT, TEACHER).recompute == student - 2 * 256
+    assert compute.tokens(training) == 10 * 4 * 16
+    prune = PruneConfig(calibration_samples=3, calibration_seq_length=16)
+    assert compute.calibration_flops(prune, TEACHER) == 3 * 16 * teacher
+    prune.drop_layers = [1]
+    assert compute.calibration_flops(prune, TEACHER) == 0
+
+
+def test_hours_by_hand() -> None:
+    gpu = Gpu("g", 1.0, 100.0, 0.5)
+    assert compute.training_hours(3.6e17 * 8, Precision.bf16, gpu, 8) == pytest.approx(2.0)
+    assert compute.training_hours(1.0, Precision.fp32, gpu, 8) is None
+    assert compute.training_hours(1.0, Precision.bf16, None, 8) is None
+
+
+def test_six_n_for_the_large_ones() -> None:
+    """Within a few percent FLOP a token are 6 x student + 2 x teacher: attention adds, the embedding takes away."""
+    of_plan = planned(DEPTH)
+    student, teacher = (of_plan["models"][name]["parameters"] for name in ("student", "teacher"))
+    assert of_plan["training"]["flops_a_token"]["total"] == pytest.approx(6 * student + 2 * teacher, rel=0.05)
+
+
+def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
+    sizes = planned(DEPTH)["disk"]
+    student, teacher = 5_875_378_176, 8_190_735_360
+    assert sizes["tokens"] == 4 * 28_600 * 768 * 4096
+    assert sizes["teacher"] == 2 * teacher
+    assert sizes["students"] == 2 * 2 * 2 * student
+    assert sizes["checkpoints"] == 2 * 14 * student
+    assert sizes["total"] == sum(sizes[kind] for kind in ("tokens", "teacher", "students", "checkpoints"))
+    # The demo makes its teacher, in fp32 like all of it, and has a control; its tokens take two bytes.
+    student, teacher = 3_476_224, 5_246_976
+    cfg = demo()
+    assert cfg.model.shape is not None
+    assert disk.bytes_needed(cfg, cfg.model.shape) == {
+        "tokens": 2 * 140 * 4 * 256,
+        "teacher": 3 * 4 * teacher,
+        "students": 2 * 3 * 4 * student,
+        "checkpoints": 2 * 2 * 16 * student + 2 * 16 * teacher,
+    }
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
+def test_bytes_of_a_token_are_megatrons(vocab_size: int, size: int) -> None:
+    assert disk.token_bytes(vocab_size) == size
+
+
+def test_what_a_run_folder_holds_is_no_longer_to_come(
+    demo: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    cfg = demo()
+    need = make(cfg)["disk"]["total"]
+    monkeypatch.setattr("launch.disk.free_bytes", lambda path: need - 100)
+    (warning,) = make(cfg)["warnings"]
+    assert f"{cfg.run_dir} has 0.5 GiB free" in warning
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "weights").write_bytes(bytes(200))
+    assert make(cfg)["warnings"] == []
+
+
+# Layouts and the verdict.
+
+
+@pytest.mark.parametrize("overrides", [[DEPTH], [DEPTH, SMALL], ["experiment=llama3_1_8b_to_4b_width"]])
+def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None:
+    of_plan = planned(*overrides)
+    assert of_plan["layouts"]
+    for layout in of_plan["layouts"]:
+        values = {
+            "parallel.tensor_model_parallel_size": layout["tensor"],
+            "parallel.pipeline_model_parallel_size": layout["pipeline"],
+            "parallel.context_parallel_size": layout["context"],
+            "micro_batch_size": layout["micro_batch_size"],
+            "recompute": layout["recompute"],
+        }
+        again = planned(*overrides, *(f"distill.{key}={value}" for key, value in values.items()))
+        assert again["layout"] == layout
+        assert layout["peak"] <= of_plan["cluster"]["gpu"]["memory_bytes"]
+        assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 8
+
+
+def test_the_first_layout_communicates_least() -> None:
+    layouts = planned(DEPTH)["layouts"]
+    without = [layout for layout in layouts if layout["recompute"] == "none"]
+    assert layouts[: len(without)] == without
+    sizes = [layout["tensor"] * layout["pipeline"] * layout["context"] for layout in without]
+    assert sizes == sorted(sizes)
+    # One GPU has no room for a whole student in training beside its teacher.
+    assert sizes[0] > 1
+
+
+def test_what_does_not_divide_is_named() -> None:
+    of_plan = planned(DEPTH)
+    assert of_plan["undivided"] == ["pipeline_model_parallel_size=8 does not divide the teacher's 36 layers"]
+    odd = planned(DEPTH, "distill.global_batch_size=510")
+    assert any(reason.startswith("global_batch_size=510 is not divisible by 4") for reason in odd["undivided"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [DEPTH, "distill.parallel.tensor_model_parallel_size=1"],
+        [DEPTH, SMALL, "distill.parallel.tensor_model_parallel_size=2"],
+        ["experiment=qwen3_0_6b_one_gpu", "distill.seq_length=8192"],
+    ],
+)
+def test_the_mend_mends(overrides: list[str]) -> None:
+    of_plan = planned(*overrides)
+    assert of_plan["fits"] is False
+    changes = re.findall(r"distill\.\S+=\S+", of_plan["mend"])
+    assert changes
+    assert planned(*overrides, *changes)["fits"] is True
+
+
+def test_where_nothing_mends() -> None:
+    of_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
+    assert of_plan["fits"] is False
+    assert of_plan["mend"].startswith("no layout of 1 ranks fits: take more GPUs")
+    assert "raise prune.pipeline_model_parallel_size" in of_plan["mend"]
+    with pytest.raises(ConfigError, match=r"distill needs .* GiB a GPU for its tensors alone") as caught:
+        refuse_impossible(of_plan, ["prune", "distill"])
+    assert len(caught.value.faults) == 1
+    refuse_impossible(of_plan, ["prune", "evaluate"])
+
+
+def test_the_one_gpu_experiment_fits_its_gpu() -> None:
+    of_plan = planned("experiment=qwen3_0_6b_one_gpu")
+    assert of_plan["fits"] is True
+    assert of_plan["cluster"]["gpu"]["name"] == "RTX 4090 24GB"
+
+
+def test_a_time_limit_cuts_a_stage_into_jobs() -> None:
+    jobs = {stage["stage"]: stage["jobs"] for stage in planned(DEPTH, "cluster.time_limit=1-00:00:00")["stages"]}
+    assert jobs["distill"] == 32  # 756 hours
+    assert jobs["prune"] == 1
+    assert jobs["prepare_data"] is None
+
+
+def test_more_than_half_in_one_round_is_warned_about() -> None:
+    assert planned(DEPTH, "run_dir=/x")["models"]["cut"] == pytest.approx(0.283, abs=1e-3)
+    warnings = planned(DEPTH, "prune.num_layers=12")["warnings"]
+    assert any("pruning removes 57% of the parameters in one round" in warning for warning in warnings)
+    assert not any("one round" in warning for warning in planned(DEPTH)["warnings"])
+
+
+# What is printed.
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_table_that_fits_a_terminal(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = plan.main([f"experiment={name}", "cluster.time_limit=4:00:00"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 110
+    assert lines[-1].startswith("whether it fits is not known" if name == "demo" else "fits: ")
+    assert any("assumption" in line or "assumed" in line for line in lines)
+
+
+def test_columns_are_aligned() -> None:
+    lines = table(planned(DEPTH)).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("GiB a rank"))
+    heading, distill, prune = lines[start : start + 3]
+    assert len(heading) == len(distill) == len(prune)
+    assert re.findall(r"\S+", heading)[-2:] == ["reserve*", "total"]
+
+
+def test_json_holds_what_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main([DEPTH, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    documented = re.findall(r"^(\w+) {2,}\S", (plan.__doc__ or "").partition("`--json`")[2], flags=re.MULTILINE)
+    assert set(documented) <= set(printed)
+    assert set(printed) - set(documented) == {"undivided"}  # described beside `layouts`
+    assert set(printed["memory"]["prune"]) == {
+        *("weights", "gradients", "optimizer", "teacher", "activations", "loss", "reserve", "total")
+    }
+    for memory in [*printed["memory"]["distill"], printed["memory"]["prune"]]:
+        assert memory.pop("total") == sum(memory.values())
+
+
+def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["experiment=qwen3_0_6b_one_gpu", "distill.micro_batch_size=8"]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=1")
+    assert plan.main([DEPTH, "distill.parallel.tensor_model_parallel_size=3"]) == 2
+    assert "does not divide" in capsys.readouterr().err
+
+
+def test_the_short_form() -> None:
+    lines = short(planned(DEPTH, "cluster.time_limit=1-00:00:00"))
+    assert lines[0] == "plan: 8.19 B -> 5.88 B parameters (-28%), 28,600 steps, 89.97 B tokens"
+    assert re.fullmatch(
+        r"plan: 27\.\d of 79\.1 GiB a GPU \(H100 SXM 80GB\), 7\d\d\.\d hours, 6,0\d\d\.\d GPU-hours at an assumed"
+        r" 21% of its peak, at least 33 jobs of 1-00:00:00",
+        lines[1],
+    )
+    assert lines[2].startswith("plan: 547.4 GiB on disk, ")
