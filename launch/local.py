@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
+from launch.environment import ROOT, environment, stage_arguments
 from recipes.artifact import Located
 
-ROOT = Path(__file__).resolve().parents[1]
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # torchrun gives its workers 30 s to end before it kills them (torch/distributed/elastic/multiprocessing/api.py:1023).
 SECONDS_TO_END = 40.0
@@ -36,22 +36,7 @@ def command(located: Located, resolved: Path) -> list[str]:
     launcher = [sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    return [*launcher, located.stage.module, "--config", str(resolved), "--stage", located.stage.name]
-
-
-def environment(located: Located) -> dict[str, str]:
-    """The environment of a stage's processes: this one's, and how many threads each may take."""
-    ranks = located.stage.ranks(located.cfg)
-    env = dict(os.environ)
-    threads = located.cfg.cluster.threads_per_rank
-    if threads is not None:
-        env["OMP_NUM_THREADS"] = str(threads)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
-    env["PYTHONUNBUFFERED"] = "1"
-    # Said outright, or tokenizers stops using threads once the data loader's workers have been forked, with a warning.
-    env.setdefault("TOKENIZERS_PARALLELISM", "true")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    return env
+    return [*launcher, *stage_arguments(located, resolved)]
 
 
 def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
@@ -65,7 +50,7 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
     """
     return subprocess.Popen(
         command(located, resolved),
-        env=environment(located),
+        env=_environment(located),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -74,6 +59,18 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
         # Safe here: the launcher has one thread.
         preexec_fn=_end_with(os.getpid()) if sys.platform == "linux" else None,
     )
+
+
+def _environment(located: Located) -> dict[str, str]:
+    """The environment of a stage's processes: this one's, and what it lacks of `launch.environment`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = {**environment(located), **os.environ}
+    threads = located.cfg.cluster.threads_per_rank
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // located.stage.ranks(located.cfg))))
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return env
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float = SECONDS_TO_END) -> None:
@@ -104,8 +101,3 @@ def _end_with(launcher: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from launch.disk import disk_warning
 from launch.failure import Reason, exit_words, read_reason
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
-from recipes.artifact import Located, locate
+from recipes.artifact import STOP, Located, locate, read_state
 from recipes.stages import STAGES, Stage
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -27,7 +27,7 @@ RESOLVED = "resolved.yaml"
 
 @dataclass
 class StageFailedError(Exception):
-    """A stage ended without having completed its folder.
+    """A stage ended without having completed its folder, or was paused.
 
     Attributes:
         message: for the person at the terminal: which stage, why, and where its log is.
@@ -51,7 +51,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
     progress = Progress(sys.stdout)
     run_dir = Path(cfg.run_dir)
     local.check(cfg)
-    located = _up_to(locate(cfg, stages), until)
+    located = up_to(locate(cfg, stages), until)
     with lock.held(run_dir) as lock_file:
         save_resolved(cfg, run_dir / RESOLVED)
         warning = disk_warning(cfg, run_dir)
@@ -69,7 +69,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
 
 def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
     """The stages of a run, their folders, and which of them are complete."""
-    located = _up_to(locate(cfg, stages), until)
+    located = up_to(locate(cfg, stages), until)
     width = max(len(stage.stage.name) for stage in located)
     return "\n".join(
         f"{stage.stage.name:<{width}}  {'complete' if stage.complete else 'to do':<8}  {stage.folder}"
@@ -77,7 +77,16 @@ def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = 
     )
 
 
-def _up_to(located: dict[str, Located], until: str | None) -> list[Located]:
+def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
+    """What starts each stage that is not complete, for a shell."""
+    local.check(cfg)
+    resolved = Path(cfg.run_dir) / RESOLVED
+    located = up_to(locate(cfg, stages), until)
+    return "\n".join(shlex.join(local.command(stage, resolved)) for stage in located if not stage.complete)
+
+
+def up_to(located: dict[str, Located], until: str | None) -> list[Located]:
+    """The stages up to `until`, all of them without it. Raises: ConfigError, where the run has no such stage."""
     names = list(located)
     if until is not None and until not in names:
         raise ConfigError(f"--until {until}: this run has no such stage; it has {', '.join(names)}")
@@ -89,6 +98,7 @@ def _run_stage(located: Located, resolved: Path, label: str, progress: Progress,
     """One stage from start to manifest, its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
+    (located.folder / STOP).unlink(missing_ok=True)
     log = located.folder / "log.txt"
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
@@ -104,6 +114,11 @@ def _run_stage(located: Located, resolved: Path, label: str, progress: Progress,
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             local.stop(process)
+    state = read_state(located.folder)
+    if not located.complete and process.returncode == 0 and state.get("state") == "paused":
+        raise StageFailedError(
+            f"stage {located.stage.name} is paused at step {state['step']}; the same command goes on from there"
+        )
     if not located.complete:
         raise _failure(located, process.returncode, read_reason(log, begin), log)
     progress.event(f"{label}: done in {duration(time.time() - started)}")
