@@ -18,7 +18,7 @@ from launch.disk import disk_warning
 from launch.failure import Reason, exit_words, read_reason
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
-from recipes.artifact import STOP, Located, locate, read_state
+from recipes.artifact import STATE, STOP, Located, locate, read_state
 from recipes.stages import STAGES, Stage
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -98,7 +98,8 @@ def _run_stage(located: Located, resolved: Path, label: str, progress: Progress,
     """One stage from start to manifest, its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
-    (located.folder / STOP).unlink(missing_ok=True)
+    for left_over in (STOP, STATE):
+        (located.folder / left_over).unlink(missing_ok=True)
     log = located.folder / "log.txt"
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:

@@ -62,4 +62,5 @@ def ask(ids: Collection[str]) -> dict[str, Queued]:
 
 def active(ids: Collection[str]) -> list[str]:
     """Those of the jobs that wait or run."""
-    return [job for job, queued in ask(ids).items() if queued.state not in ENDED]
+    known = ask(ids)
+    return [job for job in ids if job in known and known[job].state not in ENDED]

@@ -28,10 +28,10 @@ from conf.schema import RunConfig
 from recipes.stages import STAGES, Output, Source, Stage
 
 MANIFEST = "manifest.json"
-# Of a stage that trains: {"state": "paused" or "done", "step": N}, where training ended last. A paused one goes on when
+# Of a stage that trains, left by its last attempt: {"state": "paused" or "done", "step": N}. A paused one goes on when
 # it is started again; that a stage is complete only the manifest says.
 STATE = "state.json"
-# A file of this name in its folder asks a stage that trains to save and pause.
+# A file of this name in its folder asks a stage that trains to save and pause. Whoever starts a stage takes both away.
 STOP = "stop"
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")

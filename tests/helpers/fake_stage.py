@@ -1,7 +1,7 @@
 """Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
 
 What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
-of N steps that heeds the stop file, as `recipes.runtime.stop_file` does.
+of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, `late N` one that takes 3 s to start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from recipes.stages import Output, Source, Stage, world_size
 
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"
-SECONDS_A_STEP = 0.1
+SECONDS_A_STEP = 0.05
 
 
 def _after(*names: str) -> dict[str, Source]:
@@ -55,8 +55,14 @@ def _act(action: str, folder: Path) -> None:
             json.dumps(line) + "\n" + json.dumps({"step": 40, "val_loss": 3.25}) + "\n"
         )
         time.sleep(1.5)
-    if action.startswith("steps "):
-        _train(int(action.removeprefix("steps ")), folder)
+    kind, _, steps = action.partition(" ")
+    if kind == "late":
+        time.sleep(3)
+    if kind in ("steps", "late"):
+        _train(int(steps), folder)
+    if action == "stuck":
+        write_json(folder / STATE, {"state": "paused", "step": 0})
+        sys.exit(0)
     if action == "join":
         _join(folder)
     if action == "sleep":
@@ -120,16 +126,18 @@ def main() -> None:
         write_manifest(located, started, time.time(), {})
 
 
-def launch() -> int:
-    """`launch.run` over the fake table: `python -m tests.helpers.fake_stage launch experiment=demo ...`."""
-    # Not at the top: a stage's process has no need of the launcher.
-    from launch.run import main as launch_main
+def command_line() -> int:
+    """`launch.run` and `launch.status` over the fake tables: `python -m tests.helpers.fake_stage launch ARGUMENTS`, or
+    launch_ranks, status, status_ranks."""
+    # Not at the top: a stage's process has no need of them.
+    from launch import run, status
 
     _, mode, *arguments = sys.argv
-    return launch_main(arguments, DISTRIBUTED if mode == "launch_ranks" else TABLE)
+    table = DISTRIBUTED if mode.endswith("_ranks") else TABLE
+    return (run if mode.startswith("launch") else status).main(arguments, table)
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("launch"):
-        sys.exit(launch())
+    if sys.argv[1].startswith(("launch", "status")):
+        sys.exit(command_line())
     main()

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,13 @@ class Chain:
         """All jobs have ended; Slurm was seen to know them at least."""
         ids = [job for entry in submitted(self.run_dir).values() for job in entry["jobs"]]
         self.wait(lambda: not active(ids), seconds)
+
+    def status(self, mode: str = "status") -> dict[str, dict[str, Any]]:
+        """What `launch.status --json` says of each stage."""
+        command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, str(self.run_dir), "--json"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+        return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(self.run_dir)]}
 
     def told(self) -> str:
         """What helps to see why a test failed."""
