@@ -243,7 +243,11 @@ class ClusterConfig:
     time_limit: str | None = None
     # Says that all nodes see the run's folder, where its file system looks like a disk of this machine only.
     run_dir_is_shared: bool = False
-    # Null: the stages run on this machine.
+    # For several nodes without Slurm, on each of which the same command is started: HOST:PORT of the first one, a port
+    # that is free there, and which of them this is, from 0.
+    rdzv_endpoint: str | None = None
+    node_rank: int = 0
+    # Null: launch.run starts the stages itself.
     slurm: SlurmConfig | None = None
 
 

@@ -101,7 +101,7 @@ _ABOVE_ZERO = (
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
-_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.slurm.max_restarts")
+_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
 _TRAININGS = ("distill", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from recipes.artifact import Located
@@ -36,6 +37,12 @@ def _megatron(located: Located) -> dict[str, str]:
         # (megatron/core/tensor_parallel/layers.py:649; without it :720 warns). NeMo wants 32 on Blackwell.
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return env
+
+
+def nodes_and_ranks(located: Located) -> tuple[int, int]:
+    """The nodes that a stage takes, and its ranks on each."""
+    ranks, devices = located.stage.ranks(located.cfg), located.cfg.cluster.devices_per_node
+    return math.ceil(ranks / devices), min(ranks, devices)
 
 
 def stage_arguments(located: Located, resolved: Path) -> list[str]:

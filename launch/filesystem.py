@@ -5,8 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from conf.schema import RunConfig
+
 # Disks and memory of one machine. A server may export one of the first four, hence `cluster.run_dir_is_shared`.
 LOCAL = {"ext4", "ext3", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "aufs", "squashfs"}
+
+
+def unshared(cfg: RunConfig) -> list[str]:
+    """A fault where the run's folder, which several machines are to see, looks like one of this machine only."""
+    kind = local_type(Path(cfg.run_dir))
+    if kind is None or cfg.cluster.run_dir_is_shared:
+        return []
+    return [
+        f"run_dir={cfg.run_dir} is on {kind}, by the look of it a disk of this machine only; set run_dir to a disk "
+        "that all nodes share, or cluster.run_dir_is_shared=true if they share this one"
+    ]
 
 
 def local_type(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:

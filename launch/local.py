@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
-from launch.environment import ROOT, environment, stage_arguments
+from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from recipes.artifact import Located
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -22,19 +20,15 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECONDS_TO_END = 40.0
 
 
-def check(cfg: RunConfig) -> None:
-    """Raises: ConfigError, where a run asks for more than this machine."""
-    if cfg.cluster.nodes > 1:
-        raise ConfigError(
-            f"cluster.nodes={cfg.cluster.nodes}, but ranks are started on this machine only; set cluster.nodes=1"
-        )
-
-
 def command(located: Located, resolved: Path) -> list[str]:
     """What starts a stage: torchrun where it has several ranks (for one it would add 5 s and nothing else)."""
-    ranks = located.stage.ranks(located.cfg)
+    nodes, ranks = nodes_and_ranks(located)
     launcher = [sys.executable, "-m"]
-    if ranks > 1:
+    if nodes > 1:
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", str(located.cfg.cluster.rdzv_endpoint)]
+        meet += ["--rdzv_id", f"{located.stage.name}-{located.config_hash[:8]}"]
+        launcher += ["torch.distributed.run", "--nnodes", str(nodes), *meet, "--nproc_per_node", str(ranks), "-m"]
+    elif ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     return [*launcher, *stage_arguments(located, resolved)]
 
@@ -68,7 +62,7 @@ def _environment(located: Located) -> dict[str, str]:
     threads = located.cfg.cluster.threads_per_rank
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // located.stage.ranks(located.cfg))))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // nodes_and_ranks(located)[1])))
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return env
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,8 +41,19 @@ class StageFailedError(Exception):
         return self.message
 
 
-def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> None:
+def run(
+    cfg: RunConfig,
+    until: str | None = None,
+    stages: Sequence[Stage] = STAGES,
+    beat: Callable[[str], None] = lambda stage: None,
+) -> None:
     """Brings a run to its end, or to the end of stage `until`.
+
+    Args:
+        cfg: the run.
+        until: its last stage; None: all of them.
+        stages: the table.
+        beat: called several times a second with the name of the stage that runs.
 
     Raises:
         ConfigError: a missing input, a stage that does not exist, a run folder in use.
@@ -50,7 +61,6 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
     """
     progress = Progress(sys.stdout)
     run_dir = Path(cfg.run_dir)
-    local.check(cfg)
     located = up_to(locate(cfg, stages), until)
     with lock.held(run_dir) as lock_file:
         save_resolved(cfg, run_dir / RESOLVED)
@@ -63,7 +73,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
             if stage.complete:
                 progress.event(f"{label}: complete, skipped")
             else:
-                _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file)
+                _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file, beat)
     progress.event(summary(located))
 
 
@@ -79,7 +89,6 @@ def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = 
 
 def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
     """What starts each stage that is not complete, for a shell."""
-    local.check(cfg)
     resolved = Path(cfg.run_dir) / RESOLVED
     located = up_to(locate(cfg, stages), until)
     return "\n".join(shlex.join(local.command(stage, resolved)) for stage in located if not stage.complete)
@@ -94,7 +103,14 @@ def up_to(located: dict[str, Located], until: str | None) -> list[Located]:
     return [located[name] for name in names[:last]]
 
 
-def _run_stage(located: Located, resolved: Path, label: str, progress: Progress, lock_file: int) -> None:
+def _run_stage(
+    located: Located,
+    resolved: Path,
+    label: str,
+    progress: Progress,
+    lock_file: int,
+    beat: Callable[[str], None],
+) -> None:
     """One stage from start to manifest, its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +126,7 @@ def _run_stage(located: Located, resolved: Path, label: str, progress: Progress,
         process = local.start(located, resolved, file, keep_open=(lock_file,))
         try:
             while process.poll() is None:
+                beat(located.stage.name)
                 detail = training_status(located.folder / "metrics.jsonl", started)
                 progress.status(", ".join(filter(None, [f"{label}: {duration(time.time() - started)}", detail])))
                 time.sleep(SECONDS_BETWEEN_LOOKS)

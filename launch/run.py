@@ -17,7 +17,7 @@ from conf.composition import config_groups, sweep
 from conf.errors import ConfigError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
-from launch import pipeline, slurm
+from launch import nodes, pipeline, slurm
 from recipes.stages import STAGES, Stage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,6 +68,8 @@ def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> N
         slurm.run(cfg, args.until, stages, args.dry_run)
     elif args.dry_run:
         print(pipeline.commands(cfg, args.until, stages))
+    elif cfg.cluster.nodes > 1:
+        nodes.run(cfg, args.until, stages)
     else:
         pipeline.run(cfg, args.until, stages)
 

@@ -7,7 +7,6 @@ by hand are then the same as in the stage table, and each job asks for the GPUs 
 from __future__ import annotations
 
 import copy
-import math
 import shlex
 import shutil
 import subprocess
@@ -25,8 +24,8 @@ from conf.schema import RunConfig, SlurmConfig
 from conf.slurm_rules import absolute
 from launch import lock
 from launch.disk import disk_warning
-from launch.environment import ROOT, environment, stage_arguments
-from launch.filesystem import local_type
+from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
+from launch.filesystem import unshared
 from launch.pipeline import RESOLVED, up_to
 from launch.queue import active, record, submitted
 from recipes.artifact import Located, locate
@@ -107,12 +106,7 @@ def _check(cfg: RunConfig, dry_run: bool) -> None:
             f"cluster=slurm, but {', '.join(absent)} cannot be found; start this on a login node, or add dry_run=true "
             "to see what would be submitted"
         )
-    kind = local_type(Path(cfg.run_dir))
-    if kind is not None and not cfg.cluster.run_dir_is_shared:
-        faults.append(
-            f"run_dir={cfg.run_dir} is on {kind}, by the look of it a disk of this machine only; set run_dir to a disk "
-            "that all nodes share, or cluster.run_dir_is_shared=true if they share this one"
-        )
+    faults += unshared(cfg)
     if faults:
         raise ConfigError(faults)
 
@@ -137,7 +131,7 @@ def _script(located: Located, script: Path) -> str:
     """What sbatch is given for a stage."""
     cfg, ranks = located.cfg, located.stage.ranks(located.cfg)
     slurm, run_dir = _slurm(located.cfg), Path(located.cfg.run_dir)
-    per_node = min(ranks, cfg.cluster.devices_per_node)
+    nodes, ranks_per_node = nodes_and_ranks(located)
     in_container = slurm.container_image is not None
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -152,9 +146,9 @@ def _script(located: Located, script: Path) -> str:
         "script": script,
         "job_name": f"{cfg.name}/{located.stage.name}",
         "log": str(located.folder / "log.txt"),
-        "nodes": math.ceil(ranks / cfg.cluster.devices_per_node),
+        "nodes": nodes,
         "ranks": ranks,
-        "ranks_per_node": per_node,
+        "ranks_per_node": ranks_per_node,
         "time_limit": cfg.cluster.time_limit,
         "threads": cfg.cluster.threads_per_rank,
         "exported": [*EXPORTED, *slurm.secrets],

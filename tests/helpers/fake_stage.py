@@ -100,7 +100,11 @@ def _join(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     total = torch.tensor(torch.distributed.get_rank())
     torch.distributed.all_reduce(total)
-    joined = {"total": int(total), "node": os.environ["SLURMD_NODENAME"], "world": torch.distributed.get_world_size()}
+    joined = {
+        "total": int(total),
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "world": torch.distributed.get_world_size(),
+    }
     write_json(folder / f"joined-{torch.distributed.get_rank()}.json", joined)
     torch.distributed.destroy_process_group()
 

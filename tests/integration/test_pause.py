@@ -14,6 +14,11 @@ from tests.helpers import tiny, tolerance
 RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
 
 
+def validations(folder: Path) -> list[int]:
+    """The steps after which there was one."""
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
+
+
 # Workers of the data loader, too: they are what a pause could leave behind.
 @pytest.mark.parametrize("layout", [("distill.num_workers=1",), RANKS], ids=["one_rank", "two_ranks"])
 def test_a_paused_distillation_goes_on_with_the_same_losses(
@@ -42,7 +47,7 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     assert not (folder / "stop").exists()
     assert not (folder / "manifest.json").exists()
     # Nothing was validated where nothing was due.
-    assert [line for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line] == []
+    assert validations(folder) == []
 
     tiny.launch(run_dir, *settings)
     assert "training from" in (folder / "log.txt").read_text().split("step=1", 1)[0].splitlines()[-1]

@@ -158,7 +158,7 @@ def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
     dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(slurm, "local_type", lambda path: "ext4")
+    monkeypatch.setattr("launch.filesystem.local_type", lambda path: "ext4")
     status, out, err = dry_run("cluster.run_dir_is_shared=false", dry="experiment=demo")
     assert (status, out) == (2, "")
     assert "2 faults in the configuration" in err

@@ -1,0 +1,60 @@
+"""The real stages on a real Slurm: a tiny distillation that Slurm interrupts is the one that it did not interrupt."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recipes.artifact import read_state
+from recipes.runtime.metrics_file import read_metrics
+from tests.helpers import tiny
+from tests.slurm.conftest import SITE, Chain
+
+STEPS = 80
+# One thread a process, so that sums come out in the same order.
+SETTINGS = (
+    *tiny.DEPTH,
+    *(f"distill.{name}={value}" for name, value in {"max_steps": STEPS, "save_every_n_steps": 1000}.items()),
+    *("distill.val_every_n_steps=40", "distill.controls=[]", "cluster.threads_per_rank=1"),
+)
+
+
+def losses(run_dir: Path) -> list[dict[str, float]]:
+    (folder,) = run_dir.glob("distill-*")
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{key: line[key] for key in ("step", "loss", "val_loss") if key in line} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run up to distillation, on this machine and without Slurm."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    tiny.launch(run_dir, *SETTINGS, "--until", "distill")
+    return run_dir
+
+
+def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(
+    cluster: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tiny.copy_run(unbroken, tmp_path / "run")
+    # Slurm warns within 30 s of the start, which takes some 15 s: an attempt may pause at its first step, or later.
+    site = {**SITE, "cluster.slurm.sbatch": "['--time=0:01:00','--signal=B:USR1@40']", "cluster.slurm.secrets": "[]"}
+    submission = tiny.command(
+        run_dir, *SETTINGS, *(f"{key}={value}" for key, value in site.items()), "--until", "distill"
+    )
+    done = subprocess.run(submission, env=tiny.environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("complete, skipped") == 4
+    chain = Chain(run_dir)
+    chain.wait_until_ended(400)
+    log = chain.log("distill-")
+    (folder,) = run_dir.glob("distill-*")
+    assert (folder / "manifest.json").exists(), chain.told()
+    paused = [int(step) for step in re.findall(r"paused at step (\d+): requeued", log)]
+    assert paused
+    assert paused == sorted(set(paused))
+    assert read_state(folder) == {"state": "done", "step": STEPS}
+    assert losses(run_dir) == losses(unbroken)
