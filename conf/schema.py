@@ -223,7 +223,8 @@ class SlurmConfig:
     container_workdir: str = "/opt/nemo-prune-distill"
     # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last.
     requeue: bool = True
-    # Seconds before its time limit at which a training stage is told to save and pause.
+    # Seconds before its time limit at which a training stage is told to save and pause: one step, one save, and up to a
+    # minute until a shared disk shows the stop file.
     warn_seconds: int = 600
     # How often a paused stage is started again.
     max_restarts: int = 20

@@ -18,6 +18,7 @@ from conf.errors import ConfigError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
 from launch import nodes, pipeline, slurm
+from launch.jobs import everywhere
 from recipes.stages import STAGES, Stage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
 
 def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
     if cfg.cluster.slurm is not None:
-        cfg = slurm.everywhere(cfg)
+        cfg = everywhere(cfg)
     if args.cfg:
         print(to_yaml(cfg), end="")
     elif args.list:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from conf.load import compose
-from launch import slurm
 from launch.filesystem import local_type
+from launch.jobs import everywhere
 from launch.run import main
 from recipes.artifact import locate, write_manifest
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
@@ -104,7 +104,7 @@ def test_scripts_are_bash_whatever_the_names(dry_run: DryRun, tmp_path: Path) ->
 
 
 def test_complete_stages_are_left_out(dry_run: DryRun) -> None:
-    cfg = slurm.everywhere(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
+    cfg = everywhere(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
     located = locate(cfg, TABLE)
     write_manifest(located["first"], 0.0, 1.0, {})
     assert set(dry_run.scripts()) == {"second", "aside", "report"}
@@ -147,7 +147,7 @@ def test_relative_paths_are_those_of_the_place_of_submission(tmp_path: Path, mon
     (tmp_path / "docs.jsonl").write_text("")
     own = ("cluster.devices_per_node=8", "run_dir=runs/x", "data.train=[docs.jsonl]")
     cfg = compose(["experiment=qwen3_8b_to_6b_depth", *SITE, *own])
-    placed = slurm.everywhere(cfg)
+    placed = everywhere(cfg)
     assert placed.run_dir == f"{tmp_path}/runs/x"
     assert placed.data.train == [f"{tmp_path}/docs.jsonl"]
     assert placed.model.hf_path == "Qwen/Qwen3-8B"
@@ -166,6 +166,10 @@ def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
     assert f"run_dir={dry_run.run_dir} is on ext4, by the look of it a disk of this machine only" in err
     assert "cluster.run_dir_is_shared=true" in err
     assert not dry_run.run_dir.exists()
+    # To look at what would be submitted, any machine will do.
+    status, out, err = dry_run("cluster.run_dir_is_shared=false")
+    assert (status, out.count("#!/bin/bash -l")) == (0, 4)
+    assert err.startswith("warning: run_dir=")
 
 
 def test_file_systems(tmp_path: Path) -> None:
