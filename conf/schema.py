@@ -240,7 +240,7 @@ class ClusterConfig:
     devices_per_node: int = 1
     # CPU threads a rank; null: the node's cores shared out among its ranks.
     threads_per_rank: int | None = None
-    # Of one job, H:MM:SS or D-HH:MM:SS (in quotes in a YAML file, which reads 4:00:00 as a number); null: none.
+    # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.
     time_limit: str | None = None
     # Says that all nodes see the run's folder, where its file system looks like a disk of this machine only.
     run_dir_is_shared: bool = False

@@ -25,24 +25,19 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 
 def time_limit(cfg: RunConfig) -> Iterator[str]:
-    text, slurm = cfg.cluster.time_limit, cfg.cluster.slurm
+    text, warn_seconds = cfg.cluster.time_limit, _slurm(cfg).warn_seconds
     if text is None:
-        if slurm is not None:
-            yield "cluster.time_limit=null, but a Slurm job needs one; set cluster.time_limit, such as 4:00:00"
+        yield "cluster.time_limit=null, but a Slurm job needs one; set cluster.time_limit='4:00:00'"
         return
     try:
         seconds = seconds_of_time_limit(text)
     except ValueError:
+        return  # known already
+    if seconds <= warn_seconds + WARNING_MAY_BE_EARLY:
         yield (
-            f"cluster.time_limit={text!r} is no time; set cluster.time_limit to H:MM:SS or D-HH:MM:SS, such as 4:00:00 "
-            "(in a YAML file in quotes)"
-        )
-        return
-    if slurm is not None and seconds <= slurm.warn_seconds + WARNING_MAY_BE_EARLY:
-        yield (
-            f"cluster.time_limit={text} leaves no time to train: cluster.slurm.warn_seconds={slurm.warn_seconds} of it "
-            f"are kept for a save, and Slurm may warn {WARNING_MAY_BE_EARLY} s early; set cluster.time_limit to more "
-            "or cluster.slurm.warn_seconds to less"
+            f"cluster.time_limit={text} leaves no time to train: cluster.slurm.warn_seconds={warn_seconds} of it are kept "
+            f"for a save, and Slurm may warn {WARNING_MAY_BE_EARLY} s early; set cluster.time_limit to more, or "
+            "cluster.slurm.warn_seconds to less"
         )
 
 
@@ -117,9 +112,8 @@ def _with_slurm(rule: Rule) -> Rule:
     return apply
 
 
-RULES: tuple[Rule, ...] = (
-    time_limit,
-    *map(_with_slurm, (*map(_name, ("partition", "account", "qos")), secrets, lines, image, inside)),
+RULES: tuple[Rule, ...] = tuple(
+    map(_with_slurm, (time_limit, *map(_name, ("partition", "account", "qos")), secrets, lines, image, inside))
 )
 
 

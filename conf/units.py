@@ -1,21 +1,28 @@
-"""Amounts as users write them, in plain numbers."""
+"""Values with a unit that people write as text."""
 
 from __future__ import annotations
 
 import re
 
-# Two of the forms of sbatch's --time. Its bare numbers, minutes, are left out: YAML reads 4:00:00 as one.
-_TIME_LIMIT = re.compile(r"(?:(\d+)-(?=\d\d:))?(\d+):([0-5]\d):([0-5]\d)")
+GIB = 1 << 30
+_TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d{1,2})|(?P<hours>\d+)):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
 
 
 def seconds_of_time_limit(text: str) -> int:
-    """Seconds of a time limit, `H:MM:SS` or `D-HH:MM:SS`.
+    """Seconds of a time limit as Slurm writes it: `4:00:00`, `1-12:00:00` (days-hours:minutes:seconds).
+
+    Slurm's shorter forms are refused: `4:00` means minutes and seconds there, which few expect.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, no time at all, or parts that are too large.
     """
     found = _TIME_LIMIT.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text!r} is no time of the form H:MM:SS or D-HH:MM:SS")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        raise ValueError(f"{text!r} is no time limit of the form H:MM:SS or D-HH:MM:SS")
+    days, of_day, hours, minutes, seconds = (int(found[name] or 0) for name in _TIME_LIMIT.groupindex)
+    if of_day > 23 or minutes > 59 or seconds > 59:
+        raise ValueError(f"{text!r} has more than 23 hours beside its days, or more than 59 minutes or seconds")
+    total = ((days * 24 + of_day + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise ValueError(f"{text!r} leaves no time")
+    return total

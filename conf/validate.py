@@ -15,6 +15,7 @@ from typing import Any, cast
 from conf import slurm_rules
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
+from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
@@ -292,6 +293,16 @@ def _evaluate(cfg: RunConfig) -> Iterator[str]:
             yield _too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
 
 
+def _cluster(cfg: RunConfig) -> Iterator[str]:
+    limit = cfg.cluster.time_limit
+    if limit is not None:
+        try:
+            seconds_of_time_limit(limit)
+        except ValueError as error:
+            number = " (without quotes YAML reads 4:00:00 as a number)" if limit.isdecimal() else ""
+            yield f"cluster.time_limit: {error}{number}; set cluster.time_limit='4:00:00' or '1-12:00:00'"
+
+
 def _controls(cfg: RunConfig) -> Iterator[str]:
     controls = cfg.distill.controls
     unknown = [name for name in controls if name not in CONTROLS]
@@ -509,6 +520,7 @@ RULES: tuple[Rule, ...] = (
     _prune_run,
     _prune_ranks,
     _evaluate,
+    _cluster,
     _controls,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),

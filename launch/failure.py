@@ -13,7 +13,11 @@ _WORKER_DIED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/(run|elastic)")
 _FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
 _ATTEMPT = re.compile(rb"^--- \d{4}-\d\d-\d\d .*\n", re.MULTILINE)
-_NOISE = re.compile(r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS")
+_NOISE = re.compile(
+    r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS"
+    # srun's echo of how its tasks ended.
+    r"|^srun: (launch/slurm: |Terminating |Job step aborted|error: \S+: tasks? [\d,-]+: (Exited|Killed|Terminated))"
+)
 
 
 @dataclass(frozen=True)
