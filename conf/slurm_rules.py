@@ -35,8 +35,8 @@ def time_limit(cfg: RunConfig) -> Iterator[str]:
         return  # known already
     if seconds <= warn_seconds + WARNING_MAY_BE_EARLY:
         yield (
-            f"cluster.time_limit={text} leaves no time to train: cluster.slurm.warn_seconds={warn_seconds} of it are kept "
-            f"for a save, and Slurm may warn {WARNING_MAY_BE_EARLY} s early; set cluster.time_limit to more, or "
+            f"cluster.time_limit={text} leaves no time to train: cluster.slurm.warn_seconds={warn_seconds} of it are "
+            f"kept for a save, and Slurm may warn {WARNING_MAY_BE_EARLY} s early; set cluster.time_limit to more, or "
             "cluster.slurm.warn_seconds to less"
         )
 
