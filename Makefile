@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint types unit integration setup lock clean
+.PHONY: demo test test-gpu test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-test: lint types unit integration
+test: lint types unit integration $(if $(shell command -v slurmctld),test-slurm)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,6 +27,9 @@ integration: setup
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu
+
+test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
+	$(BIN)/pytest -n 2 tests/slurm
 
 setup: $(INSTALLED)
 

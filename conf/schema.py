@@ -52,6 +52,14 @@ class Recompute(Enum):
     full = "full"
 
 
+class GpuRequest(Enum):
+    """How a job asks for GPUs: `--gpus-per-node=N`, `--gres=gpu:N`, or not at all, where a node comes with its own."""
+
+    gpus_per_node = "gpus_per_node"
+    gres = "gres"
+    none = "none"
+
+
 class Loss(Enum):
     """`kd`: KL divergence to the teacher's logits. `ce`: cross-entropy on the data, no teacher."""
 
@@ -209,6 +217,35 @@ class Gpu:
 
 
 @dataclass
+class SlurmConfig:
+    """How stages become Slurm jobs. What has no default differs from site to site; null says that a site has none."""
+
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = None
+    gpu_request: GpuRequest = GpuRequest.gpus_per_node
+    # Further lines for sbatch, such as --exclusive or --constraint=h100.
+    sbatch: list[str] = field(default_factory=list)
+    # Shell lines that go before the stage, such as `module load cuda`.
+    setup: list[str] = field(default_factory=list)
+    # Names of environment variables that jobs are given as they are where they are submitted, such as HF_TOKEN.
+    secrets: list[str] = field(default_factory=list)
+    # An image, or a squash file on a disk that all nodes see (pyxis); null: jobs use this very Python.
+    container_image: str | None = MISSING
+    # SOURCE:TARGET[:FLAGS], further to the run folder, which is always there.
+    container_mounts: list[str] = field(default_factory=list)
+    # Where the image has this repository.
+    container_workdir: str = "/opt/nemo-prune-distill"
+    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last.
+    requeue: bool = True
+    # Seconds before its time limit at which a training stage is told to save and pause: one step, one save, and up to a
+    # minute until a shared disk shows the stop file.
+    warn_seconds: int = 600
+    # How often a paused stage is started again.
+    max_restarts: int = 20
+
+
+@dataclass
 class ClusterConfig:
     """Where the stages run."""
 
@@ -222,6 +259,14 @@ class ClusterConfig:
     gpu: Gpu | None = None
     # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.
     time_limit: str | None = None
+    # Says that all nodes see the run's folder, where its file system looks like a disk of this machine only.
+    run_dir_is_shared: bool = False
+    # For several nodes without Slurm, on each of which the same command is started: HOST:PORT of the first one, a port
+    # that is free there, and which of them this is, from 0.
+    rdzv_endpoint: str | None = None
+    node_rank: int = 0
+    # Null: launch.run starts the stages itself.
+    slurm: SlurmConfig | None = None
 
 
 @dataclass

@@ -60,7 +60,8 @@ class Reader:
         if raw is UNRESOLVED:
             return self._unusable(key)
         if raw == MISSING:
-            return self._fault(key, f"{key} is not set; set {key} to {_describe(hint)}")
+            or_null = " or null" if optional else ""
+            return self._fault(key, f"{key} is not set; set {key} to {_describe(hint)}{or_null}")
         if raw is None:
             return None if optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint)}")
         if _is_group(hint):

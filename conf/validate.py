@@ -12,6 +12,7 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
+from conf import slurm_rules
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
 from conf.units import seconds_of_time_limit
@@ -69,7 +70,7 @@ def layout_faults(cfg: RunConfig, training: Training) -> list[str]:
 
 def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
     """The user's files and folders that a run reads and that are not there."""
-    return _apply(_missing_files, cfg, unreadable)
+    return [fault for rule in (_missing_files, *slurm_rules.RULES_OF_FILES) for fault in _apply(rule, cfg, unreadable)]
 
 
 def student_shape(cfg: RunConfig) -> Shape:
@@ -100,6 +101,7 @@ def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]
 
 _ABOVE_ZERO = (
     *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
+    "cluster.slurm.warn_seconds",
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
@@ -107,7 +109,7 @@ _ABOVE_ZERO = (
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
-_FROM_ZERO = ("evaluate.verify_tokens", "seed")
+_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
 _TRAININGS = ("distill", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
@@ -534,4 +536,5 @@ RULES: tuple[Rule, ...] = (
     _controls,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
+    *slurm_rules.RULES,
 )

@@ -12,7 +12,12 @@ LINES = 30
 _WORKER_DIED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/(run|elastic)")
 _FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
-_NOISE = re.compile(r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS")
+_ATTEMPT = re.compile(rb"^--- \d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+_NOISE = re.compile(
+    r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS"
+    # srun's echo of how its tasks ended.
+    r"|^srun: (launch/slurm: |Terminating |Job step aborted|error: \S+: tasks? [\d,-]+: (Exited|Killed|Terminated))"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,13 @@ def read_reason(log: Path, start: int) -> Reason:
     said = lines[: deaths[0][0]] if deaths else lines
     telling = [line for line in said if not _NOISE.search(line) and not _TORCHRUN.match(line)]
     return Reason(_fault(lines), _death(deaths[0][1]) if deaths else None, telling[-LINES:])
+
+
+def last_attempt(log: Path) -> int:
+    """The byte of a stage's log at which its last attempt begins: each starts with a line of `--- ` and a date."""
+    content = log.read_bytes()
+    starts = [found.start() for found in _ATTEMPT.finditer(content)]
+    return starts[-1] if starts else 0
 
 
 def exit_words(code: int) -> str:

@@ -12,46 +12,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
+from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from recipes.artifact import Located
 
-ROOT = Path(__file__).resolve().parents[1]
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # torchrun gives its workers 30 s to end before it kills them (torch/distributed/elastic/multiprocessing/api.py:1023).
 SECONDS_TO_END = 40.0
 
 
-def check(cfg: RunConfig) -> None:
-    """Raises: ConfigError, where a run asks for more than this machine."""
-    if cfg.cluster.nodes > 1:
-        raise ConfigError(
-            f"cluster.nodes={cfg.cluster.nodes}, but ranks are started on this machine only; set cluster.nodes=1"
-        )
-
-
 def command(located: Located, resolved: Path) -> list[str]:
     """What starts a stage: torchrun where it has several ranks (for one it would add 5 s and nothing else)."""
-    ranks = located.stage.ranks(located.cfg)
+    nodes, ranks = nodes_and_ranks(located)
     launcher = [sys.executable, "-m"]
-    if ranks > 1:
+    if nodes > 1:
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", str(located.cfg.cluster.rdzv_endpoint)]
+        meet += ["--rdzv_id", f"{located.stage.name}-{located.config_hash[:8]}"]
+        launcher += ["torch.distributed.run", "--nnodes", str(nodes), *meet, "--nproc_per_node", str(ranks), "-m"]
+    elif ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
-    return [*launcher, located.stage.module, "--config", str(resolved), "--stage", located.stage.name]
-
-
-def environment(located: Located) -> dict[str, str]:
-    """The environment of a stage's processes: this one's, and how many threads each may take."""
-    ranks = located.stage.ranks(located.cfg)
-    env = dict(os.environ)
-    threads = located.cfg.cluster.threads_per_rank
-    if threads is not None:
-        env["OMP_NUM_THREADS"] = str(threads)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
-    env["PYTHONUNBUFFERED"] = "1"
-    # Said outright, or tokenizers stops using threads once the data loader's workers have been forked, with a warning.
-    env.setdefault("TOKENIZERS_PARALLELISM", "true")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    return env
+    return [*launcher, *stage_arguments(located, resolved)]
 
 
 def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[int] = ()) -> subprocess.Popen[bytes]:
@@ -65,7 +44,7 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
     """
     return subprocess.Popen(
         command(located, resolved),
-        env=environment(located),
+        env=_environment(located),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -74,6 +53,18 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
         # Safe here: the launcher has one thread.
         preexec_fn=_end_with(os.getpid()) if sys.platform == "linux" else None,
     )
+
+
+def _environment(located: Located) -> dict[str, str]:
+    """The environment of a stage's processes: this one's, and what it lacks of `launch.environment`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = {**environment(located), **os.environ}
+    threads = located.cfg.cluster.threads_per_rank
+    if threads is not None:
+        env["OMP_NUM_THREADS"] = str(threads)
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // nodes_and_ranks(located)[1])))
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return env
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float = SECONDS_TO_END) -> None:
@@ -104,8 +95,3 @@ def _end_with(launcher: int) -> Callable[[], None]:
             os._exit(1)
 
     return prepare
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

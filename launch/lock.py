@@ -34,6 +34,18 @@ def held(run_dir: Path, seconds: float = SECONDS_TO_END) -> Iterator[int]:
         yield file.fileno()
 
 
+def in_use(run_dir: Path) -> bool:
+    """Whether a launcher, or a stage that it left, holds a run folder."""
+    try:
+        with (run_dir / ".lock").open() as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _acquire(handle: int, run_dir: Path, until: float) -> None:
     while True:
         try:

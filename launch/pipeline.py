@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
-from recipes.artifact import Located, locate
+from recipes.artifact import STATE, STOP, Located, locate, read_state
 from recipes.stages import STAGES, Stage
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -28,7 +28,7 @@ RESOLVED = "resolved.yaml"
 
 @dataclass
 class StageFailedError(Exception):
-    """A stage ended without having completed its folder.
+    """A stage ended without having completed its folder, or was paused.
 
     Attributes:
         message: for the person at the terminal: which stage, why, and where its log is.
@@ -42,8 +42,19 @@ class StageFailedError(Exception):
         return self.message
 
 
-def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> None:
+def run(
+    cfg: RunConfig,
+    until: str | None = None,
+    stages: Sequence[Stage] = STAGES,
+    beat: Callable[[str], None] = lambda stage: None,
+) -> None:
     """Brings a run to its end, or to the end of stage `until`.
+
+    Args:
+        cfg: the run.
+        until: its last stage; None: all of them.
+        stages: the table.
+        beat: called several times a second with the name of the stage that runs.
 
     Raises:
         ConfigError: a missing input, a stage that does not exist or cannot fit the GPU, a run folder in use.
@@ -51,8 +62,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
     """
     progress = Progress(sys.stdout)
     run_dir = Path(cfg.run_dir)
-    local.check(cfg)
-    located = _up_to(locate(cfg, stages), until)
+    located = up_to(locate(cfg, stages), until)
     to_do = [stage.stage.name for stage in located if not stage.complete]
     plan = make(cfg)
     refuse_impossible(plan, to_do)
@@ -66,13 +76,13 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
             if stage.complete:
                 progress.event(f"{label}: complete, skipped")
             else:
-                _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file)
+                _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file, beat)
     progress.event(summary(located))
 
 
 def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
     """The stages of a run, their folders, and which of them are complete."""
-    located = _up_to(locate(cfg, stages), until)
+    located = up_to(locate(cfg, stages), until)
     width = max(len(stage.stage.name) for stage in located)
     return "\n".join(
         f"{stage.stage.name:<{width}}  {'complete' if stage.complete else 'to do':<8}  {stage.folder}"
@@ -80,7 +90,15 @@ def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = 
     )
 
 
-def _up_to(located: dict[str, Located], until: str | None) -> list[Located]:
+def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
+    """What starts each stage that is not complete, for a shell."""
+    resolved = Path(cfg.run_dir) / RESOLVED
+    located = up_to(locate(cfg, stages), until)
+    return "\n".join(shlex.join(local.command(stage, resolved)) for stage in located if not stage.complete)
+
+
+def up_to(located: dict[str, Located], until: str | None) -> list[Located]:
+    """The stages up to `until`, all of them without it. Raises: ConfigError, where the run has no such stage."""
     names = list(located)
     if until is not None and until not in names:
         raise ConfigError(f"--until {until}: this run has no such stage; it has {', '.join(names)}")
@@ -88,10 +106,19 @@ def _up_to(located: dict[str, Located], until: str | None) -> list[Located]:
     return [located[name] for name in names[:last]]
 
 
-def _run_stage(located: Located, resolved: Path, label: str, progress: Progress, lock_file: int) -> None:
+def _run_stage(
+    located: Located,
+    resolved: Path,
+    label: str,
+    progress: Progress,
+    lock_file: int,
+    beat: Callable[[str], None],
+) -> None:
     """One stage from start to manifest, its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
+    for left_over in (STOP, STATE):
+        (located.folder / left_over).unlink(missing_ok=True)
     log = located.folder / "log.txt"
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
@@ -102,11 +129,17 @@ def _run_stage(located: Located, resolved: Path, label: str, progress: Progress,
         process = local.start(located, resolved, file, keep_open=(lock_file,))
         try:
             while process.poll() is None:
+                beat(located.stage.name)
                 detail = training_status(located.folder / "metrics.jsonl", started)
                 progress.status(", ".join(filter(None, [f"{label}: {duration(time.time() - started)}", detail])))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             local.stop(process)
+    state = read_state(located.folder)
+    if not located.complete and process.returncode == 0 and state.get("state") == "paused":
+        raise StageFailedError(
+            f"stage {located.stage.name} is paused at step {state['step']}; the same command goes on from there"
+        )
     if not located.complete:
         raise _failure(located, process.returncode, read_reason(log, begin), log)
     progress.event(f"{label}: done in {duration(time.time() - started)}")

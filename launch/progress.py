@@ -49,9 +49,7 @@ def training_status(metrics: Path, since: float) -> str:
         metrics: the file, which may not exist.
         since: seconds since the epoch; an older file is what an earlier attempt left.
     """
-    latest: dict[str, Any] = {}
-    for line in _tail(metrics, since):
-        latest.update(line)
+    latest = newest(metrics, since)
     parts = []
     if "step" in latest:
         parts.append(f"step {latest['step']}/{latest.get('max_steps', '?')}")
@@ -63,6 +61,14 @@ def training_status(metrics: Path, since: float) -> str:
     if "seconds_left" in latest:
         parts.append(f"{duration(latest['seconds_left'])} left")
     return ", ".join(parts)
+
+
+def newest(metrics: Path, since: float) -> dict[str, Any]:
+    """The newest value of each of a metrics file's names; see `training_status` for the arguments."""
+    values: dict[str, Any] = {}
+    for line in _tail(metrics, since):
+        values.update(line)
+    return values
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """python -m launch.run experiment=demo [key=value ...]
 
-Composes a run's config, checks it, and brings the run to its end on this machine. The same command again goes on from
-where it stopped, and redoes exactly what a changed setting touches.
+Composes a run's config, checks it, and brings the run to its end: on this machine, or, with cluster=slurm, as jobs. The
+same command again goes on from where it stopped, and redoes exactly what a changed setting touches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from conf.composition import config_groups, sweep
 from conf.errors import ConfigError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
-from launch import pipeline
+from launch import nodes, pipeline, slurm
+from launch.jobs import everywhere
 from recipes.stages import STAGES, Stage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -34,6 +35,10 @@ class _StoppedError(Exception):
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     """The command line; returns the exit status: 0, 1 (a stage failed), 2 (the user can mend it), 128 + signal."""
     args = _parser().parse_intermixed_args(arguments)
+    # Said like a setting, but none of the run's.
+    if "dry_run=true" in args.overrides:
+        args.overrides.remove("dry_run=true")
+        args.dry_run = True
     try:
         with _signals_raised():
             for cfg in _jobs(args.overrides, args.multirun, check_files=args.cfg is None):
@@ -54,10 +59,18 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
 
 
 def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
+    if cfg.cluster.slurm is not None:
+        cfg = everywhere(cfg)
     if args.cfg:
         print(to_yaml(cfg), end="")
     elif args.list:
         print(pipeline.listing(cfg, args.until, stages))
+    elif cfg.cluster.slurm is not None:
+        slurm.run(cfg, args.until, stages, args.dry_run)
+    elif args.dry_run:
+        print(pipeline.commands(cfg, args.until, stages))
+    elif cfg.cluster.nodes > 1:
+        nodes.run(cfg, args.until, stages)
     else:
         pipeline.run(cfg, args.until, stages)
 
@@ -87,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2, one by one")
     parser.add_argument("--list", action="store_true", help="print the stages and their folders and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be started or submitted and stop (also dry_run=true)"
+    )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     return parser
 

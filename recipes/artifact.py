@@ -28,6 +28,11 @@ from conf.schema import RunConfig
 from recipes.stages import STAGES, Output, Source, Stage
 
 MANIFEST = "manifest.json"
+# Of a stage that trains, left by its last attempt: {"state": "paused" or "done", "step": N}. A paused one goes on when
+# it is started again; that a stage is complete only the manifest says.
+STATE = "state.json"
+# A file of this name in its folder asks a stage that trains to save and pause. Whoever starts a stage takes both away.
+STOP = "stop"
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
 # A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
@@ -85,7 +90,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
                 "stage": stage.name.split(".")[0],
                 "config": {key: identity_view(_get(stage_cfg, key)) for key in (*stage.sections, "seed")},
                 "inputs": hashes,
-                "versions": library_versions(),
+                "versions": libraries(cfg),
             }
         )
         folder = Path(cfg.run_dir) / (stage.folder or f"{stage.name}-{config_hash[:8]}")
@@ -156,6 +161,15 @@ def identity_view(value: Any) -> Any:
     return value
 
 
+def libraries(cfg: RunConfig) -> dict[str, str]:
+    """What a run's results depend on besides config and inputs: the installed libraries, or the container's image.
+
+    The machine that submits jobs cannot see into the image, and has to find the same folders as they do.
+    """
+    image = cfg.cluster.slurm and cfg.cluster.slurm.container_image
+    return {"container_image": image} if image else library_versions()
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide results, `absent` where one is not installed."""
     return {name: _version(name) for name in LIBRARIES}
@@ -203,6 +217,15 @@ def write_manifest(located: Located, started: float, ended: float, metrics: dict
             "metrics": metrics,
         },
     )
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of a stage's state file; empty where it has none."""
+    try:
+        state: Any = json.loads((folder / STATE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -61,6 +61,7 @@ class Stage:
         wanted: whether a config asks for the stage at all.
         settings: config values that make a variant of the stage, by dotted key.
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
+        trains: whether it trains, so that it can be asked to save and pause, and goes on from there.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Stage:
     wanted: Callable[[RunConfig], bool] = _always
     settings: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
+    trains: bool = False
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
@@ -126,6 +128,7 @@ STAGES: tuple[Stage, ...] = (
         ("model",),
         lambda cfg: {},
         wanted=lambda cfg: cfg.model.demo is not None,
+        trains=True,
     ),
     Stage(
         "prepare_data",
@@ -141,7 +144,7 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
     ),
-    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
     Stage(
         "distill.ce",
         "recipes.distill",
@@ -150,6 +153,7 @@ STAGES: tuple[Stage, ...] = (
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
         settings={"distill.loss": Loss.ce},
+        trains=True,
     ),
     Stage(
         "nemo_to_hf",

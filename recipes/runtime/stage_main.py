@@ -1,6 +1,7 @@
 """How every stage starts and ends: `python -m MODULE --config RUN_DIR/resolved.yaml [--stage NAME]`, or by torchrun.
 
-Exit status: 0 with a manifest, 2 for what the user can mend (one `error:` line), 1 with a traceback for the rest.
+Exit status: 0 with a manifest, or with a state file that says "paused"; 2 for what the user can mend (one `error:`
+line); 1 with a traceback for the rest.
 No NeMo here: a stage imports it inside `run`, because a process that saves a checkpoint spawns a helper which imports
 the top level of `__main__` again (that cost 15 to 30 s a process; see torch/distributed/checkpoint's and Megatron's
 use of `multiprocessing`).
@@ -9,6 +10,7 @@ use of `multiprocessing`).
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import errno
 import gc
@@ -31,6 +33,11 @@ from recipes.stages import Output
 
 log = logging.getLogger("recipes.stage")
 
+
+class PausedError(Exception):
+    """A stage was asked to pause, and saved what it had: it ends well, but is not complete."""
+
+
 Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
 
@@ -47,6 +54,11 @@ def stage_main(run: Run, default_stage: str) -> None:
     args = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_torchrun()
+    else:
+        # Inside a Slurm job Lightning would take this one rank for one of Slurm's tasks, except in a job of this name
+        # (lightning/fabric/plugins/environments/slurm.py:103).
+        os.environ["SLURM_JOB_NAME"] = "interactive"
+    end_children_at_exit()
     with command_line():
         located = _ready(args.config, args.stage)
         if located.complete:
@@ -54,7 +66,11 @@ def stage_main(run: Run, default_stage: str) -> None:
             return
         started = time.time()
         located.folder.mkdir(parents=True, exist_ok=True)
-        metrics = run(located.cfg, located.inputs, located.folder)
+        try:
+            metrics = run(located.cfg, located.inputs, located.folder)
+        except PausedError as paused:
+            log.info("%s", paused)
+            return
         if rank() == 0:
             write_manifest(located, started, time.time(), metrics)
         gc.freeze()  # or the interpreter goes through all that was imported once more before it ends, which takes 2 s
@@ -127,3 +143,23 @@ def end_with_torchrun() -> None:
     if sys.platform == "linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+
+
+def end_children_at_exit() -> None:
+    """Has the data loader's workers killed when this process ends, where `launch.guard` keeps SIGTERM from them.
+
+    Python ends them with SIGTERM and waits (multiprocessing/util.py:_exit_function), for ever where it is blocked: seen
+    after an exception in a training with `num_workers` above 0.
+    """
+    if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+        return
+    # Imported before ours is registered: the last one registered is the first one called.
+    import multiprocessing.util
+
+    def kill() -> None:
+        # torch's handler would raise for every one (torch/utils/data/_utils/signal_handling.py).
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(kill)

@@ -30,7 +30,8 @@ from conf.schema import Precision, Recompute, Training
 from recipes.runtime import backend, nemo_api
 from recipes.runtime.indexed_data import DataFolder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
-from recipes.runtime.stage_main import rank, world_size
+from recipes.runtime.stage_main import PausedError, rank, world_size
+from recipes.runtime.stop_file import StopFile
 
 log = logging.getLogger("recipes.training")
 
@@ -51,6 +52,7 @@ def train(
     Raises:
         ConfigError: the ranks do not fit the parallel layout or the batch.
         InputError: too little data, or a checkpoint that lacks a parameter.
+        PausedError: a stop file ended it early; it goes on from there the next time.
     """
     _check(cfg, data)
     checkpoints = out / "checkpoints"
@@ -58,7 +60,8 @@ def train(
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
         progress = Progress(cfg, out / "metrics.jsonl")
-        callbacks: list[Callback] = [progress, Checkpoints(cfg, checkpoints, out / "nemo")]
+        saver = Checkpoints(cfg, checkpoints, out / "nemo")
+        callbacks: list[Callback] = [progress, saver, StopFile(out, cfg.max_steps, saver.save)]
         if start is not None:
             callbacks.append(StartCheck(start))
         trainer = _trainer(cfg, callbacks)
@@ -81,6 +84,8 @@ def train(
             seed=seed,
         )
         trainer.fit(model, batches, ckpt_path=resume_from)
+        if trainer.global_step < cfg.max_steps:
+            raise PausedError(f"paused at step {trainer.global_step} of {cfg.max_steps}")
     return _summary(cfg, out / "metrics.jsonl")
 
 
@@ -187,11 +192,20 @@ class Checkpoints(Callback):
         self.cfg = cfg
         self.folder = folder
         self.final = final
+        self.saved = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step % self.cfg.save_every_n_steps or step >= self.cfg.max_steps:
+        if step % self.cfg.save_every_n_steps == 0 and step < self.cfg.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        """Leaves a checkpoint of the step that has just ended, and takes away the oldest."""
+        step = trainer.global_step
+        # Not by looking at the disk, which two nodes may see differently.
+        if step == self.saved:
             return
+        self.saved = step
         _save(trainer, self.folder / f"step={step}", weights_only=False)
         if rank() == 0:
             complete = sorted(self.folder.glob("step=*"), key=_step_of)

@@ -1,6 +1,7 @@
 """Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
 
-What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed.
+What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
+of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, `late N` one that takes 3 s to start.
 """
 
 from __future__ import annotations
@@ -14,30 +15,27 @@ import time
 from pathlib import Path
 
 from conf.load import load_resolved
-from conf.schema import RunConfig
-from recipes.artifact import locate, write_json, write_manifest
+from recipes.artifact import STATE, STOP, locate, write_json, write_manifest
+from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import end_with_torchrun
-from recipes.stages import Output, Source, Stage
+from recipes.stages import Output, Source, Stage, world_size
 
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"
+SECONDS_A_STEP = 0.05
 
 
 def _after(*names: str) -> dict[str, Source]:
     return {name: Output(name) for name in names}
 
 
-def _ranks(cfg: RunConfig) -> int:
-    return cfg.cluster.devices_per_node
-
-
 TABLE = (
     Stage("first", MODULE, ("data",), lambda cfg: {}),
-    Stage("second", MODULE, ("distill",), lambda cfg: _after("first")),
+    Stage("second", MODULE, ("distill",), lambda cfg: _after("first"), trains=True),
     Stage("aside", MODULE, ("prune",), lambda cfg: _after("first")),
     Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report"),
 )
-DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, _ranks),)
+DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, world_size, trains=True),)
 
 
 def _act(action: str, folder: Path) -> None:
@@ -57,6 +55,16 @@ def _act(action: str, folder: Path) -> None:
             json.dumps(line) + "\n" + json.dumps({"step": 40, "val_loss": 3.25}) + "\n"
         )
         time.sleep(1.5)
+    kind, _, steps = action.partition(" ")
+    if kind == "late":
+        time.sleep(3)
+    if kind in ("steps", "late"):
+        _train(int(steps), folder)
+    if action == "stuck":
+        write_json(folder / STATE, {"state": "paused", "step": 0})
+        sys.exit(0)
+    if action == "join":
+        _join(folder)
     if action == "sleep":
         time.sleep(120)
     if action == "die_on_rank_1":
@@ -65,6 +73,40 @@ def _act(action: str, folder: Path) -> None:
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(120)
+
+
+def _train(steps: int, folder: Path) -> None:
+    """Ends the process where it pauses."""
+    metrics, checkpoint = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoint.json"
+    step = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
+    metrics.forget_after(step)
+    while step < steps:
+        time.sleep(SECONDS_A_STEP)
+        step += 1
+        metrics.append(step=step, max_steps=steps, loss=10 / step)
+        if (folder / STOP).exists() and step < steps:
+            write_json(checkpoint, step)
+            write_json(folder / STATE, {"state": "paused", "step": step})
+            (folder / STOP).unlink()
+            sys.exit(0)
+    assert [line["step"] for line in read_metrics(metrics.path)] == list(range(1, steps + 1))
+    write_json(folder / STATE, {"state": "done", "step": steps})
+
+
+def _join(folder: Path) -> None:
+    """The sum of all ranks' numbers over gloo, written by each."""
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor(torch.distributed.get_rank())
+    torch.distributed.all_reduce(total)
+    joined = {
+        "total": int(total),
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "world": torch.distributed.get_world_size(),
+    }
+    write_json(folder / f"joined-{torch.distributed.get_rank()}.json", joined)
+    torch.distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -88,16 +130,18 @@ def main() -> None:
         write_manifest(located, started, time.time(), {})
 
 
-def launch() -> int:
-    """`launch.run` over the fake table: `python -m tests.helpers.fake_stage launch experiment=demo ...`."""
-    # Not at the top: a stage's process has no need of the launcher.
-    from launch.run import main as launch_main
+def command_line() -> int:
+    """`launch.run` and `launch.status` over the fake tables: `python -m tests.helpers.fake_stage launch ARGUMENTS`, or
+    launch_ranks, status, status_ranks."""
+    # Not at the top: a stage's process has no need of them.
+    from launch import run, status
 
     _, mode, *arguments = sys.argv
-    return launch_main(arguments, DISTRIBUTED if mode == "launch_ranks" else TABLE)
+    table = DISTRIBUTED if mode.endswith("_ranks") else TABLE
+    return (run if mode.startswith("launch") else status).main(arguments, table)
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("launch"):
-        sys.exit(launch())
+    if sys.argv[1].startswith(("launch", "status")):
+        sys.exit(command_line())
     main()

@@ -131,8 +131,13 @@ def report(run_dir: Path) -> dict[str, Any]:
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[Any]) -> None:
     """Returns once a running stage has left its first checkpoint in its folder."""
+    wait_for("checkpoints/step=*", folder, process)
+
+
+def wait_for(pattern: str, folder: Path, process: subprocess.Popen[Any]) -> None:
+    """Returns once a running stage has left a file or folder of that pattern in its folder."""
     until = time.monotonic() + 300
-    while not list(folder.glob("checkpoints/step=*")):
+    while not list(folder.glob(pattern)):
         assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -72,6 +72,8 @@ def _keys(tree: Any, prefix: str) -> Iterator[str]:
 @pytest.mark.parametrize("name", config_groups()["cluster"])
 def test_clusters(name: str) -> None:
     overrides = [f"cluster={name}", "distill.global_batch_size=32", "model.demo.training.global_batch_size=32"]
+    if name == "slurm":
+        overrides += [f"cluster.slurm.{key}=null" for key in ("partition", "account", "container_image")]
     assert compose(["experiment=demo", *overrides]).cluster.name == name
 
 

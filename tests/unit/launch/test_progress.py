@@ -14,7 +14,7 @@ import pytest
 
 from conf.errors import ConfigError
 from launch import lock, progress
-from launch.failure import exit_words, read_reason
+from launch.failure import exit_words, last_attempt, read_reason
 from launch.progress import Progress, duration, training_status
 
 
@@ -84,6 +84,20 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
     assert reason.fault is None
     assert reason.death == "rank 3: exit code 1"
     assert reason.lines == [f"line {number}" for number in range(20, 50)]
+
+
+def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text(
+        "--- 2030-01-01 00:00:00 +0000 job 1, restart 0, on n1\nerror: mended since\n"
+        "--- 2030-01-02 00:00:00 +0000 job 2, restart 0, on n1\n--- no date\nValueError: x\n"
+        "srun: error: n1: task 0: Exited with exit code 1\nsrun: Terminating StepId=2.0\n"
+    )
+    reason = read_reason(log, last_attempt(log))
+    assert reason.fault is None
+    assert reason.lines[1:] == ["--- no date", "ValueError: x"]
+    log.write_text("no attempt was marked\n")
+    assert last_attempt(log) == 0
 
 
 def test_a_fault_of_several_lines_is_taken_whole_and_once(tmp_path: Path) -> None:

@@ -1,0 +1,200 @@
+"""Rules of the section `cluster.slurm`, each fault naming a key, its value and the value to set instead."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from conf.hf_shape import may_be_hub_id
+from conf.schema import RunConfig, SlurmConfig
+from conf.units import seconds_of_time_limit
+
+# Slurm sends a warning up to this much earlier than asked (man sbatch, --signal).
+WARNING_MAY_BE_EARLY = 60
+# More of them, and the chain of jobs would be longer than most sites let one user queue.
+MOST_RESTARTS_WITHOUT_REQUEUE = 100
+_NAME = re.compile(r"[\w.,+@-]+")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*")
+# A ":" parts a mount's source and target, "," one mount from the next (pyxis, --container-mounts).
+_IN_NO_MOUNT = re.compile(r"[:,\n]")
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+
+def time_limit(cfg: RunConfig) -> Iterator[str]:
+    text, warn_seconds = cfg.cluster.time_limit, _slurm(cfg).warn_seconds
+    if text is None:
+        yield "cluster.time_limit=null, but a Slurm job needs one; set cluster.time_limit='4:00:00'"
+        return
+    try:
+        seconds = seconds_of_time_limit(text)
+    except ValueError:
+        return  # known already
+    if seconds <= warn_seconds + WARNING_MAY_BE_EARLY:
+        yield (
+            f"cluster.time_limit={text} leaves no time to train: cluster.slurm.warn_seconds={warn_seconds} of it are "
+            f"kept for a save, and Slurm may warn {WARNING_MAY_BE_EARLY} s early; set cluster.time_limit to more, or "
+            "cluster.slurm.warn_seconds to less"
+        )
+
+
+def _name(key: str) -> Rule:
+    """Each on its own, so that one that is missing does not hide what is wrong with another."""
+
+    def rule(cfg: RunConfig) -> Iterator[str]:
+        value = getattr(cfg.cluster.slurm, key, None)
+        if value is not None and not _NAME.fullmatch(value):
+            yield f"cluster.slurm.{key}={value!r} is no name that Slurm knows; set it to one word, without quotes"
+
+    return rule
+
+
+def secrets(cfg: RunConfig) -> Iterator[str]:
+    bad = [name for name in _slurm(cfg).secrets if not _VARIABLE.fullmatch(name)]
+    if bad:
+        yield (
+            f"cluster.slurm.secrets names {bad[0].partition('=')[0]!r}, which is no name of an environment variable; "
+            "give names only, such as HF_TOKEN: their values are taken from the environment of launch.run"
+        )
+
+
+def lines(cfg: RunConfig) -> Iterator[str]:
+    slurm = _slurm(cfg)
+    bad = [line for line in slurm.sbatch if not re.match(r"--?\w", line) or "\n" in line]
+    if bad:
+        yield f"cluster.slurm.sbatch holds {bad[0]!r}, which is no option; set it to options such as --exclusive"
+    if not slurm.requeue and slurm.max_restarts > MOST_RESTARTS_WITHOUT_REQUEUE:
+        yield (
+            f"cluster.slurm.max_restarts={slurm.max_restarts} would queue as many jobs a training stage, as "
+            f"cluster.slurm.requeue=False; set cluster.slurm.max_restarts to at most {MOST_RESTARTS_WITHOUT_REQUEUE}"
+        )
+
+
+def image(cfg: RunConfig) -> Iterator[str]:
+    value = _slurm(cfg).container_image
+    if value is not None and (not value.strip() or "\n" in value):
+        yield (
+            f"cluster.slurm.container_image={value!r} is no image; set cluster.slurm.container_image to "
+            "registry#name:tag or a .sqsh file, or to null for none"
+        )
+    if value is not None and _IN_NO_MOUNT.search(cfg.run_dir):
+        yield f"run_dir={cfg.run_dir!r} cannot be mounted, for its comma or colon; set run_dir to a path without"
+    if value is None and _slurm(cfg).container_mounts:
+        yield (
+            f"cluster.slurm.container_mounts={_slurm(cfg).container_mounts} without an image; set "
+            "cluster.slurm.container_image, or cluster.slurm.container_mounts=[]"
+        )
+
+
+def inside(cfg: RunConfig) -> Iterator[str]:
+    workdir = _slurm(cfg).container_workdir
+    if not os.path.isabs(workdir):
+        yield (
+            f"cluster.slurm.container_workdir={workdir} is relative; set it to where the image has this repository, "
+            "such as /opt/nemo-prune-distill"
+        )
+    for mount in _slurm(cfg).container_mounts:
+        if not _is_mount(mount):
+            yield (
+                f"cluster.slurm.container_mounts holds {mount!r}, which is no mount; set it to SOURCE:TARGET or "
+                "SOURCE:TARGET:ro, both absolute and without commas"
+            )
+
+
+def _with_slurm(rule: Rule) -> Rule:
+    def apply(cfg: RunConfig) -> Iterator[str]:
+        if cfg.cluster.slurm is not None:
+            yield from rule(cfg)
+
+    return apply
+
+
+RULES: tuple[Rule, ...] = tuple(
+    map(_with_slurm, (time_limit, *map(_name, ("partition", "account", "qos")), secrets, lines, image, inside))
+)
+
+
+def unset_variables(cfg: RunConfig) -> Iterator[str]:
+    unset = [name for name in _slurm(cfg).secrets if _VARIABLE.fullmatch(name) and name not in os.environ]
+    if unset:
+        yield (
+            f"cluster.slurm.secrets names {', '.join(unset)}, not set in this environment; "
+            "export it, or take it out of cluster.slurm.secrets"
+        )
+
+
+def absent_mounts(cfg: RunConfig) -> Iterator[str]:
+    for mount in filter(_is_mount, _slurm(cfg).container_mounts):
+        source, _ = _source_and_target(mount)
+        if not os.path.exists(source):
+            yield (
+                f"cluster.slurm.container_mounts holds {mount!r}, but {source} does not exist; set it to a folder that "
+                "the nodes see"
+            )
+
+
+def absent_image(cfg: RunConfig) -> Iterator[str]:
+    value = _slurm(cfg).container_image
+    if value is not None and os.path.isabs(value) and not os.path.exists(value):
+        yield (
+            f"cluster.slurm.container_image={value} does not exist; set cluster.slurm.container_image to a .sqsh file "
+            "or registry#name:tag"
+        )
+
+
+def unmounted_inputs(cfg: RunConfig) -> Iterator[str]:
+    if _slurm(cfg).container_image is None:
+        return
+    mounts = list(filter(_is_mount, _slurm(cfg).container_mounts))
+    for key, path in _inputs(cfg):
+        if not any(_holds(mount, path) for mount in mounts):
+            folder = os.path.dirname(path)
+            yield (
+                f"{key} names {path}, which the container would not see under that name; "
+                f"add {folder}:{folder} to cluster.slurm.container_mounts"
+            )
+
+
+# What the machine that submits lacks.
+RULES_OF_FILES: tuple[Rule, ...] = tuple(
+    map(_with_slurm, (unset_variables, absent_mounts, absent_image, unmounted_inputs))
+)
+
+
+def _slurm(cfg: RunConfig) -> SlurmConfig:
+    return cast(SlurmConfig, cfg.cluster.slurm)
+
+
+def _inputs(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """The user's files that a run reads, absolute, each folder of them once."""
+    path = cfg.model.hf_path
+    if path is not None and not may_be_hub_id(path):
+        yield "model.hf_path", absolute(path)
+    for key in ("train", "validation"):
+        found = sorted(absolute(file) for name in getattr(cfg.data, key) or () for file in glob.glob(absolute(name)))
+        for path in {os.path.dirname(file): file for file in reversed(found)}.values():
+            yield f"data.{key}", path
+
+
+def absolute(path: str) -> str:
+    """A path of the user's that means the same in any working directory."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _holds(mount: str, path: str) -> bool:
+    """Whether a mount brings a path into the container under the same name."""
+    source, target = _source_and_target(mount)
+    return source == target and os.path.commonpath([source, path]) == os.path.normpath(source)
+
+
+def _is_mount(mount: str) -> bool:
+    return all(map(os.path.isabs, _source_and_target(mount))) and not re.search(r"[,\n]", mount)
+
+
+def _source_and_target(mount: str) -> tuple[str, str]:
+    """Both ends of `SOURCE:TARGET[:FLAGS]`; pyxis takes a lone `SOURCE` for both."""
+    source, _, rest = mount.partition(":")
+    return source, rest.partition(":")[0] or source

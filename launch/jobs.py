@@ -1,0 +1,143 @@
+"""The jobs of a run: a script for each stage that is not complete, and the command that submits it."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+
+from conf.schema import RunConfig, SlurmConfig
+from conf.slurm_rules import absolute
+from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
+from launch.pipeline import RESOLVED
+from recipes.artifact import Located
+from recipes.stages import Output
+
+# Besides what the user names. A job so depends on what its script says, not on the shell that it was submitted from.
+EXPORTED = ("HOME", "USER", "PATH", "LANG")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted for one stage.
+
+    Attributes:
+        script: `RUN_DIR/slurm/NN-stage.sbatch`, of content `text`.
+        after: the stages whose jobs have to succeed first.
+        links: how often it is submitted, each waiting for the one before; above 1 where jobs cannot be requeued.
+    """
+
+    located: Located
+    script: Path
+    text: str
+    after: tuple[str, ...]
+    links: int
+
+    @property
+    def name(self) -> str:
+        return self.located.stage.name
+
+
+def everywhere(cfg: RunConfig) -> RunConfig:
+    """A copy whose paths mean the same on every node: absolute."""
+    cfg = copy.deepcopy(cfg)
+    cfg.run_dir = absolute(cfg.run_dir)
+    path = cfg.model.hf_path
+    if path is not None and Path(absolute(path)).exists():
+        cfg.model.hf_path = absolute(path)
+    for key in ("train", "validation"):
+        files = getattr(cfg.data, key)
+        if files is not None:
+            setattr(cfg.data, key, [absolute(file) for file in files])
+    return cfg
+
+
+def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
+    """The jobs of the stages that are not complete, in the order in which they are submitted."""
+    to_do = {stage.stage.name for stage in located if not stage.complete}
+    jobs = []
+    for number, stage in enumerate(located, 1):
+        if stage.complete:
+            continue
+        script = Path(cfg.run_dir) / "slurm" / f"{number:02d}-{stage.stage.name}.sbatch"
+        sources = stage.stage.inputs(stage.cfg).values()
+        after = sorted({source.stage for source in sources if isinstance(source, Output)} & to_do)
+        chained = stage.stage.trains and not _slurm(cfg).requeue
+        links = 1 + _slurm(cfg).max_restarts if chained else 1
+        jobs.append(Job(stage, script, _script(stage, script), tuple(after), links))
+    return jobs
+
+
+def _script(located: Located, script: Path) -> str:
+    """What sbatch is given for a stage."""
+    cfg, ranks = located.cfg, located.stage.ranks(located.cfg)
+    slurm, run_dir = _slurm(located.cfg), Path(located.cfg.run_dir)
+    nodes, ranks_per_node = nodes_and_ranks(located)
+    in_container = slurm.container_image is not None
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    settings: dict[str, Any] = {
+        "stage": located.stage.name,
+        "script": script,
+        "job_name": f"{cfg.name}/{located.stage.name}",
+        "log": str(located.folder / "log.txt"),
+        "nodes": nodes,
+        "ranks": ranks,
+        "ranks_per_node": ranks_per_node,
+        "time_limit": cfg.cluster.time_limit,
+        "threads": cfg.cluster.threads_per_rank,
+        "exported": [*EXPORTED, *slurm.secrets],
+        "folder": located.folder,
+        "config_hash": located.config_hash,
+        "environment": environment(located),
+        "code": slurm.container_workdir if in_container else ROOT,
+        "python": "python" if in_container else sys.executable,
+        "arguments": stage_arguments(located, run_dir / RESOLVED),
+    }
+    settings |= {
+        key: getattr(slurm, key)
+        for key in ("partition", "account", "qos", "sbatch", "setup", "container_image", "requeue", "max_restarts")
+    }
+    settings |= {
+        "gpu_request": slurm.gpu_request.value,
+        "warn_seconds": slurm.warn_seconds,
+        "container_mounts": [f"{run_dir}:{run_dir}", *slurm.container_mounts],
+    }
+    return templates.get_template("slurm.sbatch.j2").render(settings)
+
+
+def submission(job: Job, link: int, dependencies: Sequence[str]) -> list[str]:
+    """The command that submits a job; `dependencies` are job ids, or what stands for them where there are none yet."""
+    command = ["sbatch", "--parsable"]
+    if dependencies:
+        command.append(f"--dependency=afterok:{':'.join(dependencies)}")
+    return [*command, str(job.script), *([str(link), str(job.links)] if job.links > 1 else [])]
+
+
+def shown(jobs: Sequence[Job]) -> list[str]:
+    """Each script with the command that would submit it."""
+    if not jobs:
+        return ["every stage is complete; nothing would be submitted"]
+    shown = []
+    for job in jobs:
+        for link in range(1, job.links + 1):
+            before = [*(f"<{name}>" for name in job.after), *([f"<{job.name} {link - 1}>"] if link > 1 else [])]
+            shown.append(f"# {shlex.join(submission(job, link, before))}")
+        shown += [job.text]
+    return shown
+
+
+def _slurm(cfg: RunConfig) -> SlurmConfig:
+    return cast(SlurmConfig, cfg.cluster.slurm)

@@ -1,0 +1,154 @@
+"""Several nodes without Slurm: the same command on each. The first one walks the stages as `launch.pipeline` does; the
+others wait, and join it by torchrun's rendezvous in the stages that span nodes.
+
+They meet in `RUN_DIR/.pulse.json`, which the first node rewrites every few seconds: the stage at which it is, or how it
+ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.schema import RunConfig
+from launch import local, pipeline
+from launch.environment import nodes_and_ranks
+from launch.filesystem import unshared
+from launch.pipeline import RESOLVED, StageFailedError
+from launch.progress import Progress
+from recipes.artifact import Located, locate, write_json
+from recipes.stages import STAGES, Stage
+
+PULSE = ".pulse.json"
+SECONDS_BETWEEN_BEATS = 5.0
+# A shared disk may show a file a minute late.
+SECONDS_WITHOUT_PULSE = 180.0
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> None:
+    """This node's part of a run.
+
+    Raises:
+        ConfigError: no way for the nodes to meet, and as `launch.pipeline.run`.
+        StageFailedError: a stage failed on the first node, or that node is silent.
+    """
+    faults = [*_faults(cfg), *unshared(cfg)]
+    if faults:
+        raise ConfigError(faults)
+    if cfg.cluster.node_rank > 0:
+        _follow(cfg, until, stages)
+        return
+    pulse = _Pulse(Path(cfg.run_dir) / PULSE)
+    try:
+        pipeline.run(cfg, until, stages, pulse.beat)
+    except StageFailedError as error:
+        pulse.end(str(error))
+        raise
+    except BaseException:
+        pulse.end("the first node was stopped")
+        raise
+    pulse.end(None)
+
+
+def _faults(cfg: RunConfig) -> Iterator[str]:
+    nodes, rank, endpoint = cfg.cluster.nodes, cfg.cluster.node_rank, cfg.cluster.rdzv_endpoint
+    if endpoint is None or not re.fullmatch(r"[^\s:]+:\d{1,5}", endpoint):
+        yield (
+            f"cluster.nodes={nodes}, but cluster.rdzv_endpoint={'null' if endpoint is None else endpoint} is no place "
+            "to meet; start the same command on every node with cluster.rdzv_endpoint=HOST:PORT of the first one and "
+            "cluster.node_rank=0, 1, ..., or set cluster=slurm"
+        )
+    if rank >= nodes:
+        yield f"cluster.node_rank={rank}, but nodes are counted from 0; set cluster.node_rank to at most {nodes - 1}"
+
+
+class _Pulse:
+    """The first node's side."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last: tuple[str | None, float] = (None, 0.0)
+
+    def beat(self, stage: str) -> None:
+        """Says that this node is at a stage, if it has not just said so."""
+        if stage != self._last[0] or time.monotonic() - self._last[1] > SECONDS_BETWEEN_BEATS:
+            self._last = (stage, time.monotonic())
+            write_json(self._path, {"stage": stage, "beat": time.time()})
+
+    def end(self, reason: str | None) -> None:
+        """Says that this node has ended, and why where it did not come to the end."""
+        if self._path.parent.is_dir():
+            write_json(self._path, {"ended": reason or "", "beat": time.time()})
+
+
+class _FirstNode:
+    """The others' view of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # What an earlier run left says nothing of this one.
+        self._seen = self._read()
+        self._since = time.monotonic()
+        self._alive = False
+
+    def stage(self) -> str | None:
+        """The stage at which it is, where it is known.
+
+        Raises:
+            StageFailedError: it ended, or has been silent for too long.
+        """
+        told = self._read()
+        if told != self._seen:
+            self._seen, self._since, self._alive = told, time.monotonic(), True
+        if self._alive and told.get("ended"):
+            raise StageFailedError(f"the first node: {told['ended']}")
+        if time.monotonic() - self._since > SECONDS_WITHOUT_PULSE:
+            raise StageFailedError(f"nothing from the first node for {SECONDS_WITHOUT_PULSE:.0f} s; is it running?")
+        return told.get("stage") if self._alive else None
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            told: dict[str, Any] = json.loads(self._path.read_text())
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return told
+
+
+def _follow(cfg: RunConfig, until: str | None, stages: Sequence[Stage]) -> None:
+    progress, run_dir = Progress(sys.stdout), Path(cfg.run_dir)
+    first = _FirstNode(run_dir / PULSE)
+    located = pipeline.up_to(locate(cfg, stages), until)
+    for number, stage in enumerate(located, 1):
+        label = f"[{number}/{len(located)}] {stage.stage.name}"
+        joined = False
+        while not stage.complete:
+            at = first.stage()
+            if at == stage.stage.name and nodes_and_ranks(stage)[0] > 1 and not joined:
+                joined = True
+                progress.event(f"{label}: joined, log in {_log(stage)}")
+                _join(stage, run_dir / RESOLVED)
+            else:
+                progress.status(f"{label}: waiting for the first node")
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        progress.event(f"{label}: complete")
+
+
+def _join(stage: Located, resolved: Path) -> None:
+    """This node's ranks of a stage, from start to end. How it went, the first node says."""
+    with _log(stage).open("ab") as file:
+        process = local.start(stage, resolved, file)
+        try:
+            process.wait()
+        finally:
+            local.stop(process)
+
+
+def _log(stage: Located) -> Path:
+    return stage.folder / f"log-node{stage.cfg.cluster.node_rank}.txt"

@@ -1,0 +1,128 @@
+"""A run as a chain of Slurm jobs: one a stage that is not complete, each waiting for those whose output it reads.
+
+A job a stage rather than a job for several: what waits for what, what failed, what goes on and what is submitted again
+by hand are then the same as in the stage table, and each job asks for the GPUs that its stage uses.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.errors import ConfigError
+from conf.load import save_resolved
+from conf.schema import RunConfig
+from launch import lock
+from launch.filesystem import unshared
+from launch.jobs import Job, needed, shown, submission
+from launch.pipeline import RESOLVED, up_to
+from launch.plan_text import short
+from launch.planning import make, refuse_impossible
+from launch.queue import active, record, submitted
+from recipes.artifact import locate
+from recipes.stages import STAGES, Stage
+
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
+
+
+def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, dry_run: bool = False) -> None:
+    """Submits what a run still needs, or prints it. `cfg` has absolute paths (see `launch.jobs.everywhere`).
+
+    Raises:
+        ConfigError: no Slurm here, a run folder on this machine's own disk, a stage that cannot fit the GPU, jobs of
+            this run that have not ended, a missing input, or what sbatch refused.
+    """
+    run_dir = Path(cfg.run_dir)
+    if not dry_run:
+        _check(cfg)
+    located = up_to(locate(cfg, stages), until)
+    jobs = needed(cfg, located)
+    plan = make(cfg)
+    refuse_impossible(plan, [job.name for job in jobs])
+    if dry_run:
+        print("\n".join(shown(jobs)))
+        for fault in unshared(cfg):
+            print(f"warning: {fault}", file=sys.stderr)
+        return
+    with lock.held(run_dir):
+        _refuse_twice(run_dir)
+        save_resolved(cfg, run_dir / RESOLVED)
+        for line in short(plan) if jobs else []:
+            print(line)
+        for stage in located:
+            if stage.complete:
+                print(f"{stage.stage.name}: complete, skipped")
+        _submit(run_dir, jobs)
+    print(f"python -m launch.status {shlex.quote(str(run_dir))}")
+
+
+def _check(cfg: RunConfig) -> None:
+    faults = []
+    absent = [name for name in COMMANDS if shutil.which(name) is None]
+    if absent:
+        faults.append(
+            f"cluster=slurm, but {', '.join(absent)} cannot be found; start this on a login node, or add dry_run=true "
+            "to see what would be submitted"
+        )
+    faults += unshared(cfg)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
+    """Submits all of them, or none: those that were taken before one is refused are cancelled."""
+    last: dict[str, str] = {}
+    taken: list[str] = []
+    try:
+        for job in jobs:
+            job.script.parent.mkdir(parents=True, exist_ok=True)
+            job.located.folder.mkdir(parents=True, exist_ok=True)
+            job.script.write_text(job.text)
+            dependencies = [last[name] for name in job.after]
+            ids: list[str] = []
+            for link in range(1, job.links + 1):
+                ids.append(_sbatch(submission(job, link, [*dependencies, *ids[-1:]])))
+                taken.append(ids[-1])
+            last[job.name] = ids[-1]
+            record(run_dir, job.name, ids, job.script)
+            print(f"{job.name}: {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)}, log in {job.located.folder}")
+    except BaseException as error:
+        outcome = _cancel(taken)
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = " ".join((error.stderr or "").split()) or f"exit code {error.returncode}"
+            raise ConfigError(f"sbatch refused {error.cmd[-1]} ({reason}){outcome}") from error
+        if outcome:
+            print(outcome.removeprefix("; "), file=sys.stderr)
+        raise
+
+
+def _sbatch(command: list[str]) -> str:
+    """The id of the job that a command submits."""
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # "ID" or, with several clusters, "ID;CLUSTER".
+    return done.stdout.strip().partition(";")[0]
+
+
+def _cancel(ids: list[str]) -> str:
+    """Cancels jobs; a clause on what became of them."""
+    if not ids:
+        return ""
+    try:
+        subprocess.run(["scancel", *ids], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"; jobs {', '.join(ids)} were taken before and could not be cancelled: scancel {' '.join(ids)}"
+    return f"; jobs {', '.join(ids)}, which were taken before, are cancelled"
+
+
+def _refuse_twice(run_dir: Path) -> None:
+    ids = [job for entry in submitted(run_dir).values() for job in entry["jobs"]]
+    alive = active(ids)
+    if alive:
+        raise ConfigError(
+            f"run_dir={run_dir} has jobs that have not ended: {', '.join(alive)}; wait for them, cancel them (scancel "
+            f"{' '.join(alive)}), or set another run_dir"
+        )

@@ -1,0 +1,53 @@
+"""A training that is asked to pause through its stop file, on one rank and on two, and goes on where it was."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recipes.artifact import read_state
+from recipes.runtime.metrics_file import read_metrics
+from tests.helpers import tiny, tolerance
+
+RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
+
+
+def validations(folder: Path) -> list[int]:
+    """The steps after which there was one."""
+    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
+
+
+# Workers of the data loader, too: they are what a pause could leave behind.
+@pytest.mark.parametrize("layout", [("distill.num_workers=1",), RANKS], ids=["one_rank", "two_ranks"])
+def test_a_paused_distillation_goes_on_with_the_same_losses(
+    finished: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    settings = (*tiny.DEPTH, *layout, "distill.save_every_n_steps=100", "--until", "distill")
+    folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
+    folder.mkdir()
+    command, pipe = tiny.command(run_dir, *settings), subprocess.PIPE
+    launcher = subprocess.Popen(command, env=tiny.environment(), stdout=pipe, stderr=pipe, text=True)
+    # Written before there is anyone to look for it, once the launcher has taken away what an earlier attempt left.
+    tiny.wait_for("log.txt", folder, launcher)
+    (folder / "stop").touch()
+    _, told = launcher.communicate(timeout=600)
+    log = (folder / "log.txt").read_text()
+    assert launcher.returncode == 1, told + log
+    assert "stage distill is paused at step 1; the same command goes on from there" in told
+    assert read_state(folder) == {"state": "paused", "step": 1}
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step=1"]
+    assert not (folder / "stop").exists()
+    assert not (folder / "manifest.json").exists()
+    # Nothing was validated where nothing was due.
+    assert validations(folder) == []
+
+    tiny.launch(run_dir, *settings)
+    assert f"training from {folder}/checkpoints/step=1" in (folder / "log.txt").read_text()
+    assert read_state(folder) == {"state": "done", "step": tiny.DISTILL["max_steps"]}
+    unbroken = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
+    accuracy = tolerance.RESUMED if layout is not RANKS else tolerance.LOSS
+    assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=accuracy)
+    assert validations(folder) == validations(unbroken)

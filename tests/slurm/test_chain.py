@@ -1,0 +1,142 @@
+"""Chains of fake stages on a real Slurm: to their end, again, and with something going wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.queue import ask
+from tests.helpers.fake_stage import PLAN
+from tests.helpers.launches import wait_for
+from tests.slurm.conftest import Chain, slurm
+
+ALL = {"first", "second", "aside", "report"}
+
+
+def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Chain) -> None:
+    chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole"'
+    chain.submit({})
+    chain.wait_until_ended()
+    assert chain.complete() == ALL, chain.told()
+    # One after the other where one reads what another made.
+    calls = (chain.run_dir / "calls.txt").read_text().split()
+    assert (calls[0], set(calls[1:3]), calls[3:]) == ("first", {"second", "aside"}, ["report"])
+    assert not list(chain.run_dir.glob("*/stop"))
+    done = chain.launch({})
+    assert done.returncode == 0
+    assert done.stdout.count("complete, skipped") == 4
+
+
+def test_what_is_complete_is_left_out(chain: Chain) -> None:
+    chain.submit({}, "--until", "second")
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "second"}
+    done = chain.launch({})
+    assert "first: complete, skipped" in done.stdout
+    chain.wait_until_ended()
+    assert chain.complete() == ALL
+    scripts = sorted(path.name for path in (chain.run_dir / "slurm").glob("*.sbatch"))
+    assert scripts == ["01-first.sbatch", "02-second.sbatch", "03-aside.sbatch", "04-report.sbatch"]
+    # By hand, and complete when it starts: it does nothing.
+    script = chain.run_dir / "slurm" / "02-second.sbatch"
+    slurm("sbatch", "--wait", str(script))
+    assert chain.log("second").count("complete already") == 1
+    assert (chain.run_dir / "calls.txt").read_text().split().count("second") == 1
+
+
+def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> None:
+    chain.submit({"second": "fail"})
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "aside"}
+    assert chain.log("report") == ""
+    stages = chain.status()
+    assert {name: stage["state"] for name, stage in stages.items()} == {
+        "first": "complete",
+        "second": "failed",
+        "aside": "complete",
+        "report": "cancelled",
+    }
+    assert "ZeroDivisionError: nothing by nothing" in stages["second"]["cause"]
+    assert "for lack of second" in stages["report"]["detail"]
+    # Mended: the same command submits what is left.
+    done = chain.launch({})
+    assert done.stdout.count("complete, skipped") == 2, done.stderr
+    chain.wait_until_ended()
+    assert chain.complete() == ALL, chain.told()
+    assert {stage["state"] for stage in chain.status().values()} == {"complete"}
+
+
+def test_a_fault_of_the_user_is_the_cause_by_itself(chain: Chain) -> None:
+    chain.submit({"first": "fault"}, "--until", "first")
+    chain.wait_until_ended()
+    cause = chain.status()["first"]["cause"]
+    assert cause == "1 fault in the configuration:\n  - distill.lr=9 is too high; set 1"
+
+
+def test_a_killed_task_fails_its_job(chain: Chain) -> None:
+    chain.submit({"first": "sleep"})
+    pid = wait_for(chain.run_dir, "first")
+    assert chain.status()["first"]["state"] == "running"
+    assert chain.status()["second"]["state"] == "queued"
+    assert chain.status()["second"]["detail"] == "Dependency"
+    os.kill(pid, signal.SIGKILL)
+    chain.wait_until_ended()
+    assert chain.complete() == set()
+    states = [stage["state"] for stage in chain.status().values()]
+    assert states == ["failed", "cancelled", "cancelled", "cancelled"]
+    assert "exit code 137" in chain.status()["first"]["cause"]
+
+
+def test_a_run_is_not_submitted_twice(chain: Chain) -> None:
+    chain.submit({"first": "sleep"})
+    (first,) = chain.jobs("first")
+    done = chain.launch({})
+    assert done.returncode == 2
+    assert f"has jobs that have not ended: {first}, " in done.stderr
+    assert "scancel" in done.stderr
+    slurm("scancel", *(job for name in ALL for job in chain.jobs(name)))
+
+
+def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_path: Path) -> None:
+    refusing = tmp_path / "bin" / "sbatch"
+    refusing.parent.mkdir()
+    refusing.write_text(
+        "#!/bin/bash\n"
+        'case "$*" in *03-aside*) echo "sbatch: error: Invalid qos specification" >&2; exit 1;; esac\n'
+        'exec /usr/bin/sbatch "$@"\n'
+    )
+    refusing.chmod(0o755)
+    done = chain.launch({"first": "sleep"}, path=refusing.parent)
+    assert done.returncode == 2
+    assert "sbatch refused" in done.stderr
+    assert "03-aside.sbatch (sbatch: error: Invalid qos specification)" in done.stderr
+    ids = [*chain.jobs("first"), *chain.jobs("second")]
+    assert f"jobs {', '.join(ids)}, which were taken before, are cancelled" in done.stderr
+    chain.wait_until_ended()
+    assert {job.state for job in ask(ids).values()} == {"CANCELLED"}
+
+
+def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:
+    chain.submit({}, "-m", "distill.lr=1e-3,2e-3", "--until", "second")
+    runs = [Chain(chain.run_dir / number) for number in "01"]
+    for run in runs:
+        run.wait_until_ended()
+        assert run.complete() == {"first", "second"}, run.told()
+    assert len({job for run in runs for job in run.jobs("second")}) == 2
+
+
+def test_nothing_but_what_is_named_reaches_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("OTHER_TOKEN", "other_secret")
+    setup = "cluster.slurm.setup=['env > \"$folder/env.txt\"']"
+    chain.submit({}, "--until", "first", f"cluster.slurm.secrets=[{PLAN},HF_TOKEN]", setup)
+    chain.wait_until_ended()
+    lines = (chain.folder("first") / "env.txt").read_text().splitlines()
+    assert "HF_TOKEN=hf_secret" in lines
+    assert not [line for line in lines if "OTHER_TOKEN" in line]
+    kept = [path for path in chain.run_dir.rglob("*") if path.is_file() and path.name != "env.txt"]
+    assert len(kept) > 5
+    assert not [path for path in kept if b"hf_secret" in path.read_bytes()]

@@ -1,0 +1,151 @@
+"""Trainings that are warned, preempted or cancelled on a real Slurm: they save, pause, and go on where they were."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from launch.queue import ask
+from recipes.runtime.metrics_file import read_metrics
+from tests.helpers.slurm_cluster import GRACE_SECONDS
+from tests.slurm.conftest import Chain, slurm
+
+# The fakes take 0.05 s a step.
+LONG = 2000
+
+
+def steps(chain: Chain) -> list[int]:
+    return [line["step"] for line in read_metrics(chain.folder("second") / "metrics.jsonl")]
+
+
+def wait_for_step(chain: Chain, step: int, seconds: float = 60) -> None:
+    chain.wait(lambda: list(chain.run_dir.glob("second*/metrics.jsonl")) and (steps(chain) or [0])[-1] >= step, seconds)
+
+
+def warn(chain: Chain) -> str:
+    """Sends what slurmctld sends before the time limit."""
+    (job,) = chain.jobs("second")
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    return job
+
+
+def attempts(chain: Chain) -> int:
+    return chain.log("second").count("\n--- 20") + chain.log("second").startswith("--- 20")
+
+
+def test_a_time_limit_shorter_than_the_training(chain: Chain) -> None:
+    """The whole protocol, with Slurm's own warning: it comes within 30 s, and the training takes 40."""
+    # Further options overrule those that the config is checked for.
+    limit = "cluster.slurm.sbatch=['--time=0:01:00','--signal=B:USR1@40']"
+    chain.submit({"second": "steps 800"}, limit)
+    wait_for_step(chain, 1)
+    chain.wait(lambda: chain.state("second").get("state") == "paused", 60)
+    paused_at = chain.state("second")["step"]
+    chain.wait(lambda: chain.status()["second"]["state"] == "queued")
+    assert chain.status()["second"]["detail"].startswith(f"paused at step {paused_at}")
+    chain.wait_until_ended(150)
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert steps(chain) == list(range(1, 801))
+    assert attempts(chain) >= 2
+    assert f"paused at step {paused_at}: requeued" in chain.log("second")
+    assert chain.status()["second"]["jobs"] == chain.jobs("second")
+
+
+def test_a_warning_before_the_trainer_is_up_and_a_stale_stop_file(chain: Chain) -> None:
+    chain.submit({"first": "sleep", "second": f"late {LONG}"}, "--until", "second")
+    # An earlier attempt's file does not stop this one.
+    (chain.folder("second") / "stop").touch()
+    slurm("scancel", *chain.jobs("first"))
+    chain.wait_until_ended()
+    chain.submit({"second": f"late {LONG}"}, "--until", "second")
+    chain.wait(lambda: "--- 20" in chain.log("second"))
+    assert not (chain.folder("second") / "stop").exists()
+    warn(chain)
+    chain.wait(lambda: chain.state("second") == {"state": "paused", "step": 1})
+    wait_for_step(chain, 20)
+    slurm("scancel", *chain.jobs("second"))
+
+
+def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None:
+    chain.submit({"second": "steps 150"})
+    wait_for_step(chain, 5)
+    started = time.monotonic()
+    urgent = slurm(
+        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 2"
+    ).strip()
+    chain.wait(lambda: chain.state("second").get("state") == "paused")
+    chain.wait(lambda: ask([urgent])[urgent].state == "COMPLETED")
+    # The step was asked at once, and the job did not use up its time of grace.
+    assert time.monotonic() - started < GRACE_SECONDS
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert steps(chain) == list(range(1, 151))
+    assert attempts(chain) == 2
+
+
+def test_a_cancelled_training_saves_and_stays_cancelled(chain: Chain) -> None:
+    chain.submit({"second": f"steps {LONG}"})
+    wait_for_step(chain, 5)
+    slurm("scancel", *chain.jobs("second"))
+    chain.wait_until_ended()
+    assert chain.status()["second"]["state"] == "paused"
+    assert chain.state("second")["state"] == "paused"
+    assert chain.status()["report"]["state"] == "cancelled"
+    time.sleep(3)
+    assert ask(chain.jobs("second"))[chain.jobs("second")[0]].state == "CANCELLED"
+    before = steps(chain)[-1]
+    chain.submit({"second": f"steps {before + 5}"})
+    chain.wait_until_ended()
+    assert steps(chain) == list(range(1, before + 6))
+
+
+def test_no_progress_and_too_many_restarts_end_a_chain(chain: Chain) -> None:
+    chain.submit({"second": f"steps {LONG}"}, "cluster.slurm.max_restarts=1")
+    for attempt in (1, 2):
+        chain.wait(lambda attempt=attempt: attempts(chain) == attempt)  # type: ignore[misc]
+        wait_for_step(chain, 10 * attempt)
+        warn(chain)
+    chain.wait_until_ended()
+    stages = chain.status()
+    assert stages["second"]["state"] == "paused"
+    assert "after 1 restarts, as many as cluster.slurm.max_restarts allows" in stages["second"]["cause"]
+    assert stages["report"]["state"] == "cancelled"
+    assert not ({"second", "report"} & chain.complete())
+
+    chain.submit({"second": "stuck"}, "cluster.slurm.max_restarts=1")
+    chain.wait_until_ended()
+    assert "paused at step 0, no further than before" in chain.status()["second"]["cause"]
+
+
+def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
+    chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    first, second, third = chain.jobs("second")
+    for job, step in ((first, 10), (second, 30)):
+        wait_for_step(chain, step)
+        slurm("scancel", "--signal=USR1", "--batch", job)
+        chain.wait(lambda job=job: ask([job])[job].state == "COMPLETED")  # type: ignore[misc]
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert steps(chain) == list(range(1, 101))
+    log = chain.log("second")
+    assert [f"job {job}, restart 0" in log for job in (first, second, third)] == [True] * 3
+    assert "the next job of the chain goes on" in log
+
+
+@pytest.mark.parametrize("done_in", [1, 3])
+def test_the_last_job_of_a_chain_that_is_not_enough_fails_what_depends_on_it(chain: Chain, done_in: int) -> None:
+    """Links that come after the last one do nothing."""
+    plan = {"second": "steps 20" if done_in == 1 else f"steps {LONG}"}
+    chain.submit(plan, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=1")
+    if done_in == 1:
+        chain.wait_until_ended()
+        assert chain.complete() == {"first", "second", "aside", "report"}
+        assert "complete already" in chain.log("second")
+        return
+    for job, step in zip(chain.jobs("second"), (5, 15), strict=True):
+        wait_for_step(chain, step)
+        slurm("scancel", "--signal=USR1", "--batch", job)
+    chain.wait_until_ended()
+    assert "in the last job of the chain; launch.run goes on from here" in chain.log("second")
+    assert chain.status()["report"]["state"] == "cancelled"

@@ -1,0 +1,62 @@
+"""What Slurm's SIGTERM does to a stage that runs under the guard: nothing but a file."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.environment import ROOT
+
+# Sets a handler, as torchrun does, starts a child with a default one, as the data loader does, and says that it is up.
+COMMAND = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+print(child.pid, flush=True)
+assert child.wait() == 0
+sys.exit(5)
+"""
+
+
+def guarded(stop: Path, *command: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "launch.guard", str(stop), *command]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: int) -> None:
+    with guarded(tmp_path / "stop", sys.executable, "-c", COMMAND) as guard:
+        assert guard.stdout is not None
+        child = int(guard.stdout.readline())
+        command = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        for pid in (child, command, guard.pid):
+            subprocess.run(["kill", f"-{int(signum)}", str(pid)], check=True)
+        time.sleep(0.3)
+        assert (tmp_path / "stop").exists()
+    assert guard.returncode == 5
+
+
+def test_exit_codes_pass_and_no_file_is_left(tmp_path: Path) -> None:
+    for command, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137)):
+        with guarded(tmp_path / "stop", "bash", "-c", command) as guard:
+            pass
+        assert guard.returncode == code
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
+    """Python would wait for ever for daemonic children that cannot be terminated."""
+    script = (
+        "import multiprocessing, time\n"
+        "from recipes.runtime.stage_main import end_children_at_exit\n"
+        "end_children_at_exit()\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), daemon=True).start()\n"
+        "raise ValueError('x')\n"
+    )
+    with guarded(tmp_path / "stop", sys.executable, "-c", script) as guard:
+        assert guard.wait(timeout=30) == 1

@@ -1,0 +1,108 @@
+"""Several nodes without Slurm: launchers that share a run folder, on this one machine."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from conf.errors import ConfigError
+from conf.load import compose
+from launch import nodes
+from launch.filesystem import unshared
+from tests.helpers.fake_stage import DISTRIBUTED, TABLE
+from tests.helpers.launches import launched, wait_for
+
+
+def settings(rank: int, port: int) -> list[str]:
+    return [
+        *("cluster.nodes=2", f"cluster.node_rank={rank}", f"cluster.rdzv_endpoint=localhost:{port}"),
+        *("cluster.run_dir_is_shared=true", "distill.global_batch_size=8"),
+    ]
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_ranks_of_two_nodes_join(tmp_path: Path, port: int) -> None:
+    plan = {"ranks": "join"}
+    with (
+        launched(tmp_path, plan, *settings(1, port), mode="launch_ranks") as other,
+        launched(tmp_path, plan, *settings(0, port), mode="launch_ranks") as first,
+    ):
+        _, err = first.communicate(timeout=120)
+        told, other_err = other.communicate(timeout=60)
+    assert (first.returncode, other.returncode) == (0, 0), err + other_err
+    assert "ranks: joined" in told
+    joined = [json.loads(path.read_text()) for path in tmp_path.glob("*/joined-*.json")]
+    assert [rank["world"] for rank in joined] == [2, 2]
+    assert {rank["total"] for rank in joined} == {1}
+    assert len(list(tmp_path.glob("ranks-*/manifest.json"))) == 1
+
+
+def test_other_nodes_wait_for_the_stages_of_one_rank_and_end_with_the_first_node(tmp_path: Path, port: int) -> None:
+    with launched(tmp_path, {}, *settings(1, port)) as other:
+        with launched(tmp_path, {"second": "fail"}, *settings(0, port)) as first:
+            first.communicate(timeout=60)
+        out, err = other.communicate(timeout=60)
+    assert (first.returncode, other.returncode) == (1, 1)
+    assert "first: complete" in out
+    assert err.startswith("the first node: stage second failed (exit code 1)")
+    # Each stage was started once.
+    assert (tmp_path / "calls.txt").read_text().split() == ["first", "second"]
+
+
+def test_a_stopped_first_node_stops_the_others(tmp_path: Path, port: int) -> None:
+    with launched(tmp_path, {"first": "sleep"}, *settings(1, port)) as other:
+        with launched(tmp_path, {"first": "sleep"}, *settings(0, port)) as first:
+            wait_for(tmp_path, "first")
+            first.terminate()
+            first.communicate(timeout=60)
+        _, err = other.communicate(timeout=60)
+    assert "the first node was stopped" in err
+
+
+def test_a_silent_first_node_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What an earlier run left is no sign of life.
+    (tmp_path / nodes.PULSE).write_text('{"stage": "ranks", "beat": 1.0}')
+    monkeypatch.setattr(nodes, "SECONDS_WITHOUT_PULSE", 0.3)
+    cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(1, 1234)])
+    with pytest.raises(nodes.StageFailedError, match="nothing from the first node for 0 s"):
+        nodes.run(cfg, None, DISTRIBUTED)
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        (
+            "cluster.rdzv_endpoint=node1",
+            "cluster.rdzv_endpoint=node1 is no place to meet; start the same command",
+        ),
+        ("cluster.rdzv_endpoint=null", "cluster.nodes=2, but cluster.rdzv_endpoint=null is no place to meet"),
+        (
+            "cluster.node_rank=2",
+            "cluster.node_rank=2, but nodes are counted from 0; set cluster.node_rank to",
+        ),
+    ],
+)
+def test_faults(tmp_path: Path, changed: str, part: str) -> None:
+    cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(0, 1234), changed])
+    with pytest.raises(ConfigError) as caught:
+        nodes.run(cfg, None, TABLE)
+    (fault,) = caught.value.faults
+    assert part in fault
+
+
+def test_a_disk_of_one_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.filesystem.local_type", lambda path: "xfs")
+    cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(0, 1234)])
+    cfg.cluster.run_dir_is_shared = False
+    assert len(unshared(cfg)) == 1
+    with pytest.raises(ConfigError, match="is on xfs, by the look of it a disk of this machine only"):
+        nodes.run(cfg, None, TABLE)

@@ -1,0 +1,199 @@
+"""What would be submitted, and what is refused before anything is. A real Slurm is in tests/slurm."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conf.load import compose
+from launch.filesystem import local_type
+from launch.jobs import everywhere
+from launch.run import main
+from recipes.artifact import locate, write_manifest
+from tests.helpers.fake_stage import DISTRIBUTED, TABLE
+
+SITE = (
+    *("cluster=slurm", "cluster.devices_per_node=1", "cluster.run_dir_is_shared=true", "cluster.slurm.partition=gpu"),
+    *("cluster.slurm.account=lab", "cluster.slurm.container_image='nvcr.io#lab/prune:1'"),
+)
+
+
+class DryRun:
+    """Runs `launch.run dry_run=true` over the fake table."""
+
+    def __init__(self, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.run_dir = run_dir
+        self._capsys = capsys
+
+    def __call__(self, *overrides: str, stages: tuple = TABLE, dry: str = "dry_run=true") -> tuple[int, str, str]:  # type: ignore[type-arg]
+        status = main(["experiment=demo", f'run_dir="{self.run_dir}"', *SITE, *overrides, dry], stages)
+        return (status, *self._capsys.readouterr())
+
+    def scripts(self, *overrides: str, stages: tuple = TABLE) -> dict[str, str]:  # type: ignore[type-arg]
+        """Script by stage."""
+        status, out, err = self(*overrides, stages=stages)
+        assert (status, err) == (0, "")
+        return {text.split("# Stage ")[1].partition(".")[0]: text for text in out.split("#!/bin/bash -l\n")[1:]}
+
+
+@pytest.fixture
+def dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> DryRun:
+    return DryRun(tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize("way", ["dry_run=true", "--dry-run"])
+def test_a_dry_run_shows_every_script_and_writes_nothing(dry_run: DryRun, way: str) -> None:
+    status, out, err = dry_run(dry=way)
+    assert (status, err) == (0, "")
+    commands = [line for line in out.splitlines() if line.startswith("# sbatch")]
+    folder = dry_run.run_dir / "slurm"
+    assert commands == [
+        f"# sbatch --parsable {folder}/01-first.sbatch",
+        f"# sbatch --parsable '--dependency=afterok:<first>' {folder}/02-second.sbatch",
+        f"# sbatch --parsable '--dependency=afterok:<first>' {folder}/03-aside.sbatch",
+        f"# sbatch --parsable '--dependency=afterok:<aside>:<first>:<second>' {folder}/04-report.sbatch",
+    ]
+    assert not dry_run.run_dir.exists()
+
+
+def test_the_lines_of_a_script(dry_run: DryRun) -> None:
+    script = dry_run.scripts(
+        *("cluster.slurm.qos=high", "cluster.time_limit=1-00:00:00", "cluster.slurm.warn_seconds=300"),
+        *("cluster.slurm.sbatch=['--exclusive']", "cluster.slurm.setup=['module load cuda']"),
+    )["second"]
+    for line in (
+        *("#SBATCH --job-name=demo/second", "#SBATCH --nodes=1 --ntasks-per-node=1", "#SBATCH --time=1-00:00:00"),
+        *("#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --qos=high", "#SBATCH --gpus-per-node=1"),
+        *("#SBATCH --signal=B:USR1@300", "#SBATCH --requeue --kill-on-invalid-dep=yes", "#SBATCH --exclusive"),
+        *("#SBATCH --export=HOME,USER,PATH,LANG", "module load cuda"),
+    ):
+        assert line in script.splitlines()
+    assert "torch.distributed.run" not in script
+
+
+def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> None:
+    layout = ("cluster.nodes=2", "cluster.devices_per_node=8", "cluster.slurm.gpu_request=gres")
+    batches = ("distill.global_batch_size=64", "distill.parallel.tensor_model_parallel_size=2")
+    script = dry_run.scripts(*layout, *batches, stages=DISTRIBUTED)["ranks"]
+    assert "#SBATCH --nodes=2 --ntasks-per-node=1\n" in script
+    assert "#SBATCH --gres=gpu:8\n" in script
+    assert "torch.distributed.run --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in script
+    assert '--rdzv_id="$SLURM_JOB_ID.$restarts" --rdzv_endpoint="$head:$(( 10000 + SLURM_JOB_ID % 20000 ))"' in script
+    assert 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"' in script
+    assert "export OMP_NUM_THREADS=$(( (SLURM_CPUS_ON_NODE + 7) / 8 ))" in script
+
+
+def test_scripts_are_bash_whatever_the_names(dry_run: DryRun, tmp_path: Path) -> None:
+    dry_run.run_dir = tmp_path / "it's $HOME `date` 100%"
+    scripts = dry_run.scripts("name='a \\'b'", "cluster.slurm.requeue=false")
+    assert len(scripts) == 4
+    for script in scripts.values():
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    values = subprocess.run(
+        ["bash"],
+        input='eval "$(grep -E "^folder=" <<< "$script")"; printf %s "$folder"',
+        env={"script": scripts["report"], "PATH": "/usr/bin:/bin"},
+        text=True,
+        check=True,
+        capture_output=True,
+    ).stdout
+    assert values == str(dry_run.run_dir / "report")
+    assert "100%%/report/log.txt" in scripts["report"]
+
+
+def test_complete_stages_are_left_out(dry_run: DryRun) -> None:
+    cfg = everywhere(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
+    located = locate(cfg, TABLE)
+    write_manifest(located["first"], 0.0, 1.0, {})
+    assert set(dry_run.scripts()) == {"second", "aside", "report"}
+    assert "# sbatch --parsable '--dependency=afterok:<aside>:<second>'" in dry_run()[1]
+    for stage in located.values():
+        write_manifest(stage, 0.0, 1.0, {})
+    assert dry_run()[1] == "every stage is complete; nothing would be submitted\n"
+
+
+def test_without_requeue_a_training_is_a_chain(dry_run: DryRun) -> None:
+    _, out, _ = dry_run("cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    script = dry_run.run_dir / "slurm" / "02-second.sbatch"
+    assert [line for line in out.splitlines() if line.startswith("# sbatch") and "02-second" in line] == [
+        f"# sbatch --parsable '--dependency=afterok:<first>' {script} 1 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>:<second 1>' {script} 2 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>:<second 2>' {script} 3 3",
+    ]
+    assert "#SBATCH --no-requeue" in out
+    assert "scontrol requeue" not in out
+
+
+def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dry_run.scripts()["first"]
+    monkeypatch.setattr("recipes.artifact.library_versions", lambda: {"torch": "0.0"})
+    assert dry_run.scripts()["first"] == before
+    image = "cluster.slurm.container_image='nvcr.io#lab/prune:2'"
+    assert f"{dry_run.run_dir}/first-" in before
+    folder = next(line for line in before.splitlines() if line.startswith("folder="))
+    assert folder not in dry_run.scripts(image)["first"]
+    monkeypatch.undo()
+    own = dry_run.scripts("cluster.slurm.container_image=null")["first"]
+    monkeypatch.setattr("recipes.artifact.library_versions", lambda: {"torch": "0.0"})
+    assert dry_run.scripts("cluster.slurm.container_image=null")["first"] != own
+
+
+def test_relative_paths_are_those_of_the_place_of_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs.jsonl").write_text("")
+    own = ("cluster.devices_per_node=8", "run_dir=runs/x", "data.train=[docs.jsonl]")
+    cfg = compose(["experiment=qwen3_8b_to_6b_depth", *SITE, *own])
+    placed = everywhere(cfg)
+    assert placed.run_dir == f"{tmp_path}/runs/x"
+    assert placed.data.train == [f"{tmp_path}/docs.jsonl"]
+    assert placed.model.hf_path == "Qwen/Qwen3-8B"
+    assert cfg.run_dir == "runs/x"
+
+
+def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
+    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("launch.filesystem.local_type", lambda path: "ext4")
+    status, out, err = dry_run("cluster.run_dir_is_shared=false", dry="experiment=demo")
+    assert (status, out) == (2, "")
+    assert "2 faults in the configuration" in err
+    assert "sbatch, squeue, scontrol, scancel cannot be found; start this on a login node, or add dry_run=true" in err
+    assert f"run_dir={dry_run.run_dir} is on ext4, by the look of it a disk of this machine only" in err
+    assert "cluster.run_dir_is_shared=true" in err
+    assert not dry_run.run_dir.exists()
+    # To look at what would be submitted, any machine will do.
+    status, out, err = dry_run("cluster.run_dir_is_shared=false")
+    assert (status, out.count("#!/bin/bash -l")) == (0, 4)
+    assert err.startswith("warning: run_dir=")
+
+
+def test_file_systems(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        "overlay / overlay rw 0 0\n"
+        "/dev/sda1 /home ext4 rw 0 0\n"
+        "server:/x /home/shared nfs4 rw 0 0\n"
+        "10.0.0.1@o2ib:/fs /scratch lustre rw 0 0\n"
+        "gpfs0 /gpfs gpfs rw 0 0\n"
+        "tmpfs /with\\040space tmpfs rw 0 0\n"
+        "auto /auto autofs rw 0 0\n"
+        "server:/y /auto/y nfs rw 0 0\n"
+        "x /odd somethingfs rw 0 0\n"
+    )
+    kinds = {
+        "/home/me/run": "ext4",
+        "/homes/run": "overlay",
+        "/home/shared/run": None,
+        "/scratch/run": None,
+        "/gpfs/a/b": None,
+        "/with space/run": "tmpfs",
+        "/auto/y/run": None,
+        "/odd/run": None,
+    }
+    assert {path: local_type(Path(path), mounts) for path in kinds} == kinds
+    assert local_type(Path("/home/me"), tmp_path / "none") is None

@@ -1,0 +1,93 @@
+"""Where a run on this machine stands, without Slurm."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.status import main, status
+from recipes.artifact import read_state
+from tests.helpers.fake_stage import TABLE
+from tests.helpers.launches import launched, wait_for
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.queue.shutil.which", lambda name: None)
+
+
+def states(run_dir: Path) -> list[str]:
+    return [stage.state for stage in status(run_dir, TABLE)]
+
+
+def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with launched(tmp_path, {"first": "train", "second": "fail"}) as launcher:
+        wait_for(tmp_path, "first")
+        while not list(tmp_path.glob("first*/metrics.jsonl")):
+            time.sleep(0.05)
+        first = status(tmp_path, TABLE)[0]
+        assert first.state == "running"
+        assert first.detail == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
+        assert first.figures["tokens_per_second"] == 1234.5
+        launcher.communicate(timeout=60)
+    assert states(tmp_path) == ["complete", "failed", "to do", "to do"]
+    assert main([str(tmp_path)], TABLE) == 0
+    told = capsys.readouterr().out
+    assert "second failed:\n" in told
+    assert "ZeroDivisionError: nothing by nothing\n" in told
+    assert str(next(tmp_path.glob("second*")) / "log.txt") in told
+    with launched(tmp_path, {}) as launcher:
+        launcher.communicate(timeout=60)
+    assert states(tmp_path) == ["complete"] * 4
+    assert main([str(tmp_path), "--json", "--watch"], TABLE) == 0
+    (stages,) = json.loads(capsys.readouterr().out).values()
+    assert [stage["cause"] for stage in stages] == [None] * 4
+
+
+def test_a_paused_stage_is_no_failure_and_goes_on(tmp_path: Path) -> None:
+    plan = {"second": "steps 60"}
+    with launched(tmp_path, plan) as launcher:
+        wait_for(tmp_path, "second")
+        (folder,) = tmp_path.glob("second*")
+        (folder / "stop").touch()
+        _, told = launcher.communicate(timeout=60)
+    step = read_state(folder)["step"]
+    assert launcher.returncode == 1
+    assert told == f"stage second is paused at step {step}; the same command goes on from there\n"
+    assert states(tmp_path) == ["complete", "paused", "to do", "to do"]
+    assert status(tmp_path, TABLE)[1].detail == f"at step {step}"
+    # What was left over asks nobody to stop.
+    (folder / "stop").touch()
+    with launched(tmp_path, plan) as launcher:
+        launcher.communicate(timeout=60)
+    assert launcher.returncode == 0
+    assert states(tmp_path) == ["complete"] * 4
+
+
+def test_an_attempt_that_fails_after_a_pause_is_a_failure(tmp_path: Path) -> None:
+    with launched(tmp_path, {"second": "steps 60"}) as launcher:
+        wait_for(tmp_path, "second")
+        (next(tmp_path.glob("second*")) / "stop").touch()
+        launcher.communicate(timeout=60)
+    with launched(tmp_path, {"second": "fault"}) as launcher:
+        launcher.communicate(timeout=60)
+    second = status(tmp_path, TABLE)[1]
+    assert (second.state, second.cause) == (
+        "failed",
+        "1 fault in the configuration:\n  - distill.lr=9 is too high; set 1",
+    )
+
+
+def test_a_sweep_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in "01":
+        with launched(tmp_path / number, {}, "--until", "first") as launcher:
+            launcher.communicate(timeout=60)
+    assert main([str(tmp_path)], TABLE) == 0
+    told = capsys.readouterr().out
+    assert told.count("complete") == 2
+    assert f"{tmp_path}/1\n" in told
+    assert main([str(tmp_path / "nowhere")], TABLE) == 2
+    assert "nowhere/resolved.yaml does not exist" in capsys.readouterr().err
