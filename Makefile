@@ -3,18 +3,20 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-PIP := $(BIN)/pip --disable-pip-version-check
+NEMO26 := .venv-nemo26
+PIP := pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-slurm lint types unit integration setup lock clean
+.PHONY: demo test test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-test: lint types unit integration $(if $(shell command -v slurmctld),test-slurm)
+test: lint types unit integration test-slurm
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 types: setup
 	$(BIN)/mypy
@@ -33,27 +35,33 @@ test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, ea
 
 setup: $(INSTALLED)
 
-$(INSTALLED): requirements/cpu.in requirements/dev.in requirements/cpu.lock pyproject.toml
+test-nemo26: $(NEMO26)/installed ## the integration tests with the container's NeMo, ModelOpt and transformers
+	$(NEMO26)/bin/pytest -n 2 --dist loadgroup tests/integration
+
+$(INSTALLED): SET := cpu
+$(NEMO26)/installed: SET := nemo26
+$(INSTALLED) $(NEMO26)/installed: $(wildcard requirements/*.in requirements/*.lock) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v == (3, 11) or sys.exit("error: Python 3.11 is needed, $(PYTHON) is %d.%d; set it with make PYTHON=/path/to/python3.11" % v)'
-	@echo "setup 1/4: virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "setup 1/4: virtual environment in $(@D)"
+	@$(PYTHON) -m venv $(@D)
 	@echo "setup 2/4: PyTorch"
-	@$(PIP) install -q "$$(grep '^torch==' requirements/cpu.lock)"
+	@$(@D)/bin/$(PIP) install -q "$$(grep '^torch==' requirements/$(SET).lock)"
 	@echo "setup 3/4: NeMo, Megatron-Core, ModelOpt and what they need (about 2.5 GB, some minutes)"
-	@$(PIP) install -q -r requirements/cpu.in -r requirements/dev.in -c requirements/cpu.lock
+	@$(@D)/bin/$(PIP) install -q -r requirements/$(SET).in -r requirements/dev.in -c requirements/$(SET).lock
 	@echo "setup 4/4: this repository, and a check that nothing conflicts"
-	@$(PIP) install -q --no-deps -e .
-	@$(PIP) check
+	@$(@D)/bin/$(PIP) install -q --no-deps -e .
+	@$(@D)/bin/$(PIP) check
 	@touch $@
 
-lock: ## pins what pip chooses today for the .in files, in a fresh environment
+lock: ## pins what pip chooses today for the .in files, in a fresh environment: make lock [SET=nemo26]
 	rm -rf .lock-venv
 	$(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/pip install -q "$$(grep '^torch==' requirements/cpu.in)"
-	.lock-venv/bin/pip install -q -r requirements/cpu.in -r requirements/dev.in
-	{ sed '/^[^#]/,$$d' requirements/cpu.lock; .lock-venv/bin/pip freeze | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > requirements/cpu.lock.new
-	mv requirements/cpu.lock.new requirements/cpu.lock
+	.lock-venv/bin/pip install -q "$$(grep '^torch==' requirements/common.in)"
+	.lock-venv/bin/pip install -q -r requirements/$(SET).in -r requirements/dev.in
+	{ sed '/^[^#]/,$$d' requirements/$(SET).lock; .lock-venv/bin/pip freeze | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > requirements/$(SET).lock.new
+	mv requirements/$(SET).lock.new requirements/$(SET).lock
 	rm -rf .lock-venv
+lock: SET ?= cpu
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO26) .pytest_cache .mypy_cache .ruff_cache

@@ -149,7 +149,7 @@ def unmounted_inputs(cfg: RunConfig) -> Iterator[str]:
     if _slurm(cfg).container_image is None:
         return
     mounts = list(filter(_is_mount, _slurm(cfg).container_mounts))
-    for key, path in _inputs(cfg):
+    for key, path in input_files(cfg):
         if not any(_holds(mount, path) for mount in mounts):
             folder = os.path.dirname(path)
             yield (
@@ -168,7 +168,7 @@ def _slurm(cfg: RunConfig) -> SlurmConfig:
     return cast(SlurmConfig, cfg.cluster.slurm)
 
 
-def _inputs(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     """The user's files that a run reads, absolute, each folder of them once."""
     path = cfg.model.hf_path
     if path is not None and not may_be_hub_id(path):

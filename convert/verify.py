@@ -75,7 +75,7 @@ def compare_logits(hf_folder: Path, checkpoint: Path, ids: Any) -> tuple[float, 
     from recipes.runtime import backend, nemo_api
 
     device = backend.activate().device
-    twin = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).to(device).eval()
+    twin = AutoModelForCausalLM.from_pretrained(hf_folder, torch_dtype=torch.float32).to(device).eval()
     with torch.inference_mode():
         theirs = twin(ids.to(device), use_cache=False).logits.cpu()
     del twin

@@ -101,7 +101,7 @@ def _write_config(shape: Shape, folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
-        dtype="float32",
+        torch_dtype="float32",
     )
     config.save_pretrained(folder)
     GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)

@@ -55,7 +55,8 @@ def evaluate_model(folder: Path, data: Any, cfg: EvaluateConfig) -> dict[str, An
             f" {cfg.seq_length}; set it lower or bring more documents"
         )
     device = backend.torch_device()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    # transformers before 4.56 knows the type by this name only; later ones know both.
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").to(device).eval()
     total = 0.0
     with torch.inference_mode():
         for batch in sequences.split(cfg.micro_batch_size):

@@ -33,7 +33,7 @@ def main() -> None:
     tokens, labels, mask = (torch.stack([s[key] for s in samples]) for key in ("tokens", "labels", "loss_mask"))
     first = DISTILL["val_batches"] * DISTILL["global_batch_size"]
     with torch.inference_mode():
-        logits = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)(tokens[:first]).logits
+        logits = AutoModelForCausalLM.from_pretrained(hf_folder, torch_dtype=torch.float32)(tokens[:first]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:first].flatten())
     ends = {"inputs": (tokens == data.eod_token).sum().item(), "labels": (labels == data.eod_token).sum().item()}
     print(json.dumps({"loss": loss.item(), "counted": mask.mean().item(), "ends": ends}))

@@ -1,0 +1,256 @@
+"""What `launch.doctor` looks at: each check is a function that gives findings and changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from conf.schema import RunConfig
+from conf.units import GIB
+from launch.environment import ROOT
+
+# What NVIDIA's documentation of its containers asks for at least where ranks talk through shared memory.
+LEAST_SHARED_MEMORY = GIB
+LEAST_OPEN_FILES = 4096
+SECONDS_TO_ANSWER = 120
+
+
+class State(Enum):
+    """Of a finding: `fail` stops a run, `warn` slows it or may stop it later."""
+
+    ok = "ok"
+    warn = "warn"
+    fail = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was looked at, what was found, and what to do about it."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Versions of a library with which this repository works: from `least` on, below `below`."""
+
+    least: str
+    below: str
+    reason: str
+
+
+RANGES = {
+    "nemo_toolkit": Range("2.6", "3", "3.0 has no LLM collection"),
+    "megatron-core": Range("0.15", "0.16", "NeMo 2.x imports what 0.16 dropped (dist_checkpointing's tensorstore)"),
+    "nvidia-modelopt": Range("0.37", "0.41", "0.41 cannot prune query groups, 0.42 and 0.43 fail to load checkpoints"),
+    "numpy": Range("1.26", "2", "megatron-core 0.15 needs numpy below 2"),
+}
+OTHERS = ("torch", "transformers", "hydra-core", "omegaconf")
+
+
+def libraries() -> Iterator[Finding]:
+    """Versions against the lock, and against the ranges outside of which something is known to break."""
+    installed = {name: _version(name) for name in (*RANGES, *OTHERS)}
+    absent = [name for name, version in installed.items() if version is None]
+    if "torch" in absent and "nemo_toolkit" in absent:
+        mend = "nothing on a login node whose jobs run in a container; elsewhere: make setup"
+        yield Finding("libraries", State.warn, "PyTorch and NeMo are not installed", mend)
+        return
+    locked = _locked()
+    for name, version in installed.items():
+        known, tested = RANGES.get(name), locked[_normal(name)]
+        if version is None:
+            yield Finding(name, State.fail, "not installed", "make setup, or run in the container of the Dockerfile")
+        elif known is not None and not _parts(known.least) <= _parts(version) < _parts(known.below):
+            mend = f"install {tested} ({known.reason})"
+            yield Finding(name, State.fail, f"{version} does not work here", mend)
+        elif version.split("+")[0] != tested:
+            mend = "nothing if it is the container's own (requirements/cpu.lock says what is there)"
+            yield Finding(name, State.warn, f"{version}; tested with {tested}", mend)
+        else:
+            yield Finding(name, State.ok, version)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _locked() -> dict[str, str]:
+    lines = (ROOT / "requirements" / "cpu.lock").read_text().splitlines()
+    pins = (line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
+    return {_normal(name): version for name, version in pins}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _parts(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+# A process of its own: the doctor runs where there is no torch as well.
+_PROBE = """
+import json, torch
+from importlib import metadata
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+devices = [torch.cuda.get_device_properties(index) for index in range(count)]
+names = {d.metadata["Name"].lower().replace("_", "-") for d in metadata.distributions() if d.metadata["Name"]}
+print(json.dumps({
+    "built_for_cuda": torch.version.cuda,
+    "devices": [[device.name, device.total_memory, device.major] for device in devices],
+    "nccl": ".".join(map(str, torch.cuda.nccl.version())) if count and torch.distributed.is_nccl_available() else None,
+    "transformer_engine": any(name.startswith("transformer-engine") for name in names),
+}))
+"""
+
+
+def accelerator(cfg: RunConfig | None) -> Iterator[Finding]:
+    """GPUs, NCCL and Transformer Engine as PyTorch sees them."""
+    if _version("torch") is None:
+        return
+    done = _ask([sys.executable, "-c", _PROBE])
+    try:
+        seen = json.loads((done or "").splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        yield Finding("PyTorch", State.fail, "cannot be imported", f"{sys.executable} -c 'import torch' shows why")
+        return
+    devices, has_engine = seen["devices"], seen["transformer_engine"]
+    if not devices:
+        yield from _no_gpu(cfg, seen["built_for_cuda"], has_engine)
+        return
+    names = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory, _ in devices)
+    yield Finding("GPUs", State.ok, f"{len(devices)}: {names}")
+    if cfg is not None and cfg.cluster.devices_per_node > len(devices):
+        found = f"{len(devices)} GPUs, but cluster.devices_per_node={cfg.cluster.devices_per_node}"
+        yield Finding("GPUs", State.fail, found, f"set cluster.devices_per_node={len(devices)}")
+    if any(major < 8 for *_, major in devices):
+        yield Finding(
+            "bf16", State.fail, "a GPU older than Ampere has no bf16", "use newer GPUs (compute capability 8)"
+        )
+    if not has_engine:
+        mend = "run in the container of the Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        yield Finding("Transformer Engine", State.fail, "not installed, though there are GPUs", mend)
+    if len(devices) > 1:
+        if seen["nccl"]:
+            yield Finding("NCCL", State.ok, seen["nccl"])
+        else:
+            yield Finding("NCCL", State.fail, "PyTorch was built without it", "run in the container of the Dockerfile")
+        yield from links()
+
+
+def _no_gpu(cfg: RunConfig | None, built_for_cuda: str | None, has_engine: bool) -> Iterator[Finding]:
+    if _ask(["nvidia-smi", "-L"]):
+        cause = "a driver too old for it" if built_for_cuda else "a build of PyTorch for the CPU"
+        mend = f"look for {cause}, CUDA_VISIBLE_DEVICES, and in a container for --gpus all"
+        yield Finding("GPUs", State.fail, "nvidia-smi lists some, PyTorch sees none", mend)
+    elif cfg is not None and cfg.cluster.gpu is not None and cfg.cluster.slurm is None:
+        found = f"none, but cluster={cfg.cluster.name} is made of {cfg.cluster.gpu.name}"
+        yield Finding("GPUs", State.warn, found, "start the run where they are, or set cluster=local to use the CPU")
+    else:
+        yield Finding("GPUs", State.ok, "none: stages run on the CPU")
+    if has_engine:
+        mend = "uninstall it, or run where a GPU is visible"
+        yield Finding("Transformer Engine", State.fail, "installed, though there is no GPU", mend)
+
+
+def links() -> Iterator[Finding]:
+    """How the GPUs are joined, as `nvidia-smi topo -m` tells."""
+    table = _ask(["nvidia-smi", "topo", "-m"])
+    if table is None:
+        return
+    if re.search(r"\bNV\d+\b", table):
+        yield Finding("GPU links", State.ok, "NVLink")
+    else:
+        mend = "prefer data and pipeline parallelism: set distill.parallel.tensor_model_parallel_size low"
+        yield Finding("GPU links", State.warn, "no NVLink: tensor parallelism will be slow", mend)
+
+
+def limits(infiniband: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:
+    """What the shell allows a process."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES
+    mend = "ulimit -n 65536 before the launch (data loaders and checkpoints open many files)" if few else ""
+    yield Finding("open files", State.warn if few else State.ok, str(files), mend)
+    memory, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if memory != resource.RLIM_INFINITY and infiniband.is_dir() and any(infiniband.iterdir()):
+        mend = "ulimit -l unlimited, or docker run --ulimit memlock=-1: NCCL registers memory with the network card"
+        yield Finding("locked memory", State.warn, f"{memory / GIB:.3f} GiB, with InfiniBand", mend)
+
+
+def shared_memory(cfg: RunConfig | None, place: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Room in /dev/shm, through which NCCL and data loaders exchange."""
+    if not place.is_dir():
+        return
+    free = shutil.disk_usage(place).free
+    ranks = cfg.cluster.devices_per_node if cfg is not None else 1
+    if free >= LEAST_SHARED_MEMORY:
+        yield Finding("shared memory", State.ok, f"{free / GIB:.1f} GiB free")
+    else:
+        mend = "docker run --ipc=host or --shm-size=16g; launch.docker does so"
+        yield Finding("shared memory", State.fail if ranks > 1 else State.warn, f"{free / GIB:.2f} GiB free", mend)
+
+
+def hub() -> Iterator[Finding]:
+    """The Hugging Face cache and whether there is a token; the token itself is never read out."""
+    shown = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    home = Path(shown).expanduser()
+    place = next(path for path in (home, *home.parents) if path.exists())
+    if not os.access(place, os.W_OK):
+        yield Finding("Hub cache", State.warn, f"{shown} cannot be written", "set HF_HOME to a folder that can")
+    else:
+        yield Finding("Hub cache", State.ok, f"{shown}, {shutil.disk_usage(place).free / GIB:.0f} GiB free")
+    if "HF_TOKEN" in os.environ or (home / "token").exists():
+        yield Finding("Hub token", State.ok, "there is one")
+    else:
+        yield Finding("Hub token", State.ok, "none: public models and local folders only")
+
+
+def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
+    """Slurm's commands, its controller and pyxis: needed where the run's cluster section names Slurm."""
+    wanted = cfg.cluster.slurm if cfg is not None else None
+    trouble = State.warn if wanted is None else State.fail
+    absent = [name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+    if absent and wanted is None:
+        yield Finding("Slurm", State.ok, "not on this machine")
+    elif absent:
+        mend = "submit from a login node, or set cluster=one_node"
+        yield Finding("Slurm", State.fail, f"{', '.join(absent)} cannot be found", mend)
+    elif " UP" not in (answer := " ".join((_ask(["scontrol", "ping"]) or "").split())):
+        yield Finding("Slurm", trouble, "its controller does not answer", "scontrol ping shows why")
+    else:
+        yield Finding("Slurm", State.ok, answer)
+        yield from _pyxis(needed=wanted is not None and wanted.container_image is not None)
+
+
+def _pyxis(needed: bool) -> Iterator[Finding]:
+    if "--container-image" in (_ask(["srun", "--help"]) or ""):
+        yield Finding("pyxis", State.ok, "srun takes --container-image")
+    else:
+        mend = "set cluster.slurm.container_image=null, to run in an environment of the nodes' own"
+        yield Finding("pyxis", State.fail if needed else State.warn, "srun knows no --container-image", mend)
+
+
+def _ask(command: list[str]) -> str | None:
+    """What a command prints; None where it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_ANSWER)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,105 @@
+"""python -m launch.docker [--image IMAGE] [--gpus all|none|N] [--print] -- experiment=NAME [key=value ...]
+
+Runs `launch.run` in the Dockerfile's image on this machine: all GPUs, this user, and every folder that the run reads or
+writes under the path that it has here. What follows `--` goes to `launch.run` as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from conf.errors import ConfigError
+from conf.load import compose
+from conf.schema import RunConfig
+from conf.slurm_rules import input_files
+
+IMAGE = "nemo-prune-distill"
+# Where the image has this repository (see the Dockerfile).
+CODE = "/opt/nemo-prune-distill"
+CACHE = "/huggingface"
+# Given on by name where they are set, so that no value is seen in a list of processes.
+PASSED_ON = ("HF_TOKEN", "HF_HUB_OFFLINE", "WANDB_API_KEY", "CLIMBMIX_DIR")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, docker's where it was started."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.docker",
+        description=(__doc__ or "").partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--image", default=IMAGE, help=f"built by docker build -t {IMAGE} . ({IMAGE})")
+    parser.add_argument("--gpus", default="all", help="all, none, or how many (all)")
+    parser.add_argument("--print", action="store_true", help="print the command and stop")
+    parser.add_argument("run", nargs="+", metavar="key=value", help="arguments of launch.run")
+    args = parser.parse_args(arguments)
+    try:
+        cfg = compose([word for word in args.run if "=" in word and not word.startswith("-")], check_files=True)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    words = command(cfg, args.run, args.image, args.gpus)
+    if args.print:
+        print(shlex.join(words))
+        return 0
+    if shutil.which("docker") is None:
+        print("docker cannot be found; install it, or add --print to see the command", file=sys.stderr)
+        return 2
+    for folder in (Path(cfg.run_dir), _cache()):
+        folder.mkdir(parents=True, exist_ok=True)  # or docker makes them, as root
+    return subprocess.call(words)
+
+
+def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str) -> list[str]:
+    """`docker run` for a run's overrides and flags."""
+    words = ["docker", "run", "--rm", "--init"]
+    if sys.stdin.isatty():
+        words += ["--interactive", "--tty"]
+    if gpus != "none":
+        words += ["--gpus", gpus]
+    # NCCL and data loaders exchange through shared memory, and NCCL locks what it exchanges.
+    words += ["--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+    words += ["--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp"]
+    words += ["--env", f"HF_HOME={CACHE}", "--volume", f"{_cache()}:{CACHE}"]
+    for name in PASSED_ON:
+        if name in os.environ:
+            words += ["--env", name]
+    for folder, flags in _folders(cfg).items():
+        words += ["--volume", f"{folder}:{folder}{flags}"]
+    words += ["--workdir", os.getcwd(), "--env", f"PYTHONPATH={CODE}"]
+    return [*words, image, "python", "-m", "launch.run", *run]
+
+
+def _folders(cfg: RunConfig) -> dict[str, str]:
+    """Folders that the container must see, with docker's flags for each; those inside another are left out.
+
+    The working directory is one of them, so that relative paths mean the same inside.
+    """
+    folders = {os.getcwd(): "", os.path.abspath(cfg.run_dir): ""}
+    for _, path in input_files(cfg):
+        folders.setdefault(path if os.path.isdir(path) else os.path.dirname(path), ":ro")
+    return {
+        folder: flags
+        for folder, flags in folders.items()
+        if not any(_holds(other, folder) and flags in (of_other, ":ro") for other, of_other in folders.items())
+    }
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Whether a path is below a folder."""
+    return folder != path and os.path.commonpath([folder, path]) == folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser().absolute()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

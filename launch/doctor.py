@@ -1,0 +1,93 @@
+"""python -m launch.doctor [experiment=NAME key=value ...] [--json]
+
+Looks at this machine (a laptop, a login node, the inside of a container) and says what a run would trip over. With a
+run's overrides it looks for what that run needs. Exit status 1 where something fails. Starts and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+from conf.errors import ConfigError
+from conf.load import compose
+from conf.schema import RunConfig
+from conf.units import GIB
+from launch import checks
+from launch.checks import Finding, State
+from launch.filesystem import unshared
+from launch.planning import make
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.doctor",
+        description=(__doc__ or "").partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a run's overrides, as for launch.run")
+    parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, mend")
+    args = parser.parse_intermixed_args(arguments)
+    findings = list(examine(args.overrides))
+    print(as_json(findings) if args.json else as_table(findings))
+    return 1 if any(finding.state is State.fail for finding in findings) else 0
+
+
+def examine(overrides: Sequence[str]) -> Iterator[Finding]:
+    """All findings, the run's own last."""
+    cfg = None
+    faults: list[str] = []
+    if overrides:
+        try:
+            cfg = compose(overrides, check_files=True)
+        except ConfigError as error:
+            faults = error.faults
+    yield from checks.libraries()
+    yield from checks.accelerator(cfg)
+    yield from checks.limits()
+    yield from checks.shared_memory(cfg)
+    yield from checks.hub()
+    yield from checks.slurm(cfg)
+    yield from (Finding("config", State.fail, fault) for fault in faults)
+    if cfg is not None:
+        yield from planned(cfg)
+
+
+def planned(cfg: RunConfig) -> Iterator[Finding]:
+    """Whether the run's folder has room, and the GPU that the cluster section states enough memory."""
+    plan = make(cfg)
+    free, needed = (plan["disk"][key] / GIB for key in ("free", "total"))
+    needed -= plan["disk"]["written"] / GIB
+    found = f"{free:.1f} GiB free at {cfg.run_dir}, the run still writes about {needed:.1f}"
+    if free >= needed:
+        yield Finding("disk", State.ok, found)
+    else:
+        yield Finding("disk", State.fail, found, "free some, or set run_dir to a larger disk")
+    for fault in unshared(cfg) if cfg.cluster.nodes > 1 else []:
+        yield Finding("shared disk", State.fail, fault)
+    for stage, sentence in plan["impossible"].items():
+        yield Finding(f"memory of {stage}", State.fail, sentence)
+
+
+def as_table(findings: Sequence[Finding]) -> str:
+    """A line a finding, its mend below it."""
+    width = max(len(finding.name) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.state.value:<4}  {finding.name:<{width}}  {finding.found}")
+        if finding.mend:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.mend}")
+    counts = {state: sum(finding.state is state for finding in findings) for state in State}
+    return "\n".join([*lines, "", ", ".join(f"{count} {state.value}" for state, count in counts.items())])
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """A list of objects with the keys name, state, found and mend."""
+    return json.dumps([{**vars(finding), "state": finding.state.value} for finding in findings], indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
