@@ -15,8 +15,9 @@ _FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
 _ATTEMPT = re.compile(rb"^--- \d{4}-\d\d-\d\d .*\n", re.MULTILINE)
 _NOISE = re.compile(
     r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS"
-    # srun's echo of how its tasks ended.
-    r"|^srun: (launch/slurm: |Terminating |Job step aborted|error: \S+: tasks? [\d,-]+: (Exited|Killed|Terminated))"
+    # srun's echo of how its tasks ended, and what it says where it cannot bind cores, which it is asked not to do.
+    r"|^srun: (launch/slurm: |Terminating |Job step aborted|cluster configuration lacks support for cpu binding)"
+    r"|^srun: error: \S+: tasks? [\d,-]+: (Exited|Killed|Terminated)"
 )
 
 
@@ -47,9 +48,9 @@ def read_reason(log: Path, start: int) -> Reason:
 
 
 def last_attempt(log: Path) -> int:
-    """The byte of a stage's log at which its last attempt begins: each starts with a line of `--- ` and a date."""
+    """The byte of a stage's log after the line of `--- ` and a date with which its last attempt begins."""
     content = log.read_bytes()
-    starts = [found.start() for found in _ATTEMPT.finditer(content)]
+    starts = [found.end() for found in _ATTEMPT.finditer(content)]
     return starts[-1] if starts else 0
 
 

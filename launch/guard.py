@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from launch.failure import exit_words
+
 BLOCKED = {signal.SIGTERM, signal.SIGUSR1}
 
 
 def main() -> int:
-    """The command's exit status, 128 + N where signal N killed it."""
+    """The command's exit status, 128 + N where signal N killed it; a failure is told in words for the log."""
     stop, *command = sys.argv[1:]
 
     def ask(signum: int, frame: FrameType | None) -> None:
@@ -28,6 +30,8 @@ def main() -> int:
     # Children inherit a blocked signal, whatever handlers they set.
     process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED))
     code = process.wait()
+    if code != 0:
+        print(exit_words(code), file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 

@@ -25,7 +25,7 @@ sys.exit(5)
 
 def guarded(stop: Path, *command: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "launch.guard", str(stop), *command]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -38,13 +38,15 @@ def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: in
             subprocess.run(["kill", f"-{int(signum)}", str(pid)], check=True)
         time.sleep(0.3)
         assert (tmp_path / "stop").exists()
+        guard.communicate(timeout=30)
     assert guard.returncode == 5
 
 
 def test_exit_codes_pass_and_no_file_is_left(tmp_path: Path) -> None:
-    for command, code in (("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137)):
-        with guarded(tmp_path / "stop", "bash", "-c", command) as guard:
-            pass
+    killed = "killed by SIGKILL (out of memory?)\n"
+    for command, code, told in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
+        guard = guarded(tmp_path / "stop", "bash", "-c", command)
+        assert guard.communicate(timeout=30)[1] == told
         assert guard.returncode == code
     assert not (tmp_path / "stop").exists()
 
