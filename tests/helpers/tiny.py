@@ -116,6 +116,12 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+def validations(folder: Path) -> dict[int, float]:
+    """The held-out losses of a training, by the step after which they were taken."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+
+
 def copy_run(source: Path, target: Path) -> Path:
     """A second run folder with the same complete stages."""
     shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("distill*", "nemo_to_hf*", ".lock"))

@@ -32,6 +32,7 @@ def test_a_layout_gives_the_losses_of_one_rank(finished: Path, tmp_path: Path, l
     folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
     one_rank = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     assert tiny.losses(folder) == pytest.approx(tiny.losses(one_rank), abs=tolerance.LOSS)
+    assert tiny.validations(folder) == pytest.approx(tiny.validations(one_rank), abs=tolerance.LOSS)
 
 
 def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conf.load import compose, save_resolved
 from recipes.artifact import read_state
 from recipes.runtime.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
@@ -51,3 +55,27 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     accuracy = tolerance.RESUMED if layout is not RANKS else tolerance.LOSS
     assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=accuracy)
     assert validations(folder) == validations(unbroken)
+
+
+def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path) -> None:
+    """As a step is preempted: the rank and the data loader's workers get it too, and none may die of it."""
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    settings = (*tiny.DEPTH, "distill.num_workers=2", "distill.max_steps=500", "distill.save_every_n_steps=1000")
+    save_resolved(compose(tiny.overrides(run_dir, *settings)), run_dir / "resolved.yaml")
+    folder = tiny.stages(run_dir, *settings)["distill"].folder
+    folder.mkdir()
+    stage = ("-m", "recipes.distill", "--config", str(run_dir / "resolved.yaml"))
+    command = [sys.executable, "-m", "launch.guard", str(folder / "stop"), sys.executable, *stage]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=tiny.environment(), stdout=log, stderr=log, start_new_session=True)
+    try:
+        tiny.wait_for("metrics.jsonl", folder, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, (folder / "log.txt").read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    step = read_state(folder)["step"]
+    assert read_state(folder) == {"state": "paused", "step": step}
+    assert 0 < step < 500
+    assert [path.name for path in folder.glob("checkpoints/*")] == [f"step={step}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_pat
     refusing.write_text(
         "#!/bin/bash\n"
         'case "$*" in *03-aside*) echo "sbatch: error: Invalid qos specification" >&2; exit 1;; esac\n'
-        'exec /usr/bin/sbatch "$@"\n'
+        f'exec {shutil.which("sbatch")} "$@"\n'
     )
     refusing.chmod(0o755)
     done = chain.launch({"first": "sleep"}, path=refusing.parent)

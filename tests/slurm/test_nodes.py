@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ for mount in taken["container-mounts"].split(","):
 json.dump([taken, rest], open({file!r}, "w"))
 os.chdir({root!r})
 os.environ["PYTHONPATH"] = {root!r}
-os.execv("/usr/bin/srun", ["srun", *rest])
+os.execv({srun!r}, ["srun", *rest])
 """
 
 
@@ -64,8 +65,8 @@ def test_pyxis_is_given_image_mounts_and_folder(chain: Chain, tmp_path: Path) ->
     chain.run_dir = tmp_path / "it's a run"
     stand_ins, seen = tmp_path / "bin", tmp_path / "seen.json"
     stand_ins.mkdir()
-    root = str(Path(__file__).resolve().parents[2])
-    (stand_ins / "srun").write_text(SRUN.format(python=sys.executable, file=str(seen), root=root))
+    root, srun = str(Path(__file__).resolve().parents[2]), shutil.which("srun")
+    (stand_ins / "srun").write_text(SRUN.format(python=sys.executable, file=str(seen), root=root, srun=srun))
     (stand_ins / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     for path in stand_ins.iterdir():
         path.chmod(0o755)

@@ -144,7 +144,7 @@ CASES: list[tuple[list[str], list[str]]] = [
     ),
     ([*QWEN, "cluster.gpu.memory_gib=0"], ["cluster.gpu.memory_gib=0.0 must be above 0"]),
     # Training.
-    ([*DEMO, "distill.warmup_steps=140"], ["distill.warmup_steps=140", "distill.max_steps=140", "such as 7"]),
+    ([*DEMO, "distill.warmup_steps=160"], ["distill.warmup_steps=160", "distill.max_steps=160", "such as 8"]),
     ([*DEMO, "distill.min_lr=1"], ["distill.min_lr=1.0 is above distill.lr=0.001", "to at most 0.001"]),
     (
         [*DEMO, "model.demo.training.use_distributed_optimizer=false"],
