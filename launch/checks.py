@@ -111,12 +111,15 @@ import json, torch
 from importlib import metadata
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 devices = [torch.cuda.get_device_properties(index) for index in range(count)]
-names = {d.metadata["Name"].lower().replace("_", "-") for d in metadata.distributions() if d.metadata["Name"]}
+installed = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in metadata.distributions()}
 print(json.dumps({
     "built_for_cuda": torch.version.cuda,
     "devices": [[device.name, device.total_memory, device.major] for device in devices],
     "nccl": ".".join(map(str, torch.cuda.nccl.version())) if count and torch.distributed.is_nccl_available() else None,
-    "transformer_engine": any(name.startswith("transformer-engine") for name in names),
+    # Not the CPU's stand-in, which is on the path of processes that a stage starts.
+    "transformer_engine": any(
+        name.startswith("transformer-engine") and not version.endswith("standin") for name, version in installed.items()
+    ),
 }))
 """
 
