@@ -58,7 +58,7 @@ def stage_main(run: Run, default_stage: str) -> None:
         # Inside a Slurm job Lightning would take this one rank for one of Slurm's tasks, except in a job of this name
         # (lightning/fabric/plugins/environments/slurm.py:103).
         os.environ["SLURM_JOB_NAME"] = "interactive"
-    end_children_at_exit()
+    stay_guarded()
     with command_line():
         located = _ready(args.config, args.stage)
         if located.complete:
@@ -145,21 +145,25 @@ def end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
 
-def end_children_at_exit() -> None:
-    """Has the data loader's workers killed when this process ends, where `launch.guard` keeps SIGTERM from them.
+def stay_guarded() -> None:
+    """Where `launch.guard` keeps SIGTERM from this process, leaves it so, in its children too, and sees that they end.
 
-    Python ends them with SIGTERM and waits (multiprocessing/util.py:_exit_function), for ever where it is blocked: seen
-    after an exception in a training with `num_workers` above 0.
+    Multiprocessing takes the block away when it first needs its resource tracker, at the first checkpoint
+    (multiprocessing/resource_tracker.py:151). And it ends daemonic children, such as the data loader's workers, with
+    SIGTERM and waits for them (multiprocessing/util.py:_exit_function): for ever, where that is blocked.
     """
     if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
         return
-    # Imported before ours is registered: the last one registered is the first one called.
-    import multiprocessing.util
+    from multiprocessing import active_children, resource_tracker
+
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def kill() -> None:
         # torch's handler would raise for every one (torch/utils/data/_utils/signal_handling.py).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
+        for child in active_children():
             child.kill()
 
+    # After the import of multiprocessing.util, which registers its own: the last one registered is called first.
     atexit.register(kill)

@@ -11,16 +11,11 @@ from pathlib import Path
 import pytest
 
 from conf.load import compose, save_resolved
-from recipes.artifact import read_state
-from recipes.runtime.metrics_file import read_metrics
+from launch import local
+from recipes.artifact import locate, read_state
 from tests.helpers import tiny, tolerance
 
 RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
-
-
-def validations(folder: Path) -> list[int]:
-    """The steps after which there was one."""
-    return [line["step"] for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
 
 
 # Workers of the data loader, too: they are what a pause could leave behind.
@@ -46,7 +41,7 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     assert not (folder / "stop").exists()
     assert not (folder / "manifest.json").exists()
     # Nothing was validated where nothing was due.
-    assert validations(folder) == []
+    assert tiny.validations(folder) == {}
 
     tiny.launch(run_dir, *settings)
     assert f"training from {folder}/checkpoints/step=1" in (folder / "log.txt").read_text()
@@ -54,28 +49,45 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     unbroken = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     accuracy = tolerance.RESUMED if layout is not RANKS else tolerance.LOSS
     assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=accuracy)
-    assert validations(folder) == validations(unbroken)
+    assert tiny.validations(folder) == pytest.approx(tiny.validations(unbroken), rel=0, abs=accuracy)
 
 
-def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path) -> None:
-    """As a step is preempted: the rank and the data loader's workers get it too, and none may die of it."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path, ranks: int) -> None:
+    """As a step is preempted: torchrun, the ranks and the data loader's workers get it, and none may die of it."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
-    settings = (*tiny.DEPTH, "distill.num_workers=2", "distill.max_steps=500", "distill.save_every_n_steps=1000")
-    save_resolved(compose(tiny.overrides(run_dir, *settings)), run_dir / "resolved.yaml")
-    folder = tiny.stages(run_dir, *settings)["distill"].folder
+    settings = (*tiny.DEPTH, "distill.num_workers=1", "distill.max_steps=500", "distill.save_every_n_steps=2")
+    layout = (f"cluster.devices_per_node={ranks}", f"distill.parallel.tensor_model_parallel_size={ranks}")
+    cfg = compose(tiny.overrides(run_dir, *settings, *layout))
+    save_resolved(cfg, run_dir / "resolved.yaml")
+    located = locate(cfg)["distill"]
+    folder = located.folder
     folder.mkdir()
-    stage = ("-m", "recipes.distill", "--config", str(run_dir / "resolved.yaml"))
-    command = [sys.executable, "-m", "launch.guard", str(folder / "stop"), sys.executable, *stage]
+    command = [sys.executable, "-m", "launch.guard", str(folder / "stop")]
+    command += local.command(located, run_dir / "resolved.yaml")
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=tiny.environment(), stdout=log, stderr=log, start_new_session=True)
     try:
-        tiny.wait_for("metrics.jsonl", folder, process)
-        os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=120) == 0, (folder / "log.txt").read_text()
+        # After a save: it starts processes of its own, and changes which signals are blocked.
+        tiny.wait_for_checkpoint(folder, process)
+        for pid in _descendants(process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, (folder / "log.txt").read_text()[-5000:]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    step = read_state(folder)["step"]
-    assert read_state(folder) == {"state": "paused", "step": step}
-    assert 0 < step < 500
-    assert [path.name for path in folder.glob("checkpoints/*")] == [f"step={step}"]
+            for pid in _descendants(process.pid):
+                os.kill(pid, signal.SIGKILL)
+    step = read_state(folder).get("step", 0)
+    assert read_state(folder) == {"state": "paused", "step": step}, (folder / "log.txt").read_text()[-5000:]
+    assert 1 < step < 500
+    assert [path.name for path in folder.glob("checkpoints/step=*")] == [f"step={step}"]
+
+
+def _descendants(leader: int) -> list[int]:
+    """A process and all that it started, directly or not."""
+    told = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in told)}
+    found = [leader]
+    for process in found:
+        found += [pid for pid, parent in parents.items() if parent == process]
+    return found

@@ -55,10 +55,24 @@ def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
     """Python would wait for ever for daemonic children that cannot be terminated."""
     script = (
         "import multiprocessing, time\n"
-        "from recipes.runtime.stage_main import end_children_at_exit\n"
-        "end_children_at_exit()\n"
+        "from recipes.runtime.stage_main import stay_guarded\n"
+        "stay_guarded()\n"
         "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), daemon=True).start()\n"
         "raise ValueError('x')\n"
     )
     with guarded(tmp_path / "stop", sys.executable, "-c", script) as guard:
         assert guard.wait(timeout=30) == 1
+
+
+def test_what_takes_the_block_away_does_not(tmp_path: Path) -> None:
+    script = (
+        "import multiprocessing, os, signal\n"
+        "from recipes.runtime.stage_main import stay_guarded\n"
+        "stay_guarded()\n"
+        "multiprocessing.get_context('spawn').Manager().shutdown()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "raise SystemExit(7)\n"
+    )
+    with guarded(tmp_path / "stop", sys.executable, "-c", script) as guard:
+        guard.communicate(timeout=60)
+    assert guard.returncode == 7
