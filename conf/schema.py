@@ -52,6 +52,15 @@ class Recompute(Enum):
     full = "full"
 
 
+class ExportDtype(Enum):
+    """The type of an exported model's weights; `keep`: that of the checkpoint."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+    keep = "keep"
+
+
 class GpuRequest(Enum):
     """How a job asks for GPUs: `--gpus-per-node=N`, `--gres=gpu:N`, or not at all, where a node comes with its own."""
 
@@ -190,6 +199,18 @@ class DistillConfig(Training):
 
 
 @dataclass
+class ConvertConfig:
+    """Both conversions between Hugging Face and NeMo."""
+
+    export_dtype: ExportDtype = ExportDtype.bf16
+    # Reads a model's pytorch_model*.bin where it has no safetensors. Only their tensors are taken; nothing is unpickled
+    # that could run code.
+    allow_pickle: bool = False
+    # Whether the chunks of NeMo checkpoints carry their CRC-32, which zip tools check.
+    checksum: bool = placement(True)
+
+
+@dataclass
 class EvaluateConfig:
     """Held-out loss of the Hugging Face models, and the checks of both conversions."""
 
@@ -280,5 +301,6 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

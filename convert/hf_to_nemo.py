@@ -1,41 +1,157 @@
 """python -m convert.hf_to_nemo --config RUN_DIR/resolved.yaml
 python -m convert.hf_to_nemo --hf-model FOLDER_OR_HUB_ID --out FOLDER
 
-The teacher: a Hugging Face model becomes a NeMo checkpoint.
+The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. No model is built.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from conf.errors import InputError
 from conf.schema import RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: hf_model (a folder or Hub id). Output: `nemo/` (context and weights)."""
-    convert(inputs["hf_model"], cfg.model.revision, out / "nemo")
-    return {}
+    return convert(
+        inputs["hf_model"],
+        cfg.model.revision,
+        out / "nemo",
+        allow_pickle=cfg.convert.allow_pickle,
+        checksum=cfg.convert.checksum,
+    )
 
 
-def convert(hf_model: Path | str, revision: str | None, checkpoint: Path) -> None:
-    """Writes a Hugging Face model as the NeMo checkpoint `checkpoint`, whole or not at all."""
-    from recipes.runtime import backend
+def convert(
+    hf_model: Path | str, revision: str | None, checkpoint: Path, *, allow_pickle: bool = False, checksum: bool = True
+) -> dict[str, Any]:
+    """Writes a Hugging Face model as the NeMo checkpoint `checkpoint`, whole or not at all.
 
-    backend.activate()
-    from recipes.runtime.huggingface import import_model, local_folder
+    Args:
+        allow_pickle: whether `pytorch_model*.bin` will do where there are no safetensors.
+        checksum: whether the saved chunks carry their CRC-32.
 
-    source = local_folder(hf_model, revision, weights=True)
-    partial = checkpoint.with_name(f".partial.{checkpoint.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    import_model(source, partial / "nemo", staging=partial / "tokenizer")
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    (partial / "nemo").rename(checkpoint)
-    shutil.rmtree(partial)
+    Returns:
+        `hub_commit`, the exact revision of a model from the Hub, or None.
+
+    Raises:
+        InputError: the model cannot be had, is damaged, or cannot be represented in NeMo.
+    """
+    from convert.files import replaced
+    from recipes.runtime.huggingface import hub_commit, local_folder
+
+    source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
+    with replaced(checkpoint) as partial:
+        write_checkpoint(source, partial, checksum=checksum)
+    return {"hub_commit": hub_commit(source)}
+
+
+def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
+    """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
+    from convert import families, pickled_files, safetensors_files
+    from convert.nemo_context import model_call, write_context
+    from recipes.runtime.huggingface import copy_side_files
+
+    config = json.loads((source / "config.json").read_text())
+    family = families.family_of(config, source / "config.json")
+    safe = any(source.glob("*.safetensors"))
+    tensors = (safetensors_files if safe else pickled_files).read_folder(source)
+    dtype = check(tensors, config, source)
+
+    context = checkpoint / "context"
+    copy_side_files(source, context / "tokenizer")
+    generation_config = source / "generation_config.json"
+    if generation_config.exists():
+        (context / "artifacts").mkdir()
+        shutil.copyfile(generation_config, context / "artifacts" / generation_config.name)
+    nemo_config = families.nemo_config(config, dtype, with_generation_config=generation_config.exists())
+    write_context(context, model_call(family.model, nemo_config))
+    write_weights(tensors, config, checkpoint / "weights", checksum=checksum)
+
+
+def check(tensors: dict[str, Any], config: dict[str, Any], source: Path) -> str:
+    """The type of a folder's weights, in torch's terms, once all that its config asks for is there.
+
+    Raises:
+        InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
+    """
+    from convert.families import expected_shapes
+    from convert.torch_dist import TORCH_TYPES
+
+    expected = expected_shapes(config)
+    # A tied model may have its output layer saved all the same; older Llamas bring what is reckoned from the config.
+    extra = {"lm_head.weight"} if config.get("tie_word_embeddings", False) else set()
+    unknown = [name for name in tensors.keys() - expected.keys() - extra if not name.endswith("rotary_emb.inv_freq")]
+    faults = [f"{name} is missing" for name in expected if name not in tensors]
+    faults += [f"{name} is not a tensor of this family" for name in sorted(unknown)]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    types = sorted({tensors[name].dtype for name in expected if name in tensors})
+    faults += [
+        f"weights of type {name} cannot be trained" for name in types if name not in TORCH_TYPES or name == "F64"
+    ]
+    if len(types) > 1:
+        faults.append(f"weights of several types ({', '.join(types)}); save the model in one")
+    if faults:
+        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+        raise InputError(f"{source} does not hold what its config.json says: {shown}")
+    return TORCH_TYPES[types[0]][0]
+
+
+def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path, *, checksum: bool) -> None:
+    """Writes the folder `weights`: every NeMo tensor as the chunks that NeMo's importer would write."""
+    from convert import families
+    from convert.stored import copy_threads
+    from convert.torch_dist import TorchDistWriter
+
+    heads = families.heads_of(config)
+    writer = TorchDistWriter()
+    for rule, index, names in families.parts(config):
+        key = f"module.{rule.nemo}"
+        chunks = rule.layout.to_nemo([tensors[name] for name in names], heads, key)
+        matrix = (sum(chunk.shape[0] for chunk in chunks), *chunks[0].shape[1:])
+        extents = (config["num_hidden_layers"], config.get("num_experts", 0))[: len(index)]
+        row = 0
+        for chunk in chunks:
+            offsets = (*index, row, *(0 for _ in matrix[1:]))
+            writer.add(key, (*extents, *matrix), offsets, chunk)
+            row += chunk.shape[0]
+        if rule.fused:
+            # Empty without fp8, and so the same with Transformer Engine and without
+            # (megatron/core/extensions/transformer_engine.py, _extra_state).
+            owner = key.removesuffix(".weight")
+            place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
+            writer.add_object(f"{owner}._extra_state/shard_{place}", [None])
+    writer.write(weights, COMMON, threads=copy_threads(), checksum=checksum)
+
+
+# What NeMo reads of a checkpoint's common part besides the weights: nothing was trained yet.
+COMMON: dict[str, Any] = {
+    "epoch": 0,
+    "global_step": 0,
+    "pytorch-lightning_version": "2.4.0",
+    "state_dict": {},
+    "loops": {},
+    "callbacks": {},
+    "optimizer_states": {},
+    "lr_schedulers": [],
+    # megatron/core/dist_checkpointing/serialization.py: how the layers' parts are named.
+    "content_metadata": {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "dp_reshardable",
+    },
+}
 
 
 def main() -> None:
@@ -43,9 +159,11 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True, help="a Hugging Face model's folder, or its Hub id")
     parser.add_argument("--revision", help="the Hub revision")
     parser.add_argument("--out", required=True, type=Path, help="the NeMo checkpoint's folder, replaced if it exists")
+    parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin, without running its code")
+    parser.add_argument("--no-checksum", action="store_true", help="leave out the chunks' CRC-32")
     args = parser.parse_args()
     with command_line():
-        convert(args.hf_model, args.revision, args.out)
+        convert(args.hf_model, args.revision, args.out, allow_pickle=args.allow_pickle, checksum=not args.no_checksum)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """python -m convert.nemo_to_hf --config RUN_DIR/resolved.yaml
-python -m convert.nemo_to_hf --checkpoint FOLDER --hf-model FOLDER_OR_HUB_ID --out FOLDER
+python -m convert.nemo_to_hf --checkpoint FOLDER --out FOLDER [--hf-model FOLDER_OR_HUB_ID] [--dtype bf16]
 
-The run's NeMo checkpoints (pruned, student, controls) become Hugging Face folders that plain transformers loads.
+The run's NeMo checkpoints (pruned, student, controls) become Hugging Face folders that plain transformers loads, by
+copying bytes. Nothing of what a checkpoint names is loaded, so a stranger's may be converted as well.
 """
 
 from __future__ import annotations
@@ -11,42 +12,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
+from conf.schema import ExportDtype, Loss, RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
+
+WORDS_ON_LOSS = {
+    Loss.kd: "The training's loss was the KL divergence to the unpruned model's logits.",
+    Loss.ce: "The training's loss was cross-entropy on the data, without a teacher.",
+}
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: hf_model (the model they descend from) and a checkpoint a name. Output: a folder a name."""
+    from convert.exporting import export_model
+    from recipes.runtime.huggingface import local_folder
+
+    source = local_folder(inputs["hf_model"], cfg.model.revision, weights=False)
+    base = cfg.model.hf_path or cfg.model.name
     checkpoints = {name: path for name, path in inputs.items() if name != "hf_model"}
     for name, checkpoint in checkpoints.items():
-        if not (out / name).exists():
-            convert(checkpoint, inputs["hf_model"], cfg.model.revision, out / name)
+        if (out / name).exists():  # written whole by an attempt before this one
+            continue
+        export_model(
+            checkpoint,
+            source,
+            out / name,
+            cfg.convert.export_dtype.value,
+            title=f"{cfg.name}: {name}",
+            base=base,
+            note=WORDS_ON_LOSS[Loss.ce if name == "ce" else cfg.distill.loss],
+        )
     return {"models": sorted(checkpoints)}
-
-
-def convert(checkpoint: Path, hf_model: Path | str, revision: str | None, folder: Path) -> None:
-    """Writes a NeMo checkpoint as the Hugging Face folder `folder`, whole or not at all.
-
-    Args:
-        hf_model: the model that the checkpoint descends from; configuration and tokenizer are taken from it.
-    """
-    from recipes.runtime import backend
-
-    backend.activate()
-    from recipes.runtime.huggingface import export_model, local_folder
-
-    export_model(checkpoint, local_folder(hf_model, revision, weights=False), folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a NeMo checkpoint (its context is code)")
-    parser.add_argument("--hf-model", required=True, help="the model that it descends from: a folder, or a Hub id")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a NeMo checkpoint")
+    parser.add_argument(
+        "--hf-model",
+        help="the model that it descends from, a folder or a Hub id: configuration and tokenizer are taken from it"
+        " (those that the checkpoint carries)",
+    )
     parser.add_argument("--revision", help="the Hub revision")
     parser.add_argument("--out", required=True, type=Path, help="the Hugging Face folder, replaced if it exists")
+    types = [dtype.value for dtype in ExportDtype]
+    parser.add_argument("--dtype", default="bf16", choices=types, help="the weights' type (bf16)")
     args = parser.parse_args()
     with command_line():
-        convert(args.checkpoint, args.hf_model, args.revision, args.out)
+        from convert.exporting import carried_files, export_model
+        from recipes.runtime.huggingface import local_folder
+
+        if args.hf_model is None:
+            source = carried_files(args.checkpoint)
+        else:
+            source = local_folder(args.hf_model, args.revision, weights=False)
+        base = args.hf_model or "a model of which the checkpoint does not tell the name"
+        export_model(args.checkpoint, source, args.out, args.dtype, title=args.out.name, base=base)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """python -m convert.verify --config RUN_DIR/resolved.yaml
-python -m convert.verify --hf-model FOLDER --checkpoint FOLDER [--tokens 128]
+python -m convert.verify FOLDER FOLDER [--text FILE] [--no-logits] [--digests]
 
-Checks both conversions: on held-out text, the logits of a NeMo checkpoint against those of its Hugging Face twin.
+Whether two folders hold the same model, each a Hugging Face model or a NeMo checkpoint: tensor by tensor, and by their
+logits on the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,72 +43,184 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {"tokens": tokens}
     for check, model in (("import", "teacher"), ("export", "student")):
         folder = local_folder(inputs[f"{model}_hf"], cfg.model.revision if model == "teacher" else None, weights=True)
-        metrics[f"{check}_max_abs_logit_diff"] = check_twins(folder, inputs[f"{model}_nemo"], ids)
+        parity = compare_logits(folder, inputs[f"{model}_nemo"], ids)
+        metrics[f"{check}_max_abs_logit_diff"] = parity.max_abs_diff
+        metrics[f"{check}_top1_agreement"] = parity.top1_agreement
+        metrics[f"{check}_kl"] = parity.kl
     return metrics
 
 
-def check_twins(hf_folder: Path, checkpoint: Path, ids: Any) -> float:
-    """The largest absolute difference of the logits of a NeMo checkpoint and its Hugging Face twin.
+@dataclass(frozen=True)
+class Parity:
+    """How two models' logits on the same tokens compare.
+
+    Attributes:
+        max_abs_diff: the largest difference of two logits.
+        largest: the largest logit of the first model.
+        top1_agreement: share of positions where both have the same likeliest token.
+        kl: KL divergence of the second model's distribution from the first's, nats per token, the mean.
+    """
+
+    max_abs_diff: float
+    largest: float
+    top1_agreement: float
+    kl: float
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.max_abs_diff:.2e} (the largest is {self.largest:.1f}), the likeliest token"
+            f" is the same in {self.top1_agreement:.2%} of the positions, KL divergence {self.kl:.2e}"
+        )
+
+
+def compare_logits(first: Path, second: Path, ids: Any) -> Parity:
+    """Compares two models' fp32 logits.
 
     Args:
         ids: `[b, s]` int64 token ids.
 
     Raises:
-        InputError: it is more than rounding explains.
+        InputError: they differ by more than rounding explains.
     """
-    difference, largest = compare_logits(hf_folder, checkpoint, ids)
-    log.info("%s: logits differ by at most %.2e, the largest is %.1f", checkpoint, difference, largest)
-    if not difference <= LARGEST_SHARE * largest:
-        raise InputError(
-            f"the logits of {checkpoint} and {hf_folder} differ by up to {difference:.2e}, the largest being"
-            f" {largest:.1f}: they are not the same model"
-        )
-    return difference
+    import torch.nn.functional as F
+
+    theirs, ours = (logits(folder, ids) for folder in (first, second))
+    size = min(theirs.shape[-1], ours.shape[-1])  # a checkpoint's vocabulary may be padded
+    theirs, ours = theirs[..., :size], ours[..., :size]
+    log_p, log_q = (F.log_softmax(model.double(), -1) for model in (theirs, ours))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    parity = Parity(
+        (ours - theirs).abs().max().item(),
+        theirs.abs().max().item(),
+        (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        kl.item(),
+    )
+    log.info("%s and %s: %s", first, second, parity)
+    if not parity.max_abs_diff <= LARGEST_SHARE * parity.largest:
+        raise InputError(f"{first} and {second} are not the same model: {parity}")
+    return parity
 
 
-def compare_logits(hf_folder: Path, checkpoint: Path, ids: Any) -> tuple[float, float]:
-    """The largest absolute difference of two twins' fp32 logits on the same tokens, and the largest absolute logit.
-
-    Args:
-        ids: `[b, s]` int64 token ids.
-    """
+def logits(folder: Path, ids: Any) -> Any:
+    """A model's fp32 logits `[b, s, v]`: through transformers, or, of a checkpoint, through NeMo."""
     import torch
-    from nemo.lightning.base import teardown
-    from transformers import AutoModelForCausalLM
 
-    from recipes.runtime import backend, nemo_api
+    from convert.exporting import is_checkpoint
+    from recipes.runtime import backend
 
     device = backend.activate().device
-    twin = AutoModelForCausalLM.from_pretrained(hf_folder, torch_dtype=torch.float32).to(device).eval()
-    with torch.inference_mode():
-        theirs = twin(ids.to(device), use_cache=False).logits.cpu()
-    del twin
-    model, trainer = nemo_api.restore(checkpoint)
+    if not is_checkpoint(folder):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+        with torch.inference_mode():
+            return model(ids.to(device), use_cache=False).logits.cpu()
+    from nemo.lightning.base import teardown
+
+    from recipes.runtime import nemo_api
+
+    model, trainer = nemo_api.restore(folder)
     core = nemo_api.core_model(model).eval().float()  # bf16 weights are fp32 numbers: nothing is lost
     with torch.inference_mode():
         positions = torch.arange(ids.shape[1], device=device).expand(ids.shape[0], -1)
-        ours = core(ids.to(device), positions, None).cpu()
+        result = core(ids.to(device), positions, None).cpu()
     teardown(trainer)
-    difference = (ours[..., : theirs.shape[-1]] - theirs).abs().max()
-    return difference.item(), theirs.abs().max().item()
+    return result
+
+
+def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str]]:
+    """Compares two models tensor by tensor, a checkpoint's as Hugging Face would have them.
+
+    Returns:
+        the digest of every tensor of the first, and what differs, by name.
+    """
+    from convert.exporting import is_checkpoint, tensors_of
+
+    # What a checkpoint is a checkpoint of, the other folder says, where it is one of Hugging Face.
+    references = [other if not is_checkpoint(other) else None for other in (second, first)]
+    ours, theirs = (tensors_of(folder, of) for folder, of in zip((first, second), references, strict=True))
+    digests, others = digest(ours), digest(theirs)
+    differences = [f"{name} is only in {first}" for name in ours.keys() - theirs.keys()]
+    differences += [f"{name} is only in {second}" for name in theirs.keys() - ours.keys()]
+    for name in ours.keys() & theirs.keys():
+        here, there = ours[name], theirs[name]
+        if (here.dtype, here.shape) != (there.dtype, there.shape):
+            differences.append(f"{name} is {here.dtype} {list(here.shape)} and {there.dtype} {list(there.shape)}")
+        elif digests[name] != others[name]:
+            differences.append(f"{name} holds other numbers")
+    return digests, sorted(differences)
+
+
+def digest(tensors: dict[str, Any]) -> dict[str, str]:
+    """The BLAKE2b digest of every tensor's bytes, row by row."""
+    from convert.stored import blocks, copy_threads
+
+    def of(tensor: Any) -> str:
+        total = hashlib.blake2b(digest_size=16)
+        for block in blocks(tensor):
+            total.update(block)
+        return total.hexdigest()
+
+    with ThreadPoolExecutor(copy_threads()) as pool:
+        return dict(zip(tensors, pool.map(of, tensors.values()), strict=True))
+
+
+def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
+    """`[1, s]` ids: of a text, by the first Hugging Face folder's tokenizer, or random ones."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from convert.exporting import carried_files, is_checkpoint
+
+    folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
+    if text is None:
+        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
+        return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+    return torch.tensor([AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"][:count]])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf-model", required=True, type=Path, help="a Hugging Face model's folder")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a NeMo checkpoint (its context is code)")
-    parser.add_argument("--tokens", type=int, default=128, help="how many random tokens to compare on (128)")
+    parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="a Hugging Face model or NeMo checkpoint")
+    parser.add_argument("--text", type=Path, help="a text to compare logits on (random tokens)")
+    parser.add_argument("--tokens", type=int, default=128, help="how many tokens of it (128)")
+    parser.add_argument("--no-logits", action="store_true", help="compare the tensors alone, which loads no model")
+    parser.add_argument("--digests", action="store_true", help="print every tensor's digest")
+    parser.add_argument(
+        "--trust-source", action="store_true", help="load a NeMo checkpoint that brings code of its own"
+    )
     args = parser.parse_args()
     with command_line():
+        sys.exit(verify(args))
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Prints what was found. Returns the exit status: 2 where the models differ."""
+    from convert.exporting import is_checkpoint
+    from convert.trust import refuse_code
+
+    first, second = args.folders
+    checkpoints = [folder for folder in (first, second) if is_checkpoint(folder)]
+    if not args.no_logits and not args.trust_source:
+        for folder in checkpoints:
+            refuse_code(folder)
+    digests, differences = compare_tensors(first, second)
+    if args.digests:
+        for name, value in digests.items():
+            print(f"{value} {name}")
+    print(f"tensors: {len(digests)}, " + (f"{len(differences)} differ" if differences else "all equal"))
+    for difference in differences:
+        print(f"  {difference}")
+    if not args.no_logits:
         from recipes.runtime import backend
 
         backend.activate()
-        import torch
-        from transformers import AutoConfig
-
-        vocab_size = AutoConfig.from_pretrained(args.hf_model).vocab_size
-        ids = torch.randint(vocab_size, (1, args.tokens), generator=torch.Generator().manual_seed(0))
-        print(f"max_abs_logit_diff {check_twins(args.hf_model, args.checkpoint, ids):.3e}")
+        parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))
+        print(
+            f"logits: max_abs_diff {parity.max_abs_diff:.3e}, top1_agreement {parity.top1_agreement:.4f},"
+            f" kl {parity.kl:.3e}"
+        )
+    return 2 if differences else 0
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
+    from convert.exporting import export_model
     from recipes.runtime import demo_corpus, nemo_api
-    from recipes.runtime.huggingface import export_model
     from recipes.runtime.tokenize import tokenize
     from recipes.runtime.training import train
 
@@ -48,7 +48,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     nemo_api.configure(config)
     model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
     metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None)
-    export_model(out / "nemo", reference, out / "hf")
+    title = "The demo's teacher"
+    export_model(out / "nemo", reference, out / "hf", "keep", title=title, base="random weights")
     return {"bigram_loss": bigram_loss(data), **metrics}
 
 

@@ -136,7 +136,12 @@ STAGES: tuple[Stage, ...] = (
         ("data",),
         lambda cfg: {"tokenizer": _teacher_hf(cfg), **_documents(cfg)},
     ),
-    Stage("hf_to_nemo", "convert.hf_to_nemo", ("model.family",), lambda cfg: {"hf_model": _teacher_hf(cfg)}),
+    Stage(
+        "hf_to_nemo",
+        "convert.hf_to_nemo",
+        ("model.family", "convert.allow_pickle"),
+        lambda cfg: {"hf_model": _teacher_hf(cfg)},
+    ),
     Stage(
         "prune",
         "recipes.prune",
@@ -158,7 +163,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "nemo_to_hf",
         "convert.nemo_to_hf",
-        (),
+        ("convert.export_dtype",),
         lambda cfg: {"hf_model": _teacher_hf(cfg), **_nemo_models(cfg)},
     ),
     Stage(

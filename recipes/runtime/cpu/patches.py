@@ -184,6 +184,13 @@ class _Stream:
     def wait_stream(self, stream: object) -> None:
         """Nothing to wait for."""
 
+    def record_event(self, event: object = None) -> _Stream:
+        """What has been asked for is done already: the stream stands for the event too."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
 
 def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
@@ -251,6 +258,12 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda:Stream", lambda original: _Stream, "nemo/lightning/megatron_parallel.py:617", _NEVER),
     Patch(
         "torch.cuda:stream", _calling(lambda stream: nullcontext()), "nemo/lightning/megatron_parallel.py:617", _NEVER
+    ),
+    Patch(
+        "torch.cuda:current_stream",
+        _calling(lambda *_: _Stream()),
+        "megatron/core/transformer/moe/token_dispatcher.py:831",
+        _NEVER,
     ),
     Patch("torch.cuda:manual_seed", _calling(_seed), "megatron/core/tensor_parallel/random.py:198, :370", _NEVER),
     Patch("torch.cuda:get_rng_state", _calling(_rng_state), "megatron/core/tensor_parallel/random.py:196", _NEVER),

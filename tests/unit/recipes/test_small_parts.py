@@ -13,7 +13,7 @@ import pytest
 from conf.errors import ConfigError, InputError
 from conf.load import compose
 from recipes import prune, report
-from recipes.runtime.huggingface import head_dim, local_folder, pruned_config
+from recipes.runtime.huggingface import local_folder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import command_line
 
@@ -28,44 +28,6 @@ def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
     file.forget_after(2)
     assert read_metrics(file.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "val_loss": 0.5}]
     assert read_metrics(tmp_path / "none") == []
-
-
-SIZES = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 48,
-}
-
-
-def test_an_exported_config_is_the_sources_with_the_new_sizes() -> None:
-    source = {**dict.fromkeys(SIZES, 9), "rope_theta": 7.0, "eos_token_id": 3, "dtype": "float32"}
-    source |= {"layer_types": ["full_attention"] * 4, "max_window_layers": 4}
-    exported = {**SIZES, "rope_theta": 1.0, "eos_token_id": 151645, "dtype": "bfloat16"}
-    config = pruned_config(source, exported)
-    assert config == {
-        **SIZES,
-        "rope_theta": 7.0,
-        "eos_token_id": 3,
-        "torch_dtype": "bfloat16",
-        "layer_types": ["full_attention"] * 2,
-        "max_window_layers": 2,
-    }
-
-
-def test_layers_of_several_kinds_are_refused() -> None:
-    with pytest.raises(InputError, match="full_attention, sliding_attention"):
-        pruned_config(
-            {"num_hidden_layers": 9, "layer_types": ["full_attention", "sliding_attention"]},
-            {**SIZES, "dtype": "float32"},
-        )
-
-
-def test_the_head_size_is_read_or_derived() -> None:
-    assert head_dim({"head_dim": 24, "hidden_size": 96, "num_attention_heads": 6}) == 24
-    assert head_dim({"hidden_size": 96, "num_attention_heads": 6}) == 16
 
 
 def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

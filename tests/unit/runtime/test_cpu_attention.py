@@ -93,7 +93,8 @@ def test_dropout_works_in_training_alone() -> None:
 @pytest.mark.parametrize(
     ("build", "call", "named"),
     [
-        ({"window_size": (128, 0)}, {}, "sliding-window"),
+        ({"window_size": (8, 8)}, {}, "window"),
+        ({"window_size": (8, 0), "attn_mask_type": "no_mask"}, {}, "window"),
         ({"qkv_format": "thd"}, {}, "packed sequences"),
         ({"softmax_type": "learnable"}, {}, "softmax_type='learnable'"),
         ({}, {"attn_mask_type": "arbitrary"}, "'arbitrary'"),

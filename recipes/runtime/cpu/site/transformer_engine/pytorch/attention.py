@@ -40,7 +40,8 @@ class DotProductAttention(BaseModule):
         attention_dropout: probability, in training.
         qkv_format: must be "sbhd".
         attn_mask_type: "causal" or "no_mask"; others are refused.
-        window_size: refused unless it means no window.
+        window_size: how many keys before a query's own it attends to, and 0; None or -1 for all. Under context
+            parallelism a window is refused.
         sequence_parallel: of no meaning for attention itself.
         tp_size, tp_group: heads and groups are divided by the size.
         get_rng_state_tracker: tracker under whose default state dropout is drawn.
@@ -75,8 +76,10 @@ class DotProductAttention(BaseModule):
         super().__init__()
         if int(os.getenv("NVTE_APPLY_QK_LAYER_SCALING", "0")):
             refuse("query-key layer scaling", "unset NVTE_APPLY_QK_LAYER_SCALING")
-        if window_size not in _NO_WINDOW:
-            refuse(f"sliding-window attention (window_size={window_size})", "set window_size=None")
+        window = None if window_size is None else tuple(window_size)
+        if window not in _NO_WINDOW and (window[1] != 0 or attn_mask_type != "causal"):
+            refuse(f"attention window {window} with the mask {attn_mask_type!r}", "use a causal one, (left, 0)")
+        self.window = None if window in _NO_WINDOW else window[0]
         if qkv_format != "sbhd":
             refuse(f"attention in the layout {qkv_format!r} (packed sequences)", "use 'sbhd'")
         refuse_options("DotProductAttention", options)
@@ -125,9 +128,13 @@ class DotProductAttention(BaseModule):
 
         causal, mask = mask_type == "causal", None
         if self.cp_group is not None and dist.get_world_size(self.cp_group) > 1:
+            if self.window is not None:
+                refuse("sliding-window attention under context parallelism", "set context_parallel_size=1")
             key, value = _gather_keys_and_values(key, value, self.cp_group)
             mask = _mask_of_rank(query.shape[0], self.cp_group) if causal else None
             causal = False
+        elif self.window is not None and key.shape[0] > self.window + 1:
+            mask, causal = _windowed_rows(query.shape[0], self.window), False
         dropout = self.attention_dropout if self.training else 0.0
         short = query.shape[0] == key.shape[0] <= _SHORT
         if causal and short and dropout == 0.0 and query.dtype is torch.float32:
@@ -186,6 +193,13 @@ def _gather_keys_and_values(key: Tensor, value: Tensor, group: ProcessGroup) -> 
 
 def _mask_of_rank(length: int, group: ProcessGroup) -> Tensor:
     return _causal_rows(length, dist.get_world_size(group), dist.get_rank(group))
+
+
+@lru_cache(maxsize=4)
+def _windowed_rows(length: int, left: int) -> Tensor:
+    """`[s, s]`: True where a query attends to a key: its own and the `left` ones before it."""
+    with torch.inference_mode(False):
+        return torch.ones(length, length, dtype=torch.bool).tril().triu(-left)
 
 
 @lru_cache(maxsize=4)

@@ -1,12 +1,78 @@
 """Stands for `transformer_engine.pytorch.GroupedLinear` (megatron/core/extensions/transformer_engine.py:1086)."""
 
-from .._refuse import refuse
-from .base import BaseModule
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from .._refuse import refuse, refuse_options
+from .base import BaseModule, parameter_options
+from .linear import default_init, mark_tensor_parallel, rng_state
 
 
 class GroupedLinear(BaseModule):
-    """The experts of a mixture in one module; Megatron derives classes from it on import. Refused when built."""
+    """The experts of a mixture in one module: `y_i = x_i W_i^T` for each of them, on its share of the tokens.
 
-    def __init__(self, *_: object, **__: object) -> None:
+    Megatron cuts experts over tensor-parallel ranks itself and passes no group then; a group of several ranks is
+    refused.
+
+    Args:
+        num_gemms: how many experts; their weights are the parameters `weight0`, `weight1`, ...
+        in_features, out_features: sizes of each layer.
+        parallel_mode: "column", "row" or None: marks how a parameter would be cut.
+        device, params_dtype, init_method, get_rng_state_tracker, rng_tracker_name: as in `Linear`.
+        sequence_parallel, ub_name: of no meaning for a single rank.
+        fuse_wgrad_accumulation, bias, return_bias: refused.
+    """
+
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable[[Tensor], Any] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: torch.device | str = "cpu",
+        ub_name: str | None = None,
+        **options: object,
+    ) -> None:
         super().__init__()
-        refuse("grouped linear layer", "set moe_grouped_gemm=False")
+        if tp_size > 1:
+            refuse("grouped linear layer over several ranks", "set expert_tensor_parallel_size=1")
+        if bias or return_bias or fuse_wgrad_accumulation:
+            refuse("grouped linear layer with biases or fused gradients", "set add_bias_linear=False")
+        refuse_options(type(self).__name__, options)
+        self.num_gemms = num_gemms
+        self.use_bias = False
+        # What Megatron asks of FP8 (megatron/core/extensions/transformer_engine.py:1297).
+        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        self.fp8 = self.fp8_calibration = False
+        for expert in range(num_gemms):
+            weight = nn.Parameter(torch.empty(out_features, in_features, **parameter_options(params_dtype, device)))
+            if not weight.is_meta:
+                with rng_state(get_rng_state_tracker, rng_tracker_name):
+                    (init_method or default_init)(weight)
+            mark_tensor_parallel(weight, dim=1 if parallel_mode == "row" else 0)
+            self.register_parameter(f"weight{expert}", weight)
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Nothing: there is no FP8 here."""
+
+    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
+        """`[tokens, in_features]`, sorted by expert, `m_splits[i]` of them for the i-th -> `[tokens, out_features]`."""
+        shares = x.split(m_splits)
+        return torch.cat([F.linear(share, getattr(self, f"weight{i}")) for i, share in enumerate(shares)])

@@ -24,7 +24,7 @@ def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
     parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 
-def _default_init(weight: Tensor) -> None:
+def default_init(weight: Tensor) -> None:
     nn.init.normal_(weight, mean=0.0, std=0.023)
 
 
@@ -88,8 +88,8 @@ class Linear(BaseModule):
         parameters = parameter_options(params_dtype, device)
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **parameters))
         if not self.weight.is_meta:
-            with _rng_state(get_rng_state_tracker, rng_tracker_name):
-                (init_method or _default_init)(self.weight)
+            with rng_state(get_rng_state_tracker, rng_tracker_name):
+                (init_method or default_init)(self.weight)
         mark_tensor_parallel(self.weight, dim=1 if parallel_mode == "row" else 0)
         # Without a bias Transformer Engine keeps an empty tensor here, which is no parameter.
         self.bias = self._new_bias(parameters) if bias else torch.empty(0, **parameters)
@@ -128,7 +128,7 @@ class Linear(BaseModule):
         return self.tp_group
 
 
-def _rng_state(get_tracker: Callable[[], Any] | None, name: str | None) -> AbstractContextManager[Any]:
+def rng_state(get_tracker: Callable[[], Any] | None, name: str | None) -> AbstractContextManager[Any]:
     if get_tracker is None:
         return nullcontext()
     return get_tracker().fork(name) if name else get_tracker().fork()

@@ -1,0 +1,139 @@
+"""NeMo checkpoints as Hugging Face folders that plain transformers loads, by copying bytes. No model is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from conf.errors import InputError
+from convert import families
+from convert.files import replaced
+from convert.model_card import Making, model_card
+from convert.nemo_context import read_context
+from convert.safetensors_files import write_folder
+from convert.stored import StoredTensor, copy_threads
+from convert.torch_dist import TORCH_TYPES, TorchDistReader
+from recipes.artifact import write_json
+from recipes.runtime.huggingface import copy_side_files
+
+# `--dtype` and `convert.export_dtype`, by safetensors' names; `keep` is the checkpoint's own.
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "keep": None}
+
+
+def export_model(
+    checkpoint: Path, reference: Path, folder: Path, dtype: str, *, title: str, base: str, note: str | None = None
+) -> None:
+    """Writes a NeMo checkpoint as the Hugging Face folder `folder`, whole or not at all.
+
+    The configuration is the reference's with the sizes that pruning changed; tokenizer, generation config and chat
+    template are the reference's own files. NeMo's exporter would write Qwen3's BOS and EOS ids whatever the tokenizer
+    (nemo/collections/llm/gpt/model/qwen3.py:498).
+
+    Args:
+        reference: the Hugging Face folder of the model that the checkpoint descends from.
+        dtype: a key of `DTYPES`.
+        title, base, note: what the model card calls the model and the one it comes from, and says of its training.
+
+    Raises:
+        InputError: the checkpoint is damaged, is of another family than the reference, or holds what transformers has
+            no architecture for.
+    """
+    reader = TorchDistReader(checkpoint / "weights")
+    config = config_of(checkpoint, reader, reference)
+    tensors = list(families.hf_tensors(reader, config))
+    stored = DTYPES[dtype] or tensors[0].dtype
+    config.pop("dtype", None)  # transformers 4.56 renamed it; all of its versions read the older name
+    config["torch_dtype"] = TORCH_TYPES[stored][0]
+    with replaced(folder) as partial:
+        write_folder(tensors, partial, dtype=stored, threads=copy_threads())
+        copy_side_files(reference, partial)
+        write_json(partial / "config.json", config)
+        card = model_card(title, base, reference, config, Making.of(checkpoint), note)
+        (partial / "README.md").write_text(card)
+
+
+def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint: the reference's, with the checkpoint's sizes.
+
+    Depth and width are read off the tensors, so that they are right whoever wrote the checkpoint; how the attention is
+    divided into heads only its context can say.
+    """
+    config: dict[str, Any] = json.loads((reference / "config.json").read_text())
+    family = families.family_of(config, reference / "config.json")
+    record = read_context(checkpoint)
+    if not record.config_class.startswith(f"{family.config(config).module}."):
+        raise InputError(
+            f"{checkpoint} holds a model of {record.config_class}, but {reference} one of type"
+            f" {config['model_type']}; name the model that the checkpoint descends from"
+        )
+    sizes = _tensor_sizes(reader, config)
+    heads = families.heads_of(config)
+    sizes |= {
+        "num_attention_heads": record.config.get("num_attention_heads") or heads.num_attention_heads,
+        "num_key_value_heads": record.config.get("num_query_groups") or heads.num_query_groups,
+        "head_dim": record.config.get("kv_channels") or heads.kv_channels,
+    }
+    return pruned_config(config, sizes)
+
+
+def _tensor_sizes(reader: TorchDistReader, config: dict[str, Any]) -> dict[str, int]:
+    layers = families.count_layers(reader)
+    down = next(rule for rule in families.FAMILIES[config["model_type"]].rules if "linear_fc2.weight" in rule.nemo)
+    matrix = families.nemo_tensor(reader, down, (0, 0) if down.experts else (0,))
+    hidden, channels = matrix.shape
+    width = "moe_intermediate_size" if down.experts else "intermediate_size"
+    return {"num_hidden_layers": layers, "hidden_size": hidden, width: channels}
+
+
+def pruned_config(reference: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """A source model's `config.json` with other sizes.
+
+    Lists with an entry a layer (`layer_types`) are cut: they are refused unless all their entries are the same,
+    because which layers were dropped is not known here.
+    """
+    config = {**reference, **sizes}
+    layers = config["num_hidden_layers"]
+    if layers == reference["num_hidden_layers"]:
+        return config
+    if "layer_types" in config:
+        kinds = set(config["layer_types"])
+        if len(kinds) > 1:
+            raise InputError(f"layers of several kinds ({', '.join(sorted(kinds))}) cannot be exported after pruning")
+        config["layer_types"] = config["layer_types"][:1] * layers
+    if "max_window_layers" in config:
+        config["max_window_layers"] = min(config["max_window_layers"], layers)
+    return config
+
+
+def tensors_of(folder: Path, reference: Path | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face folder or of a NeMo checkpoint, by their Hugging Face names.
+
+    Args:
+        reference: for a checkpoint, the Hugging Face folder of the model that it descends from; None takes the
+            `config.json` that it carries.
+    """
+    if not is_checkpoint(folder):
+        from convert.safetensors_files import read_folder
+
+        return read_folder(folder)
+    reader = TorchDistReader(folder / "weights")
+    config = config_of(folder, reader, reference or carried_files(folder))
+    return {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a NeMo checkpoint."""
+    return (folder / "weights").is_dir()
+
+
+def carried_files(checkpoint: Path) -> Path:
+    """The tokenizer's folder in a checkpoint, which holds the source model's `config.json` where this wrote it.
+
+    Raises:
+        InputError: there is no `config.json` in it.
+    """
+    folder = checkpoint / "context" / "tokenizer"
+    if not (folder / "config.json").exists():
+        raise InputError(f"{checkpoint} carries no config.json of its model; name the Hugging Face model it comes from")
+    return folder

@@ -1,0 +1,487 @@
+"""Model families: which NeMo tensors are made of which Hugging Face tensors, and what each side's config says.
+
+A family is one entry of `FAMILIES`. All of them are decoders with Hugging Face's Llama-style names
+(transformers/models/llama/modeling_llama.py); in a NeMo checkpoint the layers are stacked along a first dimension, the
+experts of a mixture along a second one, and queries, keys and values lie group by group in one matrix
+(megatron/core/transformer/attention.py, get_query_key_value_tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from conf.errors import InputError
+from convert.nemo_context import Call, Reference, generation_config
+from convert.stored import StoredTensor, stack
+from convert.torch_dist import TorchDistReader
+
+LAYERS = "decoder.layers."
+HfConfig = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How queries, keys and values share a matrix."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+
+
+class Layout(Protocol):
+    """How one NeMo matrix is made of Hugging Face matrices, by whole rows."""
+
+    def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
+        """The matrix as the chunks that Megatron saves, top to bottom."""
+
+    def to_hf(self, matrix: StoredTensor, heads: Heads, names: list[str]) -> list[StoredTensor]:
+        """The Hugging Face matrices in it."""
+
+
+class Same:
+    """One matrix on both sides."""
+
+    def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
+        return parts
+
+    def to_hf(self, matrix: StoredTensor, heads: Heads, names: list[str]) -> list[StoredTensor]:
+        return [matrix]
+
+
+class GateUp:
+    """Gate above up projection, each a chunk (megatron/core/transformer/mlp.py, apply_swiglu_sharded_factory)."""
+
+    def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
+        return parts
+
+    def to_hf(self, matrix: StoredTensor, heads: Heads, names: list[str]) -> list[StoredTensor]:
+        half = matrix.shape[0] // 2
+        return [matrix.take(0, half), matrix.take(half, half)]
+
+
+class Qkv:
+    """Group by group: its queries, its key, its value."""
+
+    def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
+        queries, size = heads.num_attention_heads // heads.num_query_groups, heads.kv_channels
+        blocks = [
+            part.take(group * rows, rows)
+            for group in range(heads.num_query_groups)
+            for part, rows in zip(parts, (queries * size, size, size), strict=True)
+        ]
+        return [stack(blocks, key)]
+
+    def to_hf(self, matrix: StoredTensor, heads: Heads, names: list[str]) -> list[StoredTensor]:
+        queries, size = heads.num_attention_heads // heads.num_query_groups, heads.kv_channels
+        starts = [group * (queries + 2) * size for group in range(heads.num_query_groups)]
+        parts = ((0, queries * size), (queries * size, size), ((queries + 1) * size, size))
+        return [
+            stack((matrix.take(start + first, rows) for start in starts), name)
+            for name, (first, rows) in zip(names, parts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One NeMo tensor and what it is made of.
+
+    Attributes:
+        nemo: its key after `module.`; under `decoder.layers.` it holds all layers.
+        hf: names, with `{layer}` and `{expert}` where there are several.
+        fused: it belongs to one of Transformer Engine's linear layers, whose `_extra_state` goes along with it.
+    """
+
+    nemo: str
+    hf: tuple[str, ...]
+    layout: Layout = Same()  # noqa: RUF009  (it has no state)
+    fused: bool = False
+
+    @property
+    def layers(self) -> bool:
+        return self.nemo.startswith(LAYERS)
+
+    @property
+    def experts(self) -> bool:
+        return "{expert}" in self.hf[0]
+
+
+def _layer(nemo: str, *hf: str, layout: Layout | None = None, fused: bool = False) -> Rule:
+    names = tuple(f"model.layers.{{layer}}.{name}" for name in hf)
+    return Rule(LAYERS + nemo, names, layout or Same(), fused)
+
+
+EMBEDDING = Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",))
+OUTPUT = Rule("output_layer.weight", ("lm_head.weight",))
+VOCABULARY = (EMBEDDING, OUTPUT)
+_QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
+ATTENTION = (
+    EMBEDDING,
+    Rule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    _layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+    _layer(
+        "self_attention.linear_qkv.weight",
+        *(f"{name}.weight" for name in _QKV),
+        layout=Qkv(),
+        fused=True,
+    ),
+    _layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", fused=True),
+)
+QKV_BIAS = (_layer("self_attention.linear_qkv.bias", *(f"{name}.bias" for name in _QKV), layout=Qkv()),)
+QK_NORM = (
+    _layer("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+    _layer("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+)
+MLP_NORM = _layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight")
+DOWN = _layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", fused=True)
+GATED_MLP = (
+    MLP_NORM,
+    _layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GateUp(), fused=True),
+    DOWN,
+)
+PLAIN_MLP = (MLP_NORM, _layer("mlp.linear_fc1.weight", "mlp.up_proj.weight", fused=True), DOWN)
+NORM_BIAS = (
+    Rule("decoder.final_layernorm.bias", ("model.norm.bias",)),
+    _layer("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias"),
+    _layer("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias"),
+)
+_EXPERT = "mlp.experts.{expert}."
+EXPERTS = (
+    _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+    _layer("mlp.router.weight", "mlp.gate.weight"),
+    _layer(
+        "mlp.experts.experts.linear_fc1.weight",
+        f"{_EXPERT}gate_proj.weight",
+        f"{_EXPERT}up_proj.weight",
+        layout=GateUp(),
+        fused=True,
+    ),
+    _layer("mlp.experts.experts.linear_fc2.weight", f"{_EXPERT}down_proj.weight", fused=True),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type` of transformers and the NeMo class that it becomes.
+
+    Attributes:
+        model: the NeMo model's class.
+        config: the NeMo config's class for a `config.json`.
+        settings: arguments of that class, further to those that all families share.
+        rules: all tensors, the output layer of an untied model apart.
+        refused: what a `config.json` may ask for and cannot have, as (key, harmless values, why).
+    """
+
+    model: Reference
+    config: Callable[[HfConfig], Reference]
+    settings: Callable[[HfConfig], dict[str, Any]]
+    rules: tuple[Rule, ...]
+    refused: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
+
+    def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
+        """The rules that a model with this `config.json` follows."""
+        return self.rules if config.get("tie_word_embeddings", False) else (*self.rules, OUTPUT)
+
+
+def _module(name: str) -> str:
+    return f"nemo.collections.llm.gpt.model.{name}"
+
+
+def _always(module: str, name: str) -> Callable[[HfConfig], Reference]:
+    return lambda _: Reference(_module(module), name)
+
+
+def _llama_config(config: HfConfig) -> Reference:
+    return Reference(_module("llama"), "Llama31Config" if _rope_type(config) == "llama3" else "LlamaConfig")
+
+
+def _llama_settings(config: HfConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
+    if _rope_type(config) == "llama3":
+        # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
+        rope = _rope_scaling(config)
+        settings |= {
+            "scale_factor": rope["factor"],
+            "low_freq_factor": rope["low_freq_factor"],
+            "high_freq_factor": rope["high_freq_factor"],
+            "old_context_len": rope["original_max_position_embeddings"],
+        }
+    return settings
+
+
+def _qwen2_settings(config: HfConfig) -> dict[str, Any]:
+    return {"seq_length": config["max_position_embeddings"]}
+
+
+def _qwen3_settings(config: HfConfig) -> dict[str, Any]:
+    return {"max_position_embeddings": config["max_position_embeddings"]}
+
+
+def _moe_settings(config: HfConfig) -> dict[str, Any]:
+    return _qwen3_settings(config) | {
+        "num_moe_experts": config["num_experts"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        # Softmax over all experts, or over the chosen ones: the second is the first with weights that sum to 1.
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        # Wants Transformer Engine 2.1 when the config is made (megatron/core/transformer/transformer_config.py:1439);
+        # a training on GPUs may switch it on.
+        "moe_permute_fusion": False,
+    }
+
+
+def _mistral_settings(config: HfConfig) -> dict[str, Any]:
+    window = config.get("sliding_window", 4096)  # transformers' own value where there is none
+    return {
+        "seq_length": config["max_position_embeddings"],
+        # transformers counts the token itself into the window, Transformer Engine does not; NeMo's importer leaves
+        # that out of account (nemo/collections/llm/gpt/model/mistral.py).
+        "window_size": [window - 1, 0] if window else None,
+        "cp_comm_type": "a2a" if window else None,
+    }
+
+
+def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
+    rotary = config.get("partial_rotary_factor", _rope_scaling(config).get("partial_rotary_factor", 0.5))
+    return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
+
+
+_BIASES = (
+    ("attention_bias", (False, None), "NeMo's class of this family has no such biases"),
+    ("mlp_bias", (False, None), "NeMo's class of this family has no such biases"),
+)
+_WINDOWS = (("use_sliding_window", (False, None), "only some of the layers would have windows"),)
+_SILU = ("hidden_act", ("silu", None), "NeMo's class of this family has SiLU")
+
+FAMILIES: dict[str, Family] = {
+    "qwen3": Family(
+        Reference(_module("qwen3"), "Qwen3Model"),
+        _always("qwen3", "Qwen3Config"),
+        _qwen3_settings,
+        (*ATTENTION, *QK_NORM, *GATED_MLP),
+        (*_BIASES, *_WINDOWS, _SILU),
+    ),
+    "qwen2": Family(
+        Reference(_module("qwen2"), "Qwen2Model"),
+        _always("qwen2", "Qwen2Config"),
+        _qwen2_settings,
+        (*ATTENTION, *QKV_BIAS, *GATED_MLP),
+        (*_WINDOWS, _SILU),
+    ),
+    "llama": Family(
+        Reference(_module("llama"), "LlamaModel"),
+        _llama_config,
+        _llama_settings,
+        (*ATTENTION, *GATED_MLP),
+        (*_BIASES, _SILU),
+    ),
+    "mistral": Family(
+        Reference(_module("mistral"), "MistralModel"),
+        _always("mistral", "MistralConfig7B"),
+        _mistral_settings,
+        (*ATTENTION, *GATED_MLP),
+        (_SILU,),
+    ),
+    "nemotron": Family(
+        Reference(_module("nemotron"), "NemotronModel"),
+        _always("nemotron", "NemotronConfig"),
+        _nemotron_settings,
+        (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
+        (*_BIASES, ("hidden_act", ("relu2", None), "NeMo's class of this family has the squared ReLU")),
+    ),
+    "qwen3_moe": Family(
+        Reference(_module("qwen3"), "Qwen3Model"),
+        _always("qwen3", "Qwen3MoEConfig"),
+        _moe_settings,
+        (*ATTENTION, *QK_NORM, *EXPERTS),
+        (
+            *_BIASES,
+            *_WINDOWS,
+            _SILU,
+            ("decoder_sparse_step", (1, None), "some layers would have no experts"),
+            ("mlp_only_layers", ([], None), "some layers would have no experts"),
+        ),
+    ),
+}
+
+# By `dtype` of a config.json: what a NeMo config is told of it.
+PRECISIONS = {
+    "bfloat16": {"bf16": True, "fp16": False},
+    "float16": {"bf16": False, "fp16": True},
+    "float32": {"bf16": False, "fp16": False},
+}
+
+
+def family_of(config: HfConfig, where: object) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        InputError: it is not known, or the config asks for something that the family cannot have in NeMo: all of it.
+    """
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"{where} holds a {config.get('model_type')!r} model; the families known here are {known}")
+    faults = [
+        f"{key}={config[key]!r}: {why}"
+        for key, harmless, why in family.refused
+        if key in config and config[key] not in harmless
+    ]
+    if config.get("quantization_config"):
+        faults.append("quantization_config: its weights are quantised; take the model in bf16")
+    known_ropes = ("default", "linear", "llama3") if config["model_type"] == "llama" else ("default", "linear")
+    if _rope_type(config) not in known_ropes:
+        faults.append(
+            f"rope scaling of type {_rope_type(config)!r} can't be represented in NeMo's class of this family"
+        )
+    if config.get("head_dim") is None and config["hidden_size"] % config["num_attention_heads"]:
+        faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
+    if faults:
+        raise InputError(f"{where} cannot be converted: " + "; ".join(faults))
+    return family
+
+
+def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:
+    """The NeMo config of a `config.json`, with what NeMo's own importers leave out.
+
+    Those of Qwen3 assume heads of 128 whatever `head_dim` says (nemo/collections/llm/gpt/model/qwen3.py:308), those of
+    Qwen2 and Mistral untie tied embeddings.
+
+    Args:
+        dtype: of the weights, in torch's terms, such as bfloat16.
+    """
+    family = FAMILIES[config["model_type"]]
+    rope = _rope_scaling(config)
+    heads = heads_of(config)
+    arguments = {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads.num_attention_heads,
+        "num_query_groups": heads.num_query_groups,
+        "kv_channels": heads.kv_channels,
+        "vocab_size": config["vocab_size"],
+        "make_vocab_size_divisible_by": 1,
+        "init_method_std": config.get("initializer_range", 0.02),
+        "layernorm_epsilon": config.get("rms_norm_eps", config.get("norm_eps")),
+        "rotary_base": config.get("rope_theta", rope.get("rope_theta", 10000.0)),
+        "seq_len_interpolation_factor": rope["factor"] if _rope_type(config) == "linear" else None,
+        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+        **PRECISIONS[dtype],
+        "params_dtype": Reference("torch", dtype),
+        **family.settings(config),
+    }
+    if with_generation_config:
+        arguments["generation_config"] = generation_config()
+    return Call(family.config(config), arguments)
+
+
+def heads_of(config: HfConfig) -> Heads:
+    """How the attention of a `config.json` is divided."""
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    return Heads(heads, groups, config.get("head_dim") or config["hidden_size"] // heads)
+
+
+def parts(config: HfConfig) -> Iterator[tuple[Rule, tuple[int, ...], list[str]]]:
+    """What a model is made of, in the order in which Hugging Face keeps it: layer by layer.
+
+    Yields:
+        a rule, the index in its NeMo tensor ((), (layer,) or (layer, expert)), and the Hugging Face names there.
+    """
+    rules = FAMILIES[config["model_type"]].tensors(config)
+    yield EMBEDDING, (), list(EMBEDDING.hf)
+    for layer in range(config["num_hidden_layers"]):
+        for rule in rules:
+            if not rule.layers:
+                continue
+            for expert in range(config["num_experts"] if rule.experts else 1):
+                names = [name.format(layer=layer, expert=expert) for name in rule.hf]
+                yield rule, (layer, expert) if rule.experts else (layer,), names
+    yield from ((rule, (), list(rule.hf)) for rule in rules if not rule.layers and rule is not EMBEDDING)
+
+
+def hf_tensors(reader: TorchDistReader, config: HfConfig) -> Iterator[StoredTensor]:
+    """A NeMo checkpoint's tensors as Hugging Face has them, layer by layer.
+
+    Args:
+        config: the `config.json` of the result: its sizes are the checkpoint's own.
+
+    Raises:
+        InputError: a tensor is missing, or not of the size that the config asks for.
+    """
+    heads = heads_of(config)
+    expected = expected_shapes(config)
+    for rule, index, names in parts(config):
+        matrix = nemo_tensor(reader, rule, index)
+        if rule in VOCABULARY:
+            matrix = matrix.take(0, min(config["vocab_size"], matrix.shape[0]))  # without its padding
+        for name, tensor in zip(names, rule.layout.to_hf(matrix, heads, names), strict=True):
+            if tensor.shape != expected[name]:
+                raise InputError(
+                    f"{reader.folder}: {matrix.name} makes {name} {list(tensor.shape)}, not {list(expected[name])} as"
+                    " the configuration has it"
+                )
+            yield StoredTensor(name, tensor.dtype, tensor.shape, tensor.rows)
+
+
+def nemo_tensor(reader: TorchDistReader, rule: Rule, index: tuple[int, ...]) -> StoredTensor:
+    """One layer's matrix, whether the checkpoint stacks its layers or names each of them."""
+    key = f"module.{rule.nemo}"
+    if key not in reader.tensors and rule.layers:
+        single = f"module.{LAYERS}{index[0]}.{rule.nemo.removeprefix(LAYERS)}"
+        if single in reader.tensors:
+            return reader.tensor(single, *index[1:])
+    return reader.tensor(key, *index)
+
+
+def count_layers(reader: TorchDistReader) -> int:
+    """The layers of a checkpoint, stacked or named one by one.
+
+    Raises:
+        InputError: it has none.
+    """
+    norm = "self_attention.linear_qkv.weight"
+    stacked = reader.tensors.get(f"module.{LAYERS}{norm}")
+    named = sum(key.startswith(f"module.{LAYERS}") and key.endswith(f".{norm}") for key in reader.tensors)
+    if not named:
+        raise InputError(f"{reader.folder} lacks module.{LAYERS}{norm}")
+    return stacked.shape[0] if stacked else named
+
+
+def expected_shapes(config: HfConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model with this `config.json`."""
+    heads = heads_of(config)
+    hidden, size = config["hidden_size"], heads.kv_channels
+    queries, keys = heads.num_attention_heads * size, heads.num_query_groups * size
+    by_module: dict[str, tuple[int, ...]] = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "q_norm": (size,),
+        "k_norm": (size,),
+        "embed_tokens": (config["vocab_size"], hidden),
+        "lm_head": (config["vocab_size"], hidden),
+        "gate": (config.get("num_experts", 0), hidden),
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for rule, _, names in parts(config):
+        channels = config["moe_intermediate_size"] if rule.experts else config["intermediate_size"]
+        of_mlp = {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
+        for name in names:
+            *_, module, kind = name.split(".")
+            shape = (by_module | of_mlp).get(module, (hidden,))  # norms are the rest
+            shapes[name] = shape if kind == "weight" else shape[:1]
+    return shapes
+
+
+def _rope_scaling(config: HfConfig) -> dict[str, Any]:
+    """transformers 5 calls it `rope_parameters` and has `rope_theta` in it."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _rope_type(config: HfConfig) -> str:
+    rope = _rope_scaling(config)
+    return str(rope.get("rope_type", rope.get("type", "default")))

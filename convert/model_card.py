@@ -1,0 +1,127 @@
+"""The `README.md` of an exported model: what it was made from and how, with the metadata that the Hub shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.hf_shape import may_be_hub_id, shape_from
+from recipes.artifact import read_manifest
+
+_SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden size",
+    "ffn_hidden_size": "FFN size",
+    "num_attention_heads": "attention heads",
+    "num_query_groups": "query groups",
+}
+
+
+@dataclass
+class Making:
+    """How a checkpoint came to be, as far as its run's folders tell."""
+
+    stages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Making:
+        """Follows a checkpoint's stage folder back to the first student of the run, newest stage first."""
+        making = cls()
+        folder: Path | None = checkpoint.parent
+        while folder is not None and (manifest := read_manifest(folder)) is not None:
+            making.stages.append((manifest["stage"].split(".")[0], manifest.get("metrics", {})))
+            origin = manifest.get("inputs", {}).get("student", {}).get("path")
+            folder = (folder.parent / origin).parent if origin else None
+        return making
+
+    def lines(self) -> list[str]:
+        said = []
+        for stage, metrics in reversed(self.stages):
+            if stage == "prune":
+                kept = metrics.get("kept_layers")
+                said.append(
+                    f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
+                    f" {metrics['params']:,} parameters" + (f"; layers kept: {_ranges(kept)}." if kept else ".")
+                )
+            if stage == "distill":
+                loss = metrics.get("val_loss")
+                said.append(
+                    f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
+                    + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
+                )
+        return said
+
+
+def model_card(
+    name: str, base: str, reference: Path, config: dict[str, Any], making: Making, note: str | None = None
+) -> str:
+    """A card in the Hub's format (huggingface.co/docs/hub/model-cards).
+
+    Args:
+        name: of the exported model.
+        base: the source model: a Hub id, or a name.
+        reference: its folder, whose own card may state a licence.
+        config: the exported `config.json`.
+        note: on the training, where there was one.
+    """
+    if not may_be_hub_id(base):
+        base = Path(base).name  # a folder of this machine is nobody else's business
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if may_be_hub_id(base):
+        metadata |= {"base_model": base, "base_model_relation": "finetune"}
+    metadata |= {key: value for key, value in _front_matter(reference).items() if key.startswith("license")}
+    before, after = shape_from(json.loads((reference / "config.json").read_text())), shape_from(config)
+    table = [
+        f"| {words} | {getattr(before, size)} | {getattr(after, size)} |"
+        for size, words in _SIZES.items()
+        if getattr(before, size) != getattr(after, size)
+    ]
+    distilled = any(stage == "distill" for stage, _ in making.stages)
+    metadata["tags"] = ["nemo", *(["minitron", "pruning"] if table else []), *(["distillation"] if distilled else [])]
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    lines += [f"Made from {base}.", *making.lines()]
+    if note and distilled:
+        lines.append(note)
+    if table:
+        lines += ["", f"| | {base} | this model |", "|---|---|---|", *table]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    """The metadata at the head of a model card, if there is one."""
+    path = folder / "README.md"
+    if not path.exists():
+        return {}
+    head, _, rest = path.read_text(errors="replace").partition("---\n")
+    if head.strip() or "---" not in rest:
+        return {}
+    try:
+        metadata = yaml.safe_load(rest.partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`[1, 2, 3, 5]` as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

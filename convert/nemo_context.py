@@ -1,0 +1,242 @@
+"""The `context/` of a NeMo checkpoint: what NeMo rebuilds the model from, written and read without NeMo.
+
+`io.json` is a Fiddle configuration in JSON (fiddle/_src/experimental/serialization.py) of the calls that make the
+model; `nemo.lightning.io.load_context` rebuilds it from there. `model.yaml` says the same to people and to NeMo's
+exporters (nemo/export/trt_llm/nemo_ckpt_loader/nemo_file.py:482). `tokenizer/` holds the tokenizer's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.errors import InputError
+
+# NeMo looks for a part of the model under its path in the whole.
+ROOT = "<root>"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A class, function or constant, by its module and name; importing it is left to the reader."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """`function(**arguments)`, carried out when the context is loaded."""
+
+    function: Reference
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The model that a context describes: its NeMo config class and the arguments that its config was made with."""
+
+    config_class: str
+    config: dict[str, Any]
+
+
+def model_call(model: Reference, config: Call) -> Call:
+    """What NeMo's own importer records: the model, and a trainer on the CPU that would load it."""
+    tokenizer = Call(
+        Reference("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
+        {"pretrained_model_name": "tokenizer"},  # relative to context/
+    )
+    # The optimizer that a GPTModel has by default (nemo/collections/llm/gpt/model/base.py), so that it stays so.
+    optimizer = Call(
+        Reference("nemo.lightning.pytorch.optim.megatron", "MegatronOptimizerModule"),
+        {
+            "config": Call(
+                Reference("megatron.core.optimizer.optimizer_config", "OptimizerConfig"),
+                {"lr": 1e-4, "use_distributed_optimizer": True},
+            )
+        },
+    )
+    strategy = Call(
+        Reference("nemo.lightning.pytorch.strategies.megatron_strategy", "MegatronStrategy"),
+        {"ckpt_save_optimizer": False},
+    )
+    trainer = Call(
+        Reference("nemo.lightning.pytorch.trainer", "Trainer"),
+        {"accelerator": "cpu", "devices": 1, "strategy": strategy},
+    )
+    return Call(
+        Reference("nemo.lightning.io.pl", "TrainerContext"),
+        {
+            "model": Call(model, {"config": config, "optim": optimizer, "tokenizer": tokenizer}),
+            "trainer": trainer,
+            "extra": {},
+        },
+    )
+
+
+def generation_config() -> Call:
+    """The `generation_config.json` in `context/artifacts`."""
+    return Call(
+        Reference("nemo.lightning.io.artifact.hf_auto", "from_pretrained"),
+        {
+            "auto_cls": Reference("transformers.generation.configuration_utils", "GenerationConfig"),
+            "pretrained_model_name_or_path": "./artifacts",
+        },
+    )
+
+
+def write_context(folder: Path, whole: Call) -> None:
+    """Writes `io.json` and `model.yaml` into `folder`, which exists."""
+    (folder / "io.json").write_text(json.dumps(_Fiddle().serialize(whole)))
+    (folder / "model.yaml").write_text(yaml.safe_dump(_plain(whole.arguments["model"])))
+
+
+def read_context(checkpoint: Path) -> ModelRecord:
+    """The model that a checkpoint's context describes. Nothing of what it names is imported or called.
+
+    Raises:
+        InputError: there is no context, or it describes no model.
+    """
+    path = checkpoint / "context" / "io.json"
+    if not path.exists():
+        raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
+    try:
+        objects: dict[str, Any] = json.loads(path.read_text())["objects"]
+        made = next(value for value in objects.values() if f"{ROOT}.model.config" in value.get("paths", ()))
+        described = dict(map(tuple, objects[made["metadata"]["key"]]["items"]))
+        config_class = described["Attr(name='fn_or_cls')"]
+        arguments = {_attribute(name): value["value"] for name, value in made["items"] if value["type"] == "leaf"}
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{path} describes no model ({type(error).__name__}: {error})") from error
+    return ModelRecord(f"{config_class['module']}.{config_class['name']}", arguments)
+
+
+def references(checkpoint: Path) -> set[str]:
+    """Every class and function that a context names, and that loading it would import or call, as `module.name`.
+
+    Raises:
+        InputError: there is no context that could be read.
+    """
+    nodes = (node for node in _nodes(checkpoint) if node.get("type") == "pyref")
+    return {f"{node.get('module')}.{node.get('name')}" for node in nodes}
+
+
+def trusts_remote_code(checkpoint: Path) -> bool:
+    """Whether anything in a context asks transformers to run a model repository's code."""
+    asked = (
+        argument[1]
+        for node in _nodes(checkpoint)
+        for argument in node.get("items") or ()
+        if argument[0] == "Attr(name='trust_remote_code')"
+    )
+    return any(value.get("value") not in (False, None) for value in asked)
+
+
+def _nodes(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    path = checkpoint / "context" / "io.json"
+    try:
+        nodes = [json.loads(path.read_text())]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            yield node
+            nodes.extend(node.values())
+        elif isinstance(node, list):
+            nodes.extend(node)
+
+
+def _attribute(item: str) -> str:
+    return item.removeprefix("Attr(name='").removesuffix("')")
+
+
+def _plain(value: Any) -> Any:
+    """As `model.yaml` has it: what is called by its name in `_target_`, other references with `_call_: false`."""
+    if isinstance(value, Call):
+        target = {"_target_": f"{value.function.module}.{value.function.name}"}
+        return target | {name: _plain(argument) for name, argument in value.arguments.items()}
+    if isinstance(value, Reference):
+        return {"_target_": f"{value.module}.{value.name}", "_call_": False}
+    return value
+
+
+class _Fiddle:
+    """Turns calls into Fiddle's JSON: a table of objects that refer to each other by key."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+        self._numbers: Counter[str] = Counter()
+
+    def serialize(self, whole: Call) -> dict[str, Any]:
+        root = self._value(whole, ROOT)
+        counts = dict.fromkeys(self._objects, 1)
+        return {"root": root, "objects": self._objects, "refcounts": counts, "version": "0.0.1"}
+
+    def _value(self, value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, Call):
+            return self._call(value, path)
+        if isinstance(value, Reference):
+            return {**_pyref(value), "paths": [path]}
+        if isinstance(value, list):
+            items = [[f"Index(index={i})", self._value(item, f"{path}[{i}]")] for i, item in enumerate(value)]
+            return self._add("list", {"type": _builtin("list"), "items": items, "metadata": None, "paths": [path]})
+        if value == {}:
+            return self._empty_dict()
+        return {"type": "leaf", "value": value, "paths": [path]}
+
+    def _call(self, call: Call, path: str) -> dict[str, Any]:
+        arguments = [
+            [f"Attr(name='{name}')", self._value(value, f"{path}.{name}")] for name, value in call.arguments.items()
+        ]
+        names = [[f"Index(index={i})", name] for i, name in enumerate(call.arguments)]
+        of_config = Reference("fiddle._src.config", "BuildableTraverserMetadata")
+        metadata = self._add(
+            "buildable_traverser_metadata",
+            {
+                "type": _pyref(of_config),
+                "items": [
+                    ["Attr(name='fn_or_cls')", _pyref(call.function)],
+                    [
+                        "Attr(name='argument_names')",
+                        self._add("tuple", {"type": _builtin("tuple"), "items": names, "metadata": None}),
+                    ],
+                    ["Attr(name='argument_tags')", self._empty_dict()],
+                    ["Attr(name='argument_history')", self._empty_dict()],
+                ],
+                "metadata": _pyref(of_config),
+            },
+        )
+        return self._add(
+            call.function.name.lower(),
+            {
+                "type": _pyref(Reference("fiddle._src.config", "Config")),
+                "items": arguments,
+                "metadata": metadata,
+                "paths": [path],
+            },
+        )
+
+    def _empty_dict(self) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"type": _builtin("tuple"), "items": [], "metadata": None}
+        return self._add("dict", {"type": _builtin("dict"), "items": [], "metadata": nothing})
+
+    def _add(self, kind: str, value: dict[str, Any]) -> dict[str, Any]:
+        self._numbers[kind] += 1
+        key = f"{kind}_{self._numbers[kind]}"
+        self._objects[key] = value
+        return {"type": "ref", "key": key}
+
+
+def _pyref(reference: Reference) -> dict[str, Any]:
+    return {"type": "pyref", "module": reference.module, "name": reference.name}
+
+
+def _builtin(name: str) -> dict[str, Any]:
+    return _pyref(Reference("builtins", name))

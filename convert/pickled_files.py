@@ -1,0 +1,122 @@
+"""`pytorch_model*.bin` files, as `torch.save` writes a state dict, read without running anything of theirs.
+
+Such a file is a zip of `data.pkl`, which describes the tensors, and a record for each storage. Only the description is
+unpickled, and only with what tensors are made of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import InputError
+from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor
+from convert.torch_dist import TORCH_TYPES
+
+INDEX = "pytorch_model.bin.index.json"
+_STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of a folder of `.bin` files lies.
+
+    Raises:
+        InputError: a file is missing, damaged, in torch's format of before 1.6, or holds more than tensors.
+    """
+    index = folder / INDEX
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing or not names:
+        raise InputError(f"{folder} lacks {', '.join(missing) or 'pytorch_model.bin'}; fetch it")
+    return {name: tensor for file in names for name, tensor in read_file(folder / file).items()}
+
+
+def read_file(path: Path) -> dict[str, StoredTensor]:
+    """Where each tensor of one file lies."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as saved:
+            described = next(name for name in saved.namelist() if name.endswith("/data.pkl"))
+            records = {info.filename: info for info in saved.infolist()}
+            with saved.open(described) as pickled:
+                state = _StateDict(pickled).load()
+            places = {name: _begin(file, info) for name, info in records.items()}
+    except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError, struct.error) as error:
+        raise InputError(
+            f"{path} is no whole file of torch.save ({error}); fetch it again, or as safetensors"
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds no dict of tensors; save the model as safetensors")
+    root = described.removesuffix("data.pkl")
+    tensors = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, _Described):
+            raise InputError(f"{path}: {name} is no tensor; save the model as safetensors")
+        record = f"{root}data/{tensor.storage}"
+        if record not in records or records[record].compress_type != zipfile.ZIP_STORED:
+            raise InputError(f"{path} does not hold {name}; fetch it again, or as safetensors")
+        tensors[name] = tensor.stored(name, path, places[record])
+    return tensors
+
+
+def _begin(file: Any, info: zipfile.ZipInfo) -> int:
+    """Where in the file a record's bytes begin."""
+    file.seek(info.header_offset + 26)
+    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A tensor of a state dict: its storage's record, and how it lies in it, in elements."""
+
+    storage: str
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def stored(self, name: str, path: Path, begin: int) -> StoredTensor:
+        expected = tuple(math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
+        if any(
+            stride != wanted
+            for stride, wanted, extent in zip(self.strides, expected, self.shape, strict=True)
+            if extent > 1
+        ):
+            raise InputError(f"{path}: {name} does not lie row by row; save the model as safetensors")
+        item = ITEM_BYTES[self.dtype]
+        row = math.prod(self.shape[1:]) * item
+        span = Span(path, begin + self.offset * item, row)
+        return StoredTensor(name, self.dtype, self.shape, (Rows(self.shape[0], (span,)),))
+
+
+class _StateDict(pickle.Unpickler):
+    """Reads a state dict as descriptions of its tensors."""
+
+    def persistent_load(self, identity: Any) -> tuple[str, str]:
+        _, storage_class, key, *_ = identity
+        return str(key), str(storage_class)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _described
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise InputError(f"a .bin file names {module}.{name}, which no tensor needs: refused, as it could be code")
+
+
+def _described(storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> _Described:
+    return _Described(storage[0], storage[1], offset, tuple(shape), tuple(strides))

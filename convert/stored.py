@@ -1,0 +1,211 @@
+"""Tensors as rows of bytes in files: where they lie, how they are cut and stacked, and how they are copied.
+
+Nothing here loads a tensor: a conversion says which rows of which files make up a new file, and `copy` moves them,
+a few MB at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.errors import InputError
+
+# Safetensors' names of the types that weights come in, and the bytes of an element.
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
+BLOCK_BYTES = 4 << 20
+# The file system cannot copy within the kernel; bytes then go through memory.
+NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of `row_bytes` bytes each, end to end from `offset` in a file."""
+
+    file: Path
+    offset: int
+    row_bytes: int
+
+    def skip(self, rows: int) -> Span:
+        return Span(self.file, self.offset + rows * self.row_bytes, self.row_bytes)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows, each put together from one row of every span, side by side."""
+
+    count: int
+    spans: tuple[Span, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.count * sum(span.row_bytes for span in self.spans)
+
+    def take(self, start: int, count: int) -> Rows:
+        return Rows(count, tuple(span.skip(start) for span in self.spans))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in row-major order: its first dimension's rows, top to bottom.
+
+    Attributes:
+        name: what messages call it.
+        dtype: safetensors' name of the element type, such as BF16.
+        shape: at least one dimension.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: tuple[Rows, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.item_bytes
+
+    def take(self, start: int, count: int) -> StoredTensor:
+        """Rows `start` to `start + count`."""
+        taken: list[Rows] = []
+        position = 0
+        for rows in self.rows:
+            first = max(start, position)
+            last = min(start + count, position + rows.count)
+            if first < last:
+                taken.append(rows.take(first - position, last - first))
+            position += rows.count
+        assert sum(rows.count for rows in taken) == count, f"{self.name} has no rows {start} to {start + count}"
+        return StoredTensor(self.name, self.dtype, (count, *self.shape[1:]), tuple(taken))
+
+
+def stack(tensors: Iterable[StoredTensor], name: str) -> StoredTensor:
+    """Tensors of equal width and type on top of each other."""
+    parts = list(tensors)
+    rows = tuple(rows for part in parts for rows in part.rows)
+    return StoredTensor(name, parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), rows)
+
+
+def blocks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[memoryview | bytes]:
+    """The tensor's bytes from first to last, a few MB at a time, in another element type where one is named.
+
+    A block is only good until the next one is asked for.
+
+    Raises:
+        InputError: a file ends too early.
+    """
+    for rows in tensor.rows:
+        row_bytes = sum(span.row_bytes for span in rows.spans)
+        step = max(1, BLOCK_BYTES // row_bytes)
+        buffer = memoryview(bytearray(min(step, rows.count) * row_bytes))
+        for start in range(0, rows.count, step):
+            block = rows.take(start, min(step, rows.count - start))
+            view = buffer[: block.bytes]
+            _read(block, view, tensor.name)
+            yield view if dtype in (None, tensor.dtype) else _cast(view, tensor.dtype, str(dtype))
+
+
+def copy_threads() -> int:
+    """How many copies go on at once: disks and shared file systems want several, memory sets a bound."""
+    return min(8, max(2, os.cpu_count() or 1))
+
+
+def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = None, checksum: bool = False) -> int:
+    """Writes a tensor's bytes into an open file.
+
+    Args:
+        target: a file descriptor.
+        dtype: the element type to write; None keeps the tensor's.
+        checksum: whether to reckon the CRC-32 of what is written, which takes the bytes through memory.
+
+    Returns:
+        the CRC-32, or 0 where none was asked for.
+    """
+    if dtype in (None, tensor.dtype) and not checksum and all(len(rows.spans) == 1 for rows in tensor.rows):
+        for rows in tensor.rows:
+            if not _copy_in_kernel(rows, target, offset, tensor.name):
+                break
+            offset += rows.bytes
+        else:
+            return 0
+        offset -= sum(done.bytes for done in tensor.rows[: tensor.rows.index(rows)])
+    crc = 0
+    for block in blocks(tensor, dtype):
+        write(target, block, offset)
+        offset += len(block)
+        if checksum:
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def write(target: int, data: memoryview | bytes, offset: int) -> None:
+    """All of `data`, which the system may write in parts."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(target, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _copy_in_kernel(rows: Rows, target: int, offset: int, name: str) -> bool:
+    """Whether the file system could; what it copied before it refused is written again by the caller."""
+    (span,) = rows.spans
+    source = os.open(span.file, os.O_RDONLY)
+    try:
+        left, position = rows.bytes, span.offset
+        while left:
+            copied = os.copy_file_range(source, target, left, position, offset)
+            if copied == 0:
+                raise InputError(f"{span.file} ends within {name}: it is cut short; fetch the file again")
+            left, position, offset = left - copied, position + copied, offset + copied
+    except OSError as error:
+        if error.errno not in NO_KERNEL_COPY:
+            raise
+        return False
+    finally:
+        os.close(source)
+    return True
+
+
+def _read(rows: Rows, target: memoryview, name: str) -> None:
+    """Fills `target` with rows; where they have several parts, side by side."""
+    if len(rows.spans) == 1:
+        _read_span(rows.spans[0], rows.bytes, target, name)
+        return
+    import numpy as np
+
+    whole = np.frombuffer(target, dtype=np.uint8).reshape(rows.count, -1)
+    column = 0
+    for span in rows.spans:
+        part = np.empty((rows.count, span.row_bytes), dtype=np.uint8)
+        _read_span(span, part.nbytes, memoryview(part).cast("B"), name)
+        whole[:, column : column + span.row_bytes] = part
+        column += span.row_bytes
+
+
+def _read_span(span: Span, count: int, target: memoryview, name: str) -> None:
+    source = os.open(span.file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < count:
+            read = os.preadv(source, [target[done:count]], span.offset + done)
+            if read == 0:
+                raise InputError(f"{span.file} ends within {name}: it is cut short; fetch the file again")
+            done += read
+    finally:
+        os.close(source)
+
+
+def _cast(data: memoryview, source: str, target: str) -> bytes:
+    import torch
+
+    types = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    tensor = torch.frombuffer(data, dtype=types[source]).to(types[target])
+    return tensor.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,82 @@
+"""Whether loading a NeMo checkpoint would run anything but what NeMo itself needs to make a model.
+
+A checkpoint is code: `context/io.json` names functions that are called on load, and several of its files are pickles.
+One that names only classes of the families known here, and types that hold data, does what it says; the rest is
+refused unless its owner says otherwise.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from conf.errors import InputError
+from convert.nemo_context import references, trusts_remote_code
+from convert.torch_dist import TorchDistReader
+
+# What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
+_CONTEXT = re.compile(
+    r"""
+      builtins\.(dict|list|tuple)
+    | fiddle\._src\.config\.(Config|Partial|BuildableTraverserMetadata)
+    | megatron\.core\.dist_checkpointing\.validation\.StrictHandling\.\w+
+    | megatron\.core\.distributed\.distributed_data_parallel_config\.DistributedDataParallelConfig
+    | megatron\.core\.optimizer\.optimizer_config\.OptimizerConfig
+    | megatron\.core\.transformer\.enums\.\w+
+    | nemo\.collections\.common\.tokenizers\.huggingface\.auto_tokenizer\.AutoTokenizer
+    | nemo\.collections\.llm\.fn\.activation\.squared_relu
+    | nemo\.collections\.llm\.gpt\.data\.pre_training\.PreTrainingDataModule
+    | nemo\.collections\.llm\.gpt\.model\.(llama|mistral|nemotron|qwen2|qwen3)\.\w*(Config|Model)\w*
+    | nemo\.collections\.llm\.gpt\.model\.base\.(GPTConfig|GPTModel|default_layer_spec|gpt_(data|forward)_step)
+    | nemo\.lightning\.io\.artifact\.hf_auto\.from_pretrained
+    | nemo\.lightning\.io\.pl\.TrainerContext
+    | nemo\.lightning\.pytorch\.optim\.lr_scheduler\.\w+Scheduler
+    | nemo\.lightning\.pytorch\.optim\.megatron\.MegatronOptimizerModule
+    | nemo\.lightning\.pytorch\.plugins\.mixed_precision\.MegatronMixedPrecision
+    | nemo\.lightning\.pytorch\.strategies\.megatron_strategy\.MegatronStrategy
+    | nemo\.lightning\.pytorch\.trainer\.Trainer
+    | torch\.(bfloat16|float16|float32)
+    | torch\.nn\.functional\.(silu|gelu)
+    | transformers\.generation\.configuration_utils\.GenerationConfig
+    """,
+    re.VERBOSE,
+)
+# What Megatron records of its save plans besides the description of the tensors.
+_METADATA = re.compile(
+    r"(megatron\.core\.dist_checkpointing|torch\.distributed\.checkpoint)\.[\w.]+|pathlib\.PosixPath"
+)
+# Of pickles, beyond what torch takes for harmless itself: Transformer Engine's state comes as bytes.
+_PICKLED = {"_io.BytesIO", "_codecs.encode"}
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Refuses a NeMo checkpoint whose loading would run code that no model of the families known here needs.
+
+    Raises:
+        InputError: names that code, or the file that is damaged.
+    """
+    found = [f"context/io.json names {name}" for name in sorted(references(checkpoint)) if not _CONTEXT.fullmatch(name)]
+    if trusts_remote_code(checkpoint):
+        found.append("context/io.json asks for trust_remote_code")
+    found += _pickled(checkpoint / "weights")
+    if found:
+        raise InputError(
+            f"loading {checkpoint} would run code of its own: {'; '.join(found[:5])}. If you know where it comes from,"
+            " say so with --trust-source"
+        )
+
+
+def _pickled(weights: Path) -> list[str]:
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    reader = TorchDistReader(weights)
+    found = {f".metadata names {name}" for name in reader.other_names if not _METADATA.fullmatch(name)}
+    for path in sorted(weights.rglob("*.pt")):
+        found |= {f"{path.relative_to(weights)} names {name}" for name in get_unsafe_globals_in_checkpoint(str(path))}
+    for place in reader.objects:
+        with place.file.open("rb") as file:
+            file.seek(place.offset)
+            names = get_unsafe_globals_in_checkpoint(io.BytesIO(file.read(place.length)))
+        found |= {f"{place.file.name} names {name}" for name in names if name not in _PICKLED}
+    return sorted(found)
