@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from pathlib import Path
 from conf.schema import RunConfig
 from conf.units import GIB
 from launch.environment import ROOT
+from launch.slurm import COMMANDS
+from recipes.artifact import installed_version
 
 # What NVIDIA's documentation of its containers asks for at least where ranks talk through shared memory.
 LEAST_SHARED_MEMORY = GIB
@@ -63,7 +64,7 @@ OTHERS = ("torch", "transformers", "hydra-core", "omegaconf")
 
 def libraries() -> Iterator[Finding]:
     """Versions against the lock, and against the ranges outside of which something is known to break."""
-    installed = {name: _version(name) for name in (*RANGES, *OTHERS)}
+    installed = {name: installed_version(name) for name in (*RANGES, *OTHERS)}
     absent = [name for name, version in installed.items() if version is None]
     if "torch" in absent and "nemo_toolkit" in absent:
         mend = "nothing on a login node whose jobs run in a container; elsewhere: make setup"
@@ -82,13 +83,6 @@ def libraries() -> Iterator[Finding]:
             yield Finding(name, State.warn, f"{version}; tested with {tested}", mend)
         else:
             yield Finding(name, State.ok, version)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _locked() -> dict[str, str]:
@@ -126,7 +120,7 @@ print(json.dumps({
 
 def accelerator(cfg: RunConfig | None) -> Iterator[Finding]:
     """GPUs, NCCL and Transformer Engine as PyTorch sees them."""
-    if _version("torch") is None:
+    if installed_version("torch") is None:
         return
     done = _ask([sys.executable, "-c", _PROBE])
     try:
@@ -229,7 +223,7 @@ def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
     """Slurm's commands, its controller and pyxis: needed where the run's cluster section names Slurm."""
     wanted = cfg.cluster.slurm if cfg is not None else None
     trouble = State.warn if wanted is None else State.fail
-    absent = [name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+    absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent and wanted is None:
         yield Finding("Slurm", State.ok, "not on this machine")
     elif absent:

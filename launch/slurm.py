@@ -26,7 +26,8 @@ from launch.queue import active, record, submitted
 from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 
-COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
+# One package brings them all; srun is what the jobs start their stages with.
+COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 
 
 def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, dry_run: bool = False) -> None:

@@ -59,7 +59,7 @@ def test_other_versions(
     versions: dict[str, str | None], name: str, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = checks._locked()
-    monkeypatch.setattr(checks, "_version", lambda name: versions.get(name, locked.get(checks._normal(name))))
+    monkeypatch.setattr(checks, "installed_version", lambda name: versions.get(name, locked.get(checks._normal(name))))
     findings = list(checks.libraries())
     assert state_of(findings, name) is state
     assert all(finding.mend for finding in findings if finding.state is not State.ok)
@@ -176,6 +176,17 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
     (missing,) = checks.slurm(cfg)
     assert missing.state is State.fail
     assert missing.found.startswith("sbatch, srun")
+
+
+def test_a_full_disk_is_what_the_plan_warns_of(
+    demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 1 << 20)
+    cfg = demo(f"run_dir={tmp_path}")
+    (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
+    assert finding.state is State.fail
+    assert f"{finding.found}; {finding.mend}" in doctor.make(cfg)["warnings"]
+    assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
