@@ -60,6 +60,16 @@ class GpuRequest(Enum):
     none = "none"
 
 
+class NumaBinding(Enum):
+    """Which cores a rank is bound to, as torchrun's --numa-binding names them: all of its GPU's NUMA node, all of the
+    socket, a share of the node's that no other rank has, or those that share a cache."""
+
+    node = "node"
+    socket = "socket"
+    exclusive = "exclusive"
+    core_complex = "core-complex"
+
+
 class Loss(Enum):
     """`kd`: KL divergence to the teacher's logits. `ce`: cross-entropy on the data, no teacher."""
 
@@ -255,6 +265,8 @@ class ClusterConfig:
     devices_per_node: int = 1
     # CPU threads a rank; null: the node's cores shared out among its ranks.
     threads_per_rank: int | None = None
+    # Which cores near its GPU a rank is bound to, where a machine has several NUMA nodes; null: any.
+    numa_binding: NumaBinding | None = None
     # What launch.plan checks memory and reckons hours with; null: not stated, so neither is done.
     gpu: Gpu | None = None
     # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from conf.schema import RunConfig
 from conf.units import GIB
+from launch import torchrun
 from launch.environment import ROOT
 from launch.slurm import COMMANDS
 from recipes.artifact import installed_version
@@ -177,6 +178,26 @@ def links() -> Iterator[Finding]:
     else:
         mend = "prefer data and pipeline parallelism: set distill.parallel.tensor_model_parallel_size low"
         yield Finding("GPU links", State.warn, "no NVLink: tensor parallelism will be slow", mend)
+
+
+def numa(cfg: RunConfig | None, root: Path = Path("/")) -> Iterator[Finding]:
+    """Whether the machine has several NUMA nodes, and ranks are bound to that of their GPU."""
+    count = len(torchrun.numa_nodes(root))
+    nothing = torchrun.pointless(root)
+    binding = cfg.cluster.numa_binding if cfg is not None else None
+    if nothing is not None:
+        yield Finding("NUMA", State.ok, f"{count} node{'s' * (count != 1)}; nothing to bind: {nothing}")
+    elif cfg is not None and binding is None:
+        mend = "set cluster.numa_binding=node"
+        yield Finding("NUMA", State.warn, f"{count} nodes, and ranks run on the cores of any", mend)
+    elif (why_not := torchrun.prevented(root)) is not None:
+        mend = (
+            "install numactl; docker run --cap-add=SYS_NICE, which launch.docker adds; all cores of the node for a job"
+        )
+        yield Finding("NUMA", State.warn, f"{count} nodes, but ranks cannot be bound: {why_not}", mend)
+    else:
+        asked = "can be bound" if binding is None else f"are bound (cluster.numa_binding={binding.value})"
+        yield Finding("NUMA", State.ok, f"{count} nodes; ranks {asked}")
 
 
 def limits(infiniband: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:

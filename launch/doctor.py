@@ -46,6 +46,7 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
             faults = error.faults
     yield from checks.libraries()
     yield from checks.accelerator(cfg)
+    yield from checks.numa(cfg)
     yield from checks.limits()
     yield from checks.shared_memory(cfg)
     yield from checks.hub()

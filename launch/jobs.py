@@ -14,6 +14,7 @@ import jinja2
 
 from conf.schema import RunConfig, SlurmConfig
 from conf.slurm_rules import absolute
+from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from launch.pipeline import RESOLVED
 from recipes.artifact import Located
@@ -104,6 +105,7 @@ def _script(located: Located, script: Path) -> str:
         "environment": environment(located),
         "code": slurm.container_workdir if in_container else ROOT,
         "python": "python" if in_container else sys.executable,
+        "torchrun": torchrun.module(cfg.cluster),
         "arguments": stage_arguments(located, run_dir / RESOLVED),
     }
     settings |= {

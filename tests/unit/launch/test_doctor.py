@@ -13,6 +13,7 @@ import pytest
 
 from launch import checks, doctor
 from launch.checks import Finding, State
+from tests.helpers.numa import two_nodes
 
 Fake = Callable[[str, str], None]
 
@@ -122,6 +123,36 @@ def test_a_run_for_gpus_where_there_are_none(
 
 def test_the_probe_runs_here() -> None:
     assert state_of(list(checks.accelerator(None)), "GPUs") is State.ok
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numactl", "state", "part"),
+    [
+        ([], "exit 0", "warn", "2 nodes, and ranks run on the cores of any"),
+        (["cluster.numa_binding=core_complex"], "exit 0", "ok", "are bound (cluster.numa_binding=core-complex)"),
+        (["cluster.numa_binding=node"], "echo denied >&2; exit 1", "warn", "numactl does not work here (denied)"),
+        (None, "exit 0", "ok", "2 nodes; ranks can be bound"),
+    ],
+)
+def test_numa_nodes(
+    overrides: list[str] | None,
+    numactl: str,
+    state: str,
+    part: str,
+    demo: Callable[..., Any],
+    fake: Fake,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake("numactl", numactl)
+    two_nodes(tmp_path, monkeypatch)
+    (finding,) = checks.numa(None if overrides is None else demo(*overrides), tmp_path)
+    assert (finding.state.value, part in finding.found) == (state, True), finding
+    (tmp_path / "sys/devices/system/node/node1/cpulist").write_text("\n")
+    (finding,) = checks.numa(None, tmp_path)
+    assert finding == Finding(
+        "NUMA", State.ok, "1 node; nothing to bind: all cores that may be used are of one NUMA node"
+    )
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,9 @@ def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> Non
     script = dry_run.scripts(*layout, *batches, stages=DISTRIBUTED)["ranks"]
     assert "#SBATCH --nodes=2 --ntasks-per-node=1\n" in script
     assert "#SBATCH --gres=gpu:8\n" in script
-    assert "torch.distributed.run --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in script
+    assert "  launch.torchrun --numa-binding=node --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in script
+    unbound = dry_run.scripts(*layout, *batches, "cluster.numa_binding=null", stages=DISTRIBUTED)["ranks"]
+    assert "  torch.distributed.run --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in unbound
     assert '--rdzv_id="$SLURM_JOB_ID.$restarts" --rdzv_endpoint="$head:$(( 10000 + SLURM_JOB_ID % 20000 ))"' in script
     assert 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"' in script
     assert "export OMP_NUM_THREADS=$(( (SLURM_CPUS_ON_NODE + 7) / 8 ))" in script
