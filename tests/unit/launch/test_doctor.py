@@ -48,7 +48,7 @@ def test_this_machine_has_the_locked_libraries() -> None:
     [
         ({"megatron-core": "0.16.0"}, "megatron-core", State.fail),
         ({"nvidia-modelopt": "0.41.0"}, "nvidia-modelopt", State.fail),
-        ({"nvidia-modelopt": "0.37.0"}, "nvidia-modelopt", State.warn),
+        ({"nvidia-modelopt": "0.37.0"}, "nvidia-modelopt", State.fail),
         ({"nemo_toolkit": "2.6.0"}, "nemo_toolkit", State.warn),
         ({"nemo_toolkit": "2.5.0"}, "nemo_toolkit", State.fail),
         ({"torch": "2.9.0a0+50eac811a6.nv25.09"}, "torch", State.warn),
