@@ -246,7 +246,8 @@ class SlurmConfig:
     container_mounts: list[str] = field(default_factory=list)
     # Where the image has this repository.
     container_workdir: str = "/opt/nemo-prune-distill"
-    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last.
+    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last, also
+    # where that one was killed, as long as it left a newer checkpoint.
     requeue: bool = True
     # Seconds before its time limit at which a training stage is told to save and pause: one step, one save, and up to a
     # minute until a shared disk shows the stop file.

@@ -83,10 +83,10 @@ def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
             job.script.parent.mkdir(parents=True, exist_ok=True)
             job.located.folder.mkdir(parents=True, exist_ok=True)
             job.script.write_text(job.text)
-            dependencies = [last[name] for name in job.after]
+            inputs = [last[name] for name in job.after]
             ids: list[str] = []
-            for link in range(1, job.links + 1):
-                ids.append(_sbatch(submission(job, link, [*dependencies, *ids[-1:]])))
+            for _ in range(job.links):
+                ids.append(_sbatch(submission(job, inputs, ids)))
                 taken.append(ids[-1])
             last[job.name] = ids[-1]
             record(run_dir, job.name, ids, job.script)

@@ -121,11 +121,13 @@ def test_without_requeue_a_training_is_a_chain(dry_run: DryRun) -> None:
     script = dry_run.run_dir / "slurm" / "02-second.sbatch"
     assert [line for line in out.splitlines() if line.startswith("# sbatch") and "02-second" in line] == [
         f"# sbatch --parsable '--dependency=afterok:<first>' {script} 1 3",
-        f"# sbatch --parsable '--dependency=afterok:<first>:<second 1>' {script} 2 3",
-        f"# sbatch --parsable '--dependency=afterok:<first>:<second 2>' {script} 3 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>,afterany:<second 1>' {script} 2 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>,afterany:<second 1>:<second 2>' {script} 3 3",
     ]
     assert "#SBATCH --no-requeue" in out
     assert "scontrol requeue" not in out
+    # The stages that do not train are jobs like any others.
+    assert out.count("end_chain()") == 1
 
 
 def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
