@@ -22,6 +22,11 @@ def placement(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+def of_site(wanted: str) -> Any:
+    """A field without a default, as it differs from site to site; `wanted` says what to set it to."""
+    return field(default=MISSING, metadata={"wanted": wanted})
+
+
 class Family(Enum):
     """Model families, named as `model_type` in a Hugging Face `config.json`."""
 
@@ -230,8 +235,8 @@ class Gpu:
 class SlurmConfig:
     """How stages become Slurm jobs. What has no default differs from site to site; null says that a site has none."""
 
-    partition: str | None = MISSING
-    account: str | None = MISSING
+    partition: str | None = of_site("one that sinfo lists, or null for the site's default")
+    account: str | None = of_site("the account that pays, or null where the site has none")
     qos: str | None = None
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
     # Further lines for sbatch, such as --exclusive or --constraint=h100.
@@ -241,7 +246,9 @@ class SlurmConfig:
     # Names of environment variables that jobs are given as they are where they are submitted, such as HF_TOKEN.
     secrets: list[str] = field(default_factory=list)
     # An image, or a squash file on a disk that all nodes see (pyxis); null: jobs use this very Python.
-    container_image: str | None = MISSING
+    container_image: str | None = of_site(
+        "an image built from the Dockerfile (registry#name:tag or a .sqsh file), or null"
+    )
     # SOURCE:TARGET[:FLAGS], further to the run folder, which is always there.
     container_mounts: list[str] = field(default_factory=list)
     # Where the image has this repository.

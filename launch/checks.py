@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conf.schema import RunConfig
 from conf.units import GIB
-from launch import torchrun
+from launch import partition, torchrun
 from launch.environment import ROOT
 from launch.slurm import COMMANDS
 from recipes.artifact import installed_version
@@ -254,6 +254,7 @@ def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
         yield Finding("Slurm", trouble, "its controller does not answer", "scontrol ping shows why")
     else:
         yield Finding("Slurm", State.ok, answer)
+        yield from (Finding("partition", State.fail, fault) for fault in (partition.faults(cfg) if cfg else []))
         yield from _pyxis(needed=wanted is not None and wanted.container_image is not None)
 
 
