@@ -35,7 +35,7 @@ test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, ea
 
 setup: $(INSTALLED)
 
-test-nemo26: $(NEMO26)/installed ## the integration tests with the container's NeMo, ModelOpt and transformers
+test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
 	$(NEMO26)/bin/pytest -n 2 --dist loadgroup tests/integration
 
 $(INSTALLED): SET := cpu

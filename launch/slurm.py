@@ -39,7 +39,7 @@ REFUSALS = (
     ("partition", "set cluster.slurm.partition to one that sinfo lists"),
     ("time limit", "set cluster.time_limit to what sinfo -o '%P %l' shows"),
     (
-        "[Nn]ode (configuration|count)|CPU count|generic resource|gres",
+        "[Nn]ode (configuration|count)|More processors|GRES|gres",
         "set cluster.nodes, cluster.devices_per_node, cluster.slurm.gpu_request to what sinfo -o '%P %D %c %G' shows",
     ),
     ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
