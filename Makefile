@@ -31,7 +31,7 @@ test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stac
 	python -m pytest tests/gpu
 
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
-	$(BIN)/pytest -n 2 --dist loadgroup tests/slurm
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm
 
 setup: $(INSTALLED)
 

@@ -57,7 +57,9 @@ class Range:
 RANGES = {
     "nemo_toolkit": Range("2.6", "3", "3.0 has no LLM collection"),
     "megatron-core": Range("0.15", "0.16", "NeMo 2.x imports what 0.16 dropped (dist_checkpointing's tensorstore)"),
-    "nvidia-modelopt": Range("0.40", "0.41", "older ones prune no experts, 0.41 no query groups"),
+    "nvidia-modelopt": Range(
+        "0.40", "0.41", "0.37 prunes no experts, 0.41 no query groups, 0.42 and 0.43 fail to load checkpoints"
+    ),
     "numpy": Range("1.26", "2", "megatron-core 0.15 needs numpy below 2"),
 }
 OTHERS = ("torch", "transformers", "hydra-core", "omegaconf")

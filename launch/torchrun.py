@@ -42,6 +42,8 @@ def prevented(root: Path = Path("/")) -> str | None:
     nodes = numa_nodes(root)
     for gpu in _gpus(root):
         home = _home(gpu, root)
+        if home is None:
+            return f"the NUMA node of GPU {gpu} is not known"
         # Torch then raises "Must bind to a non-empty set of CPU indices".
         if home not in nodes:
             return f"GPU {gpu} is on NUMA node {home}, none of whose cores may be used here"
@@ -81,12 +83,12 @@ def _gpus(root: Path) -> list[str]:
     return sorted(place.name for place in (root / "proc/driver/nvidia/gpus").glob("*"))
 
 
-def _home(gpu: str, root: Path) -> int:
-    """A GPU's NUMA node, read as torch does: -1 means node 0."""
+def _home(gpu: str, root: Path) -> int | None:
+    """A GPU's NUMA node, read as torch does: -1 means node 0. None where torch would find no file."""
     try:
         return max(0, int((root / f"sys/bus/pci/devices/{gpu}/numa_node").read_text()))
-    except (OSError, ValueError):
-        return 0
+    except OSError:
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

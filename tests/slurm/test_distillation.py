@@ -16,8 +16,6 @@ from recipes.stages import STAGES
 from tests.helpers import tiny
 from tests.slurm.conftest import SITE, Chain, slurm
 
-# One worker's, as both tests are about one run.
-pytestmark = pytest.mark.xdist_group("distillation")
 # Of 0.06 to 0.1 s each on two cores.
 STEPS = 250
 # One thread a process, so that sums come out in the same order.

@@ -50,6 +50,8 @@ def test_cores_that_are_too_far_from_a_gpu(machine: Path) -> None:
     # What the kernel says where a virtual machine hides it.
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").write_text("-1\n")
     assert torchrun.prevented(machine) is None
+    (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").unlink()
+    assert torchrun.prevented(machine) == "the NUMA node of GPU 0000:dc:00.0 is not known"
 
 
 def test_no_numactl_or_one_that_may_not(machine: Path) -> None:
