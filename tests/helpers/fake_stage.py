@@ -2,7 +2,7 @@
 
 What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
 of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, and saves after every tenth; `late N` is one
-that takes 3 s to start.
+that takes 3 s to start, `lead N` one of several ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from conf.load import load_resolved
-from recipes.artifact import STATE, STOP, locate, write_json, write_manifest
+from recipes.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import end_with_torchrun
 from recipes.stages import Output, Source, Stage, world_size
@@ -65,6 +65,8 @@ def _act(action: str, folder: Path) -> None:
     if action == "stuck":
         write_json(folder / STATE, {"state": "paused", "step": 0})
         sys.exit(0)
+    if kind == "lead":
+        _lead(int(steps), folder)
     if action == "join":
         _join(folder)
     if action == "sleep":
@@ -95,6 +97,14 @@ def _train(steps: int, folder: Path) -> None:
             sys.exit(0)
     assert [line["step"] for line in read_metrics(metrics.path)] == list(range(1, steps + 1))
     write_json(folder / STATE, {"state": "done", "step": steps})
+
+
+def _lead(steps: int, folder: Path) -> None:
+    """A training whose other ranks wait for the first."""
+    if os.environ["RANK"] == "0":
+        _train(steps, folder)
+    while read_state(folder).get("state") != "done":
+        time.sleep(SECONDS_A_STEP)
 
 
 def _join(folder: Path) -> None:
