@@ -147,12 +147,9 @@ def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
             f"pruning removes {cut:.0%} of the parameters in one round; beyond {LARGEST_CUT:.0%} prune and distil a "
             "model in between first, and prune that one"
         )
-    to_come = room["total"] - room["written"]
-    if to_come > room["free"]:
-        warnings.append(
-            f"{cfg.run_dir} has {room['free'] / GIB:,.1f} GiB free, and the run still writes about "
-            f"{to_come / GIB:,.1f} GiB; free some, or set run_dir to a larger disk"
-        )
+    fits, words = disk.room(cfg.run_dir, room)
+    if not fits:
+        warnings.append(f"{words}; {disk.MEND}")
     return warnings
 
 
