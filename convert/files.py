@@ -13,12 +13,16 @@ from pathlib import Path
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place once the block is through, everything synced to disk.
 
-    What an earlier attempt left there is taken away. A block that fails leaves `folder` as it was.
+    What an attempt that was killed left there is taken away. A block that fails leaves `folder` as it was.
     """
     partial = folder.with_name(f".partial.{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in [partial, *partial.rglob("*")]:
         _sync(path)
     shutil.rmtree(folder, ignore_errors=True)

@@ -21,15 +21,16 @@ from tests.helpers.tiny import convert, environment
 from tests.integration.conftest import SmallDisk
 
 pytestmark = pytest.mark.xdist_group("conversion")
-# NeMo's importer is wrong of Qwen3 models whose heads are not of 128, and of tied Qwen2 ones; see the tests of logits.
-AS_NEMO_IMPORTS = {
+# NeMo's importers are wrong of Qwen3 models whose heads are not of 128, of Qwen2 models whose heads are not
+# hidden_size / num_attention_heads or which are tied, and of windows; that of Qwen3's mixtures ends in an IndexError
+# here (nemo/lightning/io/state.py:342). Those are compared by their logits alone.
+AS_NEMO_IMPORTS: dict[str, dict[str, int]] = {
     "qwen3_untied_bf16": {"head_dim": 128},
-    "qwen2": {},
+    "qwen2": {"head_dim": 16},
     "llama2_mha": {},
     "llama31_tied": {},
     "mistral_nemo": {},
     "nemotron": {},
-    "qwen3_moe": {"head_dim": 128},
 }
 
 
@@ -96,30 +97,11 @@ def test_the_command_line_compares_logits_on_a_text(folders: Path, tmp_path: Pat
 
 def test_checkpoints_equal_those_of_nemos_own_importer(folders: Path, tmp_path: Path) -> None:
     """Every key, shape, type, chunk and number."""
-    program = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from recipes.runtime import backend\n"
-        "backend.activate()\n"
-        "from nemo.collections import llm\n"
-        "from recipes.runtime.nemo_api import configure\n"
-        "classes = {'qwen3': llm.Qwen3Model, 'qwen2': llm.Qwen2Model, 'llama': llm.LlamaModel,\n"
-        "           'mistral': llm.MistralModel, 'nemotron': llm.NemotronModel}\n"
-        "for folder in map(Path, sys.argv[1:]):\n"
-        "    importer = classes[folder.name.split('_')[0].rstrip('1').rstrip('3') if folder.name.startswith('llama')\n"
-        "                       else folder.name.split('_')[0]].importer(f'hf://{folder / \"hf\"}')\n"
-        "    importer.trust_remote_code = False\n"
-        "    config = importer.config\n"
-        "    configure(config)\n"
-        "    if hasattr(config, 'moe_permute_fusion'):\n"
-        "        config.moe_permute_fusion = False\n"
-        "    importer.__class__ = type(type(importer).__name__, (type(importer),), {'config': config})\n"
-        "    importer.apply(folder / 'theirs')\n"
-    )
     for name, settings in AS_NEMO_IMPORTS.items():
         write_model(name, tmp_path / name / "hf", **settings)
         convert("hf_to_nemo", "--hf-model", tmp_path / name / "hf", "--out", tmp_path / name / "ours")
-    command = [sys.executable, "-W", "ignore", "-c", program, *(str(tmp_path / name) for name in AS_NEMO_IMPORTS)]
+    pairs = [str(tmp_path / name / folder) for name in AS_NEMO_IMPORTS for folder in ("hf", "theirs")]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.nemo_importer", *pairs]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in AS_NEMO_IMPORTS:
