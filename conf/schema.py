@@ -31,7 +31,10 @@ class Family(Enum):
     """Model families, named as `model_type` in a Hugging Face `config.json`."""
 
     qwen3 = "qwen3"
+    qwen2 = "qwen2"
     llama = "llama"
+    mistral = "mistral"
+    nemotron = "nemotron"
 
 
 class Precision(Enum):

@@ -8,17 +8,18 @@ experts of a mixture along a second one, and queries, keys and values lie group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from conf.errors import InputError
+from conf.hf_shape import rope_scaling, rope_type, unsupported
 from convert.nemo_context import Call, Reference, generation_config
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
 
 LAYERS = "decoder.layers."
-HfConfig = Mapping[str, Any]
+HfConfig = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,12 @@ class Family:
         config: the NeMo config's class for a `config.json`.
         settings: arguments of that class, further to those that all families share.
         rules: all tensors, the output layer of an untied model apart.
-        refused: what a `config.json` may ask for and cannot have, as (key, harmless values, why).
     """
 
     model: Reference
     config: Callable[[HfConfig], Reference]
     settings: Callable[[HfConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
-    refused: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
         """The rules that a model with this `config.json` follows."""
@@ -193,14 +192,14 @@ def _always(module: str, name: str) -> Callable[[HfConfig], Reference]:
 
 
 def _llama_config(config: HfConfig) -> Reference:
-    return Reference(_module("llama"), "Llama31Config" if _rope_type(config) == "llama3" else "LlamaConfig")
+    return Reference(_module("llama"), "Llama31Config" if rope_type(config) == "llama3" else "LlamaConfig")
 
 
 def _llama_settings(config: HfConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
-    if _rope_type(config) == "llama3":
+    if rope_type(config) == "llama3":
         # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
-        rope = _rope_scaling(config)
+        rope = rope_scaling(config)
         settings |= {
             "scale_factor": rope["factor"],
             "low_freq_factor": rope["low_freq_factor"],
@@ -243,16 +242,9 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
-    rotary = config.get("partial_rotary_factor", _rope_scaling(config).get("partial_rotary_factor", 0.5))
+    rotary = config.get("partial_rotary_factor", rope_scaling(config).get("partial_rotary_factor", 0.5))
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
 
-
-_BIASES = (
-    ("attention_bias", (False, None), "NeMo's class of this family has no such biases"),
-    ("mlp_bias", (False, None), "NeMo's class of this family has no such biases"),
-)
-_WINDOWS = (("use_sliding_window", (False, None), "only some of the layers would have windows"),)
-_SILU = ("hidden_act", ("silu", None), "NeMo's class of this family has SiLU")
 
 FAMILIES: dict[str, Family] = {
     "qwen3": Family(
@@ -260,48 +252,36 @@ FAMILIES: dict[str, Family] = {
         _always("qwen3", "Qwen3Config"),
         _qwen3_settings,
         (*ATTENTION, *QK_NORM, *GATED_MLP),
-        (*_BIASES, *_WINDOWS, _SILU),
     ),
     "qwen2": Family(
         Reference(_module("qwen2"), "Qwen2Model"),
         _always("qwen2", "Qwen2Config"),
         _qwen2_settings,
         (*ATTENTION, *QKV_BIAS, *GATED_MLP),
-        (*_WINDOWS, _SILU),
     ),
     "llama": Family(
         Reference(_module("llama"), "LlamaModel"),
         _llama_config,
         _llama_settings,
         (*ATTENTION, *GATED_MLP),
-        (*_BIASES, _SILU),
     ),
     "mistral": Family(
         Reference(_module("mistral"), "MistralModel"),
         _always("mistral", "MistralConfig7B"),
         _mistral_settings,
         (*ATTENTION, *GATED_MLP),
-        (_SILU,),
     ),
     "nemotron": Family(
         Reference(_module("nemotron"), "NemotronModel"),
         _always("nemotron", "NemotronConfig"),
         _nemotron_settings,
         (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
-        (*_BIASES, ("hidden_act", ("relu2", None), "NeMo's class of this family has the squared ReLU")),
     ),
     "qwen3_moe": Family(
         Reference(_module("qwen3"), "Qwen3Model"),
         _always("qwen3", "Qwen3MoEConfig"),
         _moe_settings,
         (*ATTENTION, *QK_NORM, *EXPERTS),
-        (
-            *_BIASES,
-            *_WINDOWS,
-            _SILU,
-            ("decoder_sparse_step", (1, None), "some layers would have no experts"),
-            ("mlp_only_layers", ([], None), "some layers would have no experts"),
-        ),
     ),
 }
 
@@ -323,20 +303,7 @@ def family_of(config: HfConfig, where: object) -> Family:
     if family is None:
         known = ", ".join(FAMILIES)
         raise InputError(f"{where} holds a {config.get('model_type')!r} model; the families known here are {known}")
-    faults = [
-        f"{key}={config[key]!r}: {why}"
-        for key, harmless, why in family.refused
-        if key in config and config[key] not in harmless
-    ]
-    if config.get("quantization_config"):
-        faults.append("quantization_config: its weights are quantised; take the model in bf16")
-    known_ropes = ("default", "linear", "llama3") if config["model_type"] == "llama" else ("default", "linear")
-    if _rope_type(config) not in known_ropes:
-        faults.append(
-            f"rope scaling of type {_rope_type(config)!r} can't be represented in NeMo's class of this family"
-        )
-    if config.get("head_dim") is None and config["hidden_size"] % config["num_attention_heads"]:
-        faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
+    faults = unsupported(config)
     if faults:
         raise InputError(f"{where} cannot be converted: " + "; ".join(faults))
     return family
@@ -352,7 +319,7 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         dtype: of the weights, in torch's terms, such as bfloat16.
     """
     family = FAMILIES[config["model_type"]]
-    rope = _rope_scaling(config)
+    rope = rope_scaling(config)
     heads = heads_of(config)
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -366,7 +333,7 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         "init_method_std": config.get("initializer_range", 0.02),
         "layernorm_epsilon": config.get("rms_norm_eps", config.get("norm_eps")),
         "rotary_base": config.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        "seq_len_interpolation_factor": rope["factor"] if _rope_type(config) == "linear" else None,
+        "seq_len_interpolation_factor": rope["factor"] if rope_type(config) == "linear" else None,
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
         **PRECISIONS[dtype],
         "params_dtype": Reference("torch", dtype),
@@ -475,13 +442,3 @@ def expected_shapes(config: HfConfig) -> dict[str, tuple[int, ...]]:
             shape = (by_module | of_mlp).get(module, (hidden,))  # norms are the rest
             shapes[name] = shape if kind == "weight" else shape[:1]
     return shapes
-
-
-def _rope_scaling(config: HfConfig) -> dict[str, Any]:
-    """transformers 5 calls it `rope_parameters` and has `rope_theta` in it."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def _rope_type(config: HfConfig) -> str:
-    rope = _rope_scaling(config)
-    return str(rope.get("rope_type", rope.get("type", "default")))
