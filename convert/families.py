@@ -8,8 +8,10 @@ experts of a mixture along a second one, and queries, keys and values lie group 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import InputError
@@ -170,6 +172,7 @@ class Family:
         config: the NeMo config's class for a `config.json`.
         settings: arguments of that class, further to those that all families share.
         rules: all tensors, the output layer of an untied model apart.
+        defaults: what transformers takes for what a `config.json` leaves out, where that is not the same for all.
         refused: what a `config.json` may ask for and cannot have, as (key, harmless values, why).
     """
 
@@ -177,6 +180,7 @@ class Family:
     config: Callable[[HfConfig], Reference]
     settings: Callable[[HfConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any]
     refused: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
@@ -232,7 +236,7 @@ def _moe_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _mistral_settings(config: HfConfig) -> dict[str, Any]:
-    window = config.get("sliding_window", 4096)  # transformers' own value where there is none
+    window = config["sliding_window"]
     return {
         "seq_length": config["max_position_embeddings"],
         # transformers counts the token itself into the window, Transformer Engine does not; NeMo's importer leaves
@@ -243,7 +247,7 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
-    rotary = config.get("partial_rotary_factor", _rope_scaling(config).get("partial_rotary_factor", 0.5))
+    rotary = _rope_scaling(config).get("partial_rotary_factor", config["partial_rotary_factor"])
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
 
 
@@ -252,6 +256,7 @@ _BIASES = (
     ("mlp_bias", (False, None), "NeMo's class of this family has no such biases"),
 )
 _WINDOWS = (("use_sliding_window", (False, None), "only some of the layers would have windows"),)
+_PARTIAL = ("partial_rotary_factor", (1, None), "NeMo's class of this family turns whole heads")
 _SILU = ("hidden_act", ("silu", None), "NeMo's class of this family has SiLU")
 
 FAMILIES: dict[str, Family] = {
@@ -260,34 +265,39 @@ FAMILIES: dict[str, Family] = {
         _always("qwen3", "Qwen3Config"),
         _qwen3_settings,
         (*ATTENTION, *QK_NORM, *GATED_MLP),
-        (*_BIASES, *_WINDOWS, _SILU),
+        {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
+        (*_BIASES, *_WINDOWS, _SILU, _PARTIAL),
     ),
     "qwen2": Family(
         Reference(_module("qwen2"), "Qwen2Model"),
         _always("qwen2", "Qwen2Config"),
         _qwen2_settings,
         (*ATTENTION, *QKV_BIAS, *GATED_MLP),
-        (*_WINDOWS, _SILU),
+        {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
+        (*_WINDOWS, _SILU, _PARTIAL),
     ),
     "llama": Family(
         Reference(_module("llama"), "LlamaModel"),
         _llama_config,
         _llama_settings,
         (*ATTENTION, *GATED_MLP),
-        (*_BIASES, _SILU),
+        {"rms_norm_eps": 1e-6},
+        (*_BIASES, _SILU, _PARTIAL),
     ),
     "mistral": Family(
         Reference(_module("mistral"), "MistralModel"),
         _always("mistral", "MistralConfig7B"),
         _mistral_settings,
         (*ATTENTION, *GATED_MLP),
-        (_SILU,),
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+        (_SILU, _PARTIAL),
     ),
     "nemotron": Family(
         Reference(_module("nemotron"), "NemotronModel"),
         _always("nemotron", "NemotronConfig"),
         _nemotron_settings,
         (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
+        {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
         (*_BIASES, ("hidden_act", ("relu2", None), "NeMo's class of this family has the squared ReLU")),
     ),
     "qwen3_moe": Family(
@@ -295,10 +305,12 @@ FAMILIES: dict[str, Family] = {
         _always("qwen3", "Qwen3MoEConfig"),
         _moe_settings,
         (*ATTENTION, *QK_NORM, *EXPERTS),
+        {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
         (
             *_BIASES,
             *_WINDOWS,
             _SILU,
+            _PARTIAL,
             ("decoder_sparse_step", (1, None), "some layers would have no experts"),
             ("mlp_only_layers", ([], None), "some layers would have no experts"),
         ),
@@ -313,16 +325,53 @@ PRECISIONS = {
 }
 
 
-def family_of(config: HfConfig, where: object) -> Family:
-    """The family of a `config.json`.
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`, with transformers' own values for what it leaves out.
 
     Raises:
-        InputError: it is not known, or the config asks for something that the family cannot have in NeMo: all of it.
+        InputError: it cannot be read, or asks for what its family cannot have in NeMo: all of it.
     """
-    family = FAMILIES.get(config.get("model_type", ""))
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} describes no model; fetch it again")
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
-        raise InputError(f"{where} holds a {config.get('model_type')!r} model; the families known here are {known}")
+        raise InputError(f"{path} holds a {config.get('model_type')!r} model; the families known here are {known}")
+    config = {**family.defaults, **config}
+    if faults := _size_faults(config) or _faults(config, family):
+        raise InputError(f"{path} cannot be converted: " + "; ".join(faults))
+    return config
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+
+
+def _size_faults(config: HfConfig) -> list[str]:
+    wanted = (*SIZES, *(MOE_SIZES if config["model_type"] == "qwen3_moe" else ()))
+    wanted += tuple(key for key in OPTIONAL_SIZES if config.get(key) is not None)
+    faults = [
+        f"{key}={config[key]!r} is no size" if key in config else f"{key} is missing"
+        for key in wanted
+        if type(config.get(key)) is not int or config[key] < 1
+    ]
+    return faults and [*faults, "fetch the file again"]
+
+
+def _faults(config: HfConfig, family: Family) -> list[str]:
     faults = [
         f"{key}={config[key]!r}: {why}"
         for key, harmless, why in family.refused
@@ -330,16 +379,31 @@ def family_of(config: HfConfig, where: object) -> Family:
     ]
     if config.get("quantization_config"):
         faults.append("quantization_config: its weights are quantised; take the model in bf16")
-    known_ropes = ("default", "linear", "llama3") if config["model_type"] == "llama" else ("default", "linear")
-    if _rope_type(config) not in known_ropes:
-        faults.append(
-            f"rope scaling of type {_rope_type(config)!r} can't be represented in NeMo's class of this family"
-        )
+    faults += _rope_faults(config)
     if config.get("head_dim") is None and config["hidden_size"] % config["num_attention_heads"]:
         faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
-    if faults:
-        raise InputError(f"{where} cannot be converted: " + "; ".join(faults))
-    return family
+    groups = config.get("num_key_value_heads") or 1
+    if config["num_attention_heads"] % groups:
+        faults.append(f"num_attention_heads is no multiple of num_key_value_heads={groups}")
+    return faults
+
+
+# What a kind of rope scaling is made of.
+ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _rope_faults(config: HfConfig) -> list[str]:
+    rope = _rope_scaling(config)
+    if not isinstance(rope, dict):
+        return [f"rope_scaling={rope!r} is no description of a rope"]
+    kind = _rope_type(config)
+    if kind not in ROPES or (kind == "llama3" and config["model_type"] != "llama"):
+        return [f"rope scaling of type {kind!r} can't be represented in NeMo's class of this family"]
+    return [f"rope scaling of type {kind!r} lacks {key}" for key in ROPES[kind] if key not in rope]
 
 
 def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:

@@ -193,7 +193,9 @@ def test_verify_asks_unless_the_source_is_trusted(
     seen: list[Path] = []
     monkeypatch.setattr("convert.trust.refuse_code", seen.append)
     monkeypatch.setattr(verify, "compare_tensors", lambda *_: (_ for _ in ()).throw(InputError("far enough")))
-    args = argparse.Namespace(folders=[checkpoint, tmp_path], no_logits=False, trust_source=trusted, digests=False)
+    args = argparse.Namespace(
+        folders=[checkpoint, tmp_path], tokens=8, no_logits=False, trust_source=trusted, digests=False
+    )
     with pytest.raises(InputError, match="far enough"):
         verify.verify(args)
     assert seen == [checkpoint] * asked
