@@ -103,32 +103,53 @@ def _family_faults(model: ModelConfig, config: dict[str, Any], path: Path) -> li
 
 def unsupported(config: dict[str, Any]) -> list[str]:
     """What a `config.json` asks for and the NeMo class of its family cannot have, each with the reason."""
-    kind = config.get("model_type", "")
+    refused = dict(_REFUSED)
+    if config.get("model_type") == "nemotron":
+        refused |= _OF_NEMOTRON
+        del refused["partial_rotary_factor"]  # it has one
     faults = [
         f"{key}={config[key]!r}: {reason}"
-        for key, harmless, reason in _REFUSED
-        if key in config and config[key] not in harmless and not (kind == "nemotron" and key == "hidden_act")
+        for key, (harmless, reason) in refused.items()
+        if key in config and config[key] not in harmless
     ]
-    if kind == "nemotron" and config.get("hidden_act", "relu2") != "relu2":
-        faults.append(f"hidden_act={config['hidden_act']!r}: NeMo's class of this family has the squared ReLU")
     if config.get("quantization_config"):
         faults.append("quantization_config: its weights are quantised; take the model in bf16")
-    if rope_type(config) not in ("default", "linear", *(["llama3"] if kind == "llama" else [])):
-        faults.append(f"rope scaling of type {rope_type(config)!r}: NeMo's class of this family does not know it")
-    if not config.get("head_dim") and config["hidden_size"] % config["num_attention_heads"]:
+    heads = config["num_attention_heads"]
+    if not config.get("head_dim") and config["hidden_size"] % heads:
         faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
-    return faults
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        faults.append(f"num_attention_heads is no multiple of num_key_value_heads={groups}")
+    return faults + _rope_faults(config)
 
 
-# Key, harmless values, why others cannot be had.
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("attention_bias", (False, None), "NeMo's class of this family has no such biases"),
-    ("mlp_bias", (False, None), "NeMo's class of this family has no such biases"),
-    ("use_sliding_window", (False, None), "only some of the layers would have windows"),
-    ("hidden_act", ("silu", None), "NeMo's class of this family has SiLU"),
-    ("decoder_sparse_step", (1, None), "some layers would have no experts"),
-    ("mlp_only_layers", ([], None), "some layers would have no experts"),
-)
+def _rope_faults(config: dict[str, Any]) -> list[str]:
+    rope = rope_scaling(config)
+    if not isinstance(rope, dict):
+        return [f"rope_scaling={rope!r} is no description of a rope"]
+    kind = rope_type(config)
+    if kind not in _ROPES or (kind == "llama3" and config.get("model_type") != "llama"):
+        return [f"rope scaling of type {kind!r} can't be represented in NeMo's class of this family"]
+    return [f"rope scaling of type {kind!r} lacks {key}" for key in _ROPES[kind] if key not in rope]
+
+
+# What a kind of rope scaling is made of.
+_ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# By key: harmless values, and why others cannot be had.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "use_sliding_window": ((False, None), "only some of the layers would have windows"),
+    "hidden_act": (("silu", None), "NeMo's class of this family has SiLU"),
+    "partial_rotary_factor": ((1, None), "NeMo's class of this family turns whole heads"),
+    "decoder_sparse_step": ((1, None), "some layers would have no experts"),
+    "mlp_only_layers": (([], None), "some layers would have no experts"),
+}
+_OF_NEMOTRON = {"hidden_act": (("relu2", None), "NeMo's class of this family has the squared ReLU")}
 
 
 def rope_scaling(config: dict[str, Any]) -> dict[str, Any]:

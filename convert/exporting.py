@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from convert import families
 from convert.files import replaced
 from convert.model_card import Making, model_card
 from convert.nemo_context import read_context
-from convert.safetensors_files import write_folder
+from convert.safetensors_files import read_folder, write_folder
 from convert.stored import StoredTensor, copy_threads
 from convert.torch_dist import TORCH_TYPES, TorchDistReader
 from recipes.artifact import write_json
@@ -45,7 +44,7 @@ def export_model(
     stored = DTYPES[dtype] or tensors[0].dtype
     config.pop("dtype", None)  # transformers 4.56 renamed it; all of its versions read the older name
     config["torch_dtype"] = TORCH_TYPES[stored][0]
-    with replaced(folder) as partial:
+    with replaced(folder, checkpoint, reference) as partial:
         write_folder(tensors, partial, dtype=stored, threads=copy_threads())
         copy_side_files(reference, partial)
         write_json(partial / "config.json", config)
@@ -59,8 +58,8 @@ def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> dic
     Depth and width are read off the tensors, so that they are right whoever wrote the checkpoint; how the attention is
     divided into heads only its context can say.
     """
-    config: dict[str, Any] = json.loads((reference / "config.json").read_text())
-    family = families.family_of(config, reference / "config.json")
+    config = families.read_config(reference)
+    family = families.FAMILIES[config["model_type"]]
     record = read_context(checkpoint)
     if not record.config_class.startswith(f"{family.config(config).module}."):
         raise InputError(
@@ -114,9 +113,9 @@ def tensors_of(folder: Path, reference: Path | None = None) -> dict[str, StoredT
             `config.json` that it carries.
     """
     if not is_checkpoint(folder):
-        from convert.safetensors_files import read_folder
-
-        return read_folder(folder)
+        if not (tensors := read_folder(folder)):
+            raise InputError(f"{folder} is no model: it holds neither *.safetensors nor a NeMo checkpoint's weights/")
+        return tensors
     reader = TorchDistReader(folder / "weights")
     config = config_of(folder, reader, reference or carried_files(folder))
     return {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}

@@ -8,8 +8,10 @@ experts of a mixture along a second one, and queries, keys and values lie group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import InputError
@@ -171,12 +173,14 @@ class Family:
         config: the NeMo config's class for a `config.json`.
         settings: arguments of that class, further to those that all families share.
         rules: all tensors, the output layer of an untied model apart.
+        defaults: what transformers takes for what a `config.json` leaves out, where that is not the same for all.
     """
 
     model: Reference
     config: Callable[[HfConfig], Reference]
     settings: Callable[[HfConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any]
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
         """The rules that a model with this `config.json` follows."""
@@ -231,7 +235,7 @@ def _moe_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _mistral_settings(config: HfConfig) -> dict[str, Any]:
-    window = config.get("sliding_window", 4096)  # transformers' own value where there is none
+    window = config["sliding_window"]
     return {
         "seq_length": config["max_position_embeddings"],
         # transformers counts the token itself into the window, Transformer Engine does not; NeMo's importer leaves
@@ -242,7 +246,7 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
-    rotary = config.get("partial_rotary_factor", rope_scaling(config).get("partial_rotary_factor", 0.5))
+    rotary = rope_scaling(config).get("partial_rotary_factor", config["partial_rotary_factor"])
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
 
 
@@ -252,36 +256,42 @@ FAMILIES: dict[str, Family] = {
         _always("qwen3", "Qwen3Config"),
         _qwen3_settings,
         (*ATTENTION, *QK_NORM, *GATED_MLP),
+        {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
     ),
     "qwen2": Family(
         Reference(_module("qwen2"), "Qwen2Model"),
         _always("qwen2", "Qwen2Config"),
         _qwen2_settings,
         (*ATTENTION, *QKV_BIAS, *GATED_MLP),
+        {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
     ),
     "llama": Family(
         Reference(_module("llama"), "LlamaModel"),
         _llama_config,
         _llama_settings,
         (*ATTENTION, *GATED_MLP),
+        {"rms_norm_eps": 1e-6},
     ),
     "mistral": Family(
         Reference(_module("mistral"), "MistralModel"),
         _always("mistral", "MistralConfig7B"),
         _mistral_settings,
         (*ATTENTION, *GATED_MLP),
+        {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
     ),
     "nemotron": Family(
         Reference(_module("nemotron"), "NemotronModel"),
         _always("nemotron", "NemotronConfig"),
         _nemotron_settings,
         (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
+        {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
     ),
     "qwen3_moe": Family(
         Reference(_module("qwen3"), "Qwen3Model"),
         _always("qwen3", "Qwen3MoEConfig"),
         _moe_settings,
         (*ATTENTION, *QK_NORM, *EXPERTS),
+        {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
     ),
 }
 
@@ -293,20 +303,50 @@ PRECISIONS = {
 }
 
 
-def family_of(config: HfConfig, where: object) -> Family:
-    """The family of a `config.json`.
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`, with transformers' own values for what it leaves out.
 
     Raises:
-        InputError: it is not known, or the config asks for something that the family cannot have in NeMo: all of it.
+        InputError: it cannot be read, or asks for what its family cannot have in NeMo: all of it.
     """
-    family = FAMILIES.get(config.get("model_type", ""))
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} describes no model; fetch it again")
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
-        raise InputError(f"{where} holds a {config.get('model_type')!r} model; the families known here are {known}")
-    faults = unsupported(config)
-    if faults:
-        raise InputError(f"{where} cannot be converted: " + "; ".join(faults))
-    return family
+        raise InputError(f"{path} holds a {config.get('model_type')!r} model; the families known here are {known}")
+    config = {**family.defaults, **config}
+    if faults := _size_faults(config) or unsupported(config):
+        raise InputError(f"{path} cannot be converted: " + "; ".join(faults))
+    return config
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+
+
+def _size_faults(config: HfConfig) -> list[str]:
+    wanted = (*SIZES, *(MOE_SIZES if config["model_type"] == "qwen3_moe" else ()))
+    wanted += tuple(key for key in OPTIONAL_SIZES if config.get(key) is not None)
+    faults = [
+        f"{key}={config[key]!r} is no size" if key in config else f"{key} is missing"
+        for key in wanted
+        if type(config.get(key)) is not int or config[key] < 1
+    ]
+    return faults and [*faults, "fetch the file again"]
 
 
 def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:

@@ -7,7 +7,6 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -48,7 +47,7 @@ def convert(
     from recipes.runtime.huggingface import hub_commit, local_folder
 
     source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
-    with replaced(checkpoint) as partial:
+    with replaced(checkpoint, source) as partial:
         write_checkpoint(source, partial, checksum=checksum)
     return {"hub_commit": hub_commit(source)}
 
@@ -59,8 +58,8 @@ def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
     from convert.nemo_context import model_call, write_context
     from recipes.runtime.huggingface import copy_side_files
 
-    config = json.loads((source / "config.json").read_text())
-    family = families.family_of(config, source / "config.json")
+    config = families.read_config(source)
+    family = families.FAMILIES[config["model_type"]]
     safe = any(source.glob("*.safetensors"))
     tensors = (safetensors_files if safe else pickled_files).read_folder(source)
     dtype = check(tensors, config, source)

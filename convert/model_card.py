@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from conf.hf_shape import may_be_hub_id, shape_from
+from convert.families import read_config
 from recipes.artifact import read_manifest
 
 _SIZES = {
@@ -68,13 +68,14 @@ def model_card(
         config: the exported `config.json`.
         note: on the training, where there was one.
     """
-    if not may_be_hub_id(base):
-        base = Path(base).name  # a folder of this machine is nobody else's business
+    on_the_hub = may_be_hub_id(base) and not Path(base).exists()
+    if not on_the_hub:
+        base = Path(base).resolve().name  # a folder of this machine is nobody else's business
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if may_be_hub_id(base):
+    if on_the_hub:
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
     metadata |= {key: value for key, value in _front_matter(reference).items() if key.startswith("license")}
-    before, after = shape_from(json.loads((reference / "config.json").read_text())), shape_from(config)
+    before, after = shape_from(read_config(reference)), shape_from(config)
     table = [
         f"| {words} | {getattr(before, size)} | {getattr(after, size)} |"
         for size, words in _SIZES.items()

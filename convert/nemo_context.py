@@ -106,15 +106,17 @@ def read_context(checkpoint: Path) -> ModelRecord:
     path = checkpoint / "context" / "io.json"
     if not path.exists():
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
+    content = _read(path)
     try:
-        objects: dict[str, Any] = json.loads(path.read_text())["objects"]
+        objects: dict[str, Any] = content["objects"]
         made = next(value for value in objects.values() if f"{ROOT}.model.config" in value.get("paths", ()))
-        described = dict(map(tuple, objects[made["metadata"]["key"]]["items"]))
-        config_class = described["Attr(name='fn_or_cls')"]
-        arguments = {_attribute(name): value["value"] for name, value in made["items"] if value["type"] == "leaf"}
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        config_class = objects[made["metadata"]["key"]]["items"][0][1]
+        leaves = {
+            name: value["value"] for name, value in _arguments(objects, made).items() if value.get("type") == "leaf"
+        }
+        return ModelRecord(f"{config_class['module']}.{config_class['name']}", leaves)
+    except (*_UNEXPECTED, StopIteration) as error:
         raise InputError(f"{path} describes no model ({type(error).__name__}: {error})") from error
-    return ModelRecord(f"{config_class['module']}.{config_class['name']}", arguments)
 
 
 def references(checkpoint: Path) -> set[str]:
@@ -123,27 +125,81 @@ def references(checkpoint: Path) -> set[str]:
     Raises:
         InputError: there is no context that could be read.
     """
-    nodes = (node for node in _nodes(checkpoint) if node.get("type") == "pyref")
-    return {f"{node.get('module')}.{node.get('name')}" for node in nodes}
+    # Whatever it says that it is: NeMo imports an object's type unseen (nemo/lightning/io/mixin.py:846).
+    nodes = (node for node in _nodes(_read(checkpoint / "context" / "io.json")) if "module" in node)
+    return {f"{node['module']}.{node.get('name')}" for node in nodes}
 
 
 def trusts_remote_code(checkpoint: Path) -> bool:
-    """Whether anything in a context asks transformers to run a model repository's code."""
-    asked = (
-        argument[1]
-        for node in _nodes(checkpoint)
-        for argument in node.get("items") or ()
-        if argument[0] == "Attr(name='trust_remote_code')"
-    )
-    return any(value.get("value") not in (False, None) for value in asked)
+    """Whether anything in a context asks transformers to run a model repository's code.
 
-
-def _nodes(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    Raises:
+        InputError: there is no context that could be read.
+    """
     path = checkpoint / "context" / "io.json"
+    content = _read(path)
     try:
-        nodes = [json.loads(path.read_text())]
-    except (OSError, ValueError) as error:
+        asked = (
+            _arguments(content["objects"], node).get("trust_remote_code")
+            for node in _nodes(content)
+            if "items" in node and _type(node) not in _PLAIN and not _is_pickled(node)
+        )
+        return any(_leaf(value) not in (None, False) for value in asked)
+    except _UNEXPECTED as error:
+        raise InputError(f"{path} is not as NeMo writes it ({type(error).__name__}: {error})") from error
+
+
+def pickled_files(checkpoint: Path) -> set[str]:
+    """Files beside `io.json` that loading it unpickles: what Fiddle could not describe.
+
+    Raises:
+        InputError: there is no context that could be read.
+    """
+    nodes = _nodes(_read(checkpoint / "context" / "io.json"))
+    values = (node["items"][0][1] for node in nodes if _is_pickled(node))
+    return {str(_leaf(value)) for value in values}
+
+
+# What JSON that is not as it should be makes its reader raise.
+_UNEXPECTED = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+_CALLS = ("fiddle._src.config.Config", "fiddle._src.config.Partial")
+_DESCRIPTION = "fiddle._src.config.BuildableTraverserMetadata"
+_PLAIN = ("builtins.dict", "builtins.list", "builtins.tuple", _DESCRIPTION)
+
+
+def _type(node: dict[str, Any]) -> str:
+    return f"{node['type']['module']}.{node['type']['name']}"
+
+
+def _is_pickled(node: dict[str, Any]) -> bool:
+    """An object of NeMo's with one value, which is a file's name (nemo/lightning/io/mixin.py:679)."""
+    return len(node.get("items") or ()) == 1 and _type(node) not in (*_PLAIN, *_CALLS)
+
+
+def _leaf(value: Any) -> Any:
+    """A plain value, which Fiddle takes as a leaf or as it is; an object's reference as it is."""
+    return value["value"] if isinstance(value, dict) and value.get("type") == "leaf" else value
+
+
+def _arguments(objects: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments as Fiddle pairs them: by their order; it leaves aside how the items are labelled."""
+    described = objects[call["metadata"]["key"]]
+    names = objects[described["items"][1][1]["key"]]
+    if (_type(described), _type(names)) != (_DESCRIPTION, "builtins.tuple"):
+        raise ValueError(f"arguments in a {_type(names)} of a {_type(described)}")
+    return {name: value for (_, name), (_, value) in zip(names["items"], call["items"], strict=True)}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error})") from error
+
+
+def _nodes(content: Any) -> Iterator[dict[str, Any]]:
+    """All objects of a JSON document."""
+    nodes = [content]
     while nodes:
         node = nodes.pop()
         if isinstance(node, dict):
@@ -151,10 +207,6 @@ def _nodes(checkpoint: Path) -> Iterator[dict[str, Any]]:
             nodes.extend(node.values())
         elif isinstance(node, list):
             nodes.extend(node)
-
-
-def _attribute(item: str) -> str:
-    return item.removeprefix("Attr(name='").removesuffix("')")
 
 
 def _plain(value: Any) -> Any:

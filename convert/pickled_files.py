@@ -6,7 +6,6 @@ unpickled, and only with what tensors are made of.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import struct
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from convert.safetensors_files import shards_in
 from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor
 from convert.torch_dist import TORCH_TYPES
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}
+_STORAGES |= {"LongStorage": "I64", "IntStorage": "I32", "ByteStorage": "U8"}  # no weights, but they lie beside some
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -31,14 +32,17 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         InputError: a file is missing, damaged, in torch's format of before 1.6, or holds more than tensors.
     """
     index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    names = shards_in(index) if index.exists() else sorted(path.name for path in folder.glob("pytorch_model*.bin"))
     missing = [name for name in names if not (folder / name).exists()]
     if missing or not names:
         raise InputError(f"{folder} lacks {', '.join(missing) or 'pytorch_model.bin'}; fetch it")
-    return {name: tensor for file in names for name, tensor in read_file(folder / file).items()}
+    tensors: dict[str, StoredTensor] = {}
+    for file in names:
+        found = read_file(folder / file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise InputError(f"{folder}: {twice[0]} is in {file} and in another file; fetch the model again")
+        tensors |= found
+    return tensors
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
@@ -50,9 +54,11 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             with saved.open(described) as pickled:
                 state = _StateDict(pickled).load()
             places = {name: _begin(file, info) for name, info in records.items()}
-    except (zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError, struct.error) as error:
+    except InputError as fault:
+        raise InputError(f"{path} {fault}") from fault
+    except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
         raise InputError(
-            f"{path} is no whole file of torch.save ({error}); fetch it again, or as safetensors"
+            f"{path} is no whole file of torch.save ({error!r}); fetch it again, or as safetensors"
         ) from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds no dict of tensors; save the model as safetensors")
@@ -61,10 +67,12 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, _Described):
             raise InputError(f"{path}: {name} is no tensor; save the model as safetensors")
-        record = f"{root}data/{tensor.storage}"
-        if record not in records or records[record].compress_type != zipfile.ZIP_STORED:
+        if not tensor.in_rows:
+            raise InputError(f"{path}: {name} does not lie row by row; save the model as safetensors")
+        record = records.get(f"{root}data/{tensor.storage}")
+        if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size < tensor.end:
             raise InputError(f"{path} does not hold {name}; fetch it again, or as safetensors")
-        tensors[name] = tensor.stored(name, path, places[record])
+        tensors[name] = tensor.stored(name, path, places[record.filename])
     return tensors
 
 
@@ -85,18 +93,25 @@ class _Described:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def stored(self, name: str, path: Path, begin: int) -> StoredTensor:
-        expected = tuple(math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
-        if any(
-            stride != wanted
+    @property
+    def end(self) -> int:
+        """The bytes of the storage up to its last element."""
+        return (self.offset + math.prod(self.shape)) * ITEM_BYTES[self.dtype]
+
+    @property
+    def in_rows(self) -> bool:
+        expected = (math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
+        return all(
+            stride == wanted
             for stride, wanted, extent in zip(self.strides, expected, self.shape, strict=True)
             if extent > 1
-        ):
-            raise InputError(f"{path}: {name} does not lie row by row; save the model as safetensors")
+        )
+
+    def stored(self, name: str, path: Path, begin: int) -> StoredTensor:
         item = ITEM_BYTES[self.dtype]
-        row = math.prod(self.shape[1:]) * item
-        span = Span(path, begin + self.offset * item, row)
-        return StoredTensor(name, self.dtype, self.shape, (Rows(self.shape[0], (span,)),))
+        shape = self.shape or (1,)
+        span = Span(path, begin + self.offset * item, math.prod(shape[1:]) * item)
+        return StoredTensor(name, self.dtype, shape, (Rows(shape[0], (span,)),))
 
 
 class _StateDict(pickle.Unpickler):
@@ -115,7 +130,7 @@ class _StateDict(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise InputError(f"a .bin file names {module}.{name}, which no tensor needs: refused, as it could be code")
+        raise InputError(f"names {module}.{name}, which no tensor needs: refused, as it could be code")
 
 
 def _described(storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> _Described:

@@ -19,6 +19,9 @@ from conf.errors import InputError
 from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor, copy, write
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+# What JSON that is not as it should be makes its reader raise.
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 # The library's own bound (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
 SHARD_BYTES = 5 * 10**9
@@ -50,18 +53,34 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _shards(folder: Path, faults: list[str]) -> list[Path]:
-    """The files that hold a model's weights: those that the index names, or all there are."""
+    """The files that hold a model's weights: as transformers, the one file, or those that the index names; or all."""
     index = folder / INDEX
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+    if (folder / WHOLE).exists() or not index.exists():
+        return [folder / WHOLE] if (folder / WHOLE).exists() else sorted(folder.glob("*.safetensors"))
     try:
-        named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        faults.append(f"{INDEX} is no index of shards ({error})")
+        named = shards_in(index)
+    except InputError as fault:
+        faults.append(str(fault))
         return []
     missing = [name for name in named if not (folder / name).exists()]
     faults += [f"{name}, which {INDEX} names, is missing; fetch it" for name in missing]
     return [folder / name for name in named if name not in missing]
+
+
+def shards_in(index: Path) -> list[str]:
+    """The files that an index of shards names.
+
+    Raises:
+        InputError: it is none, or names what is not in its folder.
+    """
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (*DAMAGED, OSError) as error:
+        raise InputError(f"{index.name} is no index of shards ({error}); fetch it again") from error
+    for name in names:
+        if not name or not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index.name} names {name!r}, which can be no file of its folder; fetch it again")
+    return sorted(names)
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
@@ -70,22 +89,28 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: it is cut short, or no safetensors file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise InputError(
-                f"{path.name} is no whole safetensors file (its header does not fit in it); fetch it again"
-            )
-        try:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            if length > min(MAX_HEADER_BYTES, size - 8):
+                raise InputError(
+                    f"{path.name} is no whole safetensors file (its header does not fit in it); fetch it again"
+                )
             header = json.loads(file.read(length))
-            return {
-                name: _entry(path, name, value, 8 + length, size)
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+        tensors = {
+            name: _entry(path, name, value, 8 + length, size)
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read ({error.strerror})") from error
+    except DAMAGED as error:
+        raise InputError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+    _refuse_gaps(path, tensors, 8 + length, size)
+    return tensors
 
 
 def _entry(path: Path, name: str, value: Mapping[str, object], start: int, size: int) -> StoredTensor:
@@ -93,13 +118,24 @@ def _entry(path: Path, name: str, value: Mapping[str, object], start: int, size:
     first, last = (int(offset) for offset in value["data_offsets"])  # type: ignore[attr-defined]
     if dtype not in ITEM_BYTES:
         raise InputError(f"{path.name}: {name} is of type {dtype}, which is not known here")
-    if last - first != math.prod(shape) * ITEM_BYTES[dtype]:
+    if min(shape, default=0) < 0 or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
         raise InputError(f"{path.name}: {name} has {last - first} bytes, not those of {dtype} {list(shape)}")
     if start + last > size:
         raise InputError(f"{path.name} ends within {name}: it is cut short; fetch it again")
     count = shape[0] if shape else 1
     row_bytes = (last - first) // count if count else 0
     return StoredTensor(name, dtype, shape or (1,), (Rows(count, (Span(path, start + first, row_bytes),)),))
+
+
+def _refuse_gaps(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
+    """Tensors lie end to end from the header to the end of the file, as the library asks too."""
+    places = sorted((tensor.rows[0].spans[0].offset, tensor.bytes, name) for name, tensor in tensors.items())
+    for offset, length, name in places:
+        if offset != start:
+            raise InputError(f"{path.name} has a damaged header ({name} does not begin where the one before ends)")
+        start += length
+    if start != size:
+        raise InputError(f"{path.name} holds {size - start} bytes more than its header tells of; fetch it again")
 
 
 def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | None, threads: int) -> None:
@@ -111,7 +147,7 @@ def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | 
     """
     shards = _fill(list(tensors), dtype)
     names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     with ThreadPoolExecutor(threads) as pool:

@@ -103,7 +103,9 @@ def blocks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[memoryvie
         InputError: a file ends too early.
     """
     for rows in tensor.rows:
-        row_bytes = sum(span.row_bytes for span in rows.spans)
+        if not rows.bytes:
+            continue
+        row_bytes = rows.bytes // rows.count
         step = max(1, BLOCK_BYTES // row_bytes)
         buffer = memoryview(bytearray(min(step, rows.count) * row_bytes))
         for start in range(0, rows.count, step):
@@ -129,14 +131,9 @@ def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = 
     Returns:
         the CRC-32, or 0 where none was asked for.
     """
-    if dtype in (None, tensor.dtype) and not checksum and all(len(rows.spans) == 1 for rows in tensor.rows):
-        for rows in tensor.rows:
-            if not _copy_in_kernel(rows, target, offset, tensor.name):
-                break
-            offset += rows.bytes
-        else:
-            return 0
-        offset -= sum(done.bytes for done in tensor.rows[: tensor.rows.index(rows)])
+    as_it_is = dtype in (None, tensor.dtype) and all(len(rows.spans) == 1 for rows in tensor.rows)
+    if as_it_is and not checksum and _copy_in_kernel(tensor, target, offset):
+        return 0
     crc = 0
     for block in blocks(tensor, dtype):
         write(target, block, offset)
@@ -154,23 +151,24 @@ def write(target: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _copy_in_kernel(rows: Rows, target: int, offset: int, name: str) -> bool:
+def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int) -> bool:
     """Whether the file system could; what it copied before it refused is written again by the caller."""
-    (span,) = rows.spans
-    source = os.open(span.file, os.O_RDONLY)
-    try:
-        left, position = rows.bytes, span.offset
-        while left:
-            copied = os.copy_file_range(source, target, left, position, offset)
-            if copied == 0:
-                raise InputError(f"{span.file} ends within {name}: it is cut short; fetch the file again")
-            left, position, offset = left - copied, position + copied, offset + copied
-    except OSError as error:
-        if error.errno not in NO_KERNEL_COPY:
-            raise
-        return False
-    finally:
-        os.close(source)
+    for rows in tensor.rows:
+        (span,) = rows.spans
+        source = os.open(span.file, os.O_RDONLY)
+        try:
+            left, position = rows.bytes, span.offset
+            while left:
+                copied = os.copy_file_range(source, target, left, position, offset)
+                if copied == 0:
+                    raise _cut_short(span.file, tensor.name)
+                left, position, offset = left - copied, position + copied, offset + copied
+        except OSError as error:
+            if error.errno not in NO_KERNEL_COPY:
+                raise
+            return False
+        finally:
+            os.close(source)
     return True
 
 
@@ -197,10 +195,14 @@ def _read_span(span: Span, count: int, target: memoryview, name: str) -> None:
         while done < count:
             read = os.preadv(source, [target[done:count]], span.offset + done)
             if read == 0:
-                raise InputError(f"{span.file} ends within {name}: it is cut short; fetch the file again")
+                raise _cut_short(span.file, name)
             done += read
     finally:
         os.close(source)
+
+
+def _cut_short(file: Path, name: str) -> InputError:
+    return InputError(f"{file} ends within {name}: it is cut short; fetch the file again")
 
 
 def _cast(data: memoryview, source: str, target: str) -> bytes:

@@ -77,27 +77,34 @@ class TorchDistReader:
 
     def __init__(self, weights: Path) -> None:
         self.folder = weights
-        metadata, self.other_names = _read_metadata(weights / ".metadata")
         self.tensors: dict[str, ChunkedTensor] = {}
         self.objects: list[Chunk] = []
+        path = weights / ".metadata"
+        if not path.exists():
+            raise InputError(f"{weights} is no torch_dist checkpoint (it has no .metadata)")
+        try:
+            metadata, self.other_names = _load_inert(path)
+            self._take_over(metadata)
+        except Exception as error:  # whatever a damaged pickle makes its classes raise
+            raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+    def _take_over(self, metadata: Any) -> None:
+        sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
         for key, value in metadata.state_dict_metadata.items():
             if not hasattr(value, "chunks"):
                 continue
             dtype = str(value.properties.dtype)
             self.tensors[key] = ChunkedTensor(key, SAFETENSORS_NAMES.get(dtype, dtype), tuple(value.size))
-        sizes = {
-            (key, tuple(chunk.offsets)): tuple(chunk.sizes)
-            for key, value in metadata.state_dict_metadata.items()
-            for chunk in getattr(value, "chunks", ())
-        }
+            sizes |= {(key, tuple(chunk.offsets)): tuple(chunk.sizes) for chunk in value.chunks}
         for index, place in metadata.storage_data.items():
+            name = place.relative_path
+            if Path(name).name != name:
+                raise InputError(f"it names {name}, which can be no file of its folder")
             offsets = tuple(index.offset or ())
-            extents = sizes.get((index.fqn, offsets), ())
-            chunk = Chunk(index.fqn, offsets, extents, weights / place.relative_path, place.offset, place.length)
-            if index.fqn in self.tensors:
-                self.tensors[index.fqn].chunks.append(chunk)
-            else:
-                self.objects.append(chunk)
+            extents = sizes[index.fqn, offsets] if index.fqn in self.tensors else ()
+            chunk = Chunk(index.fqn, offsets, extents, self.folder / name, place.offset, place.length)
+            chunks = self.tensors[index.fqn].chunks if index.fqn in self.tensors else self.objects
+            chunks.append(chunk)
 
     def tensor(self, key: str, *index: int) -> StoredTensor:
         """A tensor, or its part at `index` of the first dimensions, put together from its chunks.
@@ -112,13 +119,14 @@ class TorchDistReader:
             raise InputError(f"{self.folder}: {key} is of type {whole.dtype}, which is not known here")
         shape = whole.shape[len(index) :]
         name = f"{key}{list(index)}" if index else key
+        if not shape:
+            raise InputError(f"{self.folder}: {key} is {list(whole.shape)}, which has no part {list(index)}")
         parts = [part for chunk in whole.chunks if (part := self._part(whole, chunk, index)) is not None]
         cuts = sorted({0, shape[0], *(edge for part in parts for edge in (part.row, part.row + part.rows))})
         rows = [self._band(name, whole, parts, start, end - start, shape) for start, end in itertools.pairwise(cuts)]
         return StoredTensor(name, whole.dtype, shape, tuple(rows))
 
-    @staticmethod
-    def _part(whole: ChunkedTensor, chunk: Chunk, index: tuple[int, ...]) -> _Part | None:
+    def _part(self, whole: ChunkedTensor, chunk: Chunk, index: tuple[int, ...]) -> _Part | None:
         """What a chunk holds of the part at `index`."""
         depth, item = len(index), ITEM_BYTES[whole.dtype]
         skipped = 0
@@ -127,8 +135,8 @@ class TorchDistReader:
                 return None
             skipped = skipped * size + wanted - offset
         sizes, offsets, shape = chunk.sizes[depth:], chunk.offsets[depth:], whole.shape[depth:]
-        # Whole rows, or whole elements of a row: a cut further back would not be rows of bytes.
-        assert sizes[2:] == shape[2:], f"{whole.key} is cut along its dimension {depth + 2} or a later one"
+        if sizes[2:] != shape[2:]:  # only whole rows, or whole elements of a row, are rows of bytes
+            raise InputError(f"{self.folder}: {whole.key} is cut along a dimension behind its rows; save it whole")
         width = math.prod(sizes[1:]) * item
         column = offsets[1] * math.prod(shape[2:]) * item if len(shape) > 1 else 0
         return _Part(chunk, skipped * sizes[0] * width, offsets[0], sizes[0], column, width)
@@ -151,7 +159,7 @@ class TorchDistReader:
 
     def _data(self, whole: ChunkedTensor, part: _Part, row: int) -> Span:
         chunk = part.chunk
-        offset = _data_offset(chunk, math.prod(chunk.sizes) * ITEM_BYTES[whole.dtype], whole.key)
+        offset = _data_offset(chunk, math.prod(chunk.sizes) * ITEM_BYTES[whole.dtype], whole)
         return Span(chunk.file, offset + part.skipped + (row - part.row) * part.row_bytes, part.row_bytes)
 
 
@@ -201,30 +209,35 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _data_offset(chunk: Chunk, size: int, key: str) -> int:
+def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
     """Where in its file the numbers of a saved tensor begin.
 
     Raises:
-        InputError: it is cut short, or its numbers do not lie row by row.
+        InputError: it is cut short, is of another type than described, or its numbers do not lie row by row.
     """
     try:
         with _Window(chunk.file, chunk.offset, chunk.length) as window, zipfile.ZipFile(window) as saved:
             record = next(info for info in saved.infolist() if info.filename.endswith("/data/0"))
-            described = saved.read(record.filename.removesuffix("data/0") + "data.pkl")
+            described = saved.read(record.filename.removesuffix("/data/0") + "/data.pkl")
             window.seek(record.header_offset + 26)
             name_bytes, extra_bytes = struct.unpack("<HH", window.read(4))
-    except (OSError, zipfile.BadZipFile, StopIteration, KeyError, struct.error) as error:
-        raise InputError(f"{chunk.file} does not hold all of {key} ({error}): it is cut short or damaged") from error
-    if record.file_size != size or not _is_contiguous(described):
-        raise InputError(f"{chunk.file}: a part of {key} does not lie in rows of its own; save the model again")
-    return chunk.offset + record.header_offset + 30 + name_bytes + extra_bytes
+        (_, storage, *_), first, shape, strides, *_ = _SavedTensor(io.BytesIO(described)).load()
+        in_rows = (record.file_size, record.compress_type, first) == (size, zipfile.ZIP_STORED, 0)
+        in_rows = in_rows and _is_contiguous(shape, strides)
+    except Exception as error:  # whatever a damaged zip or pickle makes its reader raise
+        raise InputError(
+            f"{chunk.file} does not hold all of {whole.key} ({error!r}): it is cut short or damaged"
+        ) from error
+    if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
+        raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")
+    return chunk.offset + record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 class _SavedTensor(pickle.Unpickler):
     """Reads `data.pkl` of a saved tensor as the arguments that would rebuild it."""
 
-    def persistent_load(self, _: Any) -> None:
-        return None
+    def persistent_load(self, identity: Any) -> Any:
+        return identity
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -236,14 +249,13 @@ class _SavedTensor(pickle.Unpickler):
         raise InputError(f"a saved tensor names {module}.{name}, which none needs")
 
 
-def _is_contiguous(described: bytes) -> bool:
-    _, offset, shape, strides, *_ = _SavedTensor(io.BytesIO(described)).load()
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
     for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
         if extent != 1 and stride != expected:
             return False
         expected *= extent
-    return bool(offset == 0)
+    return True
 
 
 # What the description of a checkpoint is made of.
@@ -287,7 +299,7 @@ class _Inert:
         pass
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle.Unpickler):
     """Makes objects of torch's own description of a checkpoint, and inert ones of everything else.
 
     Attributes:
@@ -307,20 +319,25 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _Inert
 
 
-def _read_metadata(path: Path) -> tuple[Any, set[str]]:
-    """A checkpoint's description, and the names of what it holds besides."""
-    if not path.exists():
-        raise InputError(f"{path.parent} is no torch_dist checkpoint (it has no .metadata)")
+def _load_inert(path: Path) -> tuple[Any, set[str]]:
+    """What a pickle makes of a checkpoint's description, and the names of all else in it."""
     import torch.distributed.checkpoint  # noqa: F401  (the classes of the pickle)
 
+    with path.open("rb") as file:
+        unpickler = _InertUnpickler(file)
+        return unpickler.load(), unpickler.inert
+
+
+def names_in_pickle(path: Path) -> set[str]:
+    """The classes and functions that unpickling a file would import and call. None of them is.
+
+    Raises:
+        InputError: it is no pickle.
+    """
     try:
-        with path.open("rb") as file:
-            unpickler = _MetadataUnpickler(file)
-            metadata = unpickler.load()
-            metadata.state_dict_metadata, metadata.storage_data  # noqa: B018  (or it describes no checkpoint)
-            return metadata, unpickler.inert
+        return _load_inert(path)[1]
     except Exception as error:  # whatever a damaged pickle makes its classes raise
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path} is no whole pickle ({type(error).__name__}: {error})") from error
 
 
 class _Global:

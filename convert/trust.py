@@ -8,12 +8,13 @@ refused unless its owner says otherwise.
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
 from conf.errors import InputError
-from convert.nemo_context import references, trusts_remote_code
-from convert.torch_dist import TorchDistReader
+from convert.nemo_context import pickled_files, references, trusts_remote_code
+from convert.torch_dist import TorchDistReader, names_in_pickle
 
 # What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
 _CONTEXT = re.compile(
@@ -42,10 +43,18 @@ _CONTEXT = re.compile(
     """,
     re.VERBOSE,
 )
-# What Megatron records of its save plans besides the description of the tensors.
+# What Megatron records of its save plans besides the description of the tensors. No more: the modules that these come
+# from have functions that read pickles, and lead on to all that they import.
 _METADATA = re.compile(
-    r"(megatron\.core\.dist_checkpointing|torch\.distributed\.checkpoint)\.[\w.]+|pathlib\.PosixPath"
+    r"""
+      megatron\.core\.dist_checkpointing\.strategies\.torch\.MCoreSavePlan
+    | torch\.distributed\.checkpoint\.planner\.(BytesIOWriteData|SavePlan|TensorWriteData|WriteItem|WriteItemType)
+    | pathlib\.(_local\.)?PosixPath
+    """,
+    re.VERBOSE,
 )
+# What NeMo pickles of a trainer beside a context.
+_PLUGIN = re.compile(r"nemo\.lightning\.pytorch\.plugins\.mixed_precision\.(MegatronMixedPrecision|DtypeConfig)")
 # Of pickles, beyond what torch takes for harmless itself: Transformer Engine's state comes as bytes.
 _PICKLED = {"_io.BytesIO", "_codecs.encode"}
 
@@ -59,7 +68,13 @@ def refuse_code(checkpoint: Path) -> None:
     found = [f"context/io.json names {name}" for name in sorted(references(checkpoint)) if not _CONTEXT.fullmatch(name)]
     if trusts_remote_code(checkpoint):
         found.append("context/io.json asks for trust_remote_code")
-    found += _pickled(checkpoint / "weights")
+    found += _pickled_context(checkpoint)
+    # ModelOpt keeps its own state as a checkpoint within the weights.
+    for folder, _, names in os.walk(checkpoint / "weights", followlinks=True):
+        if ".metadata" in names:
+            found += _pickled_tensors(Path(folder))
+        for path in sorted(Path(folder, name) for name in names if name.endswith(".pt")):
+            found += [f"{path.name} names {name}" for name in _unsafe_names(path, path.read_bytes())]
     if found:
         raise InputError(
             f"loading {checkpoint} would run code of its own: {'; '.join(found[:5])}. If you know where it comes from,"
@@ -67,16 +82,34 @@ def refuse_code(checkpoint: Path) -> None:
         )
 
 
-def _pickled(weights: Path) -> list[str]:
-    from torch.serialization import get_unsafe_globals_in_checkpoint
+def _pickled_context(checkpoint: Path) -> list[str]:
+    files = sorted(pickled_files(checkpoint))
+    outside = [f"context/io.json reads {name!r} as a pickle" for name in files if Path(name).name != name]
+    return outside + [
+        f"context/{file} names {name}"
+        for file in files
+        if Path(file).name == file
+        for name in sorted(names_in_pickle(checkpoint / "context" / file))
+        if not _PLUGIN.fullmatch(name)
+    ]
 
+
+def _pickled_tensors(weights: Path) -> list[str]:
     reader = TorchDistReader(weights)
     found = {f".metadata names {name}" for name in reader.other_names if not _METADATA.fullmatch(name)}
-    for path in sorted(weights.rglob("*.pt")):
-        found |= {f"{path.relative_to(weights)} names {name}" for name in get_unsafe_globals_in_checkpoint(str(path))}
     for place in reader.objects:
         with place.file.open("rb") as file:
             file.seek(place.offset)
-            names = get_unsafe_globals_in_checkpoint(io.BytesIO(file.read(place.length)))
+            names = _unsafe_names(place.file, file.read(place.length))
         found |= {f"{place.file.name} names {name}" for name in names if name not in _PICKLED}
     return sorted(found)
+
+
+def _unsafe_names(path: Path, saved: bytes) -> list[str]:
+    """What `torch.load` would import to read what `torch.save` wrote, beyond what torch itself takes for harmless."""
+    from torch.serialization import get_unsafe_globals_in_checkpoint
+
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(io.BytesIO(saved)))
+    except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
+        raise InputError(f"{path} is damaged, or no file of torch.save ({type(error).__name__}: {error})") from error

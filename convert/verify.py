@@ -112,7 +112,10 @@ def logits(folder: Path, ids: Any) -> Any:
     if not is_checkpoint(folder):
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
+        model = model.to(device).eval()
         with torch.inference_mode():
             return model(ids.to(device), use_cache=False).logits.cpu()
     from nemo.lightning.base import teardown
@@ -166,17 +169,28 @@ def digest(tensors: dict[str, Any]) -> dict[str, str]:
 
 
 def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
-    """`[1, s]` ids: of a text, by the first Hugging Face folder's tokenizer, or random ones."""
+    """`[1, s]` ids: of a text, by the first Hugging Face folder's tokenizer, or random ones.
+
+    Raises:
+        InputError: no text, or no tokenizer or configuration that would load.
+    """
     import torch
     from transformers import AutoConfig, AutoTokenizer
 
     from convert.exporting import carried_files, is_checkpoint
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
-    if text is None:
-        vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-        return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-    return torch.tensor([AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"][:count]])
+    try:
+        if text is None:
+            vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+            return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids = tokenizer(text.read_text())["input_ids"][:count]
+    except Exception as error:  # transformers' own, of whatever a folder lacks
+        raise InputError(f"no tokens can be had ({type(error).__name__}: {error}); see {text or folder}") from error
+    if not ids:
+        raise InputError(f"{text} holds no text")
+    return torch.tensor([ids])
 
 
 def main() -> None:
@@ -200,6 +214,8 @@ def verify(args: argparse.Namespace) -> int:
     from convert.trust import refuse_code
 
     first, second = args.folders
+    if args.tokens < 1:
+        raise InputError(f"--tokens {args.tokens}: at least one is needed to compare logits")
     checkpoints = [folder for folder in (first, second) if is_checkpoint(folder)]
     if not args.no_logits and not args.trust_source:
         for folder in checkpoints:

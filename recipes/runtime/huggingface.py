@@ -41,7 +41,7 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and "auto_map" in json.loads((folder / name).read_text()):
+        if (folder / name).exists() and _asks_for_code(folder / name):
             raise InputError(
                 f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
                 " class is part of transformers, or take auto_map out if it needs none of that code"
@@ -52,6 +52,14 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
             + (", or set convert.allow_pickle=true (--allow-pickle)" if list(folder.glob(PICKLED)) else "")
         )
     return folder
+
+
+def _asks_for_code(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
+    return isinstance(content, dict) and "auto_map" in content
 
 
 def _download(repository: str, revision: str | None, weights: bool, allow_pickle: bool) -> Path:

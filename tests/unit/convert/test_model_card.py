@@ -1,0 +1,106 @@
+"""What an exported model's card says, and what it keeps to itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from convert.model_card import Making, model_card
+from tests.conftest import QWEN3
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    folder = tmp_path / "secret-place" / "source"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(QWEN3))
+    return folder
+
+
+def card(base: str, reference: Path, making: Making | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
+    """The metadata at its head, and what follows."""
+    text = model_card("small", base, reference, {**QWEN3, **sizes}, making or Making())
+    _, head, body = text.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
+    metadata, body = card("Qwen/Qwen3-8B", reference)
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Qwen3-8B",
+        "base_model_relation": "finetune",
+        "tags": ["nemo"],
+    }
+    assert "Made from Qwen/Qwen3-8B." in body
+
+
+@pytest.mark.parametrize(
+    "base", ["{}", "{}/", "./source", "../secret-place/source", "secret-place/source", "~/source", "."]
+)
+def test_a_folders_path_stays_here(reference: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
+    """Not even one that looks like a Hub id: `secret-place/source` is a folder here."""
+    monkeypatch.chdir(
+        reference if base == "." else reference.parents["source" not in base or base.startswith("secret")]
+    )
+    metadata, body = card(base.format(reference), reference, hidden_size=64)
+    assert "base_model" not in metadata
+    assert "Made from source." in body
+    assert "| | source | this model |" in body
+    assert "secret-place" not in body
+
+
+def test_the_licence_is_the_sources(reference: Path) -> None:
+    (reference / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/LICENSE\ntags: [chat]\n---\n# Source\n---\n"
+    )
+    metadata, _ = card("Qwen/Qwen3-8B", reference)
+    licences = {key: value for key, value in metadata.items() if key.startswith("license")}
+    assert licences == {"license": "other", "license_name": "tongyi", "license_link": "https://x.org/LICENSE"}
+    assert metadata["tags"] == ["nemo"]
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["", "# Source\n", "---\nlicense: mit\n", "---\n[: no yaml\n---\n", "---\n- license\n---\n", "\x00\ufffd---\n"],
+)
+def test_a_card_without_metadata_gives_no_licence(reference: Path, readme: str) -> None:
+    (reference / "README.md").write_text(readme)
+    metadata, _ = card("Qwen/Qwen3-8B", reference)
+    assert "license" not in metadata
+
+
+def test_the_table_has_what_changed(reference: Path) -> None:
+    metadata, body = card("Qwen/Qwen3-8B", reference, num_hidden_layers=2, num_key_value_heads=1)
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert rows == ["| | Qwen/Qwen3-8B | this model |", "| layers | 4 | 2 |", "| query groups | 2 | 1 |"]
+    assert metadata["tags"] == ["nemo", "minitron", "pruning"]
+    assert "this model |" not in card("Qwen/Qwen3-8B", reference)[1]
+
+
+def stage(run: Path, name: str, student: str | None = None, **metrics: Any) -> Path:
+    folder = run / name
+    (folder / "nemo").mkdir(parents=True)
+    inputs = {"student": {"path": student}} if student else {}
+    manifest = {"stage": name.split("-")[0], "status": "complete", "inputs": inputs, "metrics": metrics}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "nemo"
+
+
+def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: Path) -> None:
+    stage(tmp_path, "prune-1", params=3_000_000, params_before=5_000_000, kept_layers=[1, 2, 3, 6])
+    checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=160_000, steps=160, val_loss=3.65432)
+    metadata, body = card("Qwen/Qwen3-8B", reference, Making.of(checkpoint))
+    told = body.splitlines()
+    begin = told.index("Made from Qwen/Qwen3-8B.")
+    assert told[begin + 1 : begin + 3] == [
+        "Pruned with NVIDIA ModelOpt (Minitron) from 5,000,000 to 3,000,000 parameters; layers kept: 1-3, 6.",
+        "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
+    ]
+    assert metadata["tags"] == ["nemo", "distillation"]
+    assert Making.of(tmp_path / "elsewhere" / "nemo").lines() == []

@@ -1,0 +1,184 @@
+"""Safetensors read and written as the library does, and what is refused of damaged files."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from conf.errors import InputError
+from convert import safetensors_files
+from convert.safetensors_files import INDEX, read_folder, write_folder
+from convert.stored import blocks
+
+FILE = "model.safetensors"
+A, B = torch.arange(6, dtype=torch.float32).reshape(2, 3), torch.randn(4, 2).bfloat16()
+
+
+def content(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    tensors = read_folder(folder)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.shape == (tuple(expected[name].shape) or (1,)), name
+        assert b"".join(map(bytes, blocks(tensor))) == content(expected[name]), name
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+    tensors = {str(dtype): torch.arange(6).reshape(3, 2).to(dtype) for dtype in types}
+    tensors |= {"fp8": torch.randn(3).to(torch.float8_e4m3fn), "wide fp8": torch.randn(3).to(torch.float8_e5m2)}
+    tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "no columns": torch.empty(4, 0)}
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+    holds(tmp_path, tensors)
+
+
+@pytest.mark.parametrize("dtype", [None, "BF16"])
+def test_what_is_written_the_library_reads(tmp_path: Path, dtype: str | None) -> None:
+    tensors = {"b": B, "a": A, "none": torch.empty(0, 3), "ключ": torch.ones(1)}
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    save_file(tensors, source / FILE)
+    write_folder(read_folder(source).values(), target, dtype=dtype, threads=2)
+    assert [path.name for path in target.iterdir()] == [FILE]
+    loaded = load_file(target / FILE)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor if dtype is None else tensor.bfloat16())
+    with safe_open(target / FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers asks for it
+
+
+def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 40)
+    tensors = {"a": A, "b": B, "large": torch.ones(30), "d": torch.ones(2)}  # of 24, 16, 120 and 8 bytes
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    save_file(tensors, source / FILE)
+    found = read_folder(source)
+    write_folder([found[name] for name in tensors], target, dtype=None, threads=2)
+    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    assert sorted(path.name for path in target.iterdir()) == [*shards, INDEX]
+    index = json.loads((target / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 168}
+    assert index["weight_map"] == dict(zip(tensors, (shards[0], shards[0], shards[1], shards[2]), strict=True))
+    assert [set(load_file(target / shard)) for shard in shards] == [{"a", "b"}, {"large"}, {"d"}]
+    holds(target, tensors)
+
+
+def test_weights_may_be_links(tmp_path: Path) -> None:
+    """As in the Hub's cache."""
+    (tmp_path / "blobs").mkdir()
+    save_file({"a": A}, tmp_path / "blobs" / "0f3a")
+    (tmp_path / FILE).symlink_to(tmp_path / "blobs" / "0f3a")
+    holds(tmp_path, {"a": A})
+
+
+def test_one_whole_file_goes_before_an_index(tmp_path: Path) -> None:
+    """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be an older save's."""
+    save_file({"a": A}, tmp_path / FILE)
+    save_file({"b": B}, tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "model-00001-of-00001.safetensors"}}))
+    holds(tmp_path, {"a": A})
+
+
+def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
+    """Replaces the header of a file by what `change` makes of it, leaving the tensors where they are."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    text = change(json.loads(data[8 : 8 + length]))
+    text = (text if isinstance(text, str) else json.dumps(text)).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def entry(**values: Any) -> Callable[[Path], None]:
+    """Another entry for the tensor `b`."""
+    return lambda file: header(lambda old: {**old, "b": {**old["b"], **values}}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} ends within"),
+        (lambda file: os.truncate(file, 20), "its header does not fit"),
+        (lambda file: os.truncate(file, 5), "its header does not fit"),
+        (lambda file: os.truncate(file, 0), "its header does not fit"),
+        (lambda file: file.write_bytes(struct.pack("<Q", 1 << 63) + file.read_bytes()[8:]), "its header does not fit"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "holds 4 bytes more than its header tells of"),
+        (lambda file: header(lambda _: "{no json", file), "has a damaged header"),
+        (lambda file: header(lambda _: [], file), "has a damaged header"),
+        (lambda file: header(lambda _: {"b": 3}, file), "has a damaged header"),
+        (lambda file: header(lambda _: "[" * 100_000, file), "has a damaged header"),
+        (lambda file: header(lambda old: {"b": old["b"]}, file), "b does not begin where the one before ends"),
+        (entry(shape=[4, 3]), r"b has 16 bytes, not those of BF16 \[4, 3\]"),
+        (entry(shape=[-4, -2]), r"b has 16 bytes, not those of BF16 \[-4, -2\]"),
+        (entry(dtype="Q4"), "b is of type Q4, which is not known here"),
+        (entry(data_offsets=[0, 16]), "does not begin where the one before ends"),
+        (entry(data_offsets=[-16, 0]), "does not begin where the one before ends"),
+        (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} ends within b"),
+        (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any], told: str) -> None:
+    save_file({"a": A, "b": B}, tmp_path / FILE)
+    damage(tmp_path / FILE)
+    with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{told}") as refused:
+        read_folder(tmp_path)
+    assert str(refused.value).count(FILE) == 1
+    with pytest.raises((SafetensorError, OverflowError)):
+        load_file(tmp_path / FILE)  # the library sees it the same way
+
+
+def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model-1.safetensors").mkdir()
+    (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")
+    told = r"model-1\.safetensors cannot be read \(Is a directory\); model-2\.safetensors cannot be read \(No such file"
+    with pytest.raises(InputError, match=told):
+        read_folder(tmp_path)
+
+
+def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file({"a": A, f"only {number}": B}, tmp_path / f"{number}.safetensors")
+    (tmp_path / "3.safetensors").write_bytes(b"")
+    names = [f"{number}.safetensors" for number in (1, 2, 3, 4)]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+    with pytest.raises(InputError) as refused:
+        read_folder(tmp_path)
+    told = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
+    assert f"4.safetensors, which {INDEX} names, is missing" in told
+    assert "a is in two files, 1.safetensors and 2.safetensors" in told
+    assert any(fault.startswith("3.safetensors is no whole safetensors file") for fault in told)
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        (b"", "is no index of shards"),
+        (b"\xff\xfe", "is no index of shards"),
+        (b"[]", "is no index of shards"),
+        (b'{"weight_map": ["a"]}', "is no index of shards"),
+        (b'{"weight_map": {"a": {}}}', "is no index of shards"),
+        (b'{"weight_map": {"a": 3}}', "names 3, which can be no file of its folder"),
+        (b'{"weight_map": {"a": "../a"}}', r"names '\.\./a'"),
+        (b'{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts'"),
+        (b'{"weight_map": {"a": ""}}', "names ''"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: bytes, told: str) -> None:
+    (tmp_path / INDEX).write_bytes(index)
+    with pytest.raises(InputError, match=told):
+        read_folder(tmp_path)

@@ -1,0 +1,156 @@
+"""Copying tensors as rows of bytes: what lands in the file is what numpy and torch would have put there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conf.errors import InputError
+from convert import stored
+from convert.stored import Rows, Span, StoredTensor, blocks, copy, stack
+
+TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+Store = Callable[..., StoredTensor]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Writes an array into a file of its own, after some other bytes."""
+
+    def make(array: np.ndarray, name: str = "weight", dtype: str = "F32", gap: int = 13) -> StoredTensor:
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(bytes(gap) + array.tobytes())
+        rows = Rows(len(array), (Span(path, gap, array.nbytes // len(array) if len(array) else 0),))
+        return StoredTensor(name, dtype, array.shape, (rows,))
+
+    return make
+
+
+def matrix(rows: int = 10, columns: int = 3, start: int = 0) -> np.ndarray:
+    return np.arange(start, start + rows * columns, dtype=np.float32).reshape(rows, columns)
+
+
+def read(tensor: StoredTensor, dtype: str | None = None) -> bytes:
+    return b"".join(bytes(block) for block in blocks(tensor, dtype))
+
+
+def copied(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, int]:
+    """What `copy` writes at the offset 7 of a file, and what it returns."""
+    with (folder / "target").open("wb+") as file:
+        crc = copy(tensor, file.fileno(), 7, **options)  # type: ignore[arg-type]
+        file.seek(0)
+        content = file.read()
+    assert not any(content[:7])
+    return content[7:], crc
+
+
+def test_rows_are_taken_and_stacked(store: Store) -> None:
+    upper, lower = matrix(), matrix(start=100)
+    whole = stack([store(upper, "upper"), store(lower, "lower")], "both")
+    both = np.vstack((upper, lower))
+    assert (whole.name, whole.shape, whole.bytes) == ("both", (20, 3), both.nbytes)
+    for start, count in ((0, 20), (0, 3), (8, 4), (10, 10), (19, 1)):
+        taken = whole.take(start, count)
+        assert taken.shape == (count, 3)
+        assert read(taken) == both[start : start + count].tobytes()
+    assert read(whole.take(5, 10).take(4, 2)) == both[9:11].tobytes()
+
+
+def test_rows_that_are_not_there_cannot_be_taken(store: Store) -> None:
+    with pytest.raises(AssertionError, match="weight has no rows 8 to 12"):
+        store(matrix()).take(8, 4)
+
+
+def side_by_side(store: Store) -> tuple[StoredTensor, np.ndarray]:
+    left, middle, right = matrix(columns=2), matrix(columns=1, start=50), matrix(columns=4, start=90)
+    spans = tuple(store(part, name).rows[0].spans[0] for name, part in (("l", left), ("m", middle), ("r", right)))
+    return StoredTensor("weight", "F32", (10, 7), (Rows(10, spans),)), np.hstack((left, middle, right))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 28, 60, 1 << 20])
+def test_spans_lie_side_by_side_whatever_the_blocks(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", block_bytes)
+    tensor, expected = side_by_side(store)
+    assert len(list(blocks(tensor))) == -(-10 // max(1, block_bytes // 28))
+    assert copied(tensor, tmp_path)[0] == expected.tobytes()
+    assert copied(tensor.take(3, 5), tmp_path)[0] == expected[3:8].tobytes()
+
+
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("source", TYPES)
+def test_a_cast_is_torchs(store: Store, tmp_path: Path, source: str, target: str) -> None:
+    torch.manual_seed(0)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 70000.0, 1e-30, 2.0**-24, 1 + 2.0**-8, 1 + 3 * 2.0**-8])
+    values = torch.cat((special, torch.randn(55))).to(TYPES[source]).reshape(8, 8)
+    tensor = store(values.view(torch.uint8).numpy(), dtype=source)
+    tensor = StoredTensor("weight", source, (8, 8), tensor.rows)
+    expected = values.to(TYPES[target]).view(torch.uint8).numpy().tobytes()
+    assert copied(tensor, tmp_path, dtype=target)[0] == expected
+
+
+def test_the_checksum_is_of_what_was_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 24)
+    tensor = store(matrix())
+    for options in ({}, {"dtype": "BF16"}):
+        content, crc = copied(tensor, tmp_path, checksum=True, **options)
+        assert crc == zlib.crc32(content) != 0
+    assert copied(tensor, tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_file_system_that_refuses_is_helped_by_memory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int
+) -> None:
+    """It may refuse at once, or after a part; the same rows come twice, as nothing forbids."""
+    part = store(matrix())
+    tensor = stack([part, part, store(matrix(start=100), "other")], "both")
+    calls = 0
+
+    def refusing(source: int, target: int, count: int, position: int, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(code, os.strerror(code))
+        return os.pwrite(target, os.pread(source, min(count, 70), position), offset)  # a part of 120 bytes
+
+    monkeypatch.setattr(os, "copy_file_range", refusing)
+    expected = np.vstack((matrix(), matrix(), matrix(start=100))).tobytes()
+    assert copied(tensor, tmp_path)[0] == expected
+    assert calls == after + 1
+
+
+def test_other_failures_of_the_file_system_are_not_hidden(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        copied(store(matrix()), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"checksum": True}, {"dtype": "BF16"}])
+def test_a_short_file_is_named_with_the_tensor(store: Store, tmp_path: Path, options: dict[str, object]) -> None:
+    tensor = store(matrix())
+    os.truncate(tmp_path / "weight.bin", 100)
+    with pytest.raises(InputError, match=r"weight\.bin ends within weight: it is cut short"):
+        copied(tensor, tmp_path, **options)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+@pytest.mark.parametrize("options", [{}, {"checksum": True}, {"dtype": "BF16"}])
+def test_an_empty_tensor_has_no_bytes(
+    store: Store, tmp_path: Path, shape: tuple[int, int], options: dict[str, object]
+) -> None:
+    assert copied(store(np.empty(shape, np.float32)), tmp_path, **options) == (b"", 0)

@@ -1,0 +1,328 @@
+"""Checkpoints in Megatron's layout: torch reads what is written here, and the other way round."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from conf.errors import InputError
+from convert import torch_dist
+from convert.stored import Rows, Span, StoredTensor, blocks
+from convert.torch_dist import TORCH_TYPES, TorchDistReader, TorchDistWriter
+
+TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items()}
+
+
+def stored(tensor: torch.Tensor, folder: Path) -> StoredTensor:
+    """A tensor in a file of its own."""
+    number = len(list(folder.glob("*.raw")))
+    path = folder / f"{number}.raw"
+    path.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    dtype = next(ours for ours, theirs in TYPES.items() if theirs == tensor.dtype)
+    rows = Rows(len(tensor), (Span(path, 0, tensor[0].nbytes),))
+    return StoredTensor("source", dtype, tuple(tensor.shape), (rows,))
+
+
+def numbers(tensor: StoredTensor) -> torch.Tensor:
+    data = bytearray(b"".join(map(bytes, blocks(tensor))))
+    return torch.frombuffer(data, dtype=TYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def write(folder: Path, whole: dict[str, torch.Tensor], cuts: dict[str, list[int]], **options: Any) -> Path:
+    """Writes tensors into a checkpoint; `cuts` are the extents of a tensor's chunks along its dimensions."""
+    writer = TorchDistWriter()
+    for key, tensor in whole.items():
+        for offsets, chunk in pieces(tensor, cuts.get(key, [])):
+            writer.add(
+                key, tuple(tensor.shape), offsets, stored(chunk.squeeze(0) if tensor.dim() > 2 else chunk, folder)
+            )
+    writer.add_object("module.mlp._extra_state/shard_0_1", [None])
+    weights = folder / "weights"
+    writer.write(weights, {"epoch": 3, "state": {"a": [1, 2.5, None, "ü"]}}, threads=2, **options)
+    return weights
+
+
+def pieces(tensor: torch.Tensor, sizes: list[int]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    found = [((), tensor)]
+    for dimension, size in enumerate(sizes):
+        found = [
+            ((*offsets, place), part.narrow(dimension, place, min(size, part.shape[dimension] - place)))
+            for offsets, part in found
+            for place in range(0, part.shape[dimension], size)
+        ]
+    return [((*offsets, *[0] * (tensor.dim() - len(offsets))), part) for offsets, part in found]
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    found = {dtype: torch.randn(5, 7).to(theirs) for dtype, theirs in TYPES.items()}
+    return {**found, "stacked": torch.randn(3, 5, 7).bfloat16(), "vector": torch.randn(11)}
+
+
+CUTS = {"stacked": [1], "F32": [2, 4], "BF16": [5, 2]}
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_torch_reads_what_is_written(tmp_path: Path, checksum: bool) -> None:
+    expected = tensors()
+    weights = write(tmp_path, expected, CUTS, checksum=checksum)
+    # Of an empty tensor of each kind; torch takes Megatron's class of `.metadata` for its own.
+    state: dict[str, Any] = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
+    dcp.load(state, storage_reader=MegatronsReader(weights), no_dist=True)
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor), key
+    assert torch.load(weights / "common.pt", weights_only=True) == {"epoch": 3, "state": {"a": [1, 2.5, None, "ü"]}}
+    assert sorted(path.name for path in weights.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "__0_1.distcp",
+        "common.pt",
+        "metadata.json",
+    ]
+
+
+class MegatronsReader(dcp.FileSystemReader):
+    def read_metadata(self) -> Any:
+        return torch_dist._load_inert(Path(self.path) / ".metadata")[0]
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+def test_every_chunk_is_a_file_of_torch_save(tmp_path: Path, checksum: bool) -> None:
+    expected = tensors()
+    reader = TorchDistReader(write(tmp_path, expected, CUTS, checksum=checksum))
+    chunks = [chunk for tensor in reader.tensors.values() for chunk in tensor.chunks]
+    assert len(chunks) == 3 + 6 + 4 + 3
+    for chunk in chunks:
+        data = chunk.file.read_bytes()[chunk.offset : chunk.offset + chunk.length]
+        part = torch.load(io.BytesIO(data), weights_only=True)
+        whole = expected[chunk.key]
+        for dimension, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            whole = whole.narrow(dimension, offset, size)
+        assert torch.equal(part, whole)
+        with zipfile.ZipFile(io.BytesIO(data)) as saved:
+            assert saved.testzip() == (None if checksum else "archive/data/0")  # the first record with a wrong CRC-32
+            begin = torch_dist._data_offset(chunk, part.nbytes, reader.tensors[chunk.key]) - chunk.offset
+            assert begin % 64 == 0  # torch maps files into memory
+    (extra,) = reader.objects
+    data = extra.file.read_bytes()[extra.offset : extra.offset + extra.length]
+    assert torch.load(io.BytesIO(data), weights_only=True) == [None]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2], [3, 2], [1, 5, 3], [1, 2, 7], [2, 5, 4], [2, 2, 3], [3, 1, 1]])
+def test_chunks_of_any_cut_are_put_together(tmp_path: Path, cuts: list[int]) -> None:
+    """As torch saves them: by tensor, pipeline and expert parallelism, alone and together, in any order."""
+    whole = torch.arange(3 * 5 * 7, dtype=torch.float32).reshape(3, 5, 7)
+    weights = save_as_torch(tmp_path, whole, pieces(whole, cuts))
+    reader = TorchDistReader(weights)
+    for layer in range(3):
+        assert torch.equal(numbers(reader.tensor("key", layer)), whole[layer])
+        assert torch.equal(numbers(reader.tensor("key", layer).take(1, 3)), whole[layer, 1:4])
+        for row in (0, 4):
+            assert torch.equal(numbers(reader.tensor("key", layer, row)), whole[layer, row])
+
+
+def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[int, ...], torch.Tensor]]) -> Path:
+    """A checkpoint of one tensor whose chunks `torch.save` wrote, by torch's own classes."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    random.Random(0).shuffle(chunks)
+    weights = folder / "weights"
+    weights.mkdir()
+    places, storage = [], {}
+    with (weights / "__3_0.distcp").open("wb") as file:
+        for offsets, part in chunks:
+            begin = file.tell()
+            torch.save(part.clone(), file)
+            places.append(ChunkStorageMetadata(torch.Size(offsets), part.shape))
+            place = _StorageInfo("__3_0.distcp", begin, file.tell() - begin)
+            storage[MetadataIndex("key", torch.Size(offsets))] = place
+    described = TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.shape, places)
+    with (weights / ".metadata").open("wb") as file:
+        pickle.dump(Metadata({"key": described}, None, storage), file)
+    return weights
+
+
+def test_a_cut_behind_the_rows_is_refused(tmp_path: Path) -> None:
+    whole = torch.zeros(3, 5, 7)
+    reader = TorchDistReader(save_as_torch(tmp_path, whole, pieces(whole, [3, 5, 4])))
+    with pytest.raises(InputError, match="key is cut along a dimension behind its rows"):
+        reader.tensor("key")
+
+
+def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    whole = torch.zeros(3, 5, 7)
+    chunks = [(offsets, part) for offsets, part in pieces(whole, [1, 2]) if offsets != (1, 2, 0)]
+    reader = TorchDistReader(save_as_torch(tmp_path, whole, chunks))
+    assert reader.tensor("key", 0).shape == (5, 7)
+    for index, told in (((1,), r"a part of key\[1\] \(rows 2 to 3\)"), ((3,), r"a part of key\[3\] \(rows 0 to 4\)")):
+        with pytest.raises(InputError, match=f"lacks {told}"):
+            reader.tensor("key", *index)
+    with pytest.raises(InputError, match="lacks other"):
+        reader.tensor("other")
+    with pytest.raises(InputError, match=r"key is \[3, 5, 7\], which has no part \[0, 0, 0\]"):
+        reader.tensor("key", 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        (torch.zeros(8, 7)[2:7], "does not lie in rows of its own"),  # its storage holds more
+        (torch.zeros(7, 5).t(), "does not lie in rows of its own"),
+        (torch.zeros(5, 7, dtype=torch.int32), "does not lie in rows of its own"),  # as many bytes of another type
+        (torch.zeros(5, 7, dtype=torch.float64), "does not lie in rows of its own"),
+        ({"a": 1}, "does not hold all of key"),
+        (print, "does not hold all of key"),
+    ],
+)
+def test_chunks_that_are_not_rows_are_refused(tmp_path: Path, part: Any, told: str) -> None:
+    whole = torch.zeros(5, 7)
+    weights = save_as_torch(tmp_path, whole, [((0, 0), whole)])
+    torch.save(part, weights / "__3_0.distcp")
+    describe_the_whole_file(weights)
+    with pytest.raises(InputError, match=told):
+        TorchDistReader(weights).tensor("key")
+
+
+def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
+    """Its bytes are no numbers, though its size in the directory is right."""
+    weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
+    repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
+    with pytest.raises(InputError, match="a part of key does not lie in rows of its own"):
+        TorchDistReader(weights).tensor("key")
+
+
+def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Writes the one chunk of a checkpoint anew, with other records."""
+    path = weights / "__3_0.distcp"
+    with zipfile.ZipFile(path) as saved:
+        records = {name: saved.read(name) for name in saved.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as packed:
+        for name, data in records.items():
+            packed.writestr(name, change(name, data))
+    describe_the_whole_file(weights)
+
+
+def describe_the_whole_file(weights: Path) -> None:
+    """As the one chunk of a checkpoint."""
+    size = (weights / "__3_0.distcp").stat().st_size
+    rewritten(weights, lambda metadata: [setattr(place, "length", size) for place in metadata.storage_data.values()])
+
+
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 300), os.unlink, lambda file: file.write_bytes(b"")])
+def test_a_file_cut_short_is_named_with_the_tensor(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    weights = write(tmp_path, {"one": torch.zeros(5, 7), "two": torch.zeros(5, 7)}, {})
+    damage(weights / "__0_0.distcp")
+    reader = TorchDistReader(weights)
+    assert not numbers(reader.tensor("two")).any()
+    with pytest.raises(InputError, match=r"__0_0\.distcp does not hold all of one .* cut short or damaged"):
+        reader.tensor("one")
+
+
+def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
+    """Zip's 64-bit sizes, in a file that is nearly all hole; torch maps it into memory."""
+    rows, columns = 70_000, 32_768  # 4.59e9 bytes of bf16
+    size = rows * columns * 2
+    whole = torch_dist._Zip(torch_dist._describe("BF16", (rows, columns)), size)
+    path = tmp_path / "__3_0.distcp"
+    with path.open("wb") as file:
+        head = whole.head(0)
+        file.write(head)
+        file.seek(len(head) + size - 2)
+        file.write(b"\x80\x3f")  # 1.0
+        file.write(whole.tail(0))
+    assert path.stat().st_size == whole.length
+    assert path.stat().st_blocks * 512 < 1 << 20
+    loaded = torch.load(path, weights_only=True, mmap=True)
+    assert loaded.shape == (rows, columns)
+    assert loaded[-1, -2:].tolist() == [0, 1]
+    chunk = torch_dist.Chunk("key", (0, 0), (rows, columns), path, 0, whole.length)
+    tensor = torch_dist.ChunkedTensor("key", "BF16", (rows, columns), [chunk])
+    assert torch_dist._data_offset(chunk, size, tensor) == len(head)
+    with zipfile.ZipFile(path) as saved:
+        assert saved.getinfo("archive/data/0").file_size == size
+
+
+def test_no_description_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is no torch_dist checkpoint \(it has no \.metadata\)"):
+        TorchDistReader(tmp_path)
+
+
+def rewritten(weights: Path, change: Callable[[Any], Any]) -> None:
+    metadata = torch_dist._load_inert(weights / ".metadata")[0]
+    change(metadata)
+    (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda weights: os.truncate(weights / ".metadata", 100),
+        lambda weights: (weights / ".metadata").write_bytes(b""),
+        lambda weights: (weights / ".metadata").write_bytes(pickle.dumps({"a": 1})),
+        lambda weights: rewritten(weights, lambda metadata: setattr(metadata, "storage_data", [])),
+        lambda weights: rewritten(weights, lambda metadata: metadata.state_dict_metadata["one"].chunks.clear()),
+        lambda weights: rewritten(weights, lambda metadata: vars(metadata).pop("state_dict_metadata")),
+        lambda weights: rewritten(weights, leave_the_folder),
+    ],
+)
+def test_a_damaged_description_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})
+    damage(weights)
+    with pytest.raises(InputError, match=r"weights/\.metadata is damaged"):
+        TorchDistReader(weights)
+
+
+def leave_the_folder(metadata: Any) -> None:
+    for place in metadata.storage_data.values():
+        place.relative_path = "../../secret"
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.command = f"touch {marker}"
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    evil = pickle.dumps(Evil(marker))
+    pickle.loads(evil)
+    assert marker.exists()  # it is one
+    marker.unlink()
+
+    weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})
+    honest = (weights / ".metadata").read_bytes()
+    (weights / ".metadata").write_bytes(evil)
+    with pytest.raises(InputError, match="is damaged"):
+        TorchDistReader(weights)
+    (weights / ".metadata").write_bytes(evil[:-1] + b"0" + honest)  # dropped from the stack, then as it was
+    assert {name.replace("posix.", "os.") for name in TorchDistReader(weights).other_names} == {"os.system"}
+
+    shutil.rmtree(weights)
+    weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
+    repack(weights, lambda name, data: evil if name.endswith("data.pkl") else data)
+    with pytest.raises(InputError, match="system, which none needs"):
+        TorchDistReader(weights).tensor("key")
+    assert not marker.exists()

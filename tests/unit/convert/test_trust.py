@@ -1,0 +1,201 @@
+"""A checkpoint that brings code is refused, and none of its code is run on the way."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.errors import InputError
+from convert import verify
+from convert.nemo_context import Call, Reference, generation_config, model_call, write_context
+from convert.torch_dist import TorchDistWriter
+from convert.trust import refuse_code
+
+QWEN3 = "nemo.collections.llm.gpt.model.qwen3"
+
+
+def write(checkpoint: Path, **config: Any) -> Path:
+    """An honest checkpoint without tensors, further arguments of its config apart."""
+    (checkpoint / "context").mkdir(parents=True)
+    config |= {
+        "num_layers": 3,
+        "params_dtype": Reference("torch", "bfloat16"),
+        "generation_config": generation_config(),
+    }
+    write_context(
+        checkpoint / "context",
+        model_call(Reference(QWEN3, "Qwen3Model"), Call(Reference(QWEN3, "Qwen3Config"), config)),
+    )
+    writer = TorchDistWriter()
+    writer.add_object("module.mlp._extra_state/shard_0_1", [None])
+    writer.write(checkpoint / "weights", {"epoch": 0}, threads=1)
+    return checkpoint
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    command = ""
+
+    def __reduce__(self) -> Any:
+        return os.system, (Evil.command,)
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    """The file that there would be if anything evil had run."""
+    marker = tmp_path / "ran"
+    Evil.command = f"touch {marker}"
+    pickle.loads(pickle.dumps(Evil()))
+    assert marker.exists()  # it does run
+    marker.unlink()
+    return marker
+
+
+def test_an_honest_checkpoint_passes(tmp_path: Path) -> None:
+    refuse_code(write(tmp_path / "nemo"))
+
+
+def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "nemo")
+    plugin = {
+        "type": "pyref",
+        "module": "nemo.lightning.pytorch.plugins.mixed_precision",
+        "name": "MegatronMixedPrecision",
+    }
+    add_objects(checkpoint, plugin={"type": plugin, "items": [["IdentityElement()", "0f3a"]], "metadata": None})
+    # The pickle of such a plugin, without importing NeMo: its class, a type of torch, and its settings.
+    made = b"c" + plugin["module"].encode() + b"\nMegatronMixedPrecision\n)\x81"
+    state = b"}X\x05\x00\x00\x00dtypectorch\nbfloat16\nsb."
+    (checkpoint / "context" / "0f3a").write_bytes(b"\x80\x02" + made + state)
+    refuse_code(checkpoint)
+
+
+def add_objects(checkpoint: Path, **objects: Any) -> None:
+    path = checkpoint / "context" / "io.json"
+    content = json.loads(path.read_text())
+    content["objects"] |= objects
+    path.write_text(json.dumps(content))
+
+
+def in_metadata(name: str) -> Callable[[Path], None]:
+    """Calls `name` before the description is read, and drops what it returned; as Python 3.4's pickles name things."""
+
+    def change(checkpoint: Path) -> None:
+        path = checkpoint / "weights" / ".metadata"
+        module, _, function = name.partition(":")
+        argument = Evil.command.encode()
+        call = f"c{module}\n{function}\n(X".encode() + len(argument).to_bytes(4, "little") + argument + b"tR0"
+        path.write_bytes(b"\x80\x04" + call + path.read_bytes())
+
+    return change
+
+
+def in_common(checkpoint: Path) -> None:
+    torch.save({"epoch": Evil()}, checkpoint / "weights" / "common.pt")
+
+
+def in_extra_state(checkpoint: Path) -> None:
+    """The object in `__0_0.distcp` becomes one that `torch.save` wrote; what its description says is its beginning."""
+    (checkpoint / "weights" / "__0_0.distcp").unlink()
+    torch.save([Evil()], checkpoint / "weights" / "__0_0.distcp")
+    from convert import torch_dist
+
+    metadata = torch_dist._load_inert(checkpoint / "weights" / ".metadata")[0]
+    (place,) = metadata.storage_data.values()
+    place.length = (checkpoint / "weights" / "__0_0.distcp").stat().st_size
+    (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def in_modelopt_state(checkpoint: Path) -> None:
+    """Behind a link, too: reading follows them."""
+    elsewhere = checkpoint.parent / "elsewhere"
+    elsewhere.mkdir()
+    torch.save([Evil()], elsewhere / "common.pt")
+    (checkpoint / "weights" / "modelopt_state").symlink_to(elsewhere)
+
+
+def as_a_plugin(name: str) -> Callable[[Path], None]:
+    def change(checkpoint: Path) -> None:
+        plugin = {"type": "pyref", "module": f"{QWEN3}", "name": "Qwen3Config"}
+        add_objects(
+            checkpoint, plugin={"type": plugin, "items": [["", {"type": "leaf", "value": name}]], "metadata": None}
+        )
+        (checkpoint / "context" / name).write_bytes(pickle.dumps(Evil()))
+
+    return change
+
+
+def type_alone(checkpoint: Path) -> None:
+    add_objects(
+        checkpoint, more={"type": {"type": "leaf", "module": "stranger", "name": "x"}, "items": [["", 1], ["", 2]]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (in_metadata("os:system"), r"\.metadata names os\.system"),
+        (in_metadata("torch.distributed.checkpoint.filesystem:os.system"), r"names torch\.\S+\.os\.system"),
+        (in_metadata("torch.distributed.checkpoint.format_utils:torch_save_to_dcp"), "names .*torch_save_to_dcp"),
+        (in_common, r"common\.pt names (posix|os)\.system"),
+        (in_extra_state, r"__0_0\.distcp names (posix|os)\.system"),
+        (in_modelopt_state, r"common\.pt names (posix|os)\.system"),
+        (as_a_plugin("0f3a"), r"context/0f3a names (posix|os)\.system"),
+        (as_a_plugin("../0f3a"), r"reads '\.\./0f3a' as a pickle"),
+        (type_alone, r"not as NeMo writes it|names stranger\.x"),
+    ],
+)
+def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callable[[Path], None], told: str) -> None:
+    checkpoint = write(tmp_path / "nemo")
+    change(checkpoint)
+    with pytest.raises(InputError, match=told):
+        refuse_code(checkpoint)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        (Call(Reference("os", "system"), {"command": "touch /tmp/ran"}), r"context/io\.json names os\.system"),
+        (Call(Reference("stranger.models", "Model"), {}), r"names stranger\.models\.Model"),
+        (Reference("nemo.collections.llm.gpt.model.qwen3.torch", "load"), r"names \S+\.torch\.load"),
+        (Call(Reference(QWEN3, "Qwen3Config"), {"trust_remote_code": True}), "asks for trust_remote_code"),
+    ],
+)
+def test_a_context_that_names_more_is_refused(tmp_path: Path, argument: Any, told: str) -> None:
+    checkpoint = write(tmp_path / "nemo", more=argument)
+    with pytest.raises(InputError, match=rf"would run code of its own: .*{told}.*--trust-source"):
+        refuse_code(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip file", pickle.dumps(1)])
+def test_a_damaged_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+    checkpoint = write(tmp_path / "nemo")
+    (checkpoint / "weights" / "common.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"common\.pt is damaged, or no file of torch\.save"):
+        refuse_code(checkpoint)
+
+
+@pytest.mark.parametrize(("trusted", "asked"), [(False, 1), (True, 0)])
+def test_verify_asks_unless_the_source_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool, asked: int
+) -> None:
+    checkpoint = write(tmp_path / "nemo")
+    seen: list[Path] = []
+    monkeypatch.setattr("convert.trust.refuse_code", seen.append)
+    monkeypatch.setattr(verify, "compare_tensors", lambda *_: (_ for _ in ()).throw(InputError("far enough")))
+    args = argparse.Namespace(
+        folders=[checkpoint, tmp_path], tokens=8, no_logits=False, trust_source=trusted, digests=False
+    )
+    with pytest.raises(InputError, match="far enough"):
+        verify.verify(args)
+    assert seen == [checkpoint] * asked
