@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -126,14 +127,16 @@ def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = 
     Args:
         target: a file descriptor.
         dtype: the element type to write; None keeps the tensor's.
-        checksum: whether to reckon the CRC-32 of what is written, which takes the bytes through memory.
+        checksum: whether to reckon the CRC-32 of what is written.
 
     Returns:
         the CRC-32, or 0 where none was asked for.
     """
     as_it_is = dtype in (None, tensor.dtype) and all(len(rows.spans) == 1 for rows in tensor.rows)
-    if as_it_is and not checksum and _copy_in_kernel(tensor, target, offset):
-        return 0
+    if as_it_is:
+        copied = _copy_in_kernel(tensor, target, offset, checksum=checksum)
+        if copied is not None:
+            return copied
     crc = 0
     for block in blocks(tensor, dtype):
         write(target, block, offset)
@@ -151,25 +154,48 @@ def write(target: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int) -> bool:
-    """Whether the file system could; what it copied before it refused is written again by the caller."""
+def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum: bool) -> int | None:
+    """The CRC-32, or 0; None where the file system refuses: what it copied before is written again by the caller."""
+    crc = 0
     for rows in tensor.rows:
         (span,) = rows.spans
         source = os.open(span.file, os.O_RDONLY)
         try:
-            left, position = rows.bytes, span.offset
-            while left:
-                copied = os.copy_file_range(source, target, left, position, offset)
-                if copied == 0:
-                    raise _cut_short(span.file, tensor.name)
-                left, position, offset = left - copied, position + copied, offset + copied
+            for position in range(span.offset, span.offset + rows.bytes, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, span.offset + rows.bytes - position)
+                if checksum:
+                    crc = _checksum(source, position, count, crc)
+                _copy_range(source, position, target, offset, count)
+                offset += count
+        except (EOFError, ValueError) as error:  # mmap's word for a file that is too short is a ValueError
+            raise _cut_short(span.file, tensor.name) from error
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
                 raise
-            return False
+            return None
         finally:
             os.close(source)
-    return True
+    return crc
+
+
+def _checksum(source: int, offset: int, count: int, crc: int) -> int:
+    """Goes on with a CRC-32 over a part of a file, where it lies in the system's cache: no bytes are copied."""
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with (
+        mmap.mmap(source, before + count, flags, mmap.PROT_READ, offset=offset - before) as mapped,
+        memoryview(mapped) as view,
+        view[before:] as part,
+    ):
+        return zlib.crc32(part, crc)
+
+
+def _copy_range(source: int, position: int, target: int, offset: int, count: int) -> None:
+    while count:
+        copied = os.copy_file_range(source, target, count, position, offset)
+        if copied == 0:
+            raise EOFError
+        count, position, offset = count - copied, position + copied, offset + copied
 
 
 def _read(rows: Rows, target: memoryview, name: str) -> None:

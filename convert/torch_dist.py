@@ -36,7 +36,7 @@ TORCH_TYPES = {
     "BF16": ("bfloat16", "BFloat16Storage"),
     "F16": ("float16", "HalfStorage"),
 }
-SAFETENSORS_NAMES = {f"torch.{name}": ours for ours, (name, _) in TORCH_TYPES.items()}
+SAFETENSORS_NAMES = {name: ours for ours, (name, _) in TORCH_TYPES.items()}
 MCORE_METADATA = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 # Files that chunks are spread over: as many as Megatron's writer makes, more for large checkpoints.
 FILES = 2
@@ -258,23 +258,46 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-# What the description of a checkpoint is made of.
-DESCRIPTION = {
+# The classes of torch's description of a checkpoint and the order of their fields
+# (torch/distributed/checkpoint/metadata.py and filesystem.py).
+DESCRIPTION: dict[str, dict[str, tuple[str, ...]]] = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata": (),
+        "ChunkStorageMetadata": ("offsets", "sizes"),
+        "Metadata": ("state_dict_metadata",),
+        "MetadataIndex": ("fqn", "offset"),
+        "StorageMeta": ("checkpoint_id", "save_id"),
+        "TensorProperties": ("dtype",),
+        "TensorStorageMetadata": ("properties", "size", "chunks"),
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.serialization": {"_get_layout"},
-    "torch": {"Size", *(name for name, _ in TORCH_TYPES.values()), "int64", "int32", "uint8", "bool"},
-    "collections": {"OrderedDict"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo": ("relative_path", "offset", "length")},
 }
+# Where torch pickles a type by its name, the name is what is wanted.
+TYPE_NAMES = {*(name for name, _ in TORCH_TYPES.values()), "int64", "int32", "uint8", "bool"}
+
+
+class _Record:
+    """Stands for an object of torch's description: its constructor's arguments or its state, under their names.
+
+    torch itself is not imported, which takes longer than reading a description and more memory than all the rest.
+    """
+
+    FIELDS: tuple[str, ...] = ()
+
+    def __init__(self, *values: Any) -> None:
+        self.__dict__ |= dict(zip(self.FIELDS, values, strict=False))
+
+    def __setstate__(self, state: Any) -> None:
+        # That of TensorProperties is a tuple (metadata.py, TensorProperties.__getstate__).
+        self.__init__(*state) if isinstance(state, tuple) else self.__dict__.update(state)  # type: ignore[misc]
+
+
+_RECORDS = {
+    (module, name): type(name, (_Record,), {"FIELDS": fields, **dict.fromkeys(fields)})
+    for module, classes in DESCRIPTION.items()
+    for name, fields in classes.items()
+}
+_RECORDS[MCORE_METADATA] = _RECORDS["torch.distributed.checkpoint.metadata", "Metadata"]
 
 
 class _Inert:
@@ -311,18 +334,20 @@ class _InertUnpickler(pickle.Unpickler):
         self.inert: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == MCORE_METADATA:  # torch's class with one field more
-            module, name = "torch.distributed.checkpoint.metadata", "Metadata"
-        if name in DESCRIPTION.get(module, ()):
-            return super().find_class(module, name)
+        if (module, name) in _RECORDS:
+            return _RECORDS[module, name]
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in TYPE_NAMES:
+            return name
         self.inert.add(f"{module}.{name}")
         return _Inert
 
 
 def _load_inert(path: Path) -> tuple[Any, set[str]]:
     """What a pickle makes of a checkpoint's description, and the names of all else in it."""
-    import torch.distributed.checkpoint  # noqa: F401  (the classes of the pickle)
-
     with path.open("rb") as file:
         unpickler = _InertUnpickler(file)
         return unpickler.load(), unpickler.inert
@@ -528,7 +553,6 @@ class TorchDistWriter:
                 waiting.append(pool.submit(_write_piece, piece, files[number], filled[number], checksum))
                 places.append((names[number], filled[number], piece.zip.length))
                 filled[number] += piece.zip.length
-            metadata = self._metadata(weights, places)  # imports torch while the copying goes on
             for done in waiting:
                 done.result()
             list(pool.map(os.fsync, files))
@@ -545,44 +569,44 @@ class TorchDistWriter:
             "common_backend_version": 1,
         }
         _write_synced(weights / "metadata.json", json.dumps(backends).encode())
-        _write_synced(weights / ".metadata", metadata)
+        _write_synced(weights / ".metadata", self._metadata(weights, places))
 
     def _metadata(self, weights: Path, places: list[tuple[str, int, int]]) -> bytes:
-        import torch
-        from torch.distributed.checkpoint import filesystem
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import (
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            MetadataIndex,
-            StorageMeta,
-            TensorProperties,
-            TensorStorageMetadata,
-        )
-
         described: dict[str, Any] = {}
+        chunks: dict[str, list[Any]] = {key: [] for key in self._shapes}
         storage: dict[Any, Any] = {}
         for piece, place in zip(self._pieces, places, strict=True):
             if piece.tensor is None:
-                described[piece.key] = BytesStorageMetadata()
-                storage[MetadataIndex(piece.key)] = _StorageInfo(*place)
+                described[piece.key] = _described("BytesStorageMetadata")
+                storage[_described("MetadataIndex", piece.key)] = _described("_StorageInfo", *place)
                 continue
             if piece.key not in described:
                 dtype, shape = self._shapes[piece.key]
-                properties = TensorProperties(dtype=getattr(torch, TORCH_TYPES[dtype][0]))
-                described[piece.key] = TensorStorageMetadata(properties, torch.Size(shape), [])
-            chunk = ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
-            described[piece.key].chunks.append(chunk)
-            storage[MetadataIndex(piece.key, torch.Size(piece.offsets))] = _StorageInfo(*place)
-        state = {
+                properties = _described("TensorProperties", _Global("torch", TORCH_TYPES[dtype][0]))
+                tensor = (properties, _size(shape), chunks[piece.key])
+                described[piece.key] = _described("TensorStorageMetadata", *tensor)
+            offsets = _size(piece.offsets)
+            chunks[piece.key].append(_described("ChunkStorageMetadata", offsets, _size(piece.sizes)))
+            storage[_described("MetadataIndex", piece.key, offsets)] = _described("_StorageInfo", *place)
+        state: dict[str, Any] = {
             "state_dict_metadata": described,
             "planner_data": None,
             "storage_data": storage,
-            "storage_meta": StorageMeta(checkpoint_id=weights.name, save_id=str(uuid.uuid4())),
+            "storage_meta": _described("StorageMeta", weights.name, str(uuid.uuid4())),
             "mcore_data": {key: {} for key in self._shapes},
-            "version": getattr(filesystem, "CURRENT_DCP_VERSION", None),  # torch 2.7 began to number them
+            "version": "1.0.0",  # torch/distributed/checkpoint/filesystem.py, CURRENT_DCP_VERSION; torch 2.7 and later
         }
         return _pickle(_Rebuilt(_Global(*MCORE_METADATA), (described,), state))
+
+
+def _described(name: str, *values: Any) -> _Rebuilt:
+    """An object of torch's description, rebuilt by its own constructor."""
+    module = next(module for module, classes in DESCRIPTION.items() if name in classes)
+    return _Rebuilt(_Global(module, name), values)
+
+
+def _size(extents: tuple[int, ...]) -> _Rebuilt:
+    return _Rebuilt(_Global("torch", "Size"), (extents,))
 
 
 def _write_piece(piece: _Piece, file: int, offset: int, checksum: bool) -> None:

@@ -20,6 +20,7 @@ from conf.errors import InputError
 from convert import torch_dist
 from convert.stored import Rows, Span, StoredTensor, blocks
 from convert.torch_dist import TORCH_TYPES, TorchDistReader, TorchDistWriter
+from tests.helpers.dcp_metadata import read_metadata
 
 TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items()}
 
@@ -94,7 +95,7 @@ def test_torch_reads_what_is_written(tmp_path: Path, checksum: bool) -> None:
 
 class MegatronsReader(dcp.FileSystemReader):
     def read_metadata(self) -> Any:
-        return torch_dist._load_inert(Path(self.path) / ".metadata")[0]
+        return read_metadata(Path(self.path))
 
 
 @pytest.mark.parametrize("checksum", [True, False])
@@ -266,7 +267,7 @@ def test_no_description_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def rewritten(weights: Path, change: Callable[[Any], Any]) -> None:
-    metadata = torch_dist._load_inert(weights / ".metadata")[0]
+    metadata = read_metadata(weights)
     change(metadata)
     (weights / ".metadata").write_bytes(pickle.dumps(metadata))
 

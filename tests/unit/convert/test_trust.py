@@ -18,6 +18,7 @@ from convert import verify
 from convert.nemo_context import Call, Reference, generation_config, model_call, write_context
 from convert.torch_dist import TorchDistWriter
 from convert.trust import refuse_code
+from tests.helpers.dcp_metadata import read_metadata
 
 QWEN3 = "nemo.collections.llm.gpt.model.qwen3"
 
@@ -107,9 +108,8 @@ def in_extra_state(checkpoint: Path) -> None:
     """The object in `__0_0.distcp` becomes one that `torch.save` wrote; what its description says is its beginning."""
     (checkpoint / "weights" / "__0_0.distcp").unlink()
     torch.save([Evil()], checkpoint / "weights" / "__0_0.distcp")
-    from convert import torch_dist
 
-    metadata = torch_dist._load_inert(checkpoint / "weights" / ".metadata")[0]
+    metadata = read_metadata(checkpoint / "weights")
     (place,) = metadata.storage_data.values()
     place.length = (checkpoint / "weights" / "__0_0.distcp").stat().st_size
     (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
