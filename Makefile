@@ -31,11 +31,11 @@ test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stac
 	python -m pytest tests/gpu
 
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
-	$(BIN)/pytest -n 2 tests/slurm
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm
 
 setup: $(INSTALLED)
 
-test-nemo26: $(NEMO26)/installed ## the integration tests with the container's NeMo, ModelOpt and transformers
+test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
 	$(NEMO26)/bin/pytest -n 2 --dist loadgroup tests/integration
 
 $(INSTALLED): SET := cpu

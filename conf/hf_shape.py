@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conf.schema import ModelConfig, Shape
+from conf.schema import Family, ModelConfig, Shape
 
 # Megatron's term by the term of Hugging Face; `shape_from` fills in those that a config.json may leave out.
 _TERMS = {
@@ -38,7 +38,8 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         return model.shape, [f"{path} does not describe a model ({reason}); set model.hf_path to a whole folder"]
-    faults = _family_faults(model, config, path) + _bias_faults(config, path)
+    faults = _family_faults(model, config, path)
+    faults += [f"{path} asks for {fault}" for fault in unsupported(config)]
     if model.shape is None:
         return found, faults
     return model.shape, faults + _shape_faults(model.shape, found, path)
@@ -94,13 +95,72 @@ def _family_faults(model: ModelConfig, config: dict[str, Any], path: Path) -> li
     found = config.get("model_type")
     if found == model.family.value:
         return []
+    if found not in {family.value for family in Family}:
+        known = ", ".join(family.value for family in Family)
+        return [f"{path} says model_type {found}; models of the families {known} can be pruned and distilled"]
     return [f"model.family={model.family.name}, but {path} says model_type {found}; set model.family={found}"]
 
 
-def _bias_faults(config: dict[str, Any], path: Path) -> list[str]:
-    """NeMo's importers of both families know no biases, and would leave them out without a word."""
-    asked = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
-    return [f"{path} says {name} true, but models with biases cannot be run; take one without" for name in asked]
+def unsupported(config: dict[str, Any]) -> list[str]:
+    """What a `config.json` asks for and the NeMo class of its family cannot have, each with the reason."""
+    refused = dict(_REFUSED)
+    if config.get("model_type") == "nemotron":
+        refused |= _OF_NEMOTRON
+        del refused["partial_rotary_factor"]  # it has one
+    faults = [
+        f"{key}={config[key]!r}: {reason}"
+        for key, (harmless, reason) in refused.items()
+        if key in config and config[key] not in harmless
+    ]
+    if config.get("quantization_config"):
+        faults.append("quantization_config: its weights are quantised; take the model in bf16")
+    heads = config["num_attention_heads"]
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        faults.append(f"num_attention_heads is no multiple of num_key_value_heads={groups}")
+    return faults + _rope_faults(config)
+
+
+def _rope_faults(config: dict[str, Any]) -> list[str]:
+    rope = rope_scaling(config)
+    if not isinstance(rope, dict):
+        return [f"rope_scaling={rope!r} is no description of a rope"]
+    kind = rope_type(config)
+    if kind not in _ROPES or (kind == "llama3" and config.get("model_type") != "llama"):
+        return [f"rope scaling of type {kind!r} can't be represented in NeMo's class of this family"]
+    return [f"rope scaling of type {kind!r} lacks {key}" for key in _ROPES[kind] if key not in rope]
+
+
+# What a kind of rope scaling is made of.
+_ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# By key: harmless values, and why others cannot be had.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "use_sliding_window": ((False, None), "only some of the layers would have windows"),
+    "hidden_act": (("silu", None), "NeMo's class of this family has SiLU"),
+    "partial_rotary_factor": ((1, None), "NeMo's class of this family turns whole heads"),
+    "decoder_sparse_step": ((1, None), "some layers would have no experts"),
+    "mlp_only_layers": (([], None), "some layers would have no experts"),
+}
+_OF_NEMOTRON = {"hidden_act": (("relu2", None), "NeMo's class of this family has the squared ReLU")}
+
+
+def rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's scaling; transformers 5 calls it `rope_parameters` and has `rope_theta` in it."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def rope_type(config: dict[str, Any]) -> str:
+    """How the rotary embedding is scaled, in transformers' terms."""
+    scaling = rope_scaling(config)
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:

@@ -22,11 +22,19 @@ def placement(default: Any) -> Any:
     return field(default=default, metadata={"identity": False})
 
 
+def of_site(wanted: str) -> Any:
+    """A field without a default, as it differs from site to site; `wanted` says what to set it to."""
+    return field(default=MISSING, metadata={"wanted": wanted})
+
+
 class Family(Enum):
     """Model families, named as `model_type` in a Hugging Face `config.json`."""
 
     qwen3 = "qwen3"
+    qwen2 = "qwen2"
     llama = "llama"
+    mistral = "mistral"
+    nemotron = "nemotron"
 
 
 class Precision(Enum):
@@ -67,6 +75,16 @@ class GpuRequest(Enum):
     gpus_per_node = "gpus_per_node"
     gres = "gres"
     none = "none"
+
+
+class NumaBinding(Enum):
+    """Which cores a rank is bound to, as torchrun's --numa-binding names them: all of its GPU's NUMA node, all of the
+    socket, a share of the node's that no other rank has, or those that share a cache."""
+
+    node = "node"
+    socket = "socket"
+    exclusive = "exclusive"
+    core_complex = "core-complex"
 
 
 class Loss(Enum):
@@ -241,8 +259,8 @@ class Gpu:
 class SlurmConfig:
     """How stages become Slurm jobs. What has no default differs from site to site; null says that a site has none."""
 
-    partition: str | None = MISSING
-    account: str | None = MISSING
+    partition: str | None = of_site("one that sinfo lists, or null for the site's default")
+    account: str | None = of_site("the account that pays, or null where the site has none")
     qos: str | None = None
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
     # Further lines for sbatch, such as --exclusive or --constraint=h100.
@@ -252,12 +270,15 @@ class SlurmConfig:
     # Names of environment variables that jobs are given as they are where they are submitted, such as HF_TOKEN.
     secrets: list[str] = field(default_factory=list)
     # An image, or a squash file on a disk that all nodes see (pyxis); null: jobs use this very Python.
-    container_image: str | None = MISSING
+    container_image: str | None = of_site(
+        "an image built from the Dockerfile (registry#name:tag or a .sqsh file), or null"
+    )
     # SOURCE:TARGET[:FLAGS], further to the run folder, which is always there.
     container_mounts: list[str] = field(default_factory=list)
     # Where the image has this repository.
     container_workdir: str = "/opt/nemo-prune-distill"
-    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last.
+    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last, also
+    # where that one was killed, as long as it left a newer checkpoint.
     requeue: bool = True
     # Seconds before its time limit at which a training stage is told to save and pause: one step, one save, and up to a
     # minute until a shared disk shows the stop file.
@@ -276,6 +297,8 @@ class ClusterConfig:
     devices_per_node: int = 1
     # CPU threads a rank; null: the node's cores shared out among its ranks.
     threads_per_rank: int | None = None
+    # Which cores near its GPU a rank is bound to, where a machine has several NUMA nodes; null: any.
+    numa_binding: NumaBinding | None = None
     # What launch.plan checks memory and reckons hours with; null: not stated, so neither is done.
     gpu: Gpu | None = None
     # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.

@@ -48,20 +48,22 @@ class Reader:
 
     def _field(self, field: dataclasses.Field[Any], hint: Any, tree: dict[Any, Any], key: str) -> Any:
         if field.name in tree:
-            return self._value(hint, tree[field.name], key)
+            return self._value(hint, tree[field.name], key, field.metadata.get("wanted"))
         if _is_group(hint):
             return self.group(hint, {}, f"{key}.")
         if field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
-        return self._value(hint, MISSING, key) if field.default == MISSING else field.default
+        missing = field.default == MISSING
+        return self._value(hint, MISSING, key, field.metadata.get("wanted")) if missing else field.default
 
-    def _value(self, hint: Any, raw: Any, key: str) -> Any:
+    def _value(self, hint: Any, raw: Any, key: str, wanted: str | None = None) -> Any:
+        """`wanted`: what a missing value should be, where its type does not say enough."""
         hint, optional = _unwrap(hint)
         if raw is UNRESOLVED:
             return self._unusable(key)
         if raw == MISSING:
-            or_null = " or null" if optional else ""
-            return self._fault(key, f"{key} is not set; set {key} to {_describe(hint)}{or_null}")
+            wanted = wanted or _describe(hint) + (" or null" if optional else "")
+            return self._fault(key, f"{key} is not set; set {key} to {wanted}")
         if raw is None:
             return None if optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint)}")
         if _is_group(hint):

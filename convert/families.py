@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import InputError
+from conf.hf_shape import rope_scaling, rope_type, unsupported
 from convert.nemo_context import Call, Reference, generation_config
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
 
 LAYERS = "decoder.layers."
-HfConfig = Mapping[str, Any]
+HfConfig = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,6 @@ class Family:
         settings: arguments of that class, further to those that all families share.
         rules: all tensors, the output layer of an untied model apart.
         defaults: what transformers takes for what a `config.json` leaves out, where that is not the same for all.
-        refused: what a `config.json` may ask for and cannot have, as (key, harmless values, why).
     """
 
     model: Reference
@@ -181,7 +181,6 @@ class Family:
     settings: Callable[[HfConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any]
-    refused: tuple[tuple[str, tuple[Any, ...], str], ...] = ()
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
         """The rules that a model with this `config.json` follows."""
@@ -197,14 +196,14 @@ def _always(module: str, name: str) -> Callable[[HfConfig], Reference]:
 
 
 def _llama_config(config: HfConfig) -> Reference:
-    return Reference(_module("llama"), "Llama31Config" if _rope_type(config) == "llama3" else "LlamaConfig")
+    return Reference(_module("llama"), "Llama31Config" if rope_type(config) == "llama3" else "LlamaConfig")
 
 
 def _llama_settings(config: HfConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
-    if _rope_type(config) == "llama3":
+    if rope_type(config) == "llama3":
         # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
-        rope = _rope_scaling(config)
+        rope = rope_scaling(config)
         settings |= {
             "scale_factor": rope["factor"],
             "low_freq_factor": rope["low_freq_factor"],
@@ -247,17 +246,9 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
-    rotary = _rope_scaling(config).get("partial_rotary_factor", config["partial_rotary_factor"])
+    rotary = rope_scaling(config).get("partial_rotary_factor", config["partial_rotary_factor"])
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
 
-
-_BIASES = (
-    ("attention_bias", (False, None), "NeMo's class of this family has no such biases"),
-    ("mlp_bias", (False, None), "NeMo's class of this family has no such biases"),
-)
-_WINDOWS = (("use_sliding_window", (False, None), "only some of the layers would have windows"),)
-_PARTIAL = ("partial_rotary_factor", (1, None), "NeMo's class of this family turns whole heads")
-_SILU = ("hidden_act", ("silu", None), "NeMo's class of this family has SiLU")
 
 FAMILIES: dict[str, Family] = {
     "qwen3": Family(
@@ -266,7 +257,6 @@ FAMILIES: dict[str, Family] = {
         _qwen3_settings,
         (*ATTENTION, *QK_NORM, *GATED_MLP),
         {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
-        (*_BIASES, *_WINDOWS, _SILU, _PARTIAL),
     ),
     "qwen2": Family(
         Reference(_module("qwen2"), "Qwen2Model"),
@@ -274,7 +264,6 @@ FAMILIES: dict[str, Family] = {
         _qwen2_settings,
         (*ATTENTION, *QKV_BIAS, *GATED_MLP),
         {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
-        (*_WINDOWS, _SILU, _PARTIAL),
     ),
     "llama": Family(
         Reference(_module("llama"), "LlamaModel"),
@@ -282,7 +271,6 @@ FAMILIES: dict[str, Family] = {
         _llama_settings,
         (*ATTENTION, *GATED_MLP),
         {"rms_norm_eps": 1e-6},
-        (*_BIASES, _SILU, _PARTIAL),
     ),
     "mistral": Family(
         Reference(_module("mistral"), "MistralModel"),
@@ -290,7 +278,6 @@ FAMILIES: dict[str, Family] = {
         _mistral_settings,
         (*ATTENTION, *GATED_MLP),
         {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
-        (_SILU, _PARTIAL),
     ),
     "nemotron": Family(
         Reference(_module("nemotron"), "NemotronModel"),
@@ -298,7 +285,6 @@ FAMILIES: dict[str, Family] = {
         _nemotron_settings,
         (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
         {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
-        (*_BIASES, ("hidden_act", ("relu2", None), "NeMo's class of this family has the squared ReLU")),
     ),
     "qwen3_moe": Family(
         Reference(_module("qwen3"), "Qwen3Model"),
@@ -306,14 +292,6 @@ FAMILIES: dict[str, Family] = {
         _moe_settings,
         (*ATTENTION, *QK_NORM, *EXPERTS),
         {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
-        (
-            *_BIASES,
-            *_WINDOWS,
-            _SILU,
-            _PARTIAL,
-            ("decoder_sparse_step", (1, None), "some layers would have no experts"),
-            ("mlp_only_layers", ([], None), "some layers would have no experts"),
-        ),
     ),
 }
 
@@ -343,7 +321,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         known = ", ".join(FAMILIES)
         raise InputError(f"{path} holds a {config.get('model_type')!r} model; the families known here are {known}")
     config = {**family.defaults, **config}
-    if faults := _size_faults(config) or _faults(config, family):
+    if faults := _size_faults(config) or unsupported(config):
         raise InputError(f"{path} cannot be converted: " + "; ".join(faults))
     return config
 
@@ -373,41 +351,6 @@ def _size_faults(config: HfConfig) -> list[str]:
     return faults and [*faults, "fetch the file again"]
 
 
-def _faults(config: HfConfig, family: Family) -> list[str]:
-    faults = [
-        f"{key}={config[key]!r}: {why}"
-        for key, harmless, why in family.refused
-        if key in config and config[key] not in harmless
-    ]
-    if config.get("quantization_config"):
-        faults.append("quantization_config: its weights are quantised; take the model in bf16")
-    faults += _rope_faults(config)
-    if config.get("head_dim") is None and config["hidden_size"] % config["num_attention_heads"]:
-        faults.append("hidden_size is no multiple of num_attention_heads, and there is no head_dim")
-    groups = config.get("num_key_value_heads") or 1
-    if config["num_attention_heads"] % groups:
-        faults.append(f"num_attention_heads is no multiple of num_key_value_heads={groups}")
-    return faults
-
-
-# What a kind of rope scaling is made of.
-ROPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _rope_faults(config: HfConfig) -> list[str]:
-    rope = _rope_scaling(config)
-    if not isinstance(rope, dict):
-        return [f"rope_scaling={rope!r} is no description of a rope"]
-    kind = _rope_type(config)
-    if kind not in ROPES or (kind == "llama3" and config["model_type"] != "llama"):
-        return [f"rope scaling of type {kind!r} can't be represented in NeMo's class of this family"]
-    return [f"rope scaling of type {kind!r} lacks {key}" for key in ROPES[kind] if key not in rope]
-
-
 def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:
     """The NeMo config of a `config.json`, with what NeMo's own importers leave out.
 
@@ -418,7 +361,7 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         dtype: of the weights, in torch's terms, such as bfloat16.
     """
     family = FAMILIES[config["model_type"]]
-    rope = _rope_scaling(config)
+    rope = rope_scaling(config)
     heads = heads_of(config)
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -432,7 +375,7 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         "init_method_std": config.get("initializer_range", 0.02),
         "layernorm_epsilon": config.get("rms_norm_eps", config.get("norm_eps")),
         "rotary_base": config.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        "seq_len_interpolation_factor": rope["factor"] if _rope_type(config) == "linear" else None,
+        "seq_len_interpolation_factor": rope["factor"] if rope_type(config) == "linear" else None,
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
         **PRECISIONS[dtype],
         "params_dtype": Reference("torch", dtype),
@@ -541,13 +484,3 @@ def expected_shapes(config: HfConfig) -> dict[str, tuple[int, ...]]:
             shape = (by_module | of_mlp).get(module, (hidden,))  # norms are the rest
             shapes[name] = shape if kind == "weight" else shape[:1]
     return shapes
-
-
-def _rope_scaling(config: HfConfig) -> dict[str, Any]:
-    """transformers 5 calls it `rope_parameters` and has `rope_theta` in it."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def _rope_type(config: HfConfig) -> str:
-    rope = _rope_scaling(config)
-    return str(rope.get("rope_type", rope.get("type", "default")))

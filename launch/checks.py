@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import re
@@ -17,7 +16,10 @@ from pathlib import Path
 
 from conf.schema import RunConfig
 from conf.units import GIB
+from launch import partition, torchrun
 from launch.environment import ROOT
+from launch.slurm import COMMANDS
+from recipes.artifact import installed_version
 
 # What NVIDIA's documentation of its containers asks for at least where ranks talk through shared memory.
 LEAST_SHARED_MEMORY = GIB
@@ -55,7 +57,9 @@ class Range:
 RANGES = {
     "nemo_toolkit": Range("2.6", "3", "3.0 has no LLM collection"),
     "megatron-core": Range("0.15", "0.16", "NeMo 2.x imports what 0.16 dropped (dist_checkpointing's tensorstore)"),
-    "nvidia-modelopt": Range("0.37", "0.41", "0.41 cannot prune query groups, 0.42 and 0.43 fail to load checkpoints"),
+    "nvidia-modelopt": Range(
+        "0.40", "0.41", "0.37 prunes no experts, 0.41 no query groups, 0.42 and 0.43 fail to load checkpoints"
+    ),
     "numpy": Range("1.26", "2", "megatron-core 0.15 needs numpy below 2"),
 }
 OTHERS = ("torch", "transformers", "hydra-core", "omegaconf")
@@ -63,7 +67,7 @@ OTHERS = ("torch", "transformers", "hydra-core", "omegaconf")
 
 def libraries() -> Iterator[Finding]:
     """Versions against the lock, and against the ranges outside of which something is known to break."""
-    installed = {name: _version(name) for name in (*RANGES, *OTHERS)}
+    installed = {name: installed_version(name) for name in (*RANGES, *OTHERS)}
     absent = [name for name, version in installed.items() if version is None]
     if "torch" in absent and "nemo_toolkit" in absent:
         mend = "nothing on a login node whose jobs run in a container; elsewhere: make setup"
@@ -82,13 +86,6 @@ def libraries() -> Iterator[Finding]:
             yield Finding(name, State.warn, f"{version}; tested with {tested}", mend)
         else:
             yield Finding(name, State.ok, version)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _locked() -> dict[str, str]:
@@ -126,7 +123,7 @@ print(json.dumps({
 
 def accelerator(cfg: RunConfig | None) -> Iterator[Finding]:
     """GPUs, NCCL and Transformer Engine as PyTorch sees them."""
-    if _version("torch") is None:
+    if installed_version("torch") is None:
         return
     done = _ask([sys.executable, "-c", _PROBE])
     try:
@@ -185,6 +182,26 @@ def links() -> Iterator[Finding]:
         yield Finding("GPU links", State.warn, "no NVLink: tensor parallelism will be slow", mend)
 
 
+def numa(cfg: RunConfig | None, root: Path = Path("/")) -> Iterator[Finding]:
+    """Whether the machine has several NUMA nodes, and ranks are bound to that of their GPU."""
+    count = len(torchrun.numa_nodes(root))
+    nothing = torchrun.pointless(root)
+    binding = cfg.cluster.numa_binding if cfg is not None else None
+    if nothing is not None:
+        yield Finding("NUMA", State.ok, f"{count} node{'s' * (count != 1)}; nothing to bind: {nothing}")
+    elif cfg is not None and binding is None:
+        mend = "set cluster.numa_binding=node"
+        yield Finding("NUMA", State.warn, f"{count} nodes, and ranks run on the cores of any", mend)
+    elif (why_not := torchrun.prevented(root)) is not None:
+        mend = (
+            "install numactl; docker run --cap-add=SYS_NICE, which launch.docker adds; all cores of the node for a job"
+        )
+        yield Finding("NUMA", State.warn, f"{count} nodes, but ranks cannot be bound: {why_not}", mend)
+    else:
+        asked = "can be bound" if binding is None else f"are bound (cluster.numa_binding={binding.value})"
+        yield Finding("NUMA", State.ok, f"{count} nodes; ranks {asked}")
+
+
 def limits(infiniband: Path = Path("/sys/class/infiniband")) -> Iterator[Finding]:
     """What the shell allows a process."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -229,7 +246,7 @@ def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
     """Slurm's commands, its controller and pyxis: needed where the run's cluster section names Slurm."""
     wanted = cfg.cluster.slurm if cfg is not None else None
     trouble = State.warn if wanted is None else State.fail
-    absent = [name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None]
+    absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent and wanted is None:
         yield Finding("Slurm", State.ok, "not on this machine")
     elif absent:
@@ -239,6 +256,7 @@ def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
         yield Finding("Slurm", trouble, "its controller does not answer", "scontrol ping shows why")
     else:
         yield Finding("Slurm", State.ok, answer)
+        yield from (Finding("partition", State.fail, fault) for fault in (partition.faults(cfg) if cfg else []))
         yield from _pyxis(needed=wanted is not None and wanted.container_image is not None)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.model_size import layer_weights, product_weights
-from conf.schema import Gpu, Loss, Precision, PruneConfig, Recompute, Shape, Training
+from conf.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, Shape, Training
 
 FORWARD_AND_BACKWARD = 3
 
@@ -29,23 +29,24 @@ class TokenFlops:
         return self.student + self.teacher + self.recompute
 
 
-def training_flops(training: Training, loss: Loss, student: Shape, teacher: Shape) -> TokenFlops:
+def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape) -> TokenFlops:
     """FLOP a token of a training run; without the teacher where `loss` is cross-entropy."""
     again = {
         Recompute.none: 0,
         Recompute.selective: _attention(student, training.seq_length),
-        Recompute.full: 2 * student.num_layers * layer_weights(student) + _attention(student, training.seq_length),
+        Recompute.full: 2 * student.num_layers * layer_weights(student, family)
+        + _attention(student, training.seq_length),
     }
     return TokenFlops(
-        student=FORWARD_AND_BACKWARD * forward_flops(student, training.seq_length),
-        teacher=forward_flops(teacher, training.seq_length) if loss is Loss.kd else 0,
+        student=FORWARD_AND_BACKWARD * forward_flops(student, family, training.seq_length),
+        teacher=forward_flops(teacher, family, training.seq_length) if loss is Loss.kd else 0,
         recompute=again[training.recompute],
     )
 
 
-def forward_flops(shape: Shape, seq_length: int) -> int:
+def forward_flops(shape: Shape, family: Family, seq_length: int) -> int:
     """FLOP a token of a forward pass over sequences of `seq_length` tokens."""
-    return 2 * product_weights(shape) + _attention(shape, seq_length)
+    return 2 * product_weights(shape, family) + _attention(shape, seq_length)
 
 
 def _attention(shape: Shape, seq_length: int) -> int:
@@ -64,10 +65,12 @@ def training_hours(flops: float, precision: Precision, gpu: Gpu | None, ranks: i
     return flops / (ranks * gpu.bf16_tflops * 1e12 * gpu.utilisation * 3600)
 
 
-def calibration_flops(prune: PruneConfig, teacher: Shape) -> int:
+def calibration_flops(prune: PruneConfig, family: Family, teacher: Shape) -> int:
     """FLOP of pruning: the teacher forward over the calibration text; none where the layers to drop are named."""
     if prune.drop_layers:
         return 0
     return (
-        prune.calibration_samples * prune.calibration_seq_length * forward_flops(teacher, prune.calibration_seq_length)
+        prune.calibration_samples
+        * prune.calibration_seq_length
+        * forward_flops(teacher, family, prune.calibration_seq_length)
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from conf.model_size import parameters
 from conf.schema import Precision, RunConfig, Shape, Training
+from conf.units import GIB
 from conf.validate import student_shape
 from launch.compute import tokens
 
+# Where there is too little room.
+MEND = "free some, or set run_dir to a larger disk"
 # What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
 # shapes (ckpt_optim_fully_reshardable), in either precision.
 OPTIMIZER_BYTES = 12
@@ -54,6 +58,18 @@ def weight_bytes(precision: Precision) -> int:
 def teacher_weight_bytes(cfg: RunConfig) -> int:
     """Bytes of a weight of the teacher, and so of the pruned student: Hugging Face models are taken to be in bf16."""
     return weight_bytes(Precision.bf16 if cfg.model.demo is None else cfg.model.demo.training.precision)
+
+
+def room(run_dir: str, sizes: Mapping[str, int]) -> tuple[bool, str]:
+    """Whether what a run still writes fits its disk, and the figures in words.
+
+    Args:
+        run_dir: the run's folder, as it is named to the user.
+        sizes: bytes by `total` (of the whole run), `written` (of it already), `free` (on the disk).
+    """
+    to_come, free = sizes["total"] - sizes["written"], sizes["free"]
+    words = f"{run_dir} has {free / GIB:,.1f} GiB free, and the run still writes about {to_come / GIB:,.1f} GiB"
+    return to_come <= free, words
 
 
 def written_bytes(run_dir: Path) -> int:

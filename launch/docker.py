@@ -66,6 +66,9 @@ def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str) -> list[s
         words += ["--gpus", gpus]
     # NCCL and data loaders exchange through shared memory, and NCCL locks what it exchanges.
     words += ["--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
+    if gpus != "none" and cfg.cluster.numa_binding is not None:
+        # Docker's seccomp profile forbids numactl's calls without it (numactl pull request 232).
+        words += ["--cap-add=SYS_NICE"]
     words += ["--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp"]
     words += ["--env", f"HF_HOME={CACHE}", "--volume", f"{_cache()}:{CACHE}"]
     for name in PASSED_ON:

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from conf.errors import ConfigError
 from conf.load import compose
 from conf.schema import RunConfig
-from conf.units import GIB
-from launch import checks
+from launch import checks, disk
 from launch.checks import Finding, State
 from launch.filesystem import unshared
 from launch.planning import make
@@ -47,6 +46,7 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
             faults = error.faults
     yield from checks.libraries()
     yield from checks.accelerator(cfg)
+    yield from checks.numa(cfg)
     yield from checks.limits()
     yield from checks.shared_memory(cfg)
     yield from checks.hub()
@@ -59,13 +59,8 @@ def examine(overrides: Sequence[str]) -> Iterator[Finding]:
 def planned(cfg: RunConfig) -> Iterator[Finding]:
     """Whether the run's folder has room, and the GPU that the cluster section states enough memory."""
     plan = make(cfg)
-    free, needed = (plan["disk"][key] / GIB for key in ("free", "total"))
-    needed -= plan["disk"]["written"] / GIB
-    found = f"{free:.1f} GiB free at {cfg.run_dir}, the run still writes about {needed:.1f}"
-    if free >= needed:
-        yield Finding("disk", State.ok, found)
-    else:
-        yield Finding("disk", State.fail, found, "free some, or set run_dir to a larger disk")
+    fits, found = disk.room(cfg.run_dir, plan["disk"])
+    yield Finding("disk", State.ok, found) if fits else Finding("disk", State.fail, found, disk.MEND)
     for fault in unshared(cfg) if cfg.cluster.nodes > 1 else []:
         yield Finding("shared disk", State.fail, fault)
     for stage, sentence in plan["impossible"].items():

@@ -14,6 +14,7 @@ import jinja2
 
 from conf.schema import RunConfig, SlurmConfig
 from conf.slurm_rules import absolute
+from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from launch.pipeline import RESOLVED
 from recipes.artifact import Located
@@ -30,7 +31,7 @@ class Job:
     Attributes:
         script: `RUN_DIR/slurm/NN-stage.sbatch`, of content `text`.
         after: the stages whose jobs have to succeed first.
-        links: how often it is submitted, each waiting for the one before; above 1 where jobs cannot be requeued.
+        links: how often it is submitted, each waiting for those before; above 1 where jobs cannot be requeued.
     """
 
     located: Located
@@ -70,12 +71,12 @@ def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
         after = sorted({source.stage for source in sources if isinstance(source, Output)} & to_do)
         chained = stage.stage.trains and not _slurm(cfg).requeue
         links = 1 + _slurm(cfg).max_restarts if chained else 1
-        jobs.append(Job(stage, script, _script(stage, script), tuple(after), links))
+        jobs.append(Job(stage, script, _script(stage, script, chained), tuple(after), links))
     return jobs
 
 
-def _script(located: Located, script: Path) -> str:
-    """What sbatch is given for a stage."""
+def _script(located: Located, script: Path, chained: bool) -> str:
+    """What sbatch is given for a stage; `chained`: as one of several jobs that go on from one another."""
     cfg, ranks = located.cfg, located.stage.ranks(located.cfg)
     slurm, run_dir = _slurm(located.cfg), Path(located.cfg.run_dir)
     nodes, ranks_per_node = nodes_and_ranks(located)
@@ -91,6 +92,7 @@ def _script(located: Located, script: Path) -> str:
     settings: dict[str, Any] = {
         "stage": located.stage.name,
         "script": script,
+        "chained": chained,
         "job_name": f"{cfg.name}/{located.stage.name}",
         "log": str(located.folder / "log.txt"),
         "nodes": nodes,
@@ -104,6 +106,7 @@ def _script(located: Located, script: Path) -> str:
         "environment": environment(located),
         "code": slurm.container_workdir if in_container else ROOT,
         "python": "python" if in_container else sys.executable,
+        "torchrun": torchrun.module(cfg.cluster),
         "arguments": stage_arguments(located, run_dir / RESOLVED),
     }
     settings |= {
@@ -118,12 +121,21 @@ def _script(located: Located, script: Path) -> str:
     return templates.get_template("slurm.sbatch.j2").render(settings)
 
 
-def submission(job: Job, link: int, dependencies: Sequence[str]) -> list[str]:
-    """The command that submits a job; `dependencies` are job ids, or what stands for them where there are none yet."""
-    command = ["sbatch", "--parsable"]
-    if dependencies:
-        command.append(f"--dependency=afterok:{':'.join(dependencies)}")
-    return [*command, str(job.script), *([str(link), str(job.links)] if job.links > 1 else [])]
+def submission(job: Job, inputs: Sequence[str], before: Sequence[str]) -> list[str]:
+    """The command that submits a job, or the next link of its chain.
+
+    Ids are Slurm's, or what stands for them where there are none yet.
+
+    Args:
+        job: the job.
+        inputs: ids of the jobs that have to succeed first.
+        before: ids of the chain's earlier links, which have to end first, however they end. All of them: if one that
+            waits is cancelled, the next may not start beside the one that runs.
+    """
+    conditions = {"afterok": inputs, "afterany": before}
+    wanted = [":".join([condition, *ids]) for condition, ids in conditions.items() if ids]
+    command = ["sbatch", "--parsable", *([f"--dependency={','.join(wanted)}"] if wanted else [])]
+    return [*command, str(job.script), *([str(len(before) + 1), str(job.links)] if job.links > 1 else [])]
 
 
 def shown(jobs: Sequence[Job]) -> list[str]:
@@ -132,10 +144,9 @@ def shown(jobs: Sequence[Job]) -> list[str]:
         return ["every stage is complete; nothing would be submitted"]
     shown = []
     for job in jobs:
-        for link in range(1, job.links + 1):
-            before = [*(f"<{name}>" for name in job.after), *([f"<{job.name} {link - 1}>"] if link > 1 else [])]
-            shown.append(f"# {shlex.join(submission(job, link, before))}")
-        shown += [job.text]
+        inputs, links = [f"<{name}>" for name in job.after], [f"<{job.name} {link + 1}>" for link in range(job.links)]
+        shown += [f"# {shlex.join(submission(job, inputs, links[:before]))}" for before in range(job.links)]
+        shown.append(job.text)
     return shown
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from recipes.artifact import Located
 
@@ -23,13 +24,13 @@ SECONDS_TO_END = 40.0
 def command(located: Located, resolved: Path) -> list[str]:
     """What starts a stage: torchrun where it has several ranks (for one it would add 5 s and nothing else)."""
     nodes, ranks = nodes_and_ranks(located)
-    launcher = [sys.executable, "-m"]
+    launcher, runner = [sys.executable, "-m"], torchrun.module(located.cfg.cluster)
     if nodes > 1:
         meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", str(located.cfg.cluster.rdzv_endpoint)]
         meet += ["--rdzv_id", f"{located.stage.name}-{located.config_hash[:8]}"]
-        launcher += ["torch.distributed.run", "--nnodes", str(nodes), *meet, "--nproc_per_node", str(ranks), "-m"]
+        launcher += [*runner, "--nnodes", str(nodes), *meet, "--nproc_per_node", str(ranks), "-m"]
     elif ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
+        launcher += [*runner, "--standalone", "--nproc_per_node", str(ranks), "-m"]
     return [*launcher, *stage_arguments(located, resolved)]
 
 

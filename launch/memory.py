@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from conf.model_size import QK_NORM, rank_parameters
+from conf.model_size import TRAITS, rank_parameters
 from conf.schema import Family, Loss, Precision, PruneConfig, Recompute, Shape, Training
 from conf.units import GIB
 
@@ -162,11 +162,13 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
     attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
-    if models.family in QK_NORM:
+    if TRAITS[models.family].qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
-    # Gate and up, and the down projection's input; unfused also silu(gate) and the factor made of up.
-    channels = (3 if models.family in FUSED_SWIGLU else 5) * shape.ffn_hidden_size
+    # Gate and up, and the down projection's input; unfused also silu(gate) and the factor made of up. Without a gate:
+    # what the squared ReLU keeps, its rectified input, and the down projection's input.
+    kept = 2 if not TRAITS[models.family].gated_mlp else 3 if models.family in FUSED_SWIGLU else 5
+    channels = kept * shape.ffn_hidden_size
     return tokens * (4 * shape.hidden_size // _sequence_share(training) + (attention + channels) // tensor)
 
 

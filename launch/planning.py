@@ -32,7 +32,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     models = _models(cfg)
     of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
     of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
-    flops = compute.training_flops(cfg.distill, cfg.distill.loss, student, teacher)
+    flops = compute.training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
     room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
@@ -109,12 +109,15 @@ def _layout(layout: Layout) -> dict[str, Any]:
 def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
     """Every stage of the run, with hours where they can be reckoned."""
     flops: dict[str, tuple[float, int]] = {
-        "prune": (compute.calibration_flops(cfg.prune, teacher), cfg.prune.pipeline_model_parallel_size)
+        "prune": (
+            compute.calibration_flops(cfg.prune, cfg.model.family, teacher),
+            cfg.prune.pipeline_model_parallel_size,
+        )
     }
     for stage in wanted(cfg):
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
-            a_token = compute.training_flops(run, run.loss, student, teacher).total
+            a_token = compute.training_flops(run, run.loss, cfg.model.family, student, teacher).total
             flops[stage.name] = (compute.tokens(run) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
@@ -147,12 +150,9 @@ def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
             f"pruning removes {cut:.0%} of the parameters in one round; beyond {LARGEST_CUT:.0%} prune and distil a "
             "model in between first, and prune that one"
         )
-    to_come = room["total"] - room["written"]
-    if to_come > room["free"]:
-        warnings.append(
-            f"{cfg.run_dir} has {room['free'] / GIB:,.1f} GiB free, and the run still writes about "
-            f"{to_come / GIB:,.1f} GiB; free some, or set run_dir to a larger disk"
-        )
+    fits, words = disk.room(cfg.run_dir, room)
+    if not fits:
+        warnings.append(f"{words}; {disk.MEND}")
     return warnings
 
 

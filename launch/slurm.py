@@ -6,6 +6,8 @@ by hand are then the same as in the stage table, and each job asks for the GPUs 
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 from conf.errors import ConfigError
 from conf.load import save_resolved
 from conf.schema import RunConfig
-from launch import lock
+from launch import lock, partition
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
 from launch.pipeline import RESOLVED, up_to
@@ -26,7 +28,23 @@ from launch.queue import active, record, submitted
 from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 
-COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
+# One package brings them all; srun is what the jobs start their stages with.
+COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
+
+# What sbatch says (slurm/src/common/slurm_errno.c), and what to set.
+REFUSALS = (
+    ("policy", "the site limits what you may queue: ask for fewer nodes, less time or fewer jobs"),
+    ("account", "set cluster.slurm.account to one of yours (sacctmgr show associations user=$USER)"),
+    ("qos", "set cluster.slurm.qos to one that you may use (sacctmgr show associations user=$USER)"),
+    ("partition", "set cluster.slurm.partition to one that sinfo lists"),
+    ("time limit", "set cluster.time_limit to what sinfo -o '%P %l' shows"),
+    (
+        "[Nn]ode (configuration|count)|More processors|GRES|gres",
+        "set cluster.nodes, cluster.devices_per_node, cluster.slurm.gpu_request to what sinfo -o '%P %D %c %G' shows",
+    ),
+    ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
+    ("option", "mend cluster.slurm.sbatch"),
+)
 
 
 def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, dry_run: bool = False) -> None:
@@ -69,6 +87,8 @@ def _check(cfg: RunConfig) -> None:
             "to see what would be submitted"
         )
     faults += unshared(cfg)
+    if not absent:
+        faults += partition.faults(cfg)
     if faults:
         raise ConfigError(faults)
 
@@ -82,22 +102,32 @@ def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
             job.script.parent.mkdir(parents=True, exist_ok=True)
             job.located.folder.mkdir(parents=True, exist_ok=True)
             job.script.write_text(job.text)
-            dependencies = [last[name] for name in job.after]
+            inputs = [last[name] for name in job.after]
             ids: list[str] = []
-            for link in range(1, job.links + 1):
-                ids.append(_sbatch(submission(job, link, [*dependencies, *ids[-1:]])))
+            for _ in range(job.links):
+                ids.append(_sbatch(submission(job, inputs, ids)))
                 taken.append(ids[-1])
             last[job.name] = ids[-1]
             record(run_dir, job.name, ids, job.script)
             print(f"{job.name}: {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)}, log in {job.located.folder}")
     except BaseException as error:
         outcome = _cancel(taken)
+        for folder in {job.located.folder for job in jobs}:
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
         if isinstance(error, subprocess.CalledProcessError):
             reason = " ".join((error.stderr or "").split()) or f"exit code {error.returncode}"
-            raise ConfigError(f"sbatch refused {error.cmd[-1]} ({reason}){outcome}") from error
+            raise ConfigError(f"sbatch refused {job.script} ({reason}){outcome}; {_mend(reason)}") from error
         if outcome:
             print(outcome.removeprefix("; "), file=sys.stderr)
         raise
+
+
+def _mend(reason: str) -> str:
+    """What to do about a refusal of sbatch's."""
+    return next(
+        (mend for pattern, mend in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks"
+    )
 
 
 def _sbatch(command: list[str]) -> str:

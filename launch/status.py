@@ -109,7 +109,9 @@ def _cause(log: Path, states: Collection[str]) -> str:
     """Why a stage failed: what Slurm says where it is Slurm that ended it, and the log."""
     reason = read_reason(log, last_attempt(log))
     said = [reason.fault] if reason.fault is not None else reason.lines[-LINES:]
-    by_slurm = [state for state in states if state in ENDED - {"FAILED", "COMPLETED"}]
+    ended = set(states) & ENDED
+    # A chain's later jobs are cancelled once one has failed.
+    by_slurm = sorted(ended - {"FAILED", "COMPLETED"} - ({"CANCELLED"} if "FAILED" in ended else set()))
     return "\n".join([*by_slurm, *filter(None, [reason.death]), *said])
 
 

@@ -172,15 +172,16 @@ def libraries(cfg: RunConfig) -> dict[str, str]:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide results, `absent` where one is not installed."""
-    return {name: _version(name) for name in LIBRARIES}
+    return {name: (installed_version(name) or "absent").split("+")[0] for name in LIBRARIES}
 
 
 @cache
-def _version(name: str) -> str:
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, None where there is none. Nothing is imported."""
     try:
-        return importlib.metadata.version(name).split("+")[0]
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "absent"
+        return None
 
 
 def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
 
 What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
-of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, `late N` one that takes 3 s to start.
+of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, and saves after every tenth; `late N` is one
+that takes 3 s to start, `lead N` one of several ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from conf.load import load_resolved
-from recipes.artifact import STATE, STOP, locate, write_json, write_manifest
+from recipes.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import end_with_torchrun
 from recipes.stages import Output, Source, Stage, world_size
@@ -23,6 +24,7 @@ from recipes.stages import Output, Source, Stage, world_size
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"
 SECONDS_A_STEP = 0.05
+STEPS_A_SAVE = 10
 
 
 def _after(*names: str) -> dict[str, Source]:
@@ -63,6 +65,8 @@ def _act(action: str, folder: Path) -> None:
     if action == "stuck":
         write_json(folder / STATE, {"state": "paused", "step": 0})
         sys.exit(0)
+    if kind == "lead":
+        _lead(int(steps), folder)
     if action == "join":
         _join(folder)
     if action == "sleep":
@@ -77,20 +81,30 @@ def _act(action: str, folder: Path) -> None:
 
 def _train(steps: int, folder: Path) -> None:
     """Ends the process where it pauses."""
-    metrics, checkpoint = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoint.json"
-    step = json.loads(checkpoint.read_text()) if checkpoint.exists() else 0
+    metrics, checkpoints = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoints"
+    step = max((int(path.name.removeprefix("step=")) for path in checkpoints.glob("step=*")), default=0)
     metrics.forget_after(step)
     while step < steps:
         time.sleep(SECONDS_A_STEP)
         step += 1
         metrics.append(step=step, max_steps=steps, loss=10 / step)
-        if (folder / STOP).exists() and step < steps:
-            write_json(checkpoint, step)
+        pause = (folder / STOP).exists() and step < steps
+        if pause or step % STEPS_A_SAVE == 0:
+            (checkpoints / f"step={step}").mkdir(parents=True, exist_ok=True)
+        if pause:
             write_json(folder / STATE, {"state": "paused", "step": step})
             (folder / STOP).unlink()
             sys.exit(0)
     assert [line["step"] for line in read_metrics(metrics.path)] == list(range(1, steps + 1))
     write_json(folder / STATE, {"state": "done", "step": steps})
+
+
+def _lead(steps: int, folder: Path) -> None:
+    """A training whose other ranks wait for the first."""
+    if os.environ["RANK"] == "0":
+        _train(steps, folder)
+    while read_state(folder).get("state") != "done":
+        time.sleep(SECONDS_A_STEP)
 
 
 def _join(folder: Path) -> None:

@@ -124,7 +124,8 @@ def validations(folder: Path) -> dict[int, float]:
 
 def copy_run(source: Path, target: Path) -> Path:
     """A second run folder with the same complete stages."""
-    shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("distill*", "nemo_to_hf*", ".lock"))
+    left_out = shutil.ignore_patterns("distill*", "nemo_to_hf*", "slurm", ".lock")
+    shutil.copytree(source, target, symlinks=True, ignore=left_out)
     resolved = yaml.safe_load((target / "resolved.yaml").read_text())
     (target / "resolved.yaml").write_text(yaml.safe_dump({**resolved, "run_dir": str(target)}))
     return target

@@ -22,6 +22,18 @@ def test_two_ranks_complete(tmp_path: Path) -> None:
     assert (tmp_path / "calls.txt").read_text().split() == ["ranks", "ranks"]
 
 
+def test_ranks_start_unbound_where_there_is_no_gpu_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun by itself would raise."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with launched(tmp_path, {}, *TWO_RANKS, "cluster.numa_binding=node", mode="launch_ranks") as launcher:
+        _, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, err) == (0, "")
+    (log,) = tmp_path.glob("ranks-*/log.txt")
+    assert "numa-binding=node is left out: no GPU is visible\n" in log.read_text()
+
+
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     with launched(tmp_path, {"ranks": "die_on_rank_1"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         other = wait_for(tmp_path, "ranks")

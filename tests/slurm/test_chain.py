@@ -115,9 +115,35 @@ def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_pat
     assert "sbatch refused" in done.stderr
     assert "03-aside.sbatch (sbatch: error: Invalid qos specification)" in done.stderr
     ids = [*chain.jobs("first"), *chain.jobs("second")]
-    assert f"jobs {', '.join(ids)}, which were taken before, are cancelled" in done.stderr
+    outcome = (
+        f"jobs {', '.join(ids)}, which were taken before, are cancelled; set cluster.slurm.qos to one that you may"
+    )
+    assert outcome in done.stderr
     chain.wait_until_ended()
     assert {job.state for job in ask(ids).values()} == {"CANCELLED"}
+
+
+def test_what_the_partition_can_never_run_is_refused(chain: Chain) -> None:
+    """sbatch itself takes such jobs, and they wait for ever."""
+    more = ("cluster.time_limit='9:00:00'", "cluster.nodes=3", "distill.global_batch_size=12")
+    done = chain.launch({}, *more)
+    assert done.returncode == 2
+    assert "cluster.time_limit=9:00:00 is more than the 04:00:00 that partition main allows; set" in done.stderr
+    assert "cluster.nodes=3, but partition main gives a job 2 at most; set cluster.nodes=2" in done.stderr
+    done = chain.launch({}, "cluster.slurm.partition=gpu")
+    mend = "cluster.slurm.partition=gpu does not exist; set cluster.slurm.partition to main or urgent"
+    assert mend in done.stderr
+    assert not chain.run_dir.exists()
+
+
+def test_a_line_of_setup_that_fails_fails_the_job(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "env.sh").write_text("false\nexport SITE=here\n")
+    setup = f"cluster.slurm.setup=['. {tmp_path}/env.sh','test $SITE = here','module load cuda']"
+    chain.submit({}, "--until", "first", setup)
+    chain.wait_until_ended()
+    stage = chain.status()["first"]
+    assert (stage["state"], chain.complete()) == ("failed", set())
+    assert stage["cause"] == "cluster.slurm.setup: module load cuda ended with exit code 127"
 
 
 def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:

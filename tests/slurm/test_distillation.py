@@ -1,4 +1,4 @@
-"""The real stages on a real Slurm: a tiny distillation that it interrupts comes to what it is without."""
+"""The real stages on a real Slurm: the demo down to its report, and a distillation that Slurm interrupts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 
 from launch.queue import submitted
+from launch.status import status
 from recipes.artifact import read_state
 from recipes.runtime.metrics_file import read_metrics
+from recipes.stages import STAGES
 from tests.helpers import tiny
 from tests.slurm.conftest import SITE, Chain, slurm
 
-# More than are done in the 30 s within which Slurm warns: one took 0.1 s on two cores.
+# Of 0.06 to 0.1 s each on two cores.
 STEPS = 250
 # One thread a process, so that sums come out in the same order.
 SETTINGS = (
     *tiny.DEPTH,
     *(f"distill.{name}={value}" for name, value in {"max_steps": STEPS, "save_every_n_steps": 1000}.items()),
-    *("distill.val_every_n_steps=100", "distill.controls=[]", "cluster.threads_per_rank=1"),
+    *("distill.val_every_n_steps=100", "cluster.threads_per_rank=1"),
 )
 
 
@@ -30,31 +32,51 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in ("step", "loss", "val_loss") if key in line} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run up to distillation, on this machine and without Slurm."""
-    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
-    tiny.launch(run_dir, *SETTINGS, "--until", "distill")
-    return run_dir
-
-
-def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(
-    cluster: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    run_dir = tiny.copy_run(unbroken, tmp_path / "run")
-    # Further options overrule those that the config is checked for: with these Slurm warns within 30 s.
-    site = {**SITE, "cluster.slurm.sbatch": "['--time=0:01:00','--signal=B:USR1@40']", "cluster.slurm.secrets": "[]"}
-    submission = tiny.command(run_dir, *SETTINGS, *(f"{key}={value}" for key, value in site.items()))
-    done = subprocess.run(submission, env=tiny.environment(), capture_output=True, text=True, timeout=60)
+def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
+    """Submits a tiny run of the real stages."""
+    values = {**SITE, "cluster.slurm.secrets": "[]", **site}
+    command = tiny.command(run_dir, *SETTINGS, *(f"{key}={value}" for key, value in values.items()), *more)
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("complete, skipped") == 4
-    chain = Chain(run_dir)
-    jobs = {stage: entry["jobs"][0] for stage, entry in submitted(run_dir).items()}
+    return Chain(run_dir)
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole run, each of its stages a job that is given the time that it takes."""
+    chain = submit(tmp_path_factory.mktemp("unbroken") / "run", {"cluster.time_limit": "0:30:00"})
+    chain.wait_until_ended(600)
+    assert chain.complete() >= {"prune", "distill"}, chain.told()
+    return chain.run_dir
+
+
+def test_every_stage_of_the_demo_as_a_job_down_to_the_report(unbroken: Path) -> None:
+    stages = status(unbroken)
+    assert [stage.stage for stage in stages] == [stage.name for stage in STAGES]
+    assert {stage.state for stage in stages} == {"complete"}, Chain(unbroken).told()
+    # A job each, and none that was started twice.
+    assert [len(stage.jobs) for stage in stages] == [1] * len(STAGES)
+    assert [log.read_text().count("--- 20") for log in unbroken.glob("*/log.txt")] == [1] * len(STAGES)
+    report = tiny.report(unbroken)
+    assert set(report["models"]) == {"teacher", "pruned", "student", "ce"}
+    assert {stage["status"] for stage in report["stages"].values()} == {"complete"}
+    assert report["models"]["student"]["val_loss"] < report["models"]["pruned"]["val_loss"]
+    assert (unbroken / "report" / "index.html").exists()
+
+
+def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbroken: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(unbroken, tmp_path / "run")
+    # Further options overrule those that the config is checked for: with these Slurm warns within 30 s, for most of
+    # which the first attempt waits, so that a fast machine does not end before.
+    site = {
+        "cluster.slurm.sbatch": "['--time=0:01:00','--signal=B:USR1@40']",
+        "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 20']",
+    }
+    chain = submit(run_dir, site, "--until", "distill")
+    assert list(submitted(run_dir)) == ["distill"]
     # All but the first attempt may take their time, so that there are two however slow the machine is.
-    for job in set(jobs.values()) - {jobs["distill"]}:
-        slurm("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     chain.wait(lambda: "requeued" in chain.log("distill-"), 120)
-    slurm("scontrol", "update", f"JobId={jobs['distill']}", "TimeLimit=30")
+    slurm("scontrol", "update", f"JobId={chain.jobs('distill')[0]}", "TimeLimit=30")
     chain.wait_until_ended(600)
     log = chain.log("distill-")
     (folder,) = run_dir.glob("distill-*")
@@ -64,6 +86,3 @@ def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(
     assert f"checkpoints/step={step}\n" in log
     assert read_state(folder) == {"state": "done", "step": STEPS}
     assert losses(run_dir) == losses(unbroken)
-    # The stages after it ran as jobs too.
-    assert set(tiny.report(run_dir)["models"]) == {"teacher", "pruned", "student"}
-    assert {stage["status"] for stage in tiny.report(run_dir)["stages"].values()} == {"complete"}

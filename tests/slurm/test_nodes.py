@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from launch.queue import ask
 from tests.slurm.conftest import Chain, slurm
 
 RANKS = (
@@ -36,6 +37,19 @@ def test_a_rank_that_dies_ends_the_job_on_both_nodes(chain: Chain) -> None:
     assert "killed by SIGKILL" in stage["cause"]
     (job,) = chain.jobs("ranks")
     assert "TresPerNode=gres:gpu:2" in slurm("scontrol", "show", "job", "-o", job)
+
+
+def test_a_chain_goes_on_after_a_node_went_down(chain: Chain) -> None:
+    more = ("cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    chain.submit({"ranks": "lead 300"}, *RANKS, *more, mode="launch_ranks")
+    jobs = chain.jobs("ranks")
+    chain.wait(lambda: list(chain.run_dir.glob("ranks-*/checkpoints/step=10")))
+    # It comes back by itself when its slurmd is heard of (ReturnToService=2).
+    slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
+    chain.wait_until_ended(150)
+    assert chain.complete() == {"ranks"}, chain.told()
+    assert [ask(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
+    assert "job " + jobs[1] in chain.log("ranks")
 
 
 # Knows pyxis' options and no others of that kind, and keeps what it is given; the rest goes to the real one.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +135,73 @@ def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
     log = chain.log("second")
     assert [f"job {job}, restart 0" in log for job in (first, second, third)] == [True] * 3
     assert "the next job of the chain goes on" in log
+
+
+def kill(job: str) -> None:
+    """Kills a job's processes with no warning, as a node that goes down would; scancel would ask first."""
+    marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
+    killed = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marks <= set((place / "environ").read_bytes().split(b"\0")):
+                os.kill(int(place.name), signal.SIGKILL)
+                killed += 1
+    assert killed > 1
+
+
+def test_a_chain_goes_on_after_a_job_that_is_killed_without_a_warning(chain: Chain) -> None:
+    chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    first, second, third = chain.jobs("second")
+    wait_for_step(chain, 15)
+    kill(first)
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert {job: ask([job])[job].state for job in (first, second, third)} == {
+        first: "FAILED",
+        second: "COMPLETED",
+        third: "COMPLETED",
+    }
+    # From the last save on: no step is lacking, none is there twice.
+    assert steps(chain) == list(range(1, 101))
+
+
+def test_a_chain_ends_where_a_killed_job_got_no_further(chain: Chain) -> None:
+    chain.submit({"second": f"late {LONG}"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=3")
+    jobs = chain.jobs("second")
+    chain.wait(lambda: attempts(chain) == 1 and list(chain.folder("second").glob("pid-0")))
+    kill(jobs[0])
+    chain.wait_until_ended()
+    assert [ask([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], chain.told()
+    stages = chain.status()
+    assert stages["second"]["state"] == "failed"
+    assert stages["second"]["cause"].startswith("the job before left no checkpoint beyond step 0")
+    assert stages["report"]["state"] == "cancelled"
+
+
+@pytest.mark.parametrize(("action", "states"), [("fail", "FAILED"), (f"steps {LONG}", "CANCELLED")])
+def test_a_job_that_fails_or_is_cancelled_ends_its_chain(chain: Chain, action: str, states: str) -> None:
+    chain.submit({"second": action}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    jobs = chain.jobs("second")
+    if states == "CANCELLED":
+        wait_for_step(chain, 5)
+        slurm("scancel", jobs[0])
+    chain.wait_until_ended()
+    assert [ask([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.told()
+    assert attempts(chain) == 1
+    assert chain.status()["second"]["state"] == ("failed" if action == "fail" else "paused")
+    assert chain.status()["report"]["state"] == "cancelled"
+
+
+def test_a_waiting_job_that_is_cancelled_starts_no_other_beside_the_one_that_runs(chain: Chain) -> None:
+    chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
+    first, second, third = chain.jobs("second")
+    wait_for_step(chain, 5)
+    slurm("scancel", second)
+    time.sleep(2)
+    assert ask([third])[third].state == "PENDING"
+    assert ask([first])[first].state == "RUNNING"
+    chain.wait_until_ended()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
 
 
 @pytest.mark.parametrize("done_in", [1, 3])

@@ -85,7 +85,7 @@ def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: p
 
 def test_the_build_of_torch_is_none_of_it() -> None:
     assert "+" not in artifact.library_versions()["torch"]
-    assert artifact._version("no-such-distribution") == "absent"
+    assert artifact.installed_version("no-such-distribution") is None
 
 
 def own(tmp_path: Path, *overrides: str) -> RunConfig:

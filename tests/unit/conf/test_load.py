@@ -144,7 +144,9 @@ def test_spellings_of_config_json(
     [
         ({"model_type": "llama"}, ["model.family=qwen3", "says model_type llama; set model.family=llama"]),
         ({"hidden_size": None}, ["does not describe a model (it has no 'hidden_size')", "set model.hf_path"]),
-        ({"attention_bias": True}, ["says attention_bias true, but models with biases cannot be run"]),
+        ({"attention_bias": True}, ["asks for attention_bias=True: NeMo's class of this family has no such biases"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope scaling of type 'yarn'"]),
+        ({"model_type": "qwen3_moe"}, ["says model_type qwen3_moe; models of the families qwen3, qwen2, llama"]),
         ({"num_hidden_layers": 1}, ["prune.num_layers=2 is larger than the teacher's 1"]),
         ({"max_position_embeddings": 256}, ["prune.calibration_seq_length=512 is longer"]),
     ],

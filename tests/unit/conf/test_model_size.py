@@ -63,7 +63,10 @@ def test_by_hand() -> None:
     # A layer: q and o 2 x 8 x 8, k and v 2 x 8 x 4, MLP 3 x 8 x 16 = 576; norms 2 x 8, QK-norms 2 x 4.
     assert parameters(TINY, Family.qwen3) == 4 * (576 + 16 + 8) + 2 * 32 * 8 + 8
     assert parameters(TINY, Family.llama) == 4 * (576 + 16) + 2 * 32 * 8 + 8
-    assert product_weights(TINY) == 4 * 576 + 32 * 8
+    # Biases of q, k and v: 8 + 2 x 4. Without a gate 2 x 8 x 16 in the MLP; three norms with biases.
+    assert parameters(TINY, Family.qwen2) == 4 * (576 + 16 + 16) + 2 * 32 * 8 + 8
+    assert parameters(TINY, Family.nemotron) == 4 * (448 + 32) + 2 * 32 * 8 + 16
+    assert product_weights(TINY, Family.qwen3) == 4 * 576 + 32 * 8
 
 
 def test_ranks_share_weights_and_each_has_the_norms() -> None:

@@ -30,7 +30,7 @@ def test_a_site_has_to_be_named_or_null() -> None:
         "cluster.slurm.account",
         "cluster.slurm.container_image",
     ]
-    assert "set cluster.slurm.account to some text or null" in faults(BASE)[1]
+    assert "set cluster.slurm.account to the account that pays, or null where the site has none" in faults(BASE)[1]
     nulls = [f"cluster.slurm.{key}=null" for key in ("partition", "account", "container_image")]
     slurm = compose([*BASE, *nulls]).cluster.slurm
     assert slurm is not None

@@ -84,6 +84,13 @@ def test_secrets_go_by_name(here: Path, capsys: pytest.CaptureFixture[str], monk
     assert "hf_secret" not in " ".join(words)
 
 
+def test_numa_binding_asks_for_what_numactl_calls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    binding = "cluster.numa_binding=node"
+    assert "--cap-add=SYS_NICE" in printed(capsys, "--", "experiment=demo", binding)
+    assert "--cap-add=SYS_NICE" not in printed(capsys, "--gpus", "none", "--", "experiment=demo", binding)
+    assert "--cap-add=SYS_NICE" not in printed(capsys, "--", "experiment=demo")
+
+
 def test_what_is_wrong_is_said_before_docker_starts(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from launch import checks, doctor
 from launch.checks import Finding, State
+from tests.helpers.numa import two_nodes
 
 Fake = Callable[[str, str], None]
 
@@ -47,7 +48,7 @@ def test_this_machine_has_the_locked_libraries() -> None:
     [
         ({"megatron-core": "0.16.0"}, "megatron-core", State.fail),
         ({"nvidia-modelopt": "0.41.0"}, "nvidia-modelopt", State.fail),
-        ({"nvidia-modelopt": "0.37.0"}, "nvidia-modelopt", State.warn),
+        ({"nvidia-modelopt": "0.37.0"}, "nvidia-modelopt", State.fail),
         ({"nemo_toolkit": "2.6.0"}, "nemo_toolkit", State.warn),
         ({"nemo_toolkit": "2.5.0"}, "nemo_toolkit", State.fail),
         ({"torch": "2.9.0a0+50eac811a6.nv25.09"}, "torch", State.warn),
@@ -59,7 +60,7 @@ def test_other_versions(
     versions: dict[str, str | None], name: str, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     locked = checks._locked()
-    monkeypatch.setattr(checks, "_version", lambda name: versions.get(name, locked.get(checks._normal(name))))
+    monkeypatch.setattr(checks, "installed_version", lambda name: versions.get(name, locked.get(checks._normal(name))))
     findings = list(checks.libraries())
     assert state_of(findings, name) is state
     assert all(finding.mend for finding in findings if finding.state is not State.ok)
@@ -124,6 +125,36 @@ def test_the_probe_runs_here() -> None:
     assert state_of(list(checks.accelerator(None)), "GPUs") is State.ok
 
 
+@pytest.mark.parametrize(
+    ("overrides", "numactl", "state", "part"),
+    [
+        ([], "exit 0", "warn", "2 nodes, and ranks run on the cores of any"),
+        (["cluster.numa_binding=core_complex"], "exit 0", "ok", "are bound (cluster.numa_binding=core-complex)"),
+        (["cluster.numa_binding=node"], "echo denied >&2; exit 1", "warn", "numactl does not work here (denied)"),
+        (None, "exit 0", "ok", "2 nodes; ranks can be bound"),
+    ],
+)
+def test_numa_nodes(
+    overrides: list[str] | None,
+    numactl: str,
+    state: str,
+    part: str,
+    demo: Callable[..., Any],
+    fake: Fake,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake("numactl", numactl)
+    two_nodes(tmp_path, monkeypatch)
+    (finding,) = checks.numa(None if overrides is None else demo(*overrides), tmp_path)
+    assert (finding.state.value, part in finding.found) == (state, True), finding
+    (tmp_path / "sys/devices/system/node/node1/cpulist").write_text("\n")
+    (finding,) = checks.numa(None, tmp_path)
+    assert finding == Finding(
+        "NUMA", State.ok, "1 node; nothing to bind: all cores that may be used are of one NUMA node"
+    )
+
+
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {checks.resource.RLIMIT_NOFILE: (1024, 4096), checks.resource.RLIMIT_MEMLOCK: (65536, 65536)}
     monkeypatch.setattr(checks.resource, "getrlimit", few.get)
@@ -176,6 +207,17 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
     (missing,) = checks.slurm(cfg)
     assert missing.state is State.fail
     assert missing.found.startswith("sbatch, srun")
+
+
+def test_a_full_disk_is_what_the_plan_warns_of(
+    demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 1 << 20)
+    cfg = demo(f"run_dir={tmp_path}")
+    (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
+    assert finding.state is State.fail
+    assert f"{finding.found}; {finding.mend}" in doctor.make(cfg)["warnings"]
+    assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> Non
     script = dry_run.scripts(*layout, *batches, stages=DISTRIBUTED)["ranks"]
     assert "#SBATCH --nodes=2 --ntasks-per-node=1\n" in script
     assert "#SBATCH --gres=gpu:8\n" in script
-    assert "torch.distributed.run --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in script
+    assert "  launch.torchrun --numa-binding=node --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in script
+    unbound = dry_run.scripts(*layout, *batches, "cluster.numa_binding=null", stages=DISTRIBUTED)["ranks"]
+    assert "  torch.distributed.run --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in unbound
     assert '--rdzv_id="$SLURM_JOB_ID.$restarts" --rdzv_endpoint="$head:$(( 10000 + SLURM_JOB_ID % 20000 ))"' in script
     assert 'export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"' in script
     assert "export OMP_NUM_THREADS=$(( (SLURM_CPUS_ON_NODE + 7) / 8 ))" in script
@@ -119,11 +121,13 @@ def test_without_requeue_a_training_is_a_chain(dry_run: DryRun) -> None:
     script = dry_run.run_dir / "slurm" / "02-second.sbatch"
     assert [line for line in out.splitlines() if line.startswith("# sbatch") and "02-second" in line] == [
         f"# sbatch --parsable '--dependency=afterok:<first>' {script} 1 3",
-        f"# sbatch --parsable '--dependency=afterok:<first>:<second 1>' {script} 2 3",
-        f"# sbatch --parsable '--dependency=afterok:<first>:<second 2>' {script} 3 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>,afterany:<second 1>' {script} 2 3",
+        f"# sbatch --parsable '--dependency=afterok:<first>,afterany:<second 1>:<second 2>' {script} 3 3",
     ]
     assert "#SBATCH --no-requeue" in out
     assert "scontrol requeue" not in out
+    # The stages that do not train are jobs like any others.
+    assert out.count("end_chain()") == 1
 
 
 def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
@@ -162,7 +166,7 @@ def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
     status, out, err = dry_run("cluster.run_dir_is_shared=false", dry="experiment=demo")
     assert (status, out) == (2, "")
     assert "2 faults in the configuration" in err
-    assert "sbatch, squeue, scontrol, scancel cannot be found; start this on a login node, or add dry_run=true" in err
+    assert "sbatch, srun, squeue, scontrol, scancel cannot be found; start this on a login node, or add" in err
     assert f"run_dir={dry_run.run_dir} is on ext4, by the look of it a disk of this machine only" in err
     assert "cluster.run_dir_is_shared=true" in err
     assert not dry_run.run_dir.exists()
