@@ -335,6 +335,7 @@ SIZES = (
     "max_position_embeddings",
 )
 MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+NUMBERS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 
 
@@ -346,6 +347,7 @@ def _size_faults(config: HfConfig) -> list[str]:
         for key in wanted
         if type(config.get(key)) is not int or config[key] < 1
     ]
+    faults += [f"{key}={config[key]!r} is no number" for key in NUMBERS if type(config.get(key, 1)) not in (int, float)]
     return faults and [*faults, "fetch the file again"]
 
 

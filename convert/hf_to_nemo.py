@@ -10,11 +10,14 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import InputError
 from conf.schema import RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
+
+if TYPE_CHECKING:
+    from convert.stored import StoredTensor
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -95,6 +98,8 @@ def check(tensors: dict[str, Any], config: dict[str, Any], source: Path) -> str:
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
+    if extra & tensors.keys() and not _equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
+        faults.append("lm_head.weight is not model.embed_tokens.weight, as tie_word_embeddings=true would have it")
     types = sorted({tensors[name].dtype for name in expected if name in tensors})
     faults += [
         f"weights of type {name} cannot be trained" for name in types if name not in TORCH_TYPES or name == "F64"
@@ -105,6 +110,14 @@ def check(tensors: dict[str, Any], config: dict[str, Any], source: Path) -> str:
         shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
         raise InputError(f"{source} does not hold what its config.json says: {shown}")
     return TORCH_TYPES[types[0]][0]
+
+
+def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:
+    from convert.stored import blocks
+
+    if second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return all(ours == theirs for ours, theirs in zip(blocks(first), blocks(second), strict=True))
 
 
 def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path, *, checksum: bool) -> None:

@@ -170,6 +170,7 @@ def test_heads_of_configs() -> None:
         *(("llama", {key: 0}, f"{key}=0 is no size") for key in LEAST),
         ("llama", {"hidden_size": "256"}, "hidden_size='256' is no size"),
         ("llama", {"hidden_size": True}, "hidden_size=True is no size"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps=.1e-6. is no number"),
         ("qwen3", {"head_dim": -1}, "head_dim=-1 is no size"),
         ("bert", {}, "holds a 'bert' model; the families known here are qwen3, qwen2, llama"),
         (["llama"], {}, r"holds a \['llama'\] model"),

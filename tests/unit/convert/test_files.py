@@ -20,9 +20,11 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "source"
 
 
-def write(folder: Path, *sources: Path, content: str = "new") -> None:
+def write(folder: Path, *sources: Path, error: BaseException | None = None) -> None:
     with replaced(folder, *sources) as partial:
-        (partial / "config.json").write_text(content)
+        (partial / "config.json").write_text("new")
+        if error is not None:
+            raise error
 
 
 def everything(folder: Path) -> dict[str, str | None]:
@@ -53,9 +55,8 @@ def test_an_older_model_or_an_attempts_remains_are_replaced(tmp_path: Path, mode
 def test_a_failure_leaves_what_there_was(tmp_path: Path, source: Path, error: BaseException) -> None:
     before = everything(tmp_path)
     for out in (tmp_path / "out", source):
-        with pytest.raises(type(error)), replaced(out) as partial:
-            (partial / "half").touch()
-            raise error
+        with pytest.raises(type(error)):
+            write(out, error=error)
     assert everything(tmp_path) == before
 
 

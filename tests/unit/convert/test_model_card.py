@@ -41,13 +41,21 @@ def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "base", ["{}", "{}/", "./source", "../secret-place/source", "secret-place/source", "~/source", "."]
+    ("where", "base"),
+    [
+        ("", "{}"),
+        ("", "{}/"),
+        ("", "secret-place/source"),  # looks like a Hub id, and is a folder
+        ("", "~/source"),
+        ("secret-place", "./source"),
+        ("secret-place", "../secret-place/source"),
+        ("secret-place/source", "."),
+    ],
 )
-def test_a_folders_path_stays_here(reference: Path, monkeypatch: pytest.MonkeyPatch, base: str) -> None:
-    """Not even one that looks like a Hub id: `secret-place/source` is a folder here."""
-    monkeypatch.chdir(
-        reference if base == "." else reference.parents["source" not in base or base.startswith("secret")]
-    )
+def test_a_folders_path_stays_here(
+    tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, where: str, base: str
+) -> None:
+    monkeypatch.chdir(tmp_path / where)
     metadata, body = card(base.format(reference), reference, hidden_size=64)
     assert "base_model" not in metadata
     assert "Made from source." in body
@@ -57,11 +65,11 @@ def test_a_folders_path_stays_here(reference: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_licence_is_the_sources(reference: Path) -> None:
     (reference / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/LICENSE\ntags: [chat]\n---\n# Source\n---\n"
+        "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/L\ntags: [chat]\n---\n# Source\n---\n"
     )
     metadata, _ = card("Qwen/Qwen3-8B", reference)
     licences = {key: value for key, value in metadata.items() if key.startswith("license")}
-    assert licences == {"license": "other", "license_name": "tongyi", "license_link": "https://x.org/LICENSE"}
+    assert licences == {"license": "other", "license_name": "tongyi", "license_link": "https://x.org/L"}
     assert metadata["tags"] == ["nemo"]
 
 

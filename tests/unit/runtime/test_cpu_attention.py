@@ -69,6 +69,48 @@ def test_a_decoding_step_sees_all_keys() -> None:
     torch.testing.assert_close(last, attention(query, key, value)[-1:], **ROUNDING)
 
 
+def _within_window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, left: int) -> torch.Tensor:
+    """Naively, in fp64: `[s, b, heads, d]` -> `[s, b, heads * d]`."""
+    q, k, v = (t.double().permute(1, 2, 0, 3) for t in (query, key, value))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT / math.sqrt(SIZE)
+    own = torch.arange(key.shape[0] - query.shape[0], key.shape[0])[:, None]
+    distance = own - torch.arange(key.shape[0])
+    scores = scores.masked_fill((distance < 0) | (distance > left), -math.inf)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+
+
+# The sequence is 17 long: windows of a token, shorter, just as long and longer.
+@pytest.mark.parametrize("left", [0, 1, 5, 15, 16, 17, 40])
+@pytest.mark.parametrize("groups", [HEADS, GROUPS], ids=["mha", "gqa"])
+def test_a_window_is_a_tokens_own_key_and_those_before_it(groups: int, left: int) -> None:
+    ours = _inputs(groups)
+    output = DotProductAttention(HEADS, SIZE, groups, window_size=(left, 0))(*ours)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    expected = _within_window(*theirs, left)
+    expected.backward(grad.double())
+    torch.testing.assert_close(output, expected.float(), **ROUNDING)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **ROUNDING)
+
+
+@pytest.mark.parametrize("window", [None, (-1, -1), (-1, 0)])
+def test_no_window_is_all_keys(window: tuple[int, int] | None) -> None:
+    inputs = _inputs(GROUPS)
+    output = DotProductAttention(HEADS, SIZE, GROUPS, window_size=window)(*inputs)
+    torch.testing.assert_close(output, _within_window(*inputs, LENGTH).float(), **ROUNDING)
+
+
+@pytest.mark.parametrize("left", [0, 5, 40])
+def test_a_decoding_step_has_the_window_too(left: int) -> None:
+    query, key, value = (t.detach() for t in _inputs(GROUPS))
+    attention = DotProductAttention(HEADS, SIZE, GROUPS, window_size=(left, 0))
+    last = attention(query[-1:], key, value, attn_mask_type="no_mask")
+    torch.testing.assert_close(last, _within_window(query[-1:], key, value, left).float(), **ROUNDING)
+
+
 def test_heads_are_counted_as_model_optimizer_sets_them() -> None:
     attention = DotProductAttention(8, 4, 4, tp_size=2)
     assert (attention.num_attention_heads, attention.num_gqa_groups, attention.num_gqa_groups_per_partition) == (

@@ -13,7 +13,7 @@ from recipes.runtime import backend
 
 backend.activate()
 
-from transformer_engine.pytorch import GroupedLinear, LayerNormLinear, Linear  # noqa: E402
+from transformer_engine.pytorch import LayerNormLinear, Linear  # noqa: E402
 
 # fp32 sums over 48 terms against fp64.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
@@ -115,8 +115,6 @@ def test_what_it_cannot_do_is_refused_by_name(options: dict[str, object], named:
 def test_other_refusals() -> None:
     with pytest.raises(NotImplementedError, match="return_layernorm_output"):
         LayerNormLinear(4, 4, return_layernorm_output=True)
-    with pytest.raises(NotImplementedError, match="grouped linear"):
-        GroupedLinear(2, 4, 4)
     with pytest.raises(ValueError, match="'diagonal'"):
         Linear(4, 4, parallel_mode="diagonal")
     with pytest.raises(ValueError, match="'BatchNorm'"):

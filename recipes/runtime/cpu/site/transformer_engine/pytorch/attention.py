@@ -134,7 +134,7 @@ class DotProductAttention(BaseModule):
             mask = _mask_of_rank(query.shape[0], self.cp_group) if causal else None
             causal = False
         elif self.window is not None and key.shape[0] > self.window + 1:
-            mask, causal = _windowed_rows(query.shape[0], self.window), False
+            mask, causal = _windowed_rows(query.shape[0], key.shape[0], self.window), False
         dropout = self.attention_dropout if self.training else 0.0
         short = query.shape[0] == key.shape[0] <= _SHORT
         if causal and short and dropout == 0.0 and query.dtype is torch.float32:
@@ -196,10 +196,11 @@ def _mask_of_rank(length: int, group: ProcessGroup) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _windowed_rows(length: int, left: int) -> Tensor:
-    """`[s, s]`: True where a query attends to a key: its own and the `left` ones before it."""
+def _windowed_rows(queries: int, keys: int, left: int) -> Tensor:
+    """`[s, s_kv]`: True where a query, one of the last, attends to a key: its own and the `left` ones before it."""
+    own = keys - queries
     with torch.inference_mode(False):
-        return torch.ones(length, length, dtype=torch.bool).tril().triu(-left)
+        return torch.ones(queries, keys, dtype=torch.bool).tril(own).triu(own - left)
 
 
 @lru_cache(maxsize=4)
