@@ -29,8 +29,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     from recipes.runtime import demo_corpus, nemo_api
+    from recipes.runtime.data.prepare import prepare
     from recipes.runtime.huggingface import export_model
-    from recipes.runtime.tokenize import tokenize
     from recipes.runtime.training import train
 
     assert cfg.model.demo is not None  # the stage is wanted only then
@@ -41,8 +41,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     reference = out / "reference"
     _write_tokenizer(texts, cfg.model.shape.vocab_size, reference)
     _write_config(cfg.model.shape, reference)
-    (out / "tokens").mkdir(exist_ok=True)
-    data, _ = tokenize(cfg.data, [train_file], [validation_file], reference, out / "tokens")
+    files = {"train": [str(train_file)], "validation": [str(validation_file)]}
+    data = prepare(cfg.data, files, reference, out / "tokens", cfg.seed)
 
     config = llm.Qwen3Config(**_nemo_config(cfg.model.shape, cfg.model.demo.training.seq_length))
     nemo_api.configure(config)
@@ -134,7 +134,7 @@ def bigram_loss(data: Any) -> float:
     """
     import numpy as np
 
-    train, validation = data.tokens(data.train), data.tokens(data.validation)
+    train, validation = data.tokens("train"), data.tokens("validation")
     vocab_size, strength = data.vocab_size, 10.0
     unigram = np.bincount(train, minlength=vocab_size) + 1.0
     unigram /= unigram.sum()

@@ -28,7 +28,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from conf.errors import InputError
 from conf.schema import Parallel, Precision
 from recipes.runtime import backend
-from recipes.runtime.indexed_data import DataFolder
+from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.stage_main import world_size
 
 log = logging.getLogger("recipes.nemo_api")
@@ -176,9 +176,9 @@ def data_module(
     seed: int,
 ) -> llm.PreTrainingDataModule:
     """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
-    train, validation = [str(data.train)], [str(data.validation)]
+    validation = data.validation_paths
     module = llm.PreTrainingDataModule(
-        paths={"train": train, "validation": validation, "test": validation},
+        paths={"train": data.train_paths, "validation": validation, "test": validation},
         split=None,
         seq_length=seq_length,
         tokenizer=tokenizer,
