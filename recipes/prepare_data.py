@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from conf.errors import InputError
 from conf.schema import RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
 
@@ -30,14 +31,13 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.huggingface import local_folder
 
     tokenizer = local_folder(inputs["tokenizer"], cfg.model.revision, weights=False)
-    other = inputs.get("source_tokenizer")
     folder = prepare(
         cfg.data,
         {name: local_files(paths) for name, paths in inputs.items() if name not in TOKENIZERS},
         tokenizer,
         out,
         cfg.seed,
-        None if other is None else local_folder(other, None, weights=False),
+        _source_tokenizer(inputs.get("source_tokenizer")),
     )
     return {
         "train_documents": folder.train_documents,
@@ -47,6 +47,15 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         "sources": folder.sources,
         **folder.lines,
     }
+
+
+def _source_tokenizer(source: Path | str | None) -> Path | None:
+    from recipes.runtime.huggingface import local_folder
+
+    try:
+        return None if source is None else local_folder(source, None, weights=False)
+    except InputError as fault:
+        raise InputError(f"data.source_tokenizer={source} cannot be used: {fault}") from fault
 
 
 def check(arguments: argparse.Namespace) -> None:

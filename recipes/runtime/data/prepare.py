@@ -20,7 +20,7 @@ from typing import Any
 
 from conf.errors import InputError
 from conf.schema import DataConfig
-from recipes.artifact import write_json
+from recipes.artifact import STATE, STOP, write_json
 from recipes.runtime.data.declare import declare
 from recipes.runtime.data.encoder import choose
 from recipes.runtime.data.folder import DataFolder
@@ -30,10 +30,11 @@ from recipes.runtime.data.tokenizer import read_tokenizer
 from recipes.runtime.data.work import Settings, make_shard, start_worker
 from recipes.runtime.data.worklist import Worklist
 from recipes.runtime.metrics_file import MetricsFile
+from recipes.runtime.stage_main import PausedError
 
 log = logging.getLogger("recipes.prepare")
 
-SECONDS_BETWEEN_BEATS = 5.0
+SECONDS_BETWEEN_LOOKS = 5.0
 SECONDS_BETWEEN_LINES = 15.0
 # More than the first few faulty shards tell nobody anything new.
 MOST_FAULTS = 10
@@ -58,6 +59,7 @@ def prepare(
     Raises:
         InputError: a tokenizer without end-of-sequence token or with ids that the model lacks, files that cannot be
             read, too many broken lines, a split without documents.
+        PausedError: a stop file was found in `out`.
     """
     tokenizer = read_tokenizer(tokenizer_folder)
     other = None if source_tokenizer is None else read_tokenizer(source_tokenizer, model=False)
@@ -67,14 +69,13 @@ def prepare(
     log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
     settings = Settings(data, seed, tokenizer, other, encoder, holds_out=VALIDATION not in files)
     worklist = Worklist(out / "claims", data.stale_seconds)
-    _Crew(plan, out, worklist, settings).work()
-    while not (out / "data.json").exists():
-        if worklist.claim([WHOLE]) is None:
-            time.sleep(1)
-            continue
-        if not (out / "data.json").exists():
-            declare(data, plan, out, tokenizer, seed)
-        worklist.release(WHOLE)
+    with worklist.beating():
+        _Crew(plan, out, worklist, settings).work()
+        while not (out / "data.json").exists():
+            if worklist.claim([WHOLE]) is None:
+                time.sleep(1)
+            elif not (out / "data.json").exists():
+                declare(data, plan, out, tokenizer, seed)
     return DataFolder.read(out)
 
 
@@ -99,20 +100,24 @@ class _Crew:
         """Returns once all shards are complete."""
         if len(self.done) == len(self.plan):
             return
+        log.info("%d worker processes", self.workers)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.settings,))
         running: dict[Future[dict[str, Any]], str] = {}
         try:
             while len(self.done) < len(self.plan):
-                self._fill(pool, running)
+                asked_to_pause = (self.out / STOP).exists()
+                if not asked_to_pause:
+                    self._fill(pool, running)
                 if self.faults and not running:
                     raise InputError("; ".join(self.faults.values()))
-                ended, _ = wait(running, timeout=SECONDS_BETWEEN_BEATS, return_when=FIRST_COMPLETED)
+                if asked_to_pause and not running:
+                    self._pause()
+                ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
                 for future in ended:
                     self._collect(running.pop(future), future)
                 if not running and not ended:
                     time.sleep(1)  # others have the rest
-                self.worklist.beat()
                 self._look()
                 self.progress.show(self.done)
         except BrokenProcessPool as error:
@@ -120,12 +125,13 @@ class _Crew:
                 "a worker process was killed (out of memory?); what is complete is kept: run it again, with fewer"
                 " data.num_workers if memory was short"
             ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            # What they are at is begun anew next time; to wait for it would take minutes.
             for process in list((pool._processes or {}).values()):
                 process.kill()
-            for name in list(self.worklist.held):
-                self.worklist.release(name)
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[dict[str, Any]], str]) -> None:
         while len(running) < self.workers and len(self.faults) < MOST_FAULTS:
@@ -141,6 +147,13 @@ class _Crew:
                 shutil.rmtree(left_over, ignore_errors=True)
             partial = folder.parent / f".{name}.{os.uname().nodename}.{os.getpid()}"
             running[pool.submit(make_shard, self.plan[name], partial, folder)] = name
+
+    def _pause(self) -> None:
+        """Ends this process's part; the same command goes on. The stop file is for all tasks of an array to see."""
+        write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
+        if "SLURM_ARRAY_TASK_ID" not in os.environ:
+            (self.out / STOP).unlink(missing_ok=True)
+        raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
 
     def _collect(self, name: str, future: Future[dict[str, Any]]) -> None:
         try:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# A claim is touched so often in the time after which its holder is taken for dead.
+BEATS = 10
 _CLAIM = re.compile(r"(.+)\.(\d+)")
 
 
@@ -22,8 +26,8 @@ class Worklist:
     """Claims in one folder, by one process.
 
     Attributes:
-        stale_seconds: without a touch for so long, a claim's holder is taken for dead. Several times the interval of
-            `beat`, and longer than a shared disk takes to show what another node wrote.
+        stale_seconds: without a touch for so long, a claim's holder is taken for dead. Longer than a shared disk takes
+            to show what another node wrote (NFS: up to a minute).
     """
 
     def __init__(self, folder: Path, stale_seconds: float) -> None:
@@ -46,10 +50,29 @@ class Worklist:
                 return item
         return None
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Shows meanwhile that this process lives, and gives up in the end what it holds."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(self.stale_seconds / BEATS):
+                self.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            for item in list(self.held):
+                self.release(item)
+
     def beat(self) -> None:
-        """Shows that this process lives. Call it several times in `stale_seconds`."""
-        for path in self.held.values():
-            if path.exists():  # taken away by who started the folder anew
+        """Touches the claims that this process holds."""
+        for path in list(self.held.values()):
+            with suppress(FileNotFoundError):  # given up just now, or taken over
                 os.utime(path)
 
     def release(self, item: str) -> None:
