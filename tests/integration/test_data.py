@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import signal
@@ -17,56 +16,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conf.load import compose
-from recipes.artifact import locate, read_state
+from recipes.artifact import read_state
 from tests.helpers import tiny
-from tests.helpers.tokenizers import TEXTS, byte_level
-
-MODEL = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 4,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
+from tests.helpers.data_runs import command, folder_of, model_folder, resolved, texts, write
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and a config.json, and no weights: none are read here."""
-    folder = byte_level(tmp_path_factory.mktemp("model"))
-    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**MODEL, "vocab_size": vocab_size}))
-    return folder
-
-
-def texts(count: int, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(" ".join(TEXTS).split(), k=draw.randrange(5, 120))) for _ in range(count)]
-
-
-def write(path: Path, documents: list[Any], key: str = "text") -> Path:
-    content = "".join(json.dumps({key: text}) + "\n" for text in documents).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def settings(model: Path, run_dir: Path, *more: str) -> list[str]:
-    sizes = ["prune.num_layers=2", "prune.calibration_seq_length=512", "evaluate.seq_length=512"]
-    training = ["distill.seq_length=512", "distill.parallel.tensor_model_parallel_size=1"]
-    return [
-        *("model=local", "name=mine", f"model.hf_path={model}", f"run_dir={run_dir}", "data=jsonl"),
-        *("data.num_workers=2", "data.holdout_every=20", *sizes, *training, *more),
-    ]
-
-
-def command(model: Path, run_dir: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "launch.run", *settings(model, run_dir, *more), "--until", "prepare_data"]
+    return model_folder(tmp_path_factory.mktemp("model"))
 
 
 def run(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -77,10 +35,6 @@ def run(arguments: list[str], check: bool = True) -> subprocess.CompletedProcess
 
 def check(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-m", "recipes.prepare_data", "--check", str(folder), *more], check=False)
-
-
-def folder_of(arguments: list[str]) -> Path:
-    return locate(compose([word for word in arguments if "=" in word]))["prepare_data"].folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -156,17 +110,6 @@ def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tm
 
 def claims(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("claims/*")}
-
-
-def resolved(arguments: list[str]) -> Path:
-    """The run's resolved.yaml, made without running anything."""
-    from conf.load import save_resolved
-
-    cfg = compose([word for word in arguments if "=" in word])
-    path = Path(cfg.run_dir) / "resolved.yaml"
-    if not path.exists():
-        save_resolved(cfg, path)
-    return path
 
 
 def test_several_processes_share_the_shards_and_one_declares_them(model: Path, tmp_path: Path) -> None:
