@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_pat
     state = read_state(folder)
     assert state["state"] == "paused"
     assert state["step"] == len(list(folder.glob("shards/0*"))) > 0
+    run(arguments)
+    assert "all of it is as it was written" in check(folder).stdout
+
+
+def test_a_full_disk_is_told_and_nothing_half_written_is_used(
+    model: Path, tmp_path: Path, small_disk: Callable[[str], Path]
+) -> None:
+    source = write(tmp_path / "a.jsonl", texts(20_000))
+    more = (f"data.train=[{source}]", "data.shard_bytes=2000000")
+    arguments = command(model, small_disk("5m") / "run", *more)
+    done = run(arguments, check=False)
+    assert done.returncode == 2
+    assert "no space left" in done.stderr
+    folder = folder_of(arguments)
+    assert not (folder / "data.json").exists()
+    small_disk("100m")
     run(arguments)
     assert "all of it is as it was written" in check(folder).stdout
 

@@ -46,7 +46,7 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
     """Writes `validation.{bin,idx}` and `data.json` from complete shards.
 
     Raises:
-        InputError: a split without documents, or a source that holds fewer tokens than it is to give.
+        InputError: a split without documents, or a source with a weight and without any.
     """
     folders = {shard.number: out / "shards" / shard.name for shard in plan}
     manifests = {shard.number: read_manifest(folders[shard.number]) for shard in plan}
@@ -118,9 +118,8 @@ def _leave_out_repeats(known: dict[int, np.ndarray], keep: dict[int, np.ndarray]
         # A document's first part has its bytes, further ones have none.
         is_first_part = np.concatenate([known[number]["bytes"][rows] > 0 for number, rows in mine.items()])
         document = np.cumsum(is_first_part)
-        _, first = np.unique(keys, return_index=True)
-        of_key = dict(zip(keys[first].tolist(), document[first].tolist(), strict=True))
-        kept = np.fromiter((of_key[key] for key in keys.tolist()), dtype=np.int64, count=len(keys)) == document
+        _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+        kept = document[first][place] == document
         for (number, rows), ours in zip(mine.items(), np.split(kept, _ends(mine)), strict=True):
             keep[number][rows] &= ours
 
@@ -254,6 +253,7 @@ def _gather(
     if masks is not None:
         digests |= {f"mask_{kind}": digest for kind, digest in masks.finish().digests.items()}
     for path in sorted(partial.iterdir()):
-        os.replace(path, out / path.name)
-    partial.rmdir()
+        if path.suffix != ".documents":
+            os.replace(path, out / path.name)
+    shutil.rmtree(partial)
     return {"documents": written.documents, "tokens": written.tokens, "bytes": written.bytes, "digests": digests}

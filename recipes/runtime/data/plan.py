@@ -27,7 +27,7 @@ class Shard:
         split: "train", of which documents may be held out, or "validation".
         key: the field that holds the document.
         bytes: of the files, for the progress.
-        settings: hash of everything besides the files that decides what comes out.
+        settings: hash of everything besides the files' content that decides what comes out of the whole plan.
     """
 
     number: int
@@ -73,7 +73,7 @@ def make_plan(
     settings = hashlib.sha256(
         json.dumps(
             [
-                {key: value for key, value in identity_view(data).items() if key not in _OF_FILES},
+                identity_view(data),
                 tokenizer.fingerprint,
                 source_tokenizer and source_tokenizer.fingerprint,
                 seed,
@@ -90,10 +90,6 @@ def make_plan(
     return shards
 
 
-# The files are the shards' own, weights and budgets are applied to what they hold.
-_OF_FILES = ("train", "validation", "sources", "max_bad_share", "deduplicate")
-
-
 def described(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     """A plan as plain data, to be compared with what another process planned."""
     return [asdict(shard) | {"format": shard.format.value} for shard in shards]
@@ -106,9 +102,7 @@ def local_files(paths: Any) -> list[str]:
         InputError: what the Hub does not give.
     """
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    return [
-        file for path in several for file in (_from_hub(str(path)) if on_hub(str(path)) else files_of([Path(path)]))
-    ]
+    return [file for path in map(str, several) for file in (_from_hub(path) if on_hub(path) else files_of([path]))]
 
 
 def _from_hub(url: str) -> list[str]:

@@ -22,7 +22,7 @@ from recipes.runtime.data.check import check_folder, document_text
 from recipes.runtime.data.documents import document_key, held_out
 from recipes.runtime.data.encoder import TokenizersEncoder
 from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.data.plan import make_plan
+from recipes.runtime.data.plan import local_files, make_plan
 from recipes.runtime.data.prepare import prepare
 from recipes.runtime.data.tokenizer import TokenizerSpec, read_tokenizer
 from tests.helpers.tokenizers import byte_level, words
@@ -228,6 +228,27 @@ def test_files_of_no_known_kind_and_columns_that_are_not_there(model: Path, tmp_
         make(model, tmp_path / "out", {"train": [str(tmp_path / "a.parquet"), str(tmp_path / "b.txt")]})
 
 
+def test_files_of_the_hub_are_those_of_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "datasets--lab--mix"
+    for name in ("part_1.jsonl", "part_0.jsonl", "README.md", "more/part_2.jsonl"):
+        path = repo / "snapshots" / ("a" * 40) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (repo / "refs").mkdir()
+    for reference in ("main", "v1"):
+        (repo / "refs" / reference).write_text("a" * 40)
+    for url in ("hf://datasets/lab/mix/part_*.jsonl", "hf://datasets/lab/mix@v1/part_*.jsonl"):
+        assert [Path(path).name for path in local_files((url,))] == ["part_0.jsonl", "part_1.jsonl"]
+    with pytest.raises(InputError, match=r"names no file of that dataset"):
+        local_files(("hf://datasets/lab/mix/*.parquet",))
+    with pytest.raises(InputError, match=r"hf://datasets/lab/other/\* can't be had from the Hub"):
+        local_files(("hf://datasets/lab/other/*",))
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """What a prepared folder holds, besides how the work went."""
     left_out = ("claims", "metrics.jsonl")
@@ -252,6 +273,8 @@ def test_what_is_missing_is_made_and_nothing_else(model: Path, tmp_path: Path) -
     assert (tmp_path / "out" / "shards" / "00002" / "train.bin").stat().st_mtime_ns == kept
     with pytest.raises(InputError, match=r"not those that .*plan.json was made for"):
         make(model, tmp_path / "out", files, **{**settings, "holdout_every": 11})
+    with pytest.raises(InputError, match=r"not those that .*plan.json was made for"):
+        make(model, tmp_path / "out", files, **settings, deduplicate=True)
 
 
 def test_two_at_once_share_the_work_and_declare_it_once(
