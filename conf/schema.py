@@ -177,7 +177,8 @@ class DataSource:
     key: str | None = None
     # Share of the tokens that training reads, in proportion to the others'; null: as many as there are.
     weight: float | None = None
-    # Tokens to take at most, chosen at random among all of the source's documents; null: all.
+    # Tokens to take at most, chosen at random among all of the source's documents; null: all. The whole source is
+    # tokenised first: of a much larger one take a `sample` as well.
     max_tokens: int | None = None
     # Share of the documents that is taken, chosen at random, before they are tokenised.
     sample: float = 1.0

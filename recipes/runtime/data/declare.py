@@ -62,6 +62,10 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
             train.append(entry)
     _weigh(train, data)
     validation = _gather(plan, folders, manifests, out, tokenizer)
+    # Of processes that were killed. Not earlier: one that was only taken for dead may still be writing, and what it
+    # makes gives way to a shard that is complete.
+    for left_over in (out / "shards").glob(".*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     write_json(
         out / "data.json",
         {

@@ -10,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -143,8 +142,6 @@ class _Crew:
                 self.done.add(name)
                 self.worklist.release(name)
                 continue
-            for left_over in folder.parent.glob(f".{name}.*"):
-                shutil.rmtree(left_over, ignore_errors=True)
             partial = folder.parent / f".{name}.{os.uname().nodename}.{os.getpid()}"
             running[pool.submit(make_shard, self.plan[name], partial, folder)] = name
 
@@ -162,11 +159,6 @@ class _Crew:
                 log.warning("shard %s was encoded with the model's own tokenizer: %s", name, note)
         except InputError as fault:
             self.faults[name] = str(fault)
-        except OSError:
-            # Its files may have gone because another process took it for dead.
-            if not self.worklist.lost(name):
-                raise
-            log.warning("shard %s was taken over by another process", name)
         self.worklist.release(name)
 
     def _look(self) -> None:

@@ -68,11 +68,15 @@ def make_shard(shard: Shard, partial: Path, folder: Path) -> dict[str, Any]:
     """
     encoder, note = _settings.encoder, None
     try:
-        manifest = _make(shard, partial, encoder)
-    except _OtherIdsError as other:
-        encoder, note = TokenizersEncoder.name, f"tiktoken gave other ids for {str(other)[:40]!r}"
-        manifest = _make(shard, partial, encoder)
-    publish(partial, folder, manifest | {"encoder": encoder, "encoder_note": note})
+        try:
+            manifest = _make(shard, partial, encoder)
+        except _OtherIdsError as other:
+            encoder, note = TokenizersEncoder.name, f"tiktoken gave other ids for {str(other)[:40]!r}"
+            manifest = _make(shard, partial, encoder)
+        publish(partial, folder, manifest | {"encoder": encoder, "encoder_note": note})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # or it would fill a full disk
+        raise
     return manifest | {"encoder_note": note}
 
 

@@ -79,10 +79,6 @@ class Worklist:
         """Gives up a claim: the item is done, or free for others."""
         self.held.pop(item).unlink(missing_ok=True)
 
-    def lost(self, item: str) -> bool:
-        """Whether another process took an item that this one had claimed, having seen nothing of it for too long."""
-        return self.folder / f"{item}.{self._newest().get(item, -1)}" != self.held[item]
-
     def _create(self, item: str, generation: int) -> bool:
         path = self.folder / f"{item}.{generation}"
         try:

@@ -84,3 +84,7 @@ def test_of_two_that_make_a_shard_one_gives_way(tmp_path: Path) -> None:
     assert (tmp_path / "shard" / "made_by").read_text() == "one"
     assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
     assert not (tmp_path / "two").exists()
+    # As of a process that was taken for dead, and whose files were cleared away.
+    publish(tmp_path / "gone", tmp_path / "shard", {"by": "gone"})
+    assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
+    assert [path.name for path in tmp_path.iterdir()] == ["shard"]
