@@ -5,8 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +19,7 @@ from recipes.runtime.data.tokenizer import TokenizerSpec, transformers_tokenizer
 NO_CLUSTER = -1
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """A text with what is known of it.
 
     Attributes:
@@ -42,7 +40,11 @@ Render = Callable[[Any], tuple[str, tuple[tuple[int, int], ...] | None]]
 
 
 def document_key(utf8: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big")
+    return _key(hashlib.sha256(utf8).digest())
+
+
+def _key(sha256: bytes) -> int:
+    return int.from_bytes(sha256[:8], "big")
 
 
 def held_out(key: int, every: int) -> bool:
@@ -63,13 +65,14 @@ def rank_of(key: Any, seed: int) -> Any:
 
 
 def documents(
-    source: Source, render: Render, key: str, cluster_key: str, keep: Callable[[int], bool], lines: Lines
+    source: Source, render: Render, key: str, cluster_key: str, keep: Callable[[int], bool], lines: Lines, digest: Any
 ) -> Iterator[Document]:
     """The documents of a source in order; everything else is counted in `lines`.
 
     Args:
         key, cluster_key: the fields of the document and of its cluster.
         keep: whether a document of that key is taken.
+        digest: takes the SHA-256 of every text that is read.
     """
     for where, value in source:
         lines.lines += 1
@@ -88,8 +91,10 @@ def documents(
         except ValueError as reason:
             lines.note_bad(where, str(reason))
         else:
-            document = Document(text, len(utf8), document_key(utf8), cluster, learned)
-            if not text.strip():
+            sha256 = hashlib.sha256(utf8).digest()
+            digest.update(sha256)
+            document = Document(text, len(utf8), _key(sha256), cluster, learned)
+            if not text or text.isspace():
                 lines.empty += 1
             elif not keep(document.key):
                 lines.left_out += 1

@@ -9,6 +9,7 @@ tiktoken's regular expressions give up on (a million spaces).
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import unicodedata
@@ -87,27 +88,37 @@ class TiktokenEncoder:
         added = [token["content"] for token in spec.json.get("added_tokens", [])]
         self.own = TokenizersEncoder(spec)
         self._nfc = _normalises(spec.json)
-        self._has_added = _finder(added)
-        # One special token keeps tiktoken from trying an empty pattern at every character, which takes as long again.
+        self._has_added = re.compile("|".join(map(re.escape, added)) or "(?!)").search
+        # tiktoken looks for the added tokens, or for their common beginning where they have one, on its own way through
+        # the text; ids from `_limit` on then say that it found some. With none at all it would try an empty pattern at
+        # every character.
+        beginning = os.path.commonprefix(added)  # noqa: RUF071
+        needles = [beginning] if len(beginning) > 1 else added or ["<|endoftext|>"]
+        self._limit = max(ranks.values()) + 1
         self._encode = tiktoken.Encoding(
             "tokenizer.json",
             pat_str=_pattern(spec.json),
             mergeable_ranks=ranks,
-            special_tokens={added[0] if added else "<|endoftext|>": len(ranks)},
-        ).encode_to_numpy
+            special_tokens={needle: self._limit + number for number, needle in enumerate(needles)},
+        )._core_bpe.encode_to_tiktoken_buffer
+        self._needles = set(needles)
 
     def __call__(self, text: str) -> np.ndarray:
-        if self._has_added(text):
-            return self.own(text)
         if self._nfc and not text.isascii():
-            text = unicodedata.normalize("NFC", text)
-            if self._has_added(text):
+            composed = unicodedata.normalize("NFC", text)
+            if composed is not text and self._has_added(text):
                 return self.own(text)
+        else:
+            composed = text
         try:
-            ranks = self._encode(text, disallowed_special=())
+            ids = np.frombuffer(self._encode(composed, self._needles), dtype=np.uint32)
+            if len(ids) and ids.max() >= self._limit:
+                if self._has_added(composed):
+                    return self.own(text)
+                ids = np.frombuffer(self._encode(composed, set()), dtype=np.uint32)
         except ValueError:  # "Max stack size exceeded for backtracking"
             return self.own(text)
-        return ranks if self._ids is None else self._ids[ranks]
+        return ids if self._ids is None else self._ids[ids]
 
 
 def make_encoder(spec: TokenizerSpec, name: str) -> Encoder:
@@ -198,7 +209,7 @@ def _texts_of(vocabulary: dict[str, int]) -> Iterator[str]:
 
 
 def _ranks(tokenizer: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray | None]:
-    """tiktoken's ranks of a byte-level BPE, and the id of each rank; None where they are the ranks."""
+    """tiktoken's ranks of a byte-level BPE, and the id of each rank; None where the ids themselves serve as ranks."""
     model = tokenizer["model"]
     if model.get("type") != "BPE":
         raise ValueError(f"the tokenizer is no BPE ({model.get('type')})")
@@ -208,27 +219,24 @@ def _ranks(tokenizer: dict[str, Any]) -> tuple[dict[bytes, int], np.ndarray | No
     alphabet, vocabulary = byte_alphabet(), model["vocab"]
     if not set(alphabet) <= set(vocabulary):
         raise ValueError("the tokenizer's vocabulary does not hold all bytes")
-    ranks: dict[bytes, int] = {}
-    ids: list[int] = []
-    # The order among single bytes does not matter: nothing merges into them.
-    for token in sorted(alphabet, key=vocabulary.__getitem__):
-        ranks[bytes([alphabet[token]])] = len(ids)
-        ids.append(vocabulary[token])
+    # In the order of merging; among single bytes, which nothing merges into, it does not matter.
+    ids = {
+        bytes([alphabet[token]]): vocabulary[token] for token in sorted(alphabet, key=lambda token: vocabulary[token])
+    }
     last = None
     for merge in model["merges"]:
         token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         content = token_bytes(token, alphabet)
         if content is None or token not in vocabulary:
             raise ValueError(f"the tokenizer's merge {merge} gives no token of bytes")
-        if content in ranks:
-            if content != last:
-                raise ValueError(f"the tokenizer's merge {merge} gives a token that an earlier merge gives")
-            continue
+        if content in ids and content != last:
+            raise ValueError(f"the tokenizer's merge {merge} gives a token that an earlier merge gives")
+        ids[content] = vocabulary[token]
         last = content
-        ranks[content] = len(ids)
-        ids.append(vocabulary[token])
-    table = np.asarray(ids, dtype=np.uint32)
-    return ranks, None if np.array_equal(table, np.arange(len(ids))) else table
+    table = np.asarray(list(ids.values()), dtype=np.uint32)
+    if (table[1:] > table[:-1]).all():
+        return ids, None
+    return {content: rank for rank, content in enumerate(ids)}, table
 
 
 def _pattern(tokenizer: dict[str, Any]) -> str:
@@ -253,14 +261,3 @@ def _normalises(tokenizer: dict[str, Any]) -> bool:
     if normaliser["type"] != "NFC":
         raise ValueError(f"the tokenizer normalises text ({normaliser['type']})")
     return True
-
-
-def _finder(added: list[str]) -> Callable[[str], bool]:
-    """Whether a text holds one of the added tokens. Their few beginnings are looked for first, which is much faster."""
-    if not added:
-        return lambda text: False
-    beginnings = sorted({token[:2] for token in added})
-    if len(beginnings) > 8:
-        beginnings = sorted({token[:1] for token in added})
-    search = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))).search
-    return lambda text: any(beginning in text for beginning in beginnings) and search(text) is not None

@@ -7,14 +7,13 @@ file that ends too early is refused as a whole: its end is lost, and nobody woul
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,10 @@ class Piece:
 
 @dataclass
 class Source:
-    """The raw records of pieces, `(where, value)`; values are lines (bytes) or, of parquet, mappings of columns.
-
-    Attributes:
-        digest: of everything that was read.
-    """
+    """The raw records of pieces, `(where, value)`; values are lines (bytes) or, of parquet, mappings of `columns`."""
 
     pieces: list[Piece]
     columns: tuple[str, ...]
-    digest: Any = field(default_factory=hashlib.sha256)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         for piece in self.pieces:
@@ -103,7 +97,6 @@ class Source:
                 if not line:
                     return
                 number += 1
-                self.digest.update(line)
                 # Of a piece within a file the line's number is not known, but its place is.
                 where = f"{piece.path}, byte {start}" if piece.start else f"{piece.path}, line {start}"
                 if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
@@ -122,7 +115,6 @@ class Source:
                 groups = list(range(piece.start, piece.end))
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
                     for row in batch.to_pylist():
-                        self.digest.update(repr(row).encode("utf-8", "surrogatepass"))
                         yield piece.path, row
         except pyarrow.ArrowException as error:
             raise ValueError(" ".join(str(error).split())) from error

@@ -25,7 +25,7 @@ from recipes.artifact import write_json
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 # Written at once: large enough that the calls do not show, small enough that memory does not.
-BLOCK_TOKENS = 1 << 19
+BLOCK_TOKENS = 1 << 17
 INDEX_BLOCK = 1 << 16
 _HEADER = b"MMIDIDX\x00\x00"
 _CODES = {"uint8": 1, "int32": 4, "uint16": 8}
@@ -59,21 +59,19 @@ class SplitWriter:
         self._bin: BinaryIO = open(f"{prefix}.bin", "wb", buffering=0)  # noqa: SIM115
         self._lengths: BinaryIO = open(f"{prefix}.lengths", "wb")  # noqa: SIM115
         self._known: BinaryIO = open(f"{prefix}.documents", "wb")  # noqa: SIM115
-        self._waiting: list[np.ndarray] = []
-        self._waiting_tokens = 0
+        self._block = np.empty(BLOCK_TOKENS, dtype=np.uint32)
+        self._filled = 0
 
-    def add(self, ids: list[np.ndarray], known: tuple[int, int, int]) -> None:
+    def add(self, parts: list[np.ndarray], known: tuple[int, int, int]) -> None:
         """Adds a document, its ids `[tokens]` in parts, and its (key, cluster, bytes)."""
-        length = sum(map(len, ids))
+        length = sum(map(len, parts))
         self._lengths.write(struct.pack("<i", length))
         self._known.write(struct.pack("<QiI", *known))
-        self._waiting += ids
-        self._waiting_tokens += length
+        for ids in parts:
+            self._put(ids)
         self.documents += 1
         self.tokens += length
         self.bytes += known[2]
-        if self._waiting_tokens >= BLOCK_TOKENS:
-            self._flush()
 
     def finish(self) -> Written:
         """Completes the files. A split without documents leaves none: Megatron cannot map an empty file."""
@@ -93,20 +91,30 @@ class SplitWriter:
         lengths.unlink()
         return written
 
-    def _flush(self) -> None:
-        if not self._waiting:
+    def _put(self, ids: np.ndarray) -> None:
+        end = self._filled + len(ids)
+        if end <= len(self._block):
+            self._block[self._filled : end] = ids
+            self._filled = end
             return
-        block = np.concatenate(self._waiting)
-        if int(block.max()) >= self.limit:
+        room = len(self._block) - self._filled
+        self._block[self._filled :] = ids[:room]
+        self._filled = len(self._block)
+        self._flush()
+        self._put(ids[room:])
+
+    def _flush(self) -> None:
+        block = self._block[: self._filled]
+        if self._filled and int(block.max()) >= self.limit:
             raise InputError(
                 f"the tokenizer gives token id {int(block.max())}, but the model's vocab_size is {self.limit}; set"
                 " model.hf_path to a folder whose tokenizer and config.json belong together"
             )
-        content = memoryview(block.astype(self.dtype, copy=False)).cast("B")
+        content = memoryview(block.astype(self.dtype)).cast("B")
         self._digest.update(content)
         while content:
             content = content[self._bin.write(content) :]
-        self._waiting, self._waiting_tokens = [], 0
+        self._filled = 0
 
 
 def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray, pointers: np.ndarray | None) -> str:

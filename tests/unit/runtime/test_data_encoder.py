@@ -42,6 +42,17 @@ def test_tiktoken_is_chosen_and_gives_the_tokenizers_ids(specs: dict[str, Tokeni
     assert np.array_equal(fast(spaces), fast.own(spaces))
 
 
+def test_added_tokens_need_not_begin_alike(specs: dict[str, TokenizerSpec]) -> None:
+    tokens = specs["qwen"].json["added_tokens"]
+    more = {**tokens[0], "id": max(specs["qwen"].json["model"]["vocab"].values()) + 1, "special": False}
+    spec = changed(specs["qwen"], added_tokens=[*tokens, {**more, "content": "</tool_call>"}])
+    assert choose(spec)[0] == "tiktoken"
+    fast = TiktokenEncoder(spec)
+    for text in ("a </tool_call> b", "</tool_cal> <|im_end|>", "<td></td> a <| b", "</tool_call>\u0301 e\u0301"):
+        assert fast(text).tolist() == fast.own(text).tolist()
+    assert more["id"] in fast("a </tool_call> b")
+
+
 @pytest.mark.parametrize("style", ["qwen", "gpt2"])
 def test_every_code_point_is_split_alike(
     specs: dict[str, TokenizerSpec], style: str, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -43,7 +44,9 @@ def parquet(path: Path, **columns: list[Any]) -> Path:
 def read(*pieces: Piece, key: str = "text", keep: Any = lambda key: True) -> tuple[list[Document], Lines]:
     lines = Lines()
     text = renderer(readers_format(), None, None, False)  # type: ignore[arg-type]
-    found = list(documents(Source(list(pieces), (key, "cluster_id")), text, key, "cluster_id", keep, lines))
+    found = list(
+        documents(Source(list(pieces), (key, "cluster_id")), text, key, "cluster_id", keep, lines, hashlib.sha256())
+    )
     assert lines.lines == lines.documents + lines.empty + lines.bad + lines.left_out
     return found, lines
 
