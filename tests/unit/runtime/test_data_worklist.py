@@ -95,9 +95,9 @@ def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
     assert [observer.claim(["a"]) for observer in observers] == ["a", None, None, None, None]
 
 
-@pytest.mark.parametrize("content", ["", "x", "another-node boot pid:[1] 1 1", identity(os.getpid())])
-def test_an_unknown_holder_is_given_its_time(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.0").write_text(content)
+@pytest.mark.parametrize("content", ["", "x", "another-node boot pid:[1] 1 1", None])
+def test_a_holder_that_may_live_is_given_its_time(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "a.0").write_text(identity(os.getpid()) if content is None else content)
     assert Worklist(tmp_path, 60).claim(["a"]) is None
 
 
