@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test bench-data test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -32,6 +32,9 @@ test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stac
 
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm
+
+bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes runs/bench/data.json
+	$(BIN)/python -m tests.benchmarks.bench_data
 
 setup: $(INSTALLED)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Callable, Iterator
 from typing import cast
 
+from conf.data_files import existing, on_hub
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig, SlurmConfig
 from conf.units import seconds_of_time_limit
@@ -173,10 +173,15 @@ def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     path = cfg.model.hf_path
     if path is not None and not may_be_hub_id(path):
         yield "model.hf_path", absolute(path)
-    for key in ("train", "validation"):
-        found = sorted(absolute(file) for name in getattr(cfg.data, key) or () for file in glob.glob(absolute(name)))
+    patterns = {f"data.{key}": getattr(cfg.data, key) or [] for key in ("train", "validation")}
+    patterns |= {f"data.sources.{name}.files": source.files for name, source in (cfg.data.sources or {}).items()}
+    for key, names in patterns.items():
+        found = sorted(absolute(file) for name in names if not on_hub(name) for file in existing(name))
         for path in {os.path.dirname(file): file for file in reversed(found)}.values():
-            yield f"data.{key}", path
+            yield key, path
+    # Its default is a Hub id; a folder is named outright.
+    if os.path.exists(cfg.data.source_tokenizer):
+        yield "data.source_tokenizer", absolute(cfg.data.source_tokenizer)
 
 
 def absolute(path: str) -> str:

@@ -70,6 +70,8 @@ class Reader:
             return self.group(hint, raw, f"{key}.")
         if typing.get_origin(hint) is list:
             return self._list(hint, raw, key)
+        if typing.get_origin(hint) is dict:
+            return self._mapping(hint, raw, key)
         if issubclass(hint, Enum):
             return self._member(hint, raw, key)
         return self._scalar(hint, raw, key)
@@ -81,6 +83,13 @@ class Reader:
         known = len(self.unreadable)
         values = [self._value(item, value, f"{key}[{index}]") for index, value in enumerate(raw)]
         return values if len(self.unreadable) == known else self._unusable(key)
+
+    def _mapping(self, hint: Any, raw: Any, key: str) -> Any:
+        """Groups by names that the user chooses."""
+        _, group = typing.get_args(hint)
+        if not isinstance(raw, dict):
+            return self._fault(key, f"{key}={raw!r} is a value; set {key}.NAME.KEY=VALUE")
+        return {str(name): self._value(group, value, f"{key}.{name}") for name, value in raw.items()}
 
     def _member(self, hint: type[Enum], raw: Any, key: str) -> Any:
         if isinstance(raw, str) and raw in hint.__members__:
@@ -119,6 +128,8 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
@@ -129,6 +140,8 @@ def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
         inner, _ = _unwrap(hint)
+        if typing.get_origin(inner) is dict:
+            yield from schema_keys(typing.get_args(inner)[1], f"{prefix}{name}.NAME.")
         if _is_group(inner):
             yield from schema_keys(inner, f"{prefix}{name}.")
 
@@ -155,6 +168,8 @@ def _describe(hint: Any) -> str:
     hint, _ = _unwrap(hint)
     if typing.get_origin(hint) is list:
         return "a list"
+    if typing.get_origin(hint) is dict:
+        return "groups by name"
     if issubclass(hint, Enum):
         return " or ".join(hint.__members__)
     return _KINDS.get(hint, "a group of settings")

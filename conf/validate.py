@@ -6,13 +6,12 @@ Where upstream would refuse (or silently ignore) something hours later, the rule
 from __future__ import annotations
 
 import dataclasses
-import glob
 import math
 import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import slurm_rules
+from conf import data_rules, slurm_rules
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
 from conf.units import seconds_of_time_limit
@@ -39,6 +38,8 @@ class _View:
         if any(bad == key or bad.startswith(f"{key}[") for bad in self._unreadable):
             raise _UnreadableError(key)
         value = getattr(self._value, name)
+        if isinstance(value, dict) and any(bad.startswith(f"{key}.") for bad in self._unreadable):
+            raise _UnreadableError(key)
         return _View(value, self._unreadable, f"{key}.") if dataclasses.is_dataclass(value) else value
 
 
@@ -70,7 +71,7 @@ def layout_faults(cfg: RunConfig, training: Training) -> list[str]:
 
 def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
     """The user's files and folders that a run reads and that are not there."""
-    return [fault for rule in (_missing_files, *slurm_rules.RULES_OF_FILES) for fault in _apply(rule, cfg, unreadable)]
+    return [fault for rule in RULES_OF_FILES for fault in _apply(rule, cfg, unreadable)]
 
 
 def student_shape(cfg: RunConfig) -> Shape:
@@ -101,6 +102,7 @@ def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]
 
 _ABOVE_ZERO = (
     *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
+    *("data.shard_bytes", "data.num_workers", "data.array_tasks", "data.stale_seconds"),
     "cluster.slurm.warn_seconds",
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
@@ -173,23 +175,6 @@ def _shape(cfg: RunConfig) -> Iterator[str]:
             f"model.shape.num_attention_heads={shape.num_attention_heads} is not divisible by "
             f"model.shape.num_query_groups={shape.num_query_groups}; "
             f"set model.shape.num_query_groups to {_any_of(_divisors(shape.num_attention_heads))}"
-        )
-
-
-def _data(cfg: RunConfig) -> Iterator[str]:
-    train, validation = cfg.data.train, cfg.data.validation
-    if train is None and cfg.model.demo is None:
-        yield "data.train=null, but only the demo's model brings its own corpus; set data.train=[FILE.jsonl]"
-    if train is None and validation is not None:
-        yield f"data.validation={validation} is set without data.train; set data.train=[FILE.jsonl] too"
-    for key, files in (("train", train), ("validation", validation)):
-        if files == []:
-            yield f"data.{key}=[] names no file; set data.{key}=[FILE.jsonl], or data.{key}=null"
-    shared = sorted(set(train or ()) & set(validation or ()))
-    if shared:
-        yield (
-            f"data.validation holds {', '.join(shared)}, which data.train holds too; take it out of one of them, or "
-            "set data.validation=null to hold out some of the documents"
         )
 
 
@@ -469,14 +454,6 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
     # Where the shape had to be read from it, its absence is known already.
     if path is not None and cfg.model.shape is not None and not may_be_hub_id(path) and not os.path.exists(_home(path)):
         yield f"model.hf_path={path} does not exist; set model.hf_path to a Hugging Face folder or a Hub id"
-    for key in ("train", "validation"):
-        absent = [name for name in getattr(cfg.data, key) or () if not glob.glob(_home(name), recursive=True)]
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            yield (
-                f"data.{key} names {absent[0]}{more}, not to be found; set data.{key}=[FILE.jsonl] to files that "
-                "exist (relative to the working directory), or put them there"
-            )
 
 
 def _home(path: str) -> str:
@@ -524,7 +501,7 @@ def _or(value: int | None, default: int) -> int:
 RULES: tuple[Rule, ...] = (
     _model,
     _shape,
-    _data,
+    *data_rules.RULES,
     _prune_choice,
     _drop_layers,
     _prune_sizes,
@@ -538,3 +515,5 @@ RULES: tuple[Rule, ...] = (
     *(_of_distillation(rule) for rule in TRAINING_RULES),
     *slurm_rules.RULES,
 )
+
+RULES_OF_FILES: tuple[Rule, ...] = (_missing_files, *data_rules.RULES_OF_FILES, *slurm_rules.RULES_OF_FILES)

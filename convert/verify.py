@@ -35,8 +35,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     backend.activate()
     import torch
 
+    from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.huggingface import local_folder
-    from recipes.runtime.indexed_data import DataFolder
 
     data = DataFolder.read(inputs["data"])
     tokens = min(cfg.evaluate.verify_tokens, cfg.evaluate.seq_length, data.validation_tokens - 1)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import jinja2
 
+from conf.data_files import on_hub
 from conf.schema import RunConfig, SlurmConfig
 from conf.slurm_rules import absolute
 from launch import torchrun
@@ -55,8 +56,16 @@ def everywhere(cfg: RunConfig) -> RunConfig:
     for key in ("train", "validation"):
         files = getattr(cfg.data, key)
         if files is not None:
-            setattr(cfg.data, key, [absolute(file) for file in files])
+            setattr(cfg.data, key, _everywhere(files))
+    for source in (cfg.data.sources or {}).values():
+        source.files = _everywhere(source.files)
+    if Path(absolute(cfg.data.source_tokenizer)).exists():
+        cfg.data.source_tokenizer = absolute(cfg.data.source_tokenizer)
     return cfg
+
+
+def _everywhere(files: Sequence[str]) -> list[str]:
+    return [file if on_hub(file) else absolute(file) for file in files]
 
 
 def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
@@ -98,6 +107,7 @@ def _script(located: Located, script: Path, chained: bool) -> str:
         "nodes": nodes,
         "ranks": ranks,
         "ranks_per_node": ranks_per_node,
+        "tasks": located.stage.tasks(cfg),
         "time_limit": cfg.cluster.time_limit,
         "threads": cfg.cluster.threads_per_rank,
         "exported": [*EXPORTED, *slurm.secrets],

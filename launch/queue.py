@@ -57,7 +57,16 @@ def ask(ids: Collection[str]) -> dict[str, Queued]:
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%L"]
     done = subprocess.run(command, capture_output=True, text=True)
     rows = [line.split("|", 3) for line in done.stdout.splitlines()]
-    return {row[0]: Queued(*row) for row in rows if len(row) == 4 and row[0] in ids}
+    # ID_TASK, or ID_[TASKS], of a job array: what matters most of its tasks speaks for it.
+    found = [Queued(row[0].partition("_")[0], *row[1:]) for row in rows if len(row) == 4]
+    return {queued.job: queued for queued in sorted(found, key=_weight) if queued.job in ids}
+
+
+def _weight(queued: Queued) -> int:
+    """Running tasks before those that wait, and these before failed and completed ones."""
+    if queued.state in ENDED:
+        return 0 if queued.state == "COMPLETED" else 1
+    return 2 if queued.state == "PENDING" else 3
 
 
 def active(ids: Collection[str]) -> list[str]:

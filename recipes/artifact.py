@@ -8,7 +8,6 @@ without it is resumed or redone, never read. How the work is placed and watched 
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from conf.data_files import existing, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig
@@ -107,16 +107,16 @@ def _resolve(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
         return made.folder / source.path, f"{made.config_hash}/{source.path}"
     found: list[str] = []
     for pattern in source.paths:
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-        if not matches and not (source.hub and may_be_hub_id(pattern)):
+        matches = existing(pattern)
+        if not matches and not on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
             raise FileNotFoundError(f"{pattern!r} does not exist; set the path of what is to be read")
         found += matches or [pattern]
     if len(found) == 1 and not os.path.exists(found[0]):
         return found[0], _hash(["hub", found[0], source.revision])
-    digests = [fingerprint(Path(path)) for path in found]
+    digests = [_hash(["hub", path]) if on_hub(path) else fingerprint(Path(path)) for path in found]
     if len(source.paths) == 1 and found == [os.path.expanduser(source.paths[0])]:
         return Path(found[0]), digests[0]
-    return tuple(Path(path) for path in found), _hash(digests)
+    return tuple(path if on_hub(path) else Path(path) for path in found), _hash(digests)
 
 
 def fingerprint(path: Path) -> str:
@@ -156,6 +156,8 @@ def identity_view(value: Any) -> Any:
         }
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, dict):
+        return {key: identity_view(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [identity_view(item) for item in value]
     return value

@@ -24,7 +24,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 
     from recipes.runtime import nemo_api
-    from recipes.runtime.indexed_data import DataFolder
+    from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])

@@ -20,8 +20,8 @@ log = logging.getLogger("recipes.evaluate")
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: data, and a Hugging Face folder (or Hub id) a model. Output: `evaluation.json`."""
+    from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.huggingface import local_folder
-    from recipes.runtime.indexed_data import DataFolder
 
     data = DataFolder.read(inputs["data"])
     models = {name: source for name, source in inputs.items() if name != "data"}

@@ -1,43 +1,84 @@
 """python -m recipes.prepare_data --config RUN_DIR/resolved.yaml
+   python -m recipes.prepare_data --check FOLDER [--document N [--split validation]]
 
-JSONL documents become Megatron's indexed tokens, with the teacher's tokenizer.
+Documents become Megatron's indexed tokens, with the teacher's tokenizer. Started several times at once, on one node or
+on many, the processes share the work; started again, it goes on with what is missing. `--check` reads all of a prepared
+folder and compares it with what was noted when it was written; `--document` shows one document as text.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+from conf.errors import InputError
 from conf.schema import RunConfig
-from recipes.runtime.stage_main import stage_main
+from recipes.runtime.stage_main import command_line, stage_main
+
+# Inputs that are no documents.
+TOKENIZERS = ("tokenizer", "source_tokenizer")
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: tokenizer (a Hugging Face model), train and, where given, validation (JSONL files).
+    """Inputs: tokenizer (a Hugging Face model), the sources by name and, where given, validation (files).
 
-    Output: `train.{bin,idx}`, `validation.{bin,idx}`, `data.json`.
+    Output: `shards/`, `validation.{bin,idx}`, and `data.json`, which lists them.
     """
+    from recipes.runtime.data.plan import local_files
+    from recipes.runtime.data.prepare import prepare
     from recipes.runtime.huggingface import local_folder
-    from recipes.runtime.tokenize import tokenize
 
     tokenizer = local_folder(inputs["tokenizer"], cfg.model.revision, weights=False)
-    validation = _files(inputs["validation"]) if "validation" in inputs else None
-    folder, lines = tokenize(cfg.data, _files(inputs["train"]), validation, tokenizer, out)
+    folder = prepare(
+        cfg.data,
+        {name: local_files(paths) for name, paths in inputs.items() if name not in TOKENIZERS},
+        tokenizer,
+        out,
+        cfg.seed,
+        _source_tokenizer(inputs.get("source_tokenizer")),
+    )
     return {
         "train_documents": folder.train_documents,
         "train_tokens": folder.train_tokens,
         "validation_documents": folder.validation_documents,
         "validation_tokens": folder.validation_tokens,
-        "lines": lines.read,
-        "empty_lines": lines.empty,
-        "bad_lines": lines.bad,
-        "first_bad_line": lines.first_bad,
+        "sources": folder.sources,
+        **folder.lines,
     }
 
 
-def _files(source: Path | tuple[Path, ...]) -> list[Path]:
-    return [source] if isinstance(source, Path) else list(source)
+def _source_tokenizer(source: Path | str | None) -> Path | None:
+    from recipes.runtime.huggingface import local_folder
+
+    try:
+        return None if source is None else local_folder(source, None, weights=False)
+    except InputError as fault:
+        raise InputError(f"data.source_tokenizer={source} cannot be used: {fault}") from fault
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Says what a prepared folder holds. Raises: InputError, with all that is wrong with it."""
+    from recipes.runtime.data.check import check_folder, document_text
+
+    if arguments.document is None:
+        print(check_folder(arguments.check))
+    else:
+        print(document_text(arguments.check, arguments.split, arguments.document))
+
+
+def main() -> None:
+    if not any(argument.partition("=")[0] == "--check" for argument in sys.argv[1:]):
+        stage_main(run, "prepare_data")
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", required=True, type=Path, metavar="FOLDER", help="RUN_DIR/prepare_data-*")
+    parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
+    parser.add_argument("--split", choices=["train", "validation"], default="train", help="of which split")
+    with command_line():
+        check(parser.parse_args())
 
 
 if __name__ == "__main__":
-    stage_main(run, "prepare_data")
+    main()

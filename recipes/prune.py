@@ -25,7 +25,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
 
     from recipes.runtime import nemo_api
-    from recipes.runtime.indexed_data import DataFolder
+    from recipes.runtime.data.folder import DataFolder
 
     prune = cfg.prune
     batches = math.ceil(prune.calibration_samples / prune.micro_batch_size)

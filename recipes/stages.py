@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema import Loss, RunConfig
+from conf.data_files import sources
+from conf.schema import DocumentFormat, Loss, RunConfig
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Stage:
         settings: config values that make a variant of the stage, by dotted key.
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
         trains: whether it trains, so that it can be asked to save and pause, and goes on from there.
+        tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
     """
 
     name: str
@@ -73,6 +75,7 @@ class Stage:
     settings: Mapping[str, Any] = field(default_factory=dict)
     folder: str | None = None
     trains: bool = False
+    tasks: Callable[[RunConfig], int] = _one
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
@@ -93,14 +96,17 @@ def _teacher_hf(cfg: RunConfig) -> Source:
 
 
 def _documents(cfg: RunConfig) -> dict[str, Source]:
-    if cfg.data.train is None:
+    """The training sources by name, and `validation`, where it has documents of its own."""
+    if cfg.data.train is None and cfg.data.sources is None:
         return {
             "train": Output("demo_model", "corpus/train.jsonl"),
             "validation": Output("demo_model", "corpus/validation.jsonl"),
         }
-    documents: dict[str, Source] = {"train": External(tuple(cfg.data.train))}
+    documents: dict[str, Source] = {name: External(tuple(source.files)) for name, source in sources(cfg.data).items()}
     if cfg.data.validation is not None:
         documents["validation"] = External(tuple(cfg.data.validation))
+    if any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values()):
+        documents["source_tokenizer"] = External((cfg.data.source_tokenizer,), hub=True)
     return documents
 
 
@@ -135,6 +141,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.prepare_data",
         ("data",),
         lambda cfg: {"tokenizer": _teacher_hf(cfg), **_documents(cfg)},
+        tasks=lambda cfg: cfg.data.array_tasks,
     ),
     Stage(
         "hf_to_nemo",

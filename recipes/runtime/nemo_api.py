@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -28,7 +29,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from conf.errors import InputError
 from conf.schema import Parallel, Precision
 from recipes.runtime import backend
-from recipes.runtime.indexed_data import DataFolder
+from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.stage_main import world_size
 
 log = logging.getLogger("recipes.nemo_api")
@@ -176,9 +177,9 @@ def data_module(
     seed: int,
 ) -> llm.PreTrainingDataModule:
     """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
-    train, validation = [str(data.train)], [str(data.validation)]
+    validation = data.validation_paths
     module = llm.PreTrainingDataModule(
-        paths={"train": train, "validation": validation, "test": validation},
+        paths={"train": data.train_paths, "validation": validation, "test": validation},
         split=None,
         seq_length=seq_length,
         tokenizer=tokenizer,
@@ -201,11 +202,32 @@ class DocumentDataset(GPTDataset):
     Megatron's own takes each token with the tokenizer's pad id for padding: token 0 stands in its place, and its loss
     is not counted (megatron/core/datasets/gpt_dataset.py:211-215). Where a model pads with its end-of-text token, as
     Qwen3's base models do, it would never again see or learn the end of a document.
+
+    Where `prepare_data` kept a mask of what is learned (`data.mask_prompts`), it becomes the loss mask.
     """
+
+    dataset: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._pad_token_id = -1  # no token's id; Megatron's own choice for a tokenizer without one (gpt_dataset.py:28)
+        mask = f"{self.dataset_path}_mask"
+        self._masks = IndexedDataset(mask, mmap=self.config.mmap_bin_files) if Path(f"{mask}.idx").exists() else None
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        item: dict[str, torch.Tensor] = super().__getitem__(idx)
+        if self._masks is None or idx is None:
+            return item
+        return {**item, "loss_mask": item["loss_mask"] * self._learned(idx)}
+
+    def _learned(self, idx: int) -> torch.Tensor:
+        """The mask of a sequence's labels, `[s]`: documents and masks are cut alike."""
+        tokens, self.dataset = self.dataset, self._masks
+        try:
+            mask, _ = self._query_document_sample_shuffle_indices(idx)
+        finally:
+            self.dataset = tokens
+        return torch.from_numpy(mask[1:]).clamp(min=0)  # padding is -1
 
 
 def match_vocabularies(student: Any, teacher: Any) -> None:

@@ -71,7 +71,8 @@ def stage_main(run: Run, default_stage: str) -> None:
         except PausedError as paused:
             log.info("%s", paused)
             return
-        if rank() == 0:
+        # Of several processes that share a stage's work, one declares it.
+        if rank() == 0 and not located.complete:
             write_manifest(located, started, time.time(), metrics)
         gc.freeze()  # or the interpreter goes through all that was imported once more before it ends, which takes 2 s
 

@@ -28,7 +28,7 @@ from nemo.lightning.pytorch.trainer import configure_no_restart_validation_train
 from conf.errors import ConfigError, InputError
 from conf.schema import Precision, Recompute, Training
 from recipes.runtime import backend, nemo_api
-from recipes.runtime.indexed_data import DataFolder
+from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import PausedError, rank, world_size
 from recipes.runtime.stop_file import StopFile

@@ -22,7 +22,7 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from recipes.runtime import nemo_api
-    from recipes.runtime.indexed_data import DataFolder
+    from recipes.runtime.data.folder import DataFolder
 
     data, hf_folder = DataFolder.read(Path(sys.argv[1])), sys.argv[2]
     sizes = {key: DISTILL[key] for key in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers")}

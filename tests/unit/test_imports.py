@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +132,13 @@ def test_modules_that_run_as_main_import_nothing_heavy_at_the_top() -> None:
         closure |= more
     broken = [found for found in IMPORTS if found.by in closure and found.top_level and found.package in UPSTREAM]
     assert not broken, report(broken)
+
+
+def test_workers_of_the_data_stage_import_no_torch() -> None:
+    """Each would take 350 MB more."""
+    code = "import sys, recipes.runtime.data.prepare; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_nothing_of_the_tests_or_unknown_packages_of_ours_is_imported() -> None:

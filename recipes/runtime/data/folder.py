@@ -1,0 +1,91 @@
+"""Prepared documents as stages exchange them: Megatron's `.bin/.idx` in shards, and `data.json`, which lists them.
+
+Each document is its tokens and one end-of-document token. Megatron's own dataset classes read the files as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.runtime.data.shards import documents_of
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """What `prepare_data` left in a folder. Token counts include end-of-document tokens.
+
+    Attributes:
+        train: of each part of the training documents, its `prefix` (without `.bin` or `.idx`), `source`, `documents`,
+            `tokens` and `weight`.
+        sources: documents, tokens, weight and tokens by cluster of each source.
+        lines: what was read and what was left out, as `readers.Lines`.
+    """
+
+    folder: Path
+    vocab_size: int
+    eod_token: int
+    train: list[dict[str, Any]]
+    validation_documents: int
+    validation_tokens: int
+    validation_bytes: int
+    sources: dict[str, Any]
+    lines: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> DataFolder:
+        content = json.loads((folder / "data.json").read_text())
+        return cls(
+            folder,
+            content["vocab_size"],
+            content["eod_token"],
+            content["train"],
+            content["validation"]["documents"],
+            content["validation"]["tokens"],
+            content["validation"]["bytes"],
+            content["sources"],
+            content["lines"],
+        )
+
+    @property
+    def train_documents(self) -> int:
+        return sum(part["documents"] for part in self.train)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(part["tokens"] for part in self.train)
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The training documents as Megatron takes them: a prefix, or weight and prefix of each of several."""
+        prefixes = [str(self.folder / part["prefix"]) for part in self.train]
+        if len(prefixes) == 1:
+            return prefixes
+        weights = [repr(float(part["weight"])) for part in self.train]
+        return [word for pair in zip(weights, prefixes, strict=True) for word in pair]
+
+    @property
+    def validation_paths(self) -> list[str]:
+        return [str(self.folder / "validation")]
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All tokens of a split end to end: `[tokens]` int64."""
+        prefixes = [part["prefix"] for part in self.train] if split == "train" else ["validation"]
+        documents = [document for prefix in prefixes for document in documents_of(self.folder / prefix)]
+        return np.concatenate(documents).astype(np.int64)
+
+    def validation_sequences(self, seq_length: int) -> np.ndarray:
+        """The validation documents end to end, cut into sequences.
+
+        Returns:
+            `[sequences, seq_length + 1]` int64: inputs are all but the last column, targets all but the first. What
+            does not fill a sequence is left out; documents shorter than one in all give no sequence.
+        """
+        tokens = self.tokens("validation")
+        count = max(0, len(tokens) - 1) // seq_length
+        starts = np.arange(count)[:, None] * seq_length
+        return tokens[starts + np.arange(seq_length + 1)]

@@ -1,0 +1,218 @@
+"""The whole of a data section: plan, work that several processes and nodes share, and the declaration of what came out.
+
+Every process that is started on a folder does the same: it takes shards off the work list until all are complete, waits
+for those that others hold (and takes them over if their holders die), and declares the whole unless another one has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from conf.errors import InputError
+from conf.schema import DataConfig
+from recipes.artifact import STATE, STOP, write_json
+from recipes.runtime.data.declare import declare
+from recipes.runtime.data.encoder import choose
+from recipes.runtime.data.folder import DataFolder
+from recipes.runtime.data.plan import VALIDATION, Shard, described, make_plan
+from recipes.runtime.data.shards import read_manifest
+from recipes.runtime.data.tokenizer import read_tokenizer
+from recipes.runtime.data.work import Settings, make_shard, start_worker
+from recipes.runtime.data.worklist import Worklist
+from recipes.runtime.metrics_file import MetricsFile
+from recipes.runtime.stage_main import PausedError
+
+log = logging.getLogger("recipes.prepare")
+
+SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_LINES = 15.0
+# More than the first few faulty shards tell nobody anything new.
+MOST_FAULTS = 10
+WHOLE = "whole"
+
+
+def prepare(
+    data: DataConfig,
+    files: Mapping[str, Sequence[str]],
+    tokenizer_folder: Path,
+    out: Path,
+    seed: int,
+    source_tokenizer: Path | None = None,
+) -> DataFolder:
+    """Makes a data folder, or what is missing of it.
+
+    Args:
+        files: of each source, and of `validation`; without it, documents of the sources are held out.
+        tokenizer_folder: a Hugging Face model folder; its `config.json` bounds the token ids.
+        source_tokenizer: the folder of the tokenizer whose ids are read, where a source holds ids.
+
+    Raises:
+        InputError: a tokenizer without end-of-sequence token or with ids that the model lacks, files that cannot be
+            read, too many broken lines, a split without documents.
+        PausedError: a stop file was found in `out`.
+    """
+    tokenizer = read_tokenizer(tokenizer_folder)
+    other = None if source_tokenizer is None else read_tokenizer(source_tokenizer, model=False)
+    plan = make_plan(data, files, tokenizer, other, seed)
+    _agree(out / "plan.json", described(plan))
+    encoder, reason = choose(tokenizer)
+    log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
+    settings = Settings(data, seed, tokenizer, other, encoder, holds_out=VALIDATION not in files)
+    worklist = Worklist(out / "claims", data.stale_seconds)
+    with worklist.beating():
+        _Crew(plan, out, worklist, settings).work()
+        while not (out / "data.json").exists():
+            if worklist.claim([WHOLE]) is None:
+                time.sleep(1)
+            elif not (out / "data.json").exists():
+                declare(data, plan, out, tokenizer, seed)
+    return DataFolder.read(out)
+
+
+def shard_folder(out: Path, shard: Shard) -> Path:
+    return out / "shards" / shard.name
+
+
+class _Crew:
+    """This process's workers: claims shards for them, shows that it lives, and tells how far all have come."""
+
+    def __init__(self, plan: Sequence[Shard], out: Path, worklist: Worklist, settings: Settings) -> None:
+        self.plan = {shard.name: shard for shard in plan}
+        self.out, self.worklist, self.settings = out, worklist, settings
+        self.workers = min(settings.data.num_workers or _cores(), len(plan))
+        self.faults: dict[str, str] = {}
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self._look()
+        self.progress = _Progress(self.plan, self.done, out)
+
+    def work(self) -> None:
+        """Returns once all shards are complete."""
+        if len(self.done) == len(self.plan):
+            return
+        log.info("%d worker processes", self.workers)
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.settings,))
+        running: dict[Future[dict[str, Any]], str] = {}
+        try:
+            while len(self.done) < len(self.plan):
+                asked_to_pause = (self.out / STOP).exists()
+                if not asked_to_pause:
+                    self._fill(pool, running)
+                if self.faults and not running:
+                    raise InputError("; ".join(self.faults.values()))
+                if asked_to_pause and not running:
+                    self._pause()
+                ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    self._collect(running.pop(future), future)
+                if not running and not ended:
+                    time.sleep(1)  # others have the rest
+                self._look()
+                self.progress.show(self.done)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process was killed (out of memory?); what is complete is kept: run it again, with fewer"
+                " data.num_workers if memory was short"
+            ) from error
+        except BaseException:
+            # What they are at is begun anew next time; to wait for it would take minutes.
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[dict[str, Any]], str]) -> None:
+        while len(running) < self.workers and len(self.faults) < MOST_FAULTS:
+            name = self.worklist.claim(name for name in self.plan if name not in self.done and name not in self.faults)
+            if name is None:
+                return
+            folder = shard_folder(self.out, self.plan[name])
+            if folder.exists():  # completed since it was last looked for
+                self.done.add(name)
+                self.worklist.release(name)
+                continue
+            partial = folder.parent / f".{name}.{os.uname().nodename}.{os.getpid()}"
+            running[pool.submit(make_shard, self.plan[name], partial, folder)] = name
+
+    def _pause(self) -> None:
+        """Ends this process's part; the same command goes on. The stop file is for all tasks of an array to see."""
+        write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
+        if "SLURM_ARRAY_TASK_ID" not in os.environ:
+            (self.out / STOP).unlink(missing_ok=True)
+        raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
+
+    def _collect(self, name: str, future: Future[dict[str, Any]]) -> None:
+        try:
+            note = future.result()["encoder_note"]
+            if note:
+                log.warning("shard %s was encoded with the model's own tokenizer: %s", name, note)
+        except InputError as fault:
+            self.faults[name] = str(fault)
+        self.worklist.release(name)
+
+    def _look(self) -> None:
+        self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}
+
+
+class _Progress:
+    """Says how far the work has come, in the log and in `metrics.jsonl`, whoever did it."""
+
+    def __init__(self, plan: Mapping[str, Shard], done: set[str], out: Path) -> None:
+        self.plan, self.out = plan, out
+        self.started = self.last = time.monotonic()
+        self.known = set(done)
+        self.bytes_before = sum(plan[name].bytes for name in done)
+        self.bytes = sum(shard.bytes for shard in plan.values())
+        self.tokens = 0
+        # Array tasks would write over each other's lines.
+        first = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
+        self.metrics = MetricsFile(out / "metrics.jsonl") if first else None
+
+    def show(self, done: set[str]) -> None:
+        now, every = time.monotonic(), SECONDS_BETWEEN_LINES
+        if now - self.last < every and len(done) < len(self.plan):
+            return
+        self.last = now
+        for name in done - self.known:
+            manifest = read_manifest(shard_folder(self.out, self.plan[name]))
+            self.tokens += manifest["train"]["tokens"] + manifest["validation"]["tokens"]
+        self.known |= done
+        worked = sum(self.plan[name].bytes for name in done)
+        seconds = now - self.started
+        speed = self.tokens / seconds
+        rate = (worked - self.bytes_before) / seconds
+        left = (self.bytes - worked) / rate if rate else None
+        log.info(
+            "%d of %d shards, %.1f %%, %s tokens/s, %s left",
+            *(len(done), len(self.plan), 100 * worked / max(1, self.bytes), f"{speed:,.0f}"),
+            "unknown time" if left is None else f"{left / 60:,.1f} min",
+        )
+        if self.metrics is not None:
+            values = {} if left is None else {"tokens_per_second": speed, "seconds_left": left}
+            self.metrics.append(step=len(done), max_steps=len(self.plan), **values)
+
+
+def _agree(path: Path, plan: list[dict[str, Any]]) -> None:
+    """Writes the plan, or sees that the one that is there is the same."""
+    if not path.exists():
+        write_json(path, plan)
+    if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+        raise InputError(
+            f"the files or settings are not those that {path} was made for; they changed while the work was going on,"
+            f" or this is another data section's folder: remove {path.parent} to start anew"
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

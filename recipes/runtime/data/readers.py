@@ -1,0 +1,204 @@
+"""Files of documents as records: JSON lines (plain, .gz, .zst) and parquet, read in a memory that does not grow.
+
+What cannot be used is counted and the first of it named; lines = documents + empty + bad + left_out always holds. A
+file that ends too early is refused as a whole: its end is lost, and nobody would know.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.data_files import Packing, packing
+from conf.errors import InputError
+
+# A longer line is no document but a broken file; without a limit it would have to be held in memory to be read.
+MAX_LINE_BYTES = 64 << 20
+BUFFER_BYTES = 1 << 20
+PARQUET_ROWS = 256
+
+
+@dataclass
+class Lines:
+    """What a reader saw. `first_bad` names the first broken line: file, line, reason.
+
+    Attributes:
+        empty: blank lines and documents without text.
+        left_out: by the source's `sample`.
+    """
+
+    lines: int = 0
+    documents: int = 0
+    empty: int = 0
+    bad: int = 0
+    left_out: int = 0
+    first_bad: str | None = None
+
+    def add(self, other: Lines) -> None:
+        for name in ("lines", "documents", "empty", "bad", "left_out"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.first_bad = self.first_bad or other.first_bad
+
+    def note_bad(self, where: str, reason: str) -> None:
+        self.bad += 1
+        self.first_bad = self.first_bad or f"{where}: {reason}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file: bytes `[start, end)` of plain JSON lines, row groups of parquet, or (0, 0) the whole file.
+
+    A line belongs to the piece in which its first byte is.
+    """
+
+    path: str
+    start: int = 0
+    end: int = 0
+
+
+@dataclass
+class Source:
+    """The raw records of pieces, `(where, value)`; values are lines (bytes) or, of parquet, mappings of `columns`."""
+
+    pieces: list[Piece]
+    columns: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        for piece in self.pieces:
+            kind = packing(piece.path)
+            try:
+                yield from self._rows(piece) if kind is Packing.parquet else self._lines(piece, kind)
+            except (OSError, EOFError, zlib.error, ValueError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk's or the network's trouble, not the file's
+                raise InputError(
+                    f"{piece.path} cannot be read to its end ({error}); it is truncated or corrupt: get it again, or"
+                    " take it out of the data section"
+                ) from error
+
+    def _lines(self, piece: Piece, kind: Packing | None) -> Iterator[tuple[str, bytes | None]]:
+        with _opened(piece, kind) as file:
+            number = 0
+            if piece.start:
+                # The line that the byte before belongs to is the piece's before.
+                file.seek(piece.start - 1)
+                _skip_line(file)
+            while not piece.end or file.tell() < piece.end:
+                start = file.tell() if piece.start else number + 1
+                line = file.readline(MAX_LINE_BYTES)
+                if not line:
+                    return
+                number += 1
+                # Of a piece within a file the line's number is not known, but its place is.
+                where = f"{piece.path}, byte {start}" if piece.start else f"{piece.path}, line {start}"
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _skip_line(file)
+                    yield where, None
+                else:
+                    yield where, line
+
+    def _rows(self, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(piece.path) as file:
+                columns = [name for name in self.columns if name in file.schema_arrow.names]
+                groups = list(range(piece.start, piece.end))
+                for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
+                    for row in batch.to_pylist():
+                        yield piece.path, row
+        except pyarrow.ArrowException as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+
+def _opened(piece: Piece, kind: Packing | None) -> Any:
+    if kind is Packing.plain:
+        return open(piece.path, "rb", buffering=BUFFER_BYTES)
+    if os.path.getsize(piece.path) == 0:
+        raise EOFError("it is empty")
+    if kind is Packing.gz:
+        return gzip.open(piece.path, "rb")
+    import pyarrow
+
+    # Reads frames that follow each other, and says where one is cut short.
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(piece.path), "zstd"), BUFFER_BYTES)
+
+
+def _skip_line(file: Any) -> None:
+    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+
+
+def parse(value: Any) -> dict[str, Any]:
+    """A record's fields. Raises: ValueError, with the reason why there are none."""
+    if isinstance(value, dict):
+        return value
+    if value is None:
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+    try:
+        record = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    return record
+
+
+def pieces_of(path: str, piece_bytes: int) -> list[tuple[Piece, int]]:
+    """A file cut where it can be cut, each piece with its bytes on disk.
+
+    Raises:
+        InputError: a parquet file that cannot be read.
+    """
+    size, kind = os.path.getsize(path), packing(path)
+    if kind is Packing.plain and size > piece_bytes:
+        # Equal pieces: the last one would be small otherwise.
+        count = -(-size // piece_bytes)
+        cuts = [size * number // count for number in range(count + 1)]
+        return [(Piece(path, start, end), end - start) for start, end in itertools.pairwise(cuts)]
+    if kind is Packing.parquet:
+        return _row_groups(path, size, piece_bytes)
+    return [(Piece(path), size)]
+
+
+def _row_groups(path: str, size: int, piece_bytes: int) -> list[tuple[Piece, int]]:
+    metadata = parquet_metadata(path)
+    pieces, start, held = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        held += metadata.row_group(group).total_byte_size
+        if held >= piece_bytes or group == metadata.num_row_groups - 1:
+            pieces.append((Piece(path, start, group + 1), held))
+            start, held = group + 1, 0
+    return pieces
+
+
+def parquet_metadata(path: str) -> Any:
+    """A parquet file's metadata, its schema among it. Raises: InputError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(
+            f"{path} is no whole parquet file ({' '.join(str(error).split())}); get it again, or take it out of the"
+            " data section"
+        ) from error
+
+
+def files_of(patterns: Sequence[str | Path]) -> list[str]:
+    """Files by their names; folders give the documents' files in them, in order of name."""
+    found: list[str] = []
+    for path in map(Path, patterns):
+        inside = sorted(str(file) for file in path.rglob("*") if file.is_file() and packing(str(file)) is not None)
+        found += inside if path.is_dir() else [str(path)]
+    return found

@@ -1,0 +1,214 @@
+"""One shard's work, in a worker process: read, encode, write, and compare a sample with the model's own tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.errors import InputError
+from conf.schema import DataConfig, DocumentFormat, LongDocuments
+from recipes.runtime.data import documents as docs
+from recipes.runtime.data.encoder import Encoder, TiktokenEncoder, TokenizersEncoder, make_encoder
+from recipes.runtime.data.plan import Shard
+from recipes.runtime.data.readers import Lines, Source
+from recipes.runtime.data.shards import SPLITS, SplitWriter, Written, clusters_of, publish, token_dtype
+from recipes.runtime.data.tokenizer import TokenizerSpec
+from recipes.runtime.stage_main import end_with_torchrun
+
+# Of so much text (in characters) so much is encoded twice: at an eighth of the speed, half a percent of the time.
+CHECK_EVERY = 3_000_000
+CHECK_CHARACTERS = 1_500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every shard is made with.
+
+    Attributes:
+        encoder: the name of the encoder chosen at the start.
+        holds_out: whether validation is taken from the sources.
+    """
+
+    data: DataConfig
+    seed: int
+    tokenizer: TokenizerSpec
+    source_tokenizer: TokenizerSpec | None
+    encoder: str
+    holds_out: bool
+
+
+class _OtherIdsError(Exception):
+    """The fast encoder was caught giving other ids than the tokenizer's."""
+
+
+_settings: Settings
+_encoders: dict[str, Encoder] = {}
+_renders: dict[DocumentFormat, docs.Render] = {}
+
+
+def start_worker(settings: Settings) -> None:
+    """Prepares a worker process. It ends with the one that started it, which alone heeds Ctrl-C."""
+    global _settings
+    end_with_torchrun()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _settings = settings
+
+
+def make_shard(shard: Shard, partial: Path, folder: Path) -> dict[str, Any]:
+    """Makes a shard in `partial` and gives it its place, `folder`. Returns its manifest.
+
+    Raises:
+        InputError: too many bad lines, a file that ends too early, a token id that the model lacks.
+    """
+    encoder, note = _settings.encoder, None
+    try:
+        try:
+            manifest = _make(shard, partial, encoder)
+        except _OtherIdsError as other:
+            encoder, note = TokenizersEncoder.name, f"tiktoken gave other ids for {str(other)[:40]!r}"
+            manifest = _make(shard, partial, encoder)
+        publish(partial, folder, manifest | {"encoder": encoder, "encoder_note": note})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # or it would fill a full disk
+        raise
+    return manifest | {"encoder_note": note}
+
+
+def _make(shard: Shard, partial: Path, encoder_name: str) -> dict[str, Any]:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    data, spec, lines, digest = _settings.data, _settings.tokenizer, Lines(), hashlib.sha256()
+    source = Source(list(shard.pieces), (shard.key, data.cluster_key))
+    limit = round(shard.sample * 2**64)
+    found = docs.documents(
+        source,
+        _renderer(shard.format),
+        shard.key,
+        data.cluster_key,
+        lambda key: limit == 2**64 or docs.rank_of(key, _settings.seed) < limit,
+        lines,
+        digest,
+    )
+    dtype = token_dtype(spec.vocab_size)
+    writers = {split: SplitWriter(partial / split, dtype, spec.vocab_size) for split in SPLITS}
+    masks, eod = _mask_writers(partial), np.asarray([spec.eod_token])
+    for document, split, ids, mask in _encoded(found, shard, _encoder(encoder_name)):
+        known = (document.key, document.cluster, document.bytes)
+        for part, learned in _parts(ids, mask, eod, data):
+            writers[split].add(part, known)
+            if learned is not None:
+                masks[split].add([learned], known)
+            known = (document.key, document.cluster, 0)  # its bytes are counted once
+    _check_lines(lines, data.max_bad_share)
+    written = {name: writer.finish() for name, writer in writers.items()}
+    for split, writer in masks.items():
+        _finish_mask(writer, written[split])
+    return {
+        "shard": shard.number,
+        "source": shard.source,
+        "split": shard.split,
+        "pieces": [asdict(piece) for piece in shard.pieces],
+        "lines": asdict(lines),
+        **{split: asdict(written[split]) for split in SPLITS},
+        "clusters": clusters_of(partial / "train"),
+        "texts_sha256": digest.hexdigest(),
+        "tokenizer": spec.fingerprint,
+        "settings": shard.settings,
+    }
+
+
+def _encoded(
+    found: Iterator[docs.Document], shard: Shard, encoder: Encoder
+) -> Iterator[tuple[docs.Document, str, np.ndarray, np.ndarray | None]]:
+    """Documents with their split, ids and, of chat, the mask of what is learned."""
+    data, unchecked = _settings.data, CHECK_EVERY
+    every = data.holdout_every if _settings.holds_out else 0
+    for document in found:
+        text = document.text
+        split = "validation" if every and docs.held_out(document.key, every) else shard.split
+        unchecked += len(text)
+        if unchecked >= CHECK_EVERY:
+            unchecked = 0
+            _compare(encoder, text[:CHECK_CHARACTERS])
+        if document.learned is None:
+            yield document, split, encoder(text), None
+        else:
+            own = encoder.own if isinstance(encoder, TiktokenEncoder) else encoder
+            assert isinstance(own, TokenizersEncoder)  # the plan has refused chat with masks for other tokenizers
+            ids, offsets = own.with_offsets(text)
+            yield document, split, ids, docs.learned_tokens(document.learned, offsets)
+
+
+def _parts(
+    ids: np.ndarray, mask: np.ndarray | None, eod: np.ndarray, data: DataConfig
+) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
+    """A document's ids as they are written, in parts of one document each, with what is learned where that is kept.
+
+    The last part ends in the end-of-document token. Of a document that is split, the others have exactly
+    `max_document_tokens`, and none.
+    """
+    limit = data.max_document_tokens
+    if data.long_documents is LongDocuments.cut:
+        ids = ids[:limit]
+        mask = None if mask is None else mask[:limit]
+    # A whole number of parts leaves nothing for the last: its end token alone is no document.
+    last = max(0, len(ids) - 1) // limit * limit
+    for start in range(0, last + 1, limit):
+        part = [ids[start : start + limit], *([eod] if start == last else [])]
+        yield part, _learned(part, mask, start) if data.mask_prompts else None
+
+
+def _learned(part: list[np.ndarray], mask: np.ndarray | None, start: int) -> np.ndarray:
+    """The mask of a part that begins at token `start`; its end is learned where what is before it is."""
+    learned = np.ones(sum(map(len, part)), dtype=np.uint8)
+    if mask is not None:
+        inside = mask[start : start + len(part[0])]
+        learned[: len(inside)] = inside
+        learned[len(inside) :] = inside[-1] if len(inside) else 1
+    return learned
+
+
+def _compare(encoder: Encoder, text: str) -> None:
+    if isinstance(encoder, TiktokenEncoder) and not np.array_equal(encoder(text), encoder.own(text)):
+        raise _OtherIdsError(text)
+
+
+def _mask_writers(partial: Path) -> dict[str, SplitWriter]:
+    if not _settings.data.mask_prompts:
+        return {}
+    return {split: SplitWriter(partial / f"{split}_mask", np.dtype(np.uint8), 2) for split in SPLITS}
+
+
+def _finish_mask(writer: SplitWriter, written: Written) -> None:
+    mask = writer.finish()
+    Path(f"{writer.prefix}.documents").unlink(missing_ok=True)  # the same as its tokens'
+    written.digests |= {f"mask_{kind}": digest for kind, digest in mask.digests.items()}
+
+
+def _check_lines(lines: Lines, max_bad_share: float) -> None:
+    if lines.bad > max_bad_share * lines.lines:
+        raise InputError(
+            f"{lines.bad} of {lines.lines} lines are broken, more than data.max_bad_share={max_bad_share} allows; the"
+            f" first: {lines.first_bad}"
+        )
+
+
+def _encoder(name: str) -> Encoder:
+    if name not in _encoders:
+        _encoders[name] = make_encoder(_settings.tokenizer, name)
+    return _encoders[name]
+
+
+def _renderer(format: DocumentFormat) -> docs.Render:
+    if format not in _renders:
+        _renders[format] = docs.renderer(
+            format, _settings.tokenizer, _settings.source_tokenizer, _settings.data.mask_prompts
+        )
+    return _renders[format]

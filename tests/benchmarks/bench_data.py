@@ -1,0 +1,297 @@
+"""python -m tests.benchmarks.bench_data [--rounds 3]: data preparation beside ModelOpt's megatron_preprocess_data.
+
+The same text, tokenizer (byte-level BPE, 49,152 entries, Qwen3's pattern) and cores; the two take turns, and medians
+are quoted. A rate is that of the work itself: each side works on a shorter and on a longer text, and the rate is that
+of what the longer one has more, so that starting (imports, the tokenizer, ours also the proof that tiktoken is equal)
+cancels out. What a whole call takes is told beside it. The raw encoder is that of the workers on texts in memory; its
+share is one of CPU time, the rest of clock time.
+
+Prints a table and writes runs/bench/data.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 49_152
+# Quarters of the text: the shorter and the longer run of each, as ModelOpt takes several times as long for one.
+OURS, THEIRS = (4, 16), (1, 4)
+WHOLE = 4
+BUDGET = 100e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="alternations of which the median is taken")
+    parser.add_argument("--arm", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        print(json.dumps(ARMS[args.arm[0]](Path(args.arm[1]), int(args.arm[2]), int(args.arm[3]))))
+        return
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        raise SystemExit("two cores are needed")
+    target = ROOT / "runs" / "bench"
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        result = measure(Path(folder), args.rounds)
+    (target / "data.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+def measure(folder: Path, rounds: int) -> dict[str, Any]:
+    from tests.benchmarks.text import write_text
+
+    text = write_text(folder)
+    print(", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in text.items() if size > 1), flush=True)
+    write_tokenizer(folder)
+    with (folder / "text.jsonl").open("rb") as file:
+        lines = file.readlines()
+    for quarters in {*OURS, *THEIRS}:
+        with (folder / f"text{quarters}.jsonl").open("wb") as file:
+            file.writelines(lines[: len(lines) * quarters // 4] if quarters < 4 else lines * (quarters // 4))
+    (folder / "validation.jsonl").write_text('{"text": "held out"}\n')
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        for arm, cores, quarters in _order():
+            name = f"{arm}-{cores}-{quarters}"
+            runs.setdefault(name, []).append(run(folder, arm, cores, quarters))
+            print(f"round {number + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
+    rates = {
+        f"{arm}_{cores}": _rate(runs, arm, cores, "seconds")
+        for arm, cores in (("ours", 1), ("ours", 2), ("theirs", 1), ("theirs", 2))
+    }
+    cpu = {arm: _rate(runs, arm, 1, "cpu_seconds") for arm in ("ours", "theirs")}
+    raw = [one["tokens"] / one["cpu_seconds"] for one in runs[f"raw-1-{WHOLE}"]]
+    shares = [ours / encoder for ours, encoder in zip(_rates(runs, "ours", 1, "cpu_seconds"), raw, strict=True)]
+    rss = max(one["rss_mb"] for name, of in runs.items() if name.startswith("ours") for one in of)
+    return {
+        "speedup_1core": rates["ours_1"] / rates["theirs_1"],
+        "speedup_2core": rates["ours_2"] / rates["theirs_2"],
+        "speedup_1core_by_cpu_time": cpu["ours"] / cpu["theirs"],
+        "share_of_encoder_rate": median(shares),
+        "rss_mb_per_process": rss,
+        "rss_mb_by_quarters_of_text": {c: max(one["rss_mb"] for one in runs[f"ours-1-{c}"]) for c in OURS},
+        "rss_mb_of_the_parent": max(
+            one["parent_rss_mb"] for of in runs.values() for one in of if "parent_rss_mb" in one
+        ),
+        "scaling_1_to_2": rates["ours_2"] / rates["ours_1"],
+        "ids_equal": all(one["sha256"] == runs[SAME[0]][0]["sha256"] for n in SAME for one in runs[n]),
+        "tokens_per_second": rates,
+        "tokens_per_cpu_second": {**cpu, "raw_encoder": median(raw)},
+        "whole_call_seconds": {name: median(one["seconds"] for one in of) for name, of in runs.items()},
+        "core_hours_100b_tokens": {arm: BUDGET / rate / 3600 for arm, rate in cpu.items()},
+        "text": text,
+        "vocabulary": VOCABULARY,
+        "rounds": rounds,
+    }
+
+
+SAME = tuple(f"{arm}-{cores}-{WHOLE}" for arm in ("theirs", "ours") for cores in (1, 2))
+
+
+def _order() -> list[tuple[str, int, int]]:
+    pairs = [(arm, cores) for cores in (1, 2) for arm in ("theirs", "ours")]
+    arms = [(arm, cores, quarters) for arm, cores in pairs for quarters in (OURS if arm == "ours" else THEIRS)]
+    # The raw encoder beside what is compared with it.
+    return [*arms[:2], ("raw", 1, WHOLE), *arms[2:]]
+
+
+def _rate(runs: dict[str, list[dict[str, Any]]], arm: str, cores: int, clock: str) -> float:
+    return median(_rates(runs, arm, cores, clock))
+
+
+def _rates(runs: dict[str, list[dict[str, Any]]], arm: str, cores: int, clock: str) -> list[float]:
+    """Tokens a second of what the longer run has more than the shorter one, by round."""
+    short, long = (f"{arm}-{cores}-{quarters}" for quarters in (OURS if arm == "ours" else THEIRS))
+    pairs = zip(runs[short], runs[long], strict=True)
+    return [(b["tokens"] - a["tokens"]) / (b[clock] - a[clock]) for a, b in pairs]
+
+
+def run(folder: Path, arm: str, cores: int, quarters: int) -> dict[str, Any]:
+    """One arm in a process of its own, on so many cores."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.bench_data",
+        "--arm",
+        arm,
+        str(folder),
+        str(cores),
+        str(quarters),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _pin(cores: int) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def ours(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
+    from conf.schema import DataConfig
+    from recipes.runtime.data.prepare import prepare
+
+    _pin(cores)
+    out = folder / "ours"
+    shutil.rmtree(out, ignore_errors=True)
+    files = {"train": [str(folder / f"text{quarters}.jsonl")], "validation": [str(folder / "validation.jsonl")]}
+    # One core works on one shard of all the text, two share it in pieces.
+    data = DataConfig(num_workers=cores, shard_bytes=(1 << 40) if cores == 1 else 8 << 20)
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    made = prepare(data, files, folder / "tokenizer", out, 1)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "cpu_seconds": _cpu_seconds() - cpu,
+        "tokens": made.train_tokens,
+        "rss_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
+        "parent_rss_mb": _high_water_mb(),
+        "sha256": _sha256([out / part["prefix"] for part in made.train]),
+    }
+
+
+def _high_water_mb() -> float:
+    """The most memory that this process had; its ru_maxrss is that of the one that started it, if that had more."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+def theirs(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
+    from modelopt.torch.utils.plugins import megatron_preprocess_data
+
+    _pin(cores)
+    out = folder / "theirs"
+    shutil.rmtree(out, ignore_errors=True)
+    started, cpu = time.perf_counter(), _cpu_seconds()
+    megatron_preprocess_data(
+        [folder / f"text{quarters}.jsonl"],
+        output_dir=out,
+        tokenizer_name_or_path=str(folder / "tokenizer"),
+        append_eod=True,
+        max_sequence_length=32_000,
+        workers=cores,
+        log_interval=1_000_000,
+    )
+    seconds = time.perf_counter() - started
+    prefix = out / f"text{quarters}_text_document"
+    import gc
+
+    gc.collect()  # its pool is ended by the collector, and counts among the children only then
+    return {
+        "seconds": seconds,
+        "cpu_seconds": _cpu_seconds() - cpu,
+        "tokens": prefix.with_suffix(".bin").stat().st_size // 2,
+        "sha256": _sha256([prefix]),
+    }
+
+
+def raw(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
+    """The encoder alone, tiktoken and the tokenizer's normalisation, with texts in memory and ids thrown away."""
+    from recipes.runtime.data.encoder import TiktokenEncoder
+    from recipes.runtime.data.tokenizer import read_tokenizer
+
+    _pin(cores)
+    encode = TiktokenEncoder(read_tokenizer(folder / "tokenizer"))
+    with (folder / f"text{quarters}.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for line in file]
+    started, cpu = time.perf_counter(), time.process_time()
+    tokens = sum(len(encode(text)) + 1 for text in texts)
+    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
+
+
+ARMS = {"ours": ours, "theirs": theirs, "raw": raw}
+
+
+def _sha256(prefixes: list[Path]) -> str:
+    """Of all documents of the prefixes, one after the other: ids and lengths."""
+    import hashlib
+
+    import numpy as np
+
+    from recipes.runtime.data.shards import Index
+
+    digest, lengths = hashlib.sha256(), hashlib.sha256()
+    for prefix in prefixes:
+        digest.update(np.memmap(f"{prefix}.bin", dtype=np.uint8, mode="r"))
+        lengths.update(Index.read(Path(f"{prefix}.idx")).lengths.tobytes())
+    return digest.hexdigest() + lengths.hexdigest()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE trained on a third of the text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    from tests.helpers.tokenizers import QWEN_PATTERN, save
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated", False)
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    with (folder / "text.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for line in file]
+    tokenizer.train_from_iterator(texts[::3], trainer)
+    save(folder / "tokenizer", tokenizer, VOCABULARY, eos_token="<|endoftext|>")
+
+
+def table(result: dict[str, Any]) -> str:
+    rates, cpu, hours = (
+        result[key] for key in ("tokens_per_second", "tokens_per_cpu_second", "core_hours_100b_tokens")
+    )
+    rows = [
+        ("", "ours", "ModelOpt", "ratio"),
+        *(
+            (
+                f"M tokens/s, {cores} core{'s'[: cores - 1]}",
+                *(f"{rates[f'{arm}_{cores}'] / 1e6:.2f}" for arm in _BOTH),
+                ratio,
+            )
+            for cores, ratio in ((1, f"{result['speedup_1core']:.1f}"), (2, f"{result['speedup_2core']:.1f}"))
+        ),
+        ("core-hours for 100 B tokens", *(f"{hours[arm]:.1f}" for arm in _BOTH), ""),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"share of the raw encoder's {cpu['raw_encoder'] / 1e6:.2f} M/CPU-s: {result['share_of_encoder_rate']:.1%}",
+            f"1 to 2 cores: {result['scaling_1_to_2']:.2f}x; memory of a worker: {result['rss_mb_per_process']:.0f} MB;"
+            f" ids equal: {result['ids_equal']}",
+        ]
+    )
+
+
+_BOTH = ("ours", "theirs")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Runs of the data stage alone: a model's folder without weights, documents, and the command line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from conf.load import compose, save_resolved
+from recipes.artifact import locate
+from tests.conftest import QWEN3
+from tests.helpers.tokenizers import TEXTS, byte_level
+
+
+def model_folder(folder: Path) -> Path:
+    """A tokenizer and a config.json: the data stage reads no weights."""
+    byte_level(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    (folder / "config.json").write_text(json.dumps({**QWEN3, "vocab_size": vocab_size}))
+    return folder
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(" ".join(TEXTS).split(), k=draw.randrange(5, 120))) for _ in range(count)]
+
+
+def write(path: Path, documents: list[Any], key: str = "text") -> Path:
+    content = "".join(json.dumps({key: text}) + "\n" for text in documents).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def settings(model: Path, run_dir: Path, *more: str) -> list[str]:
+    sizes = ["prune.num_layers=2", "prune.calibration_seq_length=512", "evaluate.seq_length=512"]
+    training = ["distill.seq_length=512", "distill.parallel.tensor_model_parallel_size=1"]
+    return [
+        *("model=local", "name=mine", f"model.hf_path={model}", f"run_dir={run_dir}", "data=jsonl"),
+        *("data.num_workers=2", "data.holdout_every=20", *sizes, *training, *more),
+    ]
+
+
+def command(model: Path, run_dir: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "launch.run", *settings(model, run_dir, *more), "--until", "prepare_data"]
+
+
+def folder_of(arguments: list[str]) -> Path:
+    return locate(compose([word for word in arguments if "=" in word]))["prepare_data"].folder
+
+
+def resolved(arguments: list[str]) -> Path:
+    """The run's resolved.yaml, made without running anything."""
+    cfg = compose([word for word in arguments if "=" in word])
+    path = Path(cfg.run_dir) / "resolved.yaml"
+    if not path.exists():
+        save_resolved(cfg, path)
+    return path

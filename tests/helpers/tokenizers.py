@@ -1,0 +1,69 @@
+"""Small Hugging Face tokenizers of the kinds that models have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# As in Qwen3's tokenizer.json.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind the fox at all. ",
+    "def encode(text: str) -> list[int]:\n    return [ord(letter) for letter in text]\n",
+    "Größe, Maß und Übung; L'été où naît le cœur; año, niño; Привет, мир; 汉字とかな; שלום עולם. ",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_level(
+    folder: Path, vocab_size: int = 400, *, style: str = "qwen", eos: str | None = "<|im_end|>", model_vocab: int = 0
+) -> Path:
+    """A byte-level BPE of a style: `qwen` (a pattern of its own, NFC), `gpt2` (ByteLevel's pattern).
+
+    Args:
+        model_vocab: the vocab_size of the config.json beside it; 0: the tokenizer's own size.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    if style == "qwen":
+        split = pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated", False)
+        byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, special_tokens=special, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return save(folder, tokenizer, model_vocab or tokenizer.get_vocab_size(), eos_token=eos)
+
+
+def words(folder: Path, vocab: list[str], vocab_size: int, eos: str | None = "<eos>") -> Path:
+    """A tokenizer of whole words, which tiktoken cannot stand in for. Its unknown word is the second."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocab)}, unk_token=vocab[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return save(folder, tokenizer, vocab_size, eos_token=eos)
+
+
+def save(folder: Path, tokenizer: Any, vocab_size: int, **options: Any) -> Path:
+    """A model's folder: the tokenizer as transformers saves it, and a config.json."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": vocab_size}))
+    return folder

@@ -1,0 +1,46 @@
+"""python -m tests.helpers.training_data OUT TOKENIZER SEQUENCE_LENGTH: what training draws from a data folder, as JSON.
+
+Of so many samples as all its tokens make, through the stages' own data module.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    from recipes.runtime import backend
+
+    backend.activate()
+    import torch
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+    from recipes.runtime import nemo_api
+    from recipes.runtime.data.folder import DataFolder
+
+    data, tokenizer, length = DataFolder.read(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    steps = data.train_tokens // length // 4
+    with tempfile.TemporaryDirectory() as folder:
+        module = nemo_api.data_module(
+            AutoTokenizer(tokenizer),
+            data,
+            Path(folder),
+            seq_length=length,
+            micro_batch_size=4,
+            global_batch_size=4,
+            num_workers=0,
+            seed=1,
+        )
+        module.build(steps, steps, 1, 0)
+        samples = [module._train_ds[number] for number in range(4 * steps)]
+    columns = {key: torch.stack([sample[key] for sample in samples]).tolist() for key in ("tokens", "labels")}
+    masks = torch.stack([sample["loss_mask"] for sample in samples]).int().tolist()
+    print(json.dumps({**columns, "loss_mask": masks}))
+
+
+if __name__ == "__main__":
+    main()

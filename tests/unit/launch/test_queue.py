@@ -1,0 +1,30 @@
+"""What squeue says of jobs, job arrays among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.queue import active, ask
+
+
+@pytest.mark.parametrize(
+    ("rows", "state"),
+    [
+        (["7_0|COMPLETED|None|0:00", "7_1|RUNNING|None|9:00", "7_[2-3]|PENDING|Resources|10:00"], "RUNNING"),
+        (["7_[2-3]|PENDING|Resources|10:00", "7_0|FAILED|None|0:00"], "PENDING"),
+        (["7_0|FAILED|NonZeroExitCode|0:00", "7_1|COMPLETED|None|0:00"], "FAILED"),
+        (["7_0|COMPLETED|None|0:00", "7_1|COMPLETED|None|0:00"], "COMPLETED"),
+        (["7|RUNNING|None|9:00", "71_0|FAILED|None|0:00"], "RUNNING"),
+    ],
+)
+def test_the_task_that_matters_most_speaks_for_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[str], state: str
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(rows) + "\nEND\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert {job: queued.state for job, queued in ask(["7", "8"]).items()} == {"7": state}
+    assert active(["7", "8"]) == (["7"] if state in ("RUNNING", "PENDING") else [])

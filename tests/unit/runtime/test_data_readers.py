@@ -1,0 +1,215 @@
+"""Files of documents: what is read, what is counted as broken, and that nothing is lost in silence."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from conf.errors import InputError
+from recipes.runtime.data import readers
+from recipes.runtime.data.documents import Document, documents, held_out, rank_of, renderer
+from recipes.runtime.data.readers import Lines, Piece, Source, files_of, pieces_of
+from tests.helpers.tokenizers import byte_level
+
+TEXTS = [f"Document {number} says {'é漢😀'[number % 3]} " * (1 + number % 7) for number in range(300)]
+
+
+def write(path: Path, content: bytes) -> Path:
+    """A file, packed as its name says."""
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = pyarrow.compress(content, codec="zstd", asbytes=True)
+    path.write_bytes(content)
+    return path
+
+
+def lines_of(*records: Any) -> bytes:
+    return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records)
+
+
+def parquet(path: Path, **columns: list[Any]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=64)
+    return path
+
+
+def read(*pieces: Piece, key: str = "text", keep: Any = lambda key: True) -> tuple[list[Document], Lines]:
+    lines = Lines()
+    text = renderer(readers_format(), None, None, False)  # type: ignore[arg-type]
+    found = list(
+        documents(Source(list(pieces), (key, "cluster_id")), text, key, "cluster_id", keep, lines, hashlib.sha256())
+    )
+    assert lines.lines == lines.documents + lines.empty + lines.bad + lines.left_out
+    return found, lines
+
+
+def readers_format() -> Any:
+    from conf.schema import DocumentFormat
+
+    return DocumentFormat.text
+
+
+def texts(*pieces: Piece) -> list[str]:
+    return [document.text for document in read(*pieces)[0]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.ndjson"])
+def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, lines_of(*({"text": text, "cluster_id": 3} for text in TEXTS)))
+    found, lines = read(Piece(str(path)))
+    assert [document.text for document in found] == TEXTS
+    assert {document.cluster for document in found} == {3}
+    assert [document.bytes for document in found] == [len(text.encode()) for text in TEXTS]
+    assert (lines.lines, lines.bad) == (300, 0)
+
+
+def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines_of({"text": "a"}, {"text": "b"})[:-1])
+    assert texts(Piece(str(path))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000, 100_000])
+def test_pieces_of_a_file_make_up_the_whole(tmp_path: Path, piece_bytes: int) -> None:
+    path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS[:40])))
+    pieces = [piece for piece, _ in pieces_of(str(path), piece_bytes)]
+    assert [text for piece in pieces for text in texts(piece)] == TEXTS[:40]
+    assert sum(size for _, size in pieces_of(str(path), piece_bytes)) == path.stat().st_size
+
+
+def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", other=list(range(300)), text=TEXTS, cluster_id=[n % 4 for n in range(300)])
+    pieces = [piece for piece, _ in pieces_of(str(path), 5000)]
+    assert len(pieces) > 1
+    assert [text for piece in pieces for text in texts(piece)] == TEXTS
+    assert [document.cluster for document in read(pieces[0])[0]][:5] == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{oops", "no JSON"),
+        (b'{"text": "a"', "no JSON"),
+        (b"[1]", "no JSON object"),
+        (b'"text"', "no JSON object"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"txt": "a"}', "no field 'text'"),
+        (b'{"text": null}', "the document is null, not a text"),
+        (b'{"text": 5}', "of type int, not a text"),
+        (b'{"text": ["a"]}', "of type list, not a text"),
+        (b'{"text": "\xff"}', "no JSON ('utf-8' codec"),
+        (b'{"text": "a\xc3"}', "no JSON ('utf-8' codec"),
+        (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
+    ],
+)
+def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, line, b"", {"text": " \n"}, {"text": "y"}, b"{"))
+    found, lines = read(Piece(str(path)))
+    assert [document.text for document in found] == ["x", "y"]
+    assert (lines.lines, lines.bad, lines.empty) == (6, 2, 2)
+    assert lines.first_bad is not None
+    assert lines.first_bad.startswith(f"{path}, line 2: ")
+    assert reason in lines.first_bad
+
+
+def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines_of({"text": "x" * 50}, {"text": "y"}, b"{oops"))
+    _, lines = read(Piece(str(path), 20, path.stat().st_size))
+    assert lines.first_bad is not None
+    at = int(lines.first_bad.removeprefix(f"{path}, byte ").partition(":")[0])
+    assert path.read_bytes()[at:] == b"{oops\n"
+
+
+def test_an_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, {"text": "long" * 2000}, {"text": "y"}))
+    found, lines = read(Piece(str(path)))
+    assert [document.text for document in found] == ["x", "y"]
+    assert lines.bad == 1
+    assert "longer than" in str(lines.first_bad)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("left", [0, 1, 30, 0.5, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str, left: float) -> None:
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        parquet(path, text=TEXTS)
+    else:
+        write(path, lines_of(*({"text": text} for text in TEXTS)))
+    content = path.read_bytes()
+    path.write_bytes(content[: left if isinstance(left, int) else int(len(content) * left)])
+    with pytest.raises(InputError, match=rf"{name}.*(truncated or corrupt|no whole parquet file)"):
+        [read(piece) for piece, _ in pieces_of(str(path), 10**9)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_random_damage_is_refused_or_counted(tmp_path: Path, name: str) -> None:
+    """No crash, and nothing lost in silence: read + skipped = lines, which `read` asserts."""
+    path = tmp_path / name
+    refused = 0
+    for seed in range(60):
+        random.seed(seed)
+        if name.endswith("parquet"):
+            parquet(path, text=TEXTS)
+        else:
+            write(path, lines_of(*({"text": text} for text in TEXTS)))
+        content = bytearray(path.read_bytes())
+        for _ in range(random.choice([1, 5, 50])):
+            at = random.randrange(len(content))
+            content[at : at + random.choice([0, 1, 9])] = random.randbytes(random.choice([0, 1, 9]))
+        path.write_bytes(content)
+        try:
+            for piece, _ in pieces_of(str(path), 10**9):
+                read(piece)
+        except InputError:
+            refused += 1
+    # Damage within plain text is a matter of lines; the others have checksums or structure that most of it breaks.
+    assert refused == 0 if name == "a.jsonl" else refused > 30
+
+
+def test_folders_give_their_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.parquet", "sub/c.jsonl.gz", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert files_of([tmp_path, tmp_path / "README.md"]) == [
+        *(str(tmp_path / name) for name in ("a.parquet", "b.jsonl", "sub/c.jsonl.gz", "README.md"))
+    ]
+
+
+def test_documents_are_held_out_and_sampled_by_their_text_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS)))
+    keys = [document.key for document in read(Piece(str(path)))[0]]
+    assert 45 < sum(held_out(key, 4) for key in keys) < 105  # 75 expected; 4 standard deviations are 30
+    half, lines = read(Piece(str(path)), keep=lambda key: rank_of(key, 1) < 2**63)
+    assert 115 < len(half) < 185  # 150 expected; 4 standard deviations are 35
+    assert lines.left_out == 300 - len(half)
+    again, _ = read(Piece(str(path)), keep=lambda key: rank_of(key, 2) < 2**63)
+    assert again != half
+    # Being sampled says nothing about being held out.
+    assert 15 < sum(held_out(document.key, 4) for document in half) < 60  # 37.5 expected; 4 deviations are 21
+
+
+def test_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:
+    from conf.schema import DocumentFormat
+    from recipes.runtime.data.encoder import TokenizersEncoder
+    from recipes.runtime.data.tokenizer import read_tokenizer
+
+    spec = read_tokenizer(byte_level(tmp_path / "gpt2", style="gpt2"), model=False)
+    encode = TokenizersEncoder(spec)
+    decode = renderer(DocumentFormat.tokens, spec, spec, False)
+    for text in TEXTS[:20]:
+        ids = encode(text).tolist()
+        assert decode(ids) == (text, None)
+        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is no text
+    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # cut within a character
+    for bad in ("text", [10**6], None, [1.5], [[1]]):
+        with pytest.raises(ValueError, match="no list of the source tokenizer's ids"):
+            decode(bad)
