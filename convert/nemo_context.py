@@ -146,7 +146,7 @@ def trusts_remote_code(checkpoint: Path) -> bool:
         )
         return any(_leaf(value) not in (None, False) for value in asked)
     except _UNEXPECTED as error:
-        raise InputError(f"{path} is not as NeMo writes it ({type(error).__name__}: {error})") from error
+        raise _strange(path, error) from error
 
 
 def pickled_files(checkpoint: Path) -> set[str]:
@@ -155,9 +155,12 @@ def pickled_files(checkpoint: Path) -> set[str]:
     Raises:
         InputError: there is no context that could be read.
     """
-    nodes = _nodes(_read(checkpoint / "context" / "io.json"))
-    values = (node["items"][0][1] for node in nodes if _is_pickled(node))
-    return {str(_leaf(value)) for value in values}
+    path = checkpoint / "context" / "io.json"
+    nodes = _nodes(_read(path))
+    try:
+        return {str(_leaf(node["items"][0][1])) for node in nodes if _is_pickled(node)}
+    except _UNEXPECTED as error:
+        raise _strange(path, error) from error
 
 
 # What JSON that is not as it should be makes its reader raise.
@@ -165,6 +168,10 @@ _UNEXPECTED = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 _CALLS = ("fiddle._src.config.Config", "fiddle._src.config.Partial")
 _DESCRIPTION = "fiddle._src.config.BuildableTraverserMetadata"
 _PLAIN = ("builtins.dict", "builtins.list", "builtins.tuple", _DESCRIPTION)
+
+
+def _strange(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not as NeMo writes it ({type(error).__name__}: {error})")
 
 
 def _type(node: dict[str, Any]) -> str:

@@ -43,12 +43,14 @@ _CONTEXT = re.compile(
     """,
     re.VERBOSE,
 )
-# What Megatron records of its save plans besides the description of the tensors. No more: the modules that these come
-# from have functions that read pickles, and lead on to all that they import.
+# What Megatron records of its save plans besides the description of the tensors, and how torch pickles a tensor's
+# layout. No more: these modules have functions that read pickles, and lead on to all that they import.
 _METADATA = re.compile(
     r"""
       megatron\.core\.dist_checkpointing\.strategies\.torch\.MCoreSavePlan
     | torch\.distributed\.checkpoint\.planner\.(BytesIOWriteData|SavePlan|TensorWriteData|WriteItem|WriteItemType)
+    | torch\.distributed\.checkpoint\.metadata\._MEM_FORMAT_ENCODING
+    | torch\.serialization\._get_layout
     | pathlib\.(_local\.)?PosixPath
     """,
     re.VERBOSE,

@@ -126,6 +126,14 @@ def test_names_that_cannot_be_told_are_refused(checkpoint: Path) -> None:
         trusts_remote_code(checkpoint)
 
 
+@pytest.mark.parametrize("items", [3, [["alone"]], [3]])
+def test_objects_that_cannot_be_told_are_refused(checkpoint: Path, items: Any) -> None:
+    node = {"type": {"type": "pyref", "module": "nemo", "name": "M"}, "items": items}
+    change(checkpoint, lambda content: content["objects"].update(more=node))
+    with pytest.raises(InputError, match=r"io\.json is not as NeMo writes it"):
+        pickled_files(checkpoint)
+
+
 def test_files_that_are_unpickled_are_known(checkpoint: Path) -> None:
     assert pickled_files(checkpoint) == set()
     plugin = {"type": "pyref", "module": "nemo.lightning.pytorch.plugins.mixed_precision", "name": "M"}

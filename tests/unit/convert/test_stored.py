@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import zlib
 from collections.abc import Callable
@@ -99,17 +100,19 @@ def test_a_cast_is_torchs(store: Store, tmp_path: Path, source: str, target: str
 
 def test_the_checksum_is_of_what_was_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "BLOCK_BYTES", 24)
-    tensor = store(matrix())
+    tensor = store(matrix(), gap=mmap.ALLOCATIONGRANULARITY - 50)  # it begins on one page and ends on the next
     for options in ({}, {"dtype": "BF16"}):
         content, crc = copied(tensor, tmp_path, checksum=True, **options)
+        assert len(content) == (60 if options else 120)
         assert crc == zlib.crc32(content) != 0
     assert copied(tensor, tmp_path)[1] == 0
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("checksum", [False, True])
 def test_a_file_system_that_refuses_is_helped_by_memory(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int, checksum: bool
 ) -> None:
     """It may refuse at once, or after a part; the same rows come twice, as nothing forbids."""
     part = store(matrix())
@@ -125,8 +128,19 @@ def test_a_file_system_that_refuses_is_helped_by_memory(
 
     monkeypatch.setattr(os, "copy_file_range", refusing)
     expected = np.vstack((matrix(), matrix(), matrix(start=100))).tobytes()
-    assert copied(tensor, tmp_path)[0] == expected
+    assert copied(tensor, tmp_path, checksum=checksum) == (expected, zlib.crc32(expected) if checksum else 0)
     assert calls == after + 1
+
+
+def test_a_file_system_that_maps_no_files_is_helped_by_memory(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(stored.mmap, "mmap", refusing)
+    expected = matrix().tobytes()
+    assert copied(store(matrix()), tmp_path, checksum=True) == (expected, zlib.crc32(expected))
 
 
 def test_other_failures_of_the_file_system_are_not_hidden(

@@ -80,6 +80,28 @@ def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> 
     refuse_code(checkpoint)
 
 
+def test_a_description_as_torch_pickles_it_is_honest(tmp_path: Path) -> None:
+    """With all that Megatron's writer leaves in one, its own class apart (filesystem_async.py:496)."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+    checkpoint = write(tmp_path / "nemo")
+    properties = TensorProperties(dtype=torch.bfloat16)
+    chunk = ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+    item = WriteItem(MetadataIndex("w"), WriteItemType.TENSOR, None, TensorWriteData(chunk, properties, chunk.sizes))
+    metadata = Metadata({"w": TensorStorageMetadata(properties, chunk.sizes, [chunk])}, [SavePlan([item])], {})
+    metadata.storage_meta = StorageMeta(checkpoint / "weights")
+    (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(metadata))
+    refuse_code(checkpoint)
+
+
 def add_objects(checkpoint: Path, **objects: Any) -> None:
     path = checkpoint / "context" / "io.json"
     content = json.loads(path.read_text())
