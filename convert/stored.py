@@ -10,10 +10,11 @@ import errno
 import math
 import mmap
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal import isal_zlib
 
 from conf.errors import InputError
 
@@ -142,7 +143,7 @@ def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = 
         write(target, block, offset)
         offset += len(block)
         if checksum:
-            crc = zlib.crc32(block, crc)
+            crc = isal_zlib.crc32(block, crc)
     return crc
 
 
@@ -187,7 +188,7 @@ def _checksum(source: int, offset: int, count: int, crc: int) -> int:
         memoryview(mapped) as view,
         view[before:] as part,
     ):
-        return zlib.crc32(part, crc)
+        return isal_zlib.crc32(part, crc)
 
 
 def _copy_range(source: int, position: int, target: int, offset: int, count: int) -> None:

@@ -94,7 +94,8 @@ def ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and the largest resident memory in GB of a process."""
+    """Seconds and the largest resident memory in GB of a process, once the disk has done what came before."""
+    os.sync()
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
