@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test bench-data test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test bench-convert bench-data test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -25,7 +25,7 @@ unit: setup
 	$(BIN)/pytest -n 2 tests/unit
 
 integration: setup
-	$(BIN)/pytest -n 2 --dist loadgroup tests/integration tests/gpu
+	$(BIN)/pytest -n 2 --dist loadfile tests/integration tests/gpu
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu
@@ -33,13 +33,16 @@ test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stac
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm
 
+bench-convert: setup ## both conversions beside cp and NeMo's importer, 4 min, 30 GB of disk; writes runs/bench/convert.json
+	$(BIN)/python -W ignore -m tests.benchmarks.bench_convert --rounds 5 --nemo-rounds 2
+
 bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.bench_data
 
 setup: $(INSTALLED)
 
 test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
-	$(NEMO26)/bin/pytest -n 2 --dist loadgroup tests/integration
+	$(NEMO26)/bin/pytest -n 2 --dist loadfile tests/integration
 
 $(INSTALLED): SET := cpu
 $(NEMO26)/installed: SET := nemo26
