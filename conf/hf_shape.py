@@ -35,7 +35,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     try:
         config = json.loads(path.read_text())
         found = shape_from(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         return model.shape, [f"{path} does not describe a model ({reason}); set model.hf_path to a whole folder"]
     faults = _family_faults(model, config, path)
@@ -45,12 +45,30 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     return model.shape, faults + _shape_faults(model.shape, found, path)
 
 
+# What transformers takes for what a `config.json` leaves out, by `model_type`
+# (transformers/models/*/configuration_*.py).
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
+    "qwen2": {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "nemotron": {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
+    "qwen3_moe": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
+}
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json`'s content with transformers' own values for what it leaves out."""
+    return {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+
+
 def shape_from(config: dict[str, Any]) -> Shape:
     """A shape from the content of a `config.json`.
 
     Raises:
         KeyError: a term that is needed is absent.
     """
+    config = with_defaults(config)
     heads = config["num_attention_heads"]
     values = dict(config)
     values["num_key_value_heads"] = config.get("num_key_value_heads") or heads

@@ -9,13 +9,13 @@ experts of a mixture along a second one, and queries, keys and values lie group 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from conf.errors import InputError
-from conf.hf_shape import rope_scaling, rope_type, unsupported
+from conf.hf_shape import rope_scaling, rope_type, unsupported, with_defaults
 from convert.nemo_context import Call, Reference, generation_config
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
@@ -173,14 +173,12 @@ class Family:
         config: the NeMo config's class for a `config.json`.
         settings: arguments of that class, further to those that all families share.
         rules: all tensors, the output layer of an untied model apart.
-        defaults: what transformers takes for what a `config.json` leaves out, where that is not the same for all.
     """
 
     model: Reference
     config: Callable[[HfConfig], Reference]
     settings: Callable[[HfConfig], dict[str, Any]]
     rules: tuple[Rule, ...]
-    defaults: Mapping[str, Any]
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
         """The rules that a model with this `config.json` follows."""
@@ -256,42 +254,36 @@ FAMILIES: dict[str, Family] = {
         _always("qwen3", "Qwen3Config"),
         _qwen3_settings,
         (*ATTENTION, *QK_NORM, *GATED_MLP),
-        {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
     ),
     "qwen2": Family(
         Reference(_module("qwen2"), "Qwen2Model"),
         _always("qwen2", "Qwen2Config"),
         _qwen2_settings,
         (*ATTENTION, *QKV_BIAS, *GATED_MLP),
-        {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
     ),
     "llama": Family(
         Reference(_module("llama"), "LlamaModel"),
         _llama_config,
         _llama_settings,
         (*ATTENTION, *GATED_MLP),
-        {"rms_norm_eps": 1e-6},
     ),
     "mistral": Family(
         Reference(_module("mistral"), "MistralModel"),
         _always("mistral", "MistralConfig7B"),
         _mistral_settings,
         (*ATTENTION, *GATED_MLP),
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
     ),
     "nemotron": Family(
         Reference(_module("nemotron"), "NemotronModel"),
         _always("nemotron", "NemotronConfig"),
         _nemotron_settings,
         (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
-        {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
     ),
     "qwen3_moe": Family(
         Reference(_module("qwen3"), "Qwen3Model"),
         _always("qwen3", "Qwen3MoEConfig"),
         _moe_settings,
         (*ATTENTION, *QK_NORM, *EXPERTS),
-        {"num_key_value_heads": 4, "rms_norm_eps": 1e-6},
     ),
 }
 
@@ -320,7 +312,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if family is None:
         known = ", ".join(FAMILIES)
         raise InputError(f"{path} holds a {config.get('model_type')!r} model; the families known here are {known}")
-    config = {**family.defaults, **config}
+    config = with_defaults(config)
     if faults := _size_faults(config) or unsupported(config):
         raise InputError(f"{path} cannot be converted: " + "; ".join(faults))
     return config
