@@ -12,7 +12,8 @@ from convert.model_card import Making, model_card
 from convert.nemo_context import read_context
 from convert.safetensors_files import read_folder, write_folder
 from convert.stored import StoredTensor, copy_threads
-from convert.torch_dist import TORCH_TYPES, TorchDistReader
+from convert.torch_dist import TorchDistReader
+from convert.torch_save import TORCH_TYPES
 from recipes.artifact import write_json
 from recipes.runtime.huggingface import copy_side_files
 

@@ -85,7 +85,7 @@ def check(tensors: dict[str, Any], config: dict[str, Any], source: Path) -> str:
         InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
     """
     from convert.families import expected_shapes
-    from convert.torch_dist import TORCH_TYPES
+    from convert.torch_save import TORCH_TYPES
 
     expected = expected_shapes(config)
     # A tied model may have its output layer saved all the same; older Llamas bring what is reckoned from the config.

@@ -18,7 +18,7 @@ from typing import Any
 from conf.errors import InputError
 from convert.safetensors_files import shards_in
 from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor
-from convert.torch_dist import TORCH_TYPES
+from convert.torch_save import TORCH_TYPES
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}

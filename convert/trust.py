@@ -13,8 +13,9 @@ import re
 from pathlib import Path
 
 from conf.errors import InputError
+from convert.dcp_metadata import names_in_pickle
 from convert.nemo_context import pickled_files, references, trusts_remote_code
-from convert.torch_dist import TorchDistReader, names_in_pickle
+from convert.torch_dist import TorchDistReader
 
 # What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
 _CONTEXT = re.compile(

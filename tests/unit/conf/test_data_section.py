@@ -90,7 +90,7 @@ def test_what_is_placement_and_what_is_identity(tmp_path: Path) -> None:
         ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst, which is no zst file"]),
         ("a.parquet", b'{"text": "a"}', ["a.parquet, which is no parquet file"]),
         ("a.jsonl", b'{"content": "a", "id": 1}\n', ["whose first record has no field 'text', only content, id"]),
-        ("b.jsonl.gz", gzip.compress(b'{"txt": "a"}\n'), ["whose first record has no field 'text', only txt"]),
+        ("b.jsonl.gz", gzip.compress(b'{"txt": "a"}\n', mtime=0), ["whose first record has no field 'text', only txt"]),
         ("folder/readme.md", b"", ["a folder without documents"]),
     ],
 )

@@ -19,7 +19,8 @@ import torch.distributed.checkpoint as dcp
 from conf.errors import InputError
 from convert import torch_dist
 from convert.stored import Rows, Span, StoredTensor, blocks
-from convert.torch_dist import TORCH_TYPES, TorchDistReader, TorchDistWriter
+from convert.torch_dist import TorchDistReader, TorchDistWriter
+from convert.torch_save import TORCH_TYPES, SavedZip, describe_tensor
 from tests.helpers.dcp_metadata import read_metadata
 
 TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items()}
@@ -241,7 +242,7 @@ def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
     """Zip's 64-bit sizes, in a file that is nearly all hole; torch maps it into memory."""
     rows, columns = 70_000, 32_768  # 4.59e9 bytes of bf16
     size = rows * columns * 2
-    whole = torch_dist._Zip(torch_dist._describe("BF16", (rows, columns)), size)
+    whole = SavedZip(describe_tensor("BF16", (rows, columns)), size)
     path = tmp_path / "__3_0.distcp"
     with path.open("wb") as file:
         head = whole.head(0)

@@ -1,0 +1,224 @@
+"""What `torch.save` writes, read and written without torch: a zip file whose record `data.pkl` describes an object and
+whose record `data/0` holds the numbers of a tensor (torch/serialization.py).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import struct
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from conf.errors import InputError
+
+# By safetensors' names: torch's own, and that of the storage class in a saved tensor.
+TORCH_TYPES = {
+    "F64": ("float64", "DoubleStorage"),
+    "F32": ("float32", "FloatStorage"),
+    "BF16": ("bfloat16", "BFloat16Storage"),
+    "F16": ("float16", "HalfStorage"),
+}
+SAFETENSORS_NAMES = {name: ours for ours, (name, _) in TORCH_TYPES.items()}
+
+
+class Window(io.RawIOBase):
+    """A part of a file as a file of its own, for `zipfile`."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        super().__init__()
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._offset, self._length, self._position = offset, length, 0
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = start + position
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._position)
+        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._position)
+        self._position += len(data)
+        return data
+
+
+class SavedTensor(pickle.Unpickler):
+    """Reads `data.pkl` of a saved tensor as the arguments that would rebuild it."""
+
+    def persistent_load(self, identity: Any) -> Any:
+        return identity
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *arguments: arguments
+        if module == "torch":  # the storage's type
+            return name
+        raise InputError(f"a saved tensor names {module}.{name}, which none needs")
+
+
+def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if extent != 1 and stride != expected:
+            return False
+        expected *= extent
+    return True
+
+
+class Global:
+    """Pickled as a reference to a class or function that need not be imported."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __call__(self) -> None:
+        """Pickle asks that what rebuilds an object can be called."""
+
+
+class Rebuilt:
+    """Pickled as `function(*arguments)`, with `state` set on the result."""
+
+    def __init__(self, function: Global, arguments: tuple[Any, ...], state: Any = None) -> None:
+        self._reduced = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+class _Storage(tuple[Any, ...]):
+    """Pickled as torch pickles a tensor's storage: by what tells where its bytes are."""
+
+
+class _Pickler(pickle._Pickler):
+    """The pickler in Python: to the one in C nothing can be added where it saves."""
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> Any:
+        if isinstance(obj, Global):
+            return self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())  # type: ignore[attr-defined]
+        return super().save(obj, save_persistent_id)  # type: ignore[misc]
+
+    def persistent_id(self, obj: Any) -> Any:
+        return tuple(obj) if isinstance(obj, _Storage) else None
+
+
+def pickled(value: Any) -> bytes:
+    data = io.BytesIO()
+    _Pickler(data, protocol=2).dump(value)
+    return data.getvalue()
+
+
+@dataclass
+class SavedZip:
+    """The records that `torch.save` writes, the last one, `data/0`, without its bytes (torch/serialization.py).
+
+    Attributes:
+        data_bytes: of `data/0`; None where there is none.
+    """
+
+    described: bytes
+    data_bytes: int | None = None
+
+    @cached_property
+    def _records(self) -> list[tuple[bytes, bytes]]:
+        return [
+            (b"archive/data.pkl", self.described),
+            (b"archive/.format_version", b"1"),
+            (b"archive/.storage_alignment", b"64"),
+            (b"archive/byteorder", b"little"),
+            (b"archive/version", b"3\n"),
+        ]
+
+    def head(self, crc: int) -> bytes:
+        """All that goes before the numbers, whose CRC-32 is `crc`."""
+        head = bytearray()
+        for name, data in self._records:
+            head += _local_header(name, len(data), zlib.crc32(data), len(head)) + data
+        if self.data_bytes is not None:
+            head += _local_header(b"archive/data/0", self.data_bytes, crc, len(head))
+        return bytes(head)
+
+    def tail(self, crc: int) -> bytes:
+        """The central directory, which goes after the numbers."""
+        directory = bytearray()
+        offset = 0
+        for name, data in self._records:
+            directory += _central_header(name, len(data), zlib.crc32(data), offset)
+            offset += len(_local_header(name, len(data), 0, offset)) + len(data)
+        count = len(self._records)
+        if self.data_bytes is not None:
+            directory += _central_header(b"archive/data/0", self.data_bytes, crc, offset)
+            offset += len(_local_header(b"archive/data/0", self.data_bytes, 0, offset)) + self.data_bytes
+            count += 1
+        return bytes(directory) + _end_record(count, len(directory), offset)
+
+    @property
+    def length(self) -> int:
+        return len(self.head(0)) + (self.data_bytes or 0) + len(self.tail(0))
+
+
+# The zip format: APPNOTE.TXT 4.3.7 (local header), 4.3.12 (central), 4.3.14-16 (end), 4.5.3 (64-bit sizes).
+ZIP32_LIMIT = 0xFFFFFFFF
+VERSION_32, VERSION_64 = 20, 45
+
+
+def _local_header(name: bytes, size: int, crc: int, offset: int) -> bytes:
+    """A record's header, padded so that its bytes begin at a multiple of 64, as torch's writer does."""
+    wide = size >= ZIP32_LIMIT
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
+    padding = -(offset + 30 + len(name) + len(extra) + 4) % 64
+    extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    shown = ZIP32_LIMIT if wide else size
+    fixed = (0x04034B50, VERSION_64 if wide else VERSION_32, 0, 0, 0, 0, crc, shown, shown, len(name), len(extra))
+    return struct.pack("<IHHHHHIIIHH", *fixed) + name + extra
+
+
+def _central_header(name: bytes, size: int, crc: int, offset: int) -> bytes:
+    wide = size >= ZIP32_LIMIT  # the numbers come last, so a record never begins beyond the limit
+    version, shown = (VERSION_64, ZIP32_LIMIT) if wide else (VERSION_32, size)
+    extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
+    names = (len(name), len(extra), 0, 0, 0, 0, offset)
+    return (
+        struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, version, version, 0, 0, 0, 0, crc, shown, shown, *names)
+        + name
+        + extra
+    )
+
+
+def _end_record(count: int, size: int, offset: int) -> bytes:
+    wide = b""
+    if offset >= ZIP32_LIMIT:
+        wide = struct.pack(
+            "<IQHHIIQQQQ", 0x06064B50, 44, VERSION_64, VERSION_64, 0, 0, count, count, size, offset
+        ) + struct.pack("<IIQI", 0x07064B50, 0, offset + size, 1)
+    shown = min(offset, ZIP32_LIMIT)
+    return wide + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, size, shown, 0)
+
+
+def describe_tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """`data.pkl` of a contiguous tensor."""
+    strides = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+    storage = _Storage(("storage", Global("torch", TORCH_TYPES[dtype][1]), "0", "cpu", math.prod(shape)))
+    arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())
+    return pickled(Rebuilt(Global("torch._utils", "_rebuild_tensor_v2"), arguments))
