@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from conf.errors import InputError
+from recipes.artifact import sync
 
 
 @contextmanager
@@ -37,13 +37,13 @@ def replaced(folder: Path, *sources: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in [partial, *partial.rglob("*")]:
-            _sync(path)
+            sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _refuse(folder: Path, sources: tuple[Path, ...]) -> None:
@@ -55,11 +55,3 @@ def _refuse(folder: Path, sources: tuple[Path, ...]) -> None:
     models = ("config.json", "context/io.json")
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in models):
         raise InputError(f"{folder} holds something else than a model, and would be replaced; choose another place")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from conf.errors import InputError
-from recipes.artifact import write_json
+from recipes.artifact import sync, write_json
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
@@ -214,23 +214,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def publish(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
     """Declares a shard whole: its manifest last, and then its name. Where another was faster, theirs stays."""
     write_json(partial / MANIFEST, manifest)
-    sync_folder(partial)
+    sync(partial)
     try:
         os.rename(partial, folder)
     except OSError:
         if not (folder / MANIFEST).exists():
             raise
         shutil.rmtree(partial)
-    sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Has the disk keep the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder.parent)
 
 
 def _sync(file: BinaryIO) -> None:
