@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,18 @@ from tests.helpers.launches import ends, launched, wait_for
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and Linux's parent-death signal")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children hear of SIGINT, also where a shell in the background has had the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_stage_and_says_how_to_go_on(tmp_path: Path, signum: int, status: int) -> None:
+def test_a_signal_ends_the_stage_and_says_how_to_go_on(
+    tmp_path: Path, signum: int, status: int, interruptible: None
+) -> None:
     with launched(tmp_path, {"first": "sleep"}) as launcher:
         pid = wait_for(tmp_path, "first")
         launcher.send_signal(signum)
