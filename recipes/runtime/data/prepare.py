@@ -82,6 +82,12 @@ def shard_folder(out: Path, shard: Shard) -> Path:
     return out / "shards" / shard.name
 
 
+def _stop_files() -> list[str]:
+    """Files that ask this process to pause: the stage's, and, last, that of this task of a job array."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return [STOP] if task is None else [STOP, f"{STOP}.{task}"]
+
+
 class _Crew:
     """This process's workers: claims shards for them, shows that it lives, and tells how far all have come."""
 
@@ -105,7 +111,7 @@ class _Crew:
         running: dict[Future[dict[str, Any]], str] = {}
         try:
             while len(self.done) < len(self.plan):
-                asked_to_pause = (self.out / STOP).exists()
+                asked_to_pause = any((self.out / name).exists() for name in _stop_files())
                 if not asked_to_pause:
                     self._fill(pool, running)
                 if self.faults and not running:
@@ -146,10 +152,9 @@ class _Crew:
             running[pool.submit(make_shard, self.plan[name], partial, folder)] = name
 
     def _pause(self) -> None:
-        """Ends this process's part; the same command goes on. The stop file is for all tasks of an array to see."""
+        """Ends this process's part; the same command goes on. An array's common stop file is for all tasks to see."""
         write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
-        if "SLURM_ARRAY_TASK_ID" not in os.environ:
-            (self.out / STOP).unlink(missing_ok=True)
+        (self.out / _stop_files()[-1]).unlink(missing_ok=True)
         raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
 
     def _collect(self, name: str, future: Future[dict[str, Any]]) -> None:
