@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 from conf.errors import InputError
 from convert.safetensors_files import shards_in
 from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor
-from convert.torch_save import TORCH_TYPES
+from convert.torch_save import TORCH_TYPES, record_begin
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}
@@ -53,7 +52,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             records = {info.filename: info for info in saved.infolist()}
             with saved.open(described) as pickled:
                 state = _StateDict(pickled).load()
-            places = {name: _begin(file, info) for name, info in records.items()}
+            places = {name: record_begin(file, info) for name, info in records.items()}
     except InputError as fault:
         raise InputError(f"{path} {fault}") from fault
     except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
@@ -74,13 +73,6 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             raise InputError(f"{path} does not hold {name}; fetch it again, or as safetensors")
         tensors[name] = tensor.stored(name, path, places[record.filename])
     return tensors
-
-
-def _begin(file: Any, info: zipfile.ZipInfo) -> int:
-    """Where in the file a record's bytes begin."""
-    file.seek(info.header_offset + 26)
-    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-    return info.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 @dataclass(frozen=True)

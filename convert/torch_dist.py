@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import struct
 import uuid
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +35,7 @@ from convert.torch_save import (
     describe_tensor,
     is_contiguous,
     pickled,
+    record_begin,
 )
 
 # Files that chunks are spread over: as many as Megatron's writer makes, more for large checkpoints.
@@ -185,8 +185,7 @@ def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
         with Window(chunk.file, chunk.offset, chunk.length) as window, zipfile.ZipFile(window) as saved:
             record = next(info for info in saved.infolist() if info.filename.endswith("/data/0"))
             described = saved.read(record.filename.removesuffix("/data/0") + "/data.pkl")
-            window.seek(record.header_offset + 26)
-            name_bytes, extra_bytes = struct.unpack("<HH", window.read(4))
+            begin = record_begin(window, record)
         (_, storage, *_), first, shape, strides, *_ = SavedTensor(io.BytesIO(described)).load()
         in_rows = (record.file_size, record.compress_type, first) == (size, zipfile.ZIP_STORED, 0)
         in_rows = in_rows and is_contiguous(shape, strides)
@@ -196,7 +195,7 @@ def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
         ) from error
     if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
         raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")
-    return chunk.offset + record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
+    return chunk.offset + begin
 
 
 @dataclass(frozen=True)
@@ -233,8 +232,7 @@ class TorchDistWriter:
 
         Args:
             common: what every rank shares, of plain Python types.
-            checksum: whether to write the chunks' CRC-32, which nothing of torch checks but zip tools do; without it
-                the bytes need not pass through memory.
+            checksum: whether to write the chunks' CRC-32, which nothing of torch checks but zip tools do.
         """
         weights.mkdir(parents=True)
         total = sum(piece.zip.length for piece in self._pieces)

@@ -9,12 +9,13 @@ import math
 import os
 import pickle
 import struct
+import zipfile
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from conf.errors import InputError
 
@@ -60,6 +61,13 @@ class Window(io.RawIOBase):
         data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._position)
         self._position += len(data)
         return data
+
+
+def record_begin(file: IO[bytes] | Window, record: zipfile.ZipInfo) -> int:
+    """Where in a zip file the bytes of an uncompressed record begin: behind a local header with parts of any length."""
+    file.seek(record.header_offset + 26)
+    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 class SavedTensor(pickle.Unpickler):
