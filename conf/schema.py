@@ -249,21 +249,76 @@ class DataConfig:
     stale_seconds: int = placement(300)
 
 
+class Depth(Enum):
+    """Which layers go where only their number is known.
+
+    `importance`: those that change the hidden states the least (Minitron). `block`: neighbours, namely the block
+    without which the model's loss on calibration text is lowest.
+    """
+
+    importance = "importance"
+    block = "block"
+
+
+@dataclass
+class Budget:
+    """What the student may cost: the search finds its sizes. Limits hold together; null sets none.
+
+    Each is a number, or (`_share`) a share of what the teacher costs.
+    """
+
+    params: float | None = None
+    params_share: float | None = None
+    # Weights, in convert.export_dtype, and KV cache of `batch_size` sequences of `seq_length` tokens; 10^9 bytes.
+    memory_gb: float | None = None
+    memory_share: float | None = None
+    # Milliseconds of a forward pass over that batch, on the machine that searches: measured there.
+    latency: float | None = None
+    latency_share: float | None = None
+    batch_size: int = 1
+    seq_length: int = 4096
+    # The most that may go of the layers, and of each width.
+    max_depth_cut: float = 1 / 3
+    max_width_cut: float = 0.4
+    # Shapes that are scored at most; of more, as many are taken evenly.
+    max_candidates: int = 64
+    # Held-out sequences of `prune.calibration_seq_length` tokens that each is scored on.
+    samples: int = 64
+
+
+@dataclass
+class Tournament:
+    """Short distillations of the best candidates. After a round the worse half is dropped, and the next is as long as
+    all before it."""
+
+    candidates: int = 4
+    # Tokens of the first round; rounded up to whole steps of the distillation.
+    round_tokens: int = MISSING
+
+
 @dataclass
 class PruneConfig:
-    """Target sizes of the student (Minitron); null keeps the teacher's."""
+    """Target sizes of the student (Minitron), null keeping the teacher's; or a budget, for which they are searched."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
-    # Layers to drop, counted from 1; instead of num_layers, which drops the least important ones.
+    # Layers to drop, counted from 1; instead of num_layers, which chooses them by `depth`.
     drop_layers: list[int] | None = None
+    depth: Depth = Depth.importance
+    budget: Budget | None = None
+    tournament: Tournament | None = None
     calibration_samples: int = 1024
     calibration_seq_length: int = 4096
+    # Sequences of calibration text by which a block of layers is chosen.
+    block_samples: int = 32
     micro_batch_size: int = placement(1)
+    # Uneven where it does not divide the layers: the last stage then has fewer of them, or more.
     pipeline_model_parallel_size: int = placement(1)
+    # Above 1 only where the layers to drop are named, and nothing else is pruned.
+    tensor_model_parallel_size: int = placement(1)
 
 
 @dataclass

@@ -11,16 +11,15 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, slurm_rules
+from conf import data_rules, prune_rules, slurm_rules
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
+from conf.student import student_shape
 from conf.units import seconds_of_time_limit
+from conf.wording import any_of, around, divisors, too_long
 
-# Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
-WIDTH_STEP = 64
 # Further students that the stage table knows.
 CONTROLS = ("ce",)
-WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
 class _UnreadableError(Exception):
@@ -74,23 +73,6 @@ def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]
     return [fault for rule in RULES_OF_FILES for fault in _apply(rule, cfg, unreadable)]
 
 
-def student_shape(cfg: RunConfig) -> Shape:
-    """The student's shape: the teacher's with the targets of the prune section. Needs `model.shape`."""
-    shape = cast(Shape, cfg.model.shape)
-    layers = shape.num_layers - len(cfg.prune.drop_layers or ())
-    return Shape(
-        num_layers=_or(cfg.prune.num_layers, layers),
-        hidden_size=_or(cfg.prune.hidden_size, shape.hidden_size),
-        ffn_hidden_size=_or(cfg.prune.ffn_hidden_size, shape.ffn_hidden_size),
-        num_attention_heads=_or(cfg.prune.num_attention_heads, shape.num_attention_heads),
-        num_query_groups=_or(cfg.prune.num_query_groups, shape.num_query_groups),
-        kv_channels=shape.kv_channels,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.max_position_embeddings,
-        tie_word_embeddings=shape.tie_word_embeddings,
-    )
-
-
 def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]:
     try:
         return list(rule(cast(RunConfig, _View(cfg, unreadable))))
@@ -107,6 +89,9 @@ _ABOVE_ZERO = (
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
+    *("prune.tensor_model_parallel_size", "prune.block_samples"),
+    *(f"prune.budget.{key}" for key in ("params", "memory_gb", "latency", "params_share", "memory_share")),
+    *(f"prune.budget.{key}" for key in ("latency_share", "batch_size", "seq_length", "max_candidates", "samples")),
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
@@ -174,105 +159,7 @@ def _shape(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"model.shape.num_attention_heads={shape.num_attention_heads} is not divisible by "
             f"model.shape.num_query_groups={shape.num_query_groups}; "
-            f"set model.shape.num_query_groups to {_any_of(_divisors(shape.num_attention_heads))}"
-        )
-
-
-def _prune_choice(cfg: RunConfig) -> Iterator[str]:
-    """Exclusive ways to say what to prune (nemo/collections/llm/modelopt/prune/pruner.py:66)."""
-    targets = {name: getattr(cfg.prune, name) for name in ("num_layers", *WIDTHS)}
-    asked = [f"prune.{name}={value}" for name, value in targets.items() if value is not None]
-    if cfg.prune.drop_layers and asked:
-        yield (
-            f"prune.drop_layers={cfg.prune.drop_layers} cannot go together with {', '.join(asked)}; "
-            "set prune.drop_layers=null, or the others to null"
-        )
-    shape = cfg.model.shape
-    kept = shape is not None and all(value in (None, getattr(shape, name)) for name, value in targets.items())
-    if not cfg.prune.drop_layers and (kept or not asked):
-        yield (
-            "the prune section leaves the student as large as the teacher; set one of prune.num_layers, "
-            f"prune.drop_layers, {', '.join(f'prune.{name}' for name in WIDTHS)}"
-        )
-
-
-def _drop_layers(cfg: RunConfig) -> Iterator[str]:
-    drop, shape = cfg.prune.drop_layers, cfg.model.shape
-    if not drop or shape is None:
-        return
-    outside = [layer for layer in drop if not 1 <= layer <= shape.num_layers]
-    if outside:
-        yield (
-            f"prune.drop_layers={drop} names {outside}, but the teacher's layers are 1 to {shape.num_layers}; "
-            f"set prune.drop_layers to numbers from 1 to {shape.num_layers}"
-        )
-    twice = sorted({layer for layer in drop if drop.count(layer) > 1})
-    if twice:
-        yield f"prune.drop_layers={drop} names {twice} more than once; set prune.drop_layers={sorted(set(drop))}"
-    if len(set(drop)) >= shape.num_layers:
-        yield f"prune.drop_layers={drop} leaves no layer of {shape.num_layers}; drop fewer"
-
-
-def _prune_sizes(cfg: RunConfig) -> Iterator[str]:
-    shape = cfg.model.shape
-    if shape is None:
-        return
-    for name in ("num_layers", *WIDTHS):
-        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and target > of_teacher:
-            yield (
-                f"prune.{name}={target} is larger than the teacher's {of_teacher}; "
-                f"set prune.{name} to at most {of_teacher}"
-            )
-    for name in ("hidden_size", "ffn_hidden_size"):
-        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and target < of_teacher and target % WIDTH_STEP:
-            yield (
-                f"prune.{name}={target} is not a multiple of {WIDTH_STEP}, the step in which Minitron prunes; "
-                f"set prune.{name} to {_any_of(_around(target, WIDTH_STEP))}"
-            )
-
-
-def _prune_heads(cfg: RunConfig) -> Iterator[str]:
-    """Minitron prunes groups, and heads within each group (modelopt/torch/prune/plugins/mcore_minitron.py:138-151)."""
-    shape = cfg.model.shape
-    if shape is None or (cfg.prune.num_attention_heads is None and cfg.prune.num_query_groups is None):
-        return
-    student = student_shape(cfg)
-    heads, groups = student.num_attention_heads, student.num_query_groups
-    most = shape.num_attention_heads // shape.num_query_groups
-    fitting = [groups * per_group for per_group in range(1, most + 1)]
-    if heads % groups:
-        yield (
-            f"prune.num_attention_heads={heads} is not divisible by the student's {groups} query groups; "
-            f"set prune.num_attention_heads to {_any_of(fitting)}"
-        )
-    elif heads // groups > most:
-        yield (
-            f"prune.num_attention_heads={heads} over {groups} query groups are {heads // groups} heads a group, but "
-            f"the teacher has {most}; set prune.num_attention_heads to {_any_of(fitting)}"
-        )
-
-
-def _prune_run(cfg: RunConfig) -> Iterator[str]:
-    shape, parallel = cfg.model.shape, cfg.prune.pipeline_model_parallel_size
-    if shape is None:
-        return
-    if cfg.prune.calibration_seq_length > shape.max_position_embeddings:
-        yield _too_long("prune.calibration_seq_length", cfg.prune.calibration_seq_length, shape)
-    if shape.num_layers % parallel:
-        yield (
-            f"prune.pipeline_model_parallel_size={parallel} does not divide the teacher's {shape.num_layers} layers; "
-            f"set prune.pipeline_model_parallel_size to {_any_of(_divisors(shape.num_layers, parallel))}"
-        )
-
-
-def _prune_ranks(cfg: RunConfig) -> Iterator[str]:
-    parallel, there_are = cfg.prune.pipeline_model_parallel_size, cfg.cluster.devices_per_node
-    if parallel > there_are:
-        yield (
-            f"prune.pipeline_model_parallel_size={parallel} is more than the {there_are} devices of a node; "
-            f"set prune.pipeline_model_parallel_size to at most {there_are}, or cluster.devices_per_node={parallel}"
+            f"set model.shape.num_query_groups to {any_of(divisors(shape.num_attention_heads))}"
         )
 
 
@@ -282,7 +169,7 @@ def _evaluate(cfg: RunConfig) -> Iterator[str]:
         return
     for key in ("seq_length", "verify_tokens"):
         if getattr(cfg.evaluate, key) > shape.max_position_embeddings:
-            yield _too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
+            yield too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
 
 
 def _cluster(cfg: RunConfig) -> Iterator[str]:
@@ -370,7 +257,7 @@ def _batches(run: TrainingRun) -> Iterator[str]:
         yield (
             f"{at}.global_batch_size={training.global_batch_size} is not divisible by {step} ({at}.micro_batch_size="
             f"{training.micro_batch_size} x {max(replicas, 1)} data-parallel ranks); "
-            f"set {at}.global_batch_size to {_any_of(_around(training.global_batch_size, step))}"
+            f"set {at}.global_batch_size to {any_of(around(training.global_batch_size, step))}"
         )
 
 
@@ -379,7 +266,7 @@ def _sequence(run: TrainingRun) -> Iterator[str]:
     context, tensor = training.parallel.context_parallel_size, training.parallel.tensor_model_parallel_size
     for _, shape in run.shapes[:1]:
         if training.seq_length > shape.max_position_embeddings:
-            yield _too_long(f"{at}.seq_length", training.seq_length, shape)
+            yield too_long(f"{at}.seq_length", training.seq_length, shape)
     # Each context-parallel rank takes two pieces of a sequence (megatron/core/utils.py:1835), and sequence
     # parallelism cuts what a rank holds among the tensor-parallel ranks.
     pieces = 2 * context if context > 1 else 1
@@ -389,7 +276,7 @@ def _sequence(run: TrainingRun) -> Iterator[str]:
         yield (
             f"{at}.seq_length={training.seq_length} is not divisible by the {pieces} pieces of a sequence that "
             f"{at}.parallel asks for (context parallel {context}, tensor parallel {tensor}); "
-            f"set {at}.seq_length to {_any_of(_around(training.seq_length, pieces))}"
+            f"set {at}.seq_length to {any_of(around(training.seq_length, pieces))}"
         )
 
 
@@ -401,7 +288,7 @@ def _layers(run: TrainingRun) -> Iterator[str]:
     if uneven:
         yield (
             f"{at}.parallel.pipeline_model_parallel_size={stages} does not divide {' and '.join(uneven)} layers; "
-            f"set it to {_any_of(_common_divisors(run.shapes, ('num_layers',)))}"
+            f"set it to {any_of(_common_divisors(run.shapes, ('num_layers',)))}"
         )
 
 
@@ -420,7 +307,7 @@ def _tensor(run: TrainingRun) -> Iterator[str]:
     if uneven:
         yield (
             f"{at}.parallel.tensor_model_parallel_size={size} does not divide {', '.join(uneven)}; "
-            f"set it to {_any_of(_common_divisors(run.shapes, names))}"
+            f"set it to {any_of(_common_divisors(run.shapes, names))}"
         )
 
 
@@ -470,44 +357,15 @@ def _model_parallel(run: Training) -> int:
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
-def _too_long(key: str, value: int, shape: Shape) -> str:
-    most = shape.max_position_embeddings
-    return f"{key}={value} is longer than the model's max_position_embeddings {most}; set {key} to at most {most}"
-
-
-def _around(value: int, step: int) -> list[int]:
-    """The multiples of `step` next to `value`."""
-    below = value // step * step
-    return [multiple for multiple in (below, below + step) if multiple > 0]
-
-
-def _divisors(value: int, near: int | None = None) -> list[int]:
-    """The divisors of a number; with `near`, those up to twice as large."""
-    return [number for number in range(1, min(value, 2 * near if near else value) + 1) if value % number == 0]
-
-
 def _common_divisors(shapes: list[tuple[str, Shape]], names: tuple[str, ...]) -> list[int]:
-    return _divisors(math.gcd(*(getattr(shape, name) for _, shape in shapes for name in names)))
-
-
-def _any_of(values: list[int]) -> str:
-    return " or ".join(str(value) for value in values)
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+    return divisors(math.gcd(*(getattr(shape, name) for _, shape in shapes for name in names)))
 
 
 RULES: tuple[Rule, ...] = (
     _model,
     _shape,
     *data_rules.RULES,
-    _prune_choice,
-    _drop_layers,
-    _prune_sizes,
-    _prune_heads,
-    _prune_run,
-    _prune_ranks,
+    *prune_rules.RULES,
     _evaluate,
     _cluster,
     _controls,

@@ -66,9 +66,7 @@ def training_hours(flops: float, precision: Precision, gpu: Gpu | None, ranks: i
 
 
 def calibration_flops(prune: PruneConfig, family: Family, teacher: Shape) -> int:
-    """FLOP of pruning: the teacher forward over the calibration text; none where the layers to drop are named."""
-    if prune.drop_layers:
-        return 0
+    """FLOP of stage importance: the teacher forward over the calibration text."""
     return (
         prune.calibration_samples
         * prune.calibration_seq_length

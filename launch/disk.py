@@ -8,8 +8,8 @@ from pathlib import Path
 
 from conf.model_size import parameters
 from conf.schema import Precision, RunConfig, Shape, Training
+from conf.student import student_shape
 from conf.units import GIB
-from conf.validate import student_shape
 from launch.compute import tokens
 
 # Where there is too little room.

@@ -10,10 +10,11 @@ softmax) are left out. tests/integration/test_plan_memory.py compares with the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from conf.model_size import TRAITS, rank_parameters
 from conf.schema import Family, Loss, Precision, PruneConfig, Recompute, Shape, Training
+from conf.student import runs_teacher
 from conf.units import GIB
 
 FP32_BYTES = 4
@@ -184,14 +185,16 @@ def _working(training: Training, models: Models, tokens: int) -> int:
 
 
 def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int) -> Memory:
-    """The memory of pruning, whose only parallelism is the pipeline's: of its fullest rank.
+    """The memory of pruning and of what goes before it, importance and search: of its fullest rank.
 
-    Calibration runs the teacher forward: its weights, one layer's work, and the validation loss over whole logits.
-    Where the layers to drop are named, there is none.
+    The teacher runs forward: its weights, one layer's work, and the validation loss over whole logits. Where all that
+    is dropped are layers that are named, it does not run.
     """
-    stages = prune.pipeline_model_parallel_size
-    weights = width * max(rank_parameters(teacher, family, 1, stages, stage) for stage in range(stages))
-    if prune.drop_layers:
+    stages, tensor = prune.pipeline_model_parallel_size, prune.tensor_model_parallel_size
+    # Layers that cannot be shared out evenly: the fullest stage has those that an even share rounds up to.
+    rounded_up = replace(teacher, num_layers=-(-teacher.num_layers // stages) * stages)
+    weights = width * max(rank_parameters(rounded_up, family, tensor, stages, stage) for stage in range(stages))
+    if not runs_teacher(prune):
         return Memory(weights=weights)
     tokens = prune.micro_batch_size * prune.calibration_seq_length
     layer = Training(seq_length=prune.calibration_seq_length, micro_batch_size=prune.micro_batch_size)

@@ -11,8 +11,8 @@ from typing import Any
 from conf.errors import ConfigError
 from conf.model_size import parameters
 from conf.schema import Gpu, Loss, RunConfig, Shape
+from conf.student import student_shape
 from conf.units import GIB, seconds_of_time_limit
-from conf.validate import student_shape
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
 from launch.memory import Memory, Models, prune_memory, training_memory
@@ -109,7 +109,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
 def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
     """Every stage of the run, with hours where they can be reckoned."""
     flops: dict[str, tuple[float, int]] = {
-        "prune": (
+        "importance": (
             compute.calibration_flops(cfg.prune, cfg.model.family, teacher),
             cfg.prune.pipeline_model_parallel_size,
         )
@@ -121,9 +121,9 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
             flops[stage.name] = (compute.tokens(run) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
-        # Pipeline stages of the pruning wait for one another: no faster than one rank.
+        # Pipeline stages of the calibration wait for one another: no faster than one rank.
         amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
-        working = 1 if stage.name == "prune" else held
+        working = 1 if stage.name == "importance" else held
         hours = compute.training_hours(amount, cfg.distill.precision, cfg.cluster.gpu, working) if amount else None
         rows.append(
             {

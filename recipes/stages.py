@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.data_files import sources
 from conf.schema import DocumentFormat, Loss, RunConfig
+from conf.student import needs_importance
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,17 @@ def _documents(cfg: RunConfig) -> dict[str, Source]:
     return documents
 
 
+def _prune_inputs(cfg: RunConfig) -> dict[str, Source]:
+    inputs: dict[str, Source] = {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")}
+    if needs_importance(cfg.prune):
+        inputs["importance"] = Output("importance")
+    return inputs
+
+
+def _prune_ranks(cfg: RunConfig) -> int:
+    return cfg.prune.pipeline_model_parallel_size * cfg.prune.tensor_model_parallel_size
+
+
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
     if cfg.distill.loss is not Loss.ce:
@@ -150,12 +162,14 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"hf_model": _teacher_hf(cfg)},
     ),
     Stage(
-        "prune",
-        "recipes.prune",
-        ("prune",),
+        "importance",
+        "recipes.importance",
+        ("prune.calibration_samples", "prune.calibration_seq_length"),
         lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
+        wanted=lambda cfg: needs_importance(cfg.prune),
     ),
+    Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
     Stage(
         "distill.ce",

@@ -132,6 +132,7 @@ def restore(
     checkpoint: Path,
     *,
     pipeline_model_parallel_size: int = 1,
+    tensor_model_parallel_size: int = 1,
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
@@ -141,6 +142,7 @@ def restore(
     which asks for a GPU and for bf16 whatever the checkpoint holds.
 
     Args:
+        pipeline_model_parallel_size: need not divide the layers: the last stage then has more of them, or fewer.
         modelopt_spec: build the layers from ModelOpt's layer spec, which its pruning requires.
         options: further arguments of `nl.Trainer`.
 
@@ -151,18 +153,48 @@ def restore(
     if modelopt_spec:
         _set_gpt_mamba_modelopt_spec(model.config)
     trainer = make_trainer(
-        Parallel(pipeline_model_parallel_size=pipeline_model_parallel_size, sequence_parallel=False),
+        Parallel(tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel=False),
         model_precision(model.config),
         ddp="pytorch",
         strategy_options={"setup_optimizers": False, "ckpt_load_optimizer": False},
         **options,
     )
     model.config.sequence_parallel = False
+    # On the config that is at work, not on the one that a saved context describes: it holds for these ranks only.
+    model.config.num_layers_in_last_pipeline_stage = _last_stage(model.config.num_layers, pipeline_model_parallel_size)
     del model.optim
     _setup_trainer_and_restore_model(checkpoint, trainer, model)
     trainer.strategy.restore_config = None  # the weights are in; a later setup must not load them again
     check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), checkpoint)
     return model, trainer
+
+
+def _last_stage(layers: int, stages: int) -> int | None:
+    """The layers of the last pipeline stage where they cannot be shared out evenly, as all other stages have to be
+    alike (megatron/core/transformer/transformer_config.py:1085); None where they can."""
+    if layers % stages == 0:
+        return None
+    rounded_up = layers - (stages - 1) * -(-layers // stages)
+    return rounded_up if rounded_up > 0 else layers - (stages - 1) * (layers // stages)
+
+
+def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
+    """Refuses documents that another tokenizer made, before any weight is read.
+
+    Raises:
+        InputError: names what differs.
+    """
+    model = load_model(checkpoint)
+    pairs = {
+        "entries of the vocabulary": (data.vocab_size, model.config.vocab_size),
+        "end-of-document id": (data.eod_token, model.tokenizer.eos_id),
+    }
+    for what, (of_data, of_model) in pairs.items():
+        if of_data != of_model:
+            raise InputError(
+                f"the documents in {data.folder} were made by another tokenizer than the model's: {what} {of_data}, not "
+                f"{of_model}; prepare them with the tokenizer of model.hf_path"
+            )
 
 
 def data_module(

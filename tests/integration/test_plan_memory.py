@@ -20,7 +20,7 @@ import pytest
 
 from conf.load import compose, save_resolved
 from conf.schema import RunConfig
-from conf.validate import student_shape
+from conf.student import student_shape
 from launch.memory import Memory, Models, training_memory
 from recipes.artifact import locate
 from tests.helpers import tiny

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from recipes.artifact import read_manifest
 from tests.helpers import tiny, tolerance
@@ -20,6 +24,13 @@ def prune(finished: Path, run_dir: Path, *targets: str) -> tuple[Path, dict[str,
     manifest = read_manifest(folder)
     assert manifest is not None
     return folder / "nemo", manifest["metrics"]
+
+
+def metrics(run_dir: Path, *targets: str) -> dict[str, dict[str, Any]]:
+    """Of importance and pruning."""
+    located = tiny.stages(run_dir, *targets)
+    manifests = {name: read_manifest(located[name].folder) for name in ("importance", "prune")}
+    return {name: manifest["metrics"] for name, manifest in manifests.items() if manifest is not None}
 
 
 def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_path: Path) -> None:
@@ -41,17 +52,45 @@ def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_pa
 def test_two_pipeline_ranks_prune_as_one(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
-    for folder in run_dir.glob("prune-*"):
+    for folder in [*run_dir.glob("importance-*"), *run_dir.glob("prune-*")]:
         (folder / "manifest.json").unlink()
     tiny.launch(run_dir, *tiny.DEPTH, *two, "--until", "prune")
-    of_one, of_two = (read_manifest(tiny.stages(folder, *tiny.DEPTH)["prune"].folder) for folder in (finished, run_dir))
-    assert of_one is not None
-    assert of_two is not None
-    for key in ("params_before", "params", "kept_layers"):
-        assert of_two["metrics"][key] == of_one["metrics"][key]
-    assert abs(of_two["metrics"]["calibration_loss"] - of_one["metrics"]["calibration_loss"]) < tolerance.LOSS
+    of_one, of_two = (metrics(finished, *tiny.DEPTH), metrics(run_dir, *tiny.DEPTH))
+    assert of_two["prune"] == of_one["prune"]
+    assert abs(of_two["importance"]["calibration_loss"] - of_one["importance"]["calibration_loss"]) < tolerance.LOSS
 
 
 def test_named_layers_are_dropped(finished: Path, tmp_path: Path) -> None:
     _, metrics = prune(finished, tmp_path / "run", "prune.drop_layers=[2,3]")
     assert metrics["kept_layers"] == [1, 4]
+
+
+# Every axis alone, all together, named layers with and without widths.
+AXES = (
+    {"ffn_hidden_size": 128},
+    {"hidden_size": 64},
+    {"num_attention_heads": 2, "num_query_groups": 2},
+    {"num_attention_heads": 2, "num_query_groups": 1},
+    {"num_layers": 3},
+    {"hidden_size": 64, "ffn_hidden_size": 192, "num_layers": 3, "num_attention_heads": 2, "num_query_groups": 1},
+    {"hidden_size": 64, "drop_layers": [2, 3]},
+    {"drop_layers": [1, 2]},
+)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, stages: int) -> None:
+    located = tiny.stages(finished, *tiny.DEPTH)
+    inputs = located["hf_to_nemo"].folder / "nemo", located["importance"].folder
+    start = [sys.executable, "-W", "ignore"]
+    if stages > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stages}"]
+    command = [*start, "-m", "tests.helpers.prune_directly", *inputs, tmp_path, *map(json.dumps, AXES)]
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == stages * len(AXES)
+    for line in lines:
+        assert line["differ"] == []
+        assert line["kept"] == line["wanted"]
+        assert line["tensors"] > 0

@@ -72,7 +72,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
     ranks = {stage.name: stage.ranks(cfg) for stage in STAGES}
-    assert {name for name, count in ranks.items() if count == 2} == {"prune", "distill", "distill.ce"}
+    assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", "distill", "distill.ce"}
 
 
 def test_an_unknown_stage_is_named_with_those_there_are() -> None:

@@ -86,8 +86,8 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "prune.num_layers=null", "prune.drop_layers=[2,2]"], ["names [2] more than once", "drop_layers=[2]"]),
     ([*DEMO, "prune.calibration_seq_length=4096"], ["prune.calibration_seq_length=4096 is longer", "at most 2048"]),
     (
-        [*QWEN, "prune.pipeline_model_parallel_size=8"],
-        ["prune.pipeline_model_parallel_size=8 does not divide the teacher's 36 layers", "1 or 2 or 3 or 4 or 6 or 9"],
+        [*DEMO, "prune.pipeline_model_parallel_size=7", "cluster.devices_per_node=7", "distill.global_batch_size=28"],
+        ["prune.pipeline_model_parallel_size=7 is more than the teacher's 6 layers", "to at most 6"],
     ),
     (
         [*DEMO, "prune.pipeline_model_parallel_size=2"],

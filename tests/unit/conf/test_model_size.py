@@ -12,7 +12,7 @@ from conf.hf_shape import _TERMS
 from conf.load import compose
 from conf.model_size import parameters, product_weights, rank_parameters
 from conf.schema import Family, Shape
-from conf.validate import student_shape
+from conf.student import student_shape
 
 TINY = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)

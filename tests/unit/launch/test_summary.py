@@ -19,7 +19,7 @@ def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., Run
     write_json(folder / "report.json", report)
     text = summary(located)
     assert "  demo_model        1:00\n" in text
-    assert "  evaluate          1:08\n" in text
+    assert "  evaluate          1:09\n" in text
     assert "teacher        5.25 M parameters  val loss 3.5880\n" in text
     assert f"report: {folder / 'report.json'}" in text
     (folder / "index.html").write_text("")

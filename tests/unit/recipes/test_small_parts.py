@@ -12,7 +12,7 @@ import pytest
 
 from conf.errors import ConfigError, InputError
 from conf.load import compose
-from recipes import prune, report
+from recipes import importance, report
 from recipes.runtime.huggingface import local_folder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import command_line
@@ -44,21 +44,11 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 def test_a_teacher_that_knows_nothing_is_refused() -> None:
     trainer = SimpleNamespace(callback_metrics={"val_loss": 3.2})
-    assert prune._plausible(trainer, 1000) == 3.2
+    assert importance._plausible(trainer, 1000) == 3.2
     for loss in (math.log(1000) + 0.1, math.nan):
         trainer.callback_metrics["val_loss"] = loss
         with pytest.raises(InputError, match="no better than chance"):
-            prune._plausible(trainer, 1000)
-
-
-def test_heads_and_groups_go_to_modelopt_together() -> None:
-    teacher = SimpleNamespace(num_attention_heads=8, num_query_groups=4)
-    cfg = compose(["experiment=demo", "prune.ffn_hidden_size=null", "prune.num_attention_heads=2"]).prune
-    assert prune._targets(cfg, teacher) == {
-        "num_layers": cfg.num_layers,
-        "num_attention_heads": 2,
-        "num_query_groups": 4,
-    }
+            importance._plausible(trainer, 1000)
 
 
 @pytest.mark.parametrize(

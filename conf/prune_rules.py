@@ -1,0 +1,296 @@
+"""Rules of the section `prune`, each fault naming a key, its value and the value to set instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from conf import student
+from conf.schema import Budget, Depth, RunConfig
+from conf.student import GB, Space, student_shape
+from conf.wording import any_of, around, too_long
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+# Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
+WIDTH_STEP = 64
+WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+LIMITS = ("params", "memory_gb", "latency")
+SHARES = ("params_share", "memory_share", "latency_share")
+
+
+def _choice(cfg: RunConfig) -> Iterator[str]:
+    """Exclusive ways to say what to prune."""
+    prune = cfg.prune
+    targets = {name: getattr(prune, name) for name in ("num_layers", *WIDTHS)}
+    asked = [f"prune.{name}={value}" for name, value in targets.items() if value is not None]
+    if prune.budget is not None:
+        named = [*asked, *([f"prune.drop_layers={prune.drop_layers}"] if prune.drop_layers else [])]
+        if named:
+            yield (
+                f"prune.budget searches all sizes, but {', '.join(named)} is set too; "
+                "set prune.budget=null, or the others to null"
+            )
+        return
+    if prune.drop_layers and prune.num_layers is not None:
+        yield (
+            f"prune.drop_layers={prune.drop_layers} cannot go together with prune.num_layers={prune.num_layers}; "
+            "set prune.drop_layers=null, or prune.num_layers=null"
+        )
+    shape = cfg.model.shape
+    kept = shape is not None and all(value in (None, getattr(shape, name)) for name, value in targets.items())
+    if not prune.drop_layers and (kept or not asked):
+        yield (
+            "the prune section leaves the student as large as the teacher; set one of prune.num_layers, "
+            f"prune.drop_layers, {', '.join(f'prune.{name}' for name in WIDTHS)}, or a limit such as "
+            "prune.budget.params_share=0.67"
+        )
+
+
+def _drop_layers(cfg: RunConfig) -> Iterator[str]:
+    drop, shape = cfg.prune.drop_layers, cfg.model.shape
+    if not drop or shape is None:
+        return
+    outside = [layer for layer in drop if not 1 <= layer <= shape.num_layers]
+    if outside:
+        yield (
+            f"prune.drop_layers={drop} names {outside}, but the teacher's layers are 1 to {shape.num_layers}; "
+            f"set prune.drop_layers to numbers from 1 to {shape.num_layers}"
+        )
+    twice = sorted({layer for layer in drop if drop.count(layer) > 1})
+    if twice:
+        yield f"prune.drop_layers={drop} names {twice} more than once; set prune.drop_layers={sorted(set(drop))}"
+    if len(set(drop)) >= shape.num_layers:
+        yield f"prune.drop_layers={drop} leaves no layer of {shape.num_layers}; drop fewer"
+
+
+def _depth(cfg: RunConfig) -> Iterator[str]:
+    if cfg.prune.depth is Depth.block and cfg.prune.num_layers is None and cfg.prune.budget is None:
+        yield (
+            "prune.depth=block chooses which layers go, but prune.num_layers=null says of none; set prune.num_layers, "
+            "or prune.depth=importance"
+        )
+
+
+def _sizes(cfg: RunConfig) -> Iterator[str]:
+    shape = cfg.model.shape
+    if shape is None:
+        return
+    for name in ("num_layers", *WIDTHS):
+        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and target > of_teacher:
+            yield (
+                f"prune.{name}={target} is larger than the teacher's {of_teacher}; "
+                f"set prune.{name} to at most {of_teacher}"
+            )
+    for name in ("hidden_size", "ffn_hidden_size"):
+        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and target < of_teacher and target % WIDTH_STEP:
+            yield (
+                f"prune.{name}={target} is not a multiple of {WIDTH_STEP}, the step in which Minitron prunes; "
+                f"set prune.{name} to {any_of(around(target, WIDTH_STEP))}"
+            )
+
+
+def _heads(cfg: RunConfig) -> Iterator[str]:
+    """Minitron prunes groups, and heads within each group (modelopt/torch/prune/plugins/mcore_minitron.py:138-151)."""
+    shape = cfg.model.shape
+    if shape is None or (cfg.prune.num_attention_heads is None and cfg.prune.num_query_groups is None):
+        return
+    pruned = student_shape(cfg)
+    heads, groups = pruned.num_attention_heads, pruned.num_query_groups
+    most = shape.num_attention_heads // shape.num_query_groups
+    fitting = [groups * per_group for per_group in range(1, most + 1)]
+    if heads % groups:
+        yield (
+            f"prune.num_attention_heads={heads} is not divisible by the student's {groups} query groups; "
+            f"set prune.num_attention_heads to {any_of(fitting)}"
+        )
+    elif heads // groups > most:
+        yield (
+            f"prune.num_attention_heads={heads} over {groups} query groups are {heads // groups} heads a group, but "
+            f"the teacher has {most}; set prune.num_attention_heads to {any_of(fitting)}"
+        )
+
+
+def _calibration(cfg: RunConfig) -> Iterator[str]:
+    shape = cfg.model.shape
+    if shape is not None and cfg.prune.calibration_seq_length > shape.max_position_embeddings:
+        yield too_long("prune.calibration_seq_length", cfg.prune.calibration_seq_length, shape)
+
+
+def _pipeline(cfg: RunConfig) -> Iterator[str]:
+    shape, stages = cfg.model.shape, cfg.prune.pipeline_model_parallel_size
+    if shape is not None and stages > shape.num_layers:
+        yield (
+            f"prune.pipeline_model_parallel_size={stages} is more than the teacher's {shape.num_layers} layers; "
+            f"set prune.pipeline_model_parallel_size to at most {shape.num_layers}"
+        )
+
+
+def _tensor(cfg: RunConfig) -> Iterator[str]:
+    """ModelOpt's importance is for one tensor-parallel rank (modelopt/torch/nas/plugins/megatron.py:1363)."""
+    prune, shape = cfg.prune, cfg.model.shape
+    size = prune.tensor_model_parallel_size
+    if size == 1:
+        return
+    if not prune.drop_layers or any(getattr(prune, name) is not None for name in WIDTHS):
+        yield (
+            f"prune.tensor_model_parallel_size={size} works only where prune.drop_layers names the layers and no width "
+            "is pruned; set prune.tensor_model_parallel_size=1, and prune.pipeline_model_parallel_size to more"
+        )
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    uneven = (
+        [] if shape is None else [f"{name} {getattr(shape, name)}" for name in names if getattr(shape, name) % size]
+    )
+    if uneven:
+        yield (
+            f"prune.tensor_model_parallel_size={size} does not divide the teacher's {', '.join(uneven)}; "
+            "set prune.tensor_model_parallel_size=1"
+        )
+
+
+def _ranks(cfg: RunConfig) -> Iterator[str]:
+    there_are = cfg.cluster.devices_per_node
+    pipeline, tensor = cfg.prune.pipeline_model_parallel_size, cfg.prune.tensor_model_parallel_size
+    keys = f"prune.pipeline_model_parallel_size={pipeline}"
+    if tensor > 1:
+        keys += f" x prune.tensor_model_parallel_size={tensor}"
+    if pipeline * tensor > there_are:
+        yield (
+            f"{keys} is more than the {there_are} devices of a node; "
+            f"set prune.pipeline_model_parallel_size to at most {max(1, there_are // tensor)}, or "
+            f"cluster.devices_per_node={pipeline * tensor}"
+        )
+
+
+def _limits(cfg: RunConfig) -> Iterator[str]:
+    """That a budget says something, and says it once."""
+    budget = cfg.prune.budget
+    if budget is None:
+        return
+    given = {name: getattr(budget, name) for name in (*LIMITS, *SHARES)}
+    if not any(value is not None for value in given.values()):
+        yield (
+            "prune.budget limits nothing; set prune.budget.params, .memory_gb or .latency, or a share of the teacher's "
+            "such as prune.budget.params_share=0.67"
+        )
+    for limit, share in zip(LIMITS, SHARES, strict=True):
+        if given[limit] is not None and given[share] is not None:
+            yield (
+                f"prune.budget.{limit}={given[limit]} and prune.budget.{share}={given[share]} both limit the same; "
+                "set one of them to null"
+            )
+        value = given[share]
+        if value is not None and not 0 < value < 1:
+            yield f"prune.budget.{share}={value} is no share of the teacher's; set prune.budget.{share} between 0 and 1"
+    for name in ("max_depth_cut", "max_width_cut"):
+        value = getattr(budget, name)
+        if not 0 <= value < 1:
+            yield f"prune.budget.{name}={value} is no share; set prune.budget.{name} from 0 to below 1"
+    if (budget.latency is not None or budget.latency_share is not None) and cfg.prune.pipeline_model_parallel_size > 1:
+        yield (
+            "a budget of latency is measured on one rank, but prune.pipeline_model_parallel_size="
+            f"{cfg.prune.pipeline_model_parallel_size}; set prune.pipeline_model_parallel_size=1"
+        )
+
+
+def _reachable(cfg: RunConfig) -> Iterator[str]:
+    """That some shape meets the limits, as far as they can be reckoned without measuring."""
+    if cfg.prune.budget is None or cfg.model.shape is None or list(_limits(cfg)):
+        return
+    space = student.space_of(cfg)
+    if not all((student.depths(space), student.hiddens(space), student.ffns(space), student.attentions(space))):
+        parallel = cfg.distill.parallel
+        yield (
+            "prune.budget leaves no size that distill.parallel divides (tensor parallel "
+            f"{parallel.tensor_model_parallel_size}, pipeline parallel {parallel.pipeline_model_parallel_size}); lower "
+            "those, or raise "
+            "prune.budget.max_depth_cut or prune.budget.max_width_cut"
+        )
+        return
+    yield from _unreachable(cfg.prune.budget, space)
+
+
+def _unreachable(budget: Budget, space: Space) -> Iterator[str]:
+    whole, least = space.cost(space.shape), space.cost(student.smallest(space))
+    limits = (
+        ("params", 1.0, "parameters", space.limits[0], whole.params, least.params),
+        ("memory_gb", GB, "GB", space.limits[1], whole.memory, least.memory),
+    )
+    for (name, unit, words, limit, of_teacher, of_least), share in zip(limits, SHARES, strict=False):
+        if math.isinf(limit):
+            continue
+        key = name if getattr(budget, name) is not None else share
+        scale = unit if key == name else of_teacher
+        said = f"prune.budget.{key}={getattr(budget, key):g}"
+        if limit >= of_teacher:
+            yield (
+                f"{said} is no less than the teacher's {of_teacher / unit:g} {words}; "
+                f"set prune.budget.{key} below {of_teacher / scale:.6g}"
+            )
+        elif limit < of_least:
+            sizes = ", ".join(f"{axis} {getattr(student.smallest(space), axis)}" for axis in student.AXES)
+            yield (
+                f"{said} is below the {of_least / unit:g} {words} of the smallest shape within max_depth_cut "
+                f"and max_width_cut ({sizes}); set prune.budget.{key} to {_up(of_least / scale)} or more, or raise those"
+            )
+
+
+def _up(value: float) -> str:
+    """A number to four figures, never below itself."""
+    if value >= 1e4:
+        return str(math.ceil(value))
+    digits = 10 ** (3 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * digits - 1e-9) / digits:.10g}"
+
+
+def _tournament(cfg: RunConfig) -> Iterator[str]:
+    tournament = cfg.prune.tournament
+    if tournament is None:
+        return
+    if cfg.prune.budget is None:
+        yield (
+            "prune.tournament chooses among the candidates of a search, but prune.budget=null; set a limit such as "
+            "prune.budget.params_share=0.67, or prune.tournament=null"
+        )
+    if tournament.candidates < 2:
+        yield f"prune.tournament.candidates={tournament.candidates} leaves nothing to choose; set it to 2 or more"
+        return
+    if tournament.round_tokens < 1:
+        yield f"prune.tournament.round_tokens={tournament.round_tokens} must be above 0; set it to 1 or more"
+        return
+    steps = rounds(cfg)[-1][1]
+    if steps >= cfg.distill.max_steps:
+        yield (
+            f"prune.tournament takes the last to step {steps}, but distill.max_steps={cfg.distill.max_steps}; "
+            "lower prune.tournament.round_tokens or .candidates, or raise distill.max_steps"
+        )
+
+
+def rounds(cfg: RunConfig) -> list[tuple[int, int]]:
+    """Of each round of the tournament: how many take part, and the step of the distillation at which it ends."""
+    tournament = cfg.prune.tournament
+    assert tournament is not None
+    first = math.ceil(tournament.round_tokens / (cfg.distill.global_batch_size * cfg.distill.seq_length))
+    plan, taking_part, steps = [], tournament.candidates, first
+    while taking_part > 1:
+        plan.append((taking_part, steps))
+        taking_part, steps = math.ceil(taking_part / 2), 2 * steps
+    return plan
+
+
+RULES: tuple[Rule, ...] = (
+    _choice,
+    _drop_layers,
+    _depth,
+    _sizes,
+    _heads,
+    _calibration,
+    _pipeline,
+    _tensor,
+    _ranks,
+    _limits,
+    _reachable,
+    _tournament,
+)

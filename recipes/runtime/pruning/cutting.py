@@ -1,0 +1,47 @@
+"""Cutting a model down to a shape with ModelOpt, by importance that was measured before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import modelopt.torch.prune as mtp
+
+from conf.student import AXES
+from recipes.runtime.pruning.importance import Importance, dynamic_core, give
+
+WIDTHS = AXES[1:]
+
+
+def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
+    """The sizes that are asked for. ModelOpt wants heads and query groups together: the one not named keeps its size.
+
+    Args:
+        sizes: by name of `conf.student.AXES`; None or absent keeps the teacher's.
+        teacher: its Megatron config.
+    """
+    targets = {name: value for name in AXES if (value := sizes.get(name)) is not None}
+    if "num_attention_heads" in targets or "num_query_groups" in targets:
+        targets.setdefault("num_attention_heads", teacher.num_attention_heads)
+        targets.setdefault("num_query_groups", teacher.num_query_groups)
+    return targets
+
+
+def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], importance: Importance | None) -> None:
+    """Prunes a model in place: widths (and depth, if `sizes` has num_layers) by importance, then the layers named.
+
+    Args:
+        importance: None where only layers are named.
+    """
+    if sizes:
+        assert importance is not None
+        mtp.prune(
+            model,
+            mode="mcore_minitron",
+            constraints={"export_config": dict(sizes)},
+            dummy_input=None,
+            # In the place of the forward passes over calibration text, which left these scores.
+            config={"forward_loop": lambda space: give(importance, dynamic_core(space))},
+        )
+    if drop_layers:
+        mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))

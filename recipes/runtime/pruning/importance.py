@@ -1,0 +1,139 @@
+"""Importance of layers, channels and heads: measured once, kept as safetensors, given to ModelOpt for every pruning.
+
+ModelOpt keeps its scores as a pickle of one pipeline layout (modelopt/torch/opt/searcher.py:242 and
+modelopt/torch/nas/plugins/megatron.py:1576), and takes whatever a file of that name holds. Here they are plain tensors
+by layer number, which any layout takes; that they belong to the model and the data is known from the stage's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from modelopt.torch.nas.plugins.megatron import _DynamicMCoreLanguageModel
+from modelopt.torch.opt.conversion import apply_mode
+from modelopt.torch.prune.pruning import PruneModeRegistry
+from safetensors.torch import load_file, save_file
+
+from conf.errors import InputError
+
+FILE = "importance.safetensors"
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What the forward passes of calibration left, by layer number (from 1).
+
+    Activations are squared means over a sequence, summed over sequences (Minitron: L2 over the batch, mean over the
+    sequence); the scores are their square roots.
+
+    Attributes:
+        layers: 1 - cosine similarity of a layer's input and output, summed over batches; higher is more important.
+        hidden: activations of the two norms' outputs, each `[hidden_size]`.
+        ffn: activations of the down projection's inputs, `[ffn_hidden_size]`.
+        heads: activations of the output projection's inputs, `[num_attention_heads * kv_channels]`.
+    """
+
+    layers: dict[int, float]
+    hidden: dict[int, list[torch.Tensor]]
+    ffn: dict[int, torch.Tensor]
+    heads: dict[int, torch.Tensor]
+
+    def least_important(self, count: int) -> list[int]:
+        """The layers that ModelOpt would drop: those of lowest score (modelopt/torch/nas/plugins/megatron.py:1525)."""
+        order = sorted(sorted(self.layers), key=lambda layer: self.layers[layer], reverse=True)
+        return sorted(order[len(order) - count :])
+
+    def save(self, folder: Path) -> None:
+        tensors = {"layers": torch.tensor([self.layers[n] for n in sorted(self.layers)], dtype=torch.float64)}
+        for n in self.layers:
+            tensors |= {f"{n}.ffn": self.ffn[n], f"{n}.heads": self.heads[n]}
+            tensors |= {f"{n}.hidden.{index}": norm for index, norm in enumerate(self.hidden[n])}
+        partial = folder / f".{FILE}"
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path, device: Any = "cpu") -> Importance:
+        tensors = load_file(folder / FILE, device=str(device))
+        layers = dict(enumerate(tensors["layers"].tolist(), 1))
+        return cls(
+            layers,
+            {n: [tensors[f"{n}.hidden.{index}"] for index in range(2)] for n in layers},
+            {n: tensors[f"{n}.ffn"] for n in layers},
+            {n: tensors[f"{n}.heads"] for n in layers},
+        )
+
+
+def to_search_space(model: Any) -> Any:
+    """Converts a model in place to ModelOpt's search space, in which forward passes are recorded; returns its core."""
+    apply_mode(model, mode="mcore_minitron", registry=PruneModeRegistry)
+    return dynamic_core(model)
+
+
+def dynamic_core(model: Any) -> Any:
+    return next(module for module in model.modules() if isinstance(module, _DynamicMCoreLanguageModel))
+
+
+def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
+    """Importance over all pipeline ranks, from the forward passes that `forward_loop` makes. Converts the model.
+
+    Raises:
+        InputError: activations that are not finite; names the layer.
+    """
+    core = to_search_space(model).eval()
+    with torch.no_grad():
+        forward_loop()
+    own = []
+    for layer in core.decoder.layers:
+        norms = [core._activations[id(norm)] for norm in _norms(layer)]
+        found = (layer._scores, norms, layer.mlp._activations, layer.self_attention._activations)
+        own.append((layer.layer_number, *found))
+    everyones: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(everyones, own, group=parallel_state.get_pipeline_model_parallel_group())
+    rows = sorted((row for rows in everyones for row in rows), key=lambda row: row[0])
+    importance = Importance(
+        {number: float(score) for number, score, _, _, _ in rows},
+        {number: norms for number, _, norms, _, _ in rows},
+        {number: ffn for number, _, _, ffn, _ in rows},
+        {number: heads for number, _, _, _, heads in rows},
+    )
+    _refuse_infinite(importance)
+    return importance
+
+
+def _refuse_infinite(importance: Importance) -> None:
+    for number in importance.layers:
+        parts = {
+            "norms": torch.stack(importance.hidden[number]),
+            "attention": importance.heads[number],
+            "MLP": importance.ffn[number],
+            "output": torch.tensor(importance.layers[number]),
+        }
+        for name, values in parts.items():
+            if not torch.isfinite(values).all():
+                raise InputError(
+                    f"layer {number}: activations of its {name} are not finite on the calibration text; the model's "
+                    "weights are damaged, or its precision is too narrow for them: check model.hf_path"
+                )
+
+
+def give(importance: Importance, core: Any) -> None:
+    """Sets a search space's scores to what was measured before, on this rank's layers."""
+    core._activations = {}
+    for layer in core.decoder.layers:
+        number = layer.layer_number
+        layer._scores = importance.layers[number]
+        layer.mlp._activations = importance.ffn[number]
+        layer.self_attention._activations = importance.heads[number]
+        for norm, values in zip(_norms(layer), importance.hidden[number], strict=True):
+            core._activations[id(norm)] = values
+
+
+def _norms(layer: Any) -> tuple[Any, Any]:
+    return layer.input_layernorm, layer.pre_mlp_layernorm
