@@ -111,10 +111,20 @@ def _documents(cfg: RunConfig) -> dict[str, Source]:
     return documents
 
 
+def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
+    return {
+        "teacher": Output("hf_to_nemo", "nemo"),
+        "data": Output("prepare_data"),
+        "importance": Output("importance"),
+    }
+
+
 def _prune_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")}
     if needs_importance(cfg.prune):
         inputs["importance"] = Output("importance")
+    if cfg.prune.budget is not None:
+        inputs["choice"] = Output("search" if cfg.prune.tournament is None else "tournament")
     return inputs
 
 
@@ -168,6 +178,23 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
         wanted=lambda cfg: needs_importance(cfg.prune),
+    ),
+    Stage(
+        "search",
+        "recipes.search",
+        # Parallelism is placement elsewhere, but here a shape that it does not divide is no candidate.
+        ("prune", "model.shape", "convert.export_dtype", "distill.parallel"),
+        _search_inputs,
+        lambda cfg: cfg.prune.pipeline_model_parallel_size,
+        wanted=lambda cfg: cfg.prune.budget is not None,
+    ),
+    Stage(
+        "tournament",
+        "recipes.tournament",
+        ("prune", "distill"),
+        lambda cfg: {**_search_inputs(cfg), "search": Output("search")},
+        world_size,
+        wanted=lambda cfg: cfg.prune.tournament is not None,
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),

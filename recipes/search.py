@@ -1,0 +1,135 @@
+"""torchrun -m recipes.search --config RUN_DIR/resolved.yaml
+
+The shapes that meet the budget (`prune.budget`), and a cheap score of each: loss on held-out documents just after
+pruning, and divergence from the teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from conf import student
+from conf.errors import InputError
+from conf.schema import Depth, RunConfig, Shape
+from recipes.artifact import write_json
+from recipes.runtime.stage_main import rank, stage_main
+
+log = logging.getLogger("recipes.search")
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: teacher (a NeMo checkpoint), data, importance.
+
+    Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`.
+    """
+    from recipes.runtime import backend
+
+    device = backend.activate().device
+    from recipes.runtime import nemo_api
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.pruning import blocks, evidence
+    from recipes.runtime.pruning.importance import Importance
+    from recipes.runtime.pruning.losses import calibration_batches, held_out_batches
+    from recipes.runtime.pruning.subnets import Subnets
+
+    prune, budget = cfg.prune, cfg.prune.budget
+    assert budget is not None
+    assert cfg.model.shape is not None
+    data = DataFolder.read(inputs["data"])
+    model, trainer = nemo_api.restore(
+        inputs["teacher"],
+        pipeline_model_parallel_size=prune.pipeline_model_parallel_size,
+        modelopt_spec=True,
+    )
+    core = nemo_api.core_model(model).eval()
+    scores = Importance.load(inputs["importance"], device)
+    space, latency = _space(cfg, model, device)
+    shapes = student.candidates(space, latency)
+    if not shapes:
+        raise InputError(_nearest(space, latency))
+    log.info("%d shapes meet the budget", len(shapes))
+    dropped = {}
+    for cut in sorted({cfg.model.shape.num_layers - shape.num_layers for shape in shapes}):
+        if prune.depth is Depth.block and cut:
+            batches = calibration_batches(data, prune, prune.block_samples, cfg.seed, device)
+            dropped[cut] = blocks.best_block(blocks.block_losses(core, batches, cut), cut)
+        else:
+            dropped[cut] = scores.least_important(cut)
+    pairs = [(shape, dropped[cfg.model.shape.num_layers - shape.num_layers]) for shape in shapes]
+    held_out = held_out_batches(data, prune, budget.samples, device)
+    of_teacher, found = Subnets(model, scores, cfg.model.shape).scores(pairs, held_out)
+    rows = [
+        {**_row(space, shape, latency), "drop_layers": layers, "loss": loss, "kl": kl}
+        for (shape, layers), (loss, kl) in zip(pairs, found, strict=True)
+    ]
+    evidence.mark_front(rows)
+    rows = best_first(rows)
+    teacher = {**_row(space, cfg.model.shape, latency), "drop_layers": [], "loss": of_teacher, "kl": 0.0}
+    if rank() == 0:
+        if latency is not None:
+            write_json(out / "latency.json", latency.table())
+        write_json(out / "candidates.json", {"teacher": teacher, "candidates": rows})
+        write_json(out / "choice.json", rows[0])
+        evidence.pareto_plot(rows, teacher, out / "pareto.svg")
+    trainer.strategy.barrier()
+    return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
+
+
+def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By loss, in turns over the depths: the best of each depth, then the second of each.
+
+    Just after pruning, a loss says little of a deeper against a wider shape: rankings between them turn around within
+    a few hundred steps of distillation. Among shapes of the same depth it says more.
+    """
+    by_depth: dict[int, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["loss"]):
+        by_depth.setdefault(row["num_layers"], []).append(row)
+    turns = {id(row): turn for same in by_depth.values() for turn, row in enumerate(same)}
+    return sorted(rows, key=lambda row: (turns[id(row)], row["loss"]))
+
+
+def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]:
+    """The search space, a share of the teacher's latency made absolute; and what measures the latency of a shape.
+
+    With pipeline stages it isn't measured: a layer's time is that of one rank.
+    """
+    import torch
+
+    from recipes.runtime.pruning.latency import LatencyTable
+
+    budget = cfg.prune.budget
+    assert budget is not None
+    space = student.space_of(cfg)
+    if cfg.prune.pipeline_model_parallel_size > 1:
+        return space, None
+    ids = torch.randint(space.shape.vocab_size, (budget.batch_size, budget.seq_length), device=device)
+    ffns = student.ffns(space)
+    table = LatencyTable(model, (min(ffns), max(ffns)), ids)
+    share = table(space.shape) * budget.latency_share if budget.latency_share else math.inf
+    return dataclasses.replace(space, limits=(*space.limits[:2], min(space.limits[2], share))), table
+
+
+def _row(space: student.Space, shape: Shape, latency: Any) -> dict[str, Any]:
+    cost = space.cost(shape)
+    sizes = {axis: getattr(shape, axis) for axis in student.AXES}
+    measured = latency(shape) if latency is not None else None
+    return {**sizes, "params": cost.params, "memory_gb": cost.memory / student.GB, "latency_ms": measured}
+
+
+def _nearest(space: student.Space, latency: Any) -> str:
+    least = student.smallest(space)
+    took = f"{latency(least):.4g}" if latency is not None else "?"
+    sizes = json.dumps({axis: getattr(least, axis) for axis in student.AXES})
+    return (
+        f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, the limit being {space.limits[2]:.4g} ms;"
+        " raise prune.budget.latency, or prune.budget.max_depth_cut and max_width_cut"
+    )
+
+
+if __name__ == "__main__":
+    stage_main(run, "search")
