@@ -94,6 +94,15 @@ class Loss(Enum):
     ce = "ce"
 
 
+class Divergence(Enum):
+    """How far the student's distribution is from the teacher's: `forward_kl` weighs by the teacher's probabilities,
+    `reverse_kl` by the student's, `jensen_shannon` is the mean of both models' KL divergences to their mean."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jensen_shannon = "jensen_shannon"
+
+
 @dataclass
 class Shape:
     """What a Hugging Face `config.json` says of the model's size, in Megatron's terms."""
