@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from conf import student
 from conf.schema import Budget, Depth, RunConfig
 from conf.student import GB, Space, student_shape
-from conf.wording import any_of, around, too_long
+from conf.wording import any_of, around, divisors, too_long
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -115,8 +115,15 @@ def _heads(cfg: RunConfig) -> Iterator[str]:
 
 def _calibration(cfg: RunConfig) -> Iterator[str]:
     shape = cfg.model.shape
-    if shape is not None and cfg.prune.calibration_seq_length > shape.max_position_embeddings:
-        yield too_long("prune.calibration_seq_length", cfg.prune.calibration_seq_length, shape)
+    if shape is None:
+        return
+    budget = cfg.prune.budget
+    lengths = {"calibration_seq_length": cfg.prune.calibration_seq_length}
+    if budget is not None and budget.seq_length is not None:
+        lengths["budget.seq_length"] = budget.seq_length
+    for key, length in lengths.items():
+        if length > shape.max_position_embeddings:
+            yield too_long(f"prune.{key}", length, shape)
 
 
 def _pipeline(cfg: RunConfig) -> Iterator[str]:
@@ -232,8 +239,8 @@ def _unreachable(budget: Budget, space: Space) -> Iterator[str]:
         elif limit < of_least:
             sizes = ", ".join(f"{axis} {getattr(student.smallest(space), axis)}" for axis in student.AXES)
             yield (
-                f"{said} is below the {of_least / unit:g} {words} of the smallest shape within max_depth_cut "
-                f"and max_width_cut ({sizes}); set prune.budget.{key} to {_up(of_least / scale)} or more, or raise those"
+                f"{said} is below the {of_least / unit:g} {words} of the smallest shape within max_depth_cut and "
+                f"max_width_cut ({sizes}); set prune.budget.{key} to {_up(of_least / scale)} or more, or raise those"
             )
 
 
@@ -253,6 +260,13 @@ def _tournament(cfg: RunConfig) -> Iterator[str]:
         yield (
             "prune.tournament chooses among the candidates of a search, but prune.budget=null; set a limit such as "
             "prune.budget.params_share=0.67, or prune.tournament=null"
+        )
+    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    if ranks % cfg.prune.pipeline_model_parallel_size:
+        yield (
+            f"prune.pipeline_model_parallel_size={cfg.prune.pipeline_model_parallel_size} does not divide the {ranks} "
+            "ranks of the tournament, which prunes and distils with all of them; set it to "
+            f"{any_of(divisors(ranks))}"
         )
     if tournament.candidates < 2:
         yield f"prune.tournament.candidates={tournament.candidates} leaves nothing to choose; set it to 2 or more"

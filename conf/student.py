@@ -85,7 +85,7 @@ def space_of(cfg: RunConfig) -> Space:
         budget.max_depth_cut,
         budget.max_width_cut,
         budget.batch_size,
-        budget.seq_length,
+        budget.seq_length or cfg.prune.calibration_seq_length,
         4 if cfg.convert.export_dtype is ExportDtype.fp32 else 2,
         (math.inf, math.inf, math.inf),
         budget.max_candidates,

@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, prune_rules, slurm_rules
+from conf import data_rules, kd_rules, prune_rules, slurm_rules
 from conf.hf_shape import may_be_hub_id
 from conf.schema import Loss, RunConfig, Shape, Training
 from conf.student import student_shape
@@ -93,10 +93,19 @@ _ABOVE_ZERO = (
     *(f"prune.budget.{key}" for key in ("params", "memory_gb", "latency", "params_share", "memory_share")),
     *(f"prune.budget.{key}" for key in ("latency_share", "batch_size", "seq_length", "max_candidates", "samples")),
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
+    *(
+        "distill.kd.kd_weight",
+        "distill.kd.temperature",
+        "distill.kd.top_k",
+        "distill.kd.chunk_tokens",
+        "distill.kd.intermediate_weight",
+    ),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
-_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
+_FROM_ZERO = (
+    *("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
+)
 _TRAININGS = ("distill", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
@@ -329,6 +338,10 @@ def _of_demo(rule: TrainingRule) -> Rule:
     return apply
 
 
+def _of_loss(rule: kd_rules.Rule) -> Rule:
+    return lambda cfg: rule(cfg, dict(_shapes(cfg)))
+
+
 def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
     """The models that a training run lays out; empty where the teacher's shape is not known."""
     if cfg.model.shape is None:
@@ -371,6 +384,7 @@ RULES: tuple[Rule, ...] = (
     _controls,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
+    *(_of_loss(rule) for rule in kd_rules.RULES),
     *slurm_rules.RULES,
 )
 

@@ -107,7 +107,7 @@ def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]
     space = student.space_of(cfg)
     if cfg.prune.pipeline_model_parallel_size > 1:
         return space, None
-    ids = torch.randint(space.shape.vocab_size, (budget.batch_size, budget.seq_length), device=device)
+    ids = torch.randint(space.shape.vocab_size, (space.sequences, space.tokens), device=device)
     ffns = student.ffns(space)
     table = LatencyTable(model, (min(ffns), max(ffns)), ids)
     share = table(space.shape) * budget.latency_share if budget.latency_share else math.inf
@@ -126,8 +126,8 @@ def _nearest(space: student.Space, latency: Any) -> str:
     took = f"{latency(least):.4g}" if latency is not None else "?"
     sizes = json.dumps({axis: getattr(least, axis) for axis in student.AXES})
     return (
-        f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, the limit being {space.limits[2]:.4g} ms;"
-        " raise prune.budget.latency, or prune.budget.max_depth_cut and max_width_cut"
+        f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, and the limit is "
+        f"{space.limits[2]:.4g} ms; raise prune.budget.latency, or prune.budget.max_depth_cut and max_width_cut"
     )
 
 

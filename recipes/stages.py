@@ -134,6 +134,8 @@ def _prune_ranks(cfg: RunConfig) -> int:
 
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
+    if cfg.prune.tournament is not None and cfg.distill.loss is Loss.kd:
+        inputs["begun"] = Output("tournament", "winner")
     if cfg.distill.loss is not Loss.ce:
         inputs["teacher"] = Output("hf_to_nemo", "nemo")
     return inputs

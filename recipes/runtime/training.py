@@ -10,6 +10,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,14 @@ log = logging.getLogger("recipes.training")
 
 
 def train(
-    model: llm.GPTModel, cfg: Training, data: DataFolder, out: Path, *, seed: int, start: Path | None
+    model: llm.GPTModel,
+    cfg: Training,
+    data: DataFolder,
+    out: Path,
+    *,
+    seed: int,
+    start: Path | None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
 
@@ -45,6 +54,7 @@ def train(
         model: an unconfigured NeMo model with its tokenizer.
         data: prepared documents, train and validation.
         start: the NeMo checkpoint whose weights training starts from; None: from random ones.
+        callbacks: further ones of Lightning's.
 
     Returns:
         backend, steps, tokens, the last training loss and the last validation loss (nats per token).
@@ -61,10 +71,10 @@ def train(
         _configure(model.config, cfg)
         progress = Progress(cfg, out / "metrics.jsonl")
         saver = Checkpoints(cfg, checkpoints, out / "nemo")
-        callbacks: list[Callback] = [progress, saver, StopFile(out, cfg.max_steps, saver.save)]
+        own: list[Callback] = [progress, saver, StopFile(out, cfg.max_steps, saver.save)]
         if start is not None:
-            callbacks.append(StartCheck(start))
-        trainer = _trainer(cfg, callbacks)
+            own.append(StartCheck(start))
+        trainer = _trainer(cfg, [*own, *callbacks])
         resumed = newest_checkpoint(checkpoints)
         if resumed is None and start is not None:
             trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))
@@ -215,7 +225,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step >= self.cfg.max_steps:
-            _save(trainer, self.final, weights_only=True)
+            with getattr(pl_module, "student_only", nullcontext)():
+                _save(trainer, self.final, weights_only=True)
 
 
 def _save(trainer: Any, target: Path, weights_only: bool) -> None:

@@ -1,0 +1,126 @@
+"""torchrun --nproc_per_node 8 -m recipes.tournament --config RUN_DIR/resolved.yaml
+
+The best candidates of the search, distilled shortly, the worse half of them dropped round by round
+(`prune.tournament`): a loss just after pruning says little of what becomes of a shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from conf.prune_rules import rounds
+from conf.schema import KdConfig, Loss, RunConfig
+from conf.student import AXES
+from recipes.artifact import write_json
+from recipes.runtime.stage_main import PausedError, rank, stage_main
+
+log = logging.getLogger("recipes.tournament")
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: teacher (a NeMo checkpoint), data, importance, search.
+
+    Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
+    `candidates.json` and `pareto.svg`; a folder a candidate, with `pruned/` and `metrics.jsonl`.
+    """
+    from recipes.runtime import backend
+
+    backend.activate()
+    from recipes.runtime.pruning import evidence, tournament
+
+    table = json.loads((inputs["search"] / "candidates.json").read_text())
+    plan = rounds(cfg)
+    rows = {_name(row): row for row in table["candidates"][: plan[0][0]]}
+    for name, row in rows.items():
+        _prune(cfg, inputs, row, out / name)
+    taking_part = list(rows)
+    for number, (_, step) in enumerate(plan, 1):
+        losses = {}
+        for name in taking_part:
+            _distil(cfg, inputs, out / name, step)
+            losses[name] = tournament.val_loss(out / name, step)
+            rows[name].setdefault("rounds", []).append({"step": step, "val_loss": losses[name]})
+        log.info("round %d, step %d: %s", number, step, losses)
+        left = plan[number][0] if number < len(plan) else 1
+        taking_part = tournament.survivors(losses, left)
+    (winner,) = taking_part
+    if rank() == 0:
+        tournament.keep_winner(out / winner, out / "winner")
+        for name in rows:
+            # All that is left to do of the others is to be looked at.
+            shutil.rmtree(out / name / tournament.CHECKPOINTS, ignore_errors=True)
+        every = [*rows.values(), *table["candidates"][plan[0][0] :]]
+        tournament.write_table(out / "candidates.json", table["teacher"], every)
+        evidence.pareto_plot(every, table["teacher"], out / "pareto.svg")
+        write_json(out / "choice.json", rows[winner])
+    return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
+
+
+def _name(row: dict[str, Any]) -> str:
+    """A folder's name that says what the candidate is: layers, hidden size, FFN, heads, query groups."""
+    return "candidate-" + "-".join(f"{letter}{row[axis]}" for letter, axis in zip("lhfaq", AXES, strict=True))
+
+
+def _prune(cfg: RunConfig, inputs: dict[str, Any], row: dict[str, Any], folder: Path) -> None:
+    """Leaves the candidate, not yet trained, in `folder/pruned`, a NeMo checkpoint."""
+    from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
+
+    from recipes.runtime import backend, nemo_api
+    from recipes.runtime.pruning.cutting import cut, sizes_for_modelopt
+    from recipes.runtime.pruning.importance import Importance
+
+    if (folder / "pruned").exists():
+        return
+    model, trainer = nemo_api.restore(
+        inputs["teacher"],
+        pipeline_model_parallel_size=cfg.prune.pipeline_model_parallel_size,
+        modelopt_spec=True,
+    )
+    scores = Importance.load(inputs["importance"], backend.activate().device)
+    sizes = sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config)
+    cut(model, sizes, row["drop_layers"], scores)
+    partial = folder / ".pruned"
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.strategy.barrier()
+    save_pruned_model(trainer, str(partial))
+    trainer.strategy.barrier()
+    if rank() == 0:
+        partial.rename(folder / "pruned")
+    trainer.strategy.barrier()
+
+
+def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> None:
+    """Trains a candidate to a step of the full distillation, where it is validated and saved."""
+    from recipes.runtime import nemo_api
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.distillation import distilled_model, student_model
+    from recipes.runtime.pruning import tournament
+    from recipes.runtime.training import train
+
+    if tournament.reached(folder, step):
+        return
+    student = nemo_api.load_model(folder / "pruned")
+    if cfg.distill.loss is Loss.kd:
+        teacher = nemo_api.load_model(inputs["teacher"])
+        nemo_api.match_precision(teacher.config, cfg.distill.precision)
+        model = distilled_model(student, teacher, inputs["teacher"], cfg.distill.kd)
+    else:
+        chunk_tokens = cfg.distill.kd.chunk_tokens
+        model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
+    # Validated where rounds end: each is as long as all before it.
+    training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
+    data, pause = DataFolder.read(inputs["data"]), tournament.PauseAt(folder, step)
+    try:
+        train(model, training, data, folder, seed=cfg.seed, start=folder / "pruned", callbacks=[pause])
+    except PausedError as paused:
+        log.info("%s: %s", folder.name, paused)
+
+
+if __name__ == "__main__":
+    stage_main(run, "tournament")
