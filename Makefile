@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test bench-convert bench-data test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test bench-convert bench-data bench-prune test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -38,6 +38,9 @@ bench-convert: setup ## both conversions beside cp and NeMo's importer, 4 min, 3
 
 bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.bench_data
+
+bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices by hand, about 40 min; writes runs/bench/prune.json
+	$(BIN)/python -m tests.benchmarks.bench_prune
 
 setup: $(INSTALLED)
 

@@ -294,6 +294,13 @@ def rounds(cfg: RunConfig) -> list[tuple[int, int]]:
     return plan
 
 
+def steps_of_rounds(cfg: RunConfig) -> int:
+    """Steps of the tournament, all candidates' together."""
+    plan = rounds(cfg)
+    before = [0, *(step for _, step in plan[:-1])]
+    return sum(taking_part * (step - last) for (taking_part, step), last in zip(plan, before, strict=True))
+
+
 RULES: tuple[Rule, ...] = (
     _choice,
     _drop_layers,

@@ -8,6 +8,7 @@ left out, as flash attention does), twice that backward. Norms, rotations and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conf.model_size import layer_weights, product_weights
@@ -51,6 +52,19 @@ def forward_flops(shape: Shape, family: Family, seq_length: int) -> int:
 
 def _attention(shape: Shape, seq_length: int) -> int:
     return 2 * seq_length * shape.num_attention_heads * shape.kv_channels * shape.num_layers
+
+
+def step_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape) -> int:
+    """FLOP of one step of a training run."""
+    a_token = training_flops(training, loss, family, student, teacher).total
+    return training.global_batch_size * training.seq_length * a_token
+
+
+def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates: Sequence[Shape]) -> int:
+    """FLOP of scoring candidates: each, and the teacher, forward over the held-out sequences."""
+    assert prune.budget is not None
+    forward = sum(forward_flops(shape, family, prune.calibration_seq_length) for shape in (teacher, *candidates))
+    return prune.budget.samples * prune.calibration_seq_length * forward
 
 
 def tokens(training: Training) -> int:

@@ -25,19 +25,20 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
       files hold, and their tokens are not known before.
     - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
-    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face.
+    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; a tournament's candidates.
     - `checkpoints`: of each training, those that are kept and the one being written.
     """
     student = parameters(student_shape(cfg), cfg.model.family)
     of_teacher = parameters(teacher, cfg.model.family)
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
     trainings = 1 + len(cfg.distill.controls)
+    taking_part = 0 if cfg.prune.tournament is None else cfg.prune.tournament.candidates
     demo = cfg.model.demo
     return {
         "tokens": tokens(cfg.distill) * token_bytes(teacher.vocab_size),
         "teacher": (1 if demo is None else 3) * stored * of_teacher,
-        "students": 2 * (stored + trainings * trained) * student,
-        "checkpoints": trainings * _checkpoints(cfg.distill, student)
+        "students": (2 * (stored + trainings * trained) + taking_part * stored) * student,
+        "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
         + (0 if demo is None else _checkpoints(demo.training, of_teacher)),
     }
 

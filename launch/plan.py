@@ -8,7 +8,8 @@ stated; new keys may come, these stay):
 
 experiment      its name
 cluster         name, nodes, devices_per_node, ranks, gpu (name, memory_bytes, bf16_flops, utilisation), time_limit
-models          teacher, student: parameters and sizes; cut: share of the parameters that pruning removes
+models          teacher, student: parameters and sizes (with a budget, of the largest candidate); candidates: shapes,
+                least and most parameters, or null; cut: share of the parameters that pruning removes
 training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
 stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least)
 memory          distill: a list, one a pipeline stage; prune: its largest. Each: weights, gradients, optimizer, teacher,

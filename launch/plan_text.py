@@ -32,8 +32,9 @@ def table(plan: dict[str, Any]) -> str:
 def short(plan: dict[str, Any]) -> list[str]:
     """The plan in a few lines: what can be said where no GPU is stated, and the rest where one is."""
     teacher, student, training = plan["models"]["teacher"], plan["models"]["student"], plan["training"]
+    most = "" if plan["models"]["candidates"] is None else "at most "
     lines = [
-        f"plan: {_count(teacher['parameters'])} -> {_count(student['parameters'])} parameters"
+        f"plan: {_count(teacher['parameters'])} -> {most}{_count(student['parameters'])} parameters"
         f" ({-plan['models']['cut']:.0%}), {training['steps']:,} steps, {_count(training['tokens'])} tokens"
     ]
     gpu, disk = plan["cluster"]["gpu"], plan["disk"]
@@ -67,8 +68,16 @@ def _models(plan: dict[str, Any]) -> list[str]:
         rows.append([name, f"{model['parameters']:,}", *(str(model[size]) for size in SIZES.values())])
     flops = training["flops_a_token"]
     again = f" + {_giga(flops['recompute'])} again (recompute)" if flops["recompute"] else ""
+    found = models["candidates"]
+    searched = []
+    if found is not None:
+        searched = [
+            f"student: the largest of {found['shapes']} candidates, of which the run chooses; they have "
+            f"{found['least']:,} to {found['most']:,} parameters"
+        ]
     return [
         *_columns(rows),
+        *searched,
         f"pruning removes {models['cut']:.1%} of the parameters",
         "",
         f"distillation: {training['steps']:,} steps x {training['tokens_a_step']:,} tokens"

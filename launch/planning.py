@@ -10,8 +10,9 @@ from typing import Any
 
 from conf.errors import ConfigError
 from conf.model_size import parameters
+from conf.prune_rules import rounds, steps_of_rounds
 from conf.schema import Gpu, Loss, RunConfig, Shape
-from conf.student import student_shape
+from conf.student import student_shape, student_shapes
 from conf.units import GIB, seconds_of_time_limit
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
@@ -44,7 +45,12 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     return {
         "experiment": cfg.name,
         "cluster": {**_cluster(cfg), "ranks": ranks},
-        "models": {"teacher": _model(cfg, teacher), "student": _model(cfg, student), "cut": cut},
+        "models": {
+            "teacher": _model(cfg, teacher),
+            "student": _model(cfg, student),
+            "candidates": _candidates(cfg),
+            "cut": cut,
+        },
         "training": {
             "steps": cfg.distill.max_steps,
             "tokens": compute.tokens(cfg.distill),
@@ -98,6 +104,14 @@ def _model(cfg: RunConfig, shape: Shape) -> dict[str, Any]:
     return {"parameters": parameters(shape, cfg.model.family), **dataclasses.asdict(shape)}
 
 
+def _candidates(cfg: RunConfig) -> dict[str, int] | None:
+    """Of a search: how many shapes there are, and parameters of the smallest and largest; None without one."""
+    if cfg.prune.budget is None:
+        return None
+    sizes = [parameters(shape, cfg.model.family) for shape in student_shapes(cfg)]
+    return {"shapes": len(sizes), "least": min(sizes), "most": max(sizes)}
+
+
 def _memory(memory: Memory) -> dict[str, int]:
     return {**dataclasses.asdict(memory), "reserve": memory.reserve, "total": memory.total}
 
@@ -108,22 +122,28 @@ def _layout(layout: Layout) -> dict[str, Any]:
 
 def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
     """Every stage of the run, with hours where they can be reckoned."""
+    calibrating = cfg.prune.pipeline_model_parallel_size
     flops: dict[str, tuple[float, int]] = {
-        "importance": (
-            compute.calibration_flops(cfg.prune, cfg.model.family, teacher),
-            cfg.prune.pipeline_model_parallel_size,
-        )
+        "importance": (compute.calibration_flops(cfg.prune, cfg.model.family, teacher), calibrating)
     }
+    a_step = compute.step_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
+    if cfg.prune.budget is not None:
+        scoring = compute.search_flops(cfg.prune, cfg.model.family, teacher, student_shapes(cfg))
+        flops["search"] = (scoring, calibrating)
+    if cfg.prune.tournament is not None:
+        flops["tournament"] = (steps_of_rounds(cfg) * a_step, ranks)
     for stage in wanted(cfg):
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
-            a_token = compute.training_flops(run, run.loss, cfg.model.family, student, teacher).total
-            flops[stage.name] = (compute.tokens(run) * a_token, ranks)
+            of_step = compute.step_flops(run, run.loss, cfg.model.family, student, teacher)
+            # The winner of a tournament goes on from there.
+            taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(stage.configure(cfg)) else 0
+            flops[stage.name] = ((run.max_steps - taken) * of_step, ranks)
     rows = []
     for stage in wanted(cfg):
         # Pipeline stages of the calibration wait for one another: no faster than one rank.
         amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
-        working = 1 if stage.name == "importance" else held
+        working = 1 if stage.name in ("importance", "search") else held
         hours = compute.training_hours(amount, cfg.distill.precision, cfg.cluster.gpu, working) if amount else None
         rows.append(
             {
@@ -148,12 +168,20 @@ def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
     if cut > LARGEST_CUT:
         warnings.append(
             f"pruning removes {cut:.0%} of the parameters in one round; beyond {LARGEST_CUT:.0%} prune and distil a "
-            "model in between first, and prune that one"
+            f"model in between first, and prune that one: {_in_rounds(cut)}"
         )
     fits, words = disk.room(cfg.run_dir, room)
     if not fits:
         warnings.append(f"{words}; {disk.MEND}")
     return warnings
+
+
+def _in_rounds(cut: float) -> str:
+    """Rounds of equal shares, each within Minitron's advice of a third."""
+    count = math.ceil(math.log(1 - cut) / math.log(2 / 3) - 1e-9)
+    share = (1 - cut) ** (1 / count)
+    shares = " -> ".join(f"{share**number:.0%}" for number in range(1, count + 1))
+    return f"{count} rounds of prune.budget.params_share={math.ceil(share * 100) / 100} ({shares} of the teacher)"
 
 
 def _impossible(peaks: dict[str, Memory], gpu: Gpu) -> dict[str, str]:

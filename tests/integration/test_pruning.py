@@ -94,3 +94,44 @@ def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, st
         assert line["differ"] == []
         assert line["kept"] == line["wanted"]
         assert line["tensors"] > 0
+
+
+def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    tiny.launch(run_dir, "prune.num_layers=3", *tiny.WIDTH, *HEADS)
+    checks = tiny.report(run_dir)["checks"]
+    assert checks["export_max_abs_logit_diff"] < tolerance.LOGITS
+    student = tiny.report(run_dir)["models"]["student"]
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    assert [student[size] for size in sizes] == [3, 64, 128, 2, 1]
+
+
+def test_a_block_of_neighbours_over_uneven_stages(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    block = ("prune.num_layers=2", "prune.depth=block")
+    tiny.launch(run_dir, *block, "--until", "prune")
+    located = tiny.stages(run_dir, *block)["prune"]
+    found = json.loads((located.folder / "blocks.json").read_text())["loss_without_block_from_layer"]
+    assert set(found) == {"1", "2", "3"}
+    start = int(min(found, key=lambda layer: found[layer]))
+    alone = read_manifest(located.folder)
+    assert alone is not None
+    assert alone["metrics"]["kept_layers"] == [layer for layer in (1, 2, 3, 4) if layer not in (start, start + 1)]
+    (located.folder / "manifest.json").unlink()
+    # Three stages of 4 layers: 1, 1 and 2.
+    three = ("cluster.devices_per_node=3", "prune.pipeline_model_parallel_size=3", "distill.global_batch_size=3")
+    tiny.launch(run_dir, *block, *three, "--until", "prune")
+    spread = read_manifest(tiny.stages(run_dir, *block, *three)["prune"].folder)
+    assert spread is not None
+    assert spread["metrics"] == alone["metrics"]
+
+
+def test_named_layers_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
+    two = ("cluster.devices_per_node=2", "prune.tensor_model_parallel_size=2")
+    alone, _ = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
+    halves, metrics = prune(finished, tmp_path / "two", "prune.drop_layers=[2,3]", *two)
+    assert metrics["kept_layers"] == [1, 4]
+    teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
+    exported = tmp_path / "hf"
+    tiny.convert("nemo_to_hf", "--checkpoint", alone, "--hf-model", teacher, "--out", exported, "--dtype", "keep")
+    assert "all equal" in tiny.convert("verify", exported, halves).stdout

@@ -14,6 +14,8 @@ from conf.typed import schema_keys
 from recipes import stages
 from recipes.stages import STAGES, External, Output, find, wanted
 
+DROP = "prune.drop_layers=[2]"
+
 
 def test_names_are_unique_and_modules_exist() -> None:
     assert len({stage.name for stage in STAGES}) == len(STAGES)
@@ -39,7 +41,7 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
-    every = [stage.name for stage in STAGES]
+    every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament")]
     assert [stage.name for stage in wanted(demo())] == every
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
     assert [stage.name for stage in few] == [name for name in every if name not in ("distill.ce", "verify")]
@@ -58,6 +60,22 @@ def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable
     }
 
 
+def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> None:
+    named = [stage.name for stage in wanted(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
+    assert "importance" not in named
+    budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
+    searched = demo(*budget)
+    assert [stage.name for stage in wanted(searched)][3:6] == ["importance", "search", "prune"]
+    assert find("prune").inputs(searched)["choice"] == Output("search")
+    fought = demo(*budget, "prune.tournament.round_tokens=10000")
+    assert [stage.name for stage in wanted(fought)][3:7] == ["importance", "search", "tournament", "prune"]
+    assert find("prune").inputs(fought)["choice"] == Output("tournament")
+    assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
+    # The control learns from the data alone: it begins at the beginning.
+    control = find("distill.ce")
+    assert "begun" not in control.inputs(control.configure(fought))
+
+
 def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConfig]) -> None:
     cfg = demo()
     control = find("distill.ce")
@@ -71,7 +89,7 @@ def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConf
 def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
-    ranks = {stage.name: stage.ranks(cfg) for stage in STAGES}
+    ranks = {stage.name: stage.ranks(cfg) for stage in wanted(cfg)}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", "distill", "distill.ce"}
 
 

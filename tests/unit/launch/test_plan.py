@@ -242,3 +242,25 @@ def test_the_short_form() -> None:
         lines[1],
     )
     assert lines[2].startswith("plan: 547.4 GiB on disk, ")
+
+
+def test_a_budget_is_planned_by_its_largest_candidate() -> None:
+    searched = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7")
+    found, student = searched["models"]["candidates"], searched["models"]["student"]
+    assert found["most"] == student["parameters"] <= 0.7 * searched["models"]["teacher"]["parameters"]
+    assert 1 < found["shapes"] <= 64
+    assert found["least"] < found["most"]
+    assert f"the largest of {found['shapes']} candidates" in table(searched)
+    assert "-> at most" in short(searched)[0]
+    # The winner's steps are not taken again: what the tournament adds is those of the others.
+    tournament = "prune.tournament.round_tokens=314572800"  # 100 steps
+    fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7", tournament)
+    hours = [{row["stage"]: row["hours"] for row in plan["stages"]} for plan in (searched, fought)]
+    assert hours[1]["distill"] == pytest.approx(hours[0]["distill"] * (28600 - 200) / 28600)
+    assert hours[1]["tournament"] == pytest.approx(hours[0]["distill"] * (4 * 100 + 2 * 100) / 28600)
+    assert fought["disk"]["checkpoints"] == 5 * searched["disk"]["checkpoints"]
+
+
+def test_a_deep_cut_is_proposed_in_rounds() -> None:
+    (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12")["warnings"] if "one round" in text]
+    assert "3 rounds of prune.budget.params_share=0.76 (76% -> 57% -> 43% of the teacher)" in warning

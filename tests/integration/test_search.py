@@ -1,0 +1,97 @@
+"""A budget through the real command lines: the search, the tournament, and the distillation that goes on from it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.artifact import Located, read_manifest
+from tests.helpers import tiny, tolerance
+
+BUDGET = (
+    *("prune.budget.params_share=0.6", "prune.budget.max_depth_cut=0.5", "prune.budget.max_width_cut=0.5"),
+    "prune.budget.samples=16",
+)
+# A step is 512 tokens: three candidates for one step, two for another.
+TOURNAMENT = (*BUDGET, "prune.tournament.candidates=3", "prune.tournament.round_tokens=512")
+
+
+@pytest.fixture(scope="module")
+def fought(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a budget and a tournament, to the end of its distillation."""
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("fought") / "run")
+    tiny.launch(run_dir, *TOURNAMENT, "--until", "distill")
+    return run_dir
+
+
+def stage(run_dir: Path, name: str, *overrides: str) -> tuple[Located, dict[str, Any]]:
+    located = tiny.stages(run_dir, *(overrides or TOURNAMENT))[name]
+    manifest = read_manifest(located.folder)
+    assert manifest is not None
+    return located, manifest["metrics"]
+
+
+def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.candidate_losses", fought / "resolved.yaml"]
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"found"')]
+    assert len(rows) > 2
+    for row in rows:
+        # The same products, sums in another order where channels are sorted that are not cut.
+        assert abs(row["found"] - row["cut"]) < tolerance.LOSS
+        assert row["params"][0] == row["params"][1]
+    assert max(row["found"] for row in rows) - min(row["found"] for row in rows) > 10 * tolerance.LOSS
+
+
+def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
+    located, metrics = stage(fought, "tournament")
+    choice = json.loads((located.folder / "choice.json").read_text())
+    assert choice == metrics["choice"]
+    by_name = {(row["num_layers"], row["hidden_size"], row["ffn_hidden_size"]): row for row in metrics["candidates"]}
+    assert len(by_name) == 3
+    last = [row["rounds"][-1] for row in metrics["candidates"] if len(row["rounds"]) == 2]
+    assert len(last) == 2
+    assert choice["rounds"][-1]["val_loss"] == min(entry["val_loss"] for entry in last)
+    first = sorted(row["rounds"][0]["val_loss"] for row in metrics["candidates"])
+    assert {row["rounds"][0]["val_loss"] for row in metrics["candidates"] if len(row["rounds"]) == 2} == {*first[:2]}
+    _, pruned = stage(fought, "prune")
+    assert pruned["params"] == choice["params"]
+    assert pruned["kept_layers"] == [layer for layer in range(1, 5) if layer not in choice["drop_layers"]]
+    for name in ("candidates.json", "pareto.svg"):
+        assert (located.folder / name).stat().st_size > 0
+
+
+def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, tmp_path: Path) -> None:
+    located, metrics = stage(fought, "distill")
+    choice = stage(fought, "tournament")[1]["choice"]
+    log = (located.folder / "log.txt").read_text()
+    assert "checkpoints/step=2" in log  # where the tournament ended
+    by_hand = [f"prune.{axis}={choice[axis]}" for axis in ("hidden_size", "ffn_hidden_size", "num_attention_heads")]
+    by_hand.append(f"prune.num_query_groups={choice['num_query_groups']}")
+    layers = choice["drop_layers"]
+    by_hand.append(f"prune.drop_layers={json.dumps(layers)}" if layers else "prune.num_layers=4")
+    run_dir = tiny.copy_run(fought, tmp_path / "run")
+    tiny.launch(run_dir, *by_hand, "--until", "distill")
+    alone, of_alone = stage(run_dir, "distill", *by_hand)
+    assert tiny.losses(located.folder) == tiny.losses(alone.folder)
+    assert metrics["val_loss"] == of_alone["val_loss"]
+
+
+def test_a_killed_tournament_goes_on(fought: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(fought, tmp_path / "run")
+    before = stage(fought, "tournament")[1]
+    for folder in run_dir.glob("tournament-*"):
+        subprocess.run(["rm", "-r", folder], check=True)
+    command = tiny.command(run_dir, *TOURNAMENT, "--until", "tournament")
+    process = subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, start_new_session=True)
+    tiny.wait_for("tournament-*/candidate-*/checkpoints/step=1", run_dir, process)
+    process.kill()
+    process.wait()
+    tiny.launch(run_dir, *TOURNAMENT, "--until", "tournament")
+    assert stage(run_dir, "tournament")[1] == before
