@@ -29,7 +29,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     backend.activate()
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import evidence, importance
+    from recipes.runtime.pruning import evidence
+    from recipes.runtime.pruning.search_space import measure
 
     prune, data = cfg.prune, DataFolder.read(inputs["data"])
     nemo_api.match_tokenizer(inputs["teacher"], data)
@@ -45,7 +46,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     )
     text = _calibration_data(model, prune, data, cfg.seed, out)
     # As nemo's prune_language_model does, whose own forward loop also opens a log folder in the working directory.
-    scores = importance.measure(model, lambda: trainer.validate(model, text, verbose=False))
+    scores = measure(model, lambda: trainer.validate(model, text, verbose=False))
     loss = _plausible(trainer, model.config.vocab_size)
     if rank() == 0:
         scores.save(out)

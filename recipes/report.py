@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         if stage in inputs
     }
     partial = out / ".index.html"
-    partial.write_text(render(cfg, report, curves))
+    partial.write_text(render(cfg, report, curves, _pruning_plots(inputs)))
     partial.replace(out / "index.html")
     return {name: model["val_loss"] for name, model in report["models"].items()}
 
@@ -74,11 +75,28 @@ def summarize(cfg: RunConfig, manifests: dict[str, dict[str, Any]]) -> dict[str,
     }
 
 
-def render(cfg: RunConfig, report: dict[str, Any], curves: dict[str, list[dict[str, Any]]]) -> str:
+def _pruning_plots(inputs: dict[str, Any]) -> list[str]:
+    """What the stages of pruning drew: importance, and the candidates (of the tournament, where there was one)."""
+    candidates = "tournament" if "tournament" in inputs else "search"
+    files = [
+        inputs[stage] / name
+        for stage, name in (("importance", "importance.svg"), (candidates, "pareto.svg"))
+        if stage in inputs
+    ]
+    return [_inline(path.read_text(), path.stem) for path in files]
+
+
+def render(
+    cfg: RunConfig,
+    report: dict[str, Any],
+    curves: dict[str, list[dict[str, Any]]],
+    pruning_plots: Sequence[str] = (),
+) -> str:
     """The report's page.
 
     Args:
         curves: the lines of `metrics.jsonl` of each trained student.
+        pruning_plots: SVG elements.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -96,6 +114,7 @@ def render(cfg: RunConfig, report: dict[str, Any], curves: dict[str, list[dict[s
         config=json.dumps({"prune": identity_view(cfg.prune), "distill": identity_view(cfg.distill)}, indent=2),
         validation_plot=_validation_plot(report["models"], curves),
         training_plot=_training_plot(cfg, curves),
+        pruning_plots=pruning_plots,
         gain=report["models"]["pruned"]["val_loss"] - report["models"]["student"]["val_loss"],
         gap=report["models"]["student"]["val_loss"] - report["models"]["teacher"]["val_loss"],
         share=report["models"]["student"]["params"] / report["models"]["teacher"]["params"],
@@ -147,7 +166,11 @@ def _figure(panels: int, y_label: str) -> tuple[Any, Any]:
 def _svg(figure: Any, description: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    return _inline(buffer.getvalue(), description)
+
+
+def _inline(svg: str, description: str) -> str:
+    """An SVG file as an element of the page."""
     svg = svg[svg.index("<svg") :]
     # The size comes from the page, the shape from the viewBox.
     svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)

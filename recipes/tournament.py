@@ -55,7 +55,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             # All that is left to do of the others is to be looked at.
             shutil.rmtree(out / name / tournament.CHECKPOINTS, ignore_errors=True)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
-        tournament.write_table(out / "candidates.json", table["teacher"], every)
+        write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
         evidence.pareto_plot(every, table["teacher"], out / "pareto.svg")
         write_json(out / "choice.json", rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
@@ -101,6 +101,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
     from recipes.runtime.pruning import tournament
+    from recipes.runtime.pruning.pause_at import PauseAt
     from recipes.runtime.training import train
 
     if tournament.reached(folder, step):
@@ -115,7 +116,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs["data"]), tournament.PauseAt(folder, step)
+    data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=folder / "pruned", callbacks=[pause])
     except PausedError as paused:

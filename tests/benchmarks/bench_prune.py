@@ -144,9 +144,8 @@ def table(result: dict[str, Any]) -> str:
     for arm in result["arms"]:
         cells = [f"{arm[name]['val_loss']:.4f} ({arm[name]['params'] / 1e6:.2f})" for name in ("search", *HAND)]
         lines.append(f"{arm['seed']:>4} " + " ".join(f"{cell:>16}" for cell in cells))
-    lines.append(
-        f"the search is no worse than the best by hand on {result['search_not_worse_seeds']} of {result['seeds']}"
-    )
+    won, seeds = result["search_not_worse_seeds"], result["seeds"]
+    lines.append(f"the search is no worse than the best by hand on {won} of {seeds} seeds")
     return "\n".join(lines)
 
 

@@ -69,7 +69,7 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
     import torch
 
     from recipes.runtime import nemo_api
-    from recipes.runtime.pruning.importance import dynamic_core, give, to_search_space
+    from recipes.runtime.pruning.search_space import dynamic_core, give, to_search_space
     from recipes.runtime.stage_main import rank, world_size
 
     model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=world_size(), modelopt_spec=True)

@@ -8,7 +8,8 @@ from typing import Any
 import modelopt.torch.prune as mtp
 
 from conf.student import AXES
-from recipes.runtime.pruning.importance import Importance, dynamic_core, give
+from recipes.runtime.pruning.importance import Importance
+from recipes.runtime.pruning.search_space import dynamic_core, give
 
 WIDTHS = AXES[1:]
 

@@ -1,4 +1,4 @@
-"""Importance of layers, channels and heads: measured once, kept as safetensors, given to ModelOpt for every pruning.
+"""Importance of layers, channels and heads, kept as safetensors.
 
 ModelOpt keeps its scores as a pickle of one pipeline layout (modelopt/torch/opt/searcher.py:242 and
 modelopt/torch/nas/plugins/megatron.py:1576), and takes whatever a file of that name holds. Here they are plain tensors
@@ -8,16 +8,11 @@ by layer number, which any layout takes; that they belong to the model and the d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from modelopt.torch.nas.plugins.megatron import _DynamicMCoreLanguageModel
-from modelopt.torch.opt.conversion import apply_mode
-from modelopt.torch.prune.pruning import PruneModeRegistry
 from safetensors.torch import load_file, save_file
 
 from conf.errors import InputError
@@ -70,44 +65,8 @@ class Importance:
         )
 
 
-def to_search_space(model: Any) -> Any:
-    """Converts a model in place to ModelOpt's search space, in which forward passes are recorded; returns its core."""
-    apply_mode(model, mode="mcore_minitron", registry=PruneModeRegistry)
-    return dynamic_core(model)
-
-
-def dynamic_core(model: Any) -> Any:
-    return next(module for module in model.modules() if isinstance(module, _DynamicMCoreLanguageModel))
-
-
-def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
-    """Importance over all pipeline ranks, from the forward passes that `forward_loop` makes. Converts the model.
-
-    Raises:
-        InputError: activations that are not finite; names the layer.
-    """
-    core = to_search_space(model).eval()
-    with torch.no_grad():
-        forward_loop()
-    own = []
-    for layer in core.decoder.layers:
-        norms = [core._activations[id(norm)] for norm in _norms(layer)]
-        found = (layer._scores, norms, layer.mlp._activations, layer.self_attention._activations)
-        own.append((layer.layer_number, *found))
-    everyones: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(everyones, own, group=parallel_state.get_pipeline_model_parallel_group())
-    rows = sorted((row for rows in everyones for row in rows), key=lambda row: row[0])
-    importance = Importance(
-        {number: float(score) for number, score, _, _, _ in rows},
-        {number: norms for number, _, norms, _, _ in rows},
-        {number: ffn for number, _, _, ffn, _ in rows},
-        {number: heads for number, _, _, _, heads in rows},
-    )
-    _refuse_infinite(importance)
-    return importance
-
-
-def _refuse_infinite(importance: Importance) -> None:
+def refuse_infinite(importance: Importance) -> None:
+    """Raises: InputError, naming the layer whose activations are not finite."""
     for number in importance.layers:
         parts = {
             "norms": torch.stack(importance.hidden[number]),
@@ -121,19 +80,3 @@ def _refuse_infinite(importance: Importance) -> None:
                     f"layer {number}: activations of its {name} are not finite on the calibration text; the model's "
                     "weights are damaged, or its precision is too narrow for them: check model.hf_path"
                 )
-
-
-def give(importance: Importance, core: Any) -> None:
-    """Sets a search space's scores to what was measured before, on this rank's layers."""
-    core._activations = {}
-    for layer in core.decoder.layers:
-        number = layer.layer_number
-        layer._scores = importance.layers[number]
-        layer.mlp._activations = importance.ffn[number]
-        layer.self_attention._activations = importance.heads[number]
-        for norm, values in zip(_norms(layer), importance.hidden[number], strict=True):
-            core._activations[id(norm)] = values
-
-
-def _norms(layer: Any) -> tuple[Any, Any]:
-    return layer.input_layernorm, layer.pre_mlp_layernorm

@@ -14,8 +14,9 @@ from modelopt.torch.nas.utils import sort_parameters
 from modelopt.torch.opt.utils import named_hparams
 
 from conf.schema import Shape
-from recipes.runtime.pruning.importance import Importance, give, to_search_space
+from recipes.runtime.pruning.importance import Importance
 from recipes.runtime.pruning.losses import cross_entropy, divergence, forward, from_last_stage, without_layers
+from recipes.runtime.pruning.search_space import give, to_search_space
 
 
 class Subnets:

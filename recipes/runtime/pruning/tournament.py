@@ -9,28 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.callbacks import Callback
-
-from recipes.artifact import STOP, read_state, write_json
+from recipes.artifact import read_state
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-
-
-class PauseAt(Callback):
-    """Asks for a pause after a step: leaves the stop file before that step begins, to be seen when it ends."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder = folder
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if rank() == 0 and trainer.global_step >= self.step - 1:
-            (self.folder / STOP).touch()
 
 
 def reached(folder: Path, step: int) -> bool:
@@ -79,7 +64,3 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def write_table(path: Path, teacher: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    write_json(path, {"teacher": teacher, "candidates": rows})

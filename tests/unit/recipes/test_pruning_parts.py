@@ -1,0 +1,137 @@
+"""Small parts of importance, search and tournament."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from conf.errors import InputError
+from conf.schema import PruneConfig
+from recipes import importance as stage
+from recipes.artifact import write_json
+from recipes.runtime.pruning import evidence, tournament
+from recipes.runtime.pruning.importance import Importance, refuse_infinite
+from recipes.search import best_first
+
+
+def scores() -> Importance:
+    return Importance(
+        {1: 3.0, 2: 0.5, 3: 0.5, 4: 2.0},
+        {n: [torch.full((6,), float(n)), torch.ones(6)] for n in range(1, 5)},
+        {n: torch.arange(8.0) for n in range(1, 5)},
+        {n: torch.arange(12.0) for n in range(1, 5)},
+    )
+
+
+def test_importance_comes_back_from_its_file(tmp_path: Path) -> None:
+    scores().save(tmp_path)
+    back = Importance.load(tmp_path)
+    assert back.layers == scores().layers
+    for n in back.layers:
+        assert torch.equal(back.ffn[n], scores().ffn[n])
+        assert torch.equal(back.heads[n], scores().heads[n])
+        assert all(torch.equal(a, b) for a, b in zip(back.hidden[n], scores().hidden[n], strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["importance.safetensors"]
+
+
+def test_the_least_important_layers_are_those_that_modelopt_drops() -> None:
+    assert scores().least_important(0) == []
+    # Of equal ones the later goes, as in a stable sort from the highest score down.
+    assert scores().least_important(1) == [3]
+    assert scores().least_important(3) == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("part", "words"), [("ffn", "MLP"), ("heads", "attention"), ("layers", "output")])
+def test_activations_that_are_not_finite_are_refused_by_their_layer(part: str, words: str) -> None:
+    damaged = scores()
+    refuse_infinite(damaged)
+    values: Any = getattr(damaged, part)
+    values[3] = math.nan if part == "layers" else torch.tensor([1.0, math.inf])
+    with pytest.raises(InputError, match=f"layer 3: activations of its {words} are not finite"):
+        refuse_infinite(damaged)
+
+
+def test_too_few_calibration_samples_are_told_by_number(caplog: pytest.LogCaptureFixture) -> None:
+    prune = PruneConfig(calibration_samples=10, calibration_seq_length=100)
+    with caplog.at_level(logging.WARNING):
+        stage._enough(prune, SimpleNamespace(train_tokens=1001))
+        assert not caplog.records
+        stage._enough(prune, SimpleNamespace(train_tokens=900))
+    assert "hold 8 sequences of 100 tokens, fewer than prune.calibration_samples=10" in caplog.text
+
+
+def test_the_tables_and_plots_of_importance(tmp_path: Path) -> None:
+    config = SimpleNamespace(num_attention_heads=4, num_query_groups=2)
+    table = evidence.importance_table(scores(), config)
+    json.dumps(table)
+    assert [row["score"] for row in table["layers"]] == [3.0, 0.5, 0.5, 2.0]
+    assert len(table["layers"][0]["heads"]) == 4
+    assert len(table["layers"][0]["query_groups"]) == 2
+    # Both norms of all four layers: 1 + 1, sqrt(2) + 1, ...
+    assert table["hidden_size"][0] == pytest.approx(sum(n**0.5 + 1 for n in range(1, 5)))
+    evidence.importance_plot(table, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
+
+
+def row(layers: int, params: int, loss: float, latency: float | None = None) -> dict[str, Any]:
+    return {"num_layers": layers, "params": params, "loss": loss, "latency_ms": latency}
+
+
+def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
+    rows = [row(4, 100, 3.0), row(4, 90, 3.0), row(4, 80, 3.5), row(4, 85, 3.6)]
+    evidence.mark_front(rows)
+    assert [entry["front"] for entry in rows] == [False, True, True, False]
+    fast = [row(4, 100, 3.0, 5.0), row(4, 90, 3.0, 9.0)]
+    evidence.mark_front(fast)
+    assert [entry["front"] for entry in fast] == [True, True]
+    rows[0]["rounds"] = [{"step": 1, "val_loss": 2.9}]
+    evidence.pareto_plot(rows, {"params": 200, "loss": 2.5}, tmp_path / "pareto.svg")
+    assert "Pareto front" in (tmp_path / "pareto.svg").read_text()
+
+
+def test_candidates_come_in_turns_over_the_depths() -> None:
+    rows = [row(6, 1, 4.0), row(6, 2, 4.1), row(5, 3, 3.2), row(4, 4, 3.0), row(4, 5, 3.1), row(4, 6, 3.3)]
+    assert [entry["params"] for entry in best_first(rows)] == [4, 3, 1, 5, 2, 6]
+
+
+def test_what_a_round_leaves(tmp_path: Path) -> None:
+    candidate = tmp_path / "candidate"
+    (candidate / "checkpoints" / "step=4").mkdir(parents=True)
+    (candidate / "checkpoints" / "step=4" / "weights").write_text("w")
+    lines = [{"step": 2, "val_loss": 3.0}, {"step": 4, "loss": 0.1}, {"step": 4, "val_loss": 2.0}]
+    (candidate / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert not tournament.reached(candidate, 4)
+    write_json(candidate / "state.json", {"state": "paused", "step": 4})
+    assert tournament.reached(candidate, 4)
+    assert not tournament.reached(candidate, 8)
+    assert tournament.val_loss(candidate, 4) == 2.0
+    assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
+
+    tournament.keep_winner(candidate, tmp_path / "winner")
+    out = tmp_path / "distill"
+    out.mkdir()
+    tournament.go_on_from(tmp_path / "winner", out)
+    assert (out / "checkpoints" / "step=4" / "weights").read_text() == "w"
+    assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
+    # A training that has begun goes on from its own.
+    (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
+    (out / "metrics.jsonl").write_text("")
+    tournament.go_on_from(tmp_path / "winner", out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=6"]
+    assert (out / "metrics.jsonl").read_text() == ""
+
+
+def test_every_setting_of_the_search_decides_its_folder() -> None:
+    # None of them only places the work, so that a folder never answers for other settings.
+    from conf.schema import Budget, Tournament
+
+    for cls in (Budget, Tournament):
+        assert all(field.metadata.get("identity", True) for field in dataclasses.fields(cls))
