@@ -7,6 +7,7 @@ The best candidates of the search, distilled shortly, the worse half of them dro
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import logging
 import shutil
@@ -36,13 +37,18 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     table = json.loads((inputs["search"] / "candidates.json").read_text())
     plan = rounds(cfg)
     rows = {_name(row): row for row in table["candidates"][: plan[0][0]]}
+    _teacher(
+        cfg, inputs
+    )  # also where all is pruned already: it joins the ranks, which wait for one another from here on
     for name, row in rows.items():
         _prune(cfg, inputs, row, out / name)
+        _release()
     taking_part = list(rows)
     for number, (_, step) in enumerate(plan, 1):
         losses = {}
         for name in taking_part:
             _distil(cfg, inputs, out / name, step)
+            _release()
             losses[name] = tournament.val_loss(out / name, step)
             rows[name].setdefault("rounds", []).append({"step": step, "val_loss": losses[name]})
         log.info("round %d, step %d: %s", number, step, losses)
@@ -66,21 +72,32 @@ def _name(row: dict[str, Any]) -> str:
     return "candidate-" + "-".join(f"{letter}{row[axis]}" for letter, axis in zip("lhfaq", AXES, strict=True))
 
 
+def _teacher(cfg: RunConfig, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    from recipes.runtime import nemo_api
+
+    stages = cfg.prune.pipeline_model_parallel_size
+    return nemo_api.restore(inputs["teacher"], pipeline_model_parallel_size=stages, modelopt_spec=True)
+
+
+def _release() -> None:
+    """Frees the model that was at work, which is held by cycles, before the next one comes."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def _prune(cfg: RunConfig, inputs: dict[str, Any], row: dict[str, Any], folder: Path) -> None:
     """Leaves the candidate, not yet trained, in `folder/pruned`, a NeMo checkpoint."""
     from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
 
-    from recipes.runtime import backend, nemo_api
+    from recipes.runtime import backend
     from recipes.runtime.pruning.cutting import cut, sizes_for_modelopt
     from recipes.runtime.pruning.importance import Importance
 
     if (folder / "pruned").exists():
         return
-    model, trainer = nemo_api.restore(
-        inputs["teacher"],
-        pipeline_model_parallel_size=cfg.prune.pipeline_model_parallel_size,
-        modelopt_spec=True,
-    )
+    model, trainer = _teacher(cfg, inputs)
     scores = Importance.load(inputs["importance"], backend.activate().device)
     sizes = sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config)
     cut(model, sizes, row["drop_layers"], scores)
@@ -97,6 +114,8 @@ def _prune(cfg: RunConfig, inputs: dict[str, Any], row: dict[str, Any], folder: 
 
 def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> None:
     """Trains a candidate to a step of the full distillation, where it is validated and saved."""
+    import torch
+
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
@@ -114,6 +133,9 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
     else:
         chunk_tokens = cfg.distill.kd.chunk_tokens
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
+    if rank() == 0:
+        tournament.begin_again(folder, step)
+    torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
     data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step)
@@ -121,6 +143,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
         train(model, training, data, folder, seed=cfg.seed, start=folder / "pruned", callbacks=[pause])
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
+    torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
         forward_loop()
     own = []
     for layer in core.decoder.layers:
-        norms = [core._activations[id(norm)] for norm in _norms(layer)]
-        found = (layer._scores, norms, layer.mlp._activations, layer.self_attention._activations)
-        own.append((layer.layer_number, *found))
+        norms = [core._activations[id(norm)].cpu() for norm in _norms(layer)]
+        parts = (layer.mlp._activations.cpu(), layer.self_attention._activations.cpu())
+        own.append((layer.layer_number, layer._scores, norms, *parts))
     everyones: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
     torch.distributed.all_gather_object(everyones, own, group=parallel_state.get_pipeline_model_parallel_group())
     rows = sorted((row for rows in everyones for row in rows), key=lambda row: row[0])

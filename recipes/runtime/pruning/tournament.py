@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
-from recipes.artifact import read_state
+from recipes.artifact import STOP, read_state
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def reached(folder: Path, step: int) -> bool:
     """Whether a candidate has been trained to a step, and was saved there."""
     return int(read_state(folder).get("step", 0)) >= step and any((folder / CHECKPOINTS).glob("step=*"))
+
+
+def begin_again(folder: Path, step: int) -> None:
+    """Takes away what a kill left: a stop file, and a checkpoint of the round's last step that was not validated."""
+    (folder / STOP).unlink(missing_ok=True)
+    for checkpoint in (folder / CHECKPOINTS).glob("step=*"):
+        if int(checkpoint.name.partition("=")[2]) >= step:
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}")))
 
 
 def val_loss(folder: Path, step: int) -> float:
@@ -48,14 +58,23 @@ def keep_winner(folder: Path, target: Path) -> None:
 
 
 def go_on_from(begun: Path, out: Path) -> None:
-    """Has a training in `out` go on from another one's checkpoint; nothing happens where it has one of its own."""
-    if rank() != 0 or (out / CHECKPOINTS).exists() or (out / "nemo").exists():
+    """Has a training in `out` go on from another one's checkpoint; nothing happens where it has one of its own.
+
+    On every rank: all return once it is there, as each looks for it by itself.
+    """
+    while rank() != 0 and not _has_begun(out):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    if _has_begun(out):
         return
     shutil.copy2(begun / METRICS, out / METRICS)
     partial = out / f".{CHECKPOINTS}"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(begun / CHECKPOINTS, partial, copy_function=_link)
     os.replace(partial, out / CHECKPOINTS)
+
+
+def _has_begun(out: Path) -> bool:
+    return (out / CHECKPOINTS).exists() or (out / "nemo").exists()
 
 
 def _link(source: str, target: str) -> None:

@@ -115,6 +115,11 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     assert tournament.val_loss(candidate, 4) == 2.0
     assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
 
+    (candidate / "stop").touch()
+    tournament.begin_again(candidate, 5)
+    assert tournament.reached(candidate, 4)
+    assert not (candidate / "stop").exists()
+
     tournament.keep_winner(candidate, tmp_path / "winner")
     out = tmp_path / "distill"
     out.mkdir()
@@ -127,6 +132,10 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     tournament.go_on_from(tmp_path / "winner", out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=6"]
     assert (out / "metrics.jsonl").read_text() == ""
+    # A checkpoint that was saved, but not validated, before a kill.
+    tournament.begin_again(candidate, 4)
+    assert not list((candidate / "checkpoints").glob("step=*"))
+    assert (tmp_path / "winner" / "checkpoints" / "step=4" / "weights").read_text() == "w"
 
 
 def test_every_setting_of_the_search_decides_its_folder() -> None:
