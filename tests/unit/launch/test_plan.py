@@ -12,7 +12,9 @@ import pytest
 
 from conf.composition import config_groups
 from conf.errors import ConfigError
+from conf.flops import training_flops
 from conf.load import compose
+from conf.phases import training_tokens
 from conf.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
 from launch import compute, disk, plan
 from launch.plan_text import short, table
@@ -42,13 +44,13 @@ def test_flops_by_hand() -> None:
     training = Training(max_steps=10, seq_length=16, global_batch_size=4)
     # Products: 576 a layer, 32 x 8 in the output layer. Attention: 2 x 16 x 8 a layer.
     student, teacher = 2 * (2 * 576 + 256) + 2 * 256, 2 * (4 * 576 + 256) + 4 * 256
-    flops = compute.training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER)
+    flops = training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER)
     assert (flops.student, flops.teacher, flops.recompute) == (3 * student, teacher, 0)
     assert flops.total == 3 * student + teacher
-    assert compute.training_flops(training, Loss.ce, Family.qwen3, STUDENT, TEACHER).total == 3 * student
+    assert training_flops(training, Loss.ce, Family.qwen3, STUDENT, TEACHER).total == 3 * student
     training.recompute = Recompute.full
-    assert compute.training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER).recompute == student - 2 * 256
-    assert compute.tokens(training) == 10 * 4 * 16
+    assert training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER).recompute == student - 2 * 256
+    assert training_tokens(training) == 10 * 4 * 16
     prune = PruneConfig(calibration_samples=3, calibration_seq_length=16)
     assert compute.calibration_flops(prune, Family.qwen3, TEACHER) == 3 * 16 * teacher
     prune.drop_layers = [1]
