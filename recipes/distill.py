@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Loss, RunConfig
+from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
 
@@ -25,11 +26,13 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
     model = student
     if cfg.distill.loss is Loss.kd:
+        check_tokenizers(inputs["student"], inputs["teacher"])
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_vocabularies(student.config, teacher.config)
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
@@ -42,7 +45,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
         model.__io__ = student.__io__
     data = DataFolder.read(inputs["data"])
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"])
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"], meter=meter(cfg))
 
 
 if __name__ == "__main__":
