@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
@@ -108,6 +109,12 @@ class Batches(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation set's batches, in the training's own sizes whatever the phase."""
         return self.validation.val_dataloader()
+
+    def first_validation(self) -> dict[str, torch.Tensor]:
+        """The first micro batch of the validation set, the same on all ranks: `[b, s]` of each column."""
+        dataset = self.validation._validation_ds
+        items = [dataset[n] for n in range(min(self.cfg.micro_batch_size, len(dataset)))]
+        return {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels", "position_ids")}
 
     def places(self, step: int) -> list[Place]:
         """The sequences of a step's global batch, steps counted from 0."""

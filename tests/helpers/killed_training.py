@@ -12,6 +12,7 @@ import random
 import signal
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from conf.load import load_resolved
@@ -35,10 +36,14 @@ def main() -> None:
     from recipes.runtime import training  # noqa: F401
 
     chance = random.Random(arguments.seed)
-    for _ in range(arguments.times):
-        _killed_attempt(stage, chance)
+    targets = sorted(chance.choices(range(1, stage.cfg.distill.max_steps), k=arguments.times))
+    killed = [_killed_attempt(stage, target, chance.random() * 0.3) for target in targets]
     child = _attempt(stage)
     _, status = os.waitpid(child, 0)
+    for group in killed:
+        # What outlived the rank: its writer of a checkpoint, and torch's queue for the writers' results.
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     raise SystemExit(os.waitstatus_to_exitcode(status))
 
 
@@ -46,6 +51,7 @@ def _attempt(stage: Located) -> int:
     child = os.fork()
     if child:
         return child
+    os.setsid()
     from recipes import distill
 
     os.environ["SLURM_JOB_NAME"] = "interactive"  # as recipes.runtime.stage_main does
@@ -57,27 +63,28 @@ def _attempt(stage: Located) -> int:
     os._exit(0)
 
 
-def _killed_attempt(stage: Located, chance: random.Random) -> None:
+def _killed_attempt(stage: Located, target: int, wait: float) -> int:
+    """Kills an attempt `wait` seconds after step `target`, or after its own first step, and tells its process group."""
     from recipes.runtime.checkpoints import newest_checkpoint
 
     newest = newest_checkpoint(stage.folder / "checkpoints")
     first = int(newest.name[5:]) if newest else 0
-    last = stage.cfg.distill.max_steps
-    target = min(first + chance.randint(1, 4), last - 1)
-    # Lines of the steps after the checkpoint are what an earlier attempt left, until they are forgotten.
+    target = max(target, first + 1)
     began = time.time()
     child = _attempt(stage)
     metrics = stage.folder / "metrics.jsonl"
     while not _reached(metrics, began, target):
         assert os.waitpid(child, os.WNOHANG) == (0, 0), "the training ended by itself"
         time.sleep(0.005)
-    time.sleep(chance.random() * 0.3)
+    time.sleep(wait)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     print(f"resumed from {first}, killed after step {read_metrics(metrics)[-1]['step']}", flush=True)
+    return child
 
 
 def _reached(metrics: Path, began: float, step: int) -> bool:
+    # An older file is what an earlier attempt left; the new one drops its lines of steps that it repeats.
     fresh = metrics.exists() and metrics.stat().st_mtime > began
     lines = read_metrics(metrics) if fresh else []
     return any(line["step"] >= step and "loss" in line for line in lines[-3:])

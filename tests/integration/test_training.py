@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conf.load import compose, save_resolved
@@ -142,8 +144,7 @@ def assert_same(lines: list[dict[str, Any]], expected: list[dict[str, Any]], acc
 def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir)
-    (teacher,) = finished.glob("hf_to_nemo-*/nemo")
-    shutil.copytree(teacher, stage.folder / "checkpoints" / "step=2")
+    shutil.copytree(stage.inputs["teacher"], stage.folder / "checkpoints" / "step=2")
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
     assert "holds another model (num_layers 4) than the one that is trained (num_layers 2)" in failed.stderr
@@ -161,6 +162,32 @@ def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
     assert re.search(r"error: the tokenizers in .* differ, for one of the id 5", failed.stderr)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (),
+        (*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
+        (*TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2"),
+    ],
+    ids=["one_rank", "tp2", "pp2"],
+)
+def test_a_teacher_that_does_no_better_than_chance_is_refused(
+    finished: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    stage = located(run_dir, *layout)
+    # Another tokenizer's ids, in effect: any of them, anywhere.
+    validation = stage.inputs["data"] / "validation.bin"
+    size = validation.stat().st_size // 2
+    tokens = np.random.default_rng(1).integers(0, tiny.SHAPE["vocab_size"], size, dtype=np.uint16)
+    validation.write_bytes(tokens.tobytes())
+    failed = train(stage)
+    assert failed.returncode == (1 if layout else 2), failed.stderr[-4000:]
+    found = re.search(r"error: the teacher's loss .* is ([\d.]+) nats a token, no better than chance", failed.stderr)
+    assert found, failed.stderr[-4000:]
+    assert float(found[1]) > math.log(tiny.SHAPE["vocab_size"])
 
 
 def test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one(finished: Path, tmp_path: Path) -> None:

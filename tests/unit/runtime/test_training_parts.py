@@ -1,21 +1,28 @@
-"""Learning rates, judged losses, kept checkpoints, compared tokenizers: no NeMo."""
+"""Learning rates, judged losses, kept checkpoints, compared tokenizers, trackers, utilisation: no NeMo."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conf.errors import InputError
-from conf.schema import Phase, Schedule, Training
+from conf.flops import Meter, sequence_flops
+from conf.load import compose
+from conf.schema import Family, Loss, Mlflow, Phase, Recompute, Schedule, Shape, Training, WeightsAndBiases
+from conf.validate import meter as stated_meter
 from recipes.runtime.checkpoints import newest_checkpoint, superfluous
+from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.loss_guard import LEAST, fault_of
 from recipes.runtime.schedules import learning_rate
 from recipes.runtime.tokenizer_check import check_tokenizers
+from recipes.runtime.trackers import Trackers
 
 
 def rates(**values: Any) -> list[float]:
@@ -93,3 +100,81 @@ def test_tokenizers_are_compared_by_content(tmp_path: Path) -> None:
             check_tokenizers(student, other)
     with pytest.raises(InputError, match="in their merges"):
         check_tokenizers(student, _checkpoint(tmp_path / "merges", {"a": 0, "b": 1, "ab": 2}, []))
+
+
+def test_weights_of_a_phase_are_shared_out_among_a_sources_parts() -> None:
+    parts = [
+        {"prefix": "a-0", "source": "a", "tokens": 30, "documents": 3, "weight": 1.0},
+        {"prefix": "a-1", "source": "a", "tokens": 10, "documents": 1, "weight": 1.0},
+        {"prefix": "b-0", "source": "b", "tokens": 50, "documents": 5, "weight": 1.0},
+    ]
+    totals = {"a": {"tokens": 40}, "b": {"tokens": 50}}
+    folder = DataFolder(Path("x"), 10, 0, parts, 1, 1, 1, totals, {})
+    assert folder.weighted({"a": 2.0, "b": 1.0}).train_paths == ["1.5", "x/a-0", "0.5", "x/a-1", "1.0", "x/b-0"]
+    assert folder.weighted({"b": 1.0, "a": 0.0}).train_paths == ["x/b-0"]
+
+
+def test_figures_go_to_tensorboard_and_a_resumed_training_replaces_what_a_killed_one_wrote(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    killed = Trackers(Training(), tmp_path, step=0)
+    for step in (1, 2, 3):
+        killed.write({"loss": float(step)}, step)
+    resumed = Trackers(Training(), tmp_path, step=1)
+    resumed.write({"loss": 20.0}, 2)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finished")
+    )
+    service = SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    folder = tmp_path / "run" / "distill-1"
+    trackers = Trackers(Training(wandb=WeightsAndBiases(project="p")), folder, step=0)
+    trackers.write({"loss": 1.0}, 5)
+    trackers.close()
+    asked, *rest = calls
+    assert (asked["project"], asked["id"], asked["resume"]) == ("p", "run-distill-1", "allow")
+    assert rest == [({"loss": 1.0}, 5), "finished"]
+
+
+def test_mlflow_goes_on_with_the_same_run_and_an_outage_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[Any] = []
+
+    def start_run(run_id: str | None, run_name: str | None) -> Any:
+        calls.append((run_id, run_name))
+        return SimpleNamespace(info=SimpleNamespace(run_id="abc"))
+
+    def log_metrics(values: dict[str, float], step: int) -> None:
+        raise ConnectionError("no such host")
+
+    names = {"set_tracking_uri": calls.append, "set_experiment": calls.append, "end_run": lambda: None}
+    service = SimpleNamespace(start_run=start_run, log_metrics=log_metrics, **names)
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    cfg = Training(mlflow=Mlflow(tracking_uri="http://localhost:1", experiment="e"))
+    for _ in range(2):
+        trackers = Trackers(cfg, tmp_path / "run" / "distill-1", step=0)
+        trackers.write({"loss": 1.0}, 5)
+        trackers.close()
+    assert calls == ["http://localhost:1", "e", (None, "run-distill-1"), "http://localhost:1", "e", ("abc", None)]
+    assert "figures of step 5 were not written" in caplog.text
+
+
+def test_utilisation_is_the_models_flops_over_the_peak() -> None:
+    shape = Shape(2, 8, 16, 2, 1, 4, 32, 64, False)
+    flops = sequence_flops(16, Recompute.none, Loss.kd, Family.qwen3, shape, shape).total
+    meter = Meter(Loss.kd, Family.qwen3, shape, shape, peak=100.0 * flops)
+    assert meter.utilisation(50.0, 16) == pytest.approx(0.5)
+    assert stated_meter(compose(["experiment=demo"])) is None
+    cfg = compose(["experiment=qwen3_8b_to_6b_depth", "cluster.devices_per_node=8"])
+    known = stated_meter(cfg)
+    assert known is not None
+    assert cfg.cluster.gpu is not None
+    assert known.peak == 8e12 * cfg.cluster.gpu.bf16_tflops
