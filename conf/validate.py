@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, slurm_rules, training_rules
+from conf import data_rules, kd_rules, slurm_rules, training_rules
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
@@ -120,10 +120,19 @@ _ABOVE_ZERO = (
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
+    *(
+        "distill.kd.kd_weight",
+        "distill.kd.temperature",
+        "distill.kd.top_k",
+        "distill.kd.chunk_tokens",
+        "distill.kd.intermediate_weight",
+    ),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
-_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
+_FROM_ZERO = (
+    *("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
+)
 _TRAININGS = ("distill", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
@@ -513,6 +522,10 @@ def _tracker_packages(cfg: RunConfig) -> Iterator[str]:
         yield from training_rules.tracker_packages(cfg.distill, "distill")
 
 
+def _of_loss(rule: kd_rules.Rule) -> Rule:
+    return lambda cfg: rule(cfg, dict(_shapes(cfg)))
+
+
 def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
     """The models that a training run lays out; empty where the teacher's shape is not known."""
     if cfg.model.shape is None:
@@ -585,6 +598,7 @@ RULES: tuple[Rule, ...] = (
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
     _phase_weights,
+    *(_of_loss(rule) for rule in kd_rules.RULES),
     *slurm_rules.RULES,
 )
 

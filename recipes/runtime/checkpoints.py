@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step >= self.cfg.max_steps:
-            self._write(trainer, self.final, weights_only=True)
+            with getattr(pl_module, "student_only", nullcontext)():
+                self._write(trainer, self.final, weights_only=True)
         self._finish(trainer)
 
     def _write(self, trainer: Any, target: Path, weights_only: bool) -> None:

@@ -21,8 +21,8 @@ from recipes.runtime.trackers import Trackers
 class Progress(Callback):
     """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps and one a validation (rank 0).
 
-    A step's line has its learning rate, tokens so far and a second, and whatever the model's `loss_parts()` returns:
-    parts of the loss by name, the same on all ranks.
+    A step's line has its learning rate, tokens so far and a second, and whatever the model's `loss_parts()` returns
+    on every rank: parts of the loss by name.
 
     Args:
         meter: what the model-FLOPs utilisation (`mfu`) is reckoned with; without it, it is left out.
@@ -44,13 +44,16 @@ class Progress(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if rank() != 0 or (step % self.cfg.log_every_n_steps and step != self.cfg.max_steps):
+        if step % self.cfg.log_every_n_steps and step != self.cfg.max_steps:
+            return
+        # On all ranks: what the last pipeline stage knows is sent around.
+        parts = pl_module.loss_parts() if hasattr(pl_module, "loss_parts") else {}
+        if rank() != 0:
             return
         now = time.perf_counter()
         tokens = tokens_before(self.phases, step)
         tokens_per_second = (tokens - tokens_before(self.phases, self.since[0])) / (now - self.since[1])
         self.since = (step, now)
-        parts = pl_module.loss_parts() if hasattr(pl_module, "loss_parts") else {}
         left = tokens_before(self.phases, self.cfg.max_steps) - tokens
         self._write(
             step,
