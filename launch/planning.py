@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
+from conf.flops import training_flops
 from conf.model_size import parameters
+from conf.phases import training_tokens
 from conf.schema import Gpu, Loss, RunConfig, Shape
 from conf.units import GIB, seconds_of_time_limit
 from conf.validate import student_shape
@@ -32,7 +34,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     models = _models(cfg)
     of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
     of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
-    flops = compute.training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
+    flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
     room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
@@ -47,9 +49,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         "models": {"teacher": _model(cfg, teacher), "student": _model(cfg, student), "cut": cut},
         "training": {
             "steps": cfg.distill.max_steps,
-            "tokens": compute.tokens(cfg.distill),
-            "tokens_a_step": cfg.distill.global_batch_size * cfg.distill.seq_length,
-            "flops": compute.tokens(cfg.distill) * flops.total,
+            "tokens": training_tokens(cfg.distill),
+            "tokens_a_step": training_tokens(cfg.distill) // cfg.distill.max_steps,
+            "flops": training_tokens(cfg.distill) * flops.total,
             "flops_a_token": {**dataclasses.asdict(flops), "total": flops.total},
         },
         "stages": _stages(cfg, student, teacher, ranks),
@@ -117,8 +119,8 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
     for stage in wanted(cfg):
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
-            a_token = compute.training_flops(run, run.loss, cfg.model.family, student, teacher).total
-            flops[stage.name] = (compute.tokens(run) * a_token, ranks)
+            a_token = training_flops(run, run.loss, cfg.model.family, student, teacher).total
+            flops[stage.name] = (training_tokens(run) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
         # Pipeline stages of the pruning wait for one another: no faster than one rank.

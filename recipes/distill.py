@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Init, KdConfig, Loss, RunConfig
+from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
 
@@ -25,10 +26,12 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
+    from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
     if cfg.distill.loss is Loss.kd:
+        check_tokenizers(inputs["student"], inputs["teacher"])
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_vocabularies(student.config, teacher.config)
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
@@ -38,7 +41,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
     data = DataFolder.read(inputs["data"])
     start = inputs["student"] if cfg.distill.init is Init.pruned else None
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start)
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, meter=meter(cfg))
 
 
 if __name__ == "__main__":
