@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from conf import student
+from conf.phases import training_phases
 from conf.schema import Budget, Depth, RunConfig
 from conf.student import GB, Space, student_shape
 from conf.wording import any_of, around, divisors, too_long
@@ -286,7 +287,7 @@ def rounds(cfg: RunConfig) -> list[tuple[int, int]]:
     """Of each round of the tournament: how many take part, and the step of the distillation at which it ends."""
     tournament = cfg.prune.tournament
     assert tournament is not None
-    first = math.ceil(tournament.round_tokens / (cfg.distill.global_batch_size * cfg.distill.seq_length))
+    first = math.ceil(tournament.round_tokens / training_phases(cfg.distill)[0].tokens_a_step)
     plan, taking_part, steps = [], tournament.candidates, first
     while taking_part > 1:
         plan.append((taking_part, steps))

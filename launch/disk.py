@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.model_size import parameters
+from conf.phases import training_tokens
 from conf.schema import Precision, RunConfig, Shape, Training
 from conf.student import student_shape
 from conf.units import GIB
-from launch.compute import tokens
 
 # Where there is too little room.
 MEND = "free some, or set run_dir to a larger disk"
@@ -35,7 +35,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     taking_part = 0 if cfg.prune.tournament is None else cfg.prune.tournament.candidates
     demo = cfg.model.demo
     return {
-        "tokens": tokens(cfg.distill) * token_bytes(teacher.vocab_size),
+        "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
         "teacher": (1 if demo is None else 3) * stored * of_teacher,
         "students": (2 * (stored + trainings * trained) + taking_part * stored) * student,
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
@@ -44,7 +44,8 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
 
 
 def _checkpoints(training: Training, model: int) -> int:
-    return (training.keep_checkpoints + 1) * (weight_bytes(training.precision) + OPTIMIZER_BYTES) * model
+    kept = training.keep_checkpoints + training.keep_best
+    return (kept + 1) * (weight_bytes(training.precision) + OPTIMIZER_BYTES) * model
 
 
 def token_bytes(vocab_size: int) -> int:

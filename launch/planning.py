@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
+from conf.flops import training_flops
 from conf.model_size import parameters
+from conf.phases import training_tokens
 from conf.prune_rules import rounds, steps_of_rounds
 from conf.schema import Gpu, Loss, RunConfig, Shape
 from conf.student import student_shape, student_shapes
@@ -33,7 +35,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     models = _models(cfg)
     of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
     of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
-    flops = compute.training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
+    flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
     room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
@@ -53,9 +55,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         },
         "training": {
             "steps": cfg.distill.max_steps,
-            "tokens": compute.tokens(cfg.distill),
-            "tokens_a_step": cfg.distill.global_batch_size * cfg.distill.seq_length,
-            "flops": compute.tokens(cfg.distill) * flops.total,
+            "tokens": training_tokens(cfg.distill),
+            "tokens_a_step": training_tokens(cfg.distill) // cfg.distill.max_steps,
+            "flops": training_tokens(cfg.distill) * flops.total,
             "flops_a_token": {**dataclasses.asdict(flops), "total": flops.total},
         },
         "stages": _stages(cfg, student, teacher, ranks),
@@ -126,19 +128,20 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
     flops: dict[str, tuple[float, int]] = {
         "importance": (compute.calibration_flops(cfg.prune, cfg.model.family, teacher), calibrating)
     }
-    a_step = compute.step_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
     if cfg.prune.budget is not None:
         scoring = compute.search_flops(cfg.prune, cfg.model.family, teacher, student_shapes(cfg))
         flops["search"] = (scoring, calibrating)
     if cfg.prune.tournament is not None:
-        flops["tournament"] = (steps_of_rounds(cfg) * a_step, ranks)
+        a_token = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher).total
+        share = steps_of_rounds(cfg) / cfg.distill.max_steps
+        flops["tournament"] = (training_tokens(cfg.distill) * share * a_token, ranks)
     for stage in wanted(cfg):
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
-            of_step = compute.step_flops(run, run.loss, cfg.model.family, student, teacher)
+            a_token = training_flops(run, run.loss, cfg.model.family, student, teacher).total
             # The winner of a tournament goes on from there.
             taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(stage.configure(cfg)) else 0
-            flops[stage.name] = ((run.max_steps - taken) * of_step, ranks)
+            flops[stage.name] = (training_tokens(run) * (1 - taken / run.max_steps) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
         # Pipeline stages of the calibration wait for one another: no faster than one rank.

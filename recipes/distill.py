@@ -1,7 +1,8 @@
 """torchrun --nproc_per_node 8 -m recipes.distill --config RUN_DIR/resolved.yaml [--stage distill.ce]
 
-Distillation: the pruned student learns the teacher's next-token distribution (KL divergence on the logits). The
-control `distill.ce` trains the same student on the same tokens without a teacher.
+Distillation: the pruned student learns the teacher's next-token distribution (`distill.kd` says by which loss). The
+controls train the same shape on the same tokens without a teacher: `distill.ce` from the pruned weights,
+`distill.scratch` from random ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import KdConfig, Loss, RunConfig
+from conf.schema import Init, KdConfig, Loss, RunConfig
+from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
 
@@ -26,10 +28,12 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
     from recipes.runtime.pruning.tournament import go_on_from
+    from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
     if cfg.distill.loss is Loss.kd:
+        check_tokenizers(inputs["student"], inputs["teacher"])
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_vocabularies(student.config, teacher.config)
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
@@ -40,7 +44,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if "begun" in inputs:
         go_on_from(inputs["begun"], out)
     data = DataFolder.read(inputs["data"])
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"])
+    start = inputs["student"] if cfg.distill.init is Init.pruned else None
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, meter=meter(cfg))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.data_files import sources
-from conf.schema import DocumentFormat, Loss, RunConfig
+from conf.schema import DocumentFormat, Init, Loss, RunConfig
 from conf.student import needs_importance
 
 
@@ -134,7 +134,9 @@ def _prune_ranks(cfg: RunConfig) -> int:
 
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
-    if cfg.prune.tournament is not None and cfg.distill.loss is Loss.kd:
+    # Controls train by other rules than the tournament did: they begin at the beginning.
+    as_in_tournament = cfg.distill.loss is Loss.kd and cfg.distill.init is Init.pruned
+    if cfg.prune.tournament is not None and as_in_tournament:
         inputs["begun"] = Output("tournament", "winner")
     if cfg.distill.loss is not Loss.ce:
         inputs["teacher"] = Output("hf_to_nemo", "nemo")
@@ -208,6 +210,16 @@ STAGES: tuple[Stage, ...] = (
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
         settings={"distill.loss": Loss.ce},
+        trains=True,
+    ),
+    Stage(
+        "distill.scratch",
+        "recipes.distill",
+        ("distill",),
+        _distill_inputs,
+        world_size,
+        wanted=lambda cfg: "scratch" in cfg.distill.controls,
+        settings={"distill.loss": Loss.ce, "distill.init": Init.random},
         trains=True,
     ),
     Stage(

@@ -97,7 +97,6 @@ def make_trainer(
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,
-        ckpt_async_save=False,
         # The optimizer's state in the model's own shapes, so that a run resumes on any layout. The default layout also
         # fails to load in fp32: its in-place copy into a leaf is not under no_grad
         # (megatron/core/optimizer/distrib_optimizer.py:928).
@@ -106,7 +105,7 @@ def make_trainer(
         # missing parameter would pass as well, so every load is followed by `check_parameters`.
         ckpt_load_strictness=StrictHandling.LOG_ALL,
         replace_progress_bar=False,
-        **(strategy_options or {}),
+        **{"ckpt_async_save": False, **(strategy_options or {})},
     )
     trainer = nl.Trainer(
         accelerator=backend.activate().accelerator,

@@ -42,9 +42,10 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament")]
-    assert [stage.name for stage in wanted(demo())] == every
+    assert [stage.name for stage in wanted(demo("distill.controls=[ce,scratch]"))] == every
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
-    assert [stage.name for stage in few] == [name for name in every if name not in ("distill.ce", "verify")]
+    left_out = ("distill.ce", "distill.scratch", "verify")
+    assert [stage.name for stage in few] == [name for name in every if name not in left_out]
     published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
 
@@ -71,9 +72,9 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
     assert [stage.name for stage in wanted(fought)][3:7] == ["importance", "search", "tournament", "prune"]
     assert find("prune").inputs(fought)["choice"] == Output("tournament")
     assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
-    # The control learns from the data alone: it begins at the beginning.
-    control = find("distill.ce")
-    assert "begun" not in control.inputs(control.configure(fought))
+    for name in ("distill.ce", "distill.scratch"):
+        control = find(name)
+        assert "begun" not in control.inputs(control.configure(fought))
 
 
 def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConfig]) -> None:
