@@ -39,7 +39,7 @@ bench-convert: setup ## both conversions beside cp and NeMo's importer, 4 min, 3
 bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.bench_data
 
-bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices by hand, about 40 min; writes runs/bench/prune.json
+bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices by hand; writes runs/bench/prune.json
 	$(BIN)/python -m tests.benchmarks.bench_prune
 
 setup: $(INSTALLED)

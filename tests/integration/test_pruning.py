@@ -96,6 +96,18 @@ def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, st
         assert line["tensors"] > 0
 
 
+def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    located = tiny.stages(run_dir, *tiny.DEPTH)
+    (located["importance"].folder / "manifest.json").unlink()
+    described = located["prepare_data"].folder / "data.json"
+    content = json.loads(described.read_text())
+    described.write_text(json.dumps({**content, "vocab_size": content["vocab_size"] + 1}))
+    done = tiny.launch(run_dir, *tiny.DEPTH, "--until", "importance", check=False)
+    assert done.returncode == 2
+    assert "made by another tokenizer than the model's: entries of the vocabulary 523, not 522" in done.stderr
+
+
 def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, "prune.num_layers=3", *tiny.WIDTH, *HEADS)

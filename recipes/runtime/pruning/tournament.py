@@ -30,7 +30,7 @@ def begin_again(folder: Path, step: int) -> None:
     (folder / STOP).unlink(missing_ok=True)
     for checkpoint in (folder / CHECKPOINTS).glob("step=*"):
         if int(checkpoint.name.partition("=")[2]) >= step:
-            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}")))
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
 
 
 def val_loss(folder: Path, step: int) -> float:
