@@ -9,7 +9,7 @@ from conf import student
 from conf.phases import training_phases
 from conf.schema import Budget, Depth, RunConfig
 from conf.student import GB, Space, student_shape
-from conf.wording import any_of, around, divisors, too_long
+from conf.wording import any_of, around, too_long
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
@@ -261,13 +261,6 @@ def _tournament(cfg: RunConfig) -> Iterator[str]:
         yield (
             "prune.tournament chooses among the candidates of a search, but prune.budget=null; set a limit such as "
             "prune.budget.params_share=0.67, or prune.tournament=null"
-        )
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
-    if ranks % cfg.prune.pipeline_model_parallel_size:
-        yield (
-            f"prune.pipeline_model_parallel_size={cfg.prune.pipeline_model_parallel_size} does not divide the {ranks} "
-            "ranks of the tournament, which prunes and distils with all of them; set it to "
-            f"{any_of(divisors(ranks))}"
         )
     if tournament.candidates < 2:
         yield f"prune.tournament.candidates={tournament.candidates} leaves nothing to choose; set it to 2 or more"

@@ -25,14 +25,15 @@ log = logging.getLogger("recipes.search")
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: teacher (a NeMo checkpoint), data, importance.
 
-    Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`.
+    Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
+    tournament a NeMo checkpoint a candidate that takes part.
     """
     from recipes.runtime import backend
 
     device = backend.activate().device
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import blocks, evidence
+    from recipes.runtime.pruning import blocks, evidence, finalists
     from recipes.runtime.pruning.importance import Importance
     from recipes.runtime.pruning.losses import calibration_batches, held_out_batches
     from recipes.runtime.pruning.subnets import Subnets
@@ -77,6 +78,11 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         write_json(out / "choice.json", rows[0])
         evidence.pareto_plot(rows, teacher, out / "pareto.svg")
     trainer.strategy.barrier()
+    if prune.tournament is not None:
+        del model, core, trainer
+        for row in rows[: prune.tournament.candidates]:
+            finalists.release()
+            finalists.leave(row, inputs["teacher"], scores, prune.pipeline_model_parallel_size, out)
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
 
 

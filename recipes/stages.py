@@ -196,7 +196,11 @@ STAGES: tuple[Stage, ...] = (
         "tournament",
         "recipes.tournament",
         ("prune", "distill"),
-        lambda cfg: {**_search_inputs(cfg), "search": Output("search")},
+        lambda cfg: {
+            "teacher": Output("hf_to_nemo", "nemo"),
+            "data": Output("prepare_data"),
+            "search": Output("search"),
+        },
         world_size,
         wanted=lambda cfg: cfg.prune.tournament is not None,
     ),

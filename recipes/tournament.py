@@ -7,7 +7,6 @@ The best candidates of the search, distilled shortly, the worse half of them dro
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 import shutil
@@ -16,7 +15,6 @@ from typing import Any
 
 from conf.prune_rules import rounds
 from conf.schema import KdConfig, Loss, RunConfig
-from conf.student import AXES
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import PausedError, rank, stage_main
 
@@ -24,31 +22,27 @@ log = logging.getLogger("recipes.tournament")
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data, importance, search.
+    """Inputs: teacher (a NeMo checkpoint), data, search.
 
     Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
-    `candidates.json` and `pareto.svg`; a folder a candidate, with `pruned/` and `metrics.jsonl`.
+    `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
     from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime.pruning import evidence, tournament
+    from recipes.runtime.pruning import evidence, finalists, tournament
 
     table = json.loads((inputs["search"] / "candidates.json").read_text())
     plan = rounds(cfg)
-    rows = {_name(row): row for row in table["candidates"][: plan[0][0]]}
-    _teacher(
-        cfg, inputs
-    )  # also where all is pruned already: it joins the ranks, which wait for one another from here on
-    for name, row in rows.items():
-        _prune(cfg, inputs, row, out / name)
-        _release()
+    rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
+    _join_ranks(cfg, inputs)
+    finalists.release()
     taking_part = list(rows)
     for number, (_, step) in enumerate(plan, 1):
         losses = {}
         for name in taking_part:
-            _distil(cfg, inputs, out / name, step)
-            _release()
+            _distil(cfg, inputs, inputs["search"] / name, out / name, step)
+            finalists.release()
             losses[name] = tournament.val_loss(out / name, step)
             rows[name].setdefault("rounds", []).append({"step": step, "val_loss": losses[name]})
         log.info("round %d, step %d: %s", number, step, losses)
@@ -67,52 +61,19 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
 
 
-def _name(row: dict[str, Any]) -> str:
-    """A folder's name that says what the candidate is: layers, hidden size, FFN, heads, query groups."""
-    return "candidate-" + "-".join(f"{letter}{row[axis]}" for letter, axis in zip("lhfaq", AXES, strict=True))
-
-
-def _teacher(cfg: RunConfig, inputs: dict[str, Any]) -> tuple[Any, Any]:
+def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:
+    """Starts what lets ranks wait for one another, as NeMo does with a model at hand."""
     from recipes.runtime import nemo_api
 
-    stages = cfg.prune.pipeline_model_parallel_size
-    return nemo_api.restore(inputs["teacher"], pipeline_model_parallel_size=stages, modelopt_spec=True)
+    parallel = cfg.distill.parallel
+    nemo_api.restore(
+        inputs["teacher"],
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+    )
 
 
-def _release() -> None:
-    """Frees the model that was at work, which is held by cycles, before the next one comes."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _prune(cfg: RunConfig, inputs: dict[str, Any], row: dict[str, Any], folder: Path) -> None:
-    """Leaves the candidate, not yet trained, in `folder/pruned`, a NeMo checkpoint."""
-    from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
-
-    from recipes.runtime import backend
-    from recipes.runtime.pruning.cutting import cut, sizes_for_modelopt
-    from recipes.runtime.pruning.importance import Importance
-
-    if (folder / "pruned").exists():
-        return
-    model, trainer = _teacher(cfg, inputs)
-    scores = Importance.load(inputs["importance"], backend.activate().device)
-    sizes = sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config)
-    cut(model, sizes, row["drop_layers"], scores)
-    partial = folder / ".pruned"
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    trainer.strategy.barrier()
-    save_pruned_model(trainer, str(partial))
-    trainer.strategy.barrier()
-    if rank() == 0:
-        partial.rename(folder / "pruned")
-    trainer.strategy.barrier()
-
-
-def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> None:
+def _distil(cfg: RunConfig, inputs: dict[str, Any], pruned: Path, folder: Path, step: int) -> None:
     """Trains a candidate to a step of the full distillation, where it is validated and saved."""
     import torch
 
@@ -125,7 +86,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
 
     if tournament.reached(folder, step):
         return
-    student = nemo_api.load_model(folder / "pruned")
+    student = nemo_api.load_model(pruned)
     if cfg.distill.loss is Loss.kd:
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
@@ -140,7 +101,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], folder: Path, step: int) -> 
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
     data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step)
     try:
-        train(model, training, data, folder, seed=cfg.seed, start=folder / "pruned", callbacks=[pause])
+        train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
     torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
