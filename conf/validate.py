@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from conf import data_rules, slurm_rules
 from conf.hf_shape import may_be_hub_id
-from conf.schema import Loss, RunConfig, Shape, Training
+from conf.schema import Loss, RunConfig, Shape, TeacherSignal, Training
 from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
@@ -109,10 +109,12 @@ _ABOVE_ZERO = (
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
+    *("distill.signal_top_k", "distill.signal_shard_sequences", "distill.swap_teacher_at_step"),
+    "distill.kd.temperature",
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
 _FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
-_TRAININGS = ("distill", "model.demo.training")
+_TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
     *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps"),
@@ -311,6 +313,43 @@ def _controls(cfg: RunConfig) -> Iterator[str]:
         yield "distill.controls=['ce'] repeats what distill.loss=ce already trains; set distill.controls=[]"
 
 
+def _signal(cfg: RunConfig) -> Iterator[str]:
+    distill, shape = cfg.distill, cfg.model.shape
+    if distill.signal is TeacherSignal.live:
+        return
+    if distill.loss is Loss.ce:
+        yield "distill.signal=stored keeps what distill.loss=ce does not read; set distill.signal=live"
+    if shape is not None and distill.signal_top_k >= shape.vocab_size:
+        yield (
+            f"distill.signal_top_k={distill.signal_top_k} leaves nothing of the vocabulary of {shape.vocab_size}; "
+            f"set distill.signal_top_k to at most {shape.vocab_size - 1}, such as 64"
+        )
+
+
+def _correct_teacher(cfg: RunConfig) -> Iterator[str]:
+    distill = cfg.distill
+    swap = distill.swap_teacher_at_step
+    if distill.correct_teacher is not None and distill.loss is Loss.ce:
+        yield "distill.correct_teacher trains a teacher that distill.loss=ce does not need; set it to null"
+    if swap is None:
+        return
+    if distill.correct_teacher is None:
+        yield (
+            f"distill.swap_teacher_at_step={swap} brings in a corrected teacher, and distill.correct_teacher=null "
+            "makes none; set distill.correct_teacher, or distill.swap_teacher_at_step=null"
+        )
+    if distill.signal is TeacherSignal.stored:
+        yield (
+            f"distill.swap_teacher_at_step={swap} changes a teacher that runs, and distill.signal=stored runs none; "
+            "set distill.signal=live, or distill.swap_teacher_at_step=null"
+        )
+    if swap >= distill.max_steps:
+        yield (
+            f"distill.swap_teacher_at_step={swap} is not below distill.max_steps={distill.max_steps}; set "
+            f"distill.swap_teacher_at_step to at most {distill.max_steps - 1}"
+        )
+
+
 # Training runs. Each rule is applied to each of them.
 
 
@@ -442,6 +481,15 @@ def _of_demo(rule: TrainingRule) -> Rule:
     return apply
 
 
+def _of_correction(rule: TrainingRule) -> Rule:
+    def apply(cfg: RunConfig) -> Iterator[str]:
+        training = cfg.distill.correct_teacher
+        if training is not None:
+            yield from rule(TrainingRun(training, "distill.correct_teacher", _shapes(cfg)[:1], _world_size(cfg)))
+
+    return apply
+
+
 def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
     """The models that a training run lays out; empty where the teacher's shape is not known."""
     if cfg.model.shape is None:
@@ -511,8 +559,11 @@ RULES: tuple[Rule, ...] = (
     _evaluate,
     _cluster,
     _controls,
+    _signal,
+    _correct_teacher,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
+    *(_of_correction(rule) for rule in TRAINING_RULES),
     *slurm_rules.RULES,
 )
 

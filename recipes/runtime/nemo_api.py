@@ -27,9 +27,11 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
 from conf.errors import InputError
-from conf.schema import Parallel, Precision
+from conf.schema import Parallel, Precision, Training
 from recipes.runtime import backend
 from recipes.runtime.data.folder import DataFolder
+from recipes.runtime.signal import SignalReader
+from recipes.runtime.signal_batch import add_signal
 from recipes.runtime.stage_main import world_size
 
 log = logging.getLogger("recipes.nemo_api")
@@ -132,6 +134,8 @@ def restore(
     checkpoint: Path,
     *,
     pipeline_model_parallel_size: int = 1,
+    tensor_model_parallel_size: int = 1,
+    precision: Precision | None = None,
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
@@ -141,6 +145,7 @@ def restore(
     which asks for a GPU and for bf16 whatever the checkpoint holds.
 
     Args:
+        precision: to run in; None: that of the checkpoint.
         modelopt_spec: build the layers from ModelOpt's layer spec, which its pruning requires.
         options: further arguments of `nl.Trainer`.
 
@@ -151,8 +156,8 @@ def restore(
     if modelopt_spec:
         _set_gpt_mamba_modelopt_spec(model.config)
     trainer = make_trainer(
-        Parallel(pipeline_model_parallel_size=pipeline_model_parallel_size, sequence_parallel=False),
-        model_precision(model.config),
+        Parallel(tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel=False),
+        precision or model_precision(model.config),
         ddp="pytorch",
         strategy_options={"setup_optimizers": False, "ckpt_load_optimizer": False},
         **options,
@@ -175,8 +180,13 @@ def data_module(
     global_batch_size: int,
     num_workers: int,
     seed: int,
+    signal: SignalReader | None = None,
 ) -> llm.PreTrainingDataModule:
-    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
+    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`.
+
+    Args:
+        signal: the teacher's, which training batches are to carry.
+    """
     validation = data.validation_paths
     module = llm.PreTrainingDataModule(
         paths={"train": data.train_paths, "validation": validation, "test": validation},
@@ -193,7 +203,32 @@ def data_module(
     )
     # Not by the constructor, for the reason given in `make_trainer`.
     module.dataset_cls = DocumentDataset
+    if signal is not None:
+        add_signal(module, signal)
     return module
+
+
+def training_sequences(
+    tokenizer: Any, data: DataFolder, out: Path, cfg: Training, seed: int, trainer: nl.Trainer
+) -> Any:
+    """The sequences that a training reads, by their place in its order, as the training itself builds them.
+
+    Args:
+        trainer: knows the training's steps.
+    """
+    batches = data_module(
+        tokenizer,
+        data,
+        out,
+        seq_length=cfg.seq_length,
+        micro_batch_size=cfg.micro_batch_size,
+        global_batch_size=cfg.global_batch_size,
+        num_workers=0,
+        seed=seed,
+    )
+    batches.trainer = trainer
+    batches.setup()
+    return batches._train_ds
 
 
 class DocumentDataset(GPTDataset):

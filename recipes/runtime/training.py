@@ -7,6 +7,7 @@ the model in `OUT/nemo`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ from conf.schema import Precision, Recompute, Training
 from recipes.runtime import backend, nemo_api
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
+from recipes.runtime.signal import SignalReader
 from recipes.runtime.stage_main import PausedError, rank, world_size
 from recipes.runtime.stop_file import StopFile
 
@@ -37,7 +39,15 @@ log = logging.getLogger("recipes.training")
 
 
 def train(
-    model: llm.GPTModel, cfg: Training, data: DataFolder, out: Path, *, seed: int, start: Path | None
+    model: llm.GPTModel,
+    cfg: Training,
+    data: DataFolder,
+    out: Path,
+    *,
+    seed: int,
+    start: Path | None,
+    signal: SignalReader | None = None,
+    validate_first: bool = False,
 ) -> dict[str, Any]:
     """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
 
@@ -45,6 +55,8 @@ def train(
         model: an unconfigured NeMo model with its tokenizer.
         data: prepared documents, train and validation.
         start: the NeMo checkpoint whose weights training starts from; None: from random ones.
+        signal: the teacher's stored signal on the training sequences, for a model whose `data_step` takes it.
+        validate_first: takes the validation loss before the first step as well.
 
     Returns:
         backend, steps, tokens, the last training loss and the last validation loss (nats per token).
@@ -66,6 +78,8 @@ def train(
             callbacks.append(StartCheck(start))
         trainer = _trainer(cfg, callbacks)
         resumed = newest_checkpoint(checkpoints)
+        if validate_first and resumed is None:
+            trainer.num_sanity_val_steps = math.inf
         if resumed is None and start is not None:
             trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))
         log.info("training from %s", resumed or start or "random weights")
@@ -82,6 +96,7 @@ def train(
             global_batch_size=cfg.global_batch_size,
             num_workers=cfg.num_workers,
             seed=seed,
+            signal=signal,
         )
         trainer.fit(model, batches, ckpt_path=resume_from)
         if trainer.global_step < cfg.max_steps:

@@ -1,0 +1,71 @@
+"""The stored signal of the teacher as columns of a training batch, from the data set to the last pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from torch.utils.data import Dataset
+
+from recipes.runtime.kd_loss import TopK
+from recipes.runtime.signal import SignalReader, packing_digest
+
+IDS, LOGPROBS, TAIL = COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
+
+
+class SignalDataset(Dataset[dict[str, torch.Tensor]]):
+    """Training sequences, each with the teacher's signal on it.
+
+    Adds `signal_ids` `[s, k]` int32, `signal_logprobs` `[s, k]` float16 and `signal_tail` `[s]` float32.
+    """
+
+    def __init__(self, sequences: Any, signal: SignalReader) -> None:
+        self.sequences, self.signal = sequences, signal
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.sequences[index]
+        columns = self.signal.read(index, item["tokens"].numpy())
+        return {**item, **{name: torch.from_numpy(array) for name, array in zip(COLUMNS, columns, strict=True)}}
+
+
+def add_signal(batches: Any, signal: SignalReader) -> None:
+    """Has NeMo's data module give the signal's columns with the training batches of the last pipeline stage.
+
+    Training then raises an InputError before its first step, where the signal was made for other sequences.
+    """
+
+    def train_dataloader() -> Any:
+        sequences = batches._train_ds
+        count = batches.trainer.max_steps * batches.global_batch_size
+        digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
+        of_data = {"seq_length": batches.seq_length, "sequences": count, "packing": digest}
+        signal.require(replace(signal.description, **of_data))
+        if parallel_state.is_pipeline_last_stage():
+            sequences = SignalDataset(sequences, signal)
+        return batches._create_dataloader(sequences, mode="train")
+
+    # Not by a subclass, for the reason given in `nemo_api.make_trainer`: the class is recorded in every checkpoint.
+    batches.train_dataloader = train_dataloader
+
+
+def data_step(batches: Iterator[Any]) -> dict[str, Any]:
+    """NeMo's `gpt_data_step`, which drops what it does not know (nemo/collections/llm/gpt/model/base.py:92-97), with
+    the signal's columns: on the device, and cut along the sequence for context parallelism like the others."""
+    batch = next(batches)
+    columns = batch[0] if isinstance(batch, tuple) else batch
+    signal = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}
+    return {**gpt_data_step(iter([batch])), **get_batch_on_this_cp_rank(signal)}
+
+
+def top_k_of_batch(batch: dict[str, torch.Tensor]) -> TopK:
+    """A batch's signal for the loss: `[s x b, k]`, a row a token in the order of hidden states `[s, b, h]`."""
+    by_token = [batch[name].transpose(0, 1).flatten(0, 1) for name in COLUMNS]
+    return TopK(by_token[0], by_token[1].float(), by_token[2])
