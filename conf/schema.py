@@ -88,7 +88,7 @@ class NumaBinding(Enum):
 
 
 class Loss(Enum):
-    """`kd`: KL divergence to the teacher's logits. `ce`: cross-entropy on the data, no teacher."""
+    """`kd`: from the teacher, as `distill.kd` says. `ce`: cross-entropy on the data, no teacher."""
 
     kd = "kd"
     ce = "ce"
@@ -109,6 +109,20 @@ class TeacherSignal(Enum):
 
     live = "live"
     stored = "stored"
+
+
+class HiddenLoss(Enum):
+    """Between hidden states of student and teacher: 1 - cosine, or the mean of squared differences."""
+
+    cosine = "cosine"
+    mse = "mse"
+
+
+class LossImplementation(Enum):
+    """`chunked`: from hidden states, never holding whole logits. `upstream`: NeMo's LogitsKLLoss, for reference."""
+
+    chunked = "chunked"
+    upstream = "upstream"
 
 
 @dataclass
@@ -284,11 +298,31 @@ class PruneConfig:
 
 
 @dataclass
-class KdConfig:
-    """The distillation loss."""
+class LayerPair:
+    """A layer of the student and the one of the teacher whose output it learns, counted from 1."""
 
-    # Both models' logits are divided by it.
+    student: int = MISSING
+    teacher: int = MISSING
+
+
+@dataclass
+class KdConfig:
+    """The loss of distillation: kd_weight x temperature² x divergence + lm_weight x cross-entropy of the data
+    + intermediate_weight x mean over the pairs. The weights are fixed: nothing is scaled behind them."""
+
+    divergence: Divergence = Divergence.forward_kl
+    # Both models' logits are divided by it, in the divergence only.
     temperature: float = 1.0
+    kd_weight: float = 1.0
+    lm_weight: float = 0.0
+    # Takes of the teacher's distribution its k most probable tokens and the rest as one; null: the whole vocabulary.
+    top_k: int | None = None
+    intermediate_pairs: list[LayerPair] = field(default_factory=list)
+    intermediate_loss: HiddenLoss = HiddenLoss.cosine
+    intermediate_weight: float = 1.0
+    implementation: LossImplementation = placement(LossImplementation.chunked)  # noqa: RUF009
+    # Tokens whose logits are in memory at a time (`chunked`).
+    chunk_tokens: int = placement(256)
 
 
 @dataclass

@@ -11,9 +11,9 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, slurm_rules
+from conf import data_rules, kd_rules, slurm_rules, teacher_rules
 from conf.hf_shape import may_be_hub_id
-from conf.schema import Loss, RunConfig, Shape, TeacherSignal, Training
+from conf.schema import Loss, RunConfig, Shape, Training
 from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
@@ -108,12 +108,20 @@ _ABOVE_ZERO = (
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
+    *(
+        "distill.kd.kd_weight",
+        "distill.kd.temperature",
+        "distill.kd.top_k",
+        "distill.kd.chunk_tokens",
+        "distill.kd.intermediate_weight",
+    ),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
     *("distill.signal_top_k", "distill.signal_shard_sequences", "distill.swap_teacher_at_step"),
-    "distill.kd.temperature",
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
-_FROM_ZERO = ("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts")
+_FROM_ZERO = (
+    *("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
+)
 _TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
@@ -313,43 +321,6 @@ def _controls(cfg: RunConfig) -> Iterator[str]:
         yield "distill.controls=['ce'] repeats what distill.loss=ce already trains; set distill.controls=[]"
 
 
-def _signal(cfg: RunConfig) -> Iterator[str]:
-    distill, shape = cfg.distill, cfg.model.shape
-    if distill.signal is TeacherSignal.live:
-        return
-    if distill.loss is Loss.ce:
-        yield "distill.signal=stored keeps what distill.loss=ce does not read; set distill.signal=live"
-    if shape is not None and distill.signal_top_k >= shape.vocab_size:
-        yield (
-            f"distill.signal_top_k={distill.signal_top_k} leaves nothing of the vocabulary of {shape.vocab_size}; "
-            f"set distill.signal_top_k to at most {shape.vocab_size - 1}, such as 64"
-        )
-
-
-def _correct_teacher(cfg: RunConfig) -> Iterator[str]:
-    distill = cfg.distill
-    swap = distill.swap_teacher_at_step
-    if distill.correct_teacher is not None and distill.loss is Loss.ce:
-        yield "distill.correct_teacher trains a teacher that distill.loss=ce does not need; set it to null"
-    if swap is None:
-        return
-    if distill.correct_teacher is None:
-        yield (
-            f"distill.swap_teacher_at_step={swap} brings in a corrected teacher, and distill.correct_teacher=null "
-            "makes none; set distill.correct_teacher, or distill.swap_teacher_at_step=null"
-        )
-    if distill.signal is TeacherSignal.stored:
-        yield (
-            f"distill.swap_teacher_at_step={swap} changes a teacher that runs, and distill.signal=stored runs none; "
-            "set distill.signal=live, or distill.swap_teacher_at_step=null"
-        )
-    if swap >= distill.max_steps:
-        yield (
-            f"distill.swap_teacher_at_step={swap} is not below distill.max_steps={distill.max_steps}; set "
-            f"distill.swap_teacher_at_step to at most {distill.max_steps - 1}"
-        )
-
-
 # Training runs. Each rule is applied to each of them.
 
 
@@ -490,6 +461,10 @@ def _of_correction(rule: TrainingRule) -> Rule:
     return apply
 
 
+def _of_loss(rule: kd_rules.Rule) -> Rule:
+    return lambda cfg: rule(cfg, dict(_shapes(cfg)))
+
+
 def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
     """The models that a training run lays out; empty where the teacher's shape is not known."""
     if cfg.model.shape is None:
@@ -559,11 +534,11 @@ RULES: tuple[Rule, ...] = (
     _evaluate,
     _cluster,
     _controls,
-    _signal,
-    _correct_teacher,
+    *teacher_rules.RULES,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
     *(_of_correction(rule) for rule in TRAINING_RULES),
+    *(_of_loss(rule) for rule in kd_rules.RULES),
     *slurm_rules.RULES,
 )
 

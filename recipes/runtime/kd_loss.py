@@ -174,9 +174,9 @@ def _hand_over(weight: Tensor, of_weight: Tensor, gradient: Tensor) -> Tensor:
     """The weight's gradient for autograd; where Megatron keeps an fp32 buffer for it, it is added there unrounded.
 
     Then what autograd gets is ignored, or added once more where the weight is an embedding too: as Megatron's own
-    linear layer does it (megatron/core/tensor_parallel/layers.py:529-566).
+    linear layer does it (megatron/core/tensor_parallel/layers.py:573-602).
     """
-    if not hasattr(weight, "main_grad"):
+    if not hasattr(weight, "grad_added_to_main_grad"):
         return of_weight.mul_(gradient).to(weight.dtype)
     weight.main_grad.add_(of_weight.mul_(gradient))
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -233,10 +233,10 @@ class SignalReader:
         if version != FORMAT:
             raise InputError(f"{folder} holds a signal of format {version}; this version reads {FORMAT}: make it anew")
 
-    def require(self, wanted: Description) -> None:
-        """Raises: InputError, naming all in which the signal is not the one that is wanted."""
+    def require(self, **wanted: Any) -> None:
+        """Compares values of the description. Raises: InputError, naming all in which it is not what is wanted."""
         own = vars(self.description)
-        differing = [f"{name} {own[name]}, not {value}" for name, value in vars(wanted).items() if own[name] != value]
+        differing = [f"{name} {own[name]}, not {value}" for name, value in wanted.items() if own[name] != value]
         if differing:
             raise InputError(
                 f"the teacher signal in {self.folder} was made for other data or settings: {'; '.join(differing)};"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.base import gpt_data_step
 from torch.utils.data import Dataset
 
-from recipes.runtime.kd_loss import TopK
 from recipes.runtime.signal import SignalReader, packing_digest
 
 IDS, LOGPROBS, TAIL = COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
@@ -46,8 +44,7 @@ def add_signal(batches: Any, signal: SignalReader) -> None:
         sequences = batches._train_ds
         count = batches.trainer.max_steps * batches.global_batch_size
         digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
-        of_data = {"seq_length": batches.seq_length, "sequences": count, "packing": digest}
-        signal.require(replace(signal.description, **of_data))
+        signal.require(seq_length=batches.seq_length, sequences=count, packing=digest)
         if parallel_state.is_pipeline_last_stage():
             sequences = SignalDataset(sequences, signal)
         return batches._create_dataloader(sequences, mode="train")
@@ -63,9 +60,3 @@ def data_step(batches: Iterator[Any]) -> dict[str, Any]:
     columns = batch[0] if isinstance(batch, tuple) else batch
     signal = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}
     return {**gpt_data_step(iter([batch])), **get_batch_on_this_cp_rank(signal)}
-
-
-def top_k_of_batch(batch: dict[str, torch.Tensor]) -> TopK:
-    """A batch's signal for the loss: `[s x b, k]`, a row a token in the order of hidden states `[s, b, h]`."""
-    by_token = [batch[name].transpose(0, 1).flatten(0, 1) for name in COLUMNS]
-    return TopK(by_token[0], by_token[1].float(), by_token[2])

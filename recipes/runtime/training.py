@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step >= self.cfg.max_steps:
-            _save(trainer, self.final, weights_only=True)
+            with getattr(pl_module, "student_only", nullcontext)():
+                _save(trainer, self.final, weights_only=True)
 
 
 def _save(trainer: Any, target: Path, weights_only: bool) -> None:

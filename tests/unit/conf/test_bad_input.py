@@ -60,6 +60,22 @@ CASES: list[tuple[list[str], list[str]]] = [
         [*DEMO, "distill.signal=stored", "distill.loss=ce", "distill.controls=[]"],
         ["distill.signal=stored", "distill.loss=ce does not read", "set distill.signal=live"],
     ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.divergence=reverse_kl"],
+        [
+            "distill.kd.divergence asks for what distill.signal=stored does not keep",
+            "set distill.kd.divergence=forward",
+        ],
+    ),
+    ([*DEMO, "distill.signal=stored", "distill.kd.top_k=8"], ["set distill.kd.top_k=null", "distill.signal_top_k=64"]),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.intermediate_pairs=[{student: 1, teacher: 1}]"],
+        ["set distill.kd.intermediate_pairs=[], or distill.signal=live"],
+    ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.implementation=upstream"],
+        ["set distill.kd.implementation=chunked, or distill.signal=live"],
+    ),
     ([*DEMO, "distill.correct_teacher.lr=0", *CORRECTION], ["distill.correct_teacher.lr=0.0 must be above 0"]),
     (
         [*DEMO, *CORRECTION, "distill.correct_teacher.lr=1e-4", "distill.correct_teacher.micro_batch_size=3"],
@@ -195,6 +211,44 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "distill.controls=[kd]"], ["distill.controls=['kd'] names ['kd'], which is not known", "['ce']"]),
     ([*DEMO, "distill.controls=[ce,ce]"], ["names one twice; set distill.controls=['ce']"]),
     ([*DEMO, "distill.loss=ce"], ["distill.controls=['ce'] repeats what distill.loss=ce already trains"]),
+    # Its loss.
+    ([*DEMO, "distill.kd.temperature=0"], ["distill.kd.temperature=0.0 must be above 0"]),
+    ([*DEMO, "distill.kd.temperature=-2"], ["distill.kd.temperature=-2.0 must be above 0"]),
+    ([*DEMO, "distill.kd.kd_weight=0"], ["distill.kd.kd_weight=0.0 must be above 0"]),
+    ([*DEMO, "distill.kd.lm_weight=-1"], ["distill.kd.lm_weight=-1.0 must not be negative"]),
+    ([*DEMO, "distill.kd.chunk_tokens=0"], ["distill.kd.chunk_tokens=0 must be above 0"]),
+    ([*DEMO, "distill.kd.divergence=kl"], ["distill.kd.divergence=kl", "forward_kl or reverse_kl or jensen_shannon"]),
+    ([*DEMO, "distill.kd.top_k=1024"], ["distill.kd.top_k=1024 takes the whole vocabulary", "top_k=null"]),
+    ([*DEMO, "distill.kd.top_k=9", "distill.kd.divergence=reverse_kl"], ["top_k=9 goes with forward KL only"]),
+    (
+        [*DEMO, "distill.kd.implementation=upstream", "distill.kd.divergence=jensen_shannon"],
+        [
+            "implementation=upstream has no distill.kd.divergence=jensen_shannon",
+            "set distill.kd.implementation=chunked",
+        ],
+    ),
+    ([*DEMO, "distill.kd.implementation=upstream", "distill.kd.top_k=9"], ["has no distill.kd.top_k=9"]),
+    (
+        [*DEMO, "distill.kd.intermediate_pairs=[{student:5,teacher:6}]"],
+        ["distill.kd.intermediate_pairs names layers [5] of the student, which has 1 to 4"],
+    ),
+    ([*DEMO, "distill.kd.intermediate_pairs=[{student:0,teacher:6}]"], ["names layers [0] of the student"]),
+    (
+        [*DEMO, "distill.kd.intermediate_pairs=[{student:2,teacher:3},{student:2,teacher:4}]"],
+        ["names layers [2] of the student more than once"],
+    ),
+    ([*DEMO, "distill.kd.intermediate_pairs=[{student:2}]"], ["intermediate_pairs[0].teacher is not set"]),
+    (
+        [*DEMO, "distill.kd.intermediate_pairs=[{student:2,teacher:3}]", "distill.recompute=full"],
+        ["distill.kd.intermediate_pairs teach nothing with distill.recompute=full", "set distill.recompute=selective"],
+    ),
+    (
+        [
+            *(*DEMO, "cluster.devices_per_node=2", "distill.parallel.pipeline_model_parallel_size=2"),
+            "distill.kd.intermediate_pairs=[{student:2,teacher:4}]",
+        ],
+        ["names layers [2] of the student", "pipeline_model_parallel_size=2 stages, which has its layers 3 to 4"],
+    ),
 ]
 
 

@@ -7,7 +7,6 @@ import pickle
 import signal as signals
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +131,9 @@ def test_the_signal_of_other_tokens_is_refused(folder: Path) -> None:
 
 def test_all_differences_are_named_at_once(folder: Path) -> None:
     reader = SignalReader(folder)
-    reader.require(DESCRIPTION)
+    reader.require(**vars(DESCRIPTION))
     with pytest.raises(InputError) as refused:
-        reader.require(replace(DESCRIPTION, top_k=64, temperature=1.0, packing="ffffffff"))
+        reader.require(top_k=64, temperature=1.0, vocab_size=VOCAB, packing="ffffffff")
     told = str(refused.value)
     assert "top_k 5, not 64; temperature 2.0, not 1.0; packing 0a1b2c3d, not ffffffff" in told
     assert "distill.signal=live" in told
