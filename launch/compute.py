@@ -29,8 +29,8 @@ class TokenFlops:
         return self.student + self.teacher + self.recompute
 
 
-def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape) -> TokenFlops:
-    """FLOP a token of a training run; without the teacher where `loss` is cross-entropy."""
+def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape | None) -> TokenFlops:
+    """FLOP a token of a training run; without the teacher where `loss` is cross-entropy, or it does not run beside."""
     again = {
         Recompute.none: 0,
         Recompute.selective: _attention(student, training.seq_length),
@@ -39,7 +39,7 @@ def training_flops(training: Training, loss: Loss, family: Family, student: Shap
     }
     return TokenFlops(
         student=FORWARD_AND_BACKWARD * forward_flops(student, family, training.seq_length),
-        teacher=forward_flops(teacher, family, training.seq_length) if loss is Loss.kd else 0,
+        teacher=forward_flops(teacher, family, training.seq_length) if teacher and loss is Loss.kd else 0,
         recompute=again[training.recompute],
     )
 
