@@ -6,11 +6,13 @@ The teacher's signal, once: the teacher runs over the sequences that distillatio
 
 from __future__ import annotations
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from conf.errors import InputError
 from conf.schema import DistillConfig, RunConfig
 from recipes.runtime.stage_main import PausedError, rank, stage_main
 
@@ -101,19 +103,22 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
     import numpy as np
     from megatron.core import parallel_state
 
-    from recipes.runtime.signal import ShardWriter, Signal, encode, tokens_crc
+    from recipes.runtime.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
     from recipes.runtime.teacher_forward import most_probable
 
     first = number * distill.signal_shard_sequences
-    tokens = [sequences[first + place]["tokens"] for place in range(size)]
+    items = [sequences[first + place] for place in range(size)]
+    tokens = [item["tokens"] for item in items]
     writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     frames: list[Future[bytes]] = []
+    losses: list[float] = []
     with ThreadPoolExecutor(COMPRESSORS) as compressors:
 
         def take(top: Any) -> None:
             if writes:
                 ids, logprobs, tail = (part.cpu().numpy() for part in (top.ids, top.log_probs, top.tail))
                 signal = Signal(ids.astype(np.int32), logprobs.astype(np.float16), tail)
+                losses.append(prediction_loss(signal, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
                 frames.append(compressors.submit(encode, signal))
 
         most_probable(
@@ -125,10 +130,21 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             take=take,
         )
         if writes:
+            _plausible(losses, teacher.vocab_size)
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):
                 writer.add(frame.result(), tokens_crc(ids.numpy()))
             writer.close()
+
+
+def _plausible(losses: list[float], vocab_size: int) -> None:
+    """Raises: InputError, where the teacher knows no more of a shard's text than chance does, or gives no numbers."""
+    loss, chance = sum(losses) / len(losses), math.log(vocab_size)
+    if not loss < chance:
+        raise InputError(
+            f"the teacher's loss is {loss:.3f} nats per token, no better than chance ({chance:.3f}); check that"
+            " model.hf_path holds trained weights and their own tokenizer"
+        )
 
 
 class Progress:

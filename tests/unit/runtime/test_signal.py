@@ -76,6 +76,19 @@ def test_what_fp16_loses_is_a_thousandth_of_a_nat(top_k: int) -> None:
     assert (np.exp(logprobs) * np.abs(back.logprobs - logprobs)).sum(1).max() < 1e-3
 
 
+def test_the_loss_of_what_it_predicts() -> None:
+    halves = Signal(
+        np.array([[3, 9], [4, 3]], np.int32),
+        np.log(np.array([[0.5, 0.25], [0.5, 0.25]])).astype(np.float16),
+        np.log(np.array([0.25, 0.25], np.float32)),
+    )
+    # The second of two, and one of the eight others.
+    loss = signal.prediction_loss(halves, np.array([9, 7]), 10)
+    assert loss == pytest.approx(-(np.log(0.25) + np.log(0.25 / 8)) / 2, abs=1e-3)  # fp16
+    broken = halves._replace(logprobs=np.full((2, 2), np.nan, np.float16))
+    assert np.isnan(signal.prediction_loss(broken, np.array([9, 3]), 10))
+
+
 def test_certainty_leaves_no_tail() -> None:
     certain = Signal(
         np.array([[3, 9]], np.int32), np.array([[0.0, -np.inf]], np.float16), np.array([-np.inf], np.float32)
@@ -90,7 +103,7 @@ def test_a_shard_that_was_cut_is_refused_and_made_anew(folder: Path, cut: str) -
     shard = folder / shard_name(1)
     left = {"all": 0, "one byte": shard.stat().st_size - 1, "the trailer": shard.stat().st_size - 12}
     os.truncate(shard, left[cut])
-    with pytest.raises(InputError, match=r"shard-000001.bin is cut or damaged \(.*run the stage teacher_signal again"):
+    with pytest.raises(InputError, match=r"shard-000001.bin is cut or damaged \(.*remove it and the manifest.json"):
         SignalReader(folder).read(3, tokens(3))
     sizes = signal.shard_sizes(SEQUENCES, SHARD)
     assert signal.whole_shards(folder, sizes) == [0, 2]
