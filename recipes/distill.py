@@ -14,7 +14,8 @@ from recipes.runtime.stage_main import stage_main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints), or its stored signal.
+    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints) or its stored signal;
+    corrected_teacher, where that one takes the teacher's place at a step.
 
     Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
     """
@@ -25,6 +26,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
     from recipes.runtime.signal import SignalReader
+    from recipes.runtime.teacher_swap import TeacherSwap
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
@@ -42,7 +44,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         chunk_tokens = cfg.distill.kd.chunk_tokens
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
     data = DataFolder.read(inputs["data"])
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"], signal=signal)
+    swap = cfg.distill.swap_teacher_at_step
+    swaps = [] if swap is None else [TeacherSwap(inputs["corrected_teacher"], swap)]
+    start = inputs["student"]
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, signal=signal, callbacks=swaps)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,26 @@ def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> No
         raise InputError(f"{checkpoint} lacks {len(missing)} of the model's parameters, among them {missing[:3]}")
 
 
+def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
+    """Puts a checkpoint's weights into a Megatron model that is in use, on all ranks, as upstream's `teacher_provider`
+    does into a new one (nemo/collections/llm/modelopt/distill/utils.py:137).
+
+    Raises:
+        InputError: the checkpoint lacks a parameter.
+    """
+    files = trainer.strategy.unwrapped_checkpoint_io
+    metadata = files.load_content_metadata(str(checkpoint))
+    sharded = model.sharded_state_dict(prefix="module.", metadata=metadata)
+    check_parameters(sharded, checkpoint)
+    loaded = trainer.strategy.checkpoint_io.load_checkpoint(
+        str(checkpoint), {"state_dict": sharded}, strict=trainer.strategy.ckpt_load_strictness
+    )
+    # Not strict for the sake of `_extra_state`; the parameters were checked above.
+    model.load_state_dict(
+        {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}, strict=False
+    )
+
+
 def core_model(model: Any) -> Any:
     """Megatron's own `GPTModel` inside NeMo's, ModelOpt's and the precision wrappers."""
     while hasattr(model, "module"):

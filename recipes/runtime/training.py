@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def train(
     start: Path | None,
     signal: SignalReader | None = None,
     validate_first: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
 
@@ -57,6 +59,7 @@ def train(
         data: prepared documents, train and validation.
         start: the NeMo checkpoint whose weights training starts from; None: from random ones.
         signal: the teacher's stored signal on the training sequences, for a model whose `data_step` takes it.
+        callbacks: further ones of Lightning's.
         validate_first: takes the validation loss before the first step as well.
 
     Returns:
@@ -74,10 +77,10 @@ def train(
         _configure(model.config, cfg)
         progress = Progress(cfg, out / "metrics.jsonl")
         saver = Checkpoints(cfg, checkpoints, out / "nemo")
-        callbacks: list[Callback] = [progress, saver, StopFile(out, cfg.max_steps, saver.save)]
+        own: list[Callback] = [progress, saver, StopFile(out, cfg.max_steps, saver.save)]
         if start is not None:
-            callbacks.append(StartCheck(start))
-        trainer = _trainer(cfg, callbacks)
+            own.append(StartCheck(start))
+        trainer = _trainer(cfg, [*own, *callbacks])
         resumed = newest_checkpoint(checkpoints)
         if validate_first and resumed is None:
             trainer.num_sanity_val_steps = math.inf
