@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from recipes.runtime.signal import SignalReader, packing_digest
 
-IDS, LOGPROBS, TAIL = COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
+COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
 
 
 class SignalDataset(Dataset[dict[str, torch.Tensor]]):
