@@ -125,6 +125,13 @@ class LossImplementation(Enum):
     upstream = "upstream"
 
 
+class Init(Enum):
+    """What a student starts from: the pruned teacher's weights, or random ones."""
+
+    pruned = "pruned"
+    random = "random"
+
+
 @dataclass
 class Shape:
     """What a Hugging Face `config.json` says of the model's size, in Megatron's terms."""
@@ -151,6 +158,50 @@ class Parallel:
     sequence_parallel: bool = True
 
 
+class Schedule(Enum):
+    """How the learning rate falls from `lr` to `min_lr` after the warm-up: in half a cosine wave, in a line, or (`wsd`)
+    not before the last `decay_steps`, then in a line."""
+
+    cosine = "cosine"
+    linear = "linear"
+    wsd = "wsd"
+
+
+@dataclass
+class Phase:
+    """A stretch of a training with settings of its own; null: the training's."""
+
+    # How long it is: optimizer steps, or tokens, of which it takes as many as make whole steps. One of the two.
+    max_steps: int | None = None
+    tokens: int | None = None
+    seq_length: int | None = None
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = placement(None)
+    # The schedule runs over the phase's own steps, from this lr to this min_lr.
+    lr: float | None = None
+    min_lr: float | None = None
+    # Null: the training's in the first phase, none in the later ones.
+    warmup_steps: int | None = None
+    # Of the data's sources by name, instead of those that `data.sources` gives; those left out are not read.
+    weights: dict[str, float] | None = None
+
+
+@dataclass
+class WeightsAndBiases:
+    """Also writes a training's figures to Weights & Biases. Its key comes from WANDB_API_KEY alone."""
+
+    project: str = MISSING
+    entity: str | None = None
+
+
+@dataclass
+class Mlflow:
+    """Also writes a training's figures to MLflow. Its credentials come from MLflow's own environment variables."""
+
+    tracking_uri: str = MISSING
+    experiment: str = MISSING
+
+
 @dataclass
 class Training:
     """One training run through `recipes.runtime.training`. A step is one optimizer step of one global batch."""
@@ -161,8 +212,16 @@ class Training:
     micro_batch_size: int = placement(1)
     lr: float = MISSING
     min_lr: float = MISSING
+    schedule: Schedule = Schedule.cosine
     warmup_steps: int = 0
+    # Of schedule=wsd: the steps at the end, of each phase, in which the learning rate falls.
+    decay_steps: int | None = None
+    # Consecutive phases that together take max_steps. Each reads the data in its own order, so that a document may
+    # come in several. Validation keeps to the training's own sizes throughout.
+    phases: list[Phase] | None = None
+    # Norms and biases have none.
     weight_decay: float = 0.1
+    decay_embeddings: bool = True
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     clip_grad: float = 1.0
@@ -174,12 +233,24 @@ class Training:
     overlap_grad_reduce: bool = placement(True)
     overlap_param_gather: bool = placement(True)
     recompute: Recompute = placement(Recompute.none)  # noqa: RUF009
+    # A loss above so many times the median of the last ones stops the training, as one that is no number always does;
+    # null: however high it is.
+    max_loss_ratio: float | None = placement(10.0)
+    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes one from beyond the end
+    # instead. A step that is named again takes a further one.
+    skip_steps: list[list[int]] = placement(list)  # noqa: RUF009
     save_every_n_steps: int = placement(100)
+    # The newest ones, and, of those whose step was validated, the one with the lowest loss.
     keep_checkpoints: int = placement(1)
+    keep_best: bool = placement(True)
+    # Goes on training while a checkpoint is written.
+    async_save: bool = placement(True)
     val_every_n_steps: int = placement(100)
     # Global batches a validation takes, always the same ones; null: the whole validation set, once.
     val_batches: int | None = placement(8)
     log_every_n_steps: int = placement(10)
+    wandb: WeightsAndBiases | None = placement(None)  # noqa: RUF009
+    mlflow: Mlflow | None = placement(None)  # noqa: RUF009
     num_workers: int = placement(2)
 
 
@@ -330,6 +401,7 @@ class DistillConfig(Training):
     """Distillation of the pruned student from the teacher."""
 
     loss: Loss = Loss.kd
+    init: Init = Init.pruned
     kd: KdConfig = field(default_factory=KdConfig)
     signal: TeacherSignal = TeacherSignal.live
     # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and of
@@ -342,7 +414,8 @@ class DistillConfig(Training):
     correct_teacher: Training | None = placement(None)  # noqa: RUF009
     # The step at which the corrected teacher takes the original one's place; null: it is the teacher from the start.
     swap_teacher_at_step: int | None = None
-    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher).
+    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher), "scratch" (no
+    # teacher, and random weights to begin with).
     controls: list[str] = field(default_factory=list, metadata={"identity": False})
 
     @property

@@ -22,6 +22,12 @@ def _signal(cfg: RunConfig) -> Iterator[str]:
         "intermediate_pairs": (bool(distill.kd.intermediate_pairs), "[]"),
         "implementation": (distill.kd.implementation is not LossImplementation.chunked, "chunked"),
     }
+    for name in ("phases", "skip_steps"):
+        if getattr(distill, name):
+            yield (
+                f"distill.{name} takes sequences of which distill.signal=stored keeps no signal; "
+                f"set distill.{name}={'null' if name == 'phases' else '[]'}, or distill.signal=live"
+            )
     for name, (asked, mend) in lacking.items():
         if asked:
             yield (

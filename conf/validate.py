@@ -11,15 +11,18 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, kd_rules, slurm_rules, teacher_rules
+from conf import data_rules, kd_rules, slurm_rules, teacher_rules, training_rules
+from conf.data_files import sources
+from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
-from conf.schema import Loss, RunConfig, Shape, Training
+from conf.phases import phase_sizes
+from conf.schema import Loss, Precision, RunConfig, Shape, Training
 from conf.units import seconds_of_time_limit
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
 # Further students that the stage table knows.
-CONTROLS = ("ce",)
+CONTROLS = ("ce", "scratch")
 WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 
@@ -91,6 +94,16 @@ def student_shape(cfg: RunConfig) -> Shape:
     )
 
 
+def meter(cfg: RunConfig) -> Meter | None:
+    """What the distillation's speed is held against; None where the GPU or the model is not stated, or not in bf16."""
+    gpu, teacher = cfg.cluster.gpu, cfg.model.shape
+    if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
+        return None
+    peak = gpu.bf16_tflops * 1e12 * _world_size(cfg)
+    beside = teacher if cfg.distill.runs_teacher else None
+    return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), beside, peak)
+
+
 def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]:
     try:
         return list(rule(cast(RunConfig, _View(cfg, unreadable))))
@@ -125,7 +138,7 @@ _FROM_ZERO = (
 _TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
-    *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps"),
+    *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps", "decay_steps"),
     *(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context")),
 )
 _TRAINING_FROM_ZERO = ("min_lr", "warmup_steps", "weight_decay", "num_workers")
@@ -134,7 +147,9 @@ _TRAINING_FROM_ZERO = ("min_lr", "warmup_steps", "weight_decay", "num_workers")
 def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
     """Values out of range on their own, each with its key."""
     above_zero = [*_ABOVE_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_ABOVE_ZERO)]
+    above_zero += _phase_keys(cfg, unreadable, training_rules.PHASE_ABOVE_ZERO)
     from_zero = [*_FROM_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_FROM_ZERO)]
+    from_zero += _phase_keys(cfg, unreadable, training_rules.PHASE_FROM_ZERO)
     shares = [f"{part}.{key}" for part in _TRAININGS for key in ("adam_beta1", "adam_beta2")]
     limits: list[tuple[list[str], Callable[[Any], bool], str]] = [
         (above_zero, lambda value: value > 0, "must be above 0; set {key} to 1 or more"),
@@ -151,6 +166,15 @@ def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, 
                 yield key, f"{key}={value!r} {mend.format(key=key)}"
 
 
+def _phase_keys(cfg: RunConfig, unreadable: Collection[str], names: tuple[str, ...]) -> list[str]:
+    return [
+        f"{training_rules.phase_key(part, number)}.{name}"
+        for part in _TRAININGS
+        for number in range(len(_value(cfg, f"{part}.phases", unreadable) or ()))
+        for name in names
+    ]
+
+
 def _value(cfg: RunConfig, key: str, unreadable: Collection[str]) -> Any:
     """The value of a dotted key; None where it or a group above it is null or unreadable."""
     value: Any = cfg
@@ -159,7 +183,9 @@ def _value(cfg: RunConfig, key: str, unreadable: Collection[str]) -> Any:
         path = f"{path}.{part}".lstrip(".")
         if value is None or path in unreadable:
             return None
-        value = getattr(value, part)
+        name, _, item = part.partition("[")
+        value = getattr(value, name)
+        value = value[int(item.rstrip("]"))] if item else value
     return value
 
 
@@ -326,26 +352,46 @@ def _controls(cfg: RunConfig) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What a rule needs to know of a training run: `at` is its config key, `shapes` the models it lays out, by role."""
+    """What a rule needs to know of a training run: `at` is its config key, `shapes` the models it lays out, by role.
+
+    `layout_at` is the key of what its phases share, where `at` is that of a phase.
+    """
 
     training: Training
     at: str
     shapes: list[tuple[str, Shape]]
     ranks: int
+    layout_at: str | None = None
 
 
 TrainingRule = Callable[[TrainingRun], Iterator[str]]
 
 
-def _steps(run: TrainingRun) -> Iterator[str]:
-    training, at = run.training, run.at
-    if training.warmup_steps >= training.max_steps:
-        yield (
-            f"{at}.warmup_steps={training.warmup_steps} leaves nothing of {at}.max_steps={training.max_steps}; "
-            f"set {at}.warmup_steps to less, such as {training.max_steps // 20}"
-        )
-    if training.min_lr > training.lr:
-        yield f"{at}.min_lr={training.min_lr} is above {at}.lr={training.lr}; set {at}.min_lr to at most {training.lr}"
+def _plain(rule: Callable[[Training, str], Iterator[str]]) -> TrainingRule:
+    return lambda run: rule(run.training, run.at)
+
+
+class _With:
+    """A training with the sizes of one of its phases."""
+
+    def __init__(self, training: Training, sizes: dict[str, Any]) -> None:
+        self._training, self._sizes = training, sizes
+
+    def __getattr__(self, name: str) -> Any:
+        return self._sizes[name] if name in self._sizes else getattr(self._training, name)
+
+
+def _in_phases(rule: TrainingRule) -> TrainingRule:
+    """A rule of sizes, applied to every phase as well: validation keeps to the training's own."""
+
+    def apply(run: TrainingRun) -> Iterator[str]:
+        yield from rule(run)
+        for number, phase in enumerate(run.training.phases or ()):
+            training = cast(Training, _With(run.training, phase_sizes(run.training, phase)))
+            key = training_rules.phase_key(run.at, number)
+            yield from rule(dataclasses.replace(run, training=training, at=key, layout_at=run.at))
+
+    return apply
 
 
 def _overlaps(run: TrainingRun) -> Iterator[str]:
@@ -398,7 +444,7 @@ def _sequence(run: TrainingRun) -> Iterator[str]:
     if training.seq_length % pieces:
         yield (
             f"{at}.seq_length={training.seq_length} is not divisible by the {pieces} pieces of a sequence that "
-            f"{at}.parallel asks for (context parallel {context}, tensor parallel {tensor}); "
+            f"{run.layout_at or at}.parallel asks for (context parallel {context}, tensor parallel {tensor}); "
             f"set {at}.seq_length to {_any_of(_around(training.seq_length, pieces))}"
         )
 
@@ -434,7 +480,23 @@ def _tensor(run: TrainingRun) -> Iterator[str]:
         )
 
 
-TRAINING_RULES: tuple[TrainingRule, ...] = (_steps, _overlaps, _ranks, _batches, _sequence, _layers, _tensor)
+TRAINING_RULES: tuple[TrainingRule, ...] = (
+    *(
+        _plain(rule)
+        for rule in (
+            training_rules.schedule,
+            training_rules.phases,
+            training_rules.skip_steps,
+            training_rules.loss_ratio,
+        )
+    ),
+    _overlaps,
+    _ranks,
+    _in_phases(_batches),
+    _in_phases(_sequence),
+    _layers,
+    _tensor,
+)
 
 
 def _of_distillation(rule: TrainingRule) -> Rule:
@@ -459,6 +521,16 @@ def _of_correction(rule: TrainingRule) -> Rule:
             yield from rule(TrainingRun(training, "distill.correct_teacher", _shapes(cfg)[:1], _world_size(cfg)))
 
     return apply
+
+
+def _phase_weights(cfg: RunConfig) -> Iterator[str]:
+    yield from training_rules.phase_weights(cfg.distill, "distill", sources(cfg.data))
+
+
+def _tracker_packages(cfg: RunConfig) -> Iterator[str]:
+    # What a container has is not to be seen from here.
+    if cfg.cluster.slurm is None or cfg.cluster.slurm.container_image is None:
+        yield from training_rules.tracker_packages(cfg.distill, "distill")
 
 
 def _of_loss(rule: kd_rules.Rule) -> Rule:
@@ -537,9 +609,15 @@ RULES: tuple[Rule, ...] = (
     *teacher_rules.RULES,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
+    _phase_weights,
     *(_of_correction(rule) for rule in TRAINING_RULES),
     *(_of_loss(rule) for rule in kd_rules.RULES),
     *slurm_rules.RULES,
 )
 
-RULES_OF_FILES: tuple[Rule, ...] = (_missing_files, *data_rules.RULES_OF_FILES, *slurm_rules.RULES_OF_FILES)
+RULES_OF_FILES: tuple[Rule, ...] = (
+    _missing_files,
+    _tracker_packages,
+    *data_rules.RULES_OF_FILES,
+    *slurm_rules.RULES_OF_FILES,
+)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.model_size import parameters
+from conf.phases import training_tokens
 from conf.schema import Precision, RunConfig, Shape, Training
 from conf.units import GIB
 from conf.validate import student_shape
-from launch.compute import tokens
 
 # Where there is too little room.
 MEND = "free some, or set run_dir to a larger disk"
@@ -39,7 +39,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     demo, correction = cfg.model.demo, cfg.distill.correct_teacher
     of_correction = 0 if correction is None else 2 * weight_bytes(correction.precision) * of_teacher
     needed = {
-        "tokens": tokens(cfg.distill) * token_bytes(teacher.vocab_size),
+        "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
         "teacher": (1 if demo is None else 3) * stored * of_teacher + of_correction,
         "students": 2 * (stored + trainings * trained) * student,
         "checkpoints": trainings * _checkpoints(cfg.distill, student)
@@ -47,7 +47,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
         + (0 if correction is None else _checkpoints(correction, of_teacher)),
     }
     if cfg.distill.reads_signal:
-        needed["signal"] = tokens(cfg.distill) * signal_bytes(cfg.distill.signal_top_k, teacher.vocab_size)
+        needed["signal"] = training_tokens(cfg.distill) * signal_bytes(cfg.distill.signal_top_k, teacher.vocab_size)
     return needed
 
 
@@ -62,7 +62,8 @@ def signal_bytes(top_k: int, vocab_size: int) -> int:
 
 
 def _checkpoints(training: Training, model: int) -> int:
-    return (training.keep_checkpoints + 1) * (weight_bytes(training.precision) + OPTIMIZER_BYTES) * model
+    kept = training.keep_checkpoints + training.keep_best
+    return (kept + 1) * (weight_bytes(training.precision) + OPTIMIZER_BYTES) * model
 
 
 def token_bytes(vocab_size: int) -> int:

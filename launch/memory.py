@@ -10,9 +10,11 @@ softmax) are left out. tests/integration/test_plan_memory.py compares with the t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields, replace
 
 from conf.model_size import TRAITS, rank_parameters
+from conf.phases import phase_sizes
 from conf.schema import Family, Loss, Precision, PruneConfig, Recompute, Shape, Training
 from conf.units import GIB
 
@@ -81,7 +83,12 @@ def training_memory(training: Training, loss: Loss, models: Models, ranks: int) 
     Args:
         ranks: all of them; a multiple of the layout's tensor x pipeline x context parallel ranks.
     """
-    return [_stage(training, loss, models, ranks, stage) for stage in range(_pipeline(training))]
+    # Each phase has the optimizer and the weights of the others: the fullest one counts.
+    runs = [dataclasses.replace(training, **phase_sizes(training, phase)) for phase in training.phases or ()]
+    return [
+        max((_stage(run, loss, models, ranks, stage) for run in runs or [training]), key=lambda memory: memory.total)
+        for stage in range(_pipeline(training))
+    ]
 
 
 def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: int) -> Memory:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
+from conf.flops import forward_flops, training_flops
 from conf.model_size import parameters
+from conf.phases import training_tokens
 from conf.schema import Gpu, Loss, RunConfig, Shape
 from conf.units import GIB, seconds_of_time_limit
 from conf.validate import student_shape
@@ -39,7 +41,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     models = _models(cfg)
     of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
     of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
-    flops = compute.training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, models.teacher)
+    flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, models.teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
     room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
@@ -56,9 +58,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         "models": {"teacher": _model(cfg, teacher), "student": _model(cfg, student), "cut": cut},
         "training": {
             "steps": cfg.distill.max_steps,
-            "tokens": compute.tokens(cfg.distill),
-            "tokens_a_step": cfg.distill.global_batch_size * cfg.distill.seq_length,
-            "flops": compute.tokens(cfg.distill) * flops.total,
+            "tokens": training_tokens(cfg.distill),
+            "tokens_a_step": training_tokens(cfg.distill) // cfg.distill.max_steps,
+            "flops": training_tokens(cfg.distill) * flops.total,
             "flops_a_token": {**dataclasses.asdict(flops), "total": flops.total},
         },
         "signal": _signal(cfg, teacher, flops.total, sizes),
@@ -107,7 +109,7 @@ def _signal(cfg: RunConfig, teacher: Shape, student_flops: int, sizes: dict[str,
     """What a stored signal costs, and what each further student is spared; None where the teacher runs beside."""
     if not cfg.distill.reads_signal:
         return None
-    flops = compute.forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    flops = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
     return {
         "top_k": cfg.distill.signal_top_k,
         "bytes": sizes["signal"],
@@ -159,14 +161,14 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
             beside = teacher if run.runs_teacher else None
-            a_token = compute.training_flops(run, run.loss, cfg.model.family, student, beside).total
-            flops[stage.name] = (compute.tokens(run) * a_token, ranks)
-    forward = compute.forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
-    flops["teacher_signal"] = (compute.tokens(cfg.distill) * forward, ranks)
+            a_token = training_flops(run, run.loss, cfg.model.family, student, beside).total
+            flops[stage.name] = (training_tokens(run) * a_token, ranks)
+    forward = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    flops["teacher_signal"] = (training_tokens(cfg.distill) * forward, ranks)
     correction = cfg.distill.correct_teacher
     if correction is not None:
-        a_token = compute.training_flops(correction, Loss.ce, cfg.model.family, teacher, None).total
-        flops["correct_teacher"] = (compute.tokens(correction) * a_token, ranks)
+        a_token = training_flops(correction, Loss.ce, cfg.model.family, teacher, None).total
+        flops["correct_teacher"] = (training_tokens(correction) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
         # Pipeline stages of the pruning wait for one another: no faster than one rank.

@@ -31,7 +31,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     assert correction is not None  # or the stage is not wanted
     teacher = nemo_api.load_model(inputs["teacher"])
     data = DataFolder.read(inputs["data"])
-    metrics = train(teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], validate_first=True)
+    key = "distill.correct_teacher"
+    metrics = train(
+        teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], key=key, validate_first=True
+    )
     return {**metrics, **gain(out / "metrics.jsonl")}
 
 

@@ -48,7 +48,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     config = llm.Qwen3Config(**_nemo_config(cfg.model.shape, cfg.model.demo.training.seq_length))
     nemo_api.configure(config)
     model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
-    metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None)
+    metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None, key="model.demo.training")
     title = "The demo's teacher"
     export_model(out / "nemo", reference, out / "hf", "keep", title=title, base="random weights")
     return {"bigram_loss": bigram_loss(data), **metrics}

@@ -1,7 +1,8 @@
 """torchrun --nproc_per_node 8 -m recipes.distill --config RUN_DIR/resolved.yaml [--stage distill.ce]
 
-Distillation: the pruned student learns the teacher's next-token distribution (KL divergence on the logits). The
-control `distill.ce` trains the same student on the same tokens without a teacher.
+Distillation: the pruned student learns the teacher's next-token distribution (`distill.kd` says by which loss). The
+controls train the same shape on the same tokens without a teacher: `distill.ce` from the pruned weights,
+`distill.scratch` from random ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import KdConfig, Loss, RunConfig
+from conf.schema import Init, KdConfig, Loss, RunConfig
+from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
 
@@ -27,27 +29,37 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.distillation import distilled_model, student_model
     from recipes.runtime.signal import SignalReader
     from recipes.runtime.teacher_swap import TeacherSwap
+    from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
     signal = None
+    callbacks = []
     if cfg.distill.reads_signal:
         signal = SignalReader(inputs["signal"])
         signal.require(temperature=cfg.distill.kd.temperature, vocab_size=student.config.vocab_size)
         model = student_model(student, cfg.distill.kd)
     elif cfg.distill.loss is Loss.kd:
+        check_tokenizers(inputs["student"], inputs["teacher"])
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_vocabularies(student.config, teacher.config)
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
         model = distilled_model(student, teacher, inputs["teacher"], cfg.distill.kd)
+        if cfg.distill.swap_teacher_at_step is not None:
+            callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
     else:
         chunk_tokens = cfg.distill.kd.chunk_tokens
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
     data = DataFolder.read(inputs["data"])
-    swap = cfg.distill.swap_teacher_at_step
-    swaps = [] if swap is None else [TeacherSwap(inputs["corrected_teacher"], swap)]
-    start = inputs["student"]
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, signal=signal, callbacks=swaps)
+    start = inputs["student"] if cfg.distill.init is Init.pruned else None
+    return train(
+        *(model, cfg.distill, data, out),
+        seed=cfg.seed,
+        start=start,
+        meter=meter(cfg),
+        signal=signal,
+        callbacks=callbacks,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.data_files import sources
-from conf.schema import DocumentFormat, Loss, RunConfig, TeacherSignal
+from conf.schema import DocumentFormat, Init, Loss, RunConfig, TeacherSignal
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,9 @@ def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
 
 
+# A control knows no teacher, so nothing that is said of one may touch it.
+NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         "demo_model",
@@ -199,12 +202,17 @@ STAGES: tuple[Stage, ...] = (
         _distill_inputs,
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
-        # It knows no teacher, so that nothing that is said of one may touch it.
-        settings={
-            "distill.loss": Loss.ce,
-            "distill.signal": TeacherSignal.live,
-            "distill.swap_teacher_at_step": None,
-        },
+        settings=NO_TEACHER,
+        trains=True,
+    ),
+    Stage(
+        "distill.scratch",
+        "recipes.distill",
+        ("distill",),
+        _distill_inputs,
+        world_size,
+        wanted=lambda cfg: "scratch" in cfg.distill.controls,
+        settings={**NO_TEACHER, "distill.init": Init.random},
         trains=True,
     ),
     Stage(

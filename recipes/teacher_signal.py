@@ -33,11 +33,14 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     from recipes.runtime import nemo_api
+    from recipes.runtime.batches import Batches
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.signal import Description, packing_digest, shard_sizes, write_index
     from recipes.runtime.stop_file import asked
+    from recipes.runtime.training import check
 
-    distill = cfg.distill
+    distill, data = cfg.distill, DataFolder.read(inputs["data"])
+    check(distill, data)
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
         inputs["teacher"],
@@ -45,11 +48,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
         precision=distill.precision,
         max_steps=distill.max_steps,
-        val_check_interval=distill.max_steps,
-        limit_test_batches=0,
     )
-    data = DataFolder.read(inputs["data"])
-    sequences = nemo_api.training_sequences(model.tokenizer, data, out, distill, cfg.seed, trainer)
+    sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)
     teacher = nemo_api.core_model(model)
     count = distill.max_steps * distill.global_batch_size
     description = Description(

@@ -27,11 +27,9 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 
 from conf.errors import InputError
-from conf.schema import Parallel, Precision, Training
+from conf.schema import Parallel, Precision
 from recipes.runtime import backend
 from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.signal import SignalReader
-from recipes.runtime.signal_batch import add_signal
 from recipes.runtime.stage_main import world_size
 
 log = logging.getLogger("recipes.nemo_api")
@@ -99,7 +97,6 @@ def make_trainer(
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,
-        ckpt_async_save=False,
         # The optimizer's state in the model's own shapes, so that a run resumes on any layout. The default layout also
         # fails to load in fp32: its in-place copy into a leaf is not under no_grad
         # (megatron/core/optimizer/distrib_optimizer.py:928).
@@ -108,7 +105,7 @@ def make_trainer(
         # missing parameter would pass as well, so every load is followed by `check_parameters`.
         ckpt_load_strictness=StrictHandling.LOG_ALL,
         replace_progress_bar=False,
-        **(strategy_options or {}),
+        **{"ckpt_async_save": False, **(strategy_options or {})},
     )
     trainer = nl.Trainer(
         accelerator=backend.activate().accelerator,
@@ -180,13 +177,8 @@ def data_module(
     global_batch_size: int,
     num_workers: int,
     seed: int,
-    signal: SignalReader | None = None,
 ) -> llm.PreTrainingDataModule:
-    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`.
-
-    Args:
-        signal: the teacher's, which training batches are to carry.
-    """
+    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
     validation = data.validation_paths
     module = llm.PreTrainingDataModule(
         paths={"train": data.train_paths, "validation": validation, "test": validation},
@@ -203,32 +195,7 @@ def data_module(
     )
     # Not by the constructor, for the reason given in `make_trainer`.
     module.dataset_cls = DocumentDataset
-    if signal is not None:
-        add_signal(module, signal)
     return module
-
-
-def training_sequences(
-    tokenizer: Any, data: DataFolder, out: Path, cfg: Training, seed: int, trainer: nl.Trainer
-) -> Any:
-    """The sequences that a training reads, by their place in its order, as the training itself builds them.
-
-    Args:
-        trainer: knows the training's steps.
-    """
-    batches = data_module(
-        tokenizer,
-        data,
-        out,
-        seq_length=cfg.seq_length,
-        micro_batch_size=cfg.micro_batch_size,
-        global_batch_size=cfg.global_batch_size,
-        num_workers=0,
-        seed=seed,
-    )
-    batches.trainer = trainer
-    batches.setup()
-    return batches._train_ds
 
 
 class DocumentDataset(GPTDataset):

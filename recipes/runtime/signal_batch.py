@@ -34,23 +34,18 @@ class SignalDataset(Dataset[dict[str, torch.Tensor]]):
         return {**item, **{name: torch.from_numpy(array) for name, array in zip(COLUMNS, columns, strict=True)}}
 
 
-def add_signal(batches: Any, signal: SignalReader) -> None:
-    """Has NeMo's data module give the signal's columns with the training batches of the last pipeline stage.
+def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: int) -> Any:
+    """Training sequences with the signal's columns on the last pipeline stage, which alone has a use for them.
 
-    Training then raises an InputError before its first step, where the signal was made for other sequences.
+    Args:
+        count: the sequences that training reads.
+
+    Raises:
+        InputError: the signal was made for other sequences.
     """
-
-    def train_dataloader() -> Any:
-        sequences = batches._train_ds
-        count = batches.trainer.max_steps * batches.global_batch_size
-        digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
-        signal.require(seq_length=batches.seq_length, sequences=count, packing=digest)
-        if parallel_state.is_pipeline_last_stage():
-            sequences = SignalDataset(sequences, signal)
-        return batches._create_dataloader(sequences, mode="train")
-
-    # Not by a subclass, for the reason given in `nemo_api.make_trainer`: the class is recorded in every checkpoint.
-    batches.train_dataloader = train_dataloader
+    digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
+    signal.require(seq_length=seq_length, sequences=count, packing=digest)
+    return SignalDataset(sequences, signal) if parallel_state.is_pipeline_last_stage() else sequences
 
 
 def data_step(batches: Iterator[Any]) -> dict[str, Any]:

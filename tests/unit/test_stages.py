@@ -15,6 +15,7 @@ from recipes import stages
 from recipes.artifact import locate
 from recipes.stages import STAGES, External, Output, find, wanted
 
+CONTROLS = "distill.controls=[ce,scratch]"
 CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
@@ -43,11 +44,12 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [stage.name for stage in STAGES]
-    assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored"))] == every
+    assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
     plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
-    assert [stage.name for stage in wanted(demo())] == plain
+    assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
-    assert [stage.name for stage in few] == [name for name in plain if name not in ("distill.ce", "verify")]
+    left_out = ("distill.ce", "distill.scratch", "verify")
+    assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
     published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
 
@@ -115,7 +117,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
     ranks = {stage.name: stage.ranks(cfg) for stage in STAGES}
-    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce"}
+    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
     assert {name for name, count in ranks.items() if count == 2} == {"prune", *of_all_ranks}
 
 

@@ -5,6 +5,7 @@ Each document is its tokens and one end-of-document token. Megatron's own datase
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,20 @@ class DataFolder:
             return prefixes
         weights = [repr(float(part["weight"])) for part in self.train]
         return [word for pair in zip(weights, prefixes, strict=True) for word in pair]
+
+    def weighted(self, weights: dict[str, float]) -> DataFolder:
+        """The same folder with other weights of its sources, by name; what has none, or 0, is left out.
+
+        Raises:
+            KeyError: a source that the folder does not have.
+        """
+        tokens = {name: self.sources[name]["tokens"] for name, weight in weights.items() if weight}
+        parts = [
+            {**part, "weight": weights[part["source"]] * part["tokens"] / tokens[part["source"]]}
+            for part in self.train
+            if part["source"] in tokens
+        ]
+        return dataclasses.replace(self, train=parts)
 
     @property
     def validation_paths(self) -> list[str]:

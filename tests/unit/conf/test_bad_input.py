@@ -67,6 +67,11 @@ CASES: list[tuple[list[str], list[str]]] = [
             "set distill.kd.divergence=forward",
         ],
     ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.phases=[{max_steps: 100}, {max_steps: 60}]"],
+        ["distill.phases takes sequences of which distill.signal=stored keeps no signal", "set distill.phases=null"],
+    ),
+    ([*DEMO, "distill.signal=stored", "distill.skip_steps=[[3,4]]"], ["set distill.skip_steps=[], or distill.signal"]),
     ([*DEMO, "distill.signal=stored", "distill.kd.top_k=8"], ["set distill.kd.top_k=null", "distill.signal_top_k=64"]),
     (
         [*DEMO, "distill.signal=stored", "distill.kd.intermediate_pairs=[{student: 1, teacher: 1}]"],
@@ -208,7 +213,10 @@ CASES: list[tuple[list[str], list[str]]] = [
         [*DEMO, "model.demo.training.use_distributed_optimizer=false"],
         ["model.demo.training.overlap_param_gather=True needs model.demo.training.use_distributed_optimizer=True"],
     ),
-    ([*DEMO, "distill.controls=[kd]"], ["distill.controls=['kd'] names ['kd'], which is not known", "['ce']"]),
+    (
+        [*DEMO, "distill.controls=[kd]"],
+        ["distill.controls=['kd'] names ['kd'], which is not known", "['ce', 'scratch']"],
+    ),
     ([*DEMO, "distill.controls=[ce,ce]"], ["names one twice; set distill.controls=['ce']"]),
     ([*DEMO, "distill.loss=ce"], ["distill.controls=['ce'] repeats what distill.loss=ce already trains"]),
     # Its loss.

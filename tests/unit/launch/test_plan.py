@@ -12,7 +12,9 @@ import pytest
 
 from conf.composition import config_groups
 from conf.errors import ConfigError
+from conf.flops import training_flops
 from conf.load import compose
+from conf.phases import training_tokens
 from conf.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
 from launch import compute, disk, plan
 from launch.plan_text import short, table
@@ -42,13 +44,13 @@ def test_flops_by_hand() -> None:
     training = Training(max_steps=10, seq_length=16, global_batch_size=4)
     # Products: 576 a layer, 32 x 8 in the output layer. Attention: 2 x 16 x 8 a layer.
     student, teacher = 2 * (2 * 576 + 256) + 2 * 256, 2 * (4 * 576 + 256) + 4 * 256
-    flops = compute.training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER)
+    flops = training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER)
     assert (flops.student, flops.teacher, flops.recompute) == (3 * student, teacher, 0)
     assert flops.total == 3 * student + teacher
-    assert compute.training_flops(training, Loss.ce, Family.qwen3, STUDENT, TEACHER).total == 3 * student
+    assert training_flops(training, Loss.ce, Family.qwen3, STUDENT, TEACHER).total == 3 * student
     training.recompute = Recompute.full
-    assert compute.training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER).recompute == student - 2 * 256
-    assert compute.tokens(training) == 10 * 4 * 16
+    assert training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER).recompute == student - 2 * 256
+    assert training_tokens(training) == 10 * 4 * 16
     prune = PruneConfig(calibration_samples=3, calibration_seq_length=16)
     assert compute.calibration_flops(prune, Family.qwen3, TEACHER) == 3 * 16 * teacher
     prune.drop_layers = [1]
@@ -75,7 +77,8 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
     assert sizes["tokens"] == 4 * 28_600 * 768 * 4096
     assert sizes["teacher"] == 2 * teacher
     assert sizes["students"] == 2 * 2 * 2 * student
-    assert sizes["checkpoints"] == 2 * 14 * student
+    # The newest, the best, and the one being written.
+    assert sizes["checkpoints"] == 3 * 14 * student
     assert sizes["total"] == sum(sizes[kind] for kind in ("tokens", "teacher", "students", "checkpoints"))
     # The demo makes its teacher, in fp32 like all of it, and has a control; its tokens take two bytes.
     student, teacher = 3_279_616, 5_246_976
@@ -85,7 +88,7 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
         "tokens": 2 * 160 * 4 * 256,
         "teacher": 3 * 4 * teacher,
         "students": 2 * 3 * 4 * student,
-        "checkpoints": 2 * 2 * 16 * student + 2 * 16 * teacher,
+        "checkpoints": 2 * 3 * 16 * student + 3 * 16 * teacher,
     }
 
 
@@ -124,9 +127,10 @@ def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: 
 def test_a_corrected_teacher_by_hand() -> None:
     plain, corrected = planned(DEPTH), planned(DEPTH, CORRECTION)
     teacher = 8_190_735_360
-    # Weights for NeMo and for Hugging Face; two checkpoints of bf16 weights, fp32 weights and two moments.
+    # Weights for NeMo and for Hugging Face; checkpoints (newest, best, the one being written) of bf16 weights, fp32
+    # weights and two moments.
     assert corrected["disk"]["teacher"] == plain["disk"]["teacher"] + 2 * 2 * teacher
-    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 2 * 14 * teacher
+    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 3 * 14 * teacher
     (row,) = [stage for stage in corrected["stages"] if stage["stage"] == "correct_teacher"]
     forward = plain["training"]["flops_a_token"]["teacher"]
     flops = 10 * 8 * 4096 * 3 * forward
@@ -155,7 +159,7 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
     need = make(cfg)["disk"]["total"]
     monkeypatch.setattr("launch.disk.free_bytes", lambda path: need - 100)
     (warning,) = make(cfg)["warnings"]
-    assert f"{cfg.run_dir} has 0.5 GiB free" in warning
+    assert f"{cfg.run_dir} has 0.7 GiB free" in warning
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").write_bytes(bytes(200))
     assert make(cfg)["warnings"] == []
@@ -297,4 +301,4 @@ def test_the_short_form() -> None:
         r" 21% of its peak, at least 33 jobs of 1-00:00:00",
         lines[1],
     )
-    assert lines[2].startswith("plan: 547.4 GiB on disk, ")
+    assert lines[2].startswith("plan: 624.0 GiB on disk, ")

@@ -1,0 +1,94 @@
+"""python -m tests.helpers.killed_training --config RESOLVED --seed N --times N: a distillation killed again and again.
+
+NeMo is imported once; each attempt is a fork of this process, killed with SIGKILL at a random moment, perhaps within
+a save. The last attempt is left to end. Prints the step that each attempt resumed from and the one it was killed at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+
+from conf.load import load_resolved
+from recipes.artifact import Located, locate, write_manifest
+from recipes.runtime.metrics_file import read_metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--times", type=int, required=True)
+    arguments = parser.parse_args()
+    stage = locate(load_resolved(arguments.config))["distill"]
+    stage.folder.mkdir(exist_ok=True)
+    from recipes.runtime import backend
+
+    backend.activate()
+    from nemo.collections.llm.modelopt.distill import model  # noqa: F401
+
+    from recipes.runtime import training  # noqa: F401
+
+    chance = random.Random(arguments.seed)
+    targets = sorted(chance.choices(range(1, stage.cfg.distill.max_steps), k=arguments.times))
+    killed = [_killed_attempt(stage, target, chance.random() * 0.3) for target in targets]
+    child = _attempt(stage)
+    _, status = os.waitpid(child, 0)
+    for group in killed:
+        # What outlived the rank: its writer of a checkpoint, and torch's queue for the writers' results.
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    raise SystemExit(os.waitstatus_to_exitcode(status))
+
+
+def _attempt(stage: Located) -> int:
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    from recipes import distill
+
+    os.environ["SLURM_JOB_NAME"] = "interactive"  # as recipes.runtime.stage_main does
+    try:
+        write_manifest(stage, 0.0, 0.0, distill.run(stage.cfg, stage.inputs, stage.folder))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _killed_attempt(stage: Located, target: int, wait: float) -> int:
+    """Kills an attempt `wait` seconds after step `target`, or after its own first step, and tells its process group."""
+    from recipes.runtime.checkpoints import newest_checkpoint
+
+    newest = newest_checkpoint(stage.folder / "checkpoints")
+    first = int(newest.name[5:]) if newest else 0
+    target = max(target, first + 1)
+    began = time.time()
+    child = _attempt(stage)
+    metrics = stage.folder / "metrics.jsonl"
+    while not _reached(metrics, began, target):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the training ended by itself"
+        time.sleep(0.005)
+    time.sleep(wait)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(f"resumed from {first}, killed after step {read_metrics(metrics)[-1]['step']}", flush=True)
+    return child
+
+
+def _reached(metrics: Path, began: float, step: int) -> bool:
+    # An older file is what an earlier attempt left; the new one drops its lines of steps that it repeats.
+    fresh = metrics.exists() and metrics.stat().st_mtime > began
+    lines = read_metrics(metrics) if fresh else []
+    return any(line["step"] >= step and "loss" in line for line in lines[-3:])
+
+
+if __name__ == "__main__":
+    main()

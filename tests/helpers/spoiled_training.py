@@ -1,0 +1,53 @@
+"""`recipes.distill` with weights that are spoiled before one batch: SPOILED="STEP FACTOR" of the environment.
+
+The batch is the one that the step, counted from 1, takes unless it is passed over. FACTOR multiplies the final norm's
+weights before that batch's forward pass: a large one makes the loss explode, `nan` makes it no number.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from recipes.runtime.stage_main import stage_main
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """As `recipes.distill.run`, with one more callback."""
+    from recipes import distill
+    from recipes.runtime import backend
+
+    backend.activate()
+    from recipes.runtime import training
+
+    make_trainer = training._trainer
+    training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _spoil()])
+    return distill.run(cfg, inputs, out)
+
+
+def _spoil() -> Any:
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    from recipes.runtime.nemo_api import core_model
+
+    step, factor = os.environ["SPOILED"].split()
+    index = int(step) - 1
+
+    class Spoil(Callback):
+        """Spoils them before the step's own batch, not before one that it takes instead."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches = trainer.datamodule
+            own_batch = index not in batches.spares
+            if trainer.global_step == index and own_batch:
+                with torch.no_grad():
+                    core_model(pl_module).decoder.final_layernorm.weight.mul_(float(factor))
+
+    return Spoil()
+
+
+if __name__ == "__main__":
+    stage_main(run, "distill")
