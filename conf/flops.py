@@ -30,8 +30,8 @@ class TokenFlops:
         return self.student + self.teacher + self.recompute
 
 
-def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape) -> TokenFlops:
-    """FLOP a token of a training run; without the teacher where `loss` is cross-entropy."""
+def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape | None) -> TokenFlops:
+    """FLOP a token of a training run; without the teacher where `loss` is cross-entropy, or it does not run beside."""
     phases = training_phases(training)
     total = sum(phase.steps * phase.tokens_a_step for phase in phases)
     # Sequences of several lengths: the mean over the tokens.
@@ -40,7 +40,7 @@ def training_flops(training: Training, loss: Loss, family: Family, student: Shap
 
 
 def sequence_flops(
-    seq_length: int, recompute: Recompute, loss: Loss, family: Family, student: Shape, teacher: Shape
+    seq_length: int, recompute: Recompute, loss: Loss, family: Family, student: Shape, teacher: Shape | None
 ) -> TokenFlops:
     """FLOP a token of training on sequences of `seq_length` tokens."""
     again = {
@@ -50,7 +50,7 @@ def sequence_flops(
     }
     return TokenFlops(
         student=FORWARD_AND_BACKWARD * forward_flops(student, family, seq_length),
-        teacher=forward_flops(teacher, family, seq_length) if loss is Loss.kd else 0,
+        teacher=forward_flops(teacher, family, seq_length) if teacher and loss is Loss.kd else 0,
         recompute=again[recompute],
     )
 
@@ -75,7 +75,7 @@ class Meter:
     loss: Loss
     family: Family
     student: Shape
-    teacher: Shape
+    teacher: Shape | None
     peak: float
 
     def utilisation(self, tokens_per_second: float, seq_length: int) -> float:

@@ -103,6 +103,14 @@ class Divergence(Enum):
     jensen_shannon = "jensen_shannon"
 
 
+class TeacherSignal(Enum):
+    """Where distillation has the teacher's distributions from. `live`: the teacher runs beside the student. `stored`:
+    it ran once before, in a stage of its own, which kept the most probable tokens of each distribution."""
+
+    live = "live"
+    stored = "stored"
+
+
 class HiddenLoss(Enum):
     """Between hidden states of student and teacher: 1 - cosine, or the mean of squared differences."""
 
@@ -451,9 +459,30 @@ class DistillConfig(Training):
     loss: Loss = Loss.kd
     init: Init = Init.pruned
     kd: KdConfig = field(default_factory=KdConfig)
+    signal: TeacherSignal = TeacherSignal.live
+    # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and of
+    # what reads it through that.
+    signal_top_k: int = placement(64)
+    # Sequences that a file of a stored signal holds: what is lost at most when the stage is killed, a rank.
+    signal_shard_sequences: int = placement(256)
+    # Trains the teacher on the distillation data first, as language models are trained; null: it stays as it is. Its
+    # learning rate is best low, that of the end of its pretraining. Part of the identity of the stage correct_teacher.
+    correct_teacher: Training | None = placement(None)  # noqa: RUF009
+    # The step at which the corrected teacher takes the original one's place; null: it is the teacher from the start.
+    swap_teacher_at_step: int | None = None
     # Further students of the same steps and data that the report sets beside it: "ce" (no teacher), "scratch" (no
     # teacher, and random weights to begin with).
     controls: list[str] = field(default_factory=list, metadata={"identity": False})
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher runs beside the student."""
+        return self.loss is Loss.kd and self.signal is TeacherSignal.live
+
+    @property
+    def reads_signal(self) -> bool:
+        """Whether the student learns from a stored signal."""
+        return self.loss is Loss.kd and self.signal is TeacherSignal.stored
 
 
 @dataclass

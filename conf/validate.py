@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, kd_rules, prune_rules, slurm_rules, training_rules
+from conf import data_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
@@ -85,7 +85,8 @@ def meter(cfg: RunConfig) -> Meter | None:
     if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
         return None
     peak = gpu.bf16_tflops * 1e12 * _world_size(cfg)
-    return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), teacher, peak)
+    beside = teacher if cfg.distill.runs_teacher else None
+    return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), beside, peak)
 
 
 def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]:
@@ -116,12 +117,13 @@ _ABOVE_ZERO = (
         "distill.kd.intermediate_weight",
     ),
     *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
+    *("distill.signal_top_k", "distill.signal_shard_sequences", "distill.swap_teacher_at_step"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
 _FROM_ZERO = (
     *("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
 )
-_TRAININGS = ("distill", "model.demo.training")
+_TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
     *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps", "decay_steps"),
@@ -402,6 +404,15 @@ def _of_demo(rule: TrainingRule) -> Rule:
     return apply
 
 
+def _of_correction(rule: TrainingRule) -> Rule:
+    def apply(cfg: RunConfig) -> Iterator[str]:
+        training = cfg.distill.correct_teacher
+        if training is not None:
+            yield from rule(TrainingRun(training, "distill.correct_teacher", _shapes(cfg)[:1], _world_size(cfg)))
+
+    return apply
+
+
 def _phase_weights(cfg: RunConfig) -> Iterator[str]:
     yield from training_rules.phase_weights(cfg.distill, "distill", sources(cfg.data))
 
@@ -456,9 +467,11 @@ RULES: tuple[Rule, ...] = (
     _evaluate,
     _cluster,
     _controls,
+    *teacher_rules.RULES,
     *(_of_demo(rule) for rule in TRAINING_RULES),
     *(_of_distillation(rule) for rule in TRAINING_RULES),
     _phase_weights,
+    *(_of_correction(rule) for rule in TRAINING_RULES),
     *(_of_loss(rule) for rule in kd_rules.RULES),
     *slurm_rules.RULES,
 )

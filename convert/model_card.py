@@ -47,6 +47,11 @@ class Making:
                     f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
                     f" {metrics['params']:,} parameters" + (f"; layers kept: {_ranges(kept)}." if kept else ".")
                 )
+            if stage == "correct_teacher":
+                said.append(
+                    f"Trained as a language model on {metrics['tokens']:,} tokens of the distillation's data; held-out"
+                    f" loss {metrics['val_loss_before']:.4f} before, {metrics['val_loss_after']:.4f} after."
+                )
             if stage == "distill":
                 loss = metrics.get("val_loss")
                 said.append(

@@ -25,7 +25,9 @@ def environment(located: Located) -> dict[str, str]:
 
 def _megatron(located: Located) -> dict[str, str]:
     """What NeMo sets for speed (nemo/lightning/run/plugins.py:390-414). No effect on a CPU."""
-    parallel = located.cfg.distill.parallel
+    distill = located.cfg.distill
+    correction = distill.correct_teacher if located.stage.name == "correct_teacher" else None
+    parallel = (correction or distill).parallel
     env = {
         # Leaves multiprocessors to the collectives that overlap with a layer norm.
         "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",

@@ -26,6 +26,10 @@ MOMENTS = 2
 # allocator cannot use for being in pieces, as a share of what is allocated.
 CONTEXT_BYTES = 2 * GIB
 FRAGMENTATION = 0.05
+# Tokens whose logits are worked on in fp32 at a time, and the copies that there are then: the logits, scaled, and what
+# top-k sorts (recipes/runtime/teacher_forward.py).
+SIGNAL_CHUNK = 256
+SIGNAL_COPIES = 3
 # Families whose NeMo config asks for the fused SwiGLU, which keeps its input alone for the backward pass
 # (nemo/collections/llm/gpt/model/llama.py:77; megatron/core/fusions/fused_bias_swiglu.py:147).
 FUSED_SWIGLU = (Family.llama,)
@@ -104,7 +108,9 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
     kept = _kept(training, models, ranks, stage, tokens) * width
     of_loss = 0
     if stage == stages - 1:
-        of_loss = tokens * models.student.vocab_size // tensor * loss_bytes(loss, tensor, width)
+        # Of a stored signal there are the student's logits alone.
+        kind = loss if models.teacher is not None else Loss.ce
+        of_loss = tokens * models.student.vocab_size // tensor * loss_bytes(kind, tensor, width)
     # The loss is behind when the backward pass comes to the layers: only the larger of the two counts.
     working = _working(training, models, tokens) * width
     return Memory(
@@ -209,6 +215,22 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
         weights=weights,
         activations=width * _layer_elements(layer, Models(family, teacher, None), tokens),
         loss=tokens * teacher.vocab_size * loss_bytes(Loss.ce, 1, width),
+    )
+
+
+def signal_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
+    """The memory of making the teacher's signal, of its fullest rank: the teacher forward, in distillation's layout but
+    for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
+    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False)
+    layout = replace(distill, parallel=parallel)
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    width = FP32_BYTES if distill.precision is Precision.fp32 else 2
+    tokens = distill.micro_batch_size * distill.seq_length
+    logits = width * tokens + SIGNAL_COPIES * FP32_BYTES * min(SIGNAL_CHUNK, distill.seq_length)
+    return Memory(
+        weights=width * max(rank_parameters(teacher, family, tensor, stages, stage) for stage in range(stages)),
+        activations=width * _layer_elements(layout, Models(family, teacher, None), tokens),
+        loss=logits * teacher.vocab_size // tensor,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from conf.units import GIB
 
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "loss")
+# Stages that have the teacher alone, where a run has them.
+OF_TEACHER = ("correct_teacher", "teacher_signal")
 COLUMNS = 100
 # Paths and key=value may be copied from a line: they are not cut.
 WRAP = textwrap.TextWrapper(COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -84,7 +86,20 @@ def _models(plan: dict[str, Any]) -> list[str]:
         f" = {_count(training['tokens'])} tokens",
         f"GFLOP a token: {_giga(flops['student'])} student + {_giga(flops['teacher'])} teacher{again}"
         f" = {_giga(flops['total'])}; in all {training['flops']:.3g} FLOP",
+        *_signal(plan),
     ]
+
+
+def _signal(plan: dict[str, Any]) -> list[str]:
+    signal = plan["signal"]
+    if signal is None:
+        return []
+    text = (
+        f"the teacher runs once, {_giga(signal['flops_a_token'])} GFLOP a token, and leaves its {signal['top_k']} most "
+        f"probable tokens, at most {_gib(signal['bytes'])} GiB; every further student on the same data (a sweep, a "
+        f"tournament) is spared {signal['spared_share']:.0%} of the FLOP of a step with the teacher beside it"
+    )
+    return WRAP.wrap(text)
 
 
 def _time(plan: dict[str, Any]) -> list[str]:
@@ -115,6 +130,9 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         if number in (0, 1, len(stages) - 1):
             rows.append(_memory_row("distill" if len(stages) == 1 else f"distill, stage {number}", memory, on_gpu))
     rows.append(_memory_row("prune", plan["memory"]["prune"], on_gpu))
+    for stage in OF_TEACHER:
+        if stage in plan["memory"]:
+            rows.append(_memory_row(stage, _fullest(plan["memory"][stage]), on_gpu))
     return [
         f"memory at the fullest moment, with {_layout_words(plan['layout'])}",
         *_columns(rows),
@@ -178,7 +196,12 @@ def _verdict(plan: dict[str, Any]) -> str:
 
 
 def _peak(plan: dict[str, Any]) -> int:
-    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"]])
+    of_teacher = [memory for stage in OF_TEACHER for memory in plan["memory"].get(stage, [])]
+    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"], *of_teacher])
+
+
+def _fullest(memory: list[dict[str, int]]) -> dict[str, int]:
+    return max(memory, key=lambda of_rank: of_rank["total"])
 
 
 def _hours_in_all(plan: dict[str, Any]) -> str:

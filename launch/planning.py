@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
-from conf.flops import training_flops
+from conf.flops import forward_flops, training_flops
 from conf.model_size import parameters
 from conf.phases import training_tokens
 from conf.prune_rules import rounds, steps_of_rounds
@@ -18,12 +18,19 @@ from conf.student import student_shape, student_shapes
 from conf.units import GIB, seconds_of_time_limit
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
-from launch.memory import Memory, Models, prune_memory, training_memory
+from launch.memory import Memory, Models, prune_memory, signal_memory, training_memory
 from recipes.stages import wanted
 
 # Beyond it, prune and distil twice (Minitron's advice: at most a third a round, no more than half).
 LARGEST_CUT = 0.5
 SHORTEST_SEQUENCE = 256
+# Of stages whose layouts are not searched.
+MENDS = {
+    "correct_teacher": "for correct_teacher raise the sizes of distill.correct_teacher.parallel, set "
+    "distill.correct_teacher.recompute=full, or lower distill.correct_teacher.micro_batch_size",
+    "teacher_signal": "for teacher_signal lower distill.micro_batch_size, or raise "
+    "distill.parallel.tensor_model_parallel_size",
+}
 
 
 def make(cfg: RunConfig) -> dict[str, Any]:
@@ -35,14 +42,16 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     models = _models(cfg)
     of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
     of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
-    flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher)
+    flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, models.teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
     room = {"total": total, "written": disk.written_bytes(run_dir), "free": disk.free_bytes(run_dir)}
     cut = 1 - parameters(student, cfg.model.family) / parameters(teacher, cfg.model.family)
     limit = gpu.memory_gib * GIB if gpu else math.inf
     layouts = fitting(cfg, models, ranks, limit) if gpu else []
-    peaks = {"distill": max(of_distill, key=lambda memory: memory.total), "prune": of_prune}
+    of_teacher = _teacher_memory(cfg, teacher, ranks)
+    peaks = {"distill": _fullest(of_distill), "prune": of_prune}
+    peaks |= {stage: _fullest(memory) for stage, memory in of_teacher.items()}
     fits = all(memory.total <= limit for memory in peaks.values())
     return {
         "experiment": cfg.name,
@@ -60,8 +69,13 @@ def make(cfg: RunConfig) -> dict[str, Any]:
             "flops": training_tokens(cfg.distill) * flops.total,
             "flops_a_token": {**dataclasses.asdict(flops), "total": flops.total},
         },
+        "signal": _signal(cfg, teacher, flops.total, sizes),
         "stages": _stages(cfg, student, teacher, ranks),
-        "memory": {"distill": [_memory(memory) for memory in of_distill], "prune": _memory(of_prune)},
+        "memory": {
+            "distill": [_memory(memory) for memory in of_distill],
+            "prune": _memory(of_prune),
+            **{stage: [_memory(memory) for memory in memories] for stage, memories in of_teacher.items()},
+        },
         "layout": _layout(layout_of(cfg.distill, cfg, models, ranks)),
         "layouts": [_layout(layout) for layout in layouts],
         "undivided": undivided(cfg, ranks),
@@ -79,8 +93,35 @@ def _teacher(cfg: RunConfig) -> Shape:
 
 
 def _models(cfg: RunConfig) -> Models:
-    teacher = _teacher(cfg) if cfg.distill.loss is Loss.kd else None
-    return Models(cfg.model.family, student_shape(cfg), teacher)
+    return Models(cfg.model.family, student_shape(cfg), _teacher(cfg) if cfg.distill.runs_teacher else None)
+
+
+def _teacher_memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory]]:
+    """The memory of a rank of each pipeline stage, by stages of the run that have the teacher alone."""
+    memory: dict[str, list[Memory]] = {}
+    if cfg.distill.correct_teacher is not None:
+        models = Models(cfg.model.family, teacher, None)
+        memory["correct_teacher"] = training_memory(cfg.distill.correct_teacher, Loss.ce, models, ranks)
+    if cfg.distill.reads_signal:
+        memory["teacher_signal"] = [signal_memory(cfg.distill, teacher, cfg.model.family)]
+    return memory
+
+
+def _fullest(memory: list[Memory]) -> Memory:
+    return max(memory, key=lambda of_rank: of_rank.total)
+
+
+def _signal(cfg: RunConfig, teacher: Shape, student_flops: int, sizes: dict[str, int]) -> dict[str, Any] | None:
+    """What a stored signal costs, and what each further student is spared; None where the teacher runs beside."""
+    if not cfg.distill.reads_signal:
+        return None
+    flops = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    return {
+        "top_k": cfg.distill.signal_top_k,
+        "bytes": sizes["signal"],
+        "flops_a_token": flops,
+        "spared_share": flops / (flops + student_flops),
+    }
 
 
 def _cluster(cfg: RunConfig) -> dict[str, Any]:
@@ -132,22 +173,31 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
         scoring = compute.search_flops(cfg.prune, cfg.model.family, teacher, student_shapes(cfg))
         flops["search"] = (scoring, calibrating)
     if cfg.prune.tournament is not None:
-        a_token = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, teacher).total
+        beside = teacher if cfg.distill.loss is Loss.kd else None
+        a_token = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, beside).total
         share = steps_of_rounds(cfg) / cfg.distill.max_steps
         flops["tournament"] = (training_tokens(cfg.distill) * share * a_token, ranks)
     for stage in wanted(cfg):
         if stage.module == "recipes.distill":
             run = stage.configure(cfg).distill
-            a_token = training_flops(run, run.loss, cfg.model.family, student, teacher).total
+            beside = teacher if run.runs_teacher else None
+            a_token = training_flops(run, run.loss, cfg.model.family, student, beside).total
             # The winner of a tournament goes on from there.
             taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(stage.configure(cfg)) else 0
             flops[stage.name] = (training_tokens(run) * (1 - taken / run.max_steps) * a_token, ranks)
+    forward = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    flops["teacher_signal"] = (training_tokens(cfg.distill) * forward, ranks)
+    correction = cfg.distill.correct_teacher
+    if correction is not None:
+        a_token = training_flops(correction, Loss.ce, cfg.model.family, teacher, None).total
+        flops["correct_teacher"] = (training_tokens(correction) * a_token, ranks)
     rows = []
     for stage in wanted(cfg):
         # Pipeline stages of the calibration wait for one another: no faster than one rank.
         amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
         working = 1 if stage.name in ("importance", "search") else held
-        hours = compute.training_hours(amount, cfg.distill.precision, cfg.cluster.gpu, working) if amount else None
+        precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
+        hours = compute.training_hours(amount, precision, cfg.cluster.gpu, working) if amount else None
         rows.append(
             {
                 "stage": stage.name,
@@ -213,6 +263,7 @@ def _mend(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit
         parts.append(
             "raise prune.pipeline_model_parallel_size, or lower prune.calibration_seq_length or prune.micro_batch_size"
         )
+    parts += [words for stage, words in MENDS.items() if stage in peaks and peaks[stage].total > limit]
     return "; ".join(parts)
 
 

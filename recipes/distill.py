@@ -16,8 +16,9 @@ from recipes.runtime.stage_main import stage_main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints); begun, where a tournament has
-    trained this student for its first steps.
+    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints) or its stored signal;
+    corrected_teacher, where that one takes the teacher's place at a step; begun, where a tournament has trained this
+    student for its first steps.
 
     Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
     """
@@ -28,16 +29,26 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import distilled_model, student_model
     from recipes.runtime.pruning.tournament import go_on_from
+    from recipes.runtime.signal import SignalReader
+    from recipes.runtime.teacher_swap import TeacherSwap
     from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
     student = nemo_api.load_model(inputs["student"])
-    if cfg.distill.loss is Loss.kd:
+    signal = None
+    callbacks = []
+    if cfg.distill.reads_signal:
+        signal = SignalReader(inputs["signal"])
+        signal.require(temperature=cfg.distill.kd.temperature, vocab_size=student.config.vocab_size)
+        model = student_model(student, cfg.distill.kd)
+    elif cfg.distill.loss is Loss.kd:
         check_tokenizers(inputs["student"], inputs["teacher"])
         teacher = nemo_api.load_model(inputs["teacher"])
         nemo_api.match_vocabularies(student.config, teacher.config)
         nemo_api.match_precision(teacher.config, cfg.distill.precision)
         model = distilled_model(student, teacher, inputs["teacher"], cfg.distill.kd)
+        if cfg.distill.swap_teacher_at_step is not None:
+            callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
     else:
         chunk_tokens = cfg.distill.kd.chunk_tokens
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
@@ -45,7 +56,14 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         go_on_from(inputs["begun"], out)
     data = DataFolder.read(inputs["data"])
     start = inputs["student"] if cfg.distill.init is Init.pruned else None
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, meter=meter(cfg))
+    return train(
+        *(model, cfg.distill, data, out),
+        seed=cfg.seed,
+        start=start,
+        meter=meter(cfg),
+        signal=signal,
+        callbacks=callbacks,
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from recipes.runtime.stage_main import stage_main
 # How the report calls a model, in the order of its tables.
 LABELS = {
     "teacher": "Teacher",
+    "corrected_teacher": "Teacher, corrected",
     "pruned": "Just pruned",
     "student": "Student (distilled)",
     "ce": "Control (no teacher)",
@@ -70,6 +71,7 @@ def summarize(cfg: RunConfig, manifests: dict[str, dict[str, Any]]) -> dict[str,
             key: value for key, value in manifests.get("verify", {}).get("metrics", {}).items() if key.endswith("_diff")
         },
         "pruning": manifests["prune"]["metrics"],
+        "correction": manifests.get("correct_teacher", {}).get("metrics"),
         "stages": {
             name: {"status": manifest["status"], "seconds": manifest["seconds"]} for name, manifest in manifests.items()
         },

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.data_files import sources
-from conf.schema import DocumentFormat, Init, Loss, RunConfig
+from conf.schema import DocumentFormat, Init, Loss, RunConfig, TeacherSignal
 from conf.student import needs_importance
 
 
@@ -63,7 +63,8 @@ class Stage:
         wanted: whether a config asks for the stage at all.
         settings: config values that make a variant of the stage, by dotted key.
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
-        trains: whether it trains, so that it can be asked to save and pause, and goes on from there.
+        trains: whether it trains, or works for as long, so that it can be asked to save and pause, and goes on from
+            there.
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
     """
 
@@ -133,25 +134,41 @@ def _prune_ranks(cfg: RunConfig) -> int:
 
 
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
+    distill = cfg.distill
     inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
-    # Controls train by other rules than the tournament did: they begin at the beginning.
-    as_in_tournament = cfg.distill.loss is Loss.kd and cfg.distill.init is Init.pruned
+    # As the tournament trained: from the pruned student, with a teacher that runs beside it and stays the same.
+    as_in_tournament = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
     if cfg.prune.tournament is not None and as_in_tournament:
         inputs["begun"] = Output("tournament", "winner")
-    if cfg.distill.loss is not Loss.ce:
+    if distill.reads_signal:
+        inputs["signal"] = Output("teacher_signal")
+    elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
         inputs["teacher"] = Output("hf_to_nemo", "nemo")
+        inputs["corrected_teacher"] = Output("correct_teacher", "nemo")
+    elif distill.runs_teacher:
+        inputs["teacher"] = _teacher(cfg)
     return inputs
+
+
+def _teacher(cfg: RunConfig) -> Source:
+    """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
+    (Minitron in practice, arXiv 2408.11796)."""
+    return Output("hf_to_nemo" if cfg.distill.correct_teacher is None else "correct_teacher", "nemo")
 
 
 def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
     """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names."""
     controls: dict[str, Source] = {name: Output(f"distill.{name}", "nemo") for name in cfg.distill.controls}
-    return {"pruned": Output("prune", "nemo"), "student": Output("distill", "nemo"), **controls}
+    corrected = {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", "nemo")}
+    return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo"), **controls}
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
 
+
+# A control knows no teacher, so nothing that is said of one may touch it.
+NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -193,18 +210,35 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda cfg: cfg.prune.budget is not None,
     ),
     Stage(
+        "correct_teacher",
+        "recipes.correct_teacher",
+        ("distill.correct_teacher",),
+        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
+        world_size,
+        wanted=lambda cfg: cfg.distill.correct_teacher is not None,
+        trains=True,
+    ),
+    Stage(
         "tournament",
         "recipes.tournament",
         ("prune", "distill"),
-        lambda cfg: {
-            "teacher": Output("hf_to_nemo", "nemo"),
-            "data": Output("prepare_data"),
-            "search": Output("search"),
-        },
+        lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data"), "search": Output("search")},
         world_size,
         wanted=lambda cfg: cfg.prune.tournament is not None,
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
+    Stage(
+        "teacher_signal",
+        "recipes.teacher_signal",
+        (
+            *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
+            *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.signal_top_k"),
+        ),
+        lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data")},
+        world_size,
+        wanted=lambda cfg: cfg.distill.reads_signal,
+        trains=True,
+    ),
     Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
     Stage(
         "distill.ce",
@@ -213,7 +247,7 @@ STAGES: tuple[Stage, ...] = (
         _distill_inputs,
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
-        settings={"distill.loss": Loss.ce},
+        settings=NO_TEACHER,
         trains=True,
     ),
     Stage(
@@ -223,7 +257,7 @@ STAGES: tuple[Stage, ...] = (
         _distill_inputs,
         world_size,
         wanted=lambda cfg: "scratch" in cfg.distill.controls,
-        settings={"distill.loss": Loss.ce, "distill.init": Init.random},
+        settings={**NO_TEACHER, "distill.init": Init.random},
         trains=True,
     ),
     Stage(

@@ -27,6 +27,8 @@ from conf.phases import TrainingPhase, phase_number, samples_before, training_ph
 from conf.schema import Training
 from recipes.runtime import nemo_api
 from recipes.runtime.data.folder import DataFolder
+from recipes.runtime.signal import SignalReader
+from recipes.runtime.signal_batch import with_signal
 from recipes.runtime.stage_main import rank
 
 # A sequence: the number of its dataset among those of a training, and its own there.
@@ -45,10 +47,20 @@ class Batches(LightningDataModule):
     Args:
         tokenizer: the model's, as NeMo wraps it.
         out: the stage's folder; takes Megatron's index of sequences.
+        signal: the teacher's, on the sequences of the one phase, which its batches then carry.
     """
 
-    def __init__(self, tokenizer: Any, data: DataFolder, out: Path, cfg: Training, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        data: DataFolder,
+        out: Path,
+        cfg: Training,
+        seed: int,
+        signal: SignalReader | None = None,
+    ) -> None:
         super().__init__()
+        self.signal = signal
         self.tokenizer, self.data, self.out, self.cfg, self.seed = tokenizer, data, out, cfg, seed
         self.phases = training_phases(cfg)
         self.spares = spare_batches(cfg)
@@ -61,11 +73,16 @@ class Batches(LightningDataModule):
         _only(self.validation, Split.valid)
         self.validation.trainer = self.trainer
         self.validation.setup()
-        self.datasets = [self._dataset(phase, phase.steps, self.seed + n) for n, phase in enumerate(self.phases)]
+        self.datasets = [self.sequences(number) for number in range(len(self.phases))]
         for place, phase in enumerate(self.phases, start=len(self.phases)):
             spare = [batch for where, batch in self.spares.values() if where == place]
             # A seed that no phase has, or a spare batch might be the one that was passed over.
             self.datasets.append(self._dataset(phase, max(spare) + 1, self.seed + place) if spare else None)
+
+    def sequences(self, number: int) -> Any:
+        """The dataset of a phase, its sequences in the order in which its steps take them."""
+        phase = self.phases[number]
+        return self._dataset(phase, phase.steps, self.seed + number)
 
     def _dataset(self, phase: TrainingPhase, steps: int, seed: int) -> Any:
         data = self.data if phase.weights is None else self.data.weighted(phase.weights)
@@ -94,9 +111,13 @@ class Batches(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro batches from the trainer's present step on."""
+        datasets = self.datasets
+        if self.signal is not None:
+            (phase,) = self.phases
+            datasets = [with_signal(datasets[0], self.signal, phase.seq_length, phase.steps * phase.global_batch_size)]
         return WrappedDataLoader(
             mode="train",
-            dataset=Places(self.datasets),
+            dataset=Places(datasets),
             batch_sampler=MicroBatches(self, self.trainer.global_step),
             num_workers=self.cfg.num_workers,
             pin_memory=True,

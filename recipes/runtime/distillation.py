@@ -33,7 +33,7 @@ from nemo.utils.megatron_utils import average_losses_across_data_parallel_group
 from torch import Tensor
 
 from conf.schema import Divergence, HiddenLoss, KdConfig, LossImplementation
-from recipes.runtime import backend
+from recipes.runtime import backend, signal_batch
 from recipes.runtime.kd_loss import Head, LossSpec, TopK, distillation_loss
 from recipes.runtime.nemo_api import core_model
 
@@ -273,6 +273,9 @@ class StudentModel(_OwnLosses):
             return
         super().configure_model()
         self.head = FusedHead(core_model(self), None, loss_spec(self.kd))
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+        return signal_batch.data_step(dataloader_iter)
 
 
 def _spare_logits(model: Any) -> None:

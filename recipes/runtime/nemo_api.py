@@ -132,6 +132,7 @@ def restore(
     *,
     pipeline_model_parallel_size: int = 1,
     tensor_model_parallel_size: int = 1,
+    precision: Precision | None = None,
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
@@ -142,6 +143,7 @@ def restore(
 
     Args:
         pipeline_model_parallel_size: need not divide the layers: the last stage then has more of them, or fewer.
+        precision: to run in; None: that of the checkpoint.
         modelopt_spec: build the layers from ModelOpt's layer spec, which its pruning requires.
         options: further arguments of `nl.Trainer`.
 
@@ -153,7 +155,7 @@ def restore(
         _set_gpt_mamba_modelopt_spec(model.config)
     trainer = make_trainer(
         Parallel(tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel=False),
-        model_precision(model.config),
+        precision or model_precision(model.config),
         ddp="pytorch",
         strategy_options={"setup_optimizers": False, "ckpt_load_optimizer": False},
         **options,
@@ -297,6 +299,26 @@ def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> No
     missing = sorted(key for key in wanted if key not in saved and not any(part in key for part in optional))
     if missing:
         raise InputError(f"{checkpoint} lacks {len(missing)} of the model's parameters, among them {missing[:3]}")
+
+
+def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
+    """Puts a checkpoint's weights into a Megatron model that is in use, on all ranks, as upstream's `teacher_provider`
+    does into a new one (nemo/collections/llm/modelopt/distill/utils.py:137).
+
+    Raises:
+        InputError: the checkpoint lacks a parameter.
+    """
+    files = trainer.strategy.unwrapped_checkpoint_io
+    metadata = files.load_content_metadata(str(checkpoint))
+    sharded = model.sharded_state_dict(prefix="module.", metadata=metadata)
+    check_parameters(sharded, checkpoint)
+    loaded = trainer.strategy.checkpoint_io.load_checkpoint(
+        str(checkpoint), {"state_dict": sharded}, strict=trainer.strategy.ckpt_load_strictness
+    )
+    # Not strict for the sake of `_extra_state`; the parameters were checked above.
+    model.load_state_dict(
+        {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}, strict=False
+    )
 
 
 def core_model(model: Any) -> Any:

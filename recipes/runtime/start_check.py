@@ -93,7 +93,8 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
         return model(batch["tokens"], batch["position_ids"], None), add_up
 
     # Its own end, which gives logits: distillation's takes the hidden states (recipes/runtime/distillation.py).
-    replaced = teacher.__dict__.pop("_postprocess", None)
+    ending = teacher.output_layer if teacher.post_process else teacher
+    replaced = ending.__dict__.pop("forward", None)
     teacher.eval()
     with torch.no_grad():
         get_forward_backward_func()(
@@ -106,7 +107,7 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
             forward_only=True,
         )
     if replaced is not None:
-        teacher._postprocess = replaced
+        ending.forward = replaced
     for module in teacher.modules():
         # What ModelOpt's hooks keep of a forward pass for the loss (modelopt/torch/distill/distillation_model.py).
         if getattr(module, "_intermediate_output", None) is not None:

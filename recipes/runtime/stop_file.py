@@ -37,7 +37,7 @@ class StopFile(Callback):
         self.save = save
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step >= self.max_steps or not self._asked():
+        if trainer.global_step >= self.max_steps or not asked(self.folder):
             return
         self.save(trainer)
         trainer.should_stop = True
@@ -52,11 +52,12 @@ class StopFile(Callback):
             # What it asked for is done: the next start is not to stop for it.
             (self.folder / STOP).unlink(missing_ok=True)
 
-    def _asked(self) -> bool:
-        """Whether rank 0 sees the file, as all ranks have to know at the same step."""
-        seen = rank() == 0 and (self.folder / STOP).exists()
-        if not torch.distributed.is_initialized():
-            return seen
-        flag = torch.tensor(float(seen), device=backend.activate().device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+
+def asked(folder: Path) -> bool:
+    """Whether rank 0 sees the stop file, as all ranks have to know at the same step."""
+    seen = rank() == 0 and (folder / STOP).exists()
+    if not torch.distributed.is_initialized():
+        return seen
+    flag = torch.tensor(float(seen), device=backend.activate().device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())

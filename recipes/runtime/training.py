@@ -7,6 +7,7 @@ the model in `OUT/nemo`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from recipes.runtime.loss_guard import GRADIENTS, LossGuard
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.optimizer import connect_optimizer
 from recipes.runtime.progress import Progress
+from recipes.runtime.signal import SignalReader
 from recipes.runtime.stage_main import PausedError, world_size
 from recipes.runtime.start_check import StartCheck, check_resumed
 from recipes.runtime.stop_file import StopFile
@@ -48,6 +50,8 @@ def train(
     start: Path | None,
     key: str = "distill",
     meter: Meter | None = None,
+    signal: SignalReader | None = None,
+    validate_first: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
@@ -58,7 +62,9 @@ def train(
         start: the NeMo checkpoint whose weights training starts from; None: from random ones.
         key: where the config has `cfg`, for messages.
         meter: what the speed is held against, where that is known.
+        signal: the teacher's stored signal on the training sequences, for a model whose `data_step` takes it.
         callbacks: further ones of Lightning's.
+        validate_first: takes the validation loss before the first step as well.
 
     Returns:
         backend, steps, tokens, steps whose batch was passed over, the last training loss, the last and the best
@@ -70,14 +76,14 @@ def train(
             number, or far too high.
         PausedError: a stop file ended it early; it goes on from there the next time.
     """
-    _check(cfg, data)
+    check(cfg, data)
     if not (out / "nemo").exists():
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
         resumed = newest_checkpoint(out / "checkpoints")
         if resumed is not None:
             check_resumed(model.config, resumed)
-        batches = Batches(model.tokenizer, data, out, cfg, seed)
+        batches = Batches(model.tokenizer, data, out, cfg, seed, signal)
         guard = LossGuard(cfg, batches, out, key)
         saver = Checkpoints(cfg, out / "checkpoints", out / "nemo", out / "metrics.jsonl")
         # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
@@ -86,6 +92,8 @@ def train(
         if start is not None:
             own.append(StartCheck(start))
         trainer = _trainer(cfg, [*own, *callbacks])
+        if validate_first and resumed is None:
+            trainer.num_sanity_val_steps = math.inf
         if resumed is None and start is not None:
             trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))
         log.info("training from %s", resumed or start or "random weights")
@@ -108,8 +116,8 @@ def _fit(trainer: nl.Trainer, model: llm.GPTModel, batches: Batches, resumed: Pa
         raise guard.error(trainer.global_step, f"gradients that are no numbers ({fault})") from None
 
 
-def _check(cfg: Training, data: DataFolder) -> None:
-    """What only the ranks and the data at hand can tell."""
+def check(cfg: Training, data: DataFolder) -> None:
+    """What only the ranks and the data at hand can tell. Raises: ConfigError, InputError; see `train`."""
     parallel = cfg.parallel
     model_parallel = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size

@@ -12,9 +12,12 @@ from conf.load import compose
 from conf.schema import Loss, RunConfig
 from conf.typed import schema_keys
 from recipes import stages
+from recipes.artifact import locate
 from recipes.stages import STAGES, External, Output, find, wanted
 
 DROP = "prune.drop_layers=[2]"
+CONTROLS = "distill.controls=[ce,scratch]"
+CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
 def test_names_are_unique_and_modules_exist() -> None:
@@ -42,10 +45,12 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament")]
-    assert [stage.name for stage in wanted(demo("distill.controls=[ce,scratch]"))] == every
+    assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
+    plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
+    assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
     left_out = ("distill.ce", "distill.scratch", "verify")
-    assert [stage.name for stage in few] == [name for name in every if name not in left_out]
+    assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
     published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
 
@@ -87,11 +92,50 @@ def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConf
     assert "teacher" in find("distill").inputs(cfg)
 
 
+def test_a_stored_signal_takes_the_teachers_place(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo("distill.signal=stored")
+    inputs = find("distill").inputs(cfg)
+    assert inputs["signal"] == Output("teacher_signal")
+    assert "teacher" not in inputs
+    assert find("teacher_signal").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
+
+
+def test_a_corrected_teacher_teaches_and_is_not_what_is_pruned(demo: Callable[..., RunConfig]) -> None:
+    corrected = Output("correct_teacher", "nemo")
+    cfg = demo(*CORRECTED)
+    assert find("distill").inputs(cfg)["teacher"] == corrected
+    assert find("prune").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
+    assert find("nemo_to_hf").inputs(cfg)["corrected_teacher"] == corrected
+    assert find("teacher_signal").inputs(demo(*CORRECTED, "distill.signal=stored"))["teacher"] == corrected
+    swapped = find("distill").inputs(demo(*CORRECTED, "distill.swap_teacher_at_step=20"))
+    assert (swapped["teacher"], swapped["corrected_teacher"]) == (Output("hf_to_nemo", "nemo"), corrected)
+
+
+@pytest.mark.parametrize("change", ["distill.lr=3e-4", "distill.kd.temperature=2", "distill.warmup_steps=3"])
+def test_a_sweep_of_the_student_makes_no_signal_anew(demo: Callable[..., RunConfig], change: str) -> None:
+    made, changed = (_folders(demo("distill.signal=stored", *more)) for more in ([], [change]))
+    assert made["distill"] != changed["distill"]
+    assert made["distill.ce"] != changed["distill.ce"]
+    assert (made["teacher_signal"] == changed["teacher_signal"]) == ("temperature" not in change)
+
+
+@pytest.mark.parametrize(
+    "change", ["distill.signal=stored", "distill.signal_top_k=8", CORRECTED[0], "distill.signal_shard_sequences=1"]
+)
+def test_a_control_does_not_depend_on_what_is_said_of_the_teacher(demo: Callable[..., RunConfig], change: str) -> None:
+    assert _folders(demo())["distill.ce"] == _folders(demo(change))["distill.ce"]
+
+
+def _folders(cfg: RunConfig) -> dict[str, str]:
+    return {name: stage.config_hash for name, stage in locate(cfg).items()}
+
+
 def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
-    ranks = {stage.name: stage.ranks(cfg) for stage in wanted(cfg)}
-    assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", "distill", "distill.ce"}
+    ranks = {stage.name: stage.ranks(cfg) for stage in STAGES if stage.name not in ("search", "tournament")}
+    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
+    assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
 
 def test_an_unknown_stage_is_named_with_those_there_are() -> None:

@@ -12,6 +12,10 @@ from conf.load import compose
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
+CORRECTION = [
+    *("distill.correct_teacher.max_steps=9", "distill.correct_teacher.seq_length=64"),
+    *("distill.correct_teacher.global_batch_size=4", "distill.correct_teacher.min_lr=1e-5"),
+]
 
 # Overrides, and the parts of the one fault that they give.
 CASES: list[tuple[list[str], list[str]]] = [
@@ -21,7 +25,10 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "model=qwen3"], ["model=qwen3 does not exist", "qwen3_8b"]),
     ([*DEMO, "cluster=7"], ["cluster=7 does not exist", "local, one_gpu_24gb, one_node"]),
     ([*DEMO, "distill.lrr=1"], ["distill.lrr is not a known key (did you mean distill.lr?)"]),
-    ([*DEMO, "lr=1"], ["lr is not a known key (did you mean model.demo.training.lr or distill.lr?)"]),
+    (
+        [*DEMO, "lr=1"],
+        ["lr is not a known key (did you mean model.demo.training.lr or distill.lr or "],
+    ),
     ([*DEMO, "distil.lr=1"], ["distil is not a known key (did you mean distill?)"]),
     ([*DEMO, "distill.zzz=1"], ["distill.zzz is not a known key; distill has max_steps, seq_length"]),
     ([*DEMO, "+distill.new=1"], ["distill.new is not a known key"]),
@@ -42,6 +49,62 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "~distill.lr"], ["distill.lr is not set; set distill.lr to a number"]),
     ([*DEMO, "name=???"], ["name is not set; set name to some text"]),
     ([*DEMO, "run_dir=${oc.env:NO_SUCH_VARIABLE}"], ["run_dir", "NO_SUCH_VARIABLE", "set run_dir to a plain value"]),
+    # The teacher's signal, and its correction.
+    ([*DEMO, "distill.signal=both"], ["distill.signal=both is not known", "live or stored"]),
+    ([*DEMO, "distill.signal_top_k=0"], ["distill.signal_top_k=0 must be above 0"]),
+    (
+        [*DEMO, "distill.signal=stored", "distill.signal_top_k=1024"],
+        ["distill.signal_top_k=1024 leaves nothing of the vocabulary of 1024", "at most 1023"],
+    ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.loss=ce", "distill.controls=[]"],
+        ["distill.signal=stored", "distill.loss=ce does not read", "set distill.signal=live"],
+    ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.divergence=reverse_kl"],
+        [
+            "distill.kd.divergence asks for what distill.signal=stored does not keep",
+            "set distill.kd.divergence=forward",
+        ],
+    ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.phases=[{max_steps: 100}, {max_steps: 60}]"],
+        ["distill.phases takes sequences of which distill.signal=stored keeps no signal", "set distill.phases=null"],
+    ),
+    ([*DEMO, "distill.signal=stored", "distill.skip_steps=[[3,4]]"], ["set distill.skip_steps=[], or distill.signal"]),
+    ([*DEMO, "distill.signal=stored", "distill.kd.top_k=8"], ["set distill.kd.top_k=null", "distill.signal_top_k=64"]),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.intermediate_pairs=[{student: 1, teacher: 1}]"],
+        ["set distill.kd.intermediate_pairs=[], or distill.signal=live"],
+    ),
+    (
+        [*DEMO, "distill.signal=stored", "distill.kd.implementation=upstream"],
+        ["set distill.kd.implementation=chunked, or distill.signal=live"],
+    ),
+    ([*DEMO, "distill.correct_teacher.lr=0", *CORRECTION], ["distill.correct_teacher.lr=0.0 must be above 0"]),
+    (
+        [*DEMO, *CORRECTION, "distill.correct_teacher.lr=1e-4", "distill.correct_teacher.micro_batch_size=3"],
+        ["distill.correct_teacher.global_batch_size=4 is not divisible by 3"],
+    ),
+    (
+        [*DEMO, *CORRECTION, "distill.correct_teacher.lr=1e-4", "distill.loss=ce", "distill.controls=[]"],
+        ["distill.correct_teacher trains a teacher that distill.loss=ce does not need"],
+    ),
+    (
+        [*DEMO, "distill.swap_teacher_at_step=10"],
+        ["distill.swap_teacher_at_step=10 brings in a corrected teacher", "distill.correct_teacher=null makes none"],
+    ),
+    (
+        [*DEMO, *CORRECTION, "distill.correct_teacher.lr=1e-4", "distill.swap_teacher_at_step=160"],
+        ["distill.swap_teacher_at_step=160 is not below distill.max_steps=160", "to at most 159"],
+    ),
+    (
+        [
+            *(*DEMO, *CORRECTION, "distill.correct_teacher.lr=1e-4"),
+            *("distill.swap_teacher_at_step=10", "distill.signal=stored"),
+        ],
+        ["distill.swap_teacher_at_step=10 changes a teacher that runs", "distill.signal=stored runs none"],
+    ),
     # What Hydra itself refuses.
     ([*DEMO, "distill.lr=[1"], ["'distill.lr=[1' cannot be read as KEY=VALUE"]),
     ([*DEMO, "distill.lr=1e-3,1e-4"], ["add --multirun"]),

@@ -90,6 +90,61 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
     }
 
 
+CORRECTION = (
+    "distill.correct_teacher={max_steps: 10, seq_length: 4096, global_batch_size: 8, lr: 1e-5, min_lr: 1e-6, "
+    "parallel: {tensor_model_parallel_size: 8}}"
+)
+
+
+def test_a_stored_signal_by_hand() -> None:
+    live, stored = planned(DEPTH), planned(DEPTH, "distill.signal=stored", "distill.signal_top_k=10")
+    # Three bytes of an id below 2^24 and two of a log-probability, four of the tail.
+    assert stored["disk"]["signal"] == stored["signal"]["bytes"] == 28_600 * 768 * 4096 * (10 * 5 + 4)
+    assert stored["disk"]["total"] == live["disk"]["total"] + stored["signal"]["bytes"]
+    of_teacher = live["training"]["flops_a_token"]["teacher"]
+    assert stored["signal"]["flops_a_token"] == of_teacher
+    assert stored["training"]["flops_a_token"]["teacher"] == 0
+    assert stored["signal"]["spared_share"] == of_teacher / live["training"]["flops_a_token"]["total"]
+    hours = {stage["stage"]: stage["hours"] for plan in (live, stored) for stage in plan["stages"]}
+    before = {stage["stage"]: stage["hours"] for stage in live["stages"]}["distill"]
+    assert hours["teacher_signal"] + hours["distill"] == pytest.approx(before)
+    assert all(memory["teacher"] == 0 for memory in stored["memory"]["distill"])
+    (signal,) = stored["memory"]["teacher_signal"]
+    assert signal["weights"] == live["memory"]["distill"][0]["teacher"]
+    # Whole bf16 logits of a micro batch of 2 x 4096, 3 copies in fp32 of 256 tokens; an eighth of the vocabulary.
+    assert signal["loss"] == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
+    assert "every further student on the same data" in table(stored)
+    assert "teacher_signal" not in live["memory"]
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
+def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: int) -> None:
+    assert disk.signal_bytes(7, vocab_size) == 7 * (size + 2) + 4
+
+
+def test_a_corrected_teacher_by_hand() -> None:
+    plain, corrected = planned(DEPTH), planned(DEPTH, CORRECTION)
+    teacher = 8_190_735_360
+    # Weights for NeMo and for Hugging Face; checkpoints (newest, best, the one being written) of bf16 weights, fp32
+    # weights and two moments.
+    assert corrected["disk"]["teacher"] == plain["disk"]["teacher"] + 2 * 2 * teacher
+    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 3 * 14 * teacher
+    (row,) = [stage for stage in corrected["stages"] if stage["stage"] == "correct_teacher"]
+    forward = plain["training"]["flops_a_token"]["teacher"]
+    flops = 10 * 8 * 4096 * 3 * forward
+    assert row["hours"] == pytest.approx(flops / (8 * 989.4e12 * 0.21 * 3600), rel=1e-3)
+    (memory,) = corrected["memory"]["correct_teacher"]
+    assert memory["weights"] == plain["memory"]["distill"][0]["teacher"]
+    assert memory["gradients"] == 2 * memory["weights"]
+    assert memory["teacher"] == 0
+
+
+def test_a_correction_that_does_not_fit_is_told_with_its_mend() -> None:
+    plan = planned(DEPTH, CORRECTION, "distill.correct_teacher.micro_batch_size=8", "cluster.gpu.memory_gib=40")
+    assert plan["fits"] is False
+    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan["mend"]
+
+
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
 def test_bytes_of_a_token_are_megatrons(vocab_size: int, size: int) -> None:
     assert disk.token_bytes(vocab_size) == size

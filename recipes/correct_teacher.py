@@ -1,0 +1,49 @@
+"""torchrun --nproc_per_node 8 -m recipes.correct_teacher --config RUN_DIR/resolved.yaml
+
+Teacher correction: the teacher is trained on the distillation data as language models are, so that what it then teaches
+fits these data (Minitron in practice, arXiv 2408.11796, section 2). The student is pruned from the original.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from conf.schema import RunConfig
+from recipes.runtime.metrics_file import read_metrics
+from recipes.runtime.stage_main import stage_main
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: teacher (a NeMo checkpoint), data.
+
+    Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`. Its gain is in the metrics: held-out loss
+    (nats per token) before and after, on the same batches.
+    """
+    from recipes.runtime import backend
+
+    backend.activate()
+    from recipes.runtime import nemo_api
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.training import train
+
+    correction = cfg.distill.correct_teacher
+    assert correction is not None  # or the stage is not wanted
+    teacher = nemo_api.load_model(inputs["teacher"])
+    data = DataFolder.read(inputs["data"])
+    key = "distill.correct_teacher"
+    metrics = train(
+        teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], key=key, validate_first=True
+    )
+    return {**metrics, **gain(out / "metrics.jsonl")}
+
+
+def gain(metrics: Path) -> dict[str, float]:
+    """Held-out loss before and after a training, from its `metrics.jsonl`."""
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(metrics) if "val_loss" in line}
+    before, after = losses[0], losses[max(losses)]
+    return {"val_loss_before": before, "val_loss_after": after, "val_loss_gain": before - after}
+
+
+if __name__ == "__main__":
+    stage_main(run, "correct_teacher")

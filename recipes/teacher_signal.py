@@ -1,0 +1,188 @@
+"""torchrun --nproc_per_node 8 -m recipes.teacher_signal --config RUN_DIR/resolved.yaml
+
+The teacher's signal, once: the teacher runs over the sequences that distillation will read, in its order, and the
+`distill.signal_top_k` most probable next tokens at each position are kept. Students then learn without it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from conf.errors import InputError
+from conf.schema import DistillConfig, RunConfig
+from recipes.runtime.stage_main import PausedError, rank, stage_main
+
+# Threads of a writing rank that compress while the teacher goes on.
+COMPRESSORS = 2
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: teacher (a NeMo checkpoint), data. Output: `shard-N.bin`, `signal.json` (see recipes/runtime/signal.py).
+
+    Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
+    further replicas here. A stage that was killed or paused goes on with the shards that are missing.
+    """
+    from recipes.runtime import backend
+
+    backend.activate()
+    import torch
+    from megatron.core import parallel_state
+
+    from recipes.runtime import nemo_api
+    from recipes.runtime.batches import Batches
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.signal import Description, packing_digest, shard_sizes, write_index
+    from recipes.runtime.stop_file import asked
+    from recipes.runtime.training import check
+
+    distill, data = cfg.distill, DataFolder.read(inputs["data"])
+    check(distill, data)
+    torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
+    model, trainer = nemo_api.restore(
+        inputs["teacher"],
+        tensor_model_parallel_size=distill.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
+        precision=distill.precision,
+        max_steps=distill.max_steps,
+    )
+    sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)
+    teacher = nemo_api.core_model(model)
+    count = distill.max_steps * distill.global_batch_size
+    description = Description(
+        top_k=distill.signal_top_k,
+        temperature=distill.kd.temperature,
+        vocab_size=teacher.vocab_size,
+        seq_length=distill.seq_length,
+        sequences=count,
+        packing=packing_digest(lambda index: sequences[index]["tokens"].numpy(), count),
+    )
+    sizes = shard_sizes(count, distill.signal_shard_sequences)
+    missing = _missing(out, sizes)
+    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    progress = Progress(out, distill, count - sum(sizes[number] for number in missing), count)
+    for start in range(0, len(missing), replicas):
+        shards = missing[start : start + replicas]
+        if replica < len(shards):
+            _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill)
+        trainer.strategy.barrier()
+        progress.add(sum(sizes[number] for number in shards))
+        if progress.done < count and asked(out):
+            progress.end("paused")
+            raise PausedError(f"paused at sequence {progress.done} of {count}")
+    if rank() == 0:
+        write_index(out, description, distill.signal_shard_sequences)
+    progress.end("done")
+    return {
+        "backend": backend.activate().name,
+        "sequences": count,
+        "tokens": count * distill.seq_length,
+        "bytes": sum(shard.stat().st_size for shard in out.glob("shard-*.bin")),
+    }
+
+
+def _missing(out: Path, sizes: list[int]) -> list[int]:
+    """The shards that are still to be made, as rank 0 sees the disk; two nodes may see it differently."""
+    import torch
+
+    from recipes.runtime.signal import whole_shards
+
+    missing: list[Any] = [None]
+    if rank() == 0:
+        whole = set(whole_shards(out, sizes))
+        missing = [[number for number in range(len(sizes)) if number not in whole]]
+    torch.distributed.broadcast_object_list(missing)
+    return list(missing[0])
+
+
+def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
+    """Makes one shard, by all ranks of a replica; the first tensor-parallel rank of the last stage writes it."""
+    import numpy as np
+    from megatron.core import parallel_state
+
+    from recipes.runtime.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
+    from recipes.runtime.teacher_forward import most_probable
+
+    first = number * distill.signal_shard_sequences
+    items = [sequences[first + place] for place in range(size)]
+    tokens = [item["tokens"] for item in items]
+    writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    frames: list[Future[bytes]] = []
+    losses: list[float] = []
+    with ThreadPoolExecutor(COMPRESSORS) as compressors:
+
+        def take(top: Any) -> None:
+            if writes:
+                ids, logprobs, tail = (part.cpu().numpy() for part in (top.ids, top.log_probs, top.tail))
+                signal = Signal(ids.astype(np.int32), logprobs.astype(np.float16), tail)
+                losses.append(prediction_loss(signal, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
+                frames.append(compressors.submit(encode, signal))
+
+        most_probable(
+            teacher,
+            tokens,
+            micro_batch_size=distill.micro_batch_size,
+            top_k=distill.signal_top_k,
+            temperature=distill.kd.temperature,
+            take=take,
+        )
+        if writes:
+            _plausible(losses, teacher.vocab_size)
+            writer = ShardWriter(out, number, first)
+            for ids, frame in zip(tokens, frames, strict=True):
+                writer.add(frame.result(), tokens_crc(ids.numpy()))
+            writer.close()
+
+
+def _plausible(losses: list[float], vocab_size: int) -> None:
+    """Raises: InputError, where the teacher knows no more of a shard's text than chance does, or gives no numbers."""
+    loss, chance = sum(losses) / len(losses), math.log(vocab_size)
+    if not loss < chance:
+        raise InputError(
+            f"the teacher's loss is {loss:.3f} nats per token, no better than chance ({chance:.3f}); check that"
+            " model.hf_path holds trained weights and their own tokenizer"
+        )
+
+
+class Progress:
+    """Tells what is done in `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
+
+    Args:
+        done: sequences that earlier attempts have left.
+    """
+
+    def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:
+        from recipes.runtime.metrics_file import MetricsFile
+
+        self.out, self.seq_length, self.done, self.count = out, distill.seq_length, done, count
+        self.file = MetricsFile(out / "metrics.jsonl")
+        self.before, self.started = done, time.perf_counter()
+        if rank() == 0:
+            self.file.forget_after(done)
+
+    def add(self, sequences: int) -> None:
+        self.done += sequences
+        if rank() != 0:
+            return
+        seconds = (time.perf_counter() - self.started) / (self.done - self.before)
+        self.file.append(
+            step=self.done,
+            max_steps=self.count,
+            tokens=self.done * self.seq_length,
+            tokens_per_second=round(self.seq_length / seconds, 1),
+            seconds_left=round((self.count - self.done) * seconds, 1),
+        )
+
+    def end(self, state: str) -> None:
+        from recipes.artifact import STATE, STOP, write_json
+
+        if rank() == 0:
+            write_json(self.out / STATE, {"state": state, "step": self.done})
+            (self.out / STOP).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    stage_main(run, "teacher_signal")

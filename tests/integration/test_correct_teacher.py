@@ -1,0 +1,112 @@
+"""Teacher correction and distillation from a stored signal, through the real command line on a tiny run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from recipes.artifact import read_manifest
+from tests.helpers import tiny, tolerance
+
+# Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
+CORRECTION = (
+    "distill.correct_teacher={max_steps: 24, seq_length: 128, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, "
+    "min_lr: 1e-4, warmup_steps: 4, precision: fp32, save_every_n_steps: 10, val_every_n_steps: 12, val_batches: 4, "
+    "log_every_n_steps: 1, num_workers: 0}"
+)
+SWAP_AT = 3
+SWAPPED = (*tiny.DEPTH, CORRECTION, f"distill.swap_teacher_at_step={SWAP_AT}")
+
+
+@pytest.fixture(scope="module")
+def corrected(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run whose teacher is corrected, brought to its end."""
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("corrected") / "run")
+    tiny.launch(run_dir, *tiny.DEPTH, CORRECTION)
+    return run_dir
+
+
+def test_the_gain_is_measured_and_reported(corrected: Path) -> None:
+    folder = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)["correct_teacher"].folder
+    metrics = (read_manifest(folder) or {})["metrics"]
+    losses = tiny.validations(folder)
+    assert list(losses) == [0, 12, 24]
+    assert (metrics["val_loss_before"], metrics["val_loss_after"]) == (losses[0], losses[24])
+    assert metrics["val_loss_gain"] == losses[0] - losses[24] > 0.1
+    report = tiny.report(corrected)
+    assert report["correction"] == metrics
+    models = report["models"]
+    assert models["corrected_teacher"]["params"] == models["teacher"]["params"]
+    # By transformers, on other batches of the same documents.
+    assert models["corrected_teacher"]["val_loss"] < models["teacher"]["val_loss"]
+    assert "Teacher, corrected" in (corrected / "report" / "index.html").read_text()
+
+
+def test_a_corrected_teacher_teaches_another_thing_from_the_first_step(finished: Path, corrected: Path) -> None:
+    original, other = (
+        tiny.losses(tiny.stages(run_dir, *tiny.DEPTH, *more)["distill"].folder)
+        for run_dir, more in ((finished, ()), (corrected, (CORRECTION,)))
+    )
+    assert abs(original[0] - other[0]) > 1e-3
+
+
+def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, corrected: Path, tmp_path: Path) -> None:
+    original = tiny.losses(tiny.stages(finished, *tiny.DEPTH)["distill"].folder)
+    tiny.launch(corrected, *SWAPPED, "--until", "distill")
+    swapped = tiny.losses(tiny.stages(corrected, *SWAPPED)["distill"].folder)
+    # The very same steps before, another loss at once after.
+    assert swapped[:SWAP_AT] == pytest.approx(original[:SWAP_AT], rel=0, abs=tolerance.RESUMED)
+    assert abs(swapped[SWAP_AT] - original[SWAP_AT]) > 1e-3
+
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-a", corrected, run_dir], check=True)
+    folder = tiny.stages(run_dir, *SWAPPED)["distill"].folder
+    # As a kill after the checkpoint of step 4, beyond the swap, leaves it.
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step=4"]
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "nemo")
+    tiny.launch(run_dir, *SWAPPED, "--until", "distill")
+    log = (folder / "log.txt").read_text()
+    assert f"training from {folder}/checkpoints/step=4" in log
+    assert "from step 5 on" in log
+    assert tiny.losses(folder) == pytest.approx(swapped, rel=0, abs=tolerance.RESUMED)
+
+
+def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_path: Path) -> None:
+    """Of the same top k; by a data loader's worker, and on two ranks, though one rank made it."""
+    top_k = 16
+    live = (*tiny.DEPTH, f"distill.kd.top_k={top_k}")
+    stored = (*tiny.DEPTH, "distill.signal=stored", f"distill.signal_top_k={top_k}", "distill.num_workers=1")
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    tiny.launch(run_dir, *live, "--until", "distill")
+    tiny.launch(run_dir, *stored, "--until", "distill")
+    of_teacher, of_signal = (tiny.stages(run_dir, *settings)["distill"] for settings in (live, stored))
+    # fp16 moves a log-probability by 5e-4 nats in the mean, to both sides.
+    assert tiny.losses(of_signal.folder) == pytest.approx(tiny.losses(of_teacher.folder), rel=0, abs=1e-4)
+    assert "teacher" not in of_signal.inputs
+    signal = of_signal.inputs["signal"]
+    for layout in (
+        ("distill.parallel.tensor_model_parallel_size=2",),
+        ("distill.parallel.pipeline_model_parallel_size=2", "distill.num_workers=0"),
+        ("distill.parallel.context_parallel_size=2",),
+    ):
+        one_rank = tiny.losses(of_signal.folder)
+        aside = of_signal.folder.with_name("one_rank")
+        of_signal.folder.rename(aside)
+        tiny.launch(run_dir, *stored, "cluster.devices_per_node=2", *layout, "--until", "distill")
+        assert tiny.losses(of_signal.folder) == pytest.approx(one_rank, abs=tolerance.LOSS), layout
+        shutil.rmtree(of_signal.folder)
+        aside.rename(of_signal.folder)
+
+    # A signal of other data is refused before a step is made.
+    index = json.loads((signal / "signal.json").read_text())
+    (signal / "signal.json").write_text(json.dumps({**index, "packing": "00000000"}))
+    shutil.rmtree(of_signal.folder)
+    refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
+    assert refused.returncode == 2, refused.stderr
+    assert f"was made for other data or settings: packing {'0' * 8}, not {index['packing']}" in refused.stderr
+    assert not list(of_signal.folder.glob("checkpoints/*"))

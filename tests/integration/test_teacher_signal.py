@@ -1,0 +1,210 @@
+"""The teacher's stored signal through the real command line: the same in every layout, resumed, read in batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.artifact import read_manifest, read_state
+from recipes.runtime.metrics_file import read_metrics
+from recipes.runtime.signal import SignalReader, read_table, shard_name
+from tests.helpers import tiny
+from tests.helpers.ranks import run_ranks
+
+TOP_K, SHARD = 16, 5
+SEQUENCES = tiny.DISTILL["max_steps"] * tiny.DISTILL["global_batch_size"]
+STORED = (
+    *tiny.DEPTH,
+    *("distill.signal=stored", f"distill.signal_top_k={TOP_K}", f"distill.signal_shard_sequences={SHARD}"),
+    "distill.kd.temperature=2",
+)
+TWO_RANKS = "cluster.devices_per_node=2"
+LAYOUTS = {
+    "dp2": (TWO_RANKS,),
+    "tp2": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
+    # Micro batches of 2 do not divide a shard of 5.
+    "pp2": (TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2", "distill.micro_batch_size=2"),
+    # Context parallelism of the distillation is further replicas of the teacher.
+    "cp2": (TWO_RANKS, "distill.parallel.context_parallel_size=2"),
+}
+# Sums in another order in fp32 move a log-probability by less than a step of fp16, which is 2^-8 between -8 and -4
+# and less above: it may be rounded to the other side.
+ONE_STEP = 2**-8
+
+
+@pytest.fixture(scope="module")
+def one_rank(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run with a signal made by one rank."""
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("signal") / "run")
+    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    return run_dir
+
+
+def folder_of(run_dir: Path) -> Path:
+    return tiny.stages(run_dir, *STORED)["teacher_signal"].folder
+
+
+def read(folder: Path, tokens: np.ndarray) -> list[np.ndarray]:
+    """Ids, log-probabilities and tails of all sequences."""
+    reader = SignalReader(folder)
+    signals = [reader.read(index, tokens[index]) for index in range(SEQUENCES)]
+    return [np.stack(parts) for parts in zip(*signals, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tokens(one_rank: Path) -> np.ndarray:
+    """The sequences that distillation reads, `[SEQUENCES, s]`, as Megatron builds them in a process of their own."""
+    located = tiny.stages(one_rank, *STORED)["distill"]
+    (found,) = run_ranks(training_tokens, 1, located.inputs["data"], located.folder.parent / "tokens", located.cfg)
+    return np.array(found)
+
+
+def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
+    from recipes.runtime import backend
+
+    backend.activate()
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    from recipes.runtime.data.folder import DataFolder
+
+    class Tokenizer:
+        pad, eod, unique_identifiers = 0, 0, {"class": "none"}
+
+    folder = DataFolder.read(data)
+    settings = GPTDatasetConfig(
+        random_seed=cfg.seed,
+        sequence_length=cfg.distill.seq_length,
+        blend_per_split=[get_blend_from_list(folder.train_paths), None, None],
+        tokenizer=Tokenizer(),
+        path_to_cache=str(out),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    from recipes.runtime.nemo_api import DocumentDataset
+
+    sizes = [SEQUENCES, 0, 0]
+    train, *_ = BlendedMegatronDatasetBuilder(DocumentDataset, sizes, lambda: True, settings).build()
+    return [train[index]["tokens"].tolist() for index in range(SEQUENCES)]
+
+
+def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.ndarray) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids, logprobs, tail = read(folder_of(one_rank), tokens)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        tiny.stages(one_rank, *STORED)["demo_model"].folder / "hf", dtype=torch.float32
+    )
+    with torch.no_grad():
+        exact = torch.log_softmax(teacher(torch.from_numpy(tokens)).logits.double() / 2, -1)
+    best = exact.topk(TOP_K, -1)
+    np.testing.assert_allclose(logprobs, best.values, atol=ONE_STEP)
+    at_ids = exact.gather(-1, torch.from_numpy(ids).long())
+    # Tokens as likely as each other within fp32 may have changed places.
+    np.testing.assert_allclose(at_ids, best.values, atol=1e-4)
+    np.testing.assert_allclose(tail, torch.log1p(-best.values.exp().sum(-1)), atol=1e-4)
+    metrics = (read_manifest(folder_of(one_rank)) or {})["metrics"]
+    shards = [folder_of(one_rank) / shard_name(number) for number in range(5)]
+    assert metrics["sequences"] == SEQUENCES
+    assert metrics["bytes"] == sum(shard.stat().st_size for shard in shards)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_gives_the_signal_of_one_rank(
+    finished: Path, one_rank: Path, tokens: np.ndarray, tmp_path: Path, layout: str
+) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    tiny.launch(run_dir, *STORED, *LAYOUTS[layout], "--until", "teacher_signal")
+    (ids, logprobs, tail), (own_ids, own_logprobs, own_tail) = (
+        read(folder_of(folder), tokens) for folder in (run_dir, one_rank)
+    )
+    np.testing.assert_allclose(logprobs, own_logprobs, atol=ONE_STEP)
+    np.testing.assert_allclose(tail, own_tail, atol=1e-4)
+    # Tokens as likely as each other within fp32 may have changed places.
+    assert (ids == own_ids).mean() > 0.999
+
+
+def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-a", one_rank, run_dir], check=True)
+    folder = folder_of(run_dir)
+    before = read(folder, tokens)
+    (folder / "manifest.json").unlink()
+    (folder / "signal.json").unlink()
+    (folder / shard_name(3)).unlink()
+    os.truncate(folder / shard_name(1), 1000)
+    kept = {number: (folder / shard_name(number)).stat().st_mtime_ns for number in (0, 2, 4)}
+    (folder / f".partial.{shard_name(3)}").write_bytes(b"half")
+    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    assert {number: (folder / shard_name(number)).stat().st_mtime_ns for number in kept} == kept
+    assert not list(folder.glob(".partial.*"))
+    for again, was in zip(read(folder, tokens), before, strict=True):
+        np.testing.assert_array_equal(again, was)
+
+
+def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    folder = folder_of(run_dir)
+    folder.mkdir()
+    command, pipe = tiny.command(run_dir, *STORED, "--until", "teacher_signal"), subprocess.PIPE
+    launcher = subprocess.Popen(command, env=tiny.environment(), stdout=pipe, stderr=pipe, text=True)
+    tiny.wait_for("log.txt", folder, launcher)
+    (folder / "stop").touch()
+    _, told = launcher.communicate(timeout=600)
+    assert f"stage teacher_signal is paused at step {SHARD}; the same command goes on from there" in told
+    assert read_state(folder) == {"state": "paused", "step": SHARD}
+    assert [path.name for path in folder.glob("shard-*")] == [shard_name(0)]
+    assert not (folder / "signal.json").exists()
+    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [5, 10, 15, 20, 24]
+    assert read_state(folder) == {"state": "done", "step": SEQUENCES}
+
+
+def test_every_row_of_the_tables_tells_its_sequence(one_rank: Path) -> None:
+    rows = [read_table(folder_of(one_rank) / shard_name(number))["sequence"] for number in range(5)]
+    assert np.concatenate(rows).tolist() == list(range(SEQUENCES))
+    assert json.loads((folder_of(one_rank) / "signal.json").read_text())["temperature"] == 2
+
+
+def test_context_parallel_ranks_share_the_columns_of_a_batch() -> None:
+    for rank, (shape, ids, tail) in enumerate(run_ranks(cut_batch, 2)):
+        mine = [0, 1, 6, 7] if rank == 0 else [2, 3, 4, 5]  # the first and the last of four pieces, or the middle ones
+        assert shape == (3, 4, 2)
+        assert ids == [[16 * batch + 2 * place for place in mine] for batch in range(3)]
+        assert tail == [[8.0 * batch + place for place in mine] for batch in range(3)]
+
+
+def cut_batch() -> Any:
+    """What a rank of CP 2 is given of a batch of 3 sequences of 8 tokens, k = 2."""
+    from recipes.runtime import backend
+
+    backend.activate()
+    from megatron.core import parallel_state
+
+    from recipes.runtime.signal_batch import data_step
+
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    counted = torch.arange(3 * 8 * 2).view(3, 8, 2)
+    plain = {name: torch.zeros(3, 8) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+    signal = {
+        "signal_ids": counted.int(),
+        "signal_logprobs": -counted.half(),
+        "signal_tail": torch.arange(3 * 8.0).view(3, 8),
+    }
+    batch = data_step(iter([{**plain, **signal}]))
+    assert batch["labels"].shape == (3, 4)
+    return (
+        tuple(batch["signal_ids"].shape),
+        batch["signal_ids"][..., 0].tolist(),
+        batch["signal_tail"].tolist(),
+    )
