@@ -157,12 +157,14 @@ def restore(
         Parallel(tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel=False),
         precision or model_precision(model.config),
         ddp="pytorch",
-        strategy_options={"setup_optimizers": False, "ckpt_load_optimizer": False},
+        strategy_options={
+            "setup_optimizers": False,
+            "ckpt_load_optimizer": False,
+            "num_layers_in_last_pipeline_stage": _last_stage(model.config.num_layers, pipeline_model_parallel_size),
+        },
         **options,
     )
     model.config.sequence_parallel = False
-    # On the config that is at work, not on the one that a saved context describes: it holds for these ranks only.
-    model.config.num_layers_in_last_pipeline_stage = _last_stage(model.config.num_layers, pipeline_model_parallel_size)
     del model.optim
     _setup_trainer_and_restore_model(checkpoint, trainer, model)
     trainer.strategy.restore_config = None  # the weights are in; a later setup must not load them again
