@@ -89,11 +89,8 @@ class Batches(LightningDataModule):
         )
 
     def reconfigure_limit_batches(self) -> None:
-        """NeMo's count of micro batches in `trainer.limit_val_batches`; a training ends by its steps."""
-        limit = self.trainer.limit_train_batches
-        self.validation._train_ds = self.validation._validation_ds
+        """Counts `trainer.limit_val_batches` in micro batches, as NeMo's loops do; a training ends by its steps."""
         self.validation.reconfigure_limit_batches()
-        self.trainer.limit_train_batches = limit
 
     def train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro batches from the trainer's present step on."""

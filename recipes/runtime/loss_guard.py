@@ -31,7 +31,7 @@ GRADIENTS = "in local grad norm for bucket"
 class LossGuard(Callback):
     """Looks at every step's loss before it is recorded or saved.
 
-    Rank 0 alone does: it has the loss (nemo/lightning/pytorch/strategies/megatron_strategy.py:828 sends it there from
+    Rank 0 alone does: it has the loss (nemo/lightning/pytorch/strategies/megatron_strategy.py:846 sends it there from
     the last pipeline stage) and reads a number back from the device at each step anyway (`StopFile`), and it alone
     declares checkpoints whole. Where it ends, torchrun ends the others.
 

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 from conf.load import compose, save_resolved
+from convert.stored import blocks
+from convert.torch_dist import TorchDistReader
 from launch import local
 from recipes.artifact import Located, locate, read_manifest
 from recipes.runtime.metrics_file import read_metrics
+from recipes.runtime.schedules import learning_rate
 from tests.helpers import tiny, tolerance
 
 EXPLODED = r"the loss is [\d.e+]+, more than 10 times [\d.e-]+, the median of the last 12"
@@ -141,6 +144,40 @@ def assert_same(lines: list[dict[str, Any]], expected: list[dict[str, Any]], acc
         assert line == pytest.approx(other, rel=0, abs=accuracy)
 
 
+def test_the_schedule_and_the_weight_decay_are_those_of_the_config(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    # 20 x the sum of the learning rates, 4.5e-3, takes 9 % off what decays; Adam itself moves norms by less than 2 %.
+    settings = ("distill.schedule=wsd", "distill.decay_steps=2", "distill.weight_decay=20.0")
+    stage = located(run_dir, *settings, "distill.decay_embeddings=false")
+    done = train(stage)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rates = [line["lr"] for line in curve(stage.folder) if "lr" in line]
+    # As they are set after each step, for the next one.
+    assert rates == pytest.approx([learning_rate(stage.cfg.distill, step) for step in range(1, 7)])
+    assert rates[:4] == [1e-3] * 4
+    assert rates[5] == pytest.approx(2e-5)
+    shrunk = {
+        key: norm(stage.folder / "nemo", key) / norm(stage.inputs["student"], key)
+        for key in (
+            "module.embedding.word_embeddings.weight",
+            "module.decoder.final_layernorm.weight",
+            "module.decoder.layers.mlp.linear_fc2.weight",
+        )
+    }
+    embedding, norms, linear = shrunk.values()
+    assert embedding == pytest.approx(1, abs=0.02), shrunk
+    assert norms == pytest.approx(1, abs=0.02), shrunk
+    assert linear < 0.95, shrunk
+
+
+def norm(checkpoint: Path, key: str) -> float:
+    """Of a float32 tensor in a NeMo checkpoint."""
+    stored = TorchDistReader(checkpoint / "weights").tensor(key)
+    assert stored.dtype == "F32"
+    values = np.frombuffer(b"".join(bytes(block) for block in blocks(stored)), np.float32)
+    return float(np.linalg.norm(values))
+
+
 def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir)
@@ -148,6 +185,17 @@ def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
     assert "holds another model (num_layers 4) than the one that is trained (num_layers 2)" in failed.stderr
+
+
+def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_path: Path) -> None:
+    """It would go on at another place in the data: upstream counts what was read in batches of the present size."""
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    (checkpoint,) = tiny.stages(finished, *tiny.DEPTH)["distill"].folder.glob("checkpoints/step=*")
+    stage = located(run_dir, "distill.global_batch_size=8")
+    shutil.copytree(checkpoint, stage.folder / "checkpoints" / checkpoint.name)
+    failed = train(stage)
+    assert failed.returncode == 2, failed.stderr[-4000:]
+    assert "global batch size of [[6, 128, 4]], this training has [[6, 128, 8]]" in failed.stderr
 
 
 def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
