@@ -117,6 +117,13 @@ class LossImplementation(Enum):
     upstream = "upstream"
 
 
+class Init(Enum):
+    """What a student starts from: the pruned teacher's weights, or random ones."""
+
+    pruned = "pruned"
+    random = "random"
+
+
 @dataclass
 class Shape:
     """What a Hugging Face `config.json` says of the model's size, in Megatron's terms."""
@@ -386,8 +393,10 @@ class DistillConfig(Training):
     """Distillation of the pruned student from the teacher."""
 
     loss: Loss = Loss.kd
+    init: Init = Init.pruned
     kd: KdConfig = field(default_factory=KdConfig)
-    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher).
+    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher), "scratch" (no
+    # teacher, and random weights to begin with).
     controls: list[str] = field(default_factory=list, metadata={"identity": False})
 
 

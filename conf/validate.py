@@ -22,7 +22,7 @@ from conf.units import seconds_of_time_limit
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
 # Further students that the stage table knows.
-CONTROLS = ("ce",)
+CONTROLS = ("ce", "scratch")
 WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 
 

@@ -39,7 +39,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             cfg.convert.export_dtype.value,
             title=f"{cfg.name}: {name}",
             base=base,
-            note=WORDS_ON_LOSS[Loss.ce if name == "ce" else cfg.distill.loss],
+            note=WORDS_ON_LOSS[Loss.ce if name in ("ce", "scratch") else cfg.distill.loss],
         )
     return {"models": sorted(checkpoints)}
 

@@ -1,7 +1,8 @@
 """torchrun --nproc_per_node 8 -m recipes.distill --config RUN_DIR/resolved.yaml [--stage distill.ce]
 
-Distillation: the pruned student learns the teacher's next-token distribution (KL divergence on the logits). The
-control `distill.ce` trains the same student on the same tokens without a teacher.
+Distillation: the pruned student learns the teacher's next-token distribution (`distill.kd` says by which loss). The
+controls train the same shape on the same tokens without a teacher: `distill.ce` from the pruned weights,
+`distill.scratch` from random ones.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import KdConfig, Loss, RunConfig
+from conf.schema import Init, KdConfig, Loss, RunConfig
 from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
@@ -39,7 +40,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         chunk_tokens = cfg.distill.kd.chunk_tokens
         model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
     data = DataFolder.read(inputs["data"])
-    return train(model, cfg.distill, data, out, seed=cfg.seed, start=inputs["student"], meter=meter(cfg))
+    start = inputs["student"] if cfg.distill.init is Init.pruned else None
+    return train(model, cfg.distill, data, out, seed=cfg.seed, start=start, meter=meter(cfg))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ LABELS = {
     "pruned": "Just pruned",
     "student": "Student (distilled)",
     "ce": "Control (no teacher)",
+    "scratch": "Control (from scratch)",
 }
 # Reads on white and on black, so that the page needs a single picture.
 GREY = "#808080"
-COLOURS = {"teacher": GREY, "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1"}
+COLOURS = {"teacher": GREY, "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1", "scratch": "#b03060"}
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     write_json(out / "report.json", report)
     curves = {
         name: read_metrics(inputs[stage] / "metrics.jsonl")
-        for name, stage in (("student", "distill"), ("ce", "distill.ce"))
+        for name, stage in (("student", "distill"), ("ce", "distill.ce"), ("scratch", "distill.scratch"))
         if stage in inputs
     }
     partial = out / ".index.html"

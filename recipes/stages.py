@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conf.data_files import sources
-from conf.schema import DocumentFormat, Loss, RunConfig
+from conf.schema import DocumentFormat, Init, Loss, RunConfig
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,16 @@ STAGES: tuple[Stage, ...] = (
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
         settings={"distill.loss": Loss.ce},
+        trains=True,
+    ),
+    Stage(
+        "distill.scratch",
+        "recipes.distill",
+        ("distill",),
+        _distill_inputs,
+        world_size,
+        wanted=lambda cfg: "scratch" in cfg.distill.controls,
+        settings={"distill.loss": Loss.ce, "distill.init": Init.random},
         trains=True,
     ),
     Stage(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import modelopt.torch.distill as mtd
@@ -42,29 +42,33 @@ PARTS = ("kd_loss", "lm_loss", "hidden_loss")
 class FusedHead:
     """The end of a student and, if there is one, of its teacher: hidden states become losses, never whole logits.
 
+    Megatron's model calls its output layer, and a function for the loss of the logits (gpt_model.py:_postprocess). Both
+    are replaced: what goes from the one to the other is a `Head`. The output layer is still called as a module, since
+    Megatron's hooks wait there for its gathered weight (distributed_data_parallel.py:_make_forward_pre_hook).
+
     Attributes:
         batch: the micro batch at hand, of which it takes the loss mask and a stored signal; set before each forward
             pass, as neither is among what NeMo hands to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
     """
 
     def __init__(self, student: Any, teacher: Any | None, spec: LossSpec) -> None:
-        self.spec = spec
+        self.student, self.spec = student, spec
         self.batch: dict[str, Any] = {}
         self.of_teacher: Head | None = None
-        _replace_postprocess(student, self._student_losses)
-        if teacher is not None:
-            _replace_postprocess(teacher, self._keep_teacher)
+        if student.post_process:
+            _end_with(student, self._student_losses)
+        if teacher is not None and teacher.post_process:
+            _end_with(teacher, self._keep_teacher)
 
-    def _keep_teacher(self, model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        self.of_teacher = _head(model, hidden)
-        return hidden
+    def _keep_teacher(self, labels: Tensor, head: Head) -> Tensor:
+        self.of_teacher = head
+        return head.hidden
 
-    def _student_losses(self, model: Any, hidden: Tensor, labels: Tensor) -> Any:
+    def _student_losses(self, labels: Tensor, head: Head) -> Any:
         """Training: the masked sum, and both parts token by token, `[b, s]`. Otherwise the cross-entropy `[b, s]`."""
-        batch_size = labels.shape[0]
-        head, tokens = _head(model, hidden), _token_order(labels)
+        batch_size, tokens = labels.shape[0], _token_order(labels)
         group = parallel_state.get_tensor_model_parallel_group()
-        if not model.training:
+        if not self.student.training:
             lm_only = LossSpec(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.spec.chunk_tokens)
             _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
             return _batch_order(losses.lm, batch_size)
@@ -80,31 +84,29 @@ class FusedHead:
         return teacher
 
 
-def _replace_postprocess(model: Any, finish: Any) -> None:
-    """Has a Megatron `GPTModel` end with `finish(model, hidden, labels)` on the last pipeline stage."""
-    if not model.post_process:
-        return
-    if model.output_layer.bias is not None or model.mtp_process:
+def _end_with(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
+    """Has a Megatron `GPTModel` end with `loss(labels, head)`."""
+    layer = model.output_layer
+    if layer.bias is not None or model.mtp_process:
         raise NotImplementedError("an output layer with a bias, or multi-token prediction")
 
-    def _postprocess(self: Any, hidden_states: Tensor, *, labels: Tensor, **_: Any) -> Any:
-        return finish(self, hidden_states, labels)
+    def forward(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Head, None]:
+        return _head(hidden, layer.weight if weight is None else weight, model.config), None
 
-    model._postprocess = MethodType(_postprocess, model)
+    layer.forward = forward
+    model.compute_language_model_loss = loss
 
 
-def _head(model: Any, hidden: Tensor) -> Head:
+def _head(hidden: Tensor, weight: Tensor, config: Any) -> Head:
     """The whole sequence's hidden states, as the output layer would see them, and this rank's rows of its weight.
 
     The mappings' backward passes sum the ranks' shares of the gradient, as ColumnParallelLinear does
     (megatron/core/tensor_parallel/layers.py:497-531).
     """
-    if model.config.sequence_parallel:
+    if config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    tied = model.share_embeddings_and_output_weights
-    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
     return Head(hidden.flatten(0, 1), weight)
 
 

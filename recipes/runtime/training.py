@@ -79,9 +79,7 @@ def train(
         saver = Checkpoints(cfg, out / "checkpoints", out / "nemo", out / "metrics.jsonl")
         # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
         callbacks: list[Callback] = [UsePhase(batches), guard, Progress(cfg, out, meter), saver]
-        callbacks.append(StopFile(out, cfg.max_steps, saver.save))
-        if start is not None:
-            callbacks.append(StartCheck(start))
+        callbacks += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
         trainer = _trainer(cfg, callbacks)
         if resumed is None and start is not None:
             trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))

@@ -41,7 +41,7 @@ TEACHER = {
     "val_batches": 2,
     "num_workers": 0,
 }
-DISTILL = {
+DISTILL: dict[str, Any] = {
     "max_steps": 6,
     "seq_length": 128,
     "global_batch_size": 4,
@@ -109,10 +109,10 @@ def stages(run_dir: Path, *more: str) -> dict[str, Located]:
     return locate(compose(overrides(run_dir, *more)))
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, steps: int = DISTILL["max_steps"]) -> list[float]:
     """The training loss of every step."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, DISTILL["max_steps"] + 1))
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
     return [line["loss"] for line in lines]
 
 

@@ -40,9 +40,10 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [stage.name for stage in STAGES]
-    assert [stage.name for stage in wanted(demo())] == every
+    assert [stage.name for stage in wanted(demo("distill.controls=[ce,scratch]"))] == every
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
-    assert [stage.name for stage in few] == [name for name in every if name not in ("distill.ce", "verify")]
+    left_out = ("distill.ce", "distill.scratch", "verify")
+    assert [stage.name for stage in few] == [name for name in every if name not in left_out]
     published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
 
@@ -72,7 +73,12 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
     ranks = {stage.name: stage.ranks(cfg) for stage in STAGES}
-    assert {name for name, count in ranks.items() if count == 2} == {"prune", "distill", "distill.ce"}
+    assert {name for name, count in ranks.items() if count == 2} == {
+        "prune",
+        "distill",
+        "distill.ce",
+        "distill.scratch",
+    }
 
 
 def test_an_unknown_stage_is_named_with_those_there_are() -> None:

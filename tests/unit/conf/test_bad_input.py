@@ -150,7 +150,10 @@ CASES: list[tuple[list[str], list[str]]] = [
         [*DEMO, "model.demo.training.use_distributed_optimizer=false"],
         ["model.demo.training.overlap_param_gather=True needs model.demo.training.use_distributed_optimizer=True"],
     ),
-    ([*DEMO, "distill.controls=[kd]"], ["distill.controls=['kd'] names ['kd'], which is not known", "['ce']"]),
+    (
+        [*DEMO, "distill.controls=[kd]"],
+        ["distill.controls=['kd'] names ['kd'], which is not known", "['ce', 'scratch']"],
+    ),
     ([*DEMO, "distill.controls=[ce,ce]"], ["names one twice; set distill.controls=['ce']"]),
     ([*DEMO, "distill.loss=ce"], ["distill.controls=['ce'] repeats what distill.loss=ce already trains"]),
     # Its loss.

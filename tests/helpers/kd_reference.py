@@ -1,0 +1,116 @@
+"""Our loss beside ModelOpt's LogitsKLLoss on the same hidden states and output weights; run by ranks (`run_ranks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the vocabulary is cut among the ranks; where tied, the weight is the inputs' embedding too."""
+
+    vocabulary: int
+    temperature: float = 1.0
+    reverse: bool = False
+    masked: bool = False
+    tied: bool = False
+
+
+# Odd and even vocabularies, whole and, on each of two ranks, an odd slice.
+CASES = [
+    Case(1021),
+    Case(1021, temperature=2.0, masked=True),
+    Case(1021, reverse=True, temperature=0.7),
+    Case(1021, tied=True, masked=True),
+]
+SLICED = [
+    Case(2 * 521),
+    Case(2 * 521, temperature=2.0, masked=True),
+    Case(2 * 521, reverse=True, temperature=0.7),
+]
+SEQUENCE, BATCH, HIDDEN = 48, 2, 64
+
+
+def differences(cases: list[Case]) -> list[dict[str, float]]:
+    """Of each case: the relative difference of the losses, and of the gradients, the largest entry being 1."""
+    from recipes.runtime import backend
+
+    backend.activate()
+    import torch
+    from megatron.core import parallel_state
+
+    torch.use_deterministic_algorithms(True)
+    ranks = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+    return [_difference(case) for case in cases]
+
+
+def _difference(case: Case) -> dict[str, float]:
+    results = [_run(case, loss) for loss in (_upstream, _ours)]
+    (theirs, *their_gradients), (ours, *our_gradients) = results
+    apart = [
+        ((mine - other).abs().max() / other.abs().max()).item()
+        for mine, other in zip(our_gradients, their_gradients, strict=True)
+    ]
+    return {"loss": abs((ours - theirs) / theirs).item(), "gradient": max(apart)}
+
+
+def _run(case: Case, loss: Callable[..., Any]) -> tuple[Any, ...]:
+    """The mean loss over tokens, and its gradients by hidden states and weight."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).requires_grad_()
+    of_teacher = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+    weight, teacher_weight = (
+        (0.3 * torch.randn(case.vocabulary, HIDDEN, generator=generator)).chunk(ranks)[rank].clone() for _ in range(2)
+    )
+    weight.requires_grad_()
+    mask = torch.ones(SEQUENCE, BATCH)
+    if case.masked:
+        mask[: SEQUENCE // 3] = 0
+    states = hidden
+    if case.tied:
+        ids = torch.randint(case.vocabulary, (SEQUENCE, BATCH), generator=generator)
+        states = hidden + torch.nn.functional.embedding(ids, weight)
+    total = loss(case, (states, weight), (of_teacher, teacher_weight), mask)
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    torch.distributed.all_reduce(hidden.grad)
+    return total.detach(), hidden.grad, weight.grad
+
+
+def _upstream(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
+    """As NeMo reduces it (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss)."""
+    import torch
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    ranks = torch.distributed.get_world_size()
+    config: Any = SimpleNamespace(tensor_model_parallel_size=ranks, sequence_parallel=False)
+    criterion = LogitsKLLoss(config, case.temperature, case.reverse)
+    with torch.no_grad():
+        of_teacher = torch.nn.functional.linear(*teacher)
+    losses, *_ = criterion(torch.nn.functional.linear(*student), of_teacher)
+    total = (losses * mask.t()).sum() / mask.sum()
+    if ranks > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
+    """Without the factor of the temperature's square, which upstream leaves out."""
+    import torch
+
+    from conf.schema import Divergence
+    from recipes.runtime.kd_loss import Head, LossSpec, distillation_loss
+
+    divergence = Divergence.reverse_kl if case.reverse else Divergence.forward_kl
+    spec = LossSpec(divergence, case.temperature, kd_weight=case.temperature**-2, chunk_tokens=20)
+    heads = [Head(states.flatten(0, 1), weight) for states, weight in (student, teacher)]
+    total, _ = distillation_loss(*heads, None, mask.flatten(), spec, torch.distributed.group.WORLD)
+    return total / mask.sum()
