@@ -122,7 +122,7 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
 @contextmanager
 def _own_output_layer(model: Any) -> Iterator[None]:
     """Has the output layer give logits, where distillation has made it hand on hidden states (`FusedHead`)."""
-    layer = getattr(model, "output_layer", None)
+    layer: Any = getattr(model, "output_layer", None)  # on the last pipeline stage
     replaced = None if layer is None else layer.__dict__.pop("forward", None)
     try:
         yield
