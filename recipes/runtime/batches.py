@@ -23,7 +23,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from conf.errors import InputError
-from conf.phases import TrainingPhase, phase_number, samples_before, training_phases
+from conf.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
 from conf.schema import Training
 from recipes.runtime import nemo_api
 from recipes.runtime.data.folder import DataFolder
@@ -155,18 +155,6 @@ class Batches(LightningDataModule):
 
     def _sizes(self) -> list[list[int]]:
         return [[phase.steps, phase.seq_length, phase.global_batch_size] for phase in self.phases]
-
-
-def spare_batches(cfg: Training) -> dict[int, tuple[int, int]]:
-    """Which batch the steps of `cfg.skip_steps` take instead: by step, from 0, the dataset's number and the batch's."""
-    phases = training_phases(cfg)
-    spares: dict[int, tuple[int, int]] = {}
-    taken = [0] * len(phases)
-    for step in [step for first, last in cfg.skip_steps for step in range(first - 1, last)]:
-        number = phase_number(phases, step)
-        spares[step] = (len(phases) + number, taken[number])
-        taken[number] += 1
-    return spares
 
 
 def _only(module: llm.PreTrainingDataModule, split: Split) -> None:

@@ -20,10 +20,10 @@ from nemo.lightning.pytorch.trainer import configure_no_restart_validation_train
 
 from conf.errors import ConfigError, InputError
 from conf.flops import Meter
-from conf.phases import training_phases, training_tokens
+from conf.phases import spare_batches, training_phases, training_tokens
 from conf.schema import Recompute, Training
 from recipes.runtime import backend, nemo_api
-from recipes.runtime.batches import Batches, UsePhase, spare_batches
+from recipes.runtime.batches import Batches, UsePhase
 from recipes.runtime.checkpoints import Checkpoints, newest_checkpoint
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.loss_guard import GRADIENTS, LossGuard
