@@ -208,8 +208,8 @@ class Training:
     warmup_steps: int = 0
     # Of schedule=wsd: the steps at the end, of each phase, in which the learning rate falls.
     decay_steps: int | None = None
-    # Consecutive phases that together take max_steps. Each reads the data in an order of its own: a document may come
-    # in several. Validation keeps to the training's own sizes throughout.
+    # Consecutive phases that together take max_steps. Each reads the data in its own order, so that a document may
+    # come in several. Validation keeps to the training's own sizes throughout.
     phases: list[Phase] | None = None
     # Norms and biases have none.
     weight_decay: float = 0.1

@@ -64,7 +64,7 @@ def upstream(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_so_does_upstreams_loss(pruned: Path, upstream: Path, tmp_path: Path, layout: str) -> None:
+def test_a_layout_gives_the_same_with_upstreams_loss(pruned: Path, upstream: Path, tmp_path: Path, layout: str) -> None:
     folder = distil(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
     assert_same(folder, upstream, tolerance.LOSS)
 
