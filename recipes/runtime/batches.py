@@ -184,9 +184,16 @@ class MicroBatches:
         self.ranks = parallel_state.get_data_parallel_world_size()
 
     def __len__(self) -> int:
-        """Of the whole training: Lightning counts what an earlier process took, too."""
-        sizes = [(phase.steps * phase.global_batch_size, phase.micro_batch_size) for phase in self.batches.phases]
-        return sum(sequences // (micro * self.ranks) for sequences, micro in sizes)
+        """Micro batches that are left, and one for each step before them.
+
+        Lightning adds the steps of an earlier process to the batches that it fetches (training_epoch_loop.py:182), and
+        only where the sum comes out knows the last batch, after which it validates.
+        """
+        left = 0
+        for phase in self.batches.phases:
+            sequences = phase.steps * phase.global_batch_size - samples_before([phase], self.first_step)
+            left += sequences // (phase.micro_batch_size * self.ranks)
+        return self.first_step + left
 
     def __iter__(self) -> Iterator[list[Place]]:
         phases = self.batches.phases
