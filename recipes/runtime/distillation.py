@@ -9,6 +9,7 @@ Import this module inside a stage's `run`, after `backend.activate()`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, LogitsKLLoss, MSELoss, ProjectionLayer
 from nemo.collections import llm
-from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel, _DistillationLossReduction
+from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 from nemo.collections.llm.modelopt.distill.utils import adjust_distillation_model_for_mcore, teacher_provider
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo.utils.megatron_utils import average_losses_across_data_parallel_group
 from torch import Tensor
 
@@ -120,7 +122,7 @@ def _batch_order(values: Tensor, batch_size: int) -> Tensor:
     return values.view(-1, batch_size).t().contiguous()
 
 
-class LossReduction(_DistillationLossReduction):
+class LossReduction(MaskedTokenLossReduction):
     """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
 
     Upstream's balancer scales the parts to each other anew in every step, whatever weights it is given
@@ -131,7 +133,7 @@ class LossReduction(_DistillationLossReduction):
     """
 
     def __init__(self, kd: KdConfig, core: Any, fused: bool) -> None:
-        super().__init__(distillation_loss_fn=None)
+        super().__init__()
         self.kd, self.fused = kd, fused
         self.hooked = core.compute_kd_loss if isinstance(core, mtd.DistillationModel) else None
         self.parts = torch.zeros(len(PARTS))
@@ -141,11 +143,11 @@ class LossReduction(_DistillationLossReduction):
         of_logits, hidden = self._of_hooks(mask)
         if self.fused:
             total, kd_tokens, lm_tokens = forward_out
-            divergence, lm = self._masked_token_loss(kd_tokens, mask), self._masked_token_loss(lm_tokens, mask)
+            divergence, lm = _mean(kd_tokens, mask), _mean(lm_tokens, mask)
             # Its value is this context-parallel rank's share, and so is its gradient.
-            loss = total / _sum_over_context(mask.sum())
+            loss = total / _valid_tokens(mask)
         else:
-            divergence, lm = of_logits * kd.temperature**2, self._masked_token_loss(forward_out, mask)
+            divergence, lm = of_logits * kd.temperature**2, _mean(forward_out, mask)
             loss = kd.kd_weight * divergence + kd.lm_weight * lm
         loss = loss + kd.intermediate_weight * hidden
         whole = kd.kd_weight * divergence + kd.lm_weight * lm + kd.intermediate_weight * hidden
@@ -154,21 +156,46 @@ class LossReduction(_DistillationLossReduction):
 
     def _of_hooks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs."""
-        caught = self.hooked(loss_reduction_fn=self._reducer(mask), skip_balancer=True) if self.hooked else {}
+        reduction = functools.partial(_mean, mask=mask)
+        caught = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
         nothing = mask.new_zeros(())
         of_logits = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
         of_pairs = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
         return of_logits[0] if of_logits else nothing, torch.stack(of_pairs).mean() if of_pairs else nothing
-
-    def _reducer(self, mask: Tensor) -> Callable[[Any], Tensor]:
-        return lambda loss: self._masked_token_loss(loss, mask)
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
         self.parts = torch.stack([losses["parts"] for losses in losses_reduced_per_micro_batch]).mean(0)
         return super().reduce(losses_reduced_per_micro_batch)
 
 
+def _mean(loss_output: Any, mask: Tensor) -> Tensor:
+    """The mean over a micro batch; 0, where upstream's is no number, if all of it is masked.
+
+    The value is that of all ranks, the gradient that of this one's share, as upstream's
+    (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss).
+
+    Args:
+        loss_output: `[b, s]`; from ModelOpt with two flags: whether it is this tensor-parallel rank's share of each
+            token's loss, and whether it covers its share of the tokens only.
+    """
+    losses, summed, cut = loss_output if isinstance(loss_output, tuple) else (loss_output, False, False)
+    tokens = _valid_tokens(mask)
+    if cut:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        mask = torch.tensor_split(mask, ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+    loss = _sum_over_context((losses.float() * mask).sum() / tokens)
+    if summed or cut:
+        torch.distributed.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
+    return loss
+
+
+def _valid_tokens(mask: Tensor) -> Tensor:
+    """Of all context-parallel ranks together, at least 1."""
+    return _sum_over_context(mask.sum().float()).clamp(min=1)
+
+
 def _sum_over_context(value: Tensor) -> Tensor:
+    """The sum over the context-parallel ranks, in place."""
     if parallel_state.get_context_parallel_world_size() > 1:
         torch.distributed.all_reduce(value, group=parallel_state.get_context_parallel_group())
     return value

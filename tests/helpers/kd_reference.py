@@ -114,3 +114,24 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     heads = [Head(states.flatten(0, 1), weight) for states, weight in (student, teacher)]
     total, _ = distillation_loss(*heads, None, mask.flatten(), spec, torch.distributed.group.WORLD)
     return total / mask.sum()
+
+
+def nothing_to_learn() -> float:
+    """What a micro batch costs in which every token is masked, as in a chat where only a prompt fits."""
+    from recipes.runtime import backend
+
+    backend.activate()
+    import torch
+    from megatron.core import parallel_state
+
+    from conf.schema import KdConfig
+    from recipes.runtime.distillation import LossReduction
+
+    parallel_state.initialize_model_parallel()
+    of_tokens = torch.ones(2, 4)
+    total = torch.zeros((), requires_grad=True)
+    reduction = LossReduction(KdConfig(), core=None, fused=True)
+    reduction.setup({"loss_mask": torch.zeros(2, 4)})
+    loss, report = reduction((total, of_tokens, of_tokens))
+    assert report["avg"].item() == 0
+    return float(loss)

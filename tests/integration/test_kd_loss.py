@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.kd_reference import CASES, SLICED, Case, differences
+from tests.helpers.kd_reference import CASES, SLICED, Case, differences, nothing_to_learn
 from tests.helpers.ranks import run_ranks
 
 # Both are float32 sums over a thousand exponentials; the promise is 1e-6. Of reverse KL upstream's own gradients are
@@ -14,7 +14,11 @@ PROMISED = 1e-6
 
 @pytest.mark.parametrize(("ranks", "cases"), [(1, CASES), (2, SLICED)], ids=["whole", "sliced"])
 def test_loss_and_gradients_are_upstreams(ranks: int, cases: list[Case]) -> None:
-    for result in run_ranks(differences, ranks, cases):
+    for result in run_ranks(differences, ranks, cases, timeout=600):
         for case, apart in zip(cases, result, strict=True):
             assert apart["loss"] < PROMISED, case
             assert apart["gradient"] < (3 if case.reverse else 1) * PROMISED, case
+
+
+def test_a_micro_batch_without_a_token_to_learn_costs_nothing() -> None:
+    assert run_ranks(nothing_to_learn, 1, timeout=600) == [0.0]
