@@ -184,16 +184,9 @@ class MicroBatches:
         self.ranks = parallel_state.get_data_parallel_world_size()
 
     def __len__(self) -> int:
-        """Micro batches that are left, and one for each step before them.
-
-        Lightning adds the steps of an earlier process to the batches that it fetches (training_epoch_loop.py:182), and
-        only where the sum comes out knows the last batch, after which it validates.
-        """
-        left = 0
-        for phase in self.batches.phases:
-            sequences = phase.steps * phase.global_batch_size - samples_before([phase], self.first_step)
-            left += sequences // (phase.micro_batch_size * self.ranks)
-        return self.first_step + left
+        """Of the whole training: Lightning counts what an earlier process took, too."""
+        sizes = [(phase.steps * phase.global_batch_size, phase.micro_batch_size) for phase in self.batches.phases]
+        return sum(sequences // (micro * self.ranks) for sequences, micro in sizes)
 
     def __iter__(self) -> Iterator[list[Place]]:
         phases = self.batches.phases
@@ -245,7 +238,12 @@ class StepSizes(MegatronDataSampler):
 
 
 class UsePhase(Callback):
-    """Sets the sizes of each training step's phase, and validation's own before a validation."""
+    """Sets the sizes of each training step's phase, and validation's own before a validation; tells Lightning which
+    batch is the last one, after which it validates.
+
+    By itself it knows that only in a training that was not resumed: it adds an earlier process's steps to a count of
+    micro batches (lightning/pytorch/loops/training_epoch_loop.py:182 and :266).
+    """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -254,6 +252,10 @@ class UsePhase(Callback):
         phases = self.batches.phases
         phase = phases[phase_number(phases, trainer.global_step)]
         self.batches.data_sampler.use(phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.batches.cfg.max_steps:
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         cfg = self.batches.cfg
