@@ -94,3 +94,20 @@ def _steps_before(phase: TrainingPhase, step: int) -> int:
 def training_tokens(training: Training) -> int:
     """Tokens of a whole training, repeated ones included."""
     return tokens_before(training_phases(training), training.max_steps)
+
+
+def spare_batches(training: Training) -> dict[int, tuple[int, int]]:
+    """Which batches the steps of `skip_steps` take instead of theirs.
+
+    Returns:
+        By step, from 0: the number of the dataset, of which each phase has a further one behind all phases' own, and
+        the batch's number there. Of a step that is named twice, the later one.
+    """
+    phases = training_phases(training)
+    spares: dict[int, tuple[int, int]] = {}
+    taken = [0] * len(phases)
+    for step in [step for first, last in training.skip_steps for step in range(first - 1, last)]:
+        number = phase_number(phases, step)
+        spares[step] = (len(phases) + number, taken[number])
+        taken[number] += 1
+    return spares

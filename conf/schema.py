@@ -236,8 +236,8 @@ class Training:
     # A loss above so many times the median of the last ones stops the training, as one that is no number always does;
     # null: however high it is.
     max_loss_ratio: float | None = placement(10.0)
-    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes one from beyond the end
-    # instead. A step that is named again takes a further one.
+    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes one drawn anew instead. A
+    # step that is named again takes a further one.
     skip_steps: list[list[int]] = placement(list)  # noqa: RUF009
     save_every_n_steps: int = placement(100)
     # The newest ones, and, of those whose step was validated, the one with the lowest loss.

@@ -15,7 +15,18 @@ from dataclasses import dataclass, fields, replace
 
 from conf.model_size import TRAITS, rank_parameters
 from conf.phases import phase_sizes
-from conf.schema import Family, Loss, Precision, PruneConfig, Recompute, Shape, Training
+from conf.schema import (
+    DistillConfig,
+    Family,
+    KdConfig,
+    Loss,
+    LossImplementation,
+    Precision,
+    PruneConfig,
+    Recompute,
+    Shape,
+    Training,
+)
 from conf.student import runs_teacher
 from conf.units import GIB
 
@@ -54,7 +65,8 @@ class Memory:
         optimizer: fp32 master weights and Adam's moments, this rank's share of them.
         teacher: its weights.
         activations: what is kept for the backward pass, of all micro batches in flight.
-        loss: both models' logits and the loss's own tensors of the vocabulary's size.
+        loss: both models' logits, whole or in chunks, the loss's own tensors of the vocabulary's size, and the
+            gradient of the output weight where the loss makes it.
         reserve: an assumption; see CONTEXT_BYTES and FRAGMENTATION.
     """
 
@@ -106,11 +118,7 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
         teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage)
     tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
     kept = _kept(training, models, ranks, stage, tokens) * width
-    of_loss = 0
-    if stage == stages - 1:
-        # Of a stored signal there are the student's logits alone.
-        kind = loss if models.teacher is not None else Loss.ce
-        of_loss = tokens * models.student.vocab_size // tensor * loss_bytes(kind, tensor, width)
+    of_loss = _loss(training, loss, models, tokens, width) if stage == stages - 1 else 0
     # The loss is behind when the backward pass comes to the layers: only the larger of the two counts.
     working = _working(training, models, tokens) * width
     return Memory(
@@ -121,6 +129,37 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
         activations=kept + max(0, working - of_loss),
         loss=of_loss,
     )
+
+
+def _loss(training: Training, loss: Loss, models: Models, tokens: int, width: int) -> int:
+    """Bytes of the loss and of what it makes, on the last pipeline stage."""
+    tensor = training.parallel.tensor_model_parallel_size
+    vocabulary = models.student.vocab_size // tensor
+    if not isinstance(training, DistillConfig) or training.kd.implementation is LossImplementation.upstream:
+        return tokens * vocabulary * loss_bytes(loss, tensor, width)
+    live = loss is Loss.kd and models.teacher is not None
+    gathered = tokens * (models.student.hidden_size + (models.teacher.hidden_size if live and models.teacher else 0))
+    return (
+        chunked_loss_bytes(training.kd, loss, live, min(training.kd.chunk_tokens, tokens), vocabulary, width)
+        # The weight's gradient in fp32; in bf16 each chunk's share of it as it comes.
+        + vocabulary * models.student.hidden_size * (FP32_BYTES + (width if width < FP32_BYTES else 0))
+        + width * tokens * models.student.hidden_size  # the hidden states' gradient
+        + (width * gathered if _sequence_share(training) > 1 else 0)
+    )
+
+
+def chunked_loss_bytes(kd: KdConfig, loss: Loss, live: bool, chunk: int, vocabulary: int, width: int) -> int:
+    """Bytes of a chunk's `[chunk, V / tensor]` buffers in `recipes/runtime/kd_loss.py`.
+
+    In fp32 the student's logits; with a live teacher its logits, and their difference unless only the top k count;
+    exponentials for the cross-entropy. In bf16 a copy more of one of them.
+    """
+    buffers = 1
+    if live:
+        buffers += 1 if kd.top_k is not None else 2
+    if loss is Loss.ce or kd.lm_weight:
+        buffers += 1
+    return chunk * vocabulary * (buffers * FP32_BYTES + (width if width < FP32_BYTES else 0))
 
 
 def loss_bytes(loss: Loss, tensor: int, width: int) -> int:

@@ -23,7 +23,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from conf.errors import InputError
-from conf.phases import TrainingPhase, phase_number, samples_before, training_phases
+from conf.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
 from conf.schema import Training
 from recipes.runtime import nemo_api
 from recipes.runtime.data.folder import DataFolder
@@ -178,18 +178,6 @@ class Batches(LightningDataModule):
         return [[phase.steps, phase.seq_length, phase.global_batch_size] for phase in self.phases]
 
 
-def spare_batches(cfg: Training) -> dict[int, tuple[int, int]]:
-    """Which batch the steps of `cfg.skip_steps` take instead: by step, from 0, the dataset's number and the batch's."""
-    phases = training_phases(cfg)
-    spares: dict[int, tuple[int, int]] = {}
-    taken = [0] * len(phases)
-    for step in [step for first, last in cfg.skip_steps for step in range(first - 1, last)]:
-        number = phase_number(phases, step)
-        spares[step] = (len(phases) + number, taken[number])
-        taken[number] += 1
-    return spares
-
-
 def _only(module: llm.PreTrainingDataModule, split: Split) -> None:
     """Has a data module build one split; the others are None (blended_megatron_dataset_builder.py:237)."""
     blends = module.build_kwargs["blend_per_split"]
@@ -271,7 +259,12 @@ class StepSizes(MegatronDataSampler):
 
 
 class UsePhase(Callback):
-    """Sets the sizes of each training step's phase, and validation's own before a validation."""
+    """Sets the sizes of each training step's phase, and validation's own before a validation; tells Lightning which
+    batch is the last one, after which it validates.
+
+    By itself it knows that only in a training that was not resumed: it adds an earlier process's steps to a count of
+    micro batches (lightning/pytorch/loops/training_epoch_loop.py:182 and :266).
+    """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
@@ -280,6 +273,10 @@ class UsePhase(Callback):
         phases = self.batches.phases
         phase = phases[phase_number(phases, trainer.global_step)]
         self.batches.data_sampler.use(phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.batches.cfg.max_steps:
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         cfg = self.batches.cfg

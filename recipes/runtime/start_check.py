@@ -4,6 +4,8 @@ model's checkpoint."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,18 @@ SIZES = (
 
 class StartCheck(Callback):
     """Before the first step: every parameter of the student, and of the teacher, came from its checkpoint, and the
-    teacher does better than chance on the first validation sequences."""
+    teacher does better than chance on the first validation sequences.
 
-    def __init__(self, start: Path) -> None:
+    Args:
+        start: the checkpoint that training started from; None: random weights.
+    """
+
+    def __init__(self, start: Path | None) -> None:
         self.start = start
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        nemo_api.check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), self.start)
+        if self.start is not None:
+            nemo_api.check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), self.start)
         teacher = getattr(nemo_api.core_model(pl_module), "teacher_model", None)
         if teacher is None:
             return
@@ -92,11 +99,8 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
 
         return model(batch["tokens"], batch["position_ids"], None), add_up
 
-    # Its own end, which gives logits: distillation's takes the hidden states (recipes/runtime/distillation.py).
-    ending = teacher.output_layer if teacher.post_process else teacher
-    replaced = ending.__dict__.pop("forward", None)
     teacher.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _own_output_layer(teacher):
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=None,
@@ -106,8 +110,6 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
             micro_batch_size=size,
             forward_only=True,
         )
-    if replaced is not None:
-        ending.forward = replaced
     for module in teacher.modules():
         # What ModelOpt's hooks keep of a forward pass for the loss (modelopt/torch/distill/distillation_model.py).
         if getattr(module, "_intermediate_output", None) is not None:
@@ -115,3 +117,15 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
     torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return float(total[0] / total[1])
+
+
+@contextmanager
+def _own_output_layer(model: Any) -> Iterator[None]:
+    """Has the output layer give logits, where distillation has made it hand on hidden states (`FusedHead`)."""
+    layer: Any = getattr(model, "output_layer", None)  # on the last pipeline stage
+    replaced = None if layer is None else layer.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            layer.forward = replaced

@@ -22,10 +22,10 @@ from nemo.lightning.pytorch.trainer import configure_no_restart_validation_train
 
 from conf.errors import ConfigError, InputError
 from conf.flops import Meter
-from conf.phases import training_phases, training_tokens
+from conf.phases import spare_batches, training_phases, training_tokens
 from conf.schema import Recompute, Training
 from recipes.runtime import backend, nemo_api
-from recipes.runtime.batches import Batches, UsePhase, spare_batches
+from recipes.runtime.batches import Batches, UsePhase
 from recipes.runtime.checkpoints import Checkpoints, newest_checkpoint
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.loss_guard import GRADIENTS, LossGuard
@@ -88,9 +88,7 @@ def train(
         saver = Checkpoints(cfg, out / "checkpoints", out / "nemo", out / "metrics.jsonl")
         # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
         own: list[Callback] = [UsePhase(batches), guard, Progress(cfg, out, meter), saver]
-        own.append(StopFile(out, cfg.max_steps, saver.save))
-        if start is not None:
-            own.append(StartCheck(start))
+        own += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
         trainer = _trainer(cfg, [*own, *callbacks])
         if validate_first and resumed is None:
             trainer.num_sanity_val_steps = math.inf

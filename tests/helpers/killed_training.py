@@ -37,10 +37,10 @@ def main() -> None:
 
     chance = random.Random(arguments.seed)
     targets = sorted(chance.choices(range(1, stage.cfg.distill.max_steps), k=arguments.times))
-    killed = [_killed_attempt(stage, target, chance.random() * 0.3) for target in targets]
-    child = _attempt(stage)
-    _, status = os.waitpid(child, 0)
-    for group in killed:
+    groups = [_killed_attempt(stage, target, chance.random() * 0.3) for target in targets]
+    groups.append(_attempt(stage))
+    _, status = os.waitpid(groups[-1], 0)
+    for group in groups:
         # What outlived the rank: its writer of a checkpoint, and torch's queue for the writers' results.
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)

@@ -41,6 +41,7 @@ SETTINGS = (
     "distill.micro_batch_size=8",
     "distill.global_batch_size=32",
 )
+UPSTREAM = "distill.kd.implementation=upstream"
 PLAIN_OPTIMIZER = ("distill.use_distributed_optimizer=false", "distill.overlap_param_gather=false")
 
 
@@ -71,8 +72,10 @@ def planned(cfg: RunConfig, ranks: int) -> list[Memory]:
         (2, ()),
         (1, ("distill.recompute=full", *PLAIN_OPTIMIZER)),
         (2, ("distill.parallel.pipeline_model_parallel_size=2",)),
+        (1, ("distill.kd.lm_weight=0.5",)),
+        (2, (UPSTREAM,)),
     ],
-    ids=["dp2", "recompute", "pp2"],
+    ids=["dp2", "recompute", "pp2", "mix", "upstream"],
 )
 def test_a_ranks_memory_is_as_planned(finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]) -> None:
     cfg, found = measured(finished, tmp_path / "run", ranks, *more)
@@ -85,7 +88,7 @@ def test_a_ranks_memory_is_as_planned(finished: Path, tmp_path: Path, ranks: int
 
 def test_tensor_parallel_ranks_hold_their_share(finished: Path, tmp_path: Path) -> None:
     """The parts, the loss's tensors at the peak, and what autograd keeps: the whole step can't be summed up here."""
-    tensor_parallel = ("distill.parallel.tensor_model_parallel_size=2", "distill.global_batch_size=8")
+    tensor_parallel = ("distill.parallel.tensor_model_parallel_size=2", "distill.global_batch_size=8", UPSTREAM)
     cfg, found = measured(finished, tmp_path / "run", 2, *tensor_parallel)
     tokens = cfg.distill.micro_batch_size * cfg.distill.seq_length
     elements = tokens * tiny.SHAPE["vocab_size"] // 2

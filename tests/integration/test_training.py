@@ -75,6 +75,7 @@ def test_a_bad_loss_ends_a_training_before_it_is_saved(
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     step = int(spoiled.split()[0])
     settings = (*ranks, "distill.max_steps=15", "distill.keep_checkpoints=9", "distill.save_every_n_steps=1")
+    settings += ("distill.max_loss_ratio=10",)
     stage = located(run_dir, *settings, "distill.async_save=false")
     failed = train(stage, "tests.helpers.spoiled_training", SPOILED=spoiled)
     assert failed.returncode == (1 if ranks else 2), failed.stderr[-4000:]  # torchrun's own, or the stage's

@@ -9,7 +9,7 @@ import pytest
 from conf.errors import ConfigError
 from conf.flops import training_flops
 from conf.load import compose
-from conf.phases import phase_number, samples_before, tokens_before, training_phases, training_tokens
+from conf.phases import phase_number, samples_before, spare_batches, tokens_before, training_phases, training_tokens
 from conf.schema import Loss, Phase, Training
 from conf.student import student_shape
 from launch.memory import Models, training_memory
@@ -39,6 +39,15 @@ def test_tokens_stay_right_across_a_change() -> None:
     assert [samples_before(phases, step) for step in (3, 5)] == [12, 20]
     assert [phase_number(phases, step) for step in range(6)] == [0, 0, 0, 1, 1, 1]
     assert training_tokens(run) == 96 + 128
+
+
+def test_steps_that_pass_over_their_batch_take_another_and_no_other_step_does() -> None:
+    run = training(max_steps=6, phases=[Phase(max_steps=4), Phase(max_steps=2)], skip_steps=[[2, 3], [5, 5]])
+    assert spare_batches(run) == {1: (2, 0), 2: (2, 1), 4: (3, 0)}
+    # Added later, a span changes nothing of the others; a step that is named again takes a further batch.
+    run.skip_steps += [[3, 3]]
+    assert spare_batches(run) == {1: (2, 0), 2: (2, 2), 4: (3, 0)}
+    assert spare_batches(training()) == {}
 
 
 def test_the_plan_counts_every_phases_tokens_and_the_fullest_phases_memory() -> None:

@@ -6,7 +6,19 @@ import dataclasses
 
 import pytest
 
-from conf.schema import Family, Loss, Parallel, Precision, PruneConfig, Recompute, Shape, Training
+from conf.schema import (
+    DistillConfig,
+    Family,
+    KdConfig,
+    Loss,
+    LossImplementation,
+    Parallel,
+    Precision,
+    PruneConfig,
+    Recompute,
+    Shape,
+    Training,
+)
 from conf.units import GIB
 from launch.memory import Memory, Models, prune_memory, training_memory
 
@@ -120,3 +132,15 @@ def test_the_reserve_is_an_assumption_on_top() -> None:
     assert memory.tensors == 100 * GIB
     assert memory.reserve == 7 * GIB
     assert memory.total == 107 * GIB
+
+
+def test_the_chunked_loss_grows_with_the_chunk_and_not_with_the_tokens() -> None:
+    distill = DistillConfig(**vars(TRAINING), kd=KdConfig(chunk_tokens=4))
+    vocabulary, hidden = QWEN3.student.vocab_size, QWEN3.student.hidden_size
+    # Student, teacher and their difference in fp32, one of them in bf16 too; the weight's gradient in fp32 and bf16.
+    parts = 4 * vocabulary * (3 * 4 + 2) + vocabulary * hidden * (4 + 2)
+    assert one(distill).loss == parts + 2 * 16 * hidden
+    twice = dataclasses.replace(distill, micro_batch_size=2 * distill.micro_batch_size)
+    assert one(twice).loss == parts + 2 * 32 * hidden
+    upstream = dataclasses.replace(distill, kd=KdConfig(implementation=LossImplementation.upstream))
+    assert one(upstream).loss == one(TRAINING).loss
