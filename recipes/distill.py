@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Init, KdConfig, Loss, RunConfig
+from conf.schema import Init, RunConfig
 from conf.validate import meter
 from recipes.runtime.stage_main import stage_main
 
@@ -25,33 +25,21 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import distilled_model, student_model
+    from recipes.runtime.distillation import student_to_train
     from recipes.runtime.pruning.tournament import go_on_from
     from recipes.runtime.signal import SignalReader
     from recipes.runtime.teacher_swap import TeacherSwap
-    from recipes.runtime.tokenizer_check import check_tokenizers
     from recipes.runtime.training import train
 
-    student = nemo_api.load_model(inputs["student"])
+    model = student_to_train(cfg.distill, inputs["student"], inputs.get("teacher"))
     signal = None
-    callbacks = []
     if cfg.distill.reads_signal:
         signal = SignalReader(inputs["signal"])
-        signal.require(temperature=cfg.distill.kd.temperature, vocab_size=student.config.vocab_size)
-        model = student_model(student, cfg.distill.kd)
-    elif cfg.distill.loss is Loss.kd:
-        check_tokenizers(inputs["student"], inputs["teacher"])
-        teacher = nemo_api.load_model(inputs["teacher"])
-        nemo_api.match_vocabularies(student.config, teacher.config)
-        nemo_api.match_precision(teacher.config, cfg.distill.precision)
-        model = distilled_model(student, teacher, inputs["teacher"], cfg.distill.kd)
-        if cfg.distill.swap_teacher_at_step is not None:
-            callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
-    else:
-        chunk_tokens = cfg.distill.kd.chunk_tokens
-        model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
+        signal.require(temperature=cfg.distill.kd.temperature, vocab_size=model.config.vocab_size)
+    callbacks = []
+    if "corrected_teacher" in inputs and cfg.distill.swap_teacher_at_step is not None:
+        callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
     if "begun" in inputs:
         go_on_from(inputs["begun"], out)
     data = DataFolder.read(inputs["data"])

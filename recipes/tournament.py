@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.prune_rules import rounds
-from conf.schema import KdConfig, Loss, RunConfig
+from conf.schema import Loss, RunConfig
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import PausedError, rank, stage_main
 
@@ -77,23 +77,16 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], pruned: Path, folder: Path, 
     """Trains a candidate to a step of the full distillation, where it is validated and saved."""
     import torch
 
-    from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import distilled_model, student_model
+    from recipes.runtime.distillation import student_to_train
     from recipes.runtime.pruning import tournament
     from recipes.runtime.pruning.pause_at import PauseAt
     from recipes.runtime.training import train
 
     if tournament.reached(folder, step):
         return
-    student = nemo_api.load_model(pruned)
-    if cfg.distill.loss is Loss.kd:
-        teacher = nemo_api.load_model(inputs["teacher"])
-        nemo_api.match_precision(teacher.config, cfg.distill.precision)
-        model = distilled_model(student, teacher, inputs["teacher"], cfg.distill.kd)
-    else:
-        chunk_tokens = cfg.distill.kd.chunk_tokens
-        model = student_model(student, KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=chunk_tokens))
+    teacher = inputs["teacher"] if cfg.distill.loss is Loss.kd else None
+    model = student_to_train(cfg.distill, pruned, teacher)
     if rank() == 0:
         tournament.begin_again(folder, step)
     torch.distributed.barrier()

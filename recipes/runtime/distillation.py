@@ -32,10 +32,11 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo.utils.megatron_utils import average_losses_across_data_parallel_group
 from torch import Tensor
 
-from conf.schema import Divergence, HiddenLoss, KdConfig, LossImplementation
-from recipes.runtime import backend, signal_batch
+from conf.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+from recipes.runtime import backend, nemo_api, signal_batch
 from recipes.runtime.kd_loss import Head, LossSpec, TopK, distillation_loss
 from recipes.runtime.nemo_api import core_model
+from recipes.runtime.tokenizer_check import check_tokenizers
 
 # What a training step reports besides the loss itself.
 PARTS = ("kd_loss", "lm_loss", "hidden_loss")
@@ -325,23 +326,27 @@ def _layer_name(number: int, config: Any) -> str:
     return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
 
 
-def distilled_model(
-    student: llm.GPTModel, teacher: llm.GPTModel, teacher_checkpoint: Path, kd: KdConfig
-) -> llm.GPTModel:
-    """A student, described by its checkpoint, to be trained beside its teacher."""
-    model = DistilledModel(
-        student.config, teacher.config, teacher_ckpt_path=str(teacher_checkpoint), tokenizer=student.tokenizer
-    )
-    return _as_student(model, student, kd)
+def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
+    """The model by which a student is trained: beside its teacher, or alone on the data or a stored signal.
 
+    Args:
+        checkpoint: the student, and `teacher` its teacher: NeMo checkpoints.
 
-def student_model(student: llm.GPTModel, kd: KdConfig) -> llm.GPTModel:
-    """A student, described by its checkpoint, to be trained without a teacher in memory."""
-    return _as_student(StudentModel(student.config, tokenizer=student.tokenizer), student, kd)
-
-
-def _as_student(model: Any, student: llm.GPTModel, kd: KdConfig) -> llm.GPTModel:
-    model.kd = kd
+    Raises:
+        InputError: no NeMo checkpoint; tokenizers or vocabularies that are not the same.
+    """
+    student = nemo_api.load_model(checkpoint)
+    if teacher is None:
+        on_data = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
+        model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
+        model.kd = distill.kd if distill.reads_signal else on_data
+    else:
+        check_tokenizers(checkpoint, teacher)
+        config = nemo_api.load_model(teacher).config
+        nemo_api.match_vocabularies(student.config, config)
+        nemo_api.match_precision(config, distill.precision)
+        model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
+        model.kd = distill.kd
     # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]
