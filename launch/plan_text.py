@@ -136,7 +136,7 @@ def _memory(plan: dict[str, Any]) -> list[str]:
     return [
         f"memory at the fullest moment, with {_layout_words(plan['layout'])}",
         *_columns(rows),
-        "loss: logits over the vocabulary (of a chunk, or whole with implementation=upstream), and the weight's gradient",
+        "loss: logits (of a chunk, or whole with implementation=upstream) and the output weight's gradient",
         *(["* assumed: 2 GiB for CUDA, NCCL and workspaces, 5 % for fragmentation"] if on_gpu else []),
     ]
 
