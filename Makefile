@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test bench-convert bench-data bench-prune test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test bench-convert bench-data bench-distill bench-prune test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -41,6 +41,9 @@ bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes ru
 
 bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices by hand; writes runs/bench/prune.json
 	$(BIN)/python -m tests.benchmarks.bench_prune
+
+bench-distill: setup ## the loss beside ModelOpt's, a step beside a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality leaves it out); writes runs/bench/distill.json
+	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
 
 setup: $(INSTALLED)
 

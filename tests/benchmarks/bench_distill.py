@@ -102,7 +102,7 @@ def steps(folder: Path, rounds: int) -> dict[str, Any]:
         *("experiment=demo", f"run_dir={run_dir}", "distill.controls=[]", f"distill.max_steps={STEPS}"),
         *("distill.log_every_n_steps=1", "distill.save_every_n_steps=1000", "distill.val_batches=1"),
     ]
-    arms = {"ours": common, "stored": [*common, "distill.signal=stored", "distill.kd.top_k=64"]}
+    arms = {"ours": common, "stored": [*common, "distill.signal=stored"]}
     stages = locate(compose(common))
     _launch([*arms["stored"], "--until", "teacher_signal"])
     teacher, student = stages["demo_model"].folder / "hf", folder / "pruned_hf"
