@@ -101,6 +101,7 @@ def steps(folder: Path, rounds: int) -> dict[str, Any]:
     common = [
         *("experiment=demo", f"run_dir={run_dir}", "distill.controls=[]", f"distill.max_steps={STEPS}"),
         *("distill.log_every_n_steps=1", "distill.save_every_n_steps=1000", "distill.val_batches=1"),
+        *("distill.kd.kd_weight=1", "distill.kd.lm_weight=0"),
     ]
     arms = {"ours": common, "stored": [*common, "distill.signal=stored"]}
     stages = locate(compose(common))

@@ -62,7 +62,7 @@ class Run:
             f"data.validation=[{corpus / 'validation.jsonl'}]",
             f"run_dir={folder / f'{self.student}-{self.seed}'}",
             f"seed={self.seed}",
-            "distill.controls=[]",
+            *("distill.controls=[]", "distill.kd.kd_weight=1", "distill.kd.lm_weight=0"),
             *STUDENTS[self.student],
             *(override.format(pairs=pairs) for override in ARMS[self.arm]),
         ]

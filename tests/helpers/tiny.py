@@ -53,6 +53,9 @@ DISTILL: dict[str, Any] = {
     "val_batches": 2,
     "log_every_n_steps": 1,
     "num_workers": 0,
+    # From the teacher alone, as the published recipes do.
+    "kd.kd_weight": 1.0,
+    "kd.lm_weight": 0.0,
 }
 DEPTH = ("prune.num_layers=2",)
 WIDTH = ("prune.hidden_size=64", "prune.ffn_hidden_size=128")
