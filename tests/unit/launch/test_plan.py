@@ -286,7 +286,7 @@ def test_json_holds_what_is_documented(capsys: pytest.CaptureFixture[str]) -> No
 def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["experiment=qwen3_0_6b_one_gpu", "distill.micro_batch_size=8"]) == 1
     out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=1")
+    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=2")
     assert plan.main([DEPTH, "distill.parallel.tensor_model_parallel_size=3"]) == 2
     assert "does not divide" in capsys.readouterr().err
 
@@ -295,7 +295,7 @@ def test_the_short_form() -> None:
     lines = short(planned(DEPTH, "cluster.time_limit=1-00:00:00"))
     assert lines[0] == "plan: 8.19 B -> 5.88 B parameters (-28%), 28,600 steps, 89.97 B tokens"
     assert re.fullmatch(
-        r"plan: 27\.\d of 79\.1 GiB a GPU \(H100 SXM 80GB\), 7\d\d\.\d hours, 6,0\d\d\.\d GPU-hours at an assumed"
+        r"plan: 22\.\d of 79\.1 GiB a GPU \(H100 SXM 80GB\), 7\d\d\.\d hours, 6,0\d\d\.\d GPU-hours at an assumed"
         r" 21% of its peak, at least 33 jobs of 1-00:00:00",
         lines[1],
     )
