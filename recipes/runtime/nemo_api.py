@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
@@ -331,10 +332,11 @@ def core_model(model: Any) -> Any:
 
 
 def count_parameters(core: Any) -> int:
-    """Parameters of a Megatron model over all pipeline ranks, shared embeddings counted once."""
-    own = sum(p.numel() for p in core.parameters() if not getattr(p, "shared_embedding", False) or core.pre_process)
+    """Parameters of a Megatron model over all pipeline and tensor-parallel ranks: what they share counts once."""
+    once = [p for p in core.parameters() if not getattr(p, "shared_embedding", False) or core.pre_process]
     if not torch.distributed.is_initialized():
-        return own
+        return sum(p.numel() for p in once)
+    own = sum(p.numel() for p in once if param_is_not_tensor_parallel_duplicate(p))
     total = torch.tensor(own, device=backend.activate().device)
     torch.distributed.all_reduce(total)
     return int(total)
@@ -347,10 +349,10 @@ def number_layers(core: Any) -> None:
 
 
 def kept_layers(core: Any) -> list[int]:
-    """The numbers that the layers of a pruned model had before, over all pipeline ranks."""
+    """The numbers that the layers of a pruned model had before, over all ranks."""
     own = [layer.number_before_pruning for layer in core.decoder.layers]
     if not torch.distributed.is_initialized():
         return own
     everyones: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, own)
-    return sorted(number for numbers in everyones for number in numbers)
+    return sorted({number for numbers in everyones for number in numbers})

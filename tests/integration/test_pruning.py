@@ -140,9 +140,10 @@ def test_a_block_of_neighbours_over_uneven_stages(finished: Path, tmp_path: Path
 
 def test_named_layers_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.tensor_model_parallel_size=2")
-    alone, _ = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
+    alone, of_one = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
     halves, metrics = prune(finished, tmp_path / "two", "prune.drop_layers=[2,3]", *two)
     assert metrics["kept_layers"] == [1, 4]
+    assert metrics["params"] == of_one["params"]
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
     tiny.convert("nemo_to_hf", "--checkpoint", alone, "--hf-model", teacher, "--out", exported, "--dtype", "keep")
