@@ -16,8 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from threading import Lock
 from typing import Any
 
+# Hydra composes one config at a time.
+_HYDRA = Lock()
 ROOT = Path(__file__).resolve().parents[2]
 # Both of about two thirds of the teacher's parameters.
 STUDENTS = {
@@ -94,7 +97,9 @@ def distil(overrides: list[str]) -> float:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    manifest = read_manifest(locate(compose(overrides))["distill"].folder)
+    with _HYDRA:
+        cfg = compose(overrides)
+    manifest = read_manifest(locate(cfg)["distill"].folder)
     assert manifest is not None
     return float(manifest["metrics"]["val_loss"])
 
