@@ -33,7 +33,7 @@ def test_report_keeps_its_contract(finished: Path) -> None:
     assert all(stage["status"] == "complete" and stage["seconds"] > 0 for stage in report["stages"].values())
     assert {"prune", "distill", "distill.ce", "evaluate"} <= set(report["stages"])
     page = (finished / "report" / "index.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert str(finished) not in page + json.dumps(report)
 
 
@@ -70,7 +70,7 @@ def test_exported_student_needs_nothing_of_ours(finished: Path) -> None:
 
 def test_second_run_does_nothing(finished: Path) -> None:
     manifests = {path: path.stat().st_mtime_ns for path in finished.glob("*/manifest.json")}
-    assert len(manifests) == 10
+    assert len(manifests) == 11
     started = time.monotonic()
     tiny.launch(finished, *tiny.DEPTH)
     assert time.monotonic() - started < 20

@@ -72,7 +72,7 @@ def planned(cfg: RunConfig, ranks: int) -> list[Memory]:
         (2, ()),
         (1, ("distill.recompute=full", *PLAIN_OPTIMIZER)),
         (2, ("distill.parallel.pipeline_model_parallel_size=2",)),
-        (1, ("distill.kd.lm_weight=0.5",)),
+        (2, ("distill.kd.lm_weight=0.5",)),
         (2, (UPSTREAM,)),
     ],
     ids=["dp2", "recompute", "pp2", "mix", "upstream"],
