@@ -58,7 +58,8 @@ def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path,
     chain.wait(lambda: list(begun.glob("shards/0*")) and len(_at_work(begun)) == 3, 120)
     # One task is killed, as by a node that fails: the others do what it had begun.
     slurm("scancel", "--signal=KILL", "--full", f"{job}_1")
-    assert status(tmp_path / "run")["prepare_data"]["state"] == "running"
+    # The others may be done by the time that this is told.
+    assert status(tmp_path / "run")["prepare_data"]["state"] in ("running", "complete")
     chain.wait_until_ended(240)
     folder = folder_of(arguments)
     assert (folder / "manifest.json").exists(), chain.told()
