@@ -14,7 +14,9 @@ from typing import Any
 
 from conf.schema import Loss, RunConfig
 from recipes.artifact import identity_view, library_versions, read_manifest, write_json
+from recipes.runtime import plots
 from recipes.runtime.metrics_file import read_metrics
+from recipes.runtime.plots import GREY
 from recipes.runtime.stage_main import stage_main
 
 # How the report calls a model, in the order of its tables.
@@ -26,8 +28,6 @@ LABELS = {
     "ce": "Control (no teacher)",
     "scratch": "Control (from scratch)",
 }
-# Reads on white and on black, so that the page needs a single picture.
-GREY = "#808080"
 COLOURS = {"teacher": GREY, "pruned": "#b8860b", "student": "#2e8b57", "ce": "#4169e1", "scratch": "#b03060"}
 
 
@@ -151,24 +151,16 @@ def _training_plot(cfg: RunConfig, curves: dict[str, list[dict[str, Any]]]) -> s
 
 
 def _figure(panels: int, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    row = figure.subplots(1, panels, squeeze=False)[0]
+    figure, row = plots.figure(panels, (7.2, 3.6))
     row[0].set_ylabel(y_label, color=GREY)
     for axes in row:
         axes.set_xlabel("distillation step", color=GREY)
-        axes.tick_params(colors=GREY)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-        axes.grid(color=GREY, alpha=0.2)
     return figure, row
 
 
 def _svg(figure: Any, description: str) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plots.save_svg(figure, buffer)
     return _inline(buffer.getvalue(), description)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from recipes.runtime import plots
+from recipes.runtime.plots import GREY
 from recipes.runtime.pruning.importance import Importance
 
-# Reads on white and on black.
-GREY = "#808080"
 # The query groups of the plots are few enough to be named by colour; channels are not, so that their spread is shown.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -44,7 +44,7 @@ def importance_table(importance: Importance, config: Any) -> dict[str, Any]:
 
 def importance_plot(table: dict[str, Any], path: Path) -> None:
     """A panel an axis: layers, heads, FFN channels, hidden channels."""
-    figure, (layers, heads, ffn, hidden) = _figure(4, (12.8, 3.2))
+    figure, (layers, heads, ffn, hidden) = plots.figure(4, (12.8, 3.2))
     numbers = [row["layer"] for row in table["layers"]]
     layers.bar(numbers, [row["score"] for row in table["layers"]], color="#4169e1")
     for row in table["layers"]:
@@ -72,7 +72,7 @@ def pareto_plot(candidates: list[dict[str, Any]], teacher: dict[str, Any], path:
         candidates: rows of a candidate table: `params`, `num_layers`, `loss`, `front`, and `rounds` where distilled.
         teacher: `params` and `loss`.
     """
-    figure, (axes,) = _figure(1, (7.2, 4.0))
+    figure, (axes,) = plots.figure(1, (7.2, 4.0))
     depths = sorted({row["num_layers"] for row in candidates})
     markers = "osD^v<>P*X"
     for index, depth in enumerate(depths):
@@ -108,21 +108,7 @@ def _millions(rows: list[dict[str, Any]]) -> list[float]:
     return [row["params"] / 1e6 for row in rows]
 
 
-def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    row = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in row:
-        axes.tick_params(colors=GREY)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-        axes.grid(color=GREY, alpha=0.2)
-    return figure, row
-
-
 def _save(figure: Any, path: Path) -> None:
     partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="svg", transparent=True, metadata={"Date": None})
+    plots.save_svg(figure, partial)
     os.replace(partial, path)
