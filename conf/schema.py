@@ -480,6 +480,23 @@ class DistillConfig(Training):
         return self.loss is Loss.kd and self.signal is TeacherSignal.live
 
     @property
+    def loss_in_words(self) -> str:
+        """What training minimises, as cards and reports call it."""
+        if self.loss is Loss.ce:
+            return "cross-entropy on the data"
+        kd = self.kd
+        names = {Divergence.forward_kl: "KL", Divergence.reverse_kl: "reverse KL"}
+        parts = {
+            f"{names.get(kd.divergence, 'Jensen-Shannon')} divergence from the teacher": kd.kd_weight,
+            "cross-entropy on the data": kd.lm_weight,
+            "distance of layer pairs": kd.intermediate_weight if kd.intermediate_pairs else 0.0,
+        }
+        weighted = {words: weight for words, weight in parts.items() if weight}
+        return " + ".join(
+            words if len(weighted) == 1 else f"{weight:g} x {words}" for words, weight in weighted.items()
+        )
+
+    @property
     def reads_signal(self) -> bool:
         """Whether the student learns from a stored signal."""
         return self.loss is Loss.kd and self.signal is TeacherSignal.stored

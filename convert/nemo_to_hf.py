@@ -8,17 +8,16 @@ copying bytes. Nothing of what a checkpoint names is loaded, so a stranger's may
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
-from conf.schema import ExportDtype, Loss, RunConfig
+from conf.schema import DistillConfig, ExportDtype, Loss, RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
 
-WORDS_ON_LOSS = {
-    Loss.kd: "The training's loss was the KL divergence to the unpruned model's logits.",
-    Loss.ce: "The training's loss was cross-entropy on the data, without a teacher.",
-}
+# Trained on the data alone, whatever the student learns from.
+TEACHERLESS = ("ce", "scratch", "corrected_teacher")
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -39,9 +38,16 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             cfg.convert.export_dtype.value,
             title=f"{cfg.name}: {name}",
             base=base,
-            note=WORDS_ON_LOSS[Loss.ce if name in ("ce", "scratch", "corrected_teacher") else cfg.distill.loss],
+            note=_words_on_loss(cfg.distill, name),
         )
     return {"models": sorted(checkpoints)}
+
+
+def _words_on_loss(distill: DistillConfig, name: str) -> str:
+    if name in TEACHERLESS:
+        distill = dataclasses.replace(distill, loss=Loss.ce)
+    alone = ", without a teacher" if distill.loss is Loss.ce else ""
+    return f"The training's loss was {distill.loss_in_words}{alone}."
 
 
 def main() -> None:

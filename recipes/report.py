@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Loss, RunConfig
+from conf.schema import RunConfig
 from recipes.artifact import identity_view, library_versions, read_manifest, write_json
 from recipes.runtime import plots
 from recipes.runtime.metrics_file import read_metrics
@@ -143,9 +143,7 @@ def _training_plot(cfg: RunConfig, curves: dict[str, list[dict[str, Any]]]) -> s
     for axes, (name, lines) in zip(panels, curves.items(), strict=True):
         points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
         axes.plot(*zip(*points, strict=True), color=COLOURS[name])
-        kind = (
-            "KL divergence from the teacher" if name == "student" and cfg.distill.loss is Loss.kd else "cross-entropy"
-        )
+        kind = cfg.distill.loss_in_words if name == "student" else "cross-entropy"
         axes.set_title(f"{LABELS[name].split(':')[0]}: {kind}", color=GREY, fontsize="medium")
     return _svg(figure, "Training loss of each student")
 

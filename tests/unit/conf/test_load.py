@@ -255,3 +255,22 @@ def test_sweeps() -> None:
     ]
     with pytest.raises(ConfigError, match="does not support sweep type"):
         sweep(["experiment=demo", "distill.lr=interval(0,1)"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["distill.kd.lm_weight=0"], "KL divergence from the teacher"),
+        ([], "0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data"),
+        (["distill.loss=ce", "distill.controls=[]"], "cross-entropy on the data"),
+        (
+            [
+                *("distill.kd.divergence=jensen_shannon", "distill.kd.lm_weight=0"),
+                "distill.kd.intermediate_pairs=[{student:2,teacher:3}]",
+            ],
+            "0.5 x Jensen-Shannon divergence from the teacher + 1 x distance of layer pairs",
+        ),
+    ],
+)
+def test_the_loss_is_called_what_it_is(overrides: list[str], words: str) -> None:
+    assert compose(["experiment=demo", *overrides]).distill.loss_in_words == words
