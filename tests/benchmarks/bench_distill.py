@@ -20,19 +20,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from recipes.runtime.metrics_file import read_metrics
 from tests.benchmarks import quality
 from tests.benchmarks.quality import ROOT
+from tests.benchmarks.turns import Runner, take_turns
 
+_ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 TARGET = ROOT / "runs" / "bench"
 # Tokens of one loss: the second shows whether memory grows with them.
 TOKENS, MORE_TOKENS = 1024, 2048
-STEPS, WARM_UP = 40, 5
+STEPS, WARM_UP = 100, 5
 SEQUENCE, BATCH = 256, 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="alternations of which the median is taken")
+    parser.add_argument("--rounds", type=int, default=3, help="of part 1, of which the median is taken")
     parser.add_argument("--skip-quality", action="store_true", help="leaves out part 3")
     args = parser.parse_args()
     TARGET.mkdir(parents=True, exist_ok=True)
@@ -40,7 +43,7 @@ def main() -> None:
     print(json.dumps(result, indent=1), flush=True)
     folder = TARGET / "distill"
     teacher = quality.teacher_of_the_demo(folder / "teacher")
-    result |= steps(folder, args.rounds)
+    result |= steps(folder)
     print(json.dumps(result, indent=1), flush=True)
     if not args.skip_quality:
         result["quality"] = quality.measure(folder, teacher, [*quality.ARMS], [*quality.SEEDS])
@@ -91,54 +94,67 @@ def gradients() -> dict[str, Any]:
     }
 
 
-def steps(folder: Path, rounds: int) -> dict[str, Any]:
+def steps(folder: Path) -> dict[str, Any]:
     """Steps a second of the demo's distillation, a bare loop's, and those with a stored signal."""
     from conf.load import compose
     from recipes.artifact import locate
     from recipes.runtime.data.folder import DataFolder
 
-    run_dir = folder / "teacher"
-    common = [
-        *("experiment=demo", f"run_dir={run_dir}", "distill.controls=[]", f"distill.max_steps={STEPS}"),
-        *("distill.log_every_n_steps=1", "distill.save_every_n_steps=1000", "distill.val_batches=1"),
-        *("distill.kd.kd_weight=1", "distill.kd.lm_weight=0"),
-    ]
-    arms = {"ours": common, "stored": [*common, "distill.signal=stored"]}
+    def overrides(run_dir: Path) -> list[str]:
+        return [
+            *("experiment=demo", f"run_dir={run_dir}", "distill.controls=[]", f"distill.max_steps={STEPS}"),
+            *("distill.log_every_n_steps=1", "distill.save_every_n_steps=1000", "distill.val_batches=1"),
+            *("distill.kd.kd_weight=1", "distill.kd.lm_weight=0"),
+        ]
+
+    run_dir, stored_dir = folder / "teacher", folder / "stored"
+    common = overrides(run_dir)
+    _run("-m", "launch.run", *common, "--until", "prune")
     stages = locate(compose(common))
-    _launch([*arms["stored"], "--until", "teacher_signal"])
+    # Two runs at once need a folder each; what comes before distillation is the same.
+    shutil.rmtree(stored_dir, ignore_errors=True)
+    shutil.copytree(run_dir, stored_dir, ignore=shutil.ignore_patterns("distill*"))
+    stored = [*overrides(stored_dir), "distill.signal=stored"]
+    _run("-m", "launch.run", *stored, "--until", "teacher_signal")
     teacher, student = stages["demo_model"].folder / "hf", folder / "pruned_hf"
     pruned = stages["prune"].folder / "nemo"
-    _run(
-        "-m",
-        "convert.nemo_to_hf",
-        "--checkpoint",
-        str(pruned),
-        "--hf-model",
-        str(teacher),
-        "--out",
-        str(student),
-        "--dtype",
-        "keep",
-    )
-    tokens = folder / "tokens.npy"
+    export = ["--checkpoint", str(pruned), "--hf-model", str(teacher), "--out", str(student), "--dtype", "keep"]
+    _run("-m", "convert.nemo_to_hf", *export)
+    tokens, lines = folder / "tokens.npy", folder / "plain.jsonl"
     _save_tokens(DataFolder.read(stages["prepare_data"].folder), tokens)
-    seconds: dict[str, list[float]] = {"ours": [], "plain": [], "stored": []}
-    for number in range(rounds):
-        for arm, overrides in arms.items():
-            shutil.rmtree(locate(compose(overrides))["distill"].folder, ignore_errors=True)
-            _launch([*overrides, "--until", "distill"])
-            seconds[arm].append(_seconds_a_step(locate(compose(overrides))["distill"].folder))
-        plain = _json_of("tests.benchmarks.plain_kd", str(teacher), str(student), str(tokens), str(STEPS))
-        seconds["plain"].append(median(plain["seconds"][WARM_UP:]))
-        print(
-            f"round {number + 1}: " + ", ".join(f"{arm} {of[-1]:.3f} s a step" for arm, of in seconds.items()),
-            flush=True,
-        )
+    lines.write_text("")
+    runners = [_distillation("ours", common), _distillation("stored", stored)]
+    plain = ["-m", "tests.benchmarks.plain_kd", str(teacher), str(student), str(tokens), str(STEPS)]
+    runners.append(
+        Runner("plain", lambda: _start(plain, lines), lambda: [line["seconds"] for line in read_metrics(lines)])
+    )
+    rounds = []
+    for of_round in take_turns(runners, STEPS, WARM_UP):
+        rounds.append(of_round)
+        print(", ".join(f"{name} {seconds:.3f} s a step" for name, seconds in of_round.items()), flush=True)
     return {
-        "step_throughput_vs_plain": median(b / a for a, b in zip(seconds["ours"], seconds["plain"], strict=True)),
-        "stored_signal_speedup": median(a / b for a, b in zip(seconds["ours"], seconds["stored"], strict=True)),
-        "step_seconds": {arm: median(of) for arm, of in seconds.items()},
+        "step_throughput_vs_plain": median(of["plain"] / of["ours"] for of in rounds),
+        "stored_signal_speedup": median(of["ours"] / of["stored"] for of in rounds),
+        "step_seconds": {name: median(of[name] for of in rounds) for name in rounds[0]},
+        "step_rounds": len(rounds),
     }
+
+
+def _distillation(name: str, overrides: list[str]) -> Runner:
+    from conf.load import compose
+    from recipes.artifact import locate
+
+    folder = locate(compose(overrides))["distill"].folder
+
+    def seconds() -> list[float]:
+        lines = read_metrics(folder / "metrics.jsonl")
+        return [BATCH * SEQUENCE / line["tokens_per_second"] for line in lines if "loss" in line]
+
+    def start() -> subprocess.Popen[bytes]:
+        shutil.rmtree(folder, ignore_errors=True)
+        return _start(["-m", "launch.run", *overrides, "--until", "distill"])
+
+    return Runner(name, start, seconds)
 
 
 def _save_tokens(data: Any, target: Path) -> None:
@@ -147,21 +163,16 @@ def _save_tokens(data: Any, target: Path) -> None:
     np.save(target, data.tokens("train")[: STEPS * BATCH * SEQUENCE])
 
 
-def _seconds_a_step(folder: Path) -> float:
-    from recipes.runtime.metrics_file import read_metrics
-
-    rates = [line["tokens_per_second"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
-    return BATCH * SEQUENCE / median(rates[WARM_UP:])
-
-
-def _launch(arguments: list[str]) -> None:
-    _run("-m", "launch.run", *arguments)
+def _start(arguments: list[str], output: Path | None = None) -> subprocess.Popen[bytes]:
+    with open(output or os.devnull, "wb") as sink:
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=_ENV, stdout=sink, stderr=subprocess.DEVNULL
+        )
 
 
 def _run(*arguments: str) -> str:
     command = [sys.executable, *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=_ENV, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks.plain_kd TEACHER STUDENT TOKENS.npy STEPS [--threads N]: a bare distillation, as JSON.
+"""python -m tests.benchmarks.plain_kd TEACHER STUDENT TOKENS.npy STEPS [--threads N]: a bare distillation.
 
 Hugging Face models, torch's own AdamW, and the loss written as people write it: what a training loop costs that has
 nothing around it. The batch, precision, clipping and learning rate are the demo's. Prints seconds a step.
@@ -36,7 +36,6 @@ def main() -> None:
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     rows = torch.from_numpy(np.load(args.tokens).astype(np.int64)).view(-1, args.batch, args.seq_length)
-    seconds, losses = [], []
     for step in range(args.steps):
         started = time.perf_counter()
         ids = rows[step]
@@ -48,9 +47,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps({"seconds": seconds, "losses": losses}))
+        line = {"step": step + 1, "loss": loss.item(), "seconds": time.perf_counter() - started}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

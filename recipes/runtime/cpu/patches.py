@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import FakeWork
 
 _CPU = torch.device("cpu")
 
@@ -176,6 +177,24 @@ def _gather_scalars(gather: Callable[..., Any]) -> Callable[..., Any]:
     return gather_into
 
 
+def _alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective from one tensor into another that has nothing to do in a group of one rank.
+
+    Gloo would copy, in a thread of its own; with that thread's pool, OpenMP counts more threads than there are cores,
+    and from then on every pool's threads go to sleep between any two operators.
+    """
+
+    @functools.wraps(collective)
+    def run(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.distributed.get_world_size(kwargs.get("group")) > 1:
+            return collective(output, tensor, *args, **kwargs)
+        if output.data_ptr() != tensor.data_ptr():
+            output.copy_(tensor)
+        return FakeWork() if kwargs.get("async_op") else None
+
+    return run
+
+
 class _Stream:
     """A CUDA stream where everything runs in order anyway."""
 
@@ -236,6 +255,15 @@ def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int],
     return seed_all
 
 
+def _swiglu_back(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    gate, linear = y.chunk(2, -1)
+    out = torch.empty_like(y)
+    of_gate, of_linear = out.chunk(2, -1)
+    torch.mul(grad, torch.nn.functional.silu(gate), out=of_linear)
+    torch.ops.aten.silu_backward.grad_input(grad * linear, gate, grad_input=of_gate)
+    return out
+
+
 _NEVER = "stays as long as upstream names CUDA there"
 _FACTORIES = {
     "tensor": "nemo/lightning/pytorch/strategies/megatron_strategy.py:801, megatron/core/optimizer/optimizer.py:481",
@@ -284,11 +312,26 @@ PATCHES: tuple[Patch, ...] = (
         "modelopt/torch/nas/plugins/megatron.py:1623 gathers 0-d tensors, which gloo refuses",
         "gloo gathers 0-d tensors",
     ),
+    *(
+        Patch(
+            f"torch.distributed:{name}",
+            _alone,
+            "megatron/core/distributed/param_and_grad_buffer.py:248, :395: in place on NCCL, copies on gloo",
+            "gloo works in place in a group of one",
+        )
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor")
+    ),
     Patch(
         "megatron.core.jit:jit_fuser",
         _calling(_unchanged),
         "megatron/core/jit.py:12: torch.compile wants a C++ compiler and took 36 s for the first function of a process",
         "torch.compile keeps its CPU kernels across processes at no cost",
+    ),
+    Patch(
+        "megatron.core.fusions.fused_bias_swiglu:swiglu_back",
+        _calling(_swiglu_back),
+        "megatron/core/fusions/fused_bias_swiglu.py:56: twelve passes over the activations where nothing fuses them",
+        "torch.compile fuses them, as above",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",

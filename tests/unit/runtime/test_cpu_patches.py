@@ -69,6 +69,32 @@ def test_jit_fuser_leaves_functions_alone() -> None:
     assert swiglu.__module__ == "megatron.core.fusions.fused_bias_swiglu"
 
 
+def test_swiglus_gradient_is_that_of_its_formula() -> None:
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    torch.manual_seed(0)
+    y, grad = torch.randn(6, 10, requires_grad=True), torch.randn(6, 5)
+    gate, linear = y.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * linear
+    found = bias_swiglu_impl(y, None)
+    assert torch.equal(found, expected)
+    (of_found,), (of_expected,) = (torch.autograd.grad(of, y, grad) for of in (found, expected))
+    torch.testing.assert_close(of_found, of_expected)
+
+
+def test_a_group_of_one_rank_exchanges_nothing(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        whole = torch.arange(4.0)
+        assert torch.distributed.reduce_scatter_tensor(whole, whole) is None
+        assert whole.tolist() == [0, 1, 2, 3]
+        gathered = torch.zeros(4)
+        torch.distributed.all_gather_into_tensor(gathered, whole, async_op=True).wait()
+        assert torch.equal(gathered, whole)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_dynamo_can_be_imported_over_the_patches() -> None:
     """It refuses to start if one function stands under two of the names it knows."""
     from torch._dynamo.trace_rules import get_torch_obj_rule_map

@@ -1,10 +1,11 @@
 """Stands for `apply_rotary_pos_emb` of transformer_engine/pytorch/attention.py.
 
-Megatron calls it where `apply_rope_fusion` is on, as NeMo's Llama configs have it
-(megatron/core/extensions/transformer_engine.py:1939).
+Megatron calls it where `apply_rope_fusion` is on (megatron/core/extensions/transformer_engine.py:1939).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,31 @@ def apply_rotary_pos_emb(
         refuse(f"rotary embedding in the layout {tensor_format!r}", "use 'sbhd'")
     refuse_options("apply_rotary_pos_emb", options)
     angles = freqs[: t.shape[0]].float()
-    rotated, rest = t.split((angles.shape[-1], t.shape[-1] - angles.shape[-1]), dim=-1)
-    front, back = rotated.float().chunk(2, dim=-1)
-    turned = rotated.float() * angles.cos() + torch.cat((-back, front), dim=-1) * angles.sin()
-    return torch.cat((turned.to(t.dtype), rest), dim=-1)
+    return _Rotation.apply(t, angles.cos(), angles.sin())
+
+
+class _Rotation(torch.autograd.Function):
+    """Each half of a head is read once and written once, there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(t, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        # The transpose of a rotation: the sines change places and sign.
+        return _rotate(grad, cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
+
+
+def _rotate(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    size = cos.shape[-1]
+    half = size // 2
+    t32 = t.float()
+    out = torch.empty_like(t32, memory_format=torch.contiguous_format)
+    front, back = t32[..., :half], t32[..., half:size]
+    torch.mul(front, cos[..., :half], out=out[..., :half]).addcmul_(back, sin[..., :half], value=-1)
+    torch.mul(back, cos[..., half:], out=out[..., half:size]).addcmul_(front, sin[..., half:])
+    out[..., size:] = t32[..., size:]
+    return out.to(t.dtype)
