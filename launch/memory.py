@@ -41,9 +41,6 @@ FRAGMENTATION = 0.05
 # top-k sorts (recipes/runtime/teacher_forward.py).
 SIGNAL_CHUNK = 256
 SIGNAL_COPIES = 3
-# Families whose NeMo config asks for the fused SwiGLU, which keeps its input alone for the backward pass
-# (nemo/collections/llm/gpt/model/llama.py:77; megatron/core/fusions/fused_bias_swiglu.py:147).
-FUSED_SWIGLU = (Family.llama,)
 
 
 @dataclass(frozen=True)
@@ -218,10 +215,9 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     if TRAITS[models.family].qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
-    # Gate and up, and the down projection's input; unfused also silu(gate) and the factor made of up. Without a gate:
-    # what the squared ReLU keeps, its rectified input, and the down projection's input.
-    kept = 2 if not TRAITS[models.family].gated_mlp else 3 if models.family in FUSED_SWIGLU else 5
-    channels = kept * shape.ffn_hidden_size
+    # Gate and up, and the down projection's input: the fused SwiGLU (recipes/runtime/nemo_api.py:configure) keeps its
+    # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
+    channels = (3 if TRAITS[models.family].gated_mlp else 2) * shape.ffn_hidden_size
     return tokens * (4 * shape.hidden_size // _sequence_share(training) + (attention + channels) // tensor)
 
 

@@ -286,7 +286,7 @@ def test_json_holds_what_is_documented(capsys: pytest.CaptureFixture[str]) -> No
 def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["experiment=qwen3_0_6b_one_gpu", "distill.micro_batch_size=8"]) == 1
     out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=2")
+    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=4")
     assert plan.main([DEPTH, "distill.parallel.tensor_model_parallel_size=3"]) == 2
     assert "does not divide" in capsys.readouterr().err
 
