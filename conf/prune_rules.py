@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
 
 from conf import student
 from conf.phases import training_phases
-from conf.schema import Budget, Depth, RunConfig
-from conf.student import GB, Space, student_shape
+from conf.schema import Budget, Depth, PruneConfig, PruneRound, RunConfig
+from conf.student import GB, MOST_ROUNDS, Space, shape_to_prune, student_shape
 from conf.wording import any_of, around, too_long
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -295,12 +297,56 @@ def steps_of_rounds(cfg: RunConfig) -> int:
     return sum(taking_part * (step - last) for (taking_part, step), last in zip(plan, before, strict=True))
 
 
+# Of one round of pruning.
+ROUND_RULES: tuple[Rule, ...] = (_choice, _drop_layers, _depth, _sizes, _heads)
+
+
+def _rounds(cfg: RunConfig) -> Iterator[str]:
+    """What rounds may not be, and the rules of each but the last."""
+    earlier = cfg.prune.rounds
+    if earlier and cfg.prune.budget is not None:
+        yield (
+            "prune.budget searches among shapes of the teacher, which prune.rounds leaves behind; state the sizes of "
+            "the last round and set prune.budget=null, or set prune.rounds=[]"
+        )
+    if len(earlier) > MOST_ROUNDS:
+        yield f"prune.rounds has {len(earlier)} rounds before the last; set {MOST_ROUNDS} of them at most"
+        return
+    for index, own in enumerate(earlier):
+        key = f"prune.rounds[{index}]"
+        if own.steps <= cfg.distill.warmup_steps:
+            yield (
+                f"{key}.steps={own.steps} end before the learning rate is at its height (distill.warmup_steps="
+                f"{cfg.distill.warmup_steps}); set {key}.steps to more"
+            )
+        view = _of_round(cfg, own, index)
+        yield from (f"{key}: {fault}" for rule in ROUND_RULES for fault in rule(view))
+
+
+def _last(rule: Rule) -> Rule:
+    """A rule of the last round: its sizes are those of `prune` itself."""
+
+    def of_last(cfg: RunConfig) -> Iterator[str]:
+        earlier = cfg.prune.rounds
+        # With a budget as well, `_rounds` has said that one of them has to go.
+        in_rounds = earlier and cfg.prune.budget is None
+        return rule(_of_round(cfg, cfg.prune, len(earlier)) if in_rounds else cfg)
+
+    return of_last
+
+
+def _of_round(cfg: RunConfig, sizes: PruneConfig | PruneRound, earlier: int) -> RunConfig:
+    """What the rules of a round read: its sizes, and as the model's shape that which earlier rounds leave."""
+    shape = None if cfg.model.shape is None else shape_to_prune(cfg, earlier)
+    names = {name: getattr(sizes, name) for name in (*student.AXES, "drop_layers")}
+    prune = SimpleNamespace(**names, rounds=[], budget=None, depth=cfg.prune.depth)
+    model = SimpleNamespace(shape=shape, family=cfg.model.family)
+    return cast(RunConfig, SimpleNamespace(model=model, prune=prune))
+
+
 RULES: tuple[Rule, ...] = (
-    _choice,
-    _drop_layers,
-    _depth,
-    _sizes,
-    _heads,
+    *(_last(rule) for rule in ROUND_RULES),
+    _rounds,
     _calibration,
     _pipeline,
     _tensor,

@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from conf.model_size import parameters
-from conf.schema import Depth, ExportDtype, Family, PruneConfig, RunConfig, Shape
+from conf.schema import Depth, ExportDtype, Family, PruneConfig, PruneRound, RunConfig, Shape, TeacherSignal
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # What matrix units like; Minitron's own step is 64 (modelopt/torch/prune/plugins/mcore_minitron.py:230).
@@ -24,6 +24,8 @@ COARSE_STEP = 128
 # Sizes from here on are searched in the coarse step.
 LARGE = 2048
 GB = 1e9
+# Rounds of pruning before the last for which there are stages.
+MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -218,11 +220,32 @@ def student_shape(cfg: RunConfig) -> Shape:
 
 def student_shapes(cfg: RunConfig) -> list[Shape]:
     """The shapes of which the student will have one."""
-    teacher = cast(Shape, cfg.model.shape)
     if cfg.prune.budget is None:
-        return [_named(cfg, teacher)]
+        return [_named(cfg.prune, shape_to_prune(cfg))]
     space = space_of(cfg)
     return candidates(space) or [space.shape]
+
+
+def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
+    """The shape that so many rounds leave (None: all before the last): the teacher's, where there are none."""
+    shape = cast(Shape, cfg.model.shape)
+    for earlier in cfg.prune.rounds[:rounds]:
+        shape = _named(earlier, shape)
+    return shape
+
+
+def round_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+    """What makes the config of a run that of its round `number`, from 1: values by dotted key."""
+    own = cfg.prune.rounds[number - 1]
+    return {
+        **{f"prune.{name}": getattr(own, name) for name in (*AXES, "drop_layers")},
+        "prune.rounds": cfg.prune.rounds[: number - 1],
+        "distill.max_steps": own.steps,
+        # These speak of the last distillation's own steps, or of stages before it.
+        **{f"distill.{name}": [] for name in ("phases", "skip_steps", "controls")},
+        "distill.signal": TeacherSignal.live,
+        "distill.swap_teacher_at_step": None,
+    }
 
 
 def needs_importance(prune: PruneConfig) -> bool:
@@ -237,8 +260,7 @@ def runs_teacher(prune: PruneConfig) -> bool:
     return not prune.drop_layers or needs_importance(prune)
 
 
-def _named(cfg: RunConfig, teacher: Shape) -> Shape:
-    prune = cfg.prune
+def _named(prune: PruneConfig | PruneRound, teacher: Shape) -> Shape:
     return Shape(
         num_layers=_or(prune.num_layers, teacher.num_layers - len(prune.drop_layers or ())),
         hidden_size=_or(prune.hidden_size, teacher.hidden_size),

@@ -17,7 +17,7 @@ from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
 from conf.phases import phase_sizes
 from conf.schema import Loss, Precision, RunConfig, Shape, Training
-from conf.student import student_shape
+from conf.student import shape_to_prune, student_shape
 from conf.units import seconds_of_time_limit
 from conf.wording import any_of, around, divisors, too_long
 
@@ -431,7 +431,10 @@ def _shapes(cfg: RunConfig) -> list[tuple[str, Shape]]:
     """The models that a training run lays out; empty where the teacher's shape is not known."""
     if cfg.model.shape is None:
         return []
-    return [("teacher", cfg.model.shape), ("student", student_shape(cfg))]
+    between = [
+        (f"model after round {number}", shape_to_prune(cfg, number)) for number in range(1, len(cfg.prune.rounds) + 1)
+    ]
+    return [("teacher", cfg.model.shape), *between, ("student", student_shape(cfg))]
 
 
 def _missing_files(cfg: RunConfig) -> Iterator[str]:

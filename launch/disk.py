@@ -10,7 +10,7 @@ from pathlib import Path
 from conf.model_size import parameters
 from conf.phases import training_tokens
 from conf.schema import Precision, RunConfig, Shape, Training
-from conf.student import student_shape
+from conf.student import shape_to_prune, student_shape
 from conf.units import GIB
 
 # Where there is too little room.
@@ -26,7 +26,8 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
       files hold, and their tokens are not known before.
     - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
-    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; a tournament's candidates.
+    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; a tournament's candidates; what
+      earlier rounds leave, for NeMo.
     - `checkpoints`: of each training, those that are kept and the one being written.
     - `signal`: the teacher's, where it is stored: at most, before compression (see `signal_bytes`).
 
@@ -36,16 +37,21 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     of_teacher = parameters(teacher, cfg.model.family)
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
     trainings = 1 + len(cfg.distill.controls)
+    between = [
+        parameters(shape_to_prune(cfg, number), cfg.model.family) for number in range(1, len(cfg.prune.rounds) + 1)
+    ]
     taking_part = 0 if cfg.prune.tournament is None else cfg.prune.tournament.candidates
     demo, correction = cfg.model.demo, cfg.distill.correct_teacher
     of_correction = 0 if correction is None else 2 * weight_bytes(correction.precision) * of_teacher
     needed = {
         "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
         "teacher": (1 if demo is None else 3) * stored * of_teacher + of_correction,
-        "students": (2 * (stored + trainings * trained) + taking_part * stored) * student,
+        "students": (2 * (stored + trainings * trained) + taking_part * stored) * student
+        + (stored + trained) * sum(between),
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
         + (0 if demo is None else _checkpoints(demo.training, of_teacher))
-        + (0 if correction is None else _checkpoints(correction, of_teacher)),
+        + (0 if correction is None else _checkpoints(correction, of_teacher))
+        + sum(_checkpoints(cfg.distill, model) for model in between),
     }
     if cfg.distill.reads_signal:
         needed["signal"] = training_tokens(cfg.distill) * signal_bytes(cfg.distill.signal_top_k, teacher.vocab_size)

@@ -9,8 +9,6 @@ from typing import Any
 from conf.units import GIB
 
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "loss")
-# Stages that have the teacher alone, where a run has them.
-OF_TEACHER = ("correct_teacher", "teacher_signal")
 COLUMNS = 100
 # Paths and key=value may be copied from a line: they are not cut.
 WRAP = textwrap.TextWrapper(COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
@@ -130,9 +128,8 @@ def _memory(plan: dict[str, Any]) -> list[str]:
         if number in (0, 1, len(stages) - 1):
             rows.append(_memory_row("distill" if len(stages) == 1 else f"distill, stage {number}", memory, on_gpu))
     rows.append(_memory_row("prune", plan["memory"]["prune"], on_gpu))
-    for stage in OF_TEACHER:
-        if stage in plan["memory"]:
-            rows.append(_memory_row(stage, _fullest(plan["memory"][stage]), on_gpu))
+    for stage, memories in _others(plan).items():
+        rows.append(_memory_row(stage, _fullest(memories), on_gpu))
     return [
         f"memory at the fullest moment, with {_layout_words(plan['layout'])}",
         *_columns(rows),
@@ -196,8 +193,13 @@ def _verdict(plan: dict[str, Any]) -> str:
 
 
 def _peak(plan: dict[str, Any]) -> int:
-    of_teacher = [memory for stage in OF_TEACHER for memory in plan["memory"].get(stage, [])]
-    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"], *of_teacher])
+    of_others = [memory for memories in _others(plan).values() for memory in memories]
+    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"], *of_others])
+
+
+def _others(plan: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
+    """The memory of what trains or runs the teacher besides the last distillation, where a run has such stages."""
+    return {stage: memory for stage, memory in plan["memory"].items() if stage not in ("distill", "prune")}
 
 
 def _fullest(memory: list[dict[str, int]]) -> dict[str, int]:

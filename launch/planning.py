@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -14,7 +15,7 @@ from conf.model_size import parameters
 from conf.phases import training_tokens
 from conf.prune_rules import rounds, steps_of_rounds
 from conf.schema import Gpu, Loss, RunConfig, Shape
-from conf.student import student_shape, student_shapes
+from conf.student import shape_to_prune, student_shape, student_shapes
 from conf.units import GIB, seconds_of_time_limit
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
@@ -49,9 +50,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     cut = 1 - parameters(student, cfg.model.family) / parameters(teacher, cfg.model.family)
     limit = gpu.memory_gib * GIB if gpu else math.inf
     layouts = fitting(cfg, models, ranks, limit) if gpu else []
-    of_teacher = _teacher_memory(cfg, teacher, ranks)
+    of_others = _other_memory(cfg, teacher, ranks)
     peaks = {"distill": _fullest(of_distill), "prune": of_prune}
-    peaks |= {stage: _fullest(memory) for stage, memory in of_teacher.items()}
+    peaks |= {stage: _fullest(memory) for stage, memory in of_others.items()}
     fits = all(memory.total <= limit for memory in peaks.values())
     return {
         "experiment": cfg.name,
@@ -74,7 +75,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         "memory": {
             "distill": [_memory(memory) for memory in of_distill],
             "prune": _memory(of_prune),
-            **{stage: [_memory(memory) for memory in memories] for stage, memories in of_teacher.items()},
+            **{stage: [_memory(memory) for memory in memories] for stage, memories in of_others.items()},
         },
         "layout": _layout(layout_of(cfg.distill, cfg, models, ranks)),
         "layouts": [_layout(layout) for layout in layouts],
@@ -96,9 +97,14 @@ def _models(cfg: RunConfig) -> Models:
     return Models(cfg.model.family, student_shape(cfg), _teacher(cfg) if cfg.distill.runs_teacher else None)
 
 
-def _teacher_memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory]]:
-    """The memory of a rank of each pipeline stage, by stages of the run that have the teacher alone."""
+def _other_memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory]]:
+    """The memory of a rank of each pipeline stage, by stages of the run that have the teacher alone, and the
+    distillations of rounds before the last, whose students are larger."""
     memory: dict[str, list[Memory]] = {}
+    for stage in wanted(cfg):
+        if stage.module == "recipes.distill" and ".round" in stage.name:
+            own = stage.configure(cfg)
+            memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own), ranks)
     if cfg.distill.correct_teacher is not None:
         models = Models(cfg.model.family, teacher, None)
         memory["correct_teacher"] = training_memory(cfg.distill.correct_teacher, Loss.ce, models, ranks)
@@ -166,9 +172,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
 def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
     """Every stage of the run, with hours where they can be reckoned."""
     calibrating = cfg.prune.pipeline_model_parallel_size
-    flops: dict[str, tuple[float, int]] = {
-        "importance": (compute.calibration_flops(cfg.prune, cfg.model.family, teacher), calibrating)
-    }
+    flops: dict[str, tuple[float, int]] = {}
     if cfg.prune.budget is not None:
         scoring = compute.search_flops(cfg.prune, cfg.model.family, teacher, student_shapes(cfg))
         flops["search"] = (scoring, calibrating)
@@ -178,12 +182,16 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
         share = steps_of_rounds(cfg) / cfg.distill.max_steps
         flops["tournament"] = (training_tokens(cfg.distill) * share * a_token, ranks)
     for stage in wanted(cfg):
+        own = stage.configure(cfg)
+        if stage.module == "recipes.importance":
+            of_round = compute.calibration_flops(own.prune, cfg.model.family, shape_to_prune(own))
+            flops[stage.name] = (of_round, calibrating)
         if stage.module == "recipes.distill":
-            run = stage.configure(cfg).distill
+            run = own.distill
             beside = teacher if run.runs_teacher else None
-            a_token = training_flops(run, run.loss, cfg.model.family, student, beside).total
+            a_token = training_flops(run, run.loss, cfg.model.family, student_shape(own), beside).total
             # The winner of a tournament goes on from there.
-            taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(stage.configure(cfg)) else 0
+            taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
             flops[stage.name] = (training_tokens(run) * (1 - taken / run.max_steps) * a_token, ranks)
     forward = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
     flops["teacher_signal"] = (training_tokens(cfg.distill) * forward, ranks)
@@ -195,7 +203,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
     for stage in wanted(cfg):
         # Pipeline stages of the calibration wait for one another: no faster than one rank.
         amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
-        working = 1 if stage.name in ("importance", "search") else held
+        working = 1 if stage.module in ("recipes.importance", "recipes.search") else held
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
         hours = compute.training_hours(amount, precision, cfg.cluster.gpu, working) if amount else None
         rows.append(
@@ -218,15 +226,24 @@ def _jobs(hours: float | None, time_limit: str | None) -> int | None:
 
 def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
     warnings = []
-    if cut > LARGEST_CUT:
-        warnings.append(
-            f"pruning removes {cut:.0%} of the parameters in one round; beyond {LARGEST_CUT:.0%} prune and distil a "
-            f"model in between first, and prune that one: {_in_rounds(cut)}"
-        )
+    for number, share in enumerate(_cuts(cfg), 1):
+        if share > LARGEST_CUT:
+            warnings.append(
+                f"pruning removes {share:.0%} of the parameters in round {number} of {len(cfg.prune.rounds) + 1}; "
+                f"beyond {LARGEST_CUT:.0%} prune and distil a model in between first (prune.rounds), and prune that "
+                f"one: {_in_rounds(share)}"
+            )
     fits, words = disk.room(cfg.run_dir, room)
     if not fits:
         warnings.append(f"{words}; {disk.MEND}")
     return warnings
+
+
+def _cuts(cfg: RunConfig) -> list[float]:
+    """The share of the parameters that each round removes."""
+    shapes = [shape_to_prune(cfg, number) for number in range(len(cfg.prune.rounds) + 1)] + [student_shape(cfg)]
+    sizes = [parameters(shape, cfg.model.family) for shape in shapes]
+    return [1 - after / before for before, after in itertools.pairwise(sizes)]
 
 
 def _in_rounds(cut: float) -> str:
@@ -234,7 +251,7 @@ def _in_rounds(cut: float) -> str:
     count = math.ceil(math.log(1 - cut) / math.log(2 / 3) - 1e-9)
     share = (1 - cut) ** (1 / count)
     shares = " -> ".join(f"{share**number:.0%}" for number in range(1, count + 1))
-    return f"{count} rounds of prune.budget.params_share={math.ceil(share * 100) / 100} ({shares} of the teacher)"
+    return f"{count} rounds that each leave {math.ceil(share * 100) / 100:.0%} ({shares} of the parameters)"
 
 
 def _impossible(peaks: dict[str, Memory], gpu: Gpu) -> dict[str, str]:

@@ -13,12 +13,13 @@ from typing import Any
 
 from conf.schema import Depth, RunConfig
 from conf.student import AXES
-from recipes.artifact import write_json
+from recipes.artifact import read_manifest, write_json
 from recipes.runtime.stage_main import rank, stage_main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data; importance, unless only layers are named; choice, with a budget.
+    """Inputs: teacher (a NeMo checkpoint, or what the round before has distilled), data; importance, unless only layers
+    are named; choice, with a budget; before, the pruning of the round before.
 
     Output: `nemo/`, the student before distillation; `blocks.json` where a block of layers was chosen.
     """
@@ -60,13 +61,22 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "params_before": teacher_params,
         "params": nemo_api.count_parameters(core),
-        "kept_layers": nemo_api.kept_layers(core),
+        "kept_layers": _of_teacher(nemo_api.kept_layers(core), inputs.get("before")),
     }
     if rank() == 0:
         shutil.rmtree(out / "nemo", ignore_errors=True)
     trainer.strategy.barrier()
     save_pruned_model(trainer, str(out / "nemo"))
     return metrics
+
+
+def _of_teacher(layers: list[int], before: Path | None) -> list[int]:
+    """Layers of what the round before left, by their numbers in the teacher."""
+    if before is None:
+        return layers
+    manifest = read_manifest(before)
+    assert manifest is not None  # stages start when their inputs are whole
+    return [manifest["metrics"]["kept_layers"][layer - 1] for layer in layers]
 
 
 if __name__ == "__main__":

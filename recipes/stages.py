@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from conf.data_files import sources
 from conf.schema import DocumentFormat, Init, Loss, RunConfig, TeacherSignal
-from conf.student import needs_importance
+from conf.student import MOST_ROUNDS, needs_importance, round_settings
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def _always(_: RunConfig) -> bool:
     return True
 
 
+def _no_settings(_: RunConfig) -> dict[str, Any]:
+    return {}
+
+
 def world_size(cfg: RunConfig) -> int:
     """Ranks of a distributed stage: all that the cluster section names."""
     return cfg.cluster.nodes * cfg.cluster.devices_per_node
@@ -61,7 +66,7 @@ class Stage:
         inputs: the stage's inputs by name, for a config.
         ranks: how many processes it wants; above 1, torchrun starts them.
         wanted: whether a config asks for the stage at all.
-        settings: config values that make a variant of the stage, by dotted key.
+        settings: config values that make a variant of the stage, by dotted key, for a config.
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
         trains: whether it trains, or works for as long, so that it can be asked to save and pause, and goes on from
             there.
@@ -74,21 +79,25 @@ class Stage:
     inputs: Callable[[RunConfig], dict[str, Source]]
     ranks: Callable[[RunConfig], int] = _one
     wanted: Callable[[RunConfig], bool] = _always
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Callable[[RunConfig], Mapping[str, Any]] = _no_settings
     folder: str | None = None
     trains: bool = False
     tasks: Callable[[RunConfig], int] = _one
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
-        cfg = copy.deepcopy(cfg)
-        for key, value in self.settings.items():
-            *parents, leaf = key.split(".")
-            node: Any = cfg
-            for parent in parents:
-                node = getattr(node, parent)
-            setattr(node, leaf, value)
-        return cfg
+        return _changed(cfg, self.settings(cfg))
+
+
+def _changed(cfg: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    cfg = copy.deepcopy(cfg)
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        node: Any = cfg
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, leaf, value)
+    return cfg
 
 
 def _teacher_hf(cfg: RunConfig) -> Source:
@@ -120,13 +129,29 @@ def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
     }
 
 
-def _prune_inputs(cfg: RunConfig) -> dict[str, Source]:
-    inputs: dict[str, Source] = {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")}
+def _to_prune(cfg: RunConfig) -> Source:
+    """What the last round prunes: the teacher, or what the round before it left."""
+    rounds = len(cfg.prune.rounds)
+    return Output(f"distill.round{rounds}" if rounds else "hf_to_nemo", "nemo")
+
+
+def _importance_inputs(cfg: RunConfig) -> dict[str, Source]:
+    return {"teacher": _to_prune(cfg), "data": Output("prepare_data")}
+
+
+def _prune_inputs(cfg: RunConfig, suffix: str = "") -> dict[str, Source]:
+    inputs = _importance_inputs(cfg)
     if needs_importance(cfg.prune):
-        inputs["importance"] = Output("importance")
+        inputs["importance"] = Output(f"importance{suffix}")
+    if cfg.prune.rounds:
+        inputs["before"] = Output(f"prune.round{len(cfg.prune.rounds)}")
     if cfg.prune.budget is not None:
         inputs["choice"] = Output("search" if cfg.prune.tournament is None else "tournament")
     return inputs
+
+
+def _calibration_ranks(cfg: RunConfig) -> int:
+    return cfg.prune.pipeline_model_parallel_size
 
 
 def _prune_ranks(cfg: RunConfig) -> int:
@@ -167,6 +192,50 @@ def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
 
 
+def _round(number: int) -> tuple[Stage, ...]:
+    """The stages of a round of pruning before the last."""
+    suffix = f".round{number}"
+    settings = partial(round_settings, number=number)
+
+    def is_wanted(cfg: RunConfig) -> bool:
+        return len(cfg.prune.rounds) >= number
+
+    def distill_inputs(cfg: RunConfig) -> dict[str, Source]:
+        return {**_distill_inputs(cfg), "student": Output(f"prune{suffix}", "nemo")}
+
+    return (
+        Stage(
+            f"importance{suffix}",
+            "recipes.importance",
+            CALIBRATION,
+            _importance_inputs,
+            _calibration_ranks,
+            wanted=lambda cfg: is_wanted(cfg) and needs_importance(_changed(cfg, settings(cfg)).prune),
+            settings=settings,
+        ),
+        Stage(
+            f"prune{suffix}",
+            "recipes.prune",
+            ("prune",),
+            partial(_prune_inputs, suffix=suffix),
+            _prune_ranks,
+            wanted=is_wanted,
+            settings=settings,
+        ),
+        Stage(
+            f"distill{suffix}",
+            "recipes.distill",
+            ("distill",),
+            distill_inputs,
+            world_size,
+            wanted=is_wanted,
+            settings=settings,
+            trains=True,
+        ),
+    )
+
+
+CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
 # A control knows no teacher, so nothing that is said of one may touch it.
 NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
 
@@ -193,11 +262,21 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"hf_model": _teacher_hf(cfg)},
     ),
     Stage(
+        "correct_teacher",
+        "recipes.correct_teacher",
+        ("distill.correct_teacher",),
+        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
+        world_size,
+        wanted=lambda cfg: cfg.distill.correct_teacher is not None,
+        trains=True,
+    ),
+    *(stage for number in range(1, MOST_ROUNDS + 1) for stage in _round(number)),
+    Stage(
         "importance",
         "recipes.importance",
-        ("prune.calibration_samples", "prune.calibration_seq_length"),
-        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
-        lambda cfg: cfg.prune.pipeline_model_parallel_size,
+        CALIBRATION,
+        _importance_inputs,
+        _calibration_ranks,
         wanted=lambda cfg: needs_importance(cfg.prune),
     ),
     Stage(
@@ -208,15 +287,6 @@ STAGES: tuple[Stage, ...] = (
         _search_inputs,
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
         wanted=lambda cfg: cfg.prune.budget is not None,
-    ),
-    Stage(
-        "correct_teacher",
-        "recipes.correct_teacher",
-        ("distill.correct_teacher",),
-        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
-        world_size,
-        wanted=lambda cfg: cfg.distill.correct_teacher is not None,
-        trains=True,
     ),
     Stage(
         "tournament",
@@ -247,7 +317,7 @@ STAGES: tuple[Stage, ...] = (
         _distill_inputs,
         world_size,
         wanted=lambda cfg: "ce" in cfg.distill.controls,
-        settings=NO_TEACHER,
+        settings=lambda cfg: NO_TEACHER,
         trains=True,
     ),
     Stage(
@@ -257,7 +327,7 @@ STAGES: tuple[Stage, ...] = (
         _distill_inputs,
         world_size,
         wanted=lambda cfg: "scratch" in cfg.distill.controls,
-        settings={**NO_TEACHER, "distill.init": Init.random},
+        settings=lambda cfg: {**NO_TEACHER, "distill.init": Init.random},
         trains=True,
     ),
     Stage(

@@ -10,6 +10,7 @@ import pytest
 from conf.composition import config_groups
 from conf.load import compose
 from conf.schema import Loss, RunConfig
+from conf.student import student_shape
 from conf.typed import schema_keys
 from recipes import stages
 from recipes.artifact import locate
@@ -17,6 +18,7 @@ from recipes.stages import STAGES, External, Output, find, wanted
 
 DROP = "prune.drop_layers=[2]"
 CONTROLS = "distill.controls=[ce,scratch]"
+ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
 CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
@@ -28,8 +30,9 @@ def test_names_are_unique_and_modules_exist() -> None:
 
 def test_sections_and_settings_are_keys_of_the_schema() -> None:
     known = set(schema_keys(RunConfig))
-    for stage in STAGES:
-        assert {*stage.sections, *stage.settings} <= known, stage.name
+    cfg = compose(["experiment=demo", *ROUNDS])
+    for stage in wanted(cfg):
+        assert {*stage.sections, *stage.settings(cfg)} <= known, stage.name
 
 
 @pytest.mark.parametrize("name", config_groups()["experiment"])
@@ -44,7 +47,7 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
-    every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament")]
+    every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name]
     assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
     plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
     assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
@@ -133,7 +136,7 @@ def _folders(cfg: RunConfig) -> dict[str, str]:
 def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
-    ranks = {stage.name: stage.ranks(cfg) for stage in STAGES if stage.name not in ("search", "tournament")}
+    ranks = {stage.name: stage.ranks(cfg) for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name}
     of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
@@ -145,3 +148,26 @@ def test_an_unknown_stage_is_named_with_those_there_are() -> None:
 
 def test_world_size_counts_all_ranks() -> None:
     assert stages.world_size(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
+
+
+def test_rounds_prune_what_the_one_before_distilled_and_learn_from_the_same_teacher(
+    demo: Callable[..., RunConfig],
+) -> None:
+    cfg = demo(*ROUNDS)
+    rows = {stage.name: stage for stage in wanted(cfg)}
+    # Layers that are named need no importance.
+    in_rounds = ("importance.round1", "prune.round1", "distill.round1", "prune.round2", "distill.round2", "importance")
+    assert [name for name in rows if ".round" in name or name == "importance"] == [*in_rounds]
+    inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}
+    teacher = Output("hf_to_nemo", "nemo")
+    of_round = {"prune.round1": teacher, "prune.round2": Output("distill.round1", "nemo")}
+    for name, pruned in {**of_round, "prune": Output("distill.round2", "nemo")}.items():
+        assert inputs[name]["teacher"] == pruned
+    for name in ("distill.round1", "distill.round2", "distill"):
+        assert inputs[name]["teacher"] == teacher
+        assert inputs[name]["student"] == Output(name.replace("distill", "prune"), "nemo")
+    assert inputs["prune"]["before"] == Output("prune.round2")
+    of_second = rows["distill.round2"].configure(cfg)
+    assert (of_second.distill.max_steps, of_second.prune.drop_layers, of_second.prune.num_layers) == (30, [2], None)
+    assert student_shape(of_second).num_layers == 4
+    assert student_shape(cfg).num_layers == 3

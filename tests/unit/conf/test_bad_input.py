@@ -218,6 +218,22 @@ CASES: list[tuple[list[str], list[str]]] = [
         ["distill.controls=['kd'] names ['kd'], which is not known", "['ce', 'scratch']"],
     ),
     ([*DEMO, "distill.controls=[ce,ce]"], ["names one twice; set distill.controls=['ce']"]),
+    (
+        [*DEMO, "prune.rounds=[{steps: 20, num_layers: 4}]", "prune.num_layers=5", "prune.ffn_hidden_size=null"],
+        ["prune.num_layers=5 is larger than the teacher's 4"],
+    ),
+    (
+        [*DEMO, "prune.rounds=[{steps: 20, drop_layers: [7]}]", "prune.num_layers=4"],
+        ["prune.rounds[0]: prune.drop_layers=[7] names [7], but the teacher's layers are 1 to 6"],
+    ),
+    (
+        [*DEMO, "prune.rounds=[{steps: 3, num_layers: 5}]", "prune.num_layers=4"],
+        ["prune.rounds[0].steps=3 end before the learning rate is at its height", "warmup_steps=10"],
+    ),
+    (
+        [*DEMO, "prune.num_layers=null", "prune.budget.params_share=0.5", "prune.rounds=[{steps: 20, num_layers: 5}]"],
+        ["prune.budget searches among shapes of the teacher, which prune.rounds leaves behind"],
+    ),
     ([*DEMO, "distill.loss=ce"], ["distill.controls=['ce'] repeats what distill.loss=ce already trains"]),
     # Its loss.
     ([*DEMO, "distill.kd.temperature=0"], ["distill.kd.temperature=0.0 must be above 0"]),

@@ -244,8 +244,8 @@ def test_a_time_limit_cuts_a_stage_into_jobs() -> None:
 def test_more_than_half_in_one_round_is_warned_about() -> None:
     assert planned(DEPTH, "run_dir=/x")["models"]["cut"] == pytest.approx(0.283, abs=1e-3)
     warnings = planned(DEPTH, "prune.num_layers=12")["warnings"]
-    assert any("pruning removes 57% of the parameters in one round" in warning for warning in warnings)
-    assert not any("one round" in warning for warning in planned(DEPTH)["warnings"])
+    assert any("pruning removes 57% of the parameters in round 1 of 1" in warning for warning in warnings)
+    assert not any("pruning removes" in warning for warning in planned(DEPTH)["warnings"])
 
 
 # What is printed.
@@ -320,5 +320,18 @@ def test_a_budget_is_planned_by_its_largest_candidate() -> None:
 
 
 def test_a_deep_cut_is_proposed_in_rounds() -> None:
-    (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12")["warnings"] if "one round" in text]
-    assert "3 rounds of prune.budget.params_share=0.76 (76% -> 57% -> 43% of the teacher)" in warning
+    (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12")["warnings"] if "pruning removes" in text]
+    assert "3 rounds that each leave 76% (76% -> 57% -> 43% of the parameters)" in warning
+
+
+def test_rounds_are_planned_each_with_its_own_student() -> None:
+    in_rounds = planned(DEPTH, "prune.num_layers=12", "prune.rounds=[{steps: 5000, num_layers: 24}]")
+    # 36 -> 24 -> 12 layers: 28 %, and 40 % of what is left.
+    assert not any("pruning removes" in warning for warning in in_rounds["warnings"])
+    hours = {row["stage"]: row["hours"] for row in in_rounds["stages"]}
+    alone = {row["stage"]: row["hours"] for row in planned(DEPTH)["stages"]}
+    assert hours["distill.round1"] == pytest.approx(alone["distill"] * 5000 / 28600)
+    assert hours["importance"] < hours["importance.round1"] == alone["importance"]
+    assert in_rounds["memory"]["distill.round1"] == planned(DEPTH)["memory"]["distill"]
+    assert in_rounds["disk"]["checkpoints"] > planned(DEPTH, "prune.num_layers=12")["disk"]["checkpoints"]
+    assert "distill.round1" in table(in_rounds)
