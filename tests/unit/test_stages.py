@@ -134,7 +134,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
     ranks = {stage.name: stage.ranks(cfg) for stage in STAGES if stage.name not in ("search", "tournament")}
-    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
+    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch", "evaluate"}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
 
