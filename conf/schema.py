@@ -531,15 +531,69 @@ class ConvertConfig:
 
 
 @dataclass
+class Continuations:
+    """A multiple-choice task that is made of the run's own held-out documents, in the harness's format: which of four
+    continuations follows a text? The wrong ones are taken from other documents."""
+
+    questions: int = 150
+    context_words: int = 12
+    choice_words: int = 6
+
+
+@dataclass
 class EvaluateConfig:
-    """Held-out loss of the Hugging Face models, and the checks of both conversions."""
+    """What is measured of the Hugging Face models, and the checks of both conversions."""
 
     seq_length: int = 2048
-    micro_batch_size: int = 1
+    micro_batch_size: int = placement(1)
     # Sequences of held-out text at most; null: all.
     max_sequences: int | None = None
-    # Held-out tokens on which NeMo's and Hugging Face's logits are compared; 0 skips the check.
-    verify_tokens: int = 512
+    # Held-out tokens on which NeMo's and Hugging Face's logits are compared; 0 skips the check. Part of the identity of
+    # the stage verify.
+    verify_tokens: int = placement(512)
+    # Tasks, groups or tags of EleutherAI's lm-evaluation-harness, such as mmlu or gsm8k.
+    tasks: list[str] = field(default_factory=list)
+    # Of all tasks that allow examples; null: each task's own number.
+    num_fewshot: int | None = None
+    # Questions of each task at most, for a first look; null: all.
+    task_limit: int | None = None
+    task_batch_size: int = placement(8)
+    # A folder with task definitions (*.yaml; functions that they name are run) and with data sets as they are on the
+    # Hub, OWNER/NAME; it is then not asked for any. Its content is an input of the stage.
+    task_folder: str | None = placement(None)
+    continuations: Continuations | None = None
+    # Held-out documents whose beginnings all models continue, for people to read; 0: none.
+    samples: int = 4
+    sample_prompt_tokens: int = 32
+    sample_new_tokens: int = 64
+    # Also measures the checkpoints that distillation kept: the curve of its recovery.
+    recovery: bool = False
+
+
+class Engine(Enum):
+    """What runs the models in a benchmark."""
+
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+@dataclass
+class BenchmarkConfig:
+    """How fast teacher and student are beside each other, with how much memory."""
+
+    enabled: bool = placement(False)
+    engine: Engine = Engine.transformers
+    # The type in which the models compute; keep: that of their weights.
+    dtype: ExportDtype = ExportDtype.keep
+    batch_size: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    # Each model once a round, in turns; a round before them is not counted.
+    rounds: int = 5
+    # Threads of a CPU; null: as many as PyTorch takes.
+    threads: int | None = None
+    # Price of the machine that is measured, in any currency; null: no costs are told.
+    cost_per_hour: float | None = None
 
 
 @dataclass
@@ -628,4 +682,5 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

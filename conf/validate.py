@@ -11,7 +11,7 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
+from conf import data_rules, evaluation_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
@@ -116,12 +116,23 @@ _ABOVE_ZERO = (
         "distill.kd.chunk_tokens",
         "distill.kd.intermediate_weight",
     ),
-    *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences"),
+    *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences", "evaluate.task_limit"),
+    *("evaluate.task_batch_size", "evaluate.sample_prompt_tokens", "evaluate.sample_new_tokens"),
+    *(f"evaluate.continuations.{key}" for key in ("questions", "context_words", "choice_words")),
+    *(f"benchmark.{key}" for key in ("batch_size", "prompt_tokens", "rounds", "threads", "cost_per_hour")),
     *("distill.signal_top_k", "distill.signal_shard_sequences", "distill.swap_teacher_at_step"),
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
 )
 _FROM_ZERO = (
-    *("evaluate.verify_tokens", "seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
+    *(
+        "evaluate.verify_tokens",
+        "evaluate.samples",
+        "evaluate.num_fewshot",
+        "seed",
+        "cluster.node_rank",
+        "cluster.slurm.max_restarts",
+        "distill.kd.lm_weight",
+    ),
 )
 _TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
@@ -200,15 +211,6 @@ def _shape(cfg: RunConfig) -> Iterator[str]:
             f"model.shape.num_query_groups={shape.num_query_groups}; "
             f"set model.shape.num_query_groups to {any_of(divisors(shape.num_attention_heads))}"
         )
-
-
-def _evaluate(cfg: RunConfig) -> Iterator[str]:
-    shape = cfg.model.shape
-    if shape is None:
-        return
-    for key in ("seq_length", "verify_tokens"):
-        if getattr(cfg.evaluate, key) > shape.max_position_embeddings:
-            yield too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
 
 
 def _cluster(cfg: RunConfig) -> Iterator[str]:
@@ -467,7 +469,7 @@ RULES: tuple[Rule, ...] = (
     _shape,
     *data_rules.RULES,
     *prune_rules.RULES,
-    _evaluate,
+    *evaluation_rules.RULES,
     _cluster,
     _controls,
     *teacher_rules.RULES,
@@ -483,5 +485,6 @@ RULES_OF_FILES: tuple[Rule, ...] = (
     _missing_files,
     _tracker_packages,
     *data_rules.RULES_OF_FILES,
+    *evaluation_rules.RULES_OF_FILES,
     *slurm_rules.RULES_OF_FILES,
 )

@@ -59,6 +59,8 @@ def everywhere(cfg: RunConfig) -> RunConfig:
             setattr(cfg.data, key, _everywhere(files))
     for source in (cfg.data.sources or {}).values():
         source.files = _everywhere(source.files)
+    if cfg.evaluate.task_folder is not None:
+        cfg.evaluate.task_folder = absolute(cfg.evaluate.task_folder)
     if Path(absolute(cfg.data.source_tokenizer)).exists():
         cfg.data.source_tokenizer = absolute(cfg.data.source_tokenizer)
     return cfg

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -222,6 +223,16 @@ def write_manifest(located: Located, started: float, ended: float, metrics: dict
     )
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The content of a stage's state file; empty where it has none."""
     try:
@@ -232,12 +243,15 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that a reader sees the old content or the new, never a part."""
+    """Writes a JSON file so that a reader sees the old content or the new, never a part.
+
+    Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1)
+            json.dump(_finite(value), file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -188,6 +188,16 @@ def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
     return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo"), **controls}
 
 
+def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
+    inputs: dict[str, Source] = {"teacher": _teacher_hf(cfg), "data": Output("prepare_data")}
+    inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
+    if cfg.evaluate.recovery:
+        inputs["checkpoints"] = Output("distill", "checkpoints")
+    if cfg.evaluate.task_folder is not None:
+        inputs["task_folder"] = External((cfg.evaluate.task_folder,))
+    return inputs
+
+
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
 
@@ -349,15 +359,13 @@ STAGES: tuple[Stage, ...] = (
         },
         wanted=lambda cfg: cfg.evaluate.verify_tokens > 0,
     ),
+    Stage("evaluate", "recipes.evaluate", ("evaluate",), _evaluate_inputs, world_size),
     Stage(
-        "evaluate",
-        "recipes.evaluate",
-        ("evaluate.seq_length", "evaluate.max_sequences"),
-        lambda cfg: {
-            "teacher": _teacher_hf(cfg),
-            **{name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)},
-            "data": Output("prepare_data"),
-        },
+        "benchmark",
+        "recipes.benchmark",
+        ("benchmark",),
+        lambda cfg: {"teacher": _teacher_hf(cfg), "student": Output("nemo_to_hf", "student")},
+        wanted=lambda cfg: cfg.benchmark.enabled,
     ),
     Stage("report", "recipes.report", ("name",), _report_inputs, folder="report"),
 )

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import logging
 import os
+import platform
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,6 +61,67 @@ def torch_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_memory_bytes() -> int:
+    """What can still be had for tensors on this process's device, in bytes."""
+    import torch
+
+    if torch_device() == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min([available, *_left_of_cgroup()])
+
+
+def _left_of_cgroup() -> list[int]:
+    """What a container's limit leaves (cgroup v2); nothing where there is none."""
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # "max": no limit
+        return []
+    # Cached files go when memory is wanted.
+    stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+    cached = int(stat[stat.index("file") + 1]) if "file" in stat else 0
+    return [limit - used + cached]
+
+
+def device_name() -> str:
+    """The GPU's or the processor's own name."""
+    import torch
+
+    if torch_device() == "cuda":
+        return str(torch.cuda.get_device_name())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.machine())
+
+
+def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` gives, and the most bytes that tensors took meanwhile, beyond those that there were before."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = work()
+        torch.cuda.synchronize()
+        return result, int(torch.cuda.max_memory_allocated() - before)
+    # A process's resident memory tells little here: freed blocks stay with it.
+    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True, use_kineto=True) as profile:
+        result = work()
+    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return result, max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+
+
+def synchronize() -> None:
+    """Waits until the device has done all that it was given."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
 
 
 @cache

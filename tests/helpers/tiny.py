@@ -76,6 +76,13 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
         "evaluate.seq_length=128",
         "evaluate.max_sequences=64",
         "evaluate.verify_tokens=128",
+        "evaluate.continuations.questions=12",
+        "evaluate.samples=2",
+        "evaluate.sample_new_tokens=8",
+        "benchmark.batch_size=2",
+        "benchmark.prompt_tokens=16",
+        "benchmark.new_tokens=4",
+        "benchmark.rounds=2",
         *more,
     ]
 

@@ -30,7 +30,7 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
     return [name for name in first if first[name] != second[name]]
 
 
-AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "verify", "evaluate", "report"]
+AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "verify", "evaluate", "benchmark", "report"]
 EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "importance", "prune", *AFTER_DISTILL]
 
 
@@ -58,6 +58,9 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "importance", "prune",
         ("model.demo.training.log_every_n_steps=1", []),
         ("prune.micro_batch_size=1", []),
         ("evaluate.micro_batch_size=1", []),
+        ("evaluate.task_batch_size=1", []),
+        ("evaluate.tasks=[mmlu]", ["evaluate", "report"]),
+        ("benchmark.rounds=3", ["benchmark", "report"]),
     ],
 )
 def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:

@@ -136,8 +136,9 @@ def _folders(cfg: RunConfig) -> dict[str, str]:
 def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
-    ranks = {stage.name: stage.ranks(cfg) for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name}
-    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
+    named = [stage for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name]
+    ranks = {stage.name: stage.ranks(cfg) for stage in named}
+    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch", "evaluate"}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.runtime.data.shards import documents_of
+from recipes.runtime.data.documents import NO_CLUSTER
+from recipes.runtime.data.shards import documents_of, known_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,32 @@ class DataFolder:
         documents = [document for prefix in prefixes for document in documents_of(self.folder / prefix)]
         return np.concatenate(documents).astype(np.int64)
 
+    def validation_documents_ids(self) -> list[np.ndarray]:
+        """The ids of each held-out document, `[tokens]`, its end-of-document token last."""
+        return list(documents_of(self.folder / "validation"))
+
+    def validation_groups(self) -> tuple[list[str], np.ndarray] | None:
+        """Which source, or else which cluster, each token of the held-out documents is of.
+
+        Returns:
+            Their names, and for each token the number of its name, `[tokens]`; None where all are of one kind.
+        """
+        names: list[tuple[str, int]] = []
+        # The order in which `declare` laid the documents end to end.
+        shards = [shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit()]
+        for shard in sorted(shards, key=lambda shard: int(shard.name)):
+            if (shard / "validation.documents").exists():
+                source = read_manifest(shard)["source"]
+                names += [(source, int(cluster)) for cluster in known_of(shard / "validation")["cluster"]]
+        lengths = [len(document) for document in self.validation_documents_ids()]
+        if len(names) != len(lengths):
+            raise ValueError(f"{self.folder}: {len(lengths)} held-out documents, but {len(names)} in its shards")
+        kinds = _kinds(names)
+        found = sorted(set(kinds))
+        if len(found) < 2:
+            return None
+        return found, np.repeat([found.index(kind) for kind in kinds], lengths)
+
     def validation_sequences(self, seq_length: int) -> np.ndarray:
         """The validation documents end to end, cut into sequences.
 
@@ -104,3 +131,10 @@ class DataFolder:
         count = max(0, len(tokens) - 1) // seq_length
         starts = np.arange(count)[:, None] * seq_length
         return tokens[starts + np.arange(seq_length + 1)]
+
+
+def _kinds(documents: list[tuple[str, int]]) -> list[str]:
+    """What distinguishes documents by source and cluster: their sources, where those differ."""
+    if len({source for source, _ in documents}) > 1:
+        return [source for source, _ in documents]
+    return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]

@@ -193,6 +193,16 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*QWEN, "distill.seq_length=4095"], ["distill.seq_length=4095", "the 8 pieces", "to 4088 or 4096"]),
     ([*DEMO, "distill.seq_length=4096"], ["distill.seq_length=4096 is longer", "max_position_embeddings 2048"]),
     ([*DEMO, "evaluate.seq_length=4096"], ["evaluate.seq_length=4096 is longer", "at most 2048"]),
+    (
+        [*DEMO, "evaluate.sample_prompt_tokens=2000"],
+        ["evaluate.sample_prompt_tokens + sample_new_tokens=2064 is"],
+    ),
+    ([*DEMO, "benchmark.prompt_tokens=2040"], ["benchmark.prompt_tokens + new_tokens=2072 is longer", "at most 2048"]),
+    ([*DEMO, "benchmark.new_tokens=1"], ["benchmark.new_tokens=1 leaves nothing to time; set it to 2 or more"]),
+    ([*DEMO, "benchmark.rounds=0"], ["benchmark.rounds=0 must be above 0"]),
+    ([*DEMO, "evaluate.continuations.questions=0"], ["evaluate.continuations.questions=0 must be above 0"]),
+    ([*DEMO, "evaluate.tasks=[mmlu,arc_easy,mmlu]"], ["names one twice; set evaluate.tasks=['arc_easy', 'mmlu']"]),
+    ([*DEMO, "evaluate.tasks=[heldout_continuations]"], ["take it out and set evaluate.continuations={}"]),
     # The cluster.
     (
         [*DEMO, "cluster.time_limit=4h"],
@@ -306,6 +316,9 @@ def test_all_faults_come_in_one_message() -> None:
         ("model.hf_path=./nowhere", ["model.hf_path=./nowhere does not exist; set model.hf_path"]),
         ("data.train=[a.jsonl,b.jsonl]", ["data.train names a.jsonl and 1 more, not to be found", "[FILE.jsonl]"]),
         ("data.validation=[v.jsonl]", ["data.validation names v.jsonl, not to be found"]),
+        ("evaluate.tasks=[mmlu,nonsuch]", ["evaluate.tasks names nonsuch, which lm_eval does not know"]),
+        ("evaluate.task_folder=./nowhere", ["evaluate.task_folder=./nowhere is no folder; set it to one with task"]),
+        ("benchmark.engine=vllm", ["benchmark.engine=vllm, but vllm is not installed", "=transformers"]),
     ],
 )
 def test_missing_files_are_named_where_a_run_starts(tmp_path: Path, override: str, parts: list[str]) -> None:
@@ -318,3 +331,22 @@ def test_missing_files_are_named_where_a_run_starts(tmp_path: Path, override: st
     (fault,) = caught.value.faults
     for part in parts:
         assert part in fault
+
+
+def test_tasks_of_the_users_are_known(tmp_path: Path) -> None:
+    documents, tasks = tmp_path / "docs.jsonl", tmp_path / "tasks"
+    documents.write_text("")
+    (tasks / "deep").mkdir(parents=True)
+    (tasks / "deep" / "one.yaml").write_text("tag:\n  - mine\ntask: my_one\nprocess_docs: !function utils.process\n")
+    mine = [f"evaluate.task_folder={tasks}", "evaluate.tasks=[mine, my_one, arc_challenge]"]
+    compose([*QWEN, f"data.train=[{documents}]", *mine], check_files=True)
+    with pytest.raises(ConfigError, match="names your_one, which lm_eval does not know and .* does not define"):
+        compose([*QWEN, f"data.train=[{documents}]", mine[0], "evaluate.tasks=[your_one]"], check_files=True)
+
+
+def test_a_harness_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conf import evaluation_rules
+
+    monkeypatch.setattr(evaluation_rules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="need lm_eval, which is not installed; run make setup"):
+        compose(DEMO, check_files=True)

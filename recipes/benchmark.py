@@ -1,0 +1,171 @@
+"""python -m recipes.benchmark --config RUN_DIR/resolved.yaml
+python -m recipes.benchmark --models teacher=FOLDER student=FOLDER --out FOLDER [--batch-size 8 ...]
+
+How fast models are and how much memory they take: prefill, decoding and the time to the first token, with the same
+tokens in turns on one machine, so that what slows one down slows the other. The first model is what the others are set
+against. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
+from recipes.artifact import write_json
+from recipes.runtime.stage_main import command_line, stage_main
+
+FILE = "benchmark.json"
+# Options of the command line, which are fields of the section.
+NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Inputs: Hugging Face folders (or a Hub id) of teacher and student. Output: `benchmark.json`."""
+    from recipes.runtime.huggingface import local_folder
+
+    folders = {
+        name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
+        for name, source in inputs.items()
+    }
+    run_dir = out.parent.resolve()
+    told = {name: _within(folder.resolve(), run_dir) for name, folder in folders.items()}
+    command = f"cd RUN_DIR && {words(told, 'benchmark-again', cfg.benchmark, cfg.seed)}"
+    result = measure(folders, cfg.benchmark, cfg.seed, command)
+    write_json(out / FILE, result)
+    return {key: result[key] for key in ("engine", "device", "models", "ratios")}
+
+
+def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, command: str) -> dict[str, Any]:
+    """The content of `benchmark.json`; the first of the models is what the others are set against.
+
+    Raises:
+        InputError: models that do not fit beside each other, or a prompt that none of them takes.
+    """
+    import torch
+
+    from recipes.runtime import backend
+    from recipes.runtime.benchmarking import timing
+
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    models, dtype = _load(folders, cfg, seed)
+    memory, timed = timing.race(models, cfg.rounds)
+    base, *others = folders
+    return {
+        "engine": cfg.engine.value,
+        "command": command,
+        "device": backend.device_name(),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "batch_size": cfg.batch_size,
+        "prompt_tokens": cfg.prompt_tokens,
+        "new_tokens": cfg.new_tokens,
+        "rounds": cfg.rounds,
+        "models": {name: timing.figures(memory[name], [one[name] for one in timed], cfg) for name in folders},
+        "ratios": {name: timing.ratios(name, base, memory, timed) for name in others},
+    }
+
+
+def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple[dict[str, Any], str]:
+    """The models by name, and the type in which they compute."""
+    from recipes.runtime.benchmarking import prompts
+
+    prompts.check(folders, cfg)
+    if cfg.engine is Engine.vllm:
+        from recipes.runtime.benchmarking import vllm_engine
+
+        ids = prompts.draw(folders, cfg, seed)
+        share = vllm_engine.SHARE / len(folders)
+        return (
+            {name: vllm_engine.Model(folder, ids, cfg, share) for name, folder in folders.items()},
+            vllm_engine.TYPES[cfg.dtype],
+        )
+    from recipes.runtime.benchmarking import transformers_engine
+
+    transformers_engine.check(folders, cfg)
+    ids = prompts.draw(folders, cfg, seed)
+    models = {name: transformers_engine.Model(folder, ids, cfg) for name, folder in folders.items()}
+    types = {str(model.model.dtype).removeprefix("torch.") for model in models.values()}
+    return models, " and ".join(sorted(types))
+
+
+def words(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, seed: int) -> str:
+    """The command that measures the same again."""
+    command = ["python", "-m", "recipes.benchmark", "--models", *(f"{name}={path}" for name, path in folders.items())]
+    command += ["--out", out, "--engine", cfg.engine.value, "--dtype", cfg.dtype.value, "--seed", str(seed)]
+    for name in (*NUMBERS, "cost_per_hour"):
+        value = getattr(cfg, name)
+        command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(command)
+
+
+def _within(folder: Path, run_dir: Path) -> str:
+    return os.path.relpath(folder, run_dir) if folder.is_relative_to(run_dir) else str(folder)
+
+
+def main() -> None:
+    if any(argument.partition("=")[0] == "--config" for argument in sys.argv[1:]):
+        stage_main(run, "benchmark")
+        return
+    default = BenchmarkConfig()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", required=True, nargs="+", metavar="NAME=FOLDER", help="Hugging Face folders")
+    parser.add_argument("--out", required=True, type=Path, help="a folder, for benchmark.json")
+    parser.add_argument("--engine", default=default.engine.value, choices=[engine.value for engine in Engine])
+    parser.add_argument("--dtype", default=default.dtype.value, choices=[dtype.value for dtype in ExportDtype])
+    for name in NUMBERS:
+        value = getattr(default, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"({value})")
+    parser.add_argument("--cost-per-hour", type=float, help="price of the machine")
+    parser.add_argument("--seed", type=int, default=1234, help="of the tokens (1234)")
+    arguments = parser.parse_args()
+    with command_line():
+        print(_by_itself(arguments))
+
+
+def _by_itself(arguments: argparse.Namespace) -> str:
+    from recipes.runtime.huggingface import local_folder
+
+    values = {name: getattr(arguments, name) for name in (*NUMBERS, "cost_per_hour")}
+    faults = [f"--{name.replace('_', '-')}={value} must be above 0" for name, value in values.items() if value == 0]
+    faults += [f"--models {model} is no NAME=FOLDER" for model in arguments.models if not all(model.partition("="))]
+    if arguments.new_tokens < 2:
+        faults.append(f"--new-tokens={arguments.new_tokens} leaves nothing to time; give 2 or more")
+    if faults:
+        raise ConfigError(faults)
+    cfg = BenchmarkConfig(enabled=True, engine=Engine(arguments.engine), dtype=ExportDtype(arguments.dtype), **values)
+    named = dict(model.split("=", 1) for model in arguments.models)
+    folders = {name: local_folder(path, None, weights=True) for name, path in named.items()}
+    command = words(named, str(arguments.out), cfg, arguments.seed)
+    result = measure(folders, cfg, arguments.seed, command)
+    write_json(arguments.out / FILE, result)
+    return table(result)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The medians, for a terminal."""
+    lines = [f"{'':<12} {'prefill tok/s':>14} {'decode tok/s':>14} {'first token s':>14} {'peak MB':>10}"]
+    for name, model in result["models"].items():
+        speeds = [
+            model[key]["median"]
+            for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds")
+        ]
+        lines.append(
+            f"{name:<12} {speeds[0]:>14,.1f} {speeds[1]:>14,.1f} {speeds[2]:>14.4f}"
+            f" {model['peak_memory_bytes'] / 1e6:>10,.1f}"
+        )
+    for name, ratio in result["ratios"].items():
+        parts = [f"{ratio[key]['median']:>14.2f}" for key in ("prefill", "decode", "time_to_first_token")]
+        lines.append(f"{name + ' ratio':<12} {' '.join(parts)} {ratio['memory']:>10.2f}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""python -m recipes.recovery RUN_DIR [--watch]
+
+The recovery curve of a run's distillation: measures the checkpoints that there are, each once, and writes
+`RUN_DIR/evaluate-*/recovery.json`. With `--watch` it goes on beside the training until that ends, holding every
+checkpoint that is saved until it is measured. It needs memory for two models: on a GPU that a training fills, start it
+elsewhere, or with CUDA_VISIBLE_DEVICES= on the CPU. What it measured, the stage `evaluate` takes over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from conf.errors import ConfigError
+from conf.load import load_resolved
+from conf.schema import Init, RunConfig
+from recipes.artifact import Located, locate
+from recipes.runtime.stage_main import command_line
+
+log = logging.getLogger("recipes.recovery")
+
+RESOLVED = "resolved.yaml"
+NEEDED = ("data", "teacher")
+
+
+@dataclass
+class Follower:
+    """Measures what a distillation saves.
+
+    Attributes:
+        cfg: the run's; `stages`: where its stages are.
+    """
+
+    cfg: RunConfig
+    stages: dict[str, Located]
+
+    @property
+    def out(self) -> Path:
+        return self.stages["evaluate"].folder
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.stages["distill"].folder / "checkpoints"
+
+    @cached_property
+    def teacher(self) -> Path:
+        from recipes.runtime.huggingface import local_folder
+
+        return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
+
+    @cached_property
+    def evaluator(self) -> Any:
+        from recipes.runtime.data.folder import DataFolder
+        from recipes.runtime.evaluation.evaluator import Evaluator
+
+        inputs = self.stages["evaluate"].inputs
+        return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
+
+    def hold(self) -> None:
+        """Sees to it that the checkpoints of this moment stay until they are measured."""
+        from recipes.runtime.evaluation import recovery
+
+        held = recovery.hold(self.checkpoints, self.out / recovery.ROOM, self._known)
+        for step in held:
+            log.info("step %d: held", step)
+
+    def measure(self) -> None:
+        """Measures what is held, and the models before and after the training where they are there."""
+        from recipes.runtime.evaluation import recovery
+
+        room = self.out / recovery.ROOM
+        for step, checkpoint in recovery.checkpoints_of(room).items():
+            self._measure(recovery.name_of(step), checkpoint)
+            shutil.rmtree(checkpoint)
+        ends = {"student": self.stages["distill"]}
+        if self.cfg.distill.init is Init.pruned:
+            ends["pruned"] = self.stages["prune"]
+        for name, stage in ends.items():
+            if stage.complete:
+                self._measure(name, stage.folder / "nemo")
+        recovery.write(self.evaluator, self.cfg.distill, self.out)
+
+    def _known(self, step: int) -> bool:
+        from recipes.runtime.evaluation import recovery
+
+        return self.evaluator.recall(recovery.name_of(step)) is not None
+
+    def _measure(self, name: str, checkpoint: Path) -> None:
+        from convert.exporting import export_model
+        from recipes.runtime.evaluation import recovery
+
+        def export(source: Path, folder: Path) -> None:
+            dtype = self.cfg.convert.export_dtype.value
+            export_model(source, self.teacher, folder, dtype, title=source.name, base=self.cfg.model.name)
+
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.out / recovery.ROOM, export)
+
+
+def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
+    """Measures a run's checkpoints; gives the file with the curve, where there is one.
+
+    Raises:
+        ConfigError: no run folder; a teacher or data that are not there yet.
+    """
+    follower = _follower(run_dir)
+    stop = threading.Event()
+    if watch:
+        os.nice(19)
+        follower.hold()
+        threading.Thread(target=_keep_holding, args=(follower, stop, seconds), daemon=True).start()
+    try:
+        while True:
+            # Asked first: what was saved before the end is then held.
+            ended = follower.stages["distill"].complete
+            follower.hold()
+            follower.measure()
+            if not watch or ended:
+                break
+            time.sleep(seconds)
+    finally:
+        stop.set()
+    path = follower.out / "recovery.json"
+    return path if path.exists() else None
+
+
+def _keep_holding(follower: Follower, stop: threading.Event, seconds: float) -> None:
+    """While one is measured, others come and go."""
+    while not stop.wait(seconds):
+        follower.hold()
+
+
+def _follower(run_dir: Path) -> Follower:
+    if not (run_dir / RESOLVED).is_file():
+        raise ConfigError(f"{run_dir} holds no {RESOLVED}; give the folder of a run that was started")
+    cfg = load_resolved(run_dir / RESOLVED)
+    cfg.run_dir = str(run_dir)
+    stages = locate(cfg)
+    inputs = stages["evaluate"].stage.inputs(cfg)
+    missing = [
+        source.stage
+        for name in NEEDED
+        if (source := inputs[name]) and hasattr(source, "stage") and not stages[source.stage].complete
+    ]
+    if missing:
+        raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} has to be complete first")
+    return Follower(cfg, stages)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--watch", action="store_true", help="go on until the distillation ends")
+    parser.add_argument("--seconds", type=float, default=5.0, help="between looks for new checkpoints (5)")
+    arguments = parser.parse_args()
+    with command_line():
+        path = follow(arguments.run_dir, arguments.watch, arguments.seconds)
+        print(path or "no checkpoint has been saved yet")
+
+
+if __name__ == "__main__":
+    main()

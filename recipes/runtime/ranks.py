@@ -1,0 +1,59 @@
+"""Ranks that share a stage's work with PyTorch alone: each takes a part, the first one writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from recipes.runtime import backend
+from recipes.runtime.stage_main import world_size
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A process group of what torchrun started, each rank on its own GPU; nothing for a single process."""
+    if world_size() == 1:
+        yield
+        return
+    on_gpu = backend.torch_device() == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def added_up(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks."""
+    if world_size() > 1:
+        values = values.to(backend.torch_device())
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def of_first(value: Any) -> Any:
+    """What the first rank has, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each rank has, on every rank."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def wait() -> None:
+    """Returns once all ranks have come here."""
+    of_all(None)
