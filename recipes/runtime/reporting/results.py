@@ -55,7 +55,8 @@ def summarize(run: RunFolder) -> dict[str, Any]:
 def state_of(run: RunFolder) -> str:
     """complete, failed, running, paused, or unfinished."""
     states = [stage.state for stage in run.stages.values()]
-    if states and all(state == "complete" for state in states):
+    # Every run is evaluated: where stages are told by their folders alone, those to come do not show.
+    if "evaluate" in run.stages and all(state == "complete" for state in states):
         return "complete"
     return next((state for state in ("failed", "running", "paused") if state in states), "unfinished")
 
