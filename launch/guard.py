@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from launch.failure import exit_words
+from recipes.stage_log import exit_words
 
 BLOCKED = {signal.SIGTERM, signal.SIGUSR1}
 

@@ -17,8 +17,7 @@ from conf.schema import RunConfig, SlurmConfig
 from conf.slurm_rules import absolute
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
-from launch.pipeline import RESOLVED
-from recipes.artifact import Located
+from recipes.artifact import RESOLVED, Located
 from recipes.stages import Output
 
 # Besides what the user names. A job so depends on what its script says, not on the shell that it was submitted from.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError
+from recipes.artifact import LOCK
 
 # How long a killed launcher's processes may take to end; they hold its lock until then.
 SECONDS_TO_END = 60.0
@@ -20,30 +21,18 @@ SECONDS_TO_END = 60.0
 
 @contextmanager
 def held(run_dir: Path, seconds: float = SECONDS_TO_END) -> Iterator[int]:
-    """Holds `RUN_DIR/.lock` and gives its file descriptor.
+    """Holds a run folder's lock and gives its file descriptor.
 
     Raises:
         ConfigError: another launcher holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as file:
+    with (run_dir / LOCK).open("a+") as file:
         _acquire(file.fileno(), run_dir, time.monotonic() + seconds)
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
         yield file.fileno()
-
-
-def in_use(run_dir: Path) -> bool:
-    """Whether a launcher, or a stage that it left, holds a run folder."""
-    try:
-        with (run_dir / ".lock").open() as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _acquire(handle: int, run_dir: Path, until: float) -> None:
@@ -63,7 +52,7 @@ def _acquire(handle: int, run_dir: Path, until: float) -> None:
 
 def _holder(run_dir: Path) -> dict[str, Any]:
     try:
-        holder: dict[str, Any] = json.loads((run_dir / ".lock").read_text())
+        holder: dict[str, Any] = json.loads((run_dir / LOCK).read_text())
     except (OSError, json.JSONDecodeError):
         return {}
     return holder

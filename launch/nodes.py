@@ -20,9 +20,9 @@ from conf.schema import RunConfig
 from launch import local, pipeline
 from launch.environment import nodes_and_ranks
 from launch.filesystem import unshared
-from launch.pipeline import RESOLVED, StageFailedError
+from launch.pipeline import StageFailedError
 from launch.progress import Progress
-from recipes.artifact import Located, locate, write_json
+from recipes.artifact import RESOLVED, Located, locate, write_json
 from recipes.stages import STAGES, Stage
 
 PULSE = ".pulse.json"
@@ -32,7 +32,7 @@ SECONDS_WITHOUT_PULSE = 180.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> None:
+def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, command: str = "") -> None:
     """This node's part of a run.
 
     Raises:
@@ -47,7 +47,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
         return
     pulse = _Pulse(Path(cfg.run_dir) / PULSE)
     try:
-        pipeline.run(cfg, until, stages, pulse.beat)
+        pipeline.run(cfg, until, stages, pulse.beat, command)
     except StageFailedError as error:
         pulse.end(str(error))
         raise

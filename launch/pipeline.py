@@ -11,19 +11,17 @@ from datetime import datetime
 from pathlib import Path
 
 from conf.errors import ConfigError
-from conf.load import save_resolved
 from conf.schema import RunConfig
-from launch import local, lock
-from launch.failure import Reason, exit_words, read_reason
+from launch import local, lock, records
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
-from recipes.artifact import STATE, STOP, Located, locate, read_state
+from recipes.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
+from recipes.stage_log import Reason, exit_words, read_reason
 from recipes.stages import STAGES, Stage
 
 SECONDS_BETWEEN_LOOKS = 0.2
-RESOLVED = "resolved.yaml"
 
 
 @dataclass
@@ -47,6 +45,7 @@ def run(
     until: str | None = None,
     stages: Sequence[Stage] = STAGES,
     beat: Callable[[str], None] = lambda stage: None,
+    command: str = "",
 ) -> None:
     """Brings a run to its end, or to the end of stage `until`.
 
@@ -55,6 +54,7 @@ def run(
         until: its last stage; None: all of them.
         stages: the table.
         beat: called several times a second with the name of the stage that runs.
+        command: what a person typed to launch it.
 
     Raises:
         ConfigError: a missing input, a stage that does not exist or cannot fit the GPU, a run folder in use.
@@ -67,7 +67,7 @@ def run(
     plan = make(cfg)
     refuse_impossible(plan, to_do)
     with lock.held(run_dir) as lock_file:
-        save_resolved(cfg, run_dir / RESOLVED)
+        records.keep(cfg, plan, command)
         for line in short(plan) if to_do else []:
             progress.event(line)
         progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")

@@ -7,17 +7,19 @@ same command again goes on from where it stopped, and redoes exactly what a chan
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from conf.composition import config_groups, sweep
 from conf.errors import ConfigError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
-from launch import nodes, pipeline, slurm
+from launch import nodes, pipeline, records, slurm
 from launch.jobs import everywhere
 from recipes.stages import STAGES, Stage
 
@@ -35,6 +37,7 @@ class _StoppedError(Exception):
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     """The command line; returns the exit status: 0, 1 (a stage failed), 2 (the user can mend it), 128 + signal."""
     args = _parser().parse_intermixed_args(arguments)
+    args.command = shlex.join(["python", "-m", "launch.run", *(sys.argv[1:] if arguments is None else arguments)])
     # Said like a setting, but none of the run's.
     if "dry_run=true" in args.overrides:
         args.overrides.remove("dry_run=true")
@@ -66,13 +69,24 @@ def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> N
     elif args.list:
         print(pipeline.listing(cfg, args.until, stages))
     elif cfg.cluster.slurm is not None:
-        slurm.run(cfg, args.until, stages, args.dry_run)
+        slurm.run(cfg, args.until, stages, args.dry_run, args.command)
     elif args.dry_run:
         print(pipeline.commands(cfg, args.until, stages))
-    elif cfg.cluster.nodes > 1:
-        nodes.run(cfg, args.until, stages)
     else:
-        pipeline.run(cfg, args.until, stages)
+        _here(cfg, args, stages)
+
+
+def _here(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
+    """A run, or this node's part of one. The first node leaves a report of one that fails or pauses as well."""
+    try:
+        if cfg.cluster.nodes > 1:
+            nodes.run(cfg, args.until, stages, args.command)
+        else:
+            pipeline.run(cfg, args.until, stages, command=args.command)
+    except pipeline.StageFailedError:
+        if cfg.cluster.node_rank == 0:
+            records.leave_report(Path(cfg.run_dir))
+        raise
 
 
 def _jobs(overrides: list[str], multirun: bool, check_files: bool) -> list[RunConfig]:

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.errors import ConfigError
-from conf.load import save_resolved
 from conf.schema import RunConfig
-from launch import lock, partition
+from launch import lock, partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
-from launch.pipeline import RESOLVED, up_to
+from launch.pipeline import up_to
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
@@ -47,7 +46,13 @@ REFUSALS = (
 )
 
 
-def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, dry_run: bool = False) -> None:
+def run(
+    cfg: RunConfig,
+    until: str | None = None,
+    stages: Sequence[Stage] = STAGES,
+    dry_run: bool = False,
+    command: str = "",
+) -> None:
     """Submits what a run still needs, or prints it. `cfg` has absolute paths (see `launch.jobs.everywhere`).
 
     Raises:
@@ -68,7 +73,7 @@ def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAG
         return
     with lock.held(run_dir):
         _refuse_twice(run_dir)
-        save_resolved(cfg, run_dir / RESOLVED)
+        records.keep(cfg, plan, command)
         for line in short(plan) if jobs else []:
             print(line)
         for stage in located:

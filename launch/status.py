@@ -18,12 +18,10 @@ from typing import Any
 
 from conf.errors import ConfigError
 from conf.load import load_resolved
-from launch import lock
-from launch.failure import last_attempt, read_reason
-from launch.pipeline import RESOLVED
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, ask, submitted
-from recipes.artifact import Located, locate, read_manifest, read_state
+from recipes.artifact import RESOLVED, Located, in_use, locate, read_manifest, read_state
+from recipes.stage_log import last_attempt, read_reason
 from recipes.stages import STAGES, Output, Stage
 
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -65,7 +63,7 @@ def status(run_dir: Path, stages: Sequence[Stage] = STAGES) -> list[StageStatus]
     queue = ask({job for ids in jobs.values() for job in ids})
     # A launcher on this machine works on the first stage that is not complete.
     here = next((name for name, stage in located.items() if not stage.complete), None)
-    running = {here} if lock.in_use(run_dir) else set()
+    running = {here} if in_use(run_dir) else set()
     return [_stage(stage, jobs.get(name, []), queue, name in running, located) for name, stage in located.items()]
 
 

@@ -8,6 +8,7 @@ without it is resumed or redone, never read. How the work is placed and watched 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -34,6 +35,12 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 # A file of this name in its folder asks a stage that trains to save and pause. Whoever starts a stage takes both away.
 STOP = "stop"
+# In a run's folder: its config; what it was planned to need; a line a launch (time, command).
+RESOLVED = "resolved.yaml"
+PLAN = "plan.json"
+LAUNCHES = "launches.jsonl"
+# Also there: held by its launcher, and by the stages that it leaves.
+LOCK = ".lock"
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
 # A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
@@ -200,7 +207,13 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
     return manifest
 
 
-def write_manifest(located: Located, started: float, ended: float, metrics: dict[str, Any]) -> None:
+def write_manifest(
+    located: Located,
+    started: float,
+    ended: float,
+    metrics: dict[str, Any],
+    peak_memory: dict[str, int | None] | None = None,
+) -> None:
     """Declares a stage's folder whole. Times are seconds since the epoch; `seconds` is the last process's share."""
     run_dir = located.folder.parent
     write_json(
@@ -218,6 +231,7 @@ def write_manifest(located: Located, started: float, ended: float, metrics: dict
             "started": started,
             "ended": ended,
             "seconds": round(ended - started, 3),
+            "peak_memory": peak_memory,
             "metrics": metrics,
         },
     )
@@ -240,6 +254,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a launcher, or a stage that it left, holds a run folder."""
+    try:
+        with (run_dir / LOCK).open() as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -27,7 +27,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime import nemo_api
+    from recipes.runtime import nemo_api, plots
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.pruning import evidence
     from recipes.runtime.pruning.search_space import measure
@@ -52,7 +52,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         scores.save(out)
         table = evidence.importance_table(scores, model.config)
         write_json(out / "importance.json", table)
-        evidence.importance_plot(table, out / "importance.svg")
+        plots.importance(table).save(out / "importance.svg")
     trainer.strategy.barrier()
     return {"calibration_loss": loss, "layers": {str(layer): score for layer, score in scores.layers.items()}}
 

@@ -31,7 +31,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import backend
 
     device = backend.activate().device
-    from recipes.runtime import nemo_api
+    from recipes.runtime import nemo_api, plots
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.pruning import blocks, evidence, finalists
     from recipes.runtime.pruning.importance import Importance
@@ -76,7 +76,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             write_json(out / "latency.json", latency.table())
         write_json(out / "candidates.json", {"teacher": teacher, "candidates": rows})
         write_json(out / "choice.json", rows[0])
-        evidence.pareto_plot(rows, teacher, out / "pareto.svg")
+        plots.pareto(rows, teacher).save(out / "pareto.svg")
     trainer.strategy.barrier()
     if prune.tournament is not None:
         del model, core, trainer

@@ -30,7 +30,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime.pruning import evidence, finalists, tournament
+    from recipes.runtime import plots
+    from recipes.runtime.pruning import finalists, tournament
 
     table = json.loads((inputs["search"] / "candidates.json").read_text())
     plan = rounds(cfg)
@@ -56,7 +57,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             shutil.rmtree(out / name / tournament.CHECKPOINTS, ignore_errors=True)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
         write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
-        evidence.pareto_plot(every, table["teacher"], out / "pareto.svg")
+        plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
         write_json(out / "choice.json", rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
 

@@ -32,9 +32,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError:  # the last line, cut by a kill or still being written
             continue
+        if isinstance(values, dict):
+            lines.append(values)
     return lines

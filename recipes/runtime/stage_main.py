@@ -16,6 +16,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -73,7 +74,7 @@ def stage_main(run: Run, default_stage: str) -> None:
             return
         # Of several processes that share a stage's work, one declares it.
         if rank() == 0 and not located.complete:
-            write_manifest(located, started, time.time(), metrics)
+            write_manifest(located, started, time.time(), metrics, peak_memory())
         gc.freeze()  # or the interpreter goes through all that was imported once more before it ends, which takes 2 s
 
 
@@ -122,6 +123,16 @@ def _ready(config: Path, stage: str) -> Located:
     if faults:
         raise ConfigError(faults)
     return located
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most bytes that this process held: of the machine, and, where it used a GPU, of that."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    return {
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "gpu_bytes": torch.cuda.max_memory_reserved() if torch is not None and on_gpu else None,
+    }
 
 
 def _fail(message: str) -> int:

@@ -33,7 +33,8 @@ def test_report_keeps_its_contract(finished: Path) -> None:
     assert all(stage["status"] == "complete" and stage["seconds"] > 0 for stage in report["stages"].values())
     assert {"prune", "distill", "distill.ce", "evaluate"} <= set(report["stages"])
     page = (finished / "report" / "index.html").read_text()
-    assert page.count("<svg") == 3
+    # Held-out and training losses of two students, importance by four axes, the timeline.
+    assert page.count("<svg") >= 8
     assert str(finished) not in page + json.dumps(report)
 
 

@@ -207,6 +207,7 @@ def test_manifests(demo: Compose) -> None:
         "started",
         "ended",
         "seconds",
+        "peak_memory",
         "metrics",
     }
     assert manifest["seconds"] == 2.5

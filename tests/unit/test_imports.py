@@ -16,7 +16,8 @@ from recipes.stages import STAGES
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("conf", "recipes", "convert", "launch")
 STAGE_MODULES = {stage.module for stage in STAGES}
-NO_TORCH = ("conf.", "launch.", "recipes.stages", "recipes.artifact")
+SHARED = ("recipes.stages", "recipes.artifact", "recipes.stage_log")
+NO_TORCH = ("conf.", "launch.", *SHARED, "recipes.report", "recipes.runtime.reporting.")
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "transformer_engine", "lightning", "datasets"}
 UPSTREAM = {"nemo", "megatron", "modelopt", "transformer_engine", "lightning"}
 
@@ -79,11 +80,11 @@ def named(found: Import, *places: str) -> bool:
 # Package of ours -> what of ours it may import.
 MAY_IMPORT = {
     "conf": ("conf.",),
-    "recipes.runtime": ("conf.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
+    "recipes.runtime": ("conf.", "recipes.runtime.", *SHARED),
     # Of convert the library alone: that no stage imports a stage is another rule.
-    "recipes": ("conf.", "convert.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
-    "convert": ("conf.", "convert.", "recipes.runtime.", "recipes.stages", "recipes.artifact"),
-    "launch": ("conf.", "launch.", "recipes.stages", "recipes.artifact"),
+    "recipes": ("conf.", "convert.", "recipes.runtime.", *SHARED),
+    "convert": ("conf.", "convert.", "recipes.runtime.", *SHARED),
+    "launch": ("conf.", "launch.", *SHARED),
 }
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from conf.errors import ConfigError
 from launch import lock, progress
-from launch.failure import exit_words, last_attempt, read_reason
 from launch.progress import Progress, duration, training_status
+from recipes.stage_log import exit_words, last_attempt, read_reason
 
 
 class Terminal(io.StringIO):

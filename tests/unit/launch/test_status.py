@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.records import leave_report
 from launch.status import main, status
-from recipes.artifact import read_state
+from recipes.artifact import LAUNCHES, PLAN, read_state
 from tests.helpers.fake_stage import TABLE
 from tests.helpers.launches import launched, wait_for
 
@@ -34,6 +35,11 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert first.figures["tokens_per_second"] == 1234.5
         launcher.communicate(timeout=60)
     assert states(tmp_path) == ["complete", "failed", "to do", "to do"]
+    assert json.loads((tmp_path / PLAN).read_text())["experiment"] == "demo"
+    assert f"run_dir={tmp_path}" in json.loads((tmp_path / LAUNCHES).read_text())["command"]
+    report = (tmp_path / "report" / "index.html").read_text()
+    assert "Stage second failed." in report
+    assert "ZeroDivisionError: nothing by nothing" in report
     assert main([str(tmp_path)], TABLE) == 0
     told = capsys.readouterr().out
     assert "second failed:\n" in told
@@ -45,6 +51,13 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([str(tmp_path), "--json", "--watch"], TABLE) == 0
     (stages,) = json.loads(capsys.readouterr().out).values()
     assert [stage["cause"] for stage in stages] == [None] * 4
+
+
+def test_a_report_that_cannot_be_made_is_no_error_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_report(tmp_path)
+    assert capsys.readouterr().out.startswith("no report could be made: error: ")
 
 
 def test_a_paused_stage_is_no_failure_and_goes_on(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from conf.errors import InputError
 from conf.schema import PruneConfig
 from recipes import importance as stage
 from recipes.artifact import write_json
+from recipes.runtime import plots
 from recipes.runtime.pruning import evidence, tournament
 from recipes.runtime.pruning.importance import Importance, refuse_infinite
 from recipes.search import best_first
@@ -77,7 +78,7 @@ def test_the_tables_and_plots_of_importance(tmp_path: Path) -> None:
     assert len(table["layers"][0]["query_groups"]) == 2
     # Both norms of all four layers: 1 + 1, sqrt(2) + 1, ...
     assert table["hidden_size"][0] == pytest.approx(sum(n**0.5 + 1 for n in range(1, 5)))
-    evidence.importance_plot(table, tmp_path / "plot.svg")
+    plots.importance(table).save(tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().count("<svg") == 1
 
 
@@ -93,7 +94,7 @@ def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     evidence.mark_front(fast)
     assert [entry["front"] for entry in fast] == [True, True]
     rows[0]["rounds"] = [{"step": 1, "val_loss": 2.9}]
-    evidence.pareto_plot(rows, {"params": 200, "loss": 2.5}, tmp_path / "pareto.svg")
+    plots.pareto(rows, {"params": 200, "loss": 2.5}).save(tmp_path / "pareto.svg")
     assert "Pareto front" in (tmp_path / "pareto.svg").read_text()
 
 

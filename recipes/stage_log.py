@@ -1,10 +1,11 @@
-"""What a failed stage's log says of the reason."""
+"""What a stage's log tells: when it was started, and why it failed. No torch."""
 
 from __future__ import annotations
 
 import re
 import signal
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 LINES = 30
@@ -13,6 +14,7 @@ _WORKER_DIED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/(run|elastic)")
 _FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
 _ATTEMPT = re.compile(rb"^--- \d{4}-\d\d-\d\d .*\n", re.MULTILINE)
+_BEGAN = re.compile(rb"--- (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}) (.*)")
 _NOISE = re.compile(
     r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS"
     # srun's echo of how its tasks ended, and what it says where it cannot bind cores, which it is asked not to do.
@@ -34,6 +36,30 @@ class Reason:
     fault: str | None
     death: str | None
     lines: list[str]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a stage: seconds since the epoch, and what its log's line says beside (command, or Slurm job)."""
+
+    started: float
+    words: str
+
+
+def attempts(log: Path) -> list[Attempt]:
+    """Every start of a stage, in order; none where there is no log."""
+    try:
+        with log.open("rb") as file:
+            found = [_BEGAN.match(line) for line in file if line.startswith(b"--- ")]
+    except OSError:
+        return []
+    return [
+        Attempt(
+            datetime.strptime(line[1].decode(), "%Y-%m-%d %H:%M:%S %z").timestamp(), line[2].decode(errors="replace")
+        )
+        for line in found
+        if line is not None
+    ]
 
 
 def read_reason(log: Path, start: int) -> Reason:

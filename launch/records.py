@@ -1,0 +1,41 @@
+"""What a launch leaves in the run's folder for whoever looks at it later: config, plan, command, and a report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from conf.load import save_resolved
+from conf.schema import RunConfig
+from launch.environment import ROOT
+from recipes.artifact import LAUNCHES, PLAN, RESOLVED, write_json
+
+SECONDS_FOR_A_REPORT = 120.0
+
+
+def keep(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
+    """Writes what the run is (`resolved.yaml`) and was planned to need (`plan.json`), and notes the command."""
+    run_dir = Path(cfg.run_dir)
+    save_resolved(cfg, run_dir / RESOLVED)
+    write_json(run_dir / PLAN, plan)
+    with (run_dir / LAUNCHES).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "command": command}) + "\n")
+
+
+def leave_report(run_dir: Path) -> None:
+    """Builds the report of a run that did not come to its end; where that fails, it says so and no more: the run's own
+    error is what matters."""
+    command = [sys.executable, "-m", "recipes.report", str(run_dir)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        env = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS_FOR_A_REPORT)
+        said = done.stdout if done.returncode == 0 else f"no report could be made: {done.stderr[-500:]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        said = f"no report could be made: {error}"
+    print(said.strip(), flush=True)
