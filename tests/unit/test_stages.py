@@ -47,7 +47,9 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
-    every = [stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name]
+    every = [
+        stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name
+    ]
     assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
     plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
     assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
