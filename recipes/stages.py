@@ -305,6 +305,7 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data"), "search": Output("search")},
         world_size,
         wanted=lambda cfg: cfg.prune.tournament is not None,
+        trains=True,
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage(

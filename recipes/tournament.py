@@ -42,7 +42,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     for number, (_, step) in enumerate(plan, 1):
         losses = {}
         for name in taking_part:
-            _distil(cfg, inputs, inputs["search"] / name, out / name, step)
+            _distil(cfg, inputs, name, out, step)
             finalists.release()
             losses[name] = tournament.val_loss(out / name, step)
             rows[name].setdefault("rounds", []).append({"step": step, "val_loss": losses[name]})
@@ -74,16 +74,21 @@ def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:
     )
 
 
-def _distil(cfg: RunConfig, inputs: dict[str, Any], pruned: Path, folder: Path, step: int) -> None:
-    """Trains a candidate to a step of the full distillation, where it is validated and saved."""
+def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: int) -> None:
+    """Trains a candidate to a step of the full distillation, where it is validated and saved.
+
+    Raises: PausedError, where a stop file in the stage's folder asked for it.
+    """
     import torch
 
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.distillation import student_to_train
     from recipes.runtime.pruning import tournament
     from recipes.runtime.pruning.pause_at import PauseAt
+    from recipes.runtime.stop_file import asked
     from recipes.runtime.training import train
 
+    pruned, folder = inputs["search"] / name, out / name
     if tournament.reached(folder, step):
         return
     teacher = inputs["teacher"] if cfg.distill.loss is Loss.kd else None
@@ -93,12 +98,16 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], pruned: Path, folder: Path, 
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step)
+    data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
     torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
+    if asked(out):
+        if rank() == 0:
+            tournament.pause(out, folder)
+        raise PausedError(f"paused in {folder.name}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes.artifact import Located, read_manifest
+from recipes.artifact import STOP, Located, read_manifest
 from tests.helpers import tiny, tolerance
 
 BUDGET = (
@@ -83,15 +84,28 @@ def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, t
     assert metrics["val_loss"] == of_alone["val_loss"]
 
 
-def test_a_killed_tournament_goes_on(fought: Path, tmp_path: Path) -> None:
+def test_a_paused_and_a_killed_tournament_go_on(fought: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(fought, tmp_path / "run")
     before = stage(fought, "tournament")[1]
-    for folder in run_dir.glob("tournament-*"):
-        subprocess.run(["rm", "-r", folder], check=True)
-    command = tiny.command(run_dir, *TOURNAMENT, "--until", "tournament")
-    process = subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, start_new_session=True)
-    tiny.wait_for("tournament-*/candidate-*/checkpoints/step=1", run_dir, process)
-    process.kill()
-    process.wait()
+    shutil.rmtree(next(run_dir.glob("tournament-*")))
+    located = tiny.stages(run_dir, *TOURNAMENT)["tournament"]
+
+    def start() -> subprocess.Popen[str]:
+        command = tiny.command(run_dir, *TOURNAMENT, "--until", "tournament")
+        return subprocess.Popen(
+            command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    first = start()
+    # Not before the stage has begun: what is left of an earlier attempt is taken away then.
+    tiny.wait_for("tournament-*/log.txt", run_dir, first)
+    (located.folder / STOP).touch()
+    said, _ = first.communicate(timeout=300)
+    assert "stage tournament is paused at step 1" in said
+    assert not located.complete
+    second = start()
+    tiny.wait_for("tournament-*/candidate-*/checkpoints/step=2", run_dir, second)
+    second.kill()
+    second.communicate(timeout=60)
     tiny.launch(run_dir, *TOURNAMENT, "--until", "tournament")
     assert stage(run_dir, "tournament")[1] == before

@@ -12,12 +12,18 @@ from recipes.runtime.stage_main import rank
 
 
 class PauseAt(Callback):
-    """Asks for a pause after a step: leaves the stop file before that step begins, to be seen when it ends."""
+    """Asks for a pause after a step, or as soon as one is asked of the stage: leaves the stop file in the training's
+    folder before a step begins, to be seen when it ends.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.folder = folder
-        self.step = step
+    Args:
+        folder: the training's.
+        step: after which it pauses.
+        stage: the folder of the stage that the training is a part of.
+    """
+
+    def __init__(self, folder: Path, step: int, stage: Path) -> None:
+        self.folder, self.step, self.stage = folder, step, stage
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if rank() == 0 and trainer.global_step >= self.step - 1:
+        if rank() == 0 and (trainer.global_step >= self.step - 1 or (self.stage / STOP).exists()):
             (self.folder / STOP).touch()

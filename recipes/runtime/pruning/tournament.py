@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from recipes.artifact import STOP, read_state
+from recipes.artifact import STATE, STOP, read_state, write_json
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
@@ -31,6 +31,12 @@ def begin_again(folder: Path, step: int) -> None:
     for checkpoint in (folder / CHECKPOINTS).glob("step=*"):
         if int(checkpoint.name.partition("=")[2]) >= step:
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
+
+
+def pause(stage: Path, candidate: Path) -> None:
+    """Notes that the stage was paused as it was asked to, after a step of a candidate."""
+    (stage / STOP).unlink(missing_ok=True)
+    write_json(stage / STATE, read_state(candidate))
 
 
 def val_loss(folder: Path, step: int) -> float:
