@@ -536,8 +536,8 @@ class Continuations:
     continuations follows a text? The wrong ones are taken from other documents."""
 
     questions: int = 150
-    context_words: int = 12
-    choice_words: int = 6
+    context_words: int = 20
+    choice_words: int = 10
 
 
 @dataclass

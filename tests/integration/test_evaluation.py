@@ -61,7 +61,7 @@ def test_all_that_is_told_of_a_model(finished: Path) -> None:
         assert model["perplexity"] == pytest.approx(math.exp(model["val_loss"]))
         assert ("agreement" in model) == (name != "teacher")
         assert model["tasks"][OWN_TASK]["samples"] == 12
-        for metric in ("acc", "acc_norm"):
+        for metric in ("acc", "acc_norm", "acc_mutual_info"):
             score = model["tasks"][OWN_TASK][metric]
             assert 0 <= score["value"] <= 1
             assert score["stderr"] > 0 or score["value"] in (0, 1)

@@ -21,6 +21,9 @@ from conf.schema import Continuations
 from recipes.artifact import sync
 
 CHOICES = 4
+# By a choice's probability, by that of its bytes, and by what the context adds to it. The last is what tells small models
+# apart: how likely a choice is by itself differs by more than what a short context says of it.
+METRICS = ("acc", "acc_norm", "acc_mutual_info")
 # A word and what is between it and the one before: choices are cut at single spaces, so that none stands out by layout.
 _WORD = re.compile(r"\S+")
 
@@ -114,9 +117,7 @@ def _definition() -> dict[str, Any]:
         "doc_to_target": "{{answer}}",
         "target_delimiter": "",
         "num_fewshot": 0,
-        "metric_list": [
-            {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
-        ],
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in METRICS],
         "metadata": {"version": 1.0},
     }
 

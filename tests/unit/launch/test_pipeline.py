@@ -196,7 +196,7 @@ def test_what_cannot_fit_the_gpu_is_refused_unless_it_is_done(launcher: Launcher
     table = (Stage("distill", MODULE, ("distill",), lambda cfg: {}),)
     code, out, err = launcher.run(SMALL_GPU, stages=table)
     assert (code, out) == (2, "")
-    assert "distill needs 0.2 GiB a GPU for its tensors alone, and cluster.gpu.memory_gib=0.1 (tiny)" in err
+    assert "distill needs 0.1 GiB a GPU for its tensors alone, and cluster.gpu.memory_gib=0.1 (tiny)" in err
     assert "or set cluster.gpu=null to go unchecked" in err
     assert not launcher.run_dir.exists()
 

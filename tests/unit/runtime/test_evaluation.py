@@ -159,9 +159,10 @@ def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Pa
 
     def come_and_go() -> None:
         for step in range(1, 40):
-            checkpoint = _checkpoint(gone, step)
+            checkpoint = _checkpoint(tmp_path / "written", step).rename(gone / f"step={step}")
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
 
+    gone.mkdir()
     training = threading.Thread(target=come_and_go)
     training.start()
     while training.is_alive():
