@@ -21,7 +21,7 @@ from conf.schema import Continuations
 from recipes.artifact import sync
 
 CHOICES = 4
-# By a choice's probability, by that of its bytes, and by what the context adds to it. The last is what tells small models
+# By a choice's probability, by that of its bytes, and by what the context adds to it. The last tells small models
 # apart: how likely a choice is by itself differs by more than what a short context says of it.
 METRICS = ("acc", "acc_norm", "acc_mutual_info")
 # A word and what is between it and the one before: choices are cut at single spaces, so that none stands out by layout.

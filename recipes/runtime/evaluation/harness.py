@@ -63,11 +63,14 @@ class Harness:
             By task, each metric's `value` and the harness's `stderr`, and `samples`: one task, the sum of a group of
             them, or those that go by a tag.
         """
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
 
+        # It has pip and the compiler tell of themselves, for a part of the results that is not read here: seconds a call
+        # (lm_eval/loggers/utils.py:add_env_info).
+        evaluator.add_env_info = lambda storage: None
         place = self.places[task]
         with _working_in(place):
-            results = simple_evaluate(
+            results = evaluator.simple_evaluate(
                 model=_language_model(model, tokenizer, self.cfg.task_batch_size),
                 tasks=[task],
                 num_fewshot=self.cfg.num_fewshot,
