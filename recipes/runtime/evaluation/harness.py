@@ -65,7 +65,7 @@ class Harness:
         """
         from lm_eval import evaluator
 
-        # It has pip and the compiler tell of themselves, for a part of the results that is not read here: seconds a call
+        # It has pip and the compiler tell of themselves, seconds a call, for a part of the results that nobody reads
         # (lm_eval/loggers/utils.py:add_env_info).
         evaluator.add_env_info = lambda storage: None
         place = self.places[task]
