@@ -35,10 +35,12 @@ def test_each_round_prunes_what_the_one_before_has_learned(finished: Path, tmp_p
     assert metrics("prune")["params_before"] == metrics("prune.round1")["params"]
     assert metrics("distill.round1")["steps"] == 2
     # The teacher stays the original, and the student goes on from what the round before learned.
-    manifests = {name: json.loads((located[name].folder / "manifest.json").read_text()) for name in located}
-    teacher = manifests["distill.round1"]["inputs"]["teacher"]
-    assert manifests["distill"]["inputs"]["teacher"] == teacher
-    assert manifests["prune"]["inputs"]["teacher"]["path"].startswith("distill.round1-")
+    inputs = {
+        name: json.loads((located[name].folder / "manifest.json").read_text())["inputs"]
+        for name in ("distill.round1", "distill", "prune")
+    }
+    assert inputs["distill"]["teacher"] == inputs["distill.round1"]["teacher"]
+    assert inputs["prune"]["teacher"]["path"].startswith("distill.round1-")
     model = AutoModelForCausalLM.from_pretrained(located["nemo_to_hf"].folder / "student")
     config = model.config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 64, 128)
