@@ -20,6 +20,11 @@ _TERMS = {
     "max_position_embeddings": "max_position_embeddings",
     "tie_word_embeddings": "tie_word_embeddings",
 }
+_MOE_TERMS = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+}
 
 
 def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
@@ -75,7 +80,8 @@ def shape_from(config: dict[str, Any]) -> Shape:
     # The head size is a setting of its own in Qwen3; Llama leaves it out where it is the quotient.
     values["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
     values.setdefault("tie_word_embeddings", False)
-    return Shape(**{ours: values[theirs] for ours, theirs in _TERMS.items()})
+    terms = _TERMS | (_MOE_TERMS if config.get("model_type") == "qwen3_moe" else {})
+    return Shape(**{ours: values[theirs] for ours, theirs in terms.items()})
 
 
 def may_be_hub_id(hf_path: str) -> bool:
@@ -185,6 +191,6 @@ def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:
     return [
         f"model.shape.{ours}={getattr(given, ours)}, but {path} says {theirs} {getattr(found, ours)}; "
         f"set model.shape.{ours}={getattr(found, ours)}, or model.shape=null to read it from there"
-        for ours, theirs in _TERMS.items()
+        for ours, theirs in (_TERMS | _MOE_TERMS).items()
         if getattr(given, ours) != getattr(found, ours)
     ]

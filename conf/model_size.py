@@ -1,6 +1,7 @@
 """How many parameters a model has, in all and on one rank.
 
-Decoders of `conf.schema.Family`: grouped-query attention, with or without biases, norms of queries and keys, a gate.
+Decoders of `conf.schema.Family`: grouped-query attention, with or without biases, norms of queries and keys, a gate; an
+MLP in each layer, or a router and experts.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conf.schema import Family, Shape
+
+# What a `Shape` says of a mixture of experts, and of no other model.
+EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ TRAITS = {
     Family.llama: Traits(),
     Family.mistral: Traits(),
     Family.nemotron: Traits(gated_mlp=False, norm_bias=True),
+    Family.qwen3_moe: Traits(qk_norm=True),
 }
 
 
@@ -41,26 +46,42 @@ def parameters(shape: Shape, family: Family) -> int:
     return rank_parameters(shape, family)
 
 
+def active_parameters(shape: Shape, family: Family) -> int:
+    """The parameters that a token meets: of a mixture's experts those that it is sent to."""
+    idle = expert_weights(shape, family) * ((shape.num_moe_experts or 0) - (shape.moe_router_topk or 0))
+    return parameters(shape, family) - shape.num_layers * idle
+
+
 def rank_parameters(
-    shape: Shape, family: Family, tensor_parallel: int = 1, pipeline_parallel: int = 1, stage: int = 0
+    shape: Shape,
+    family: Family,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    stage: int = 0,
+    expert_parallel: int = 1,
 ) -> int:
     """Parameters that one rank holds.
 
-    Weights are cut over the tensor-parallel ranks, norms are on each. The first pipeline stage has the embedding, the
-    last one the final norm and the output layer: of its own, or a second copy of a tied embedding.
+    Weights are cut over the tensor-parallel ranks; norms and a mixture's router are on each, and so are the experts,
+    which are shared out over the expert-parallel ranks. The first pipeline stage has the embedding, the last one the
+    final norm and the output layer: of its own, or a second copy of a tied embedding.
 
     Args:
         tensor_parallel: number of tensor-parallel ranks; divides heads, groups, FFN and vocabulary.
         pipeline_parallel: number of pipeline stages; divides the layers.
         stage: the rank's stage, from 0.
+        expert_parallel: number of expert-parallel ranks; divides the experts.
     """
     traits, head = TRAITS[family], shape.kv_channels
     vocabulary = shape.vocab_size * shape.hidden_size // tensor_parallel
     norm = shape.hidden_size * (2 if traits.norm_bias else 1)
     norms = 2 * norm + (2 * head if traits.qk_norm else 0)
     biases = (shape.num_attention_heads + 2 * shape.num_query_groups) * head if traits.qkv_bias else 0
-    layer = (layer_weights(shape, family) + biases) // tensor_parallel + norms
+    router = shape.hidden_size * (shape.num_moe_experts or 0)
+    mlp = 0 if shape.num_moe_experts else _mlp_weights(shape.ffn_hidden_size, shape, family)
+    layer = (_attention_weights(shape) + mlp + biases) // tensor_parallel + norms + router
     total = shape.num_layers // pipeline_parallel * layer
+    total += rank_experts(shape, family, pipeline_parallel, expert_parallel)
     if stage == 0:
         total += vocabulary
     if stage == pipeline_parallel - 1:
@@ -68,11 +89,33 @@ def rank_parameters(
     return total
 
 
+def rank_experts(shape: Shape, family: Family, pipeline_parallel: int = 1, expert_parallel: int = 1) -> int:
+    """Of the parameters that one rank holds those of experts; 0 of a dense model."""
+    of_layer = (shape.num_moe_experts or 0) // expert_parallel * expert_weights(shape, family)
+    return shape.num_layers // pipeline_parallel * of_layer
+
+
+def expert_weights(shape: Shape, family: Family) -> int:
+    """Parameters of one expert of one layer; 0 of a dense model."""
+    return _mlp_weights(shape.moe_ffn_hidden_size or 0, shape, family)
+
+
 def layer_weights(shape: Shape, family: Family) -> int:
-    """Parameters of one layer's matrix products: queries, keys, values, projection; gate (if any), up, down."""
+    """Parameters of one layer's matrix products that a token goes through: queries, keys, values, projection; gate (if
+    any), up, down, or the router and those of the experts that it chooses."""
+    if not shape.num_moe_experts:
+        return _attention_weights(shape) + _mlp_weights(shape.ffn_hidden_size, shape, family)
+    router, chosen = shape.hidden_size * shape.num_moe_experts, shape.moe_router_topk or 0
+    return _attention_weights(shape) + router + chosen * expert_weights(shape, family)
+
+
+def _attention_weights(shape: Shape) -> int:
     heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups
-    matrices = 3 if TRAITS[family].gated_mlp else 2
-    return shape.hidden_size * (heads * shape.kv_channels + matrices * shape.ffn_hidden_size)
+    return shape.hidden_size * heads * shape.kv_channels
+
+
+def _mlp_weights(channels: int, shape: Shape, family: Family) -> int:
+    return shape.hidden_size * channels * (3 if TRAITS[family].gated_mlp else 2)
 
 
 def product_weights(shape: Shape, family: Family) -> int:

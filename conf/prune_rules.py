@@ -17,7 +17,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 # Steps of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
-WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", *student.EXPERT_AXES)
 LIMITS = ("params", "memory_gb", "latency")
 SHARES = ("params_share", "memory_share", "latency_share")
 
@@ -81,18 +81,54 @@ def _sizes(cfg: RunConfig) -> Iterator[str]:
         return
     for name in ("num_layers", *WIDTHS):
         target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and target > of_teacher:
+        if target is not None and of_teacher is not None and target > of_teacher:
             yield (
                 f"prune.{name}={target} is larger than the teacher's {of_teacher}; "
                 f"set prune.{name} to at most {of_teacher}"
             )
-    for name in ("hidden_size", "ffn_hidden_size"):
+    for name in ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size"):
         target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and target < of_teacher and target % WIDTH_STEP:
+        if target is not None and target < (of_teacher or 0) and target % WIDTH_STEP:
             yield (
                 f"prune.{name}={target} is not a multiple of {WIDTH_STEP}, the step in which Minitron prunes; "
                 f"set prune.{name} to {any_of(around(target, WIDTH_STEP))}"
             )
+
+
+def _experts(cfg: RunConfig) -> Iterator[str]:
+    """What can be pruned of a mixture of experts, and of nothing else."""
+    prune, shape = cfg.prune, cfg.model.shape
+    if shape is None:
+        return
+    if not shape.num_moe_experts:
+        for name in student.EXPERT_AXES:
+            if getattr(prune, name) is not None:
+                yield (
+                    f"prune.{name}={getattr(prune, name)} prunes experts, but the teacher has none; "
+                    f"set prune.{name}=null"
+                )
+        return
+    if prune.budget is not None:
+        # Its search space runs only whole mixtures (modelopt/torch/nas/plugins/megatron.py:812).
+        yield (
+            "prune.budget cannot search the shapes of a mixture of experts; set prune.budget=null, and sizes such as "
+            "prune.num_layers"
+        )
+    if prune.ffn_hidden_size is not None:
+        yield (
+            f"prune.ffn_hidden_size={prune.ffn_hidden_size} is the size of what a mixture of experts has not; set "
+            "prune.ffn_hidden_size=null, and prune.moe_ffn_hidden_size for that of an expert"
+        )
+    if prune.num_moe_experts is not None and prune.num_moe_experts < (shape.moe_router_topk or 0):
+        yield (
+            f"prune.num_moe_experts={prune.num_moe_experts} is less than the {shape.moe_router_topk} that a token goes "
+            f"through; set prune.num_moe_experts to at least {shape.moe_router_topk}"
+        )
+    if prune.tensor_model_parallel_size > 1:
+        yield (
+            f"prune.tensor_model_parallel_size={prune.tensor_model_parallel_size} does not go with experts; set "
+            "prune.tensor_model_parallel_size=1, and prune.pipeline_model_parallel_size to more"
+        )
 
 
 def _heads(cfg: RunConfig) -> Iterator[str]:
@@ -207,7 +243,7 @@ def _limits(cfg: RunConfig) -> Iterator[str]:
 
 def _reachable(cfg: RunConfig) -> Iterator[str]:
     """That some shape meets the limits, as far as they can be reckoned without measuring."""
-    if cfg.prune.budget is None or cfg.model.shape is None or list(_limits(cfg)):
+    if cfg.prune.budget is None or cfg.model.shape is None or list(_limits(cfg)) or cfg.model.shape.num_moe_experts:
         return
     space = student.space_of(cfg)
     if not all((student.depths(space), student.hiddens(space), student.ffns(space), student.attentions(space))):
@@ -298,7 +334,7 @@ def steps_of_rounds(cfg: RunConfig) -> int:
 
 
 # Of one round of pruning.
-ROUND_RULES: tuple[Rule, ...] = (_choice, _drop_layers, _depth, _sizes, _heads)
+ROUND_RULES: tuple[Rule, ...] = (_choice, _drop_layers, _depth, _sizes, _experts, _heads)
 
 
 def _rounds(cfg: RunConfig) -> Iterator[str]:
@@ -338,8 +374,9 @@ def _last(rule: Rule) -> Rule:
 def _of_round(cfg: RunConfig, sizes: PruneConfig | PruneRound, earlier: int) -> RunConfig:
     """What the rules of a round read: its sizes, and as the model's shape that which earlier rounds leave."""
     shape = None if cfg.model.shape is None else shape_to_prune(cfg, earlier)
-    names = {name: getattr(sizes, name) for name in (*student.AXES, "drop_layers")}
-    prune = SimpleNamespace(**names, rounds=[], budget=None, depth=cfg.prune.depth)
+    names = {name: getattr(sizes, name) for name in (*student.AXES, *student.EXPERT_AXES, "drop_layers")}
+    as_they_are = {name: getattr(cfg.prune, name) for name in ("depth", "tensor_model_parallel_size")}
+    prune = SimpleNamespace(**names, **as_they_are, rounds=[], budget=None)
     model = SimpleNamespace(shape=shape, family=cfg.model.family)
     return cast(RunConfig, SimpleNamespace(model=model, prune=prune))
 

@@ -35,6 +35,7 @@ class Family(Enum):
     llama = "llama"
     mistral = "mistral"
     nemotron = "nemotron"
+    qwen3_moe = "qwen3_moe"
 
 
 class Precision(Enum):
@@ -145,6 +146,11 @@ class Shape:
     vocab_size: int = MISSING
     max_position_embeddings: int = MISSING
     tie_word_embeddings: bool = False
+    # Of a mixture of experts: how many a layer has, the FFN of each, and how many a token goes through; null: a dense
+    # model. All layers of a mixture are of experts, and none has an FFN of `ffn_hidden_size`.
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int | None = None
 
 
 @dataclass
@@ -156,6 +162,9 @@ class Parallel:
     context_parallel_size: int = 1
     # Takes effect where tensor_model_parallel_size > 1.
     sequence_parallel: bool = True
+    # Ranks among which each layer's experts are shared out; taken from the others of a pipeline stage, so that it needs
+    # no more of them. An expert is never cut (expert tensor parallelism is 1).
+    expert_model_parallel_size: int = 1
 
 
 class Schedule(Enum):
@@ -410,6 +419,8 @@ class PruneRound:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
     drop_layers: list[int] | None = None
 
 
@@ -424,6 +435,9 @@ class PruneConfig:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    # Of a mixture: experts of each layer, and the FFN of each.
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
     # Layers to drop, counted from 1; instead of num_layers, which chooses them by `depth`.
     drop_layers: list[int] | None = None
     depth: Depth = Depth.importance

@@ -18,6 +18,8 @@ from conf.model_size import parameters
 from conf.schema import Depth, ExportDtype, Family, PruneConfig, PruneRound, RunConfig, Shape, TeacherSignal
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+# Further ones that pruning has, of mixtures; no search varies them.
+EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
 # What matrix units like; Minitron's own step is 64 (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 FINE_STEP = 64
 COARSE_STEP = 128
@@ -50,7 +52,7 @@ class Space:
     """
 
     family: Family
-    teacher: tuple[int | bool, ...]
+    teacher: tuple[int | bool | None, ...]
     tensor: int
     pipeline: int
     max_depth_cut: float
@@ -238,7 +240,7 @@ def round_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
     """What makes the config of a run that of its round `number`, from 1: values by dotted key."""
     own = cfg.prune.rounds[number - 1]
     return {
-        **{f"prune.{name}": getattr(own, name) for name in (*AXES, "drop_layers")},
+        **{f"prune.{name}": getattr(own, name) for name in (*AXES, *EXPERT_AXES, "drop_layers")},
         "prune.rounds": cfg.prune.rounds[: number - 1],
         "distill.max_steps": own.steps,
         # These speak of the last distillation's own steps, or of stages before it.
@@ -251,7 +253,7 @@ def round_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
 def needs_importance(prune: PruneConfig) -> bool:
     """Whether anything is pruned but layers that are named, or chosen as a block."""
     by_importance = prune.num_layers is not None and prune.depth is Depth.importance
-    widths = any(getattr(prune, axis) is not None for axis in AXES[1:])
+    widths = any(getattr(prune, axis) is not None for axis in (*AXES[1:], *EXPERT_AXES))
     return by_importance or widths or prune.budget is not None
 
 
@@ -261,18 +263,8 @@ def runs_teacher(prune: PruneConfig) -> bool:
 
 
 def _named(prune: PruneConfig | PruneRound, teacher: Shape) -> Shape:
-    return Shape(
-        num_layers=_or(prune.num_layers, teacher.num_layers - len(prune.drop_layers or ())),
-        hidden_size=_or(prune.hidden_size, teacher.hidden_size),
-        ffn_hidden_size=_or(prune.ffn_hidden_size, teacher.ffn_hidden_size),
-        num_attention_heads=_or(prune.num_attention_heads, teacher.num_attention_heads),
-        num_query_groups=_or(prune.num_query_groups, teacher.num_query_groups),
-        kv_channels=teacher.kv_channels,
-        vocab_size=teacher.vocab_size,
-        max_position_embeddings=teacher.max_position_embeddings,
-        tie_word_embeddings=teacher.tie_word_embeddings,
-    )
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+    sizes = {axis: size for axis in (*AXES, *EXPERT_AXES) if (size := getattr(prune, axis)) is not None}
+    sizes.setdefault("num_layers", teacher.num_layers - len(prune.drop_layers or ()))
+    # Not dataclasses.replace: rules are given a view of the shape.
+    kept = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(Shape)}
+    return Shape(**{**kept, **sizes})

@@ -15,8 +15,9 @@ from conf import data_rules, evaluation_rules, kd_rules, prune_rules, slurm_rule
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
+from conf.model_size import EXPERT_SIZES
 from conf.phases import phase_sizes
-from conf.schema import Loss, Precision, RunConfig, Shape, Training
+from conf.schema import Family, Loss, Precision, RunConfig, Shape, Training
 from conf.student import shape_to_prune, student_shape
 from conf.units import seconds_of_time_limit
 from conf.wording import any_of, around, divisors, too_long
@@ -103,6 +104,7 @@ _ABOVE_ZERO = (
     *("data.shard_bytes", "data.num_workers", "data.array_tasks", "data.stale_seconds"),
     "cluster.slurm.warn_seconds",
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
+    *("prune.num_moe_experts", "prune.moe_ffn_hidden_size"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
     *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
     *("prune.tensor_model_parallel_size", "prune.block_samples"),
@@ -138,7 +140,7 @@ _TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
 _TRAINING_ABOVE_ZERO = (
     *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
     *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps", "decay_steps"),
-    *(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context")),
+    *(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model")),
 )
 _TRAINING_FROM_ZERO = ("min_lr", "warmup_steps", "weight_decay", "num_workers")
 
@@ -211,6 +213,29 @@ def _shape(cfg: RunConfig) -> Iterator[str]:
             f"model.shape.num_query_groups={shape.num_query_groups}; "
             f"set model.shape.num_query_groups to {any_of(divisors(shape.num_attention_heads))}"
         )
+    if shape is not None:
+        yield from _mixture(cfg.model.family, shape)
+
+
+def _mixture(family: Family, shape: Shape) -> Iterator[str]:
+    """Experts where the family has them, and nowhere else."""
+    sizes = {f"model.shape.{name}": getattr(shape, name) for name in EXPERT_SIZES}
+    if family is Family.qwen3_moe:
+        lacking = [key for key, size in sizes.items() if size is None]
+        if lacking:
+            yield (
+                f"model.family={family.value} is a mixture of experts, but {', '.join(lacking)} is null; set all of "
+                f"{', '.join(sizes)}"
+            )
+        elif sizes["model.shape.moe_router_topk"] > sizes["model.shape.num_moe_experts"]:
+            yield (
+                f"model.shape.moe_router_topk={shape.moe_router_topk} experts a token are more than "
+                f"model.shape.num_moe_experts={shape.num_moe_experts}; set it to at most {shape.num_moe_experts}"
+            )
+        return
+    given = [f"{key}={size}" for key, size in sizes.items() if size is not None]
+    if given:
+        yield f"{', '.join(given)} describes experts, which model.family={family.value} has not; set null"
 
 
 def _cluster(cfg: RunConfig) -> Iterator[str]:
@@ -358,7 +383,9 @@ def _tensor(run: TrainingRun) -> Iterator[str]:
     # megatron/core/transformer/transformer_config.py:742 and :758. NeMo takes the vocabulary as config.json has it, so
     # that nothing pads it (nemo/collections/llm/gpt/model/base.py:343, megatron/core/tensor_parallel/utils.py:108).
     size = training.parallel.tensor_model_parallel_size
-    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    # Experts are not cut.
+    of_mlp = () if _experts_of(run) else ("ffn_hidden_size",)
+    names = ("num_attention_heads", "num_query_groups", *of_mlp, "vocab_size")
     uneven = [
         f"the {who}'s {name} {getattr(shape, name)}"
         for who, shape in run.shapes
@@ -370,6 +397,40 @@ def _tensor(run: TrainingRun) -> Iterator[str]:
             f"{at}.parallel.tensor_model_parallel_size={size} does not divide {', '.join(uneven)}; "
             f"set it to {any_of(_common_divisors(run.shapes, names))}"
         )
+
+
+def _experts(run: TrainingRun) -> Iterator[str]:
+    parallel, key = run.training.parallel, f"{run.at}.parallel.expert_model_parallel_size"
+    size, stages = parallel.expert_model_parallel_size, parallel.pipeline_model_parallel_size
+    if not run.shapes:
+        return
+    if not _experts_of(run):
+        if size > 1:
+            yield f"{key}={size} shares out experts, but the model has none; set {key}=1"
+        return
+    # megatron/core/transformer/moe/moe_layer.py:60
+    if any(experts % size for experts in _experts_of(run)):
+        counts = " and ".join(f"the {who}'s {shape.num_moe_experts}" for who, shape in run.shapes)
+        fitting = any_of(divisors(math.gcd(*_experts_of(run))))
+        yield f"{key}={size} does not divide {counts} experts; set {key} to {fitting}"
+    # A pipeline stage's ranks share them, whatever else these divide (megatron/core/parallel_state.py:749, with experts
+    # that are not cut).
+    if run.ranks % stages == 0 and run.ranks // stages % size:
+        yield (
+            f"{key}={size} does not divide the {run.ranks // stages} ranks of a pipeline stage; set {key} to "
+            f"{any_of(divisors(math.gcd(run.ranks // stages, *_experts_of(run))))}"
+        )
+    # megatron/core/transformer/moe/moe_layer.py:265
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield (
+            f"{run.at}.parallel.sequence_parallel=False does not go with tensor parallelism where there are experts; "
+            f"set {run.at}.parallel.sequence_parallel=True"
+        )
+
+
+def _experts_of(run: TrainingRun) -> list[int]:
+    """How many experts a layer of each model has; empty of dense models."""
+    return [shape.num_moe_experts for _, shape in run.shapes if shape.num_moe_experts]
 
 
 TRAINING_RULES: tuple[TrainingRule, ...] = (
@@ -388,6 +449,7 @@ TRAINING_RULES: tuple[TrainingRule, ...] = (
     _in_phases(_sequence),
     _layers,
     _tensor,
+    _experts,
 )
 
 

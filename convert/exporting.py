@@ -82,8 +82,11 @@ def _tensor_sizes(reader: TorchDistReader, config: dict[str, Any]) -> dict[str, 
     down = next(rule for rule in families.FAMILIES[config["model_type"]].rules if "linear_fc2.weight" in rule.nemo)
     matrix = families.nemo_tensor(reader, down, (0, 0) if down.experts else (0,))
     hidden, channels = matrix.shape
-    width = "moe_intermediate_size" if down.experts else "intermediate_size"
-    return {"num_hidden_layers": layers, "hidden_size": hidden, width: channels}
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden}
+    if not down.experts:
+        return sizes | {"intermediate_size": channels}
+    router = families.nemo_tensor(reader, families.ROUTER, (0,))
+    return sizes | {"moe_intermediate_size": channels, "num_experts": router.shape[0]}
 
 
 def pruned_config(reference: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:

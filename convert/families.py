@@ -150,9 +150,10 @@ NORM_BIAS = (
     _layer("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias"),
 )
 _EXPERT = "mlp.experts.{expert}."
+ROUTER = _layer("mlp.router.weight", "mlp.gate.weight")
 EXPERTS = (
     _layer("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
-    _layer("mlp.router.weight", "mlp.gate.weight"),
+    ROUTER,
     _layer(
         "mlp.experts.experts.linear_fc1.weight",
         f"{_EXPERT}gate_proj.weight",

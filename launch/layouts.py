@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,14 +25,16 @@ class Layout:
     micro_batch_size: int
     recompute: Recompute
     peak: int
+    expert: int = 1
 
     @property
-    def rank_order(self) -> tuple[bool, int, int, int, int]:
+    def rank_order(self) -> tuple[bool, int, int, int, int, int]:
         """Best first: no recomputation; the least model parallelism, that is communication; then TP before CP before
-        PP, since tensor parallelism stays within a node and leaves no bubble; then the larger micro batch."""
+        PP, since tensor parallelism stays within a node and leaves no bubble; then the least expert parallelism, which
+        costs an exchange of tokens; then the larger micro batch."""
         model_parallel = self.tensor * self.pipeline * self.context
         recomputes = self.recompute is Recompute.full
-        return (recomputes, model_parallel, self.pipeline, self.context, -self.micro_batch_size)
+        return (recomputes, model_parallel, self.pipeline, self.context, self.expert, -self.micro_batch_size)
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -40,6 +43,7 @@ class Layout:
             "distill.parallel.tensor_model_parallel_size": str(self.tensor),
             "distill.parallel.pipeline_model_parallel_size": str(self.pipeline),
             "distill.parallel.context_parallel_size": str(self.context),
+            "distill.parallel.expert_model_parallel_size": str(self.expert),
             "distill.micro_batch_size": str(self.micro_batch_size),
             "distill.recompute": self.recompute.value,
         }
@@ -56,14 +60,15 @@ def layout_of(training: Training, cfg: RunConfig, models: Models, ranks: int) ->
     memory = training_memory(training, cfg.distill.loss, models, ranks)
     replicas = ranks // (sizes[0] * sizes[1] * sizes[2])
     peak = max(stage.total for stage in memory)
-    return Layout(*sizes, replicas, training.micro_batch_size, training.recompute, peak)
+    experts_over = parallel.expert_model_parallel_size
+    return Layout(*sizes, replicas, training.micro_batch_size, training.recompute, peak, experts_over)
 
 
 def fitting(cfg: RunConfig, models: Models, ranks: int, limit: float) -> list[Layout]:
     """The layouts that divide everything and need at most `limit` bytes, best first.
 
-    Of each TP, PP and CP the one with the largest micro batch, without recomputation if any fits so. `selective` is no
-    choice of its own: it saves next to nothing where attention scores are not stored.
+    Of each TP, PP, CP and EP the one with the largest micro batch, without recomputation if any fits so. `selective` is
+    no choice of its own: it saves next to nothing where attention scores are not stored.
     """
     found = []
     for parallel in _parallels(cfg, ranks):
@@ -89,11 +94,14 @@ def undivided(cfg: RunConfig, ranks: int) -> list[str]:
 
 
 def _parallels(cfg: RunConfig, ranks: int) -> Iterator[Parallel]:
-    """Every split of the ranks; tensor-parallel ranks share a node."""
+    """Every split of the ranks, and of a mixture's experts; tensor-parallel ranks share a node."""
+    shape, sequence_parallel = cfg.model.shape, cfg.distill.parallel.sequence_parallel
+    experts = (shape.num_moe_experts if shape else None) or 1
     for tensor in _divisors(cfg.cluster.devices_per_node):
         for pipeline in _divisors(ranks // tensor):
             for context in _divisors(ranks // tensor // pipeline):
-                yield Parallel(tensor, pipeline, context, cfg.distill.parallel.sequence_parallel)
+                for expert in _divisors(math.gcd(experts, ranks // pipeline)):
+                    yield Parallel(tensor, pipeline, context, sequence_parallel, expert)
 
 
 def _variant(cfg: RunConfig, parallel: Parallel, micro_batch_size: int, recompute: Recompute) -> Training:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields, replace
 
-from conf.model_size import TRAITS, rank_parameters
+from conf.model_size import TRAITS, rank_experts, rank_parameters
 from conf.phases import phase_sizes
 from conf.schema import (
     DistillConfig,
@@ -41,6 +41,8 @@ FRAGMENTATION = 0.05
 # top-k sorts (recipes/runtime/teacher_forward.py).
 SIGNAL_CHUNK = 256
 SIGNAL_COPIES = 3
+# Values a token and expert that a router keeps: logits, scores, probabilities (megatron's transformer/moe/router.py).
+ROUTER_ELEMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,17 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
     # The optimizer's state is shared out over data- and context-parallel ranks
     # (megatron/core/optimizer/__init__.py:get_megatron_optimizer, with_context_parallel=True).
     replicas = ranks // (tensor * stages)
+    experts_over = parallel.expert_model_parallel_size
     width = FP32_BYTES if training.precision is Precision.fp32 else 2
-    student = rank_parameters(models.student, models.family, tensor, stages, stage)
+    student = rank_parameters(models.student, models.family, tensor, stages, stage, experts_over)
+    experts = rank_experts(models.student, models.family, stages, experts_over)
+    # Experts have optimizers of their own, shared out over the ranks that have the same ones
+    # (megatron/core/optimizer/__init__.py:620).
+    shares = (replicas, ranks // (stages * experts_over)) if training.use_distributed_optimizer else (1, 1)
     state = FP32_BYTES * (MOMENTS + (0 if width == FP32_BYTES else 1))
     teacher = 0
     if models.teacher is not None:
-        teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage)
+        teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage, experts_over)
     tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
     kept = _kept(training, models, ranks, stage, tokens) * width
     of_loss = _loss(training, loss, models, tokens, width) if stage == stages - 1 else 0
@@ -121,7 +128,7 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
     return Memory(
         weights=width * student,
         gradients=FP32_BYTES * student,
-        optimizer=state * student // (replicas if training.use_distributed_optimizer else 1),
+        optimizer=state * (student - experts) // shares[0] + state * experts // shares[1],
         teacher=width * teacher,
         activations=kept + max(0, working - of_loss),
         loss=of_loss,
@@ -215,19 +222,37 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     if TRAITS[models.family].qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
+    norms = 4 * shape.hidden_size // _sequence_share(training)
+    if shape.num_moe_experts:
+        return tokens * (norms + attention // tensor + _expert_elements(shape) // _sequence_share(training))
     # Gate and up, and the down projection's input: the fused SwiGLU (recipes/runtime/nemo_api.py:configure) keeps its
     # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
     channels = (3 if TRAITS[models.family].gated_mlp else 2) * shape.ffn_hidden_size
-    return tokens * (4 * shape.hidden_size // _sequence_share(training) + (attention + channels) // tensor)
+    return tokens * (norms + (attention + channels) // tensor)
+
+
+def _expert_elements(shape: Shape) -> int:
+    """Elements a token that a mixture keeps for its backward pass, where routing is balanced: as many tokens come to a
+    rank's experts as it sends to others'.
+
+    Of each chosen expert the copy of the token that is its input, gate and up, and the down projection's input
+    (megatron/core/fusions/fused_bias_swiglu.py:WeightedSwiGLUFunction); of the router its probabilities.
+    """
+    chosen, experts = shape.moe_router_topk or 0, shape.num_moe_experts or 0
+    return chosen * (shape.hidden_size + 3 * (shape.moe_ffn_hidden_size or 0)) + ROUTER_ELEMENTS * experts
 
 
 def _working(training: Training, models: Models, tokens: int) -> int:
     """Elements that come and go in one layer's backward pass, and the layer itself where it is computed again.
 
-    The most is in the MLP: the gradients of its output and of the two factors of the down projection's input.
+    The most is in the MLP: the gradients of its output and of the two factors of the down projection's input. Of a
+    mixture those of the chosen experts, and of what they are sent, before and after the exchange between ranks.
     """
     shape, tensor = models.student, training.parallel.tensor_model_parallel_size
     gradients = tokens * (2 * shape.ffn_hidden_size // tensor + shape.hidden_size)
+    if shape.num_moe_experts:
+        of_expert = 2 * (shape.moe_ffn_hidden_size or 0) + 2 * shape.hidden_size
+        gradients = tokens * ((shape.moe_router_topk or 0) * of_expert + shape.hidden_size) // _sequence_share(training)
     again = _layer_elements(training, models, tokens) if training.recompute is Recompute.full else 0
     return gradients + again
 
@@ -256,7 +281,7 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
 def signal_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
     """The memory of making the teacher's signal, of its fullest rank: the teacher forward, in distillation's layout but
     for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
-    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False)
+    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
     layout = replace(distill, parallel=parallel)
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = FP32_BYTES if distill.precision is Precision.fp32 else 2

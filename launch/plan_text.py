@@ -21,6 +21,13 @@ SIZES = {
     "heads": "num_attention_heads",
     "groups": "num_query_groups",
 }
+# Of a mixture: the parameters that a token meets, its experts, the FFN of each, and how many a token goes through.
+SIZES_OF_EXPERTS = {
+    "active": "active_parameters",
+    "experts": "num_moe_experts",
+    "expert ffn": "moe_ffn_hidden_size",
+    "top": "moe_router_topk",
+}
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -62,10 +69,11 @@ def _heading(plan: dict[str, Any]) -> list[str]:
 
 def _models(plan: dict[str, Any]) -> list[str]:
     models, training = plan["models"], plan["training"]
-    rows = [["model", "parameters", *SIZES]]
+    sizes = SIZES | (SIZES_OF_EXPERTS if models["teacher"]["num_moe_experts"] else {})
+    rows = [["model", "parameters", *sizes]]
     for name in ("teacher", "student"):
         model = models[name]
-        rows.append([name, f"{model['parameters']:,}", *(str(model[size]) for size in SIZES.values())])
+        rows.append([name, f"{model['parameters']:,}", *(f"{model[size]}" for size in sizes.values())])
     flops = training["flops_a_token"]
     again = f" + {_giga(flops['recompute'])} again (recompute)" if flops["recompute"] else ""
     found = models["candidates"]
@@ -146,7 +154,8 @@ def _memory_row(name: str, memory: dict[str, int], on_gpu: bool) -> list[str]:
 def _layout_words(layout: dict[str, Any]) -> str:
     return (
         f"TP {layout['tensor']}, PP {layout['pipeline']}, CP {layout['context']}, DP {layout['data']}, "
-        f"micro batch {layout['micro_batch_size']}, recompute {layout['recompute']}"
+        + (f"EP {layout['expert']}, " if layout["expert"] > 1 else "")
+        + f"micro batch {layout['micro_batch_size']}, recompute {layout['recompute']}"
     )
 
 
@@ -154,12 +163,14 @@ def _layouts(plan: dict[str, Any]) -> list[str]:
     layouts, present = plan["layouts"], plan["layout"]
     lines = []
     if plan["cluster"]["gpu"] is not None:
-        keys = ("tensor", "pipeline", "context", "data", "micro_batch_size", "recompute")
-        rows = [["", "TP", "PP", "CP", "DP", "micro batch", "recompute", "GiB"]]
+        experts = {"expert": "EP"} if plan["models"]["teacher"]["num_moe_experts"] else {}
+        columns = {"tensor": "TP", "pipeline": "PP", "context": "CP", "data": "DP", **experts}
+        columns |= {"micro_batch_size": "micro batch", "recompute": "recompute"}
+        rows = [["", *columns.values(), "GiB"]]
         shown = layouts[:LAYOUTS_SHOWN]
         for layout in shown if present in shown else [*shown, present]:
             mark = "present" if layout == present else ""
-            rows.append([mark, *(str(layout[key]) for key in keys), _gib(layout["peak"])])
+            rows.append([mark, *(str(layout[key]) for key in columns), _gib(layout["peak"])])
         lines = [
             f"layouts that divide everything and fit: {len(layouts)}; best first: no recompute, least TP x PP x CP,",
             "TP before CP before PP, the largest micro batch",

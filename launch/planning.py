@@ -11,7 +11,7 @@ from typing import Any
 
 from conf.errors import ConfigError
 from conf.flops import forward_flops, training_flops
-from conf.model_size import parameters
+from conf.model_size import active_parameters, parameters
 from conf.phases import training_tokens
 from conf.prune_rules import rounds, steps_of_rounds
 from conf.schema import Gpu, Loss, RunConfig, Shape
@@ -150,7 +150,9 @@ def _cluster(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _model(cfg: RunConfig, shape: Shape) -> dict[str, Any]:
-    return {"parameters": parameters(shape, cfg.model.family), **dataclasses.asdict(shape)}
+    family = cfg.model.family
+    sizes = {"parameters": parameters(shape, family), "active_parameters": active_parameters(shape, family)}
+    return {**sizes, **dataclasses.asdict(shape)}
 
 
 def _candidates(cfg: RunConfig) -> dict[str, int] | None:

@@ -1,7 +1,8 @@
 """torchrun -m recipes.demo_model --config RUN_DIR/resolved.yaml
 
 A small real teacher for a first try, made on the spot with no download: text from the standard library's
-documentation, a byte-level BPE tokenizer, and a Qwen3-style model that NeMo trains through the same code as the rest.
+documentation, a byte-level BPE tokenizer, and a Qwen3-style model, dense or of experts, that NeMo trains through the
+same code as the rest.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.model_size import EXPERT_SIZES
 from conf.schema import DataConfig, RunConfig, Shape
 from recipes.runtime.stage_main import stage_main
 
@@ -27,6 +29,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     backend.activate()
     from nemo.collections import llm
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+    from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 
     from convert.exporting import export_model
     from recipes.runtime import demo_corpus, nemo_api
@@ -45,7 +48,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     # The data section is no part of this stage's identity: of it only how the work is placed is heeded.
     data = prepare(DataConfig(num_workers=cfg.data.num_workers), files, reference, out / "tokens", cfg.seed)
 
-    config = llm.Qwen3Config(**_nemo_config(cfg.model.shape, cfg.model.demo.training.seq_length))
+    kind = Qwen3MoEConfig if cfg.model.shape.num_moe_experts else llm.Qwen3Config
+    config = kind(**_nemo_config(cfg.model.shape, cfg.model.demo.training.seq_length))
     nemo_api.configure(config)
     model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
     metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None, key="model.demo.training")
@@ -86,10 +90,11 @@ def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Non
 
 
 def _write_config(shape: Shape, folder: Path) -> None:
-    from transformers import GenerationConfig, Qwen3Config
+    from transformers import GenerationConfig, Qwen3Config, Qwen3MoeConfig
 
-    config = Qwen3Config(
-        architectures=["Qwen3ForCausalLM"],
+    kind, of_experts = (Qwen3MoeConfig, _hf_experts(shape)) if shape.num_moe_experts else (Qwen3Config, {})
+    config = kind(
+        architectures=[kind.__name__.replace("Config", "ForCausalLM")],
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
@@ -104,14 +109,28 @@ def _write_config(shape: Shape, folder: Path) -> None:
         eos_token_id=0,
         pad_token_id=0,
         torch_dtype="float32",
+        **of_experts,
     )
     config.save_pretrained(folder)
     GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)
 
 
+def _hf_experts(shape: Shape) -> dict[str, Any]:
+    return {
+        "num_experts": shape.num_moe_experts,
+        "num_experts_per_tok": shape.moe_router_topk,
+        "moe_intermediate_size": shape.moe_ffn_hidden_size,
+        "norm_topk_prob": True,
+    }
+
+
 def _nemo_config(shape: Shape, seq_length: int) -> dict[str, Any]:
     """Arguments of NeMo's `Qwen3Config`; what is not named here has the same default there and in transformers."""
+    experts = {name: size for name in EXPERT_SIZES if (size := getattr(shape, name)) is not None}
+    if experts:
+        experts["moe_permute_fusion"] = False  # wants Transformer Engine 2.1 (see convert/families.py)
     return {
+        **experts,
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Depth, RunConfig
-from conf.student import AXES
+from conf.student import AXES, EXPERT_AXES
 from recipes.artifact import read_manifest, write_json
 from recipes.runtime.stage_main import rank, stage_main
 
@@ -26,8 +26,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime import backend
 
     device = backend.activate().device
-    from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
-
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.pruning import blocks, cutting
@@ -35,7 +33,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.pruning.losses import calibration_batches
 
     prune = cfg.prune
-    sizes: dict[str, Any] = {name: getattr(prune, name) for name in AXES}
+    sizes: dict[str, Any] = {name: getattr(prune, name) for name in (*AXES, *EXPERT_AXES)}
     drop_layers = list(prune.drop_layers or ())
     if "choice" in inputs:
         choice = json.loads((inputs["choice"] / "choice.json").read_text())
@@ -66,7 +64,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if rank() == 0:
         shutil.rmtree(out / "nemo", ignore_errors=True)
     trainer.strategy.barrier()
-    save_pruned_model(trainer, str(out / "nemo"))
+    cutting.save(trainer, out / "nemo")
     return metrics
 
 

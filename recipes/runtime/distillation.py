@@ -289,7 +289,7 @@ def _spare_logits(model: Any) -> None:
 # What a teacher's config takes over from the student's, as in upstream's `configure_model`.
 _LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-    *("sequence_parallel", "pipeline_dtype"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype"),
 )
 
 

@@ -103,6 +103,8 @@ def make_trainer(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,
         # The optimizer's state in the model's own shapes, so that a run resumes on any layout. The default layout also

@@ -22,7 +22,7 @@ from recipes.runtime import backend, nemo_api
 # What makes two models' checkpoints differ, in Megatron's terms.
 SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    "vocab_size",
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "vocab_size"),
 )
 
 

@@ -97,7 +97,7 @@ def _parts(trainer: Any, pl_module: Any) -> dict[str, int]:
 def _grad_buffers(chunk: Any) -> Iterable[Any]:
     while not hasattr(chunk, "buffers") or not isinstance(chunk.buffers, list):
         chunk = chunk.module
-    return chunk.buffers
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
 def _chain(optimizer: Any) -> list[Any]:

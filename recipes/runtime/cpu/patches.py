@@ -255,6 +255,11 @@ def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int],
     return seed_all
 
 
+def _to_numpy(tensor: Any, as_numpy: bool = False, **_: object) -> Any:
+    """Megatron's `maybe_move_tensor_to_cpu` of what is there already: numbers of tokens as c10d takes them."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _swiglu_back(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     gate, linear = y.chunk(2, -1)
     out = torch.empty_like(y)
@@ -350,6 +355,12 @@ PATCHES: tuple[Patch, ...] = (
         _fork,
         "megatron/core/tensor_parallel/random.py:221 warns whenever the CPU's generator is used inside",
         _NEVER,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+        _calling(_to_numpy),
+        "megatron/core/transformer/moe/moe_utils.py:883 makes numbers of CUDA tensors only; all_to_all takes no tensor",
+        "Megatron makes numbers of any tensor",
     ),
     Patch(
         "nemo.lightning.megatron_init:_set_random_seed",

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.prune as mtp
+from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
 
-from conf.student import AXES
+from conf.student import AXES, EXPERT_AXES
 from recipes.runtime.pruning.importance import Importance
 from recipes.runtime.pruning.search_space import dynamic_core, give
-
-WIDTHS = AXES[1:]
 
 
 def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
     """The sizes that are asked for. ModelOpt wants heads and query groups together: the one not named keeps its size.
 
     Args:
-        sizes: by name of `conf.student.AXES`; None or absent keeps the teacher's.
+        sizes: by name of `conf.student.AXES` and `EXPERT_AXES`; None or absent keeps the teacher's.
         teacher: its Megatron config.
     """
-    targets = {name: value for name in AXES if (value := sizes.get(name)) is not None}
+    targets = {name: value for name in (*AXES, *EXPERT_AXES) if (value := sizes.get(name)) is not None}
     if "num_attention_heads" in targets or "num_query_groups" in targets:
         targets.setdefault("num_attention_heads", teacher.num_attention_heads)
         targets.setdefault("num_query_groups", teacher.num_query_groups)
@@ -46,3 +46,12 @@ def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], import
         )
     if drop_layers:
         mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """Leaves a pruned model as a NeMo checkpoint. Upstream's records the sizes of dense models only in its context
+    (nemo/collections/llm/modelopt/prune/pruner.py:132)."""
+    for name in EXPERT_AXES:
+        if hasattr(trainer.model.config, name):
+            setattr(trainer.model.__io__.config, name, getattr(trainer.model.config, name))
+    save_pruned_model(trainer, str(folder))

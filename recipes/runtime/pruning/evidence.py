@@ -17,6 +17,7 @@ def importance_table(importance: Importance, config: Any) -> dict[str, Any]:
 
     Returns:
         `layers`: by layer, its score, its query groups' and heads' scores, and quantiles of its FFN channels' scores;
+            of a mixture also its experts' scores, as ModelOpt ranks them, and the tokens that each was sent;
         `hidden_size`: each hidden channel's score, as ModelOpt sums it over all norms.
     """
     groups = config.num_query_groups
@@ -34,6 +35,9 @@ def importance_table(importance: Importance, config: Any) -> dict[str, Any]:
                 "ffn_quantiles": importance.ffn[number].float().sqrt().quantile(torch.tensor(QUANTILES)).tolist(),
             }
         )
+        if importance.experts:
+            norms, tokens = importance.experts[number]
+            rows[-1] |= {"experts": (norms / tokens.clamp(min=1)).tolist(), "expert_tokens": tokens.int().tolist()}
     hidden = sum(norm.sqrt() for norms in importance.hidden.values() for norm in norms)
     return {"layers": rows, "quantiles": list(QUANTILES), "hidden_size": hidden.tolist()}  # type: ignore[union-attr]
 

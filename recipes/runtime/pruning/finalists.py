@@ -30,10 +30,8 @@ def leave(row: dict[str, Any], teacher: Path, scores: Any, stages: int, out: Pat
         row: of the candidates' table.
         teacher: a NeMo checkpoint; `stages`: the pipeline stages that it is spread over.
     """
-    from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
-
     from recipes.runtime import nemo_api
-    from recipes.runtime.pruning.cutting import cut, sizes_for_modelopt
+    from recipes.runtime.pruning.cutting import cut, save, sizes_for_modelopt
 
     target, partial = out / name_of(row), out / f".{name_of(row)}"
     if target.exists():
@@ -43,7 +41,7 @@ def leave(row: dict[str, Any], teacher: Path, scores: Any, stages: int, out: Pat
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()
-    save_pruned_model(trainer, str(partial))
+    save(trainer, partial)
     trainer.strategy.barrier()
     if rank() == 0:
         partial.rename(target)

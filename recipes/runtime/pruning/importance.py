@@ -8,7 +8,7 @@ by layer number, which any layout takes; that they belong to the model and the d
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,18 @@ class Importance:
     Attributes:
         layers: 1 - cosine similarity of a layer's input and output, summed over batches; higher is more important.
         hidden: activations of the two norms' outputs, each `[hidden_size]`.
-        ffn: activations of the down projection's inputs, `[ffn_hidden_size]`.
+        ffn: activations of the down projection's inputs, `[ffn_hidden_size]`; of a mixture `[experts,
+            moe_ffn_hidden_size]`, 0 of an expert that no token was sent to.
         heads: activations of the output projection's inputs, `[num_attention_heads * kv_channels]`.
+        experts: of a mixture, `[2, experts]`: the norms of each expert's outputs summed over its tokens, and how many
+            these were.
     """
 
     layers: dict[int, float]
     hidden: dict[int, list[torch.Tensor]]
     ffn: dict[int, torch.Tensor]
     heads: dict[int, torch.Tensor]
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def least_important(self, count: int) -> list[int]:
         """The layers that ModelOpt would drop: those of lowest score (modelopt/torch/nas/plugins/megatron.py:1525)."""
@@ -48,6 +52,7 @@ class Importance:
         tensors = {"layers": torch.tensor([self.layers[n] for n in sorted(self.layers)], dtype=torch.float64)}
         for n in self.layers:
             tensors |= {f"{n}.ffn": self.ffn[n], f"{n}.heads": self.heads[n]}
+            tensors |= {f"{n}.experts": self.experts[n]} if self.experts else {}
             tensors |= {f"{n}.hidden.{index}": norm for index, norm in enumerate(self.hidden[n])}
         partial = folder / f".{FILE}"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
@@ -62,6 +67,7 @@ class Importance:
             {n: [tensors[f"{n}.hidden.{index}"] for index in range(2)] for n in layers},
             {n: tensors[f"{n}.ffn"] for n in layers},
             {n: tensors[f"{n}.heads"] for n in layers},
+            {n: tensors[f"{n}.experts"] for n in layers if f"{n}.experts" in tensors},
         )
 
 
@@ -73,6 +79,7 @@ def refuse_infinite(importance: Importance) -> None:
             "attention": importance.heads[number],
             "MLP": importance.ffn[number],
             "output": torch.tensor(importance.layers[number]),
+            **({"experts": importance.experts[number]} if importance.experts else {}),
         }
         for name, values in parts.items():
             if not torch.isfinite(values).all():

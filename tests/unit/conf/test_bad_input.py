@@ -11,6 +11,13 @@ from conf.load import compose
 
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
+# A small mixture, its layers alone pruned.
+MOE = [
+    *(*DEMO, "model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"),
+    "model.shape.moe_router_topk=2",
+]
+TWO_RANKS = ["cluster.devices_per_node=2", "distill.micro_batch_size=2"]
+EP_OF_2 = [*TWO_RANKS, "distill.parallel.expert_model_parallel_size=2"]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 CORRECTION = [
     *("distill.correct_teacher.max_steps=9", "distill.correct_teacher.seq_length=64"),
@@ -104,6 +111,42 @@ CASES: list[tuple[list[str], list[str]]] = [
             *("distill.swap_teacher_at_step=10", "distill.signal=stored"),
         ],
         ["distill.swap_teacher_at_step=10 changes a teacher that runs", "distill.signal=stored runs none"],
+    ),
+    # Mixtures of experts.
+    ([*DEMO, "model.family=qwen3_moe"], ["qwen3_moe is a mixture of experts", "model.shape.num_moe_experts"]),
+    ([*DEMO, "model.shape.num_moe_experts=4"], ["num_moe_experts=4 describes experts", "model.family=qwen3 has not"]),
+    ([*MOE, "model.shape.moe_router_topk=5"], ["moe_router_topk=5 experts a token", "set it to at most 4"]),
+    ([*DEMO, "prune.num_moe_experts=2"], ["prune.num_moe_experts=2 prunes experts", "prune.num_moe_experts=null"]),
+    ([*MOE, "prune.num_moe_experts=1"], ["less than the 2 that a token goes through", "to at least 2"]),
+    ([*MOE, "prune.num_moe_experts=5"], ["prune.num_moe_experts=5 is larger than the teacher's 4"]),
+    ([*MOE, "prune.moe_ffn_hidden_size=100"], ["not a multiple of 64", "set prune.moe_ffn_hidden_size to 64 or 128"]),
+    ([*MOE, "prune.ffn_hidden_size=640"], ["a mixture of experts has not", "prune.moe_ffn_hidden_size"]),
+    (
+        [*MOE, "prune.num_layers=null", "prune.budget.params_share=0.8"],
+        ["prune.budget cannot search", "set prune.budget=null"],
+    ),
+    (
+        [
+            *(*MOE, "prune.num_layers=null", "prune.drop_layers=[2]", "prune.tensor_model_parallel_size=2"),
+            *TWO_RANKS,
+        ],
+        ["prune.tensor_model_parallel_size=2 does not go with experts"],
+    ),
+    ([*DEMO, *EP_OF_2], ["expert_model_parallel_size=2 shares out experts, but the model has none"]),
+    (
+        [*MOE, *EP_OF_2, "prune.num_moe_experts=3"],
+        ["does not divide the teacher's 4 and the student's 3 experts", "expert_model_parallel_size to 1"],
+    ),
+    (
+        [*MOE, "distill.parallel.expert_model_parallel_size=2"],
+        ["expert_model_parallel_size=2 does not divide the 1 ranks of a pipeline stage", "to 1"],
+    ),
+    (
+        [
+            *(*MOE, *EP_OF_2, "distill.parallel.tensor_model_parallel_size=2"),
+            "distill.parallel.sequence_parallel=false",
+        ],
+        ["distill.parallel.sequence_parallel=False does not go with tensor parallelism where there are experts"],
     ),
     # What Hydra itself refuses.
     ([*DEMO, "distill.lr=[1"], ["'distill.lr=[1' cannot be read as KEY=VALUE"]),

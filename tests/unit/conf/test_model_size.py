@@ -8,14 +8,17 @@ import subprocess
 import sys
 
 from conf.composition import config_groups
-from conf.hf_shape import _TERMS
+from conf.hf_shape import _MOE_TERMS, _TERMS
 from conf.load import compose
-from conf.model_size import parameters, product_weights, rank_parameters
+from conf.model_size import active_parameters, parameters, product_weights, rank_experts, rank_parameters
 from conf.schema import Family, Shape
 from conf.student import student_shape
 
 TINY = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
+# Four experts of 12 channels in each layer, of which a token goes through two.
+MIXTURE = dataclasses.replace(TINY, num_moe_experts=4, moe_ffn_hidden_size=12, moe_router_topk=2)
 TIED = dataclasses.replace(TINY, tie_word_embeddings=True)
+MOE = Family.qwen3_moe
 SHIPPED = [name for name in config_groups()["model"] if name != "local"]
 # Fits the shortest of them.
 SHORT = ("distill=demo", "prune.calibration_seq_length=256")
@@ -37,12 +40,17 @@ print(json.dumps(counts))
 def of_transformers(*models: tuple[Shape, Family]) -> list[int]:
     """`num_parameters()` of models that have no storage."""
     asked = [
-        (family.value, {theirs: getattr(shape, ours) for ours, theirs in _TERMS.items()}) for shape, family in models
+        (family.value, {theirs: getattr(shape, ours) for ours, theirs in terms(shape).items()})
+        for shape, family in models
     ]
     command = [sys.executable, "-c", COUNT]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=True, timeout=300)
     counts: list[int] = json.loads(done.stdout.splitlines()[-1])
     return counts
+
+
+def terms(shape: Shape) -> dict[str, str]:
+    return _TERMS | (_MOE_TERMS if shape.num_moe_experts else {})
 
 
 def test_all_models_are_counted_as_transformers_counts_them() -> None:
@@ -55,7 +63,8 @@ def test_all_models_are_counted_as_transformers_counts_them() -> None:
     for name in config_groups()["experiment"]:
         cfg = compose([f"experiment={name}"])
         models.append((student_shape(cfg), cfg.model.family))
-    models += [(shape, family) for shape in (TINY, ODD, TIED) for family in Family]
+    models += [(shape, family) for shape in (TINY, ODD, TIED) for family in Family if family is not MOE]
+    models += [(MIXTURE, MOE), (dataclasses.replace(MIXTURE, tie_word_embeddings=True), MOE)]
     assert [parameters(*model) for model in models] == of_transformers(*models)
 
 
@@ -81,3 +90,20 @@ def test_ranks_share_weights_and_each_has_the_norms() -> None:
 def test_a_tied_embedding_is_there_twice_in_a_pipeline() -> None:
     assert parameters(TIED, Family.llama) == parameters(TINY, Family.llama) - 32 * 8
     assert sum(rank_parameters(TIED, Family.llama, 1, 2, stage) for stage in (0, 1)) == parameters(TINY, Family.llama)
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    # A layer: attention 2 x 8 x 8 + 2 x 8 x 4, the router 4 x 8, four experts of 3 x 8 x 12; norms as of Qwen3.
+    expert, rest = 288, 192 + 32 + 16 + 8
+    assert parameters(MIXTURE, MOE) == 4 * (4 * expert + rest) + 2 * 32 * 8 + 8
+    assert active_parameters(MIXTURE, MOE) == 4 * (2 * expert + rest) + 2 * 32 * 8 + 8
+    assert product_weights(MIXTURE, MOE) == 4 * (2 * expert + 192 + 32) + 32 * 8
+    assert active_parameters(TINY, Family.qwen3) == parameters(TINY, Family.qwen3)
+
+
+def test_experts_are_shared_out_and_not_cut() -> None:
+    assert rank_experts(MIXTURE, MOE) == 4 * 4 * 288
+    assert rank_experts(MIXTURE, MOE, 2, 4) == 2 * 288
+    assert rank_experts(TINY, Family.qwen3) == 0
+    # Attention is cut over tensor-parallel ranks; the router, the norms and a rank's experts are not.
+    assert rank_parameters(MIXTURE, MOE, 2, 1, 0, 2) == 4 * (2 * 288 + 192 // 2 + 32 + 24) + 2 * 32 * 8 // 2 + 8

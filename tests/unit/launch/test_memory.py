@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from conf.model_size import parameters
 from conf.schema import (
     DistillConfig,
     Family,
@@ -24,6 +25,7 @@ from launch.memory import Memory, Models, prune_memory, training_memory
 
 TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
 STUDENT = dataclasses.replace(TEACHER, num_layers=2)
+EP_OF_2 = Parallel(expert_model_parallel_size=2)
 QWEN3 = Models(Family.qwen3, STUDENT, TEACHER)
 # Parameters: 600 a layer (test_model_size.py), 520 in embeddings and the final norm.
 OF_STUDENT, OF_TEACHER = 1720, 2920
@@ -144,3 +146,21 @@ def test_the_chunked_loss_grows_with_the_chunk_and_not_with_the_tokens() -> None
     assert one(twice).loss == parts + 2 * 32 * hidden
     upstream = dataclasses.replace(distill, kd=KdConfig(implementation=LossImplementation.upstream))
     assert one(upstream).loss == one(TRAINING).loss
+
+
+def test_experts_and_their_optimizer_are_shared_out() -> None:
+    mixture = dataclasses.replace(STUDENT, num_moe_experts=4, moe_ffn_hidden_size=12, moe_router_topk=2)
+    models = Models(Family.qwen3_moe, mixture, None)
+    whole = one(TRAINING, models=models, loss=Loss.ce)
+    half = one(dataclasses.replace(TRAINING, parallel=EP_OF_2), ranks=4, models=models, loss=Loss.ce)
+    experts = 2 * 4 * 288
+    rest = parameters(mixture, Family.qwen3_moe) - experts
+    assert (whole.weights, whole.optimizer) == (2 * (rest + experts), 12 * (rest + experts))
+    assert half.weights == 2 * (rest + experts // 2)
+    # Four ranks have the rest, two have the same experts.
+    assert half.optimizer == 12 * rest // 4 + 12 * (experts // 2) // 2
+    # With balanced routing a rank's experts are sent as many tokens as it has: norms, attention, and of two experts the
+    # token itself, gate, up and the down projection's input; four values of each expert's router.
+    of_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
+    assert half.activations == whole.activations
+    assert whole.activations == 2 * 16 * (2 * of_layer + NORM)
