@@ -20,21 +20,21 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        mean_square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        rstd = mean_square.add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, gamma, rstd)
-        return (x32 * rstd).mul_(gamma).to(x.dtype)
+        return (x * rstd).mul_(gamma).to(x.dtype)  # fp32, as `rstd` is
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gamma, rstd = ctx.saved_tensors
-        grad = grad.float()
-        normed = x.float() * rstd
+        normed = x * rstd
         grad_by_normed = grad * normed
         projection = (grad_by_normed @ gamma).div_(x.shape[-1]).unsqueeze(-1)
+        grad_gamma = grad_by_normed.flatten(0, -2).sum(0)
+        del grad_by_normed  # in bf16 each of these is twice as large as what the layer keeps
         grad_x = (grad * gamma).addcmul_(normed, projection, value=-1).mul_(rstd)
-        return grad_x.to(x.dtype), grad_by_normed.flatten(0, -2).sum(0), None
+        return grad_x.to(x.dtype), grad_gamma, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered_gamma: bool) -> Tensor:
