@@ -21,9 +21,8 @@ SIZES = {
     "heads": "num_attention_heads",
     "groups": "num_query_groups",
 }
-# Of a mixture: the parameters that a token meets, its experts, the FFN of each, and how many a token goes through.
+# Of a mixture: its experts, the FFN of each, and how many a token goes through.
 SIZES_OF_EXPERTS = {
-    "active": "active_parameters",
     "experts": "num_moe_experts",
     "expert ffn": "moe_ffn_hidden_size",
     "top": "moe_router_topk",
@@ -69,11 +68,14 @@ def _heading(plan: dict[str, Any]) -> list[str]:
 
 def _models(plan: dict[str, Any]) -> list[str]:
     models, training = plan["models"], plan["training"]
-    sizes = SIZES | (SIZES_OF_EXPERTS if models["teacher"]["num_moe_experts"] else {})
-    rows = [["model", "parameters", *sizes]]
+    mixture = models["teacher"]["num_moe_experts"]
+    counts = {"parameters": "parameters", **({"active": "active_parameters"} if mixture else {})}
+    sizes = SIZES | (SIZES_OF_EXPERTS if mixture else {})
+    rows = [["model", *counts, *sizes]]
     for name in ("teacher", "student"):
         model = models[name]
-        rows.append([name, f"{model['parameters']:,}", *(f"{model[size]}" for size in sizes.values())])
+        counted = [f"{model[count]:,}" for count in counts.values()]
+        rows.append([name, *counted, *(str(model[size]) for size in sizes.values())])
     flops = training["flops_a_token"]
     again = f" + {_giga(flops['recompute'])} again (recompute)" if flops["recompute"] else ""
     found = models["candidates"]

@@ -1,7 +1,9 @@
 """NeMo's models for distillation, with the losses of `kd_loss` in the place of ModelOpt's.
 
 Teacher, pipeline and checkpoints are NeMo's and ModelOpt's own (nemo/collections/llm/modelopt/distill). What is ours is
-the end of both models: `FusedHead` takes over where the last layer's hidden states would become logits. With
+the end of both models: `FusedHead` takes over where the last layer's hidden states would become logits. The auxiliary
+loss of a mixture's router is Megatron's and stays as its family has it: it joins the student's gradients where autograd
+passes the router (megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
 `distill.kd.implementation=upstream` that end, too, is upstream's, for reference.
 
 Import this module inside a stage's `run`, after `backend.activate()`.

@@ -104,6 +104,7 @@ def make_trainer(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
+        # Experts are small: whole ones are shared out, and none is cut.
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,

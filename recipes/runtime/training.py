@@ -151,6 +151,11 @@ def _enough(split: str, folder: Path, tokens: int, seq_length: int, needed: int)
 
 def _configure(config: Any, cfg: Training) -> None:
     config.seq_length = cfg.seq_length
+    if config.num_moe_experts:
+        # Gradients are averaged over context-parallel ranks. For that the loss is multiplied with their number; the
+        # router's auxiliary loss, of which each has its share, is not (megatron/core/pipeline_parallel/schedules.py:247
+        # and :271).
+        config.moe_aux_loss_coeff *= cfg.parallel.context_parallel_size
     if cfg.recompute is not Recompute.none:
         config.recompute_granularity = cfg.recompute.value
     if cfg.recompute is Recompute.full:

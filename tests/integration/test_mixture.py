@@ -27,6 +27,7 @@ MIXTURE = (
 TWO_RANKS = ("cluster.devices_per_node=2", "distill.parallel.expert_model_parallel_size=2")
 LAYOUTS = {
     "ep2": TWO_RANKS,
+    "ep2_cp2": (*TWO_RANKS, "distill.parallel.context_parallel_size=2"),
     "ep2_tp2": (*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
 }
 

@@ -20,6 +20,15 @@ from launch import compute, disk, plan
 from launch.plan_text import short, table
 from launch.planning import make, refuse_impossible
 
+# Qwen3-30B-A3B: 30.5 B parameters, of which a token meets 3.3 B by its model card.
+MIXTURE = (
+    *("model=local", "name=x", "model.name=x", "model.family=qwen3_moe", "model.hf_path=owner/name", "data=climbmix"),
+    *("cluster=one_node", "distill=minitron", "distill.micro_batch_size=1", "prune.num_layers=32"),
+    "model.shape={num_layers: 48, hidden_size: 2048, ffn_hidden_size: 6144, num_attention_heads: 32,"
+    " num_query_groups: 4, kv_channels: 128, vocab_size: 151936, max_position_embeddings: 40960, num_moe_experts: 128,"
+    " moe_ffn_hidden_size: 768, moe_router_topk: 8}",
+    *("distill.parallel.tensor_model_parallel_size=1", "distill.parallel.expert_model_parallel_size=8"),
+)
 EXPERIMENTS = config_groups()["experiment"]
 DEPTH = "experiment=qwen3_8b_to_6b_depth"
 SMALL = "cluster.gpu.memory_gib=24"
@@ -182,6 +191,30 @@ def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None
         assert again["layout"] == layout
         assert layout["peak"] <= of_plan["cluster"]["gpu"]["memory_bytes"]
         assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 8
+
+
+def test_a_mixture_is_planned_with_its_experts_shared_out() -> None:
+    of_plan = planned(*MIXTURE)
+    teacher = of_plan["models"]["teacher"]
+    assert (teacher["parameters"], teacher["active_parameters"]) == (30_532_122_624, 3_353_032_704)
+    assert of_plan["layout"]["expert"] == 8
+    assert "EP 8" in table(of_plan)
+    experts = {layout["expert"] for layout in of_plan["layouts"]}
+    assert max(experts) == 8
+    # A token's FLOP are those of the experts that it is sent to: twice the products, and attention.
+    products = teacher["active_parameters"] - 151_936 * 2048
+    assert of_plan["training"]["flops_a_token"]["teacher"] == pytest.approx(
+        2 * products + 2 * 4096 * 48 * 4096, rel=1e-3
+    )
+    best = of_plan["layouts"][0]
+    again = planned(
+        *MIXTURE,
+        f"distill.parallel.tensor_model_parallel_size={best['tensor']}",
+        f"distill.parallel.expert_model_parallel_size={best['expert']}",
+        f"distill.micro_batch_size={best['micro_batch_size']}",
+    )
+    assert again["layout"] == best
+    assert again["fits"]
 
 
 def test_the_first_layout_communicates_least() -> None:
