@@ -4,8 +4,9 @@ What is compared runs the same code as on a GPU above the kernels: NeMo's model,
 gradient buffers and distributed optimizer, NeMo's KD loss. Below, the stand-in for Transformer Engine keeps the same
 for its backward passes (in bf16 attention goes through a kernel that stores no scores) with two differences: it keeps
 the gathered inputs of sequence-parallel layers, which Transformer Engine gathers again, and no copy of k for the
-QK-norm. Context parallelism is left out: the stand-in gathers all keys and values. Not measured either: CUDA context,
-NCCL, workspaces and fragmentation, which the plan only assumes.
+QK-norm. What data-parallel ranks exchange is left out, which gloo copies and NCCL does not, and so is context
+parallelism: the stand-in gathers all keys and values. Not measured either: CUDA context, NCCL, workspaces and
+fragmentation, which the plan only assumes.
 """
 
 from __future__ import annotations
