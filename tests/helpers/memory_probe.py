@@ -123,8 +123,8 @@ def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
 
 
 def _exchanged(found: dict[str, int]) -> set[int]:
-    """Bytes of what data-parallel ranks exchange, and of a rank's share of it: gloo copies it, in threads whose releases
-    the profiler does not see; NCCL works in place."""
+    """Bytes of what data-parallel ranks exchange, and of a rank's share of it: gloo copies it, in threads that the
+    profiler does not see release it; NCCL works in place."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     return {found[part] // share for part in ("gradients", "weights") for share in (1, ranks)} if ranks > 1 else set()
 
