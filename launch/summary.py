@@ -40,6 +40,6 @@ def _figures(model: dict[str, Any]) -> str:
     parts = []
     if "params" in model:
         parts.append(f"{model['params'] / 1e6:>9,.2f} M parameters")
-    if "val_loss" in model:
+    if model.get("val_loss") is not None:
         parts.append(f"val loss {model['val_loss']:.4f}")
     return "  ".join(parts)
