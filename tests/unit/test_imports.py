@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_nothing_of_the_tests_or_unknown_packages_of_ours_is_imported() -> None:
 )
 def test_the_reader_of_imports(source: str, expected: list[tuple[str, bool]]) -> None:
     assert [(found.name, found.top_level) for found in imports_of("x", source)] == expected
+
+
+def test_every_package_is_installed() -> None:
+    """An editable install finds them all, a wheel only those that are listed."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = ("conf", "convert", "launch", "recipes")
+    found = [path.parent.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("__init__.py")]
+    assert sorted(listed) == sorted(str(path).replace("/", ".") for path in found if "site" not in path.parts)
 
 
 def test_the_reader_found_the_sources() -> None:
