@@ -14,7 +14,8 @@ def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., Run
     located = list(locate(demo()).values())
     for number, stage in enumerate(located):
         write_manifest(stage, 0.0, 60.0 + number, {})
-    report = {"models": {"teacher": {"params": 5_250_000, "val_loss": 3.588}, "student": {"params": 3_000_000, "val_loss": None}}}
+    student = {"params": 3_000_000, "val_loss": None}
+    report = {"models": {"teacher": {"params": 5_250_000, "val_loss": 3.588}, "student": student}}
     folder = located[-1].folder
     write_json(folder / "report.json", report)
     text = summary(located)
