@@ -112,10 +112,11 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
     """
     follower = _follower(run_dir)
     stop = threading.Event()
+    holding = threading.Thread(target=_keep_holding, args=(follower, stop, seconds))
     if watch:
         os.nice(19)
         follower.hold()
-        threading.Thread(target=_keep_holding, args=(follower, stop, seconds), daemon=True).start()
+        holding.start()
     try:
         while True:
             # Asked first: what was saved before the end is then held.
@@ -127,6 +128,8 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
             time.sleep(seconds)
     finally:
         stop.set()
+        if watch:
+            holding.join()  # a thread that the interpreter's end cuts short may take the process with it
     path = follower.out / "recovery.json"
     return path if path.exists() else None
 

@@ -85,4 +85,5 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
 if __name__ == "__main__":
     teacher, importance, out, *jobs = sys.argv[1:]
     for line in compare(Path(teacher), Path(importance), Path(out), [json.loads(job) for job in jobs]):
-        print(json.dumps({"rank": int(os.environ.get("RANK", "0")), **line}), flush=True)
+        # In one piece: ranks write to the same pipe.
+        os.write(1, json.dumps({"rank": int(os.environ.get("RANK", "0")), **line}).encode() + b"\n")
