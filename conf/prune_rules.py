@@ -9,7 +9,7 @@ from typing import cast
 
 from conf import student
 from conf.phases import training_phases
-from conf.schema import Budget, Depth, PruneConfig, PruneRound, RunConfig
+from conf.schema import Budget, Depth, RunConfig, TargetSizes
 from conf.student import GB, MOST_ROUNDS, Space, shape_to_prune, student_shape
 from conf.wording import any_of, around, too_long
 
@@ -371,7 +371,7 @@ def _last(rule: Rule) -> Rule:
     return of_last
 
 
-def _of_round(cfg: RunConfig, sizes: PruneConfig | PruneRound, earlier: int) -> RunConfig:
+def _of_round(cfg: RunConfig, sizes: TargetSizes, earlier: int) -> RunConfig:
     """What the rules of a round read: its sizes, and as the model's shape that which earlier rounds leave."""
     shape = None if cfg.model.shape is None else shape_to_prune(cfg, earlier)
     names = {name: getattr(sizes, name) for name in (*student.AXES, *student.EXPERT_AXES, "drop_layers")}

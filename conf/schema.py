@@ -409,27 +409,9 @@ class Tournament:
 
 
 @dataclass
-class PruneRound:
-    """A round before the last: what the model in between is pruned to, null keeping what there was, and for how many
-    steps it is distilled before it is pruned in its turn. All else is said by `prune` and `distill`."""
+class TargetSizes:
+    """What a round of pruning leaves, null keeping what there was."""
 
-    steps: int = MISSING
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    num_moe_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    drop_layers: list[int] | None = None
-
-
-@dataclass
-class PruneConfig:
-    """Target sizes of the student (Minitron), null keeping the teacher's; or a budget, for which they are searched."""
-
-    # Rounds of pruning and distillation before the one that the sizes below are of; the teacher stays the same.
-    rounds: list[PruneRound] = field(default_factory=list)
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
@@ -440,6 +422,22 @@ class PruneConfig:
     moe_ffn_hidden_size: int | None = None
     # Layers to drop, counted from 1; instead of num_layers, which chooses them by `depth`.
     drop_layers: list[int] | None = None
+
+
+@dataclass
+class PruneRound(TargetSizes):
+    """A round before the last: what the model in between is pruned to, and for how many steps it is distilled before it
+    is pruned in its turn. All else is said by `prune` and `distill`."""
+
+    steps: int = MISSING
+
+
+@dataclass
+class PruneConfig(TargetSizes):
+    """Target sizes of the student (Minitron), null keeping the teacher's; or a budget, for which they are searched."""
+
+    # Rounds of pruning and distillation before the one that the sizes are of; the teacher stays the same.
+    rounds: list[PruneRound] = field(default_factory=list)
     depth: Depth = Depth.importance
     budget: Budget | None = None
     tournament: Tournament | None = None

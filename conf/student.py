@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, cast
 
 from conf.model_size import parameters
-from conf.schema import Depth, ExportDtype, Family, PruneConfig, PruneRound, RunConfig, Shape, TeacherSignal
+from conf.schema import Depth, ExportDtype, Family, PruneConfig, RunConfig, Shape, TargetSizes, TeacherSignal
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # Further ones that pruning has, of mixtures; no search varies them.
@@ -262,7 +262,7 @@ def runs_teacher(prune: PruneConfig) -> bool:
     return not prune.drop_layers or needs_importance(prune)
 
 
-def _named(prune: PruneConfig | PruneRound, teacher: Shape) -> Shape:
+def _named(prune: TargetSizes, teacher: Shape) -> Shape:
     sizes = {axis: size for axis in (*AXES, *EXPERT_AXES) if (size := getattr(prune, axis)) is not None}
     sizes.setdefault("num_layers", teacher.num_layers - len(prune.drop_layers or ()))
     # Not dataclasses.replace: rules are given a view of the shape.
