@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from recipes.artifact import write_json
 from recipes.runtime.metrics_file import read_metrics
 from tests.benchmarks import quality
 from tests.benchmarks.quality import ROOT
@@ -44,10 +45,11 @@ def main() -> None:
     folder = TARGET / "distill"
     teacher = quality.teacher_of_the_demo(folder / "teacher")
     result |= steps(folder)
+    write_json(TARGET / "distill.json", result)  # quality takes long, and may be left for another day
     print(json.dumps(result, indent=1), flush=True)
     if not args.skip_quality:
         result["quality"] = quality.measure(folder, teacher, [*quality.ARMS], [*quality.SEEDS])
-    (TARGET / "distill.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(TARGET / "distill.json", result)
     print(table(result))
 
 
