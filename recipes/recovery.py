@@ -12,7 +12,6 @@ import argparse
 import logging
 import os
 import shutil
-import threading
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from conf.errors import ConfigError
 from conf.load import load_resolved
 from conf.schema import Init, RunConfig
 from recipes.artifact import Located, locate
+from recipes.runtime.evaluation.holding import ROOM, checkpoints_of, hold, holding
 from recipes.runtime.stage_main import command_line
 
 log = logging.getLogger("recipes.recovery")
@@ -64,20 +64,15 @@ class Follower:
         inputs = self.stages["evaluate"].inputs
         return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
 
-    def hold(self) -> None:
-        """Sees to it that the checkpoints of this moment stay until they are measured."""
-        from recipes.runtime.evaluation import recovery
-
-        held = recovery.hold(self.checkpoints, self.out / recovery.ROOM, self._known)
-        for step in held:
-            log.info("step %d: held", step)
+    @property
+    def room(self) -> Path:
+        return self.out / ROOM
 
     def measure(self) -> None:
         """Measures what is held, and the models before and after the training where they are there."""
         from recipes.runtime.evaluation import recovery
 
-        room = self.out / recovery.ROOM
-        for step, checkpoint in recovery.checkpoints_of(room).items():
+        for step, checkpoint in checkpoints_of(self.room).items():
             self._measure(recovery.name_of(step), checkpoint)
             shutil.rmtree(checkpoint)
         ends = {"student": self.stages["distill"]}
@@ -88,11 +83,6 @@ class Follower:
                 self._measure(name, stage.folder / "nemo")
         recovery.write(self.evaluator, self.cfg.distill, self.out)
 
-    def _known(self, step: int) -> bool:
-        from recipes.runtime.evaluation import recovery
-
-        return self.evaluator.recall(recovery.name_of(step)) is not None
-
     def _measure(self, name: str, checkpoint: Path) -> None:
         from convert.exporting import export_model
         from recipes.runtime.evaluation import recovery
@@ -101,7 +91,7 @@ class Follower:
             dtype = self.cfg.convert.export_dtype.value
             export_model(source, self.teacher, folder, dtype, title=source.name, base=self.cfg.model.name)
 
-        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.out / recovery.ROOM, export)
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, export)
 
 
 def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
@@ -111,33 +101,17 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
         ConfigError: no run folder; a teacher or data that are not there yet.
     """
     follower = _follower(run_dir)
-    stop = threading.Event()
-    holding = threading.Thread(target=_keep_holding, args=(follower, stop, seconds))
     if watch:
-        os.nice(19)
-        follower.hold()
-        holding.start()
-    try:
-        while True:
-            # Asked first: what was saved before the end is then held.
-            ended = follower.stages["distill"].complete
-            follower.hold()
-            follower.measure()
-            if not watch or ended:
-                break
-            time.sleep(seconds)
-    finally:
-        stop.set()
-        if watch:
-            holding.join()  # a thread that the interpreter's end cuts short may take the process with it
+        with holding(follower.checkpoints, follower.room, seconds):
+            os.nice(19)
+            while not follower.stages["distill"].complete:
+                follower.measure()
+                time.sleep(seconds)
+    else:
+        hold(follower.checkpoints, follower.room, set())
+    follower.measure()
     path = follower.out / "recovery.json"
     return path if path.exists() else None
-
-
-def _keep_holding(follower: Follower, stop: threading.Event, seconds: float) -> None:
-    """While one is measured, others come and go."""
-    while not stop.wait(seconds):
-        follower.hold()
 
 
 def _follower(run_dir: Path) -> Follower:

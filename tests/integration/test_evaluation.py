@@ -167,6 +167,9 @@ def test_every_checkpoint_is_measured_beside_the_training(finished: Path, tmp_pa
     watcher = subprocess.Popen(
         command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    assert watcher.stdout is not None
+    first = watcher.stdout.readline()
+    assert "watching" in first, first + watcher.stdout.read()
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
     said, _ = watcher.communicate(timeout=300)
     assert watcher.returncode == 0, said

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from recipes.runtime.evaluation import continuations, recovery
 from recipes.runtime.evaluation.generation import Prompts
 from recipes.runtime.evaluation.harness import scores
 from recipes.runtime.evaluation.heldout import _by_token
+from recipes.runtime.evaluation.holding import checkpoints_of, hold, holding
 from recipes.runtime.evaluation.store import Store
 
 SMALL = Continuations(questions=20, context_words=4, choice_words=2)
@@ -144,13 +149,41 @@ def _checkpoint(folder: Path, step: int) -> Path:
 def test_a_held_checkpoint_outlives_its_names(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "checkpoints", 2)
     (tmp_path / "checkpoints" / ".partial.step=4").mkdir()
-    assert recovery.hold(tmp_path / "checkpoints", tmp_path / "pen", lambda step: False) == [2]
-    assert recovery.hold(tmp_path / "checkpoints", tmp_path / "pen", lambda step: False) == []
+    seen: set[int] = set()
+    assert hold(tmp_path / "checkpoints", tmp_path / "pen", seen) == [2]
+    shutil.rmtree(tmp_path / "pen")
+    assert hold(tmp_path / "checkpoints", tmp_path / "pen", seen) == []
+    assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == [2]
+    assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == []
     shutil.rmtree(checkpoint)
-    held = recovery.checkpoints_of(tmp_path / "pen")
+    held = checkpoints_of(tmp_path / "pen")
     assert list(held) == [2]
     assert len(list(held[2].glob("weights/*"))) == 20
-    assert recovery.hold(tmp_path / "absent", tmp_path / "pen", lambda step: False) == []
+    assert hold(tmp_path / "absent", tmp_path / "pen", set()) == []
+
+
+def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
+    """The last one comes after the last look but one, and is held all the same."""
+    checkpoints, pen = tmp_path / "checkpoints", tmp_path / "pen"
+    _checkpoint(checkpoints, 1)
+    with holding(checkpoints, pen, seconds=0.01):
+        for step in (1, 2):
+            deadline = time.monotonic() + 60
+            while step not in checkpoints_of(pen):
+                assert time.monotonic() < deadline
+            shutil.rmtree(checkpoints / f"step={step}")
+            _checkpoint(checkpoints, step + 1)
+    assert list(checkpoints_of(pen)) == [1, 2, 3]
+
+
+def test_nothing_is_held_once_the_process_was_killed(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib; from recipes.runtime.evaluation.holding import holding\n"
+        "with holding(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 60): os.kill(os.getpid(), 9)"
+    )
+    # Ends when no process has its output open any more.
+    done = subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "pen"], capture_output=True, timeout=50)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -166,9 +199,9 @@ def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Pa
     training = threading.Thread(target=come_and_go)
     training.start()
     while training.is_alive():
-        recovery.hold(gone, pen, lambda step: False)
+        hold(gone, pen, set())
     training.join()
-    for step, checkpoint in recovery.checkpoints_of(pen).items():
+    for step, checkpoint in checkpoints_of(pen).items():
         files = list(checkpoint.glob("weights/*"))
         assert len(files) == 20, step
         assert all(file.read_bytes() == bytes([step]) * 100 for file in files)
