@@ -15,6 +15,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 
 # The name of the task that a run makes of its own documents.
 OWN_TASK = "heldout_continuations"
+OWN_METRICS = ("acc", "acc_norm", "acc_mutual_info")
 # Where a definition in YAML has its name; tags are lists as often as not.
 _NAMES = re.compile(r"""^\s*(?:task:|group:|tag:|-)\s*['"]?([\w.:/-]+)['"]?\s*$""", re.MULTILINE)
 

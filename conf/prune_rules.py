@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from conf import student
+from conf.evaluation_rules import OWN_METRICS, OWN_TASK
 from conf.phases import training_phases
 from conf.schema import Budget, Depth, RunConfig, TargetSizes
 from conf.student import GB, MOST_ROUNDS, Space, shape_to_prune, student_shape
@@ -314,6 +315,23 @@ def _tournament(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _score(cfg: RunConfig) -> Iterator[str]:
+    score = cfg.prune.tournament.score if cfg.prune.tournament is not None else None
+    if score is None:
+        return
+    own = [] if cfg.evaluate.continuations is None else [OWN_TASK]
+    asked = [*own, *cfg.evaluate.tasks]
+    if score.task not in asked:
+        mend = "evaluate.continuations={}" if score.task == OWN_TASK else f"evaluate.tasks=[{score.task}]"
+        yield f"prune.tournament.score.task={score.task} is none of the tasks that evaluate asks, {asked}; set {mend}"
+    elif score.task == OWN_TASK and score.metric not in OWN_METRICS:
+        yield (
+            f"prune.tournament.score.metric={score.metric} is none that {OWN_TASK} has; set it to {', '.join(OWN_METRICS)}"
+        )
+    if score.margin < 0:
+        yield f"prune.tournament.score.margin={score.margin} is below 0; set it to 0 or more"
+
+
 def rounds(cfg: RunConfig) -> list[tuple[int, int]]:
     """Of each round of the tournament: how many take part, and the step of the distillation at which it ends."""
     tournament = cfg.prune.tournament
@@ -391,4 +409,5 @@ RULES: tuple[Rule, ...] = (
     _limits,
     _reachable,
     _tournament,
+    _score,
 )

@@ -399,6 +399,18 @@ class Budget:
 
 
 @dataclass
+class TaskScore:
+    """A task that has a say in who is left: after each round, a candidate whose score is clearly worse than the best
+    one's goes behind all that are not, whatever its loss."""
+
+    # heldout_continuations, or one of evaluate.tasks; asked as the stage evaluate asks it.
+    task: str = MISSING
+    metric: str = "acc"
+    # How many standard errors of their difference two scores are apart for one to be clearly worse.
+    margin: float = 2.0
+
+
+@dataclass
 class Tournament:
     """Short distillations of the best candidates. After a round the worse half is dropped, and the next is as long as
     all before it."""
@@ -406,6 +418,7 @@ class Tournament:
     candidates: int = 4
     # Tokens of the first round; rounded up to whole steps of the distillation.
     round_tokens: int = MISSING
+    score: TaskScore | None = None
 
 
 @dataclass

@@ -96,7 +96,10 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
         config_hash = _hash(
             {
                 "stage": stage.name.split(".")[0],
-                "config": {key: identity_view(_get(stage_cfg, key)) for key in (*stage.sections, "seed")},
+                "config": {
+                    key: identity_view(_get(stage_cfg, key))
+                    for key in (*stage.sections, *stage.more_sections(cfg), "seed")
+                },
                 "inputs": hashes,
                 "versions": libraries(cfg),
             }

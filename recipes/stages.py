@@ -50,6 +50,10 @@ def _no_settings(_: RunConfig) -> dict[str, Any]:
     return {}
 
 
+def _no_sections(_: RunConfig) -> tuple[str, ...]:
+    return ()
+
+
 def world_size(cfg: RunConfig) -> int:
     """Ranks of a distributed stage: all that the cluster section names."""
     return cfg.cluster.nodes * cfg.cluster.devices_per_node
@@ -70,6 +74,7 @@ class Stage:
         folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
         trains: whether it trains, or works for as long, so that it can be asked to save and pause, and goes on from
             there.
+        more_sections: of `sections`, for a config that makes the stage heed them.
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
     """
 
@@ -82,6 +87,7 @@ class Stage:
     settings: Callable[[RunConfig], Mapping[str, Any]] = _no_settings
     folder: str | None = None
     trains: bool = False
+    more_sections: Callable[[RunConfig], tuple[str, ...]] = _no_sections
     tasks: Callable[[RunConfig], int] = _one
 
     def configure(self, cfg: RunConfig) -> RunConfig:
@@ -127,6 +133,22 @@ def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
         "data": Output("prepare_data"),
         "importance": Output("importance"),
     }
+
+
+def _is_scored(cfg: RunConfig) -> bool:
+    return cfg.prune.tournament is not None and cfg.prune.tournament.score is not None
+
+
+def _tournament_inputs(cfg: RunConfig) -> dict[str, Source]:
+    inputs = {"teacher": _teacher(cfg), "data": Output("prepare_data"), "search": Output("search")}
+    if _is_scored(cfg):
+        inputs |= {"teacher_hf": _teacher_hf(cfg), **_task_folder(cfg)}
+    return inputs
+
+
+def _task_folder(cfg: RunConfig) -> dict[str, Source]:
+    folder = cfg.evaluate.task_folder
+    return {} if folder is None else {"task_folder": External((folder,))}
 
 
 def _to_prune(cfg: RunConfig) -> Source:
@@ -193,9 +215,7 @@ def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
     if cfg.evaluate.recovery:
         inputs["checkpoints"] = Output("distill", "checkpoints")
-    if cfg.evaluate.task_folder is not None:
-        inputs["task_folder"] = External((cfg.evaluate.task_folder,))
-    return inputs
+    return inputs | _task_folder(cfg)
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
@@ -302,10 +322,11 @@ STAGES: tuple[Stage, ...] = (
         "tournament",
         "recipes.tournament",
         ("prune", "distill"),
-        lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data"), "search": Output("search")},
+        _tournament_inputs,
         world_size,
         wanted=lambda cfg: cfg.prune.tournament is not None,
         trains=True,
+        more_sections=lambda cfg: ("evaluate", "convert.export_dtype") if _is_scored(cfg) else (),
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage(

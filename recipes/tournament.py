@@ -10,19 +10,24 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conf.prune_rules import rounds
-from conf.schema import Loss, RunConfig
+from conf.schema import Loss, RunConfig, TaskScore
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import PausedError, rank, stage_main
 
 log = logging.getLogger("recipes.tournament")
+# name, checkpoint -> `value`, `stderr`
+Scored = Callable[[str, Path], dict[str, Any]]
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: teacher (a NeMo checkpoint), data, search.
+
+    With a task that has a say: teacher_hf, task_folder.
 
     Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
@@ -38,17 +43,27 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
     _join_ranks(cfg, inputs)
     finalists.release()
+    asked = cfg.prune.tournament.score if cfg.prune.tournament is not None else None
+    scores_of = None if asked is None else _scores(cfg, asked, inputs, out, next(iter(rows)))
     taking_part = list(rows)
     for number, (_, step) in enumerate(plan, 1):
-        losses = {}
+        ended: dict[str, dict[str, Any]] = {}
         for name in taking_part:
             _distil(cfg, inputs, name, out, step)
             finalists.release()
-            losses[name] = tournament.val_loss(out / name, step)
-            rows[name].setdefault("rounds", []).append({"step": step, "val_loss": losses[name]})
-        log.info("round %d, step %d: %s", number, step, losses)
+            ended[name] = {"step": step, "val_loss": tournament.val_loss(out / name, step)}
+            if scores_of is not None:
+                checkpoint = out / name / tournament.CHECKPOINTS / f"step={step}"
+                ended[name]["score"] = scores_of(f"{name}/step={step}", checkpoint)
+                finalists.release()
+            rows[name].setdefault("rounds", []).append(ended[name])
+        log.info("round %d: %s", number, ended)
         left = plan[number][0] if number < len(plan) else 1
-        taking_part = tournament.survivors(losses, left)
+        losses = {name: entry["val_loss"] for name, entry in ended.items()}
+        behind = (
+            [] if asked is None else tournament.clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
+        )
+        taking_part = tournament.survivors(losses, left, behind)
     (winner,) = taking_part
     if rank() == 0:
         tournament.keep_winner(out / winner, out / "winner")
@@ -60,6 +75,15 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
         write_json(out / "choice.json", rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
+
+
+def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path, first: str) -> Scored:
+    """What scores a candidate; tried before anything is trained, on the first of them."""
+    from recipes.runtime.pruning.scoring import Scores
+
+    scores = Scores(cfg, asked, inputs, out)
+    scores.of(f"{first}/step=0", inputs["search"] / first)
+    return scores.of
 
 
 def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:

@@ -68,6 +68,33 @@ def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
         assert (located.folder / name).stat().st_size > 0
 
 
+def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
+    """With a margin of 0 the score decides, and the loss among those that have the same."""
+    run_dir = tiny.copy_run(fought, tmp_path / "run")
+    task = [f"prune.tournament.score.{name}" for name in ("task=heldout_continuations", "metric=acc", "margin=0")]
+    scored = (*TOURNAMENT, *task)
+    tiny.launch(run_dir, *scored, "--until", "tournament")
+    located, metrics = stage(run_dir, "tournament", *scored)
+    rounds = [[row["rounds"][n] for row in metrics["candidates"] if len(row["rounds"]) > n] for n in range(2)]
+    assert [len(ended) for ended in rounds] == [3, 2]
+    for ended in rounds:
+        assert all(0 <= entry["score"]["value"] <= 1 for entry in ended)
+
+    def standing(entry: dict[str, Any]) -> tuple[bool, float]:
+        best = max(other["score"]["value"] for other in rounds[0 if entry["step"] == 1 else 1])
+        return entry["score"]["value"] < best, entry["val_loss"]
+
+    went_on = [row["rounds"][0] for row in metrics["candidates"] if len(row["rounds"]) == 2]
+    assert sorted(map(standing, went_on)) == sorted(map(standing, rounds[0]))[:2]
+    assert metrics["choice"]["rounds"][-1] == min(rounds[1], key=standing)
+    # Losses are those without a task, as far as the same candidates came.
+    plain = {row["params"]: row["rounds"][0]["val_loss"] for row in stage(fought, "tournament")[1]["candidates"]}
+    assert {row["params"]: row["rounds"][0]["val_loss"] for row in metrics["candidates"]} == plain
+    # Of the first candidate before anything was trained, of all three, and of two.
+    assert not list((located.folder / "recovery").glob("exported*"))
+    assert len(list(located.folder.glob("measured/candidate-*/step=*/task.*.json"))) == 3 + 2 + 1
+
+
 def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, tmp_path: Path) -> None:
     located, metrics = stage(fought, "distill")
     choice = stage(fought, "tournament")[1]["choice"]

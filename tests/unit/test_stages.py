@@ -82,6 +82,12 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
     assert [stage.name for stage in wanted(fought)][3:7] == ["importance", "search", "tournament", "prune"]
     assert find("prune").inputs(fought)["choice"] == Output("tournament")
     assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
+    assert set(find("tournament").inputs(fought)) == {"teacher", "data", "search"}
+    assert find("tournament").more_sections(fought) == ()
+    task = ("prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
+    scored = demo(*budget, "prune.tournament.round_tokens=10000", *task)
+    assert set(find("tournament").inputs(scored)) == {"teacher", "data", "search", "teacher_hf", "task_folder"}
+    assert "evaluate" in find("tournament").more_sections(scored)
     for name in ("distill.ce", "distill.scratch"):
         control = find(name)
         assert "begun" not in control.inputs(control.configure(fought))

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from conf.errors import InputError
 from conf.evaluation_rules import OWN_TASK
 from conf.schema import RunConfig
 from recipes.runtime import hf_models, ranks
@@ -72,6 +73,19 @@ class Evaluator:
                 self._once(name, SAMPLES, lambda: self._samples(model.get()))
         known = ranks.of_first(self.recall(name))
         return {**known, **({"tasks_failed": failed} if failed else {})}
+
+    def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, Any]:
+        """A model's entries of one task alone, which is asked once.
+
+        Raises:
+            InputError: it cannot be asked; a model that does not fit.
+        """
+        fault = None if self._known(name, _part(task)) else self._task_fault(task)
+        if fault is not None:
+            raise InputError(f"task {task}: {fault}")
+        self._once(name, _part(task), lambda: self._task(name, task, self._load(folder)))
+        found: dict[str, Any] = ranks.of_first(self.store.get(name, _part(task)))
+        return found
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """What is known of a model already; None: nothing."""

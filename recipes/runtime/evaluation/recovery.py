@@ -29,22 +29,24 @@ def name_of(step: int) -> str:
 
 def measure_checkpoint(evaluator: Evaluator, name: str, checkpoint: Path, room: Path, export: Export) -> None:
     """Measures a NeMo checkpoint, unless that is done; on all ranks. `room` takes the exported model meanwhile."""
-    # Transformers warns of names that could be no module's.
-    with _room(room / re.sub(r"\W", "_", f"exported_{name}")) as folder:
-
-        def make() -> Path:
-            if rank() == 0:
-                export(checkpoint, folder)
-            ranks.wait()
-            return folder
-
+    with exported(name, checkpoint, room, export) as make:
         evaluator.measure(name, make, samples=False)
 
 
 @contextmanager
-def _room(folder: Path) -> Iterator[Path]:
+def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterator[Callable[[], Path]]:
+    """What makes the Hugging Face folder of a checkpoint once it is needed; it is in `room`, until the end."""
+    # Transformers warns of names that could be no module's.
+    folder = room / re.sub(r"\W", "_", f"exported_{name}")
+
+    def make() -> Path:
+        if rank() == 0:
+            export(checkpoint, folder)
+        ranks.wait()
+        return folder
+
     try:
-        yield folder
+        yield make
     finally:
         if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)

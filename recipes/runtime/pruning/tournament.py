@@ -6,10 +6,13 @@ distillation, go on from there: the winner's steps are not taken twice.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from recipes.artifact import STATE, STOP, read_state, write_json
 from recipes.runtime.metrics_file import read_metrics
@@ -48,9 +51,24 @@ def val_loss(folder: Path, step: int) -> float:
     )
 
 
-def survivors(losses: dict[str, float], count: int) -> list[str]:
-    """The `count` candidates of lowest loss, best first."""
-    return sorted(losses, key=lambda name: losses[name])[:count]
+def survivors(losses: dict[str, float], count: int, behind: Collection[str] = ()) -> list[str]:
+    """The `count` candidates of lowest loss, best first; those of `behind` come after all others."""
+    return sorted(losses, key=lambda name: (name in behind, losses[name]))[:count]
+
+
+def clearly_worse(scores: dict[str, dict[str, Any]], margin: float) -> list[str]:
+    """The candidates whose score is below the best one's by more than `margin` standard errors of the difference.
+
+    Args:
+        scores: of each, `value` and `stderr` (None: taken for exact). The errors are taken for independent, which
+            those on the same questions are not: fewer are called worse than could be.
+    """
+    best = max(scores.values(), key=lambda score: score["value"])
+
+    def error(score: dict[str, Any]) -> float:
+        return math.hypot(score["stderr"] or 0.0, best["stderr"] or 0.0)
+
+    return [name for name, score in scores.items() if best["value"] - score["value"] > margin * error(score)]
 
 
 def keep_winner(folder: Path, target: Path) -> None:

@@ -132,6 +132,7 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
 
 
 def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
+    scored = any("score" in entry for row in rows for entry in row["rounds"])
     columns = [
         Column("Candidate", text=True),
         Column("Parameters"),
@@ -139,6 +140,7 @@ def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
         Column("Loss", "just pruned"),
         Column("KL", "to the teacher"),
         Column("Loss", "after its last round"),
+        *([Column("Score", "after its last round")] if scored else []),
         Column("Pareto", text=True),
     ]
     made = []
@@ -157,6 +159,7 @@ def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
                     lambda value: words.number(value, 4),
                     f"step {ended['step']}" if "step" in ended else "",
                 ),
+                *([_score_cell(ended.get("score"))] if scored else []),
                 Cell("front" if row.get("front") else ""),
             ]
         )
@@ -164,6 +167,14 @@ def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
     return Table(
         "Candidates" + (f" (the first {len(made)}; {left} more in candidates.json)" if left else ""), columns, made
     )
+
+
+def _score_cell(score: Any) -> Cell:
+    if not isinstance(score, dict):
+        return Cell("")
+    error = finite(score.get("stderr"))
+    detail = "" if error is None else f"± {words.number(error, 3)}"
+    return number_cell(score.get("value"), lambda value: words.number(value, 3), detail)
 
 
 def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:

@@ -105,6 +105,7 @@ def test_rounds_halve_the_field_and_double_the_steps() -> None:
     assert rounds(cfg) == [(5, 10), (3, 20), (2, 40)]
 
 
+SCORED = (TWO_THIRDS, "prune.tournament.round_tokens=10000")
 BUDGETS: list[tuple[list[str], list[str]]] = [
     (["prune.budget.params=6e6"], ["prune.budget.params=6e+06 is no less than the teacher's 5.24698e+06", "below"]),
     (["prune.budget.params=1e6"], ["prune.budget.params=1e+06 is below the 2.16", "num_layers 4", "or more"]),
@@ -126,6 +127,19 @@ BUDGETS: list[tuple[list[str], list[str]]] = [
     (
         [TWO_THIRDS, "prune.tournament.round_tokens=1000000"],
         ["prune.tournament takes the last to step 1954, but distill.max_steps=160", "lower prune.tournament"],
+    ),
+    (
+        [*SCORED, "evaluate.continuations=null", "prune.tournament.score.task=heldout_continuations"],
+        ["score.task=heldout_continuations is none of the tasks that evaluate asks, []", "evaluate.continuations={}"],
+    ),
+    ([*SCORED, "prune.tournament.score.task=mmlu"], ["score.task=mmlu is none", "set evaluate.tasks=[mmlu]"]),
+    (
+        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.metric=exact_match"],
+        ["prune.tournament.score.metric=exact_match is none that heldout_continuations has", "acc_norm"],
+    ),
+    (
+        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.margin=-1"],
+        ["prune.tournament.score.margin=-1.0 is below 0"],
     ),
     (
         ["prune.num_layers=4", "prune.tournament.round_tokens=10000"],

@@ -103,6 +103,19 @@ def test_candidates_come_in_turns_over_the_depths() -> None:
     assert [entry["params"] for entry in best_first(rows)] == [4, 3, 1, 5, 2, 6]
 
 
+def test_scores_that_are_clearly_worse() -> None:
+    scores = {
+        "best": {"value": 0.60, "stderr": 0.03},
+        "near": {"value": 0.52, "stderr": 0.04},  # 1.6 standard errors of the difference
+        "far": {"value": 0.45, "stderr": 0.04},  # 3
+    }
+    assert tournament.clearly_worse(scores, 2.0) == ["far"]
+    assert tournament.clearly_worse(scores, 1.5) == ["near", "far"]
+    assert tournament.clearly_worse(scores, 0.0) == ["near", "far"]
+    exact = {name: {**score, "stderr": None} for name, score in scores.items()}
+    assert tournament.clearly_worse(exact, 2.0) == ["near", "far"]
+
+
 def test_what_a_round_leaves(tmp_path: Path) -> None:
     candidate = tmp_path / "candidate"
     (candidate / "checkpoints" / "step=4").mkdir(parents=True)
@@ -115,6 +128,8 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     assert not tournament.reached(candidate, 8)
     assert tournament.val_loss(candidate, 4) == 2.0
     assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
+    assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, behind=["b"]) == ["a", "c"]
+    assert tournament.survivors({"a": 2.0, "b": 1.0}, 2, behind=["a", "b"]) == ["b", "a"]
 
     (candidate / "stop").touch()
     tournament.begin_again(candidate, 5)
