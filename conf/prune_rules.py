@@ -326,7 +326,8 @@ def _score(cfg: RunConfig) -> Iterator[str]:
         yield f"prune.tournament.score.task={score.task} is none of the tasks that evaluate asks, {asked}; set {mend}"
     elif score.task == OWN_TASK and score.metric not in OWN_METRICS:
         yield (
-            f"prune.tournament.score.metric={score.metric} is none that {OWN_TASK} has; set it to {', '.join(OWN_METRICS)}"
+            f"prune.tournament.score.metric={score.metric} is none of {OWN_TASK}'s; set it to one of "
+            f"{', '.join(OWN_METRICS)}"
         )
     if score.margin < 0:
         yield f"prune.tournament.score.margin={score.margin} is below 0; set it to 0 or more"

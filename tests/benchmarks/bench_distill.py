@@ -30,7 +30,7 @@ _ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 TARGET = ROOT / "runs" / "bench"
 # Tokens of one loss: the second shows whether memory grows with them.
 TOKENS, MORE_TOKENS = 1024, 2048
-STEPS, WARM_UP = 100, 5
+STEPS, WARM_UP = 200, 5
 SEQUENCE, BATCH = 256, 4
 
 

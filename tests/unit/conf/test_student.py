@@ -135,7 +135,7 @@ BUDGETS: list[tuple[list[str], list[str]]] = [
     ([*SCORED, "prune.tournament.score.task=mmlu"], ["score.task=mmlu is none", "set evaluate.tasks=[mmlu]"]),
     (
         [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.metric=exact_match"],
-        ["prune.tournament.score.metric=exact_match is none that heldout_continuations has", "acc_norm"],
+        ["prune.tournament.score.metric=exact_match is none of heldout_continuations's", "acc_norm"],
     ),
     (
         [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.margin=-1"],
