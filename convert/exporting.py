@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from conf.schema import RunConfig
 from convert import families
 from convert.files import replaced
 from convert.model_card import Making, model_card
@@ -51,6 +53,16 @@ def export_model(
         write_json(partial / "config.json", config)
         card = model_card(title, base, reference, config, Making.of(checkpoint), note)
         (partial / "README.md").write_text(card)
+
+
+def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
+    """What exports a run's checkpoint to a folder, only to be measured: `export(checkpoint, folder)`."""
+
+    def export(checkpoint: Path, folder: Path) -> None:
+        dtype = cfg.convert.export_dtype.value
+        export_model(checkpoint, reference, folder, dtype, title=checkpoint.name, base=cfg.model.name)
+
+    return export
 
 
 def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> dict[str, Any]:

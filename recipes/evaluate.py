@@ -46,14 +46,11 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
-    from convert.exporting import export_model
+    from convert.exporting import exporter
     from recipes.runtime.evaluation import recovery
     from recipes.runtime.evaluation.holding import ROOM, checkpoints_of
 
-    def export(checkpoint: Path, folder: Path) -> None:
-        dtype = cfg.convert.export_dtype.value
-        export_model(checkpoint, teacher, folder, dtype, title=checkpoint.name, base=cfg.model.name)
-
+    export = exporter(cfg, teacher)
     for step, checkpoint in checkpoints_of(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:

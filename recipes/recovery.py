@@ -84,14 +84,10 @@ class Follower:
         recovery.write(self.evaluator, self.cfg.distill, self.out)
 
     def _measure(self, name: str, checkpoint: Path) -> None:
-        from convert.exporting import export_model
+        from convert.exporting import exporter
         from recipes.runtime.evaluation import recovery
 
-        def export(source: Path, folder: Path) -> None:
-            dtype = self.cfg.convert.export_dtype.value
-            export_model(source, self.teacher, folder, dtype, title=source.name, base=self.cfg.model.name)
-
-        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, export)
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
 
 
 def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:

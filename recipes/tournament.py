@@ -79,9 +79,12 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path, first: str) -> Scored:
     """What scores a candidate; tried before anything is trained, on the first of them."""
+    from convert.exporting import exporter
+    from recipes.runtime.huggingface import local_folder
     from recipes.runtime.pruning.scoring import Scores
 
-    scores = Scores(cfg, asked, inputs, out)
+    teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
+    scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
     scores.of(f"{first}/step=0", inputs["search"] / first)
     return scores.of
 

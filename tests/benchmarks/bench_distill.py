@@ -48,7 +48,7 @@ def main() -> None:
     write_json(TARGET / "distill.json", result)  # quality takes long, and may be left for another day
     print(json.dumps(result, indent=1), flush=True)
     if not args.skip_quality:
-        result["quality"] = quality.measure(folder, teacher, [*quality.ARMS], [*quality.SEEDS])
+        result["quality"] = quality.measure(folder, teacher, [*quality.COMPARED], [*quality.SEEDS])
         write_json(TARGET / "distill.json", result)
     print(table(result))
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from conf.data_files import Packing, packing
 from conf.errors import InputError
 
@@ -145,12 +147,20 @@ def parse(value: Any) -> dict[str, Any]:
     if value is None:
         raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
-        record = json.loads(value)
+        record = _loads(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON ({error})") from error
     if not isinstance(record, dict):
         raise ValueError("no JSON object")
     return record
+
+
+def _loads(value: bytes) -> Any:
+    try:
+        return orjson.loads(value)
+    except ValueError:
+        # It is stricter (NaN, halves of surrogate pairs, other encodings): Python's has the last word.
+        return json.loads(value)
 
 
 def pieces_of(path: str, piece_bytes: int) -> list[tuple[Piece, int]]:

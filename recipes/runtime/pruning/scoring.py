@@ -7,26 +7,26 @@ from typing import Any
 
 from conf.errors import InputError
 from conf.schema import RunConfig, TaskScore
-from convert.exporting import export_model
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.evaluation.evaluator import Evaluator
 from recipes.runtime.evaluation.holding import ROOM
-from recipes.runtime.evaluation.recovery import exported
-from recipes.runtime.huggingface import local_folder
+from recipes.runtime.evaluation.recovery import Export, exported
 
 
 class Scores:
     """Asks a task of NeMo checkpoints; what was asked once is kept in `out`. The same calls on all ranks.
 
     Args:
-        inputs: of the stage: data, teacher_hf, task_folder.
+        inputs: of the stage: data, task_folder.
+        teacher: its Hugging Face folder.
     """
 
-    def __init__(self, cfg: RunConfig, score: TaskScore, inputs: dict[str, Any], out: Path) -> None:
-        self.cfg, self.score, self.out = cfg, score, out
-        self.teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
+    def __init__(
+        self, cfg: RunConfig, score: TaskScore, inputs: dict[str, Any], teacher: Path, export: Export, out: Path
+    ) -> None:
+        self.score, self.export, self.room = score, export, out / ROOM
         data = DataFolder.read(inputs["data"])
-        self.evaluator = Evaluator(cfg, data, self.teacher, out, inputs.get("task_folder"))
+        self.evaluator = Evaluator(cfg, data, teacher, out, inputs.get("task_folder"))
 
     def of(self, name: str, checkpoint: Path) -> dict[str, Any]:
         """`value` and `stderr` of a checkpoint.
@@ -37,12 +37,7 @@ class Scores:
         from lm_eval.api.registry import is_higher_better
 
         task, metric = self.score.task, self.score.metric
-        dtype = self.cfg.convert.export_dtype.value
-
-        def export(source: Path, folder: Path) -> None:
-            export_model(source, self.teacher, folder, dtype, title=name, base=self.cfg.model.name)
-
-        with exported(name, checkpoint, self.out / ROOM, export) as make:
+        with exported(name, checkpoint, self.room, self.export) as make:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(

@@ -16,7 +16,7 @@ import pytest
 from conf.errors import InputError
 from recipes.runtime.data import readers
 from recipes.runtime.data.documents import Document, documents, held_out, rank_of, renderer
-from recipes.runtime.data.readers import Lines, Piece, Source, files_of, pieces_of
+from recipes.runtime.data.readers import Lines, Piece, Source, files_of, parse, pieces_of
 from tests.helpers.tokenizers import byte_level
 
 TEXTS = [f"Document {number} says {'é漢😀'[number % 3]} " * (1 + number % 7) for number in range(300)]
@@ -117,6 +117,23 @@ def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: b
     assert lines.first_bad is not None
     assert lines.first_bad.startswith(f"{path}, line 2: ")
     assert reason in lines.first_bad
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'\xef\xbb\xbf{"text": "a"}',
+        '{"text": "a"}'.encode("utf-16"),
+        b'{"text": "a", "score": NaN}',
+        b'{"text": "a", "id": 123456789012345678901234567890}',
+        b'{"text": "b", "text": "a"}',
+        b'{"text": "\\u0061", "note": "\\ud83d"}',
+    ],
+)
+def test_json_is_what_python_takes_for_it(tmp_path: Path, line: bytes) -> None:
+    """Though another library reads it, which is stricter."""
+    assert json.loads(line)["text"] == "a"
+    assert parse(line)["text"] == "a"
 
 
 def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> None:
