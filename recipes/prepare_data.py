@@ -9,13 +9,17 @@ folder and compares it with what was noted when it was written; `--document` sho
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from conf.phases import training_tokens
 from conf.schema import RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
+
+log = logging.getLogger("recipes.prepare")
 
 # Inputs that are no documents.
 TOKENIZERS = ("tokenizer", "source_tokenizer")
@@ -39,6 +43,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         cfg.seed,
         _source_tokenizer(inputs.get("source_tokenizer")),
     )
+    if repeated := repetition(folder.train_tokens, training_tokens(cfg.distill)):
+        log.warning("%s", repeated)
     return {
         "train_documents": folder.train_documents,
         "train_tokens": folder.train_tokens,
@@ -47,6 +53,20 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         "sources": folder.sources,
         **folder.lines,
     }
+
+
+def repetition(there: int, read: int) -> str | None:
+    """What to say of documents that the distillation will read more than once; None: there are enough.
+
+    Args:
+        there: tokens of the training documents; `read`: those of all steps of the distillation.
+    """
+    if read <= there:
+        return None
+    return (
+        f"distillation reads {read:,} tokens of {there:,}: each document {read / there:.1f} times; bring more documents,"
+        " or lower distill.max_steps"
+    )
 
 
 def _source_tokenizer(source: Path | str | None) -> Path | None:

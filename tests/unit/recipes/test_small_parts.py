@@ -10,6 +10,7 @@ import pytest
 
 from conf.errors import ConfigError, InputError
 from recipes import importance
+from recipes.prepare_data import repetition
 from recipes.runtime.huggingface import local_folder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import command_line
@@ -75,3 +76,10 @@ def test_what_a_user_can_mend_ends_with_one_message(
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError), command_line():
         _ = 1 / 0
+
+
+def test_documents_that_are_read_more_than_once_are_told() -> None:
+    assert repetition(there=1000, read=1000) is None
+    said = repetition(there=4_000, read=10_000)
+    assert said is not None
+    assert "10,000 tokens of 4,000: each document 2.5 times" in said
