@@ -64,8 +64,8 @@ def repetition(there: int, read: int) -> str | None:
     if read <= there:
         return None
     return (
-        f"distillation reads {read:,} tokens of {there:,}: each document {read / there:.1f} times; bring more documents,"
-        " or lower distill.max_steps"
+        f"distillation reads {read:,} tokens of {there:,}: each document {read / there:.1f} times; bring more"
+        " documents, or lower distill.max_steps"
     )
 
 
