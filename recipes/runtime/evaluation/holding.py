@@ -47,9 +47,8 @@ def holding(checkpoints: Path, pen: Path, seconds: float) -> Iterator[None]:
 
 
 def _keep_holding(checkpoints: Path, pen: Path, seconds: float, reader: Connection, writer: Connection) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # ends the parent, whose end is seen in the pipe, as is its being killed
+    # Ctrl-C ends the parent, whose end is seen in the pipe, as is its being killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     writer.close()
     seen: set[int] = set()
     log.info("watching %s", checkpoints)
