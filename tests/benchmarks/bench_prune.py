@@ -5,7 +5,8 @@ Pruning on the demo's teacher, through the real command lines:
 - exactness: every axis, all together and named layers, beside ModelOpt called directly on the same scores;
 - what a further candidate costs, beside the first: wall time of whole stages, processes and imports included;
 - quality: the search's choice at a budget of two thirds of the parameters, beside two choices by hand of the kind that
-  is published, after as many steps of distillation (those of the tournament are counted in), seed by seed.
+  is published, after as many steps of distillation (those of the tournament are counted in), seed by seed. As one of
+  these two is larger than the budget, also the search's choice at that one's size.
 
 Writes runs/bench/prune.json.
 """
@@ -33,6 +34,7 @@ HAND = {
     "depth": (*NO_SIZES, "prune.num_layers=4"),
     "width": (*NO_SIZES, "prune.hidden_size=192", "prune.ffn_hidden_size=640"),
 }
+ARMS = ("search", *HAND, "equal_size")
 JOBS: tuple[dict[str, Any], ...] = (
     {"ffn_hidden_size": 512},
     {"hidden_size": 192},
@@ -57,10 +59,20 @@ def main() -> None:
     launch("experiment=demo", f"run_dir={teacher}", "--until", "hf_to_nemo")
     result = {**exactness(teacher, folder / "exact"), **rescoring(teacher, folder / "rescore")}
     arms = [quality(teacher, folder / f"seed-{seed}", seed, args.steps) for seed in range(1, args.seeds + 1)]
-    better = [arm["search"]["val_loss"] <= min(arm[name]["val_loss"] for name in HAND) for arm in arms]
-    result |= {"search_not_worse_seeds": sum(better), "seeds": len(better), "steps": args.steps, "arms": arms}
+    result |= {
+        "search_not_worse_seeds": not_worse("search", arms),
+        "search_of_equal_size_not_worse_seeds": not_worse("equal_size", arms),
+        "seeds": len(arms),
+        "steps": args.steps,
+        "arms": arms,
+    }
     print(table(result))
     write_json(ROOT / "runs" / "bench" / "prune.json", result)
+
+
+def not_worse(search: str, arms: list[dict[str, Any]]) -> int:
+    """On how many seeds a search's loss is no higher than the best choice's by hand."""
+    return sum(arm[search]["val_loss"] <= min(arm[name]["val_loss"] for name in HAND) for arm in arms)
 
 
 def exactness(teacher: Path, folder: Path) -> dict[str, Any]:
@@ -116,20 +128,27 @@ def quality(teacher: Path, folder: Path, seed: int, steps: int) -> dict[str, Any
     ]
     # A quarter of the steps in three rounds of tournament at most: 1/8, then 1/4 for what is left.
     tokens = max(1, steps // 8) * 1024
-    searched = (*BUDGET, f"prune.tournament.round_tokens={tokens}", "prune.tournament.candidates=4")
+    tournament = (f"prune.tournament.round_tokens={tokens}", "prune.tournament.candidates=4")
     arms: dict[str, Any] = {"seed": seed}
-    for name, overrides in {"search": searched, **HAND}.items():
+
+    def run_arm(name: str, *overrides: str) -> None:
         launch(*common, *overrides, "--until", "distill")
         located = locate(compose([*common, *overrides]))
         pruned, distilled = (read_manifest(located[stage].folder) for stage in ("prune", "distill"))
         assert pruned is not None
         assert distilled is not None
         arms[name] = {"params": pruned["metrics"]["params"], "val_loss": distilled["metrics"]["val_loss"]}
-        if name == "search":
+        if name not in HAND:
             manifest = read_manifest(located["tournament"].folder)
             assert manifest is not None
             arms[name]["choice"] = manifest["metrics"]["choice"]
         print(seed, name, arms[name], flush=True)
+
+    run_arm("search", *BUDGET, *tournament)
+    for name, overrides in HAND.items():
+        run_arm(name, *overrides)
+    size = max(arms[name]["params"] for name in HAND)
+    run_arm("equal_size", *NO_SIZES, f"prune.budget.params={size}", *tournament)
     return arms
 
 
@@ -139,13 +158,16 @@ def table(result: dict[str, Any]) -> str:
         f"first candidate {result['first_candidate_seconds']:.1f} s, each later one "
         f"{result['later_candidate_seconds']:.2f} s: {result['rescore_ratio']:.1%}",
         f"held-out loss after {result['steps']} steps of distillation, and millions of parameters",
-        f"{'seed':>4} {'search':>16} {'depth by hand':>16} {'width by hand':>16}",
+        f"{'seed':>4} {'search':>16} {'depth by hand':>16} {'width by hand':>16} {'of equal size':>16}",
     ]
     for arm in result["arms"]:
-        cells = [f"{arm[name]['val_loss']:.4f} ({arm[name]['params'] / 1e6:.2f})" for name in ("search", *HAND)]
+        cells = [f"{arm[name]['val_loss']:.4f} ({arm[name]['params'] / 1e6:.2f})" for name in ARMS]
         lines.append(f"{arm['seed']:>4} " + " ".join(f"{cell:>16}" for cell in cells))
-    won, seeds = result["search_not_worse_seeds"], result["seeds"]
-    lines.append(f"the search is no worse than the best by hand on {won} of {seeds} seeds")
+    won, equal = result["search_not_worse_seeds"], result["search_of_equal_size_not_worse_seeds"]
+    lines.append(
+        f"the search is no worse than the best by hand on {won} of {result['seeds']} seeds, at the size of the larger"
+        f" choice by hand on {equal}"
+    )
     return "\n".join(lines)
 
 
