@@ -98,7 +98,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
                 "stage": stage.name.split(".")[0],
                 "config": {
                     key: identity_view(_get(stage_cfg, key))
-                    for key in (*stage.sections, *stage.more_sections(cfg), "seed")
+                    for key in (*stage.sections, *stage.more_sections(stage_cfg), "seed")
                 },
                 "inputs": hashes,
                 "versions": libraries(cfg),

@@ -265,6 +265,8 @@ def _round(number: int) -> tuple[Stage, ...]:
     )
 
 
+# How a candidate is exported, and asked a task: what else is evaluated does not concern the tournament.
+SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
 CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
 # A control knows no teacher, so nothing that is said of one may touch it.
 NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
@@ -326,7 +328,7 @@ STAGES: tuple[Stage, ...] = (
         world_size,
         wanted=lambda cfg: cfg.prune.tournament is not None,
         trains=True,
-        more_sections=lambda cfg: ("evaluate", "convert.export_dtype") if _is_scored(cfg) else (),
+        more_sections=lambda cfg: SCORING if _is_scored(cfg) else (),
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage(

@@ -87,7 +87,8 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
     task = ("prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
     scored = demo(*budget, "prune.tournament.round_tokens=10000", *task)
     assert set(find("tournament").inputs(scored)) == {"teacher", "data", "search", "teacher_hf", "task_folder"}
-    assert "evaluate" in find("tournament").more_sections(scored)
+    decided_by = {"evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype"}
+    assert set(find("tournament").more_sections(scored)) == decided_by
     for name in ("distill.ce", "distill.scratch"):
         control = find(name)
         assert "begun" not in control.inputs(control.configure(fought))
