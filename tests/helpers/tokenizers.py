@@ -50,7 +50,7 @@ def byte_level(
 
 
 def words(folder: Path, vocab: list[str], vocab_size: int, eos: str | None = "<eos>") -> Path:
-    """A tokenizer of whole words, which tiktoken cannot stand in for. Its unknown word is the second."""
+    """A tokenizer of whole words, which fastokens cannot stand in for. Its unknown word is the second."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocab)}, unk_token=vocab[1]))

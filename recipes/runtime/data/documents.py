@@ -74,7 +74,7 @@ def documents(
         keep: whether a document of that key is taken.
         digest: takes the SHA-256 of every text that is read.
     """
-    for where, value in source:
+    for value in source:
         lines.lines += 1
         if isinstance(value, bytes) and not value.strip():
             lines.empty += 1
@@ -87,9 +87,9 @@ def documents(
             utf8 = text.encode()
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
-            lines.note_bad(where, "half of a surrogate pair, which is no text")
+            lines.note_bad(source.where(), "half of a surrogate pair, which is no text")
         except ValueError as reason:
-            lines.note_bad(where, str(reason))
+            lines.note_bad(source.where(), str(reason))
         else:
             sha256 = hashlib.sha256(utf8).digest()
             digest.update(sha256)

@@ -10,6 +10,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -68,16 +69,16 @@ class Piece:
 
 @dataclass
 class Source:
-    """The raw records of pieces, `(where, value)`; values are lines (bytes) or, of parquet, mappings of `columns`."""
+    """The raw records of pieces: lines (bytes; None: too long to be one) or, of parquet, mappings of `columns`."""
 
     pieces: list[Piece]
     columns: tuple[str, ...]
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[Any]:
         for piece in self.pieces:
-            kind = packing(piece.path)
+            self._piece, self._kind = piece, packing(piece.path)
             try:
-                yield from self._rows(piece) if kind is Packing.parquet else self._lines(piece, kind)
+                yield from self._rows(piece) if self._kind is Packing.parquet else self._lines(piece, self._kind)
             except (OSError, EOFError, zlib.error, ValueError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk's or the network's trouble, not the file's
@@ -86,28 +87,31 @@ class Source:
                     " take it out of the data section"
                 ) from error
 
-    def _lines(self, piece: Piece, kind: Packing | None) -> Iterator[tuple[str, bytes | None]]:
-        with _opened(piece, kind) as file:
-            number = 0
-            if piece.start:
-                # The line that the byte before belongs to is the piece's before.
-                file.seek(piece.start - 1)
-                _skip_line(file)
-            while not piece.end or file.tell() < piece.end:
-                start = file.tell() if piece.start else number + 1
-                line = file.readline(MAX_LINE_BYTES)
-                if not line:
-                    return
-                number += 1
-                # Of a piece within a file the line's number is not known, but its place is.
-                where = f"{piece.path}, byte {start}" if piece.start else f"{piece.path}, line {start}"
-                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                    _skip_line(file)
-                    yield where, None
-                else:
-                    yield where, line
+    def where(self) -> str:
+        """Where the record is that was given last. Of a piece within a file the line's number is not known."""
+        if self._kind is Packing.parquet:
+            return self._piece.path
+        return f"{self._piece.path}, {f'byte {self._byte}' if self._piece.start else f'line {self._number}'}"
 
-    def _rows(self, piece: Piece) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _lines(self, piece: Piece, kind: Packing | None) -> Iterator[bytes | None]:
+        with _opened(piece, kind) as file:
+            position = piece.start
+            if position:
+                # The line that the byte before belongs to is the piece's before.
+                file.seek(position - 1)
+                position += _skip_line(file) - 1
+            end = piece.end or math.inf
+            self._number = 0
+            while position < end and (line := file.readline(MAX_LINE_BYTES)):
+                self._number, self._byte = self._number + 1, position
+                position += len(line)
+                if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    position += _skip_line(file)
+                    yield None
+                else:
+                    yield line
+
+    def _rows(self, piece: Piece) -> Iterator[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
 
@@ -116,8 +120,7 @@ class Source:
                 columns = [name for name in self.columns if name in file.schema_arrow.names]
                 groups = list(range(piece.start, piece.end))
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
-                    for row in batch.to_pylist():
-                        yield piece.path, row
+                    yield from batch.to_pylist()
         except pyarrow.ArrowException as error:
             raise ValueError(" ".join(str(error).split())) from error
 
@@ -135,9 +138,14 @@ def _opened(piece: Piece, kind: Packing | None) -> Any:
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(piece.path), "zstd"), BUFFER_BYTES)
 
 
-def _skip_line(file: Any) -> None:
-    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
+def _skip_line(file: Any) -> int:
+    """Reads to the end of a line; how many bytes that were."""
+    skipped = 0
+    while rest := file.readline(MAX_LINE_BYTES):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return skipped
 
 
 def parse(value: Any) -> dict[str, Any]:

@@ -24,13 +24,15 @@ from recipes.artifact import sync, write_json
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
-# Written at once: large enough that the calls do not show, small enough that memory does not.
+# About so many are written at once: large enough that the calls do not show, small enough that memory does not.
 BLOCK_TOKENS = 1 << 17
 INDEX_BLOCK = 1 << 16
 _HEADER = b"MMIDIDX\x00\x00"
 _CODES = {"uint8": 1, "int32": 4, "uint16": 8}
 # A document's key (of its text's SHA-256), its cluster and its bytes of text: what a selection needs to know.
 DOCUMENT = np.dtype([("key", "<u8"), ("cluster", "<i4"), ("bytes", "<u4")])
+_KNOWN = struct.Struct("<QiI").pack
+_LENGTH = struct.Struct("<i").pack
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -59,16 +61,18 @@ class SplitWriter:
         self._bin: BinaryIO = open(f"{prefix}.bin", "wb", buffering=0)  # noqa: SIM115
         self._lengths: BinaryIO = open(f"{prefix}.lengths", "wb")  # noqa: SIM115
         self._known: BinaryIO = open(f"{prefix}.documents", "wb")  # noqa: SIM115
-        self._block = np.empty(BLOCK_TOKENS, dtype=np.uint32)
-        self._filled = 0
+        self._held: list[np.ndarray] = []
+        self._held_tokens = 0
 
     def add(self, parts: list[np.ndarray], known: tuple[int, int, int]) -> None:
         """Adds a document, its ids `[tokens]` in parts, and its (key, cluster, bytes)."""
         length = sum(map(len, parts))
-        self._lengths.write(struct.pack("<i", length))
-        self._known.write(struct.pack("<QiI", *known))
-        for ids in parts:
-            self._put(ids)
+        self._lengths.write(_LENGTH(length))
+        self._known.write(_KNOWN(*known))
+        self._held += parts
+        self._held_tokens += length
+        if self._held_tokens >= BLOCK_TOKENS:
+            self._flush()
         self.documents += 1
         self.tokens += length
         self.bytes += known[2]
@@ -91,21 +95,11 @@ class SplitWriter:
         lengths.unlink()
         return written
 
-    def _put(self, ids: np.ndarray) -> None:
-        end = self._filled + len(ids)
-        if end <= len(self._block):
-            self._block[self._filled : end] = ids
-            self._filled = end
-            return
-        room = len(self._block) - self._filled
-        self._block[self._filled :] = ids[:room]
-        self._filled = len(self._block)
-        self._flush()
-        self._put(ids[room:])
-
     def _flush(self) -> None:
-        block = self._block[: self._filled]
-        if self._filled and int(block.max()) >= self.limit:
+        if not self._held_tokens:
+            return
+        block = np.concatenate(self._held)
+        if int(block.max()) >= self.limit:
             raise InputError(
                 f"the tokenizer gives token id {int(block.max())}, but the model's vocab_size is {self.limit}; set"
                 " model.hf_path to a folder whose tokenizer and config.json belong together"
@@ -114,7 +108,7 @@ class SplitWriter:
         self._digest.update(content)
         while content:
             content = content[self._bin.write(content) :]
-        self._filled = 0
+        self._held, self._held_tokens = [], 0
 
 
 def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray, pointers: np.ndarray | None) -> str:

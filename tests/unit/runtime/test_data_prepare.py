@@ -308,16 +308,16 @@ def test_a_shard_on_which_the_fast_encoder_differs_is_made_again_with_the_tokeni
     path = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in texts))
     data = DataConfig(train=[path])
     (shard,) = make_plan(data, {"train": [path]}, specs["bytes"], None, 1)
-    settings = work.Settings(data, 1, specs["bytes"], None, "tiktoken", holds_out=False)
+    settings = work.Settings(data, 1, specs["bytes"], None, "fastokens", holds_out=False)
     monkeypatch.setattr(work, "_settings", settings, raising=False)
 
-    class Wrong(work.TiktokenEncoder):
+    class Wrong(work.FastokensEncoder):
         def __call__(self, text: str) -> np.ndarray:
             return super().__call__(text)[:-1]
 
-    monkeypatch.setattr(work, "_encoders", {"tiktoken": Wrong(specs["bytes"])})
+    monkeypatch.setattr(work, "_encoders", {"fastokens": Wrong(specs["bytes"])})
     manifest = work.make_shard(shard, tmp_path / "partial", tmp_path / "shard")
-    assert "tiktoken gave other ids for 'The quick brown fox'" in manifest["encoder_note"]
+    assert "fastokens gave other ids for 'The quick brown fox'" in manifest["encoder_note"]
     own = TokenizersEncoder(specs["bytes"])
     tokens = np.fromfile(tmp_path / "shard" / "train.bin", dtype=np.uint16).tolist()
     eod = specs["bytes"].eod_token
