@@ -394,6 +394,9 @@ class Budget:
     max_width_cut: float = 0.4
     # Shapes that are scored at most; of more, as many are taken evenly.
     max_candidates: int = 64
+    # Sets of layers that each shape is tried without: the one that `depth` names and, of those in which one layer gives
+    # its place to a neighbour, the best by loss on `block_samples` sequences of calibration text.
+    layer_sets: int = 2
     # Held-out sequences of `prune.calibration_seq_length` tokens that each is scored on.
     samples: int = 64
 
@@ -456,7 +459,7 @@ class PruneConfig(TargetSizes):
     tournament: Tournament | None = None
     calibration_samples: int = 1024
     calibration_seq_length: int = 4096
-    # Sequences of calibration text by which a block of layers is chosen.
+    # Sequences of calibration text by which a block of layers, or another set than the least important, is chosen.
     block_samples: int = 32
     micro_batch_size: int = placement(1)
     # Uneven where it does not divide the layers: the last stage then has fewer of them, or more.

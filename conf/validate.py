@@ -110,6 +110,7 @@ _ABOVE_ZERO = (
     *("prune.tensor_model_parallel_size", "prune.block_samples"),
     *(f"prune.budget.{key}" for key in ("params", "memory_gb", "latency", "params_share", "memory_share")),
     *(f"prune.budget.{key}" for key in ("latency_share", "batch_size", "seq_length", "max_candidates", "samples")),
+    "prune.budget.layer_sets",
     *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
     *(
         "distill.kd.kd_weight",

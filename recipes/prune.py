@@ -28,7 +28,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     device = backend.activate().device
     from recipes.runtime import nemo_api
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import blocks, cutting
+    from recipes.runtime.pruning import cutting, layer_sets
     from recipes.runtime.pruning.importance import Importance
     from recipes.runtime.pruning.losses import calibration_batches
 
@@ -50,10 +50,12 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if prune.depth is Depth.block and sizes.get("num_layers"):
         length = core.config.num_layers - sizes.pop("num_layers")
         batches = calibration_batches(DataFolder.read(inputs["data"]), prune, prune.block_samples, cfg.seed, device)
-        losses = blocks.block_losses(core.eval(), batches, length)
-        drop_layers = blocks.best_block(losses, length)
+        blocks = layer_sets.blocks(core.config.num_layers, length)
+        losses = layer_sets.losses_without(core.eval(), batches, blocks)
+        drop_layers = blocks[losses.index(min(losses))]
         if rank() == 0:
-            write_json(out / "blocks.json", {"length": length, "loss_without_block_from_layer": losses})
+            by_first = {block[0]: loss for block, loss in zip(blocks, losses, strict=True)}
+            write_json(out / "blocks.json", {"length": length, "loss_without_block_from_layer": by_first})
     scores = Importance.load(inputs["importance"], device) if "importance" in inputs else None
     cutting.cut(model, cutting.sizes_for_modelopt(sizes, core.config), drop_layers, scores)
     metrics: dict[str, Any] = {

@@ -11,13 +11,17 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf import student
 from conf.errors import InputError
 from conf.schema import Depth, RunConfig, Shape
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import rank, stage_main
+
+if TYPE_CHECKING:
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.pruning.importance import Importance
 
 log = logging.getLogger("recipes.search")
 
@@ -33,9 +37,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     device = backend.activate().device
     from recipes.runtime import nemo_api, plots
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import blocks, evidence, finalists
+    from recipes.runtime.pruning import evidence, finalists
     from recipes.runtime.pruning.importance import Importance
-    from recipes.runtime.pruning.losses import calibration_batches, held_out_batches
+    from recipes.runtime.pruning.losses import held_out_batches
     from recipes.runtime.pruning.subnets import Subnets
 
     prune, budget = cfg.prune, cfg.prune.budget
@@ -54,14 +58,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if not shapes:
         raise InputError(_nearest(space, latency))
     log.info("%d shapes meet the budget", len(shapes))
-    dropped = {}
-    for cut in sorted({cfg.model.shape.num_layers - shape.num_layers for shape in shapes}):
-        if prune.depth is Depth.block and cut:
-            batches = calibration_batches(data, prune, prune.block_samples, cfg.seed, device)
-            dropped[cut] = blocks.best_block(blocks.block_losses(core, batches, cut), cut)
-        else:
-            dropped[cut] = scores.least_important(cut)
-    pairs = [(shape, dropped[cfg.model.shape.num_layers - shape.num_layers]) for shape in shapes]
+    dropped = _layer_sets(cfg, core, scores, data, {shape.num_layers for shape in shapes})
+    pairs = [(shape, layers) for shape in shapes for layers in dropped[shape.num_layers]]
     held_out = held_out_batches(data, prune, budget.samples, device)
     of_teacher, found = Subnets(model, scores, cfg.model.shape).scores(pairs, held_out)
     rows = [
@@ -87,16 +85,40 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By loss, in turns over the depths: the best of each depth, then the second of each.
+    """By loss, in turns over the sets of dropped layers: the best without each set, then the second of each.
 
-    Just after pruning, a loss says little of a deeper against a wider shape: rankings between them turn around within
-    a few hundred steps of distillation. Among shapes of the same depth it says more.
+    Just after pruning, a loss says little of a deeper against a wider shape, or of one set of layers against another:
+    rankings between them turn around within a few hundred steps of distillation. Among shapes that keep the same layers
+    it says more.
     """
-    by_depth: dict[int, list[dict[str, Any]]] = {}
+    by_layers: dict[tuple[int, ...], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["loss"]):
-        by_depth.setdefault(row["num_layers"], []).append(row)
-    turns = {id(row): turn for same in by_depth.values() for turn, row in enumerate(same)}
+        by_layers.setdefault(tuple(row["drop_layers"]), []).append(row)
+    turns = {id(row): turn for same in by_layers.values() for turn, row in enumerate(same)}
     return sorted(rows, key=lambda row: (turns[id(row)], row["loss"]))
+
+
+def _layer_sets(
+    cfg: RunConfig, core: Any, scores: Importance, data: DataFolder, depths: set[int]
+) -> dict[int, list[list[int]]]:
+    """The sets of layers that are dropped for each depth: the one that `prune.depth` names, and its best neighbours."""
+    from recipes.runtime.pruning import layer_sets
+    from recipes.runtime.pruning.losses import calibration_batches
+
+    prune, budget, whole = cfg.prune, cfg.prune.budget, core.config.num_layers
+    assert budget is not None
+    device = next(core.parameters()).device
+    batches = calibration_batches(data, prune, prune.block_samples, cfg.seed, device)
+    found: dict[int, list[list[int]]] = {}
+    for depth in sorted(depths):
+        cut = whole - depth
+        if prune.depth is Depth.block and cut:
+            (named,) = layer_sets.best(core, batches, layer_sets.blocks(whole, cut), 1)
+        else:
+            named = scores.least_important(cut)
+        others = layer_sets.shifted(named, whole)
+        found[depth] = [named, *layer_sets.best(core, batches, others, budget.layer_sets - 1)]
+    return found
 
 
 def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]:

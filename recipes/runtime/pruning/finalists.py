@@ -19,8 +19,9 @@ from recipes.runtime.stage_main import rank
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """A folder's name that says what the candidate is: layers, hidden size, FFN, heads, query groups."""
-    return "candidate-" + "-".join(f"{letter}{row[axis]}" for letter, axis in zip("lhfaq", AXES, strict=True))
+    """A folder's name: layers, hidden size, FFN, heads, query groups, and every layer dropped."""
+    sizes = [f"{letter}{row[axis]}" for letter, axis in zip("lhfaq", AXES, strict=True)]
+    return "-".join(["candidate", *sizes, *(f"d{layer}" for layer in row["drop_layers"])])
 
 
 def leave(row: dict[str, Any], teacher: Path, scores: Any, stages: int, out: Path) -> None:

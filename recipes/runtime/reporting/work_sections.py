@@ -146,7 +146,7 @@ def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
     made = []
     for row in rows[:CANDIDATES_SHOWN]:
         ended = row["rounds"][-1] if row["rounds"] else {}
-        chosen = all(row.get(key) == choice.get(key) for key in ("params", "num_layers", "hidden_size", "loss"))
+        chosen = all(row.get(key) == choice.get(key) for key in ("params", "drop_layers", "hidden_size", "loss"))
         made.append(
             [
                 Cell(plots.shape_words(row), detail="chosen" if chosen else "", tone="good"),

@@ -15,10 +15,11 @@ import torch
 
 from conf.errors import InputError
 from conf.schema import PruneConfig
+from conf.student import AXES
 from recipes import importance as stage
 from recipes.artifact import write_json
 from recipes.runtime import plots
-from recipes.runtime.pruning import evidence, tournament
+from recipes.runtime.pruning import evidence, finalists, layer_sets, tournament
 from recipes.runtime.pruning.importance import Importance, refuse_infinite
 from recipes.search import best_first
 
@@ -98,9 +99,29 @@ def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     assert "Pareto front" in (tmp_path / "pareto.svg").read_text()
 
 
-def test_candidates_come_in_turns_over_the_depths() -> None:
+def test_candidates_come_in_turns_over_the_layers_that_are_kept() -> None:
     rows = [row(6, 1, 4.0), row(6, 2, 4.1), row(5, 3, 3.2), row(4, 4, 3.0), row(4, 5, 3.1), row(4, 6, 3.3)]
+    for entry in rows:
+        entry["drop_layers"] = list(range(3, 9 - entry["num_layers"]))
     assert [entry["params"] for entry in best_first(rows)] == [4, 3, 1, 5, 2, 6]
+    others = {**row(4, 7, 3.5), "drop_layers": [2, 4]}
+    assert [entry["params"] for entry in best_first([*rows, others])] == [4, 3, 7, 1, 5, 2, 6]
+
+
+def test_a_layer_gives_its_place_to_a_neighbour_that_is_kept() -> None:
+    assert layer_sets.shifted([3, 4], 6) == [[2, 4], [3, 5]]
+    assert layer_sets.shifted([1, 3], 6) == [[1, 2], [1, 4], [2, 3]]
+    assert layer_sets.shifted([6], 6) == [[5]]
+    assert layer_sets.shifted([], 6) == layer_sets.shifted([1, 2], 2) == []
+
+
+def test_a_candidate_is_named_by_all_that_makes_it() -> None:
+    shape = dict(zip(AXES, (4, 256, 704, 4, 2), strict=True))
+    one, other = ({**shape, "drop_layers": layers} for layers in ([3, 4], [2, 4]))
+    assert finalists.name_of(one) == "candidate-l4-h256-f704-a4-q2-d3-d4"
+    assert finalists.name_of(other) != finalists.name_of(one)
+    assert plots.shape_words(one).startswith("4 layers (without 3-4), hidden 256")
+    assert plots.shape_words({"num_layers": 4, "drop_layers": [2, 4, 7, 8, 9]}) == "4 layers (without 2, 4, 7-9)"
 
 
 def test_scores_that_are_clearly_worse() -> None:
