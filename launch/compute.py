@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from conf.flops import forward_flops
-from conf.schema import Family, Gpu, Precision, PruneConfig, Shape
+from conf.schema import Depth, Family, Gpu, Precision, PruneConfig, Shape
 
 
 def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates: Sequence[Shape]) -> int:
-    """FLOP of scoring candidates: each, and the teacher, forward over the held-out sequences."""
+    """FLOP of a search: the most that choosing layers and scoring candidates take.
+
+    Forward over calibration text: the teacher without each block, and without each set that `shifted` gives, of each
+    depth. Forward over the held-out sequences: the teacher, and every candidate without each set that is kept.
+    """
     assert prune.budget is not None
-    forward = sum(forward_flops(shape, family, prune.calibration_seq_length) for shape in (teacher, *candidates))
-    return prune.budget.samples * prune.calibration_seq_length * forward
+    length = prune.calibration_seq_length
+    scored, tried = forward_flops(teacher, family, length), 0
+    for shape in candidates:
+        sets = prune.budget.layer_sets if shape.num_layers < teacher.num_layers else 1
+        scored += sets * forward_flops(shape, family, length)
+    for depth in {shape.num_layers for shape in candidates}:
+        cut = teacher.num_layers - depth
+        blocks = depth + 1 if prune.depth is Depth.block and cut else 0
+        others = 2 * min(cut, depth) if prune.budget.layer_sets > 1 else 0
+        tried += (blocks + others) * forward_flops(dataclasses.replace(teacher, num_layers=depth), family, length)
+    return length * (prune.budget.samples * scored + prune.block_samples * tried)
 
 
 def training_hours(flops: float, precision: Precision, gpu: Gpu | None, ranks: int) -> float | None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from conf.student import AXES
 from recipes.artifact import STOP, Located, read_manifest
+from recipes.runtime.pruning.finalists import name_of
 from tests.helpers import tiny, tolerance
 
 BUDGET = (
@@ -50,12 +52,26 @@ def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
     assert max(row["found"] for row in rows) - min(row["found"] for row in rows) > 10 * tolerance.LOSS
 
 
+def test_each_shape_is_tried_without_two_sets_of_layers(fought: Path) -> None:
+    located, _ = stage(fought, "search")
+    rows = json.loads((located.folder / "candidates.json").read_text())["candidates"]
+    by_shape: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for row in rows:
+        by_shape.setdefault(tuple(row[axis] for axis in AXES), set()).add(tuple(row["drop_layers"]))
+    assert {shape[0] for shape in by_shape} == {2, 3, 4}
+    for (layers, *_), sets in by_shape.items():
+        assert len(sets) == (1 if layers == 4 else 2)
+        if layers < 4:
+            one, other = map(set, sets)
+            (gone,), (come,) = one - other, other - one
+            assert abs(gone - come) == 1
+
+
 def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
     located, metrics = stage(fought, "tournament")
     choice = json.loads((located.folder / "choice.json").read_text())
     assert choice == metrics["choice"]
-    by_name = {(row["num_layers"], row["hidden_size"], row["ffn_hidden_size"]): row for row in metrics["candidates"]}
-    assert len(by_name) == 3
+    assert len({name_of(row) for row in metrics["candidates"]}) == 3
     last = [row["rounds"][-1] for row in metrics["candidates"] if len(row["rounds"]) == 2]
     assert len(last) == 2
     assert choice["rounds"][-1]["val_loss"] == min(entry["val_loss"] for entry in last)
@@ -88,8 +104,8 @@ def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
     assert sorted(map(standing, went_on)) == sorted(map(standing, rounds[0]))[:2]
     assert metrics["choice"]["rounds"][-1] == min(rounds[1], key=standing)
     # Losses are those without a task, as far as the same candidates came.
-    plain = {row["params"]: row["rounds"][0]["val_loss"] for row in stage(fought, "tournament")[1]["candidates"]}
-    assert {row["params"]: row["rounds"][0]["val_loss"] for row in metrics["candidates"]} == plain
+    plain = {name_of(row): row["rounds"][0]["val_loss"] for row in stage(fought, "tournament")[1]["candidates"]}
+    assert {name_of(row): row["rounds"][0]["val_loss"] for row in metrics["candidates"]} == plain
     # Of the first candidate before anything was trained, of all three, and of two.
     assert not list((located.folder / "recovery").glob("exported*"))
     assert len(list(located.folder.glob("measured/candidate-*/step=*/task.*.json"))) == 3 + 2 + 1
