@@ -29,7 +29,10 @@ import unicodedata
 from collections.abc import Callable, Sized
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 49_152
@@ -226,6 +229,7 @@ def raw(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
 
 def tiktoken(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     """tiktoken alone, on text that is normalised beforehand; its ranks are the tokenizer's ids."""
+    import numpy as np
     import tiktoken
 
     from recipes.runtime.data.encoder import byte_alphabet, token_bytes
@@ -237,9 +241,11 @@ def tiktoken(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     end = {"<|endoftext|>": vocabulary["<|endoftext|>"]}
     del ranks[b"<|endoftext|>"]
     core = tiktoken.Encoding("bench", pat_str=QWEN_PATTERN, mergeable_ranks=ranks, special_tokens=end)._core_bpe
-    return _encoded(
-        lambda text: memoryview(core.encode_to_tiktoken_buffer(text, set())).cast("I"), folder, cores, quarters
-    )
+
+    def encode(text: str) -> np.ndarray:
+        return np.frombuffer(core.encode_to_tiktoken_buffer(text, set()), dtype=np.uint32)
+
+    return _encoded(encode, folder, cores, quarters)
 
 
 def _encoded(encode: Callable[[str], Sized], folder: Path, cores: int, quarters: int) -> dict[str, Any]:

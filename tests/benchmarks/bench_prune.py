@@ -95,7 +95,12 @@ def rescoring(teacher: Path, folder: Path) -> dict[str, Any]:
     """
     copied(teacher, folder)
     # Published settings of calibration; a shape is a candidate.
-    settings = (*BUDGET, "prune.calibration_samples=1024", "prune.budget.max_depth_cut=0.5", "prune.budget.layer_sets=1")
+    settings = (
+        *BUDGET,
+        "prune.calibration_samples=1024",
+        "prune.budget.max_depth_cut=0.5",
+        "prune.budget.layer_sets=1",
+    )
     seconds, counts = {}, {}
     for most in (1, 64):
         overrides = ["experiment=demo", f"run_dir={folder}", *settings, f"prune.budget.max_candidates={most}"]
