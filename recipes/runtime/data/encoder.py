@@ -1,13 +1,11 @@
 """Text to token ids: fastokens where it is proven to give what the model's own tokenizer gives, and that one otherwise.
 
-fastokens reads the same `tokenizer.json` and takes a fiftieth of the time or less, for byte-level BPE with the regular
-expressions that models have. It is not taken at its word: its ids are compared on hard texts before anything is
-written, and on a sample of every shard.
+fastokens reads the same `tokenizer.json` and takes a fiftieth of the time. It is not taken at its word: its ids are
+compared on hard texts before anything is written, and on a sample of every shard.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -16,8 +14,6 @@ from typing import Protocol
 import numpy as np
 
 from recipes.runtime.data.tokenizer import TokenizerSpec, transformers_tokenizer
-
-log = logging.getLogger("recipes.encoder")
 
 # Of code points outside the first plane one in so many is tried: all of them take 14 s, and gave no difference.
 STRIDE = 61

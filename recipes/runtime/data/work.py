@@ -23,7 +23,7 @@ from recipes.runtime.data.shards import SPLITS, SplitWriter, Written, clusters_o
 from recipes.runtime.data.tokenizer import TokenizerSpec
 from recipes.runtime.stage_main import end_with_torchrun
 
-# Of so much text (in characters) so much is encoded twice: at a hundredth of the speed, a percent or two of the time.
+# Of so much text (in characters) so much is encoded twice: at a fiftieth of the speed, a percent of the time.
 CHECK_EVERY = 10_000_000
 CHECK_CHARACTERS = 1_500
 
