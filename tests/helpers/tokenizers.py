@@ -49,6 +49,21 @@ def byte_level(
     return save(folder, tokenizer, model_vocab or tokenizer.get_vocab_size(), eos_token=eos)
 
 
+def sentencepiece_bpe(folder: Path, vocab_size: int = 400) -> Path:
+    """A BPE of characters that falls back to bytes, as Llama 2's and Mistral 7B's: spaces are written as letters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, special_tokens=special)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return save(folder, tokenizer, tokenizer.get_vocab_size(), eos_token="</s>")
+
+
 def words(folder: Path, vocab: list[str], vocab_size: int, eos: str | None = "<eos>") -> Path:
     """A tokenizer of whole words, which fastokens cannot stand in for. Its unknown word is the second."""
     from tokenizers import Tokenizer, models, pre_tokenizers

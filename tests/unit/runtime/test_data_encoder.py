@@ -16,7 +16,7 @@ from conf.errors import InputError
 from recipes.runtime.data import encoder as encoders
 from recipes.runtime.data.encoder import FastokensEncoder, TransformersEncoder, choose, hard_texts, make_encoder
 from recipes.runtime.data.tokenizer import TokenizerSpec, read_tokenizer
-from tests.helpers.tokenizers import byte_level, words
+from tests.helpers.tokenizers import byte_level, sentencepiece_bpe, words
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,15 @@ def test_every_code_point_is_split_alike(
     fast = FastokensEncoder(specs[style])
     for text in hard_texts(specs[style]):
         assert np.array_equal(fast(text), fast.own(text)), text[:50]
+
+
+def test_sentencepieces_bpe_is_served_too(tmp_path: Path) -> None:
+    spec = read_tokenizer(sentencepiece_bpe(tmp_path / "sentencepiece"))
+    name, reason = choose(spec)
+    assert name == "fastokens", reason
+    fast = FastokensEncoder(spec)
+    for text in ("The quick brown fox", "  two spaces", "汉字 👍🏽 </s> \x00", ""):
+        assert fast(text).tolist() == fast.own(text).tolist()
 
 
 def test_hard_texts_reach_every_plane(specs: dict[str, TokenizerSpec]) -> None:
