@@ -18,8 +18,8 @@ from conf.schema import PruneConfig
 from conf.student import AXES
 from recipes import importance as stage
 from recipes.artifact import write_json
-from recipes.runtime import plots
-from recipes.runtime.pruning import evidence, finalists, layer_sets, tournament
+from recipes.runtime import backend, plots
+from recipes.runtime.pruning import evidence, finalists, tournament
 from recipes.runtime.pruning.importance import Importance, refuse_infinite
 from recipes.search import best_first
 
@@ -109,6 +109,9 @@ def test_candidates_come_in_turns_over_the_layers_that_are_kept() -> None:
 
 
 def test_a_layer_gives_its_place_to_a_neighbour_that_is_kept() -> None:
+    backend.activate()
+    from recipes.runtime.pruning import layer_sets
+
     assert layer_sets.shifted([3, 4], 6) == [[2, 4], [3, 5]]
     assert layer_sets.shifted([1, 3], 6) == [[1, 2], [1, 4], [2, 3]]
     assert layer_sets.shifted([6], 6) == [[5]]
