@@ -146,12 +146,14 @@ def main() -> None:
 
 def command_line() -> int:
     """`launch.run` and `launch.status` over the fake tables: `python -m tests.helpers.fake_stage launch ARGUMENTS`, or
-    launch_ranks, status, status_ranks."""
+    launch_ranks, launch_talkative (tells how things stand as often as it looks), status, status_ranks."""
     # Not at the top: a stage's process has no need of them.
-    from launch import run, status
+    from launch import progress, run, status
 
     _, mode, *arguments = sys.argv
     table = DISTRIBUTED if mode.endswith("_ranks") else TABLE
+    if mode.endswith("_talkative"):
+        progress.SECONDS_BETWEEN_LINES = 0
     return (run if mode.startswith("launch") else status).main(arguments, table)
 
 

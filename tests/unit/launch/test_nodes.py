@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ def settings(rank: int, port: int) -> list[str]:
         *("cluster.nodes=2", f"cluster.node_rank={rank}", f"cluster.rdzv_endpoint=localhost:{port}"),
         *("cluster.run_dir_is_shared=true", "distill.global_batch_size=8"),
     ]
+
+
+def wait_to_follow(other: subprocess.Popen[str]) -> None:
+    """Returns once it looks for the first node; what that one wrote before, it would take for an earlier run's."""
+    assert other.stdout is not None
+    assert "waiting for the first node" in other.stdout.readline()
 
 
 @pytest.fixture
@@ -47,7 +54,8 @@ def test_ranks_of_two_nodes_join(tmp_path: Path, port: int) -> None:
 
 
 def test_other_nodes_wait_for_the_stages_of_one_rank_and_end_with_the_first_node(tmp_path: Path, port: int) -> None:
-    with launched(tmp_path, {}, *settings(1, port)) as other:
+    with launched(tmp_path, {}, *settings(1, port), mode="launch_talkative") as other:
+        wait_to_follow(other)
         with launched(tmp_path, {"second": "fail"}, *settings(0, port)) as first:
             first.communicate(timeout=60)
         out, err = other.communicate(timeout=60)
@@ -59,7 +67,8 @@ def test_other_nodes_wait_for_the_stages_of_one_rank_and_end_with_the_first_node
 
 
 def test_a_stopped_first_node_stops_the_others(tmp_path: Path, port: int) -> None:
-    with launched(tmp_path, {"first": "sleep"}, *settings(1, port)) as other:
+    with launched(tmp_path, {"first": "sleep"}, *settings(1, port), mode="launch_talkative") as other:
+        wait_to_follow(other)
         with launched(tmp_path, {"first": "sleep"}, *settings(0, port)) as first:
             wait_for(tmp_path, "first")
             first.terminate()
