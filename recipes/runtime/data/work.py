@@ -157,8 +157,8 @@ def _parts(
     `max_document_tokens`, and none.
     """
     limit = data.max_document_tokens
-    if data.long_documents is LongDocuments.cut:
-        ids = ids[:limit]
+    if data.long_documents is LongDocuments.cut and len(ids) > limit:
+        ids = ids[:limit].copy()  # or the rest would be held until this is written
         mask = None if mask is None else mask[:limit]
     # A whole number of parts leaves nothing for the last: its end token alone is no document.
     last = max(0, len(ids) - 1) // limit * limit

@@ -301,6 +301,14 @@ def test_two_at_once_share_the_work_and_declare_it_once(
     assert alone.tokens("train").tolist() == results[0].tokens("train").tolist()
 
 
+def test_a_document_that_is_cut_does_not_hold_the_rest() -> None:
+    ids, eod = np.arange(100, dtype=np.uint32), np.asarray([0], dtype=np.uint32)
+    ((part, learned),) = work._parts(ids, None, eod, DataConfig(max_document_tokens=10))
+    assert [each.tolist() for each in part] == [[*range(10)], [0]]
+    assert part[0].base is None or part[0].base.nbytes == 40
+    assert learned is None
+
+
 def test_a_shard_on_which_the_fast_encoder_differs_is_made_again_with_the_tokenizers_own(
     specs: dict[str, TokenizerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
