@@ -67,6 +67,20 @@ def test_each_shape_is_tried_without_two_sets_of_layers(fought: Path) -> None:
             assert abs(gone - come) == 1
 
 
+def test_two_pipeline_ranks_find_what_one_finds(fought: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(fought, tmp_path / "run")
+    two = (*BUDGET, "cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
+    tiny.launch(run_dir, *two, "--until", "search")
+    found = [
+        {name_of(row): row for row in json.loads((folder / "candidates.json").read_text())["candidates"]}
+        for folder in (stage(fought, "search")[0].folder, stage(run_dir, "search", *two)[0].folder)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, row in found[0].items():
+        assert abs(row["loss"] - found[1][name]["loss"]) < tolerance.LOSS
+        assert abs(row["kl"] - found[1][name]["kl"]) < tolerance.LOSS
+
+
 def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
     located, metrics = stage(fought, "tournament")
     choice = json.loads((located.folder / "choice.json").read_text())
