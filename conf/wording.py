@@ -1,4 +1,4 @@
-"""Words and numbers that faults offer instead of a value."""
+"""Values in words, and what faults offer instead of a value."""
 
 from __future__ import annotations
 
@@ -23,3 +23,14 @@ def divisors(value: int, near: int | None = None) -> list[int]:
 
 def any_of(values: list[int]) -> str:
     return " or ".join(str(value) for value in values)
+
+
+def ranges(numbers: list[int]) -> str:
+    """`[1, 2, 3, 5]` as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from conf.hf_shape import may_be_hub_id, shape_from
+from conf.wording import ranges
 from convert.families import read_config
 from recipes.artifact import read_manifest
 
@@ -45,7 +46,7 @@ class Making:
                 kept = metrics.get("kept_layers")
                 said.append(
                     f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
-                    f" {metrics['params']:,} parameters" + (f"; layers kept: {_ranges(kept)}." if kept else ".")
+                    f" {metrics['params']:,} parameters" + (f"; layers kept: {ranges(kept)}." if kept else ".")
                 )
             if stage == "correct_teacher":
                 said.append(
@@ -120,14 +121,3 @@ def _front_matter(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return metadata if isinstance(metadata, dict) else {}
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`[1, 2, 3, 5]` as "1-3, 5"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

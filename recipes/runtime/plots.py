@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf.wording import ranges
+
 # Reads on white and on black, so that a file needs a single picture; a page has colours of its own for it.
 GREY = "#808080"
 COLOURS = {
@@ -163,20 +165,9 @@ def _candidate(row: dict[str, Any], x: float, x_label: str, loss: float) -> str:
     return f"{shape_words(row)}: {x:.4g} {x_label}, loss {loss:.4f}"
 
 
-def _ranges(numbers: list[int]) -> str:
-    """Ascending whole numbers, runs of them by their ends: "3, 20-30"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
 def shape_words(row: dict[str, Any]) -> str:
     """A candidate's sizes and the layers that it lost, in a line."""
     widths = {"hidden_size": "hidden", "ffn_hidden_size": "FFN", "num_attention_heads": "heads"}
-    without = f" (without {_ranges(row['drop_layers'])})" if row.get("drop_layers") else ""
+    without = f" (without {ranges(row['drop_layers'])})" if row.get("drop_layers") else ""
     sizes = [f"{word} {row[key]}" for key, word in widths.items() if key in row]
     return ", ".join([f"{row['num_layers']} layers{without}", *sizes])
