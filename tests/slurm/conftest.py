@@ -32,6 +32,10 @@ SITE = {
     "cluster.slurm.warn_seconds": 60,
     "cluster.slurm.secrets": f"[{PLAN}]",
 }
+# Further options of sbatch, which overrule those that the config is checked for. Slurm looks twice a minute which jobs
+# are to be warned, and warns up to 30 s early: here 10 to 40 s after a job's start. Not earlier, as a signal to a job
+# whose script has not begun is lost.
+WARNED_EARLY = "['--time=0:02:00','--signal=B:USR1@80']"
 
 
 @pytest.fixture(scope="session")

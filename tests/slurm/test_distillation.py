@@ -15,7 +15,7 @@ from recipes.artifact import read_state
 from recipes.runtime.metrics_file import read_metrics
 from recipes.stages import wanted
 from tests.helpers import tiny
-from tests.slurm.conftest import SITE, Chain, slurm
+from tests.slurm.conftest import SITE, WARNED_EARLY, Chain, slurm
 
 # Of 0.06 to 0.1 s each on two cores.
 STEPS = 250
@@ -68,12 +68,8 @@ def test_every_stage_of_the_demo_as_a_job_down_to_the_report(unbroken: Path) -> 
 
 def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbroken: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(unbroken, tmp_path / "run")
-    # Further options overrule those that the config is checked for: with these Slurm warns within 30 s, for most of
-    # which the first attempt waits, so that a fast machine does not end before.
-    site = {
-        "cluster.slurm.sbatch": "['--time=0:01:00','--signal=B:USR1@40']",
-        "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 20']",
-    }
+    # The first attempt waits for most of the time in which Slurm may warn: a fast machine would end before.
+    site = {"cluster.slurm.sbatch": WARNED_EARLY, "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 35']"}
     chain = submit(run_dir, site, "--until", "distill")
     assert list(submitted(run_dir)) == ["distill"]
     # All but the first attempt may take their time, so that there are two however slow the machine is.
