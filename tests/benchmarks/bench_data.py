@@ -215,11 +215,12 @@ def theirs(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
 
 
 def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
-    """What a worker process does, in this one: four shards, of which the first is not measured."""
+    """What a worker process and its parent do, in this one: four shards, of which the first is not measured."""
     from conf.schema import DataConfig
     from recipes.runtime.data import work
-    from recipes.runtime.data.encoder import FastokensEncoder
+    from recipes.runtime.data.encoder import FastokensEncoder, TokenizersEncoder
     from recipes.runtime.data.plan import make_plan
+    from recipes.runtime.data.shards import publish
     from recipes.runtime.data.tokenizer import read_tokenizer
 
     _pin(cores)
@@ -227,14 +228,16 @@ def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     data, tokenizer = DataConfig(shard_bytes=file.stat().st_size // 4 + 1), read_tokenizer(folder / "tokenizer")
     shards = make_plan(data, {"train": [str(file)]}, tokenizer, None, 1)
     assert len(shards) == 4
-    work.start_worker(work.Settings(data, 1, tokenizer, None, FastokensEncoder.name, holds_out=False))
-    tokens = 0
+    work.start_worker(work.Settings(data, 1, tokenizer, None, holds_out=False))
+    own, tokens = TokenizersEncoder(tokenizer), 0
     with tempfile.TemporaryDirectory(dir=folder) as out:
         for number, shard in enumerate(shards):
             if number == 1:
                 started, cpu = time.perf_counter(), time.process_time()
-            made = work.make_shard(shard, Path(out) / "partial", Path(out) / shard.name)
-            tokens += made["train"]["tokens"] if number else 0
+            made = work.make_shard(shard, Path(out) / "partial", FastokensEncoder.name)
+            assert own.first_other(made.samples) is None
+            publish(Path(out) / "partial", Path(out) / shard.name, made.manifest)
+            tokens += made.manifest["train"]["tokens"] if number else 0
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
 
 

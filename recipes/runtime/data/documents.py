@@ -76,7 +76,7 @@ def documents(
     """
     for value in source:
         lines.lines += 1
-        if isinstance(value, bytes) and not value.strip():
+        if isinstance(value, bytes) and value.isspace():
             lines.empty += 1
             continue
         try:
@@ -132,8 +132,9 @@ class _Decoder:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         alphabet = byte_alphabet()
-        contents = {number: token_bytes(token, alphabet) for token, number in spec.json["model"]["vocab"].items()}
-        special = {token["id"] for token in spec.json.get("added_tokens", [])}
+        tokenizer = spec.json
+        contents = {number: token_bytes(token, alphabet) for token, number in tokenizer["model"]["vocab"].items()}
+        special = {token["id"] for token in tokenizer.get("added_tokens", [])}
         if any(content is None for number, content in contents.items() if number not in special):
             raise InputError(f"{spec.folder} has no byte-level tokenizer; set data.source_tokenizer to GPT-2's")
         # What ends or parts documents is no text.

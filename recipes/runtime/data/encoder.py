@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,13 @@ class TokenizersEncoder:
     def __call__(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def first_other(self, samples: Sequence[tuple[str, np.ndarray]]) -> str | None:
+        """The first text whose ids are not those that stand beside it; all are encoded in parallel."""
+        texts, ids = [text for text, _ in samples], [ids for _, ids in samples]
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        found = zip(texts, ids, encodings, strict=True)
+        return next((text for text, theirs, own in found if not np.array_equal(theirs, own.ids)), None)
+
     def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and, of each, its first and last character: `[tokens]`, `[tokens, 2]`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -75,7 +83,7 @@ class FastokensEncoder:
         from fastokens import Tokenizer
 
         assert spec.backend is not None
-        self.own = TokenizersEncoder(spec)
+        self._spec = spec
         tokenizer = Tokenizer.from_json_str(spec.backend)
         tokenizer.no_truncation()
         self._encode = tokenizer.encode_batch_flat  # `encode` makes a Python number of every id
@@ -86,6 +94,11 @@ class FastokensEncoder:
         except ValueError:  # a limit of its regular expressions
             return self.own(text)
         return np.frombuffer(ids, dtype=np.uint32)
+
+    @cached_property
+    def own(self) -> TokenizersEncoder:
+        """The model's own tokenizer, 120 MB at 151,000 entries: only where it is asked for."""
+        return TokenizersEncoder(self._spec)
 
 
 def make_encoder(spec: TokenizerSpec, name: str) -> Encoder:
@@ -122,10 +135,11 @@ def hard_texts(spec: TokenizerSpec) -> Iterator[str]:
         # Each between letters, digits, marks and spaces, and doubled.
         yield "\n".join(f"a{letter}b 1{letter}!{letter} {letter}{letter}" for letter in some)
         yield unicodedata.normalize("NFD", "".join(some))
-    for token in spec.json.get("added_tokens", [])[:64]:
+    tokenizer = spec.json
+    for token in tokenizer.get("added_tokens", [])[:64]:
         content = token["content"]
         yield f"a{content}b {content} \n{content}{content}\u0301 {content[:-1]}"
-    vocabulary = list(_texts_of(spec.json["model"]["vocab"]))
+    vocabulary = list(_texts_of(tokenizer["model"]["vocab"]))
     for start in range(0, len(vocabulary), 512):
         yield "\n".join(vocabulary[start : start + 512])
         yield "".join(vocabulary[start : start + 512])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from conf.errors import InputError
 from conf.schema import DataConfig
 from recipes.artifact import STATE, STOP, write_json
 from recipes.runtime.data.declare import declare
-from recipes.runtime.data.encoder import choose
+from recipes.runtime.data.encoder import TokenizersEncoder, choose
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.data.plan import VALIDATION, Shard, described, make_plan
-from recipes.runtime.data.shards import read_manifest
+from recipes.runtime.data.shards import publish, read_manifest
 from recipes.runtime.data.tokenizer import read_tokenizer
-from recipes.runtime.data.work import Settings, make_shard, start_worker
+from recipes.runtime.data.work import Made, Settings, make_shard, start_worker
 from recipes.runtime.data.worklist import Worklist
 from recipes.runtime.metrics_file import MetricsFile
 from recipes.runtime.stage_main import PausedError
@@ -66,10 +67,10 @@ def prepare(
     _agree(out / "plan.json", described(plan))
     encoder, reason = choose(tokenizer)
     log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
-    settings = Settings(data, seed, tokenizer, other, encoder, holds_out=VALIDATION not in files)
+    settings = Settings(data, seed, tokenizer, other, holds_out=VALIDATION not in files)
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.beating():
-        _Crew(plan, out, worklist, settings).work()
+        _Crew(plan, out, worklist, settings, encoder).work()
         while not (out / "data.json").exists():
             if worklist.claim([WHOLE]) is None:
                 time.sleep(1)
@@ -89,11 +90,11 @@ def _stop_files() -> list[str]:
 
 
 class _Crew:
-    """This process's workers: claims shards for them, shows that it lives, and tells how far all have come."""
+    """This process's workers: claims shards for them, puts what they made in its place, tells how far all have come."""
 
-    def __init__(self, plan: Sequence[Shard], out: Path, worklist: Worklist, settings: Settings) -> None:
+    def __init__(self, plan: Sequence[Shard], out: Path, worklist: Worklist, settings: Settings, encoder: str) -> None:
         self.plan = {shard.name: shard for shard in plan}
-        self.out, self.worklist, self.settings = out, worklist, settings
+        self.out, self.worklist, self.settings, self.encoder = out, worklist, settings, encoder
         self.workers = min(settings.data.num_workers or _cores(), len(plan))
         self.faults: dict[str, str] = {}
         (out / "shards").mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ class _Crew:
         log.info("%d worker processes", self.workers)
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.settings,))
-        running: dict[Future[dict[str, Any]], str] = {}
+        running: dict[Future[Made], str] = {}
         try:
             while len(self.done) < len(self.plan):
                 asked_to_pause = any((self.out / name).exists() for name in _stop_files())
@@ -120,7 +121,7 @@ class _Crew:
                     self._pause()
                 ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
                 for future in ended:
-                    self._collect(running.pop(future), future)
+                    self._collect(pool, running, future)
                 if not running and not ended:
                     time.sleep(1)  # others have the rest
                 self._look()
@@ -138,18 +139,19 @@ class _Crew:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[dict[str, Any]], str]) -> None:
+    def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str]) -> None:
         while len(running) < self.workers and len(self.faults) < MOST_FAULTS:
             name = self.worklist.claim(name for name in self.plan if name not in self.done and name not in self.faults)
             if name is None:
                 return
-            folder = shard_folder(self.out, self.plan[name])
-            if folder.exists():  # completed since it was last looked for
+            if shard_folder(self.out, self.plan[name]).exists():  # completed since it was last looked for
                 self.done.add(name)
                 self.worklist.release(name)
                 continue
-            partial = folder.parent / f".{name}.{os.uname().nodename}.{os.getpid()}"
-            running[pool.submit(make_shard, self.plan[name], partial, folder)] = name
+            running[pool.submit(make_shard, self.plan[name], self._partial(name), self.encoder)] = name
+
+    def _partial(self, name: str) -> Path:
+        return self.out / "shards" / f".{name}.{os.uname().nodename}.{os.getpid()}"
 
     def _pause(self) -> None:
         """Ends this process's part; the same command goes on. An array's common stop file is for all tasks to see."""
@@ -157,14 +159,27 @@ class _Crew:
         (self.out / _stop_files()[-1]).unlink(missing_ok=True)
         raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
 
-    def _collect(self, name: str, future: Future[dict[str, Any]]) -> None:
+    def _collect(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str], future: Future[Made]) -> None:
+        name = running.pop(future)
         try:
-            note = future.result()["encoder_note"]
-            if note:
-                log.warning("shard %s was encoded with the model's own tokenizer: %s", name, note)
+            made = future.result()
         except InputError as fault:
             self.faults[name] = str(fault)
+        else:
+            text = self.own.first_other(made.samples) if made.samples else None
+            if text is not None:
+                note = f"fastokens gave other ids for {text[:40]!r}"
+                log.warning("shard %s is encoded anew with the model's own tokenizer: %s", name, note)
+                again = pool.submit(make_shard, self.plan[name], self._partial(name), TokenizersEncoder.name, note)
+                running[again] = name
+                return
+            publish(self._partial(name), shard_folder(self.out, self.plan[name]), made.manifest)
         self.worklist.release(name)
+
+    @cached_property
+    def own(self) -> TokenizersEncoder:
+        """What fastokens is held to."""
+        return TokenizersEncoder(self.settings.tokenizer)
 
     def _look(self) -> None:
         self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}

@@ -38,8 +38,9 @@ class TokenizerSpec:
     vocab_size: int
     chat: bool
 
-    @cached_property
+    @property
     def json(self) -> dict[str, Any]:
+        """The backend parsed, anew each time: kept, it would be 70 MB in every worker."""
         content: dict[str, Any] = json.loads(self.backend or "{}")
         return content
 

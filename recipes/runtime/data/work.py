@@ -1,4 +1,4 @@
-"""One shard's work, in a worker process: read, encode, write, and compare a sample with the model's own tokenizer."""
+"""One shard's work, in a worker process: read, encode, write, and take samples that its parent looks at."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from recipes.runtime.data import documents as docs
 from recipes.runtime.data.encoder import Encoder, FastokensEncoder, TokenizersEncoder, make_encoder
 from recipes.runtime.data.plan import Shard
 from recipes.runtime.data.readers import Lines, Source
-from recipes.runtime.data.shards import SPLITS, SplitWriter, Written, clusters_of, publish, token_dtype
+from recipes.runtime.data.shards import SPLITS, SplitWriter, Written, clusters_of, token_dtype
 from recipes.runtime.data.tokenizer import TokenizerSpec
 from recipes.runtime.stage_main import end_with_torchrun
 
-# Of so much text (in characters) so much is encoded twice: at a fiftieth of the speed, a percent of the time.
-CHECK_EVERY = 10_000_000
-CHECK_CHARACTERS = 1_500
+# Of so much text (in characters) so much is a sample: encoded again at a fiftieth of the speed, a percent of the time.
+SAMPLE_EVERY = 10_000_000
+SAMPLE_CHARACTERS = 1_500
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Settings:
     """What every shard is made with.
 
     Attributes:
-        encoder: the name of the encoder chosen at the start.
         holds_out: whether validation is taken from the sources.
     """
 
@@ -41,12 +40,20 @@ class Settings:
     seed: int
     tokenizer: TokenizerSpec
     source_tokenizer: TokenizerSpec | None
-    encoder: str
     holds_out: bool
 
 
-class _OtherIdsError(Exception):
-    """The fast encoder was caught giving other ids than the tokenizer's."""
+@dataclass(frozen=True)
+class Made:
+    """A shard that is whole, and waits to be given its place.
+
+    Attributes:
+        samples: of what fastokens encoded, texts and their ids. The model's own tokenizer compares them in the parent:
+            here it would take every worker 120 MB.
+    """
+
+    manifest: dict[str, Any]
+    samples: list[tuple[str, np.ndarray]]
 
 
 _settings: Settings
@@ -63,27 +70,24 @@ def start_worker(settings: Settings) -> None:
     _settings = settings
 
 
-def make_shard(shard: Shard, partial: Path, folder: Path) -> dict[str, Any]:
-    """Makes a shard in `partial` and gives it its place, `folder`. Returns its manifest.
+def make_shard(shard: Shard, partial: Path, encoder: str, note: str | None = None) -> Made:
+    """Makes a shard in `partial`.
+
+    Args:
+        encoder: its name; note: why it is not the one that was chosen at the start.
 
     Raises:
         InputError: too many bad lines, a file that ends too early, a token id that the model lacks.
     """
-    encoder, note = _settings.encoder, None
     try:
-        try:
-            manifest = _make(shard, partial, encoder)
-        except _OtherIdsError as other:
-            encoder, note = TokenizersEncoder.name, f"fastokens gave other ids for {str(other)[:40]!r}"
-            manifest = _make(shard, partial, encoder)
-        publish(partial, folder, manifest | {"encoder": encoder, "encoder_note": note})
+        made = _make(shard, partial, encoder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # or it would fill a full disk
         raise
-    return manifest | {"encoder_note": note}
+    return Made(made.manifest | {"encoder": encoder, "encoder_note": note}, made.samples)
 
 
-def _make(shard: Shard, partial: Path, encoder_name: str) -> dict[str, Any]:
+def _make(shard: Shard, partial: Path, encoder_name: str) -> Made:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     data, spec, lines, digest = _settings.data, _settings.tokenizer, Lines(), hashlib.sha256()
@@ -101,7 +105,8 @@ def _make(shard: Shard, partial: Path, encoder_name: str) -> dict[str, Any]:
     dtype = token_dtype(spec.vocab_size)
     writers = {split: SplitWriter(partial / split, dtype, spec.vocab_size) for split in SPLITS}
     masks, eod = _mask_writers(partial), np.asarray([spec.eod_token], dtype=np.uint32)
-    for document, split, ids, mask in _encoded(found, shard, _encoder(encoder_name)):
+    samples: list[tuple[str, np.ndarray]] = []
+    for document, split, ids, mask in _encoded(found, shard, _encoder(encoder_name), samples):
         known = (document.key, document.cluster, document.bytes)
         for part, learned in _parts(ids, mask, eod, data):
             writers[split].add(part, known)
@@ -112,7 +117,7 @@ def _make(shard: Shard, partial: Path, encoder_name: str) -> dict[str, Any]:
     written = {name: writer.finish() for name, writer in writers.items()}
     for split, writer in masks.items():
         _finish_mask(writer, written[split])
-    return {
+    manifest = {
         "shard": shard.number,
         "source": shard.source,
         "split": shard.split,
@@ -124,22 +129,23 @@ def _make(shard: Shard, partial: Path, encoder_name: str) -> dict[str, Any]:
         "tokenizer": spec.fingerprint,
         "settings": shard.settings,
     }
+    return Made(manifest, samples)
 
 
 def _encoded(
-    found: Iterator[docs.Document], shard: Shard, encoder: Encoder
+    found: Iterator[docs.Document], shard: Shard, encoder: Encoder, samples: list[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[docs.Document, str, np.ndarray, np.ndarray | None]]:
-    """Documents with their split, ids and, of chat, the mask of what is learned."""
-    data, unchecked = _settings.data, CHECK_EVERY
+    """Documents with their split, ids and, of chat, the mask of what is learned; adds to `samples` on the way."""
+    data, since_sample = _settings.data, SAMPLE_EVERY
     every = data.holdout_every if _settings.holds_out else 0
     for document in found:
         text = document.text
         split = "validation" if every and docs.held_out(document.key, every) else shard.split
-        unchecked += len(text)
-        if unchecked >= CHECK_EVERY:
-            unchecked = 0
-            _compare(encoder, text[:CHECK_CHARACTERS])
         if document.learned is None:
+            since_sample += len(text)
+            if since_sample >= SAMPLE_EVERY and isinstance(encoder, FastokensEncoder):
+                since_sample = 0
+                samples.append((text[:SAMPLE_CHARACTERS], encoder(text[:SAMPLE_CHARACTERS])))
             yield document, split, encoder(text), None
         else:
             own = encoder.own if isinstance(encoder, FastokensEncoder) else encoder
@@ -175,11 +181,6 @@ def _learned(part: list[np.ndarray], mask: np.ndarray | None, start: int) -> np.
         learned[: len(inside)] = inside
         learned[len(inside) :] = inside[-1] if len(inside) else 1
     return learned
-
-
-def _compare(encoder: Encoder, text: str) -> None:
-    if isinstance(encoder, FastokensEncoder) and not np.array_equal(encoder(text), encoder.own(text)):
-        raise _OtherIdsError(text)
 
 
 def _mask_writers(partial: Path) -> dict[str, SplitWriter]:

@@ -24,6 +24,7 @@ from recipes.runtime.data.encoder import TokenizersEncoder
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.data.plan import local_files, make_plan
 from recipes.runtime.data.prepare import prepare
+from recipes.runtime.data.shards import read_manifest
 from recipes.runtime.data.tokenizer import TokenizerSpec, read_tokenizer
 from tests.helpers.tokenizers import byte_level, words
 
@@ -309,27 +310,54 @@ def test_a_document_that_is_cut_does_not_hold_the_rest() -> None:
     assert learned is None
 
 
-def test_a_shard_on_which_the_fast_encoder_differs_is_made_again_with_the_tokenizers_own(
+def test_a_worker_gives_samples_of_what_fastokens_encoded(
     specs: dict[str, TokenizerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = ["The quick brown fox", "jumps over"]
+    texts = ["The quick brown fox", "jumps", "over the lazy dog"]
     path = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in texts))
     data = DataConfig(train=[path])
     (shard,) = make_plan(data, {"train": [path]}, specs["bytes"], None, 1)
-    settings = work.Settings(data, 1, specs["bytes"], None, "fastokens", holds_out=False)
+    settings = work.Settings(data, 1, specs["bytes"], None, holds_out=False)
     monkeypatch.setattr(work, "_settings", settings, raising=False)
+    monkeypatch.setattr(work, "SAMPLE_EVERY", 11)
+    monkeypatch.setattr(work, "SAMPLE_CHARACTERS", 15)
+    own = TokenizersEncoder(specs["bytes"])
 
     class Wrong(work.FastokensEncoder):
         def __call__(self, text: str) -> np.ndarray:
             return super().__call__(text)[:-1]
 
+    made = work.make_shard(shard, tmp_path / "partial", "fastokens")
+    assert [text for text, _ in made.samples] == ["The quick brown", "over the lazy d"]
+    assert own.first_other(made.samples) is None
     monkeypatch.setattr(work, "_encoders", {"fastokens": Wrong(specs["bytes"])})
-    manifest = work.make_shard(shard, tmp_path / "partial", tmp_path / "shard")
-    assert "fastokens gave other ids for 'The quick brown fox'" in manifest["encoder_note"]
-    own = TokenizersEncoder(specs["bytes"])
-    tokens = np.fromfile(tmp_path / "shard" / "train.bin", dtype=np.uint16).tolist()
-    eod = specs["bytes"].eod_token
-    assert tokens == [token for text in texts for token in (*own(text).tolist(), eod)]
+    made = work.make_shard(shard, tmp_path / "partial", "fastokens")
+    assert own.first_other(made.samples[1:]) == "over the lazy d"
+    assert work.make_shard(shard, tmp_path / "partial", "tokenizers").samples == []
+
+
+def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_own(
+    model: Path,
+    folders: dict[str, Path],
+    specs: dict[str, TokenizerSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    texts = {"one": "The quick brown fox", "two": "jumps", "validation": "over the lazy dog"}
+    files = {name: [write_lines(tmp_path / f"{name}.jsonl", {"text": text})] for name, text in texts.items()}
+    # The workers are other processes, whose fastokens is right: here what it is held to finds fault with one shard.
+    monkeypatch.setattr(TokenizersEncoder, "first_other", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
+    made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
+    assert "is encoded anew with the model's own tokenizer: fastokens gave other ids for 'jumps'" in caplog.text
+    manifests = [read_manifest(shard) for shard in sorted((tmp_path / "out" / "shards").iterdir())]
+    assert Counter(manifest["encoder"] for manifest in manifests) == {"fastokens": 2, "tokenizers": 1}
+    (note,) = (manifest["encoder_note"] for manifest in manifests if manifest["encoder"] == "tokenizers")
+    assert note == "fastokens gave other ids for 'jumps'"
+    own, eod = TokenizersEncoder(specs["bytes"]), specs["bytes"].eod_token
+    assert made.tokens("validation").tolist() == [*own(texts["validation"]).tolist(), eod]
+    assert sorted(made.tokens("train").tolist()) == sorted([*own(texts["one"]), *own(texts["two"]), eod, eod])
+    check_folder(tmp_path / "out")
 
 
 def test_chat_is_rendered_and_what_is_learned_is_kept(
