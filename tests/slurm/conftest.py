@@ -36,6 +36,8 @@ SITE = {
 # are to be warned, and warns up to 30 s early: here 10 to 40 s after a job's start. Not earlier, as a signal to a job
 # whose script has not begun is lost.
 WARNED_EARLY = "['--time=0:02:00','--signal=B:USR1@80']"
+# Seconds that anything may take, on a busy machine too.
+PATIENCE = 300
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,7 @@ class Chain:
         env = {**os.environ, PLAN: json.dumps(plan), "PYTHONPATH": str(ROOT)}
         if path is not None:
             env["PATH"] = f"{path}:{env['PATH']}"
-        return subprocess.run([*command, *site, *arguments], env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run([*command, *site, *arguments], env=env, capture_output=True, text=True, timeout=PATIENCE)
 
     def submit(self, plan: dict[str, str], *arguments: str, mode: str = "launch") -> None:
         done = self.launch(plan, *arguments, mode=mode)
@@ -93,13 +95,13 @@ class Chain:
     def complete(self) -> set[str]:
         return {path.parent.name.partition("-")[0] for path in self.run_dir.glob("*/manifest.json")}
 
-    def wait(self, holds: Callable[[], object], seconds: float = 60) -> None:
+    def wait(self, holds: Callable[[], object], seconds: float = PATIENCE) -> None:
         until = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < until, self.told()
             time.sleep(0.2)
 
-    def wait_until_ended(self, seconds: float = 90) -> None:
+    def wait_until_ended(self, seconds: float = PATIENCE) -> None:
         """All jobs have ended; Slurm was seen to know them at least."""
         ids = [job for entry in submitted(self.run_dir).values() for job in entry["jobs"]]
         self.wait(lambda: not active(ids), seconds)
@@ -108,7 +110,7 @@ class Chain:
         """What `launch.status --json` says of each stage."""
         command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, str(self.run_dir), "--json"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=PATIENCE)
         return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(self.run_dir)]}
 
     def told(self) -> str:
@@ -125,4 +127,4 @@ def chain(cluster: Path, tmp_path: Path) -> Chain:
 
 def slurm(*command: str) -> str:
     """The output of one of Slurm's commands."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.data_runs import command, folder_of, model_folder, texts, write
-from tests.slurm.conftest import SITE, Chain, slurm
+from tests.slurm.conftest import PATIENCE, SITE, Chain, slurm
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +24,20 @@ def submit(model: Path, run_dir: Path, *more: str) -> list[str]:
     """Submits the data stage; the command line."""
     site = {**SITE, "cluster.slurm.secrets": "[]", "cluster.time_limit": "'0:05:00'"}
     arguments = command(model, run_dir, *(f"{key}={value}" for key, value in site.items()), *more)
-    done = subprocess.run(arguments, env=tiny.environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return arguments
 
 
 def check(folder: Path) -> str:
     stage = [sys.executable, "-m", "recipes.prepare_data", "--check", str(folder)]
-    return subprocess.run(stage, env=tiny.environment(), capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(stage, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE).stdout
 
 
 def status(run_dir: Path) -> dict[str, dict[str, Any]]:
     """What `launch.status --json` says of each stage."""
     asked = [sys.executable, "-m", "launch.status", str(run_dir), "--json"]
-    done = subprocess.run(asked, env=tiny.environment(), capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(asked, env=tiny.environment(), capture_output=True, text=True, check=True, timeout=PATIENCE)
     return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(run_dir)]}
 
 
@@ -55,12 +55,12 @@ def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path,
     script = (tmp_path / "run" / "slurm" / "01-prepare_data.sbatch").read_text()
     assert "#SBATCH --array=0-2\n" in script
     begun = chain.folder("prepare_data")
-    chain.wait(lambda: list(begun.glob("shards/0*")) and len(_at_work(begun)) == 3, 120)
+    chain.wait(lambda: list(begun.glob("shards/0*")) and len(_at_work(begun)) == 3)
     # One task is killed, as by a node that fails: the others do what it had begun.
     slurm("scancel", "--signal=KILL", "--full", f"{job}_1")
     # The others may be done by the time that this is told.
     assert status(tmp_path / "run")["prepare_data"]["state"] in ("running", "complete")
-    chain.wait_until_ended(240)
+    chain.wait_until_ended()
     folder = folder_of(arguments)
     assert (folder / "manifest.json").exists(), chain.told()
     assert "all of it is as it was written" in check(folder)
@@ -70,7 +70,7 @@ def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path,
     assert content["lines"]["documents"] == 60_000
     # The same as one process makes.
     alone = command(model, tmp_path / "alone", *more)
-    subprocess.run(alone, env=tiny.environment(), check=True, capture_output=True, timeout=240)
+    subprocess.run(alone, env=tiny.environment(), check=True, capture_output=True, timeout=PATIENCE)
     for part in content["train"]:
         for suffix in (".bin", ".idx"):
             name = f"{part['prefix']}{suffix}"

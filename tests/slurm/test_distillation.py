@@ -15,7 +15,7 @@ from recipes.artifact import read_state
 from recipes.runtime.metrics_file import read_metrics
 from recipes.stages import wanted
 from tests.helpers import tiny
-from tests.slurm.conftest import SITE, WARNED_EARLY, Chain, slurm
+from tests.slurm.conftest import PATIENCE, SITE, WARNED_EARLY, Chain, slurm
 
 # Of 0.06 to 0.1 s each on two cores.
 STEPS = 250
@@ -37,7 +37,7 @@ def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
     """Submits a tiny run of the real stages."""
     values = {**SITE, "cluster.slurm.secrets": "[]", **site}
     command = tiny.command(run_dir, *SETTINGS, *(f"{key}={value}" for key, value in values.items()), *more)
-    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return Chain(run_dir)
 
@@ -73,7 +73,7 @@ def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbr
     chain = submit(run_dir, site, "--until", "distill")
     assert list(submitted(run_dir)) == ["distill"]
     # All but the first attempt may take their time, so that there are two however slow the machine is.
-    chain.wait(lambda: "requeued" in chain.log("distill-"), 120)
+    chain.wait(lambda: "requeued" in chain.log("distill-"))
     slurm("scontrol", "update", f"JobId={chain.jobs('distill')[0]}", "TimeLimit=30")
     chain.wait_until_ended(600)
     log = chain.log("distill-")

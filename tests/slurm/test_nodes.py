@@ -31,7 +31,7 @@ def test_ranks_on_two_nodes_join(chain: Chain) -> None:
 
 def test_a_rank_that_dies_ends_the_job_on_both_nodes(chain: Chain) -> None:
     chain.submit({"ranks": "die_on_rank_1"}, *RANKS, "cluster.slurm.gpu_request=gres", mode="launch_ranks")
-    chain.wait_until_ended(120)
+    chain.wait_until_ended()
     stage = chain.status("status_ranks")["ranks"]
     assert stage["state"] == "failed"
     assert "killed by SIGKILL" in stage["cause"]
@@ -46,7 +46,7 @@ def test_a_chain_goes_on_after_a_node_went_down(chain: Chain) -> None:
     chain.wait(lambda: list(chain.run_dir.glob("ranks-*/checkpoints/step=10")))
     # It comes back by itself when its slurmd is heard of (ReturnToService=2).
     slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
-    chain.wait_until_ended(150)
+    chain.wait_until_ended()
     assert chain.complete() == {"ranks"}, chain.told()
     assert [ask(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
     assert "job " + jobs[1] in chain.log("ranks")
