@@ -129,7 +129,7 @@ def pareto(candidates: list[dict[str, Any]], teacher: dict[str, Any], cost: str 
     """Loss over cost of every candidate that was scored: just pruned, and after each round that it took part in.
 
     Args:
-        candidates: rows of a candidate table: `params`, `num_layers`, `loss`, `front`, and `rounds` where distilled.
+        candidates: rows of a candidate table: `params`, `num_layers`, `loss`, and `rounds` where distilled.
         teacher: `params` and `loss`.
         cost: the column that is the cost: `params` or `latency_ms`.
     """
@@ -152,22 +152,36 @@ def pareto(candidates: list[dict[str, Any]], teacher: dict[str, Any], cost: str 
             hollow = {**mark, "color": "none", "edgecolors": colour, "label": f"{depth} layers, after a round"}
             points = axes.scatter(*zip(*spots, strict=True), **hollow)
             plot.tell(points, [_candidate(row, x, x_label, y) for row, x, y in ended])
-    front = sorted((row for row in candidates if row.get("front")), key=lambda row: row[cost])
-    line = {"color": GREY, "linewidth": 1, "label": "Pareto front"}
-    axes.plot([row[cost] / scale for row in front], [row["loss"] for row in front], **line)
+    front = pareto_front([(row[cost] / scale, row["loss"]) for row in candidates])
+    axes.plot(*zip(*front, strict=True), color=GREY, linewidth=1, label="Pareto front")
     axes.axhline(teacher["loss"], color=COLOURS["teacher"], linestyle="--", label="teacher")
     plot.label(x_label, "held-out loss (nats per token)")
     plot.legend()
     return plot
 
 
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is below or left of, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points)):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
 def _candidate(row: dict[str, Any], x: float, x_label: str, loss: float) -> str:
-    return f"{shape_words(row)}: {x:.4g} {x_label}, loss {loss:.4f}"
+    name = ", ".join(filter(None, (shape_words(row), without_words(row))))
+    return f"{name}: {x:.4g} {x_label}, loss {loss:.4f}"
 
 
 def shape_words(row: dict[str, Any]) -> str:
-    """A candidate's sizes and the layers that it lost, in a line."""
+    """A candidate's sizes, in a line."""
     widths = {"hidden_size": "hidden", "ffn_hidden_size": "FFN", "num_attention_heads": "heads"}
-    without = f" (without {ranges(row['drop_layers'])})" if row.get("drop_layers") else ""
     sizes = [f"{word} {row[key]}" for key, word in widths.items() if key in row]
-    return ", ".join([f"{row['num_layers']} layers{without}", *sizes])
+    return ", ".join([f"{row['num_layers']} layers", *sizes])
+
+
+def without_words(row: dict[str, Any]) -> str:
+    """The teacher's layers that a candidate lacks; nothing where it has all."""
+    lost = row.get("drop_layers")
+    return f"without layer{'s'[: len(lost) - 1]} {ranges(lost)}" if lost else ""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes.runtime.plots import MARKERS, SERIES, Plot
+from recipes.runtime.plots import MARKERS, SERIES, Plot, pareto_front
 from recipes.runtime.reporting import figures, words
 from recipes.runtime.reporting.blocks import Block, Cell, Column, Figures, Note, Page, Section, Table
 from recipes.runtime.reporting.cells import (
@@ -143,17 +143,12 @@ def _pareto(students: Mapping[str, Any], costs: Mapping[str, float | None], x_la
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": name}
         point = plot.axes[0].scatter([x], [y], color=SERIES[index % len(SERIES)], **marks)
         plot.tell(point, [f"{name}: {x:.4g} {x_label}, loss {y:.4f}"])
-    front = sorted((x, y) for _, x, y in found if not any(_beats(other, (x, y), sign) for _, *other in found))
-    plot.axes[0].plot(*zip(*front, strict=True), color=figures.GREY, linewidth=1)
+    front = pareto_front([(sign * x, y) for _, x, y in found])
+    plot.axes[0].plot([sign * x for x, _ in front], [y for _, y in front], color=figures.GREY, linewidth=1)
     plot.axes[0].margins(0.15)
     plot.label(x_label, figures.LOSS)
     plot.legend()
     return plot
-
-
-def _beats(one: Sequence[float], other: tuple[float, float], sign: int) -> bool:
-    costs, losses = (sign * one[0], sign * other[0]), (one[1], other[1])
-    return costs[0] <= costs[1] and losses[0] <= losses[1] and (costs[0] < costs[1] or losses[0] < losses[1])
 
 
 def _settings(runs: Mapping[str, RunFolder]) -> Block:

@@ -149,7 +149,11 @@ def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
         chosen = all(row.get(key) == choice.get(key) for key in ("params", "drop_layers", "hidden_size", "loss"))
         made.append(
             [
-                Cell(plots.shape_words(row), detail="chosen" if chosen else "", tone="good"),
+                Cell(
+                    plots.shape_words(row),
+                    detail=", ".join(filter(None, (plots.without_words(row), "chosen" if chosen else ""))),
+                    tone="good" if chosen else "",
+                ),
                 number_cell(row["params"], words.count),
                 number_cell(row.get("latency_ms"), lambda value: words.number(value, 2)),
                 number_cell(row["loss"], lambda value: words.number(value, 4)),

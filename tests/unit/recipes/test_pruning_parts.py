@@ -94,6 +94,7 @@ def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     fast = [row(4, 100, 3.0, 5.0), row(4, 90, 3.0, 9.0)]
     evidence.mark_front(fast)
     assert [entry["front"] for entry in fast] == [True, True]
+    assert plots.pareto_front([(9, 3), (9, 2), (8, 3), (7, 5), (7, 4), (7.5, 4), (8, 3)]) == [(7, 4), (8, 3), (9, 2)]
     rows[0]["rounds"] = [{"step": 1, "val_loss": 2.9}]
     plots.pareto(rows, {"params": 200, "loss": 2.5}).save(tmp_path / "pareto.svg")
     assert "Pareto front" in (tmp_path / "pareto.svg").read_text()
@@ -123,8 +124,10 @@ def test_a_candidate_is_named_by_all_that_makes_it() -> None:
     one, other = ({**shape, "drop_layers": layers} for layers in ([3, 4], [2, 4]))
     assert finalists.name_of(one) == "candidate-l4-h256-f704-a4-q2-d3-d4"
     assert finalists.name_of(other) != finalists.name_of(one)
-    assert plots.shape_words(one).startswith("4 layers (without 3-4), hidden 256")
-    assert plots.shape_words({"num_layers": 4, "drop_layers": [2, 4, 7, 8, 9]}) == "4 layers (without 2, 4, 7-9)"
+    assert plots.shape_words(one) == "4 layers, hidden 256, FFN 704, heads 4"
+    assert plots.without_words(one) == "without layers 3-4"
+    assert plots.without_words({"drop_layers": [3]}) == "without layer 3"
+    assert plots.without_words({"drop_layers": [2, 4, 7, 8, 9]}) == "without layers 2, 4, 7-9"
 
 
 def test_scores_that_are_clearly_worse() -> None:

@@ -54,7 +54,7 @@ def test_a_finished_run(finished: Path) -> None:
     assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and takes 66 % of the memory" in said
     assert "distil for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in said
     assert "0.676 ± 0.021" in said
-    assert "4 layers (without 3-4), hidden 256, FFN 704" in said
+    assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in said
     assert "python -m launch.run experiment=demo" in said
     assert page.count("<svg") == 15
     assert content["state"] == "complete"
