@@ -120,8 +120,11 @@ class _Crew:
                 if asked_to_pause and not running:
                     self._pause()
                 ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    self._collect(pool, running, future)
+                finished = [(running.pop(future), future) for future in ended]
+                if not asked_to_pause:
+                    self._fill(pool, running)  # first, or a worker would wait for the comparison of its samples
+                for name, future in finished:
+                    self._collect(pool, running, name, future)
                 if not running and not ended:
                     time.sleep(1)  # others have the rest
                 self._look()
@@ -159,8 +162,9 @@ class _Crew:
         (self.out / _stop_files()[-1]).unlink(missing_ok=True)
         raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
 
-    def _collect(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str], future: Future[Made]) -> None:
-        name = running.pop(future)
+    def _collect(
+        self, pool: ProcessPoolExecutor, running: dict[Future[Made], str], name: str, future: Future[Made]
+    ) -> None:
         try:
             made = future.result()
         except InputError as fault:
