@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 49_152
 # The shorter and the longer run, in quarters of the text.
-OURS, THEIRS = (16, 64), (1, 4)
+OURS, THEIRS = (16, 128), (1, 4)
 WHOLE = 4
 BUDGET = 100e9
 SHARD_BYTES = 64 << 20
