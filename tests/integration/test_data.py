@@ -157,6 +157,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_used(
     assert "no space left" in done.stderr
     folder = folder_of(arguments)
     assert not (folder / "data.json").exists()
+    assert list(folder.glob("shards/.*")) == []
     small_disk("100m")
     run(arguments)
     assert "all of it is as it was written" in check(folder).stdout

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -138,6 +139,9 @@ class _Crew:
             # What they are at is begun anew next time; to wait for it would take minutes.
             for process in list((pool._processes or {}).values()):
                 process.kill()
+                process.join()
+            for partial in (self.out / "shards").glob(self._partial("*").name):
+                shutil.rmtree(partial, ignore_errors=True)  # or they would fill a full disk
             raise
         finally:
             pool.shutdown(cancel_futures=True)
