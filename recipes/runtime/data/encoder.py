@@ -46,10 +46,9 @@ class TokenizersEncoder:
 
     def first_other(self, samples: Sequence[tuple[str, np.ndarray]]) -> str | None:
         """The first text whose ids are not those that stand beside it; all are encoded in parallel."""
-        texts, ids = [text for text, _ in samples], [ids for _, ids in samples]
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-        found = zip(texts, ids, encodings, strict=True)
-        return next((text for text, theirs, own in found if not np.array_equal(theirs, own.ids)), None)
+        encodings = self._tokenizer.encode_batch([text for text, _ in samples], add_special_tokens=False)
+        pairs = zip(samples, encodings, strict=True)
+        return next((text for (text, ids), own in pairs if not np.array_equal(ids, own.ids)), None)
 
     def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and, of each, its first and last character: `[tokens]`, `[tokens, 2]`."""

@@ -139,12 +139,11 @@ class _Crew:
             # What they are at is begun anew next time; to wait for it would take minutes.
             for process in list((pool._processes or {}).values()):
                 process.kill()
-                process.join()
-            for partial in (self.out / "shards").glob(self._partial("*").name):
-                shutil.rmtree(partial, ignore_errors=True)  # or they would fill a full disk
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            for name in self.worklist.held:
+                shutil.rmtree(self._partial(name), ignore_errors=True)  # or what was begun would fill a full disk
 
     def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str]) -> None:
         while len(running) < self.workers and len(self.faults) < MOST_FAULTS:

@@ -80,14 +80,13 @@ def make_shard(shard: Shard, partial: Path, encoder: str, note: str | None = Non
         InputError: too many bad lines, a file that ends too early, a token id that the model lacks.
     """
     try:
-        made = _make(shard, partial, encoder)
+        return _make(shard, partial, encoder, note)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # or it would fill a full disk
         raise
-    return Made(made.manifest | {"encoder": encoder, "encoder_note": note}, made.samples)
 
 
-def _make(shard: Shard, partial: Path, encoder_name: str) -> Made:
+def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     data, spec, lines, digest = _settings.data, _settings.tokenizer, Lines(), hashlib.sha256()
@@ -106,7 +105,7 @@ def _make(shard: Shard, partial: Path, encoder_name: str) -> Made:
     writers = {split: SplitWriter(partial / split, dtype, spec.vocab_size) for split in SPLITS}
     masks, eod = _mask_writers(partial), np.asarray([spec.eod_token], dtype=np.uint32)
     samples: list[tuple[str, np.ndarray]] = []
-    for document, split, ids, mask in _encoded(found, shard, _encoder(encoder_name), samples):
+    for document, split, ids, mask in _encoded(found, shard, _encoder(encoder), samples):
         known = (document.key, document.cluster, document.bytes)
         for part, learned in _parts(ids, mask, eod, data):
             writers[split].add(part, known)
@@ -128,6 +127,8 @@ def _make(shard: Shard, partial: Path, encoder_name: str) -> Made:
         "texts_sha256": digest.hexdigest(),
         "tokenizer": spec.fingerprint,
         "settings": shard.settings,
+        "encoder": encoder,
+        "encoder_note": note,
     }
     return Made(manifest, samples)
 

@@ -350,13 +350,15 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
     monkeypatch.setattr(TokenizersEncoder, "first_other", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
     made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
     assert "is encoded anew with the model's own tokenizer: fastokens gave other ids for 'jumps'" in caplog.text
-    manifests = [read_manifest(shard) for shard in sorted((tmp_path / "out" / "shards").iterdir())]
-    assert Counter(manifest["encoder"] for manifest in manifests) == {"fastokens": 2, "tokenizers": 1}
-    (note,) = (manifest["encoder_note"] for manifest in manifests if manifest["encoder"] == "tokenizers")
-    assert note == "fastokens gave other ids for 'jumps'"
+    manifests = {shard: read_manifest(shard) for shard in (tmp_path / "out" / "shards").iterdir()}
+    assert Counter(manifest["encoder"] for manifest in manifests.values()) == {"fastokens": 2, "tokenizers": 1}
+    (again,) = (shard for shard, manifest in manifests.items() if manifest["encoder"] == "tokenizers")
+    assert manifests[again]["encoder_note"] == "fastokens gave other ids for 'jumps'"
     own, eod = TokenizersEncoder(specs["bytes"]), specs["bytes"].eod_token
-    assert made.tokens("validation").tolist() == [*own(texts["validation"]).tolist(), eod]
-    assert sorted(made.tokens("train").tolist()) == sorted([*own(texts["one"]), *own(texts["two"]), eod, eod])
+    tokens = {name: [*own(text).tolist(), eod] for name, text in texts.items()}
+    assert np.fromfile(again / "train.bin", dtype=np.uint16).tolist() == tokens["two"]
+    assert made.tokens("validation").tolist() == tokens["validation"]
+    assert sorted(made.tokens("train").tolist()) == sorted([*tokens["one"], *tokens["two"]])
     check_folder(tmp_path / "out")
 
 
