@@ -11,10 +11,19 @@ import os.path
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
-from conf import data_rules, evaluation_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
+from conf import (
+    data_rules,
+    evaluation_rules,
+    kd_rules,
+    model_folder,
+    prune_rules,
+    slurm_rules,
+    teacher_rules,
+    training_rules,
+)
 from conf.data_files import sources
 from conf.flops import Meter
-from conf.hf_shape import may_be_hub_id
+from conf.hf_shape import local_folder, may_be_hub_id
 from conf.model_size import EXPERT_SIZES
 from conf.phases import phase_sizes
 from conf.schema import Family, Loss, Precision, RunConfig, Shape, Training
@@ -509,6 +518,11 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
         yield f"model.hf_path={path} does not exist; set model.hf_path to a Hugging Face folder or a Hub id"
 
 
+def _model_folder(cfg: RunConfig) -> Iterator[str]:
+    if (folder := local_folder(cfg.model)) is not None:
+        yield from model_folder.faults(folder)
+
+
 def _home(path: str) -> str:
     return os.path.expanduser(path)
 
@@ -546,6 +560,7 @@ RULES: tuple[Rule, ...] = (
 
 RULES_OF_FILES: tuple[Rule, ...] = (
     _missing_files,
+    _model_folder,
     _tracker_packages,
     *data_rules.RULES_OF_FILES,
     *evaluation_rules.RULES_OF_FILES,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from conf.hf_config import with_both_forms
 from conf.schema import RunConfig
 from convert import families
 from convert.files import replaced
@@ -45,12 +46,11 @@ def export_model(
     config = config_of(checkpoint, reader, reference)
     tensors = list(families.hf_tensors(reader, config))
     stored = DTYPES[dtype] or tensors[0].dtype
-    config.pop("dtype", None)  # transformers 4.56 renamed it; all of its versions read the older name
     config["torch_dtype"] = TORCH_TYPES[stored][0]
     with replaced(folder, checkpoint, reference) as partial:
         write_folder(tensors, partial, dtype=stored, threads=copy_threads())
         copy_side_files(reference, partial)
-        write_json(partial / "config.json", config)
+        write_json(partial / "config.json", with_both_forms(config))
         card = model_card(title, base, reference, config, Making.of(checkpoint), note)
         (partial / "README.md").write_text(card)
 
@@ -111,12 +111,12 @@ def pruned_config(reference: dict[str, Any], sizes: dict[str, int]) -> dict[str,
     layers = config["num_hidden_layers"]
     if layers == reference["num_hidden_layers"]:
         return config
-    if "layer_types" in config:
+    if config.get("layer_types"):
         kinds = set(config["layer_types"])
         if len(kinds) > 1:
             raise InputError(f"layers of several kinds ({', '.join(sorted(kinds))}) cannot be exported after pruning")
         config["layer_types"] = config["layer_types"][:1] * layers
-    if "max_window_layers" in config:
+    if config.get("max_window_layers"):
         config["max_window_layers"] = min(config["max_window_layers"], layers)
     return config
 

@@ -8,20 +8,19 @@ experts of a mixture along a second one, and queries, keys and values lie group 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf import hf_config
 from conf.errors import InputError
-from conf.hf_shape import rope_scaling, rope_type, unsupported, with_defaults
+from conf.hf_config import HfConfig, rope_kind
 from convert.nemo_context import Call, Reference, generation_config
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
 
 LAYERS = "decoder.layers."
-HfConfig = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -195,14 +194,14 @@ def _always(module: str, name: str) -> Callable[[HfConfig], Reference]:
 
 
 def _llama_config(config: HfConfig) -> Reference:
-    return Reference(_module("llama"), "Llama31Config" if rope_type(config) == "llama3" else "LlamaConfig")
+    return Reference(_module("llama"), "Llama31Config" if rope_kind(config) == "llama3" else "LlamaConfig")
 
 
 def _llama_settings(config: HfConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
-    if rope_type(config) == "llama3":
+    if rope_kind(config) == "llama3":
         # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
-        rope = rope_scaling(config)
+        rope = config["rope_scaling"]
         settings |= {
             "scale_factor": rope["factor"],
             "low_freq_factor": rope["low_freq_factor"],
@@ -226,7 +225,7 @@ def _moe_settings(config: HfConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
         # Softmax over all experts, or over the chosen ones: the second is the first with weights that sum to 1.
-        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        "moe_router_pre_softmax": not config["norm_topk_prob"],
         # Wants Transformer Engine 2.1 when the config is made (megatron/core/transformer/transformer_config.py:1439);
         # a training on GPUs may switch it on.
         "moe_permute_fusion": False,
@@ -245,8 +244,7 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
 
 
 def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
-    rotary = rope_scaling(config).get("partial_rotary_factor", config["partial_rotary_factor"])
-    return {"seq_length": config["max_position_embeddings"], "rotary_percent": rotary}
+    return {"seq_length": config["max_position_embeddings"], "rotary_percent": config["partial_rotary_factor"]}
 
 
 FAMILIES: dict[str, Family] = {
@@ -296,52 +294,13 @@ PRECISIONS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's `config.json`, with transformers' own values for what it leaves out.
+def read_config(folder: Path) -> HfConfig:
+    """A folder's normalized `config.json`.
 
     Raises:
-        InputError: it cannot be read, or asks for what its family cannot have in NeMo: all of it.
+        InputError: it cannot be read, or asks for what its family does not have in NeMo: all of it, a line each.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} describes no model; fetch it again")
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise InputError(f"{path} holds a {config.get('model_type')!r} model; the families known here are {known}")
-    config = with_defaults(config)
-    if faults := _size_faults(config) or unsupported(config):
-        raise InputError(f"{path} cannot be converted: " + "; ".join(faults))
-    return config
-
-
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-NUMBERS = ("rms_norm_eps", "norm_eps", "initializer_range", "rope_theta")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
-
-
-def _size_faults(config: HfConfig) -> list[str]:
-    wanted = (*SIZES, *(MOE_SIZES if config["model_type"] == "qwen3_moe" else ()))
-    wanted += tuple(key for key in OPTIONAL_SIZES if config.get(key) is not None)
-    faults = [
-        f"{key}={config[key]!r} is no size" if key in config else f"{key} is missing"
-        for key in wanted
-        if type(config.get(key)) is not int or config[key] < 1
-    ]
-    faults += [f"{key}={config[key]!r} is no number" for key in NUMBERS if type(config.get(key, 1)) not in (int, float)]
-    return faults and [*faults, "fetch the file again"]
+    return hf_config.read_config(folder / "config.json")
 
 
 def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:
@@ -354,7 +313,6 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         dtype: of the weights, in torch's terms, such as bfloat16.
     """
     family = FAMILIES[config["model_type"]]
-    rope = rope_scaling(config)
     heads = heads_of(config)
     arguments = {
         "num_layers": config["num_hidden_layers"],
@@ -365,11 +323,11 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         "kv_channels": heads.kv_channels,
         "vocab_size": config["vocab_size"],
         "make_vocab_size_divisible_by": 1,
-        "init_method_std": config.get("initializer_range", 0.02),
+        "init_method_std": config["initializer_range"],
         "layernorm_epsilon": config.get("rms_norm_eps", config.get("norm_eps")),
-        "rotary_base": config.get("rope_theta", rope.get("rope_theta", 10000.0)),
-        "seq_len_interpolation_factor": rope["factor"] if rope_type(config) == "linear" else None,
-        "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+        "rotary_base": config["rope_theta"],
+        "seq_len_interpolation_factor": config["rope_scaling"]["factor"] if rope_kind(config) == "linear" else None,
+        "share_embeddings_and_output_weights": config["tie_word_embeddings"],
         **PRECISIONS[dtype],
         "params_dtype": Reference("torch", dtype),
         **family.settings(config),
@@ -381,9 +339,7 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
 
 def heads_of(config: HfConfig) -> Heads:
     """How the attention of a `config.json` is divided."""
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    return Heads(heads, groups, config.get("head_dim") or config["hidden_size"] // heads)
+    return Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
 
 
 def parts(config: HfConfig) -> Iterator[tuple[Rule, tuple[int, ...], list[str]]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
-from conf.schema import RunConfig
+from conf.schema import ExportDtype, RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
 
 log = logging.getLogger("convert.verify")
@@ -107,16 +107,11 @@ def logits(folder: Path, ids: Any) -> Any:
     import torch
 
     from convert.exporting import is_checkpoint
-    from recipes.runtime import backend
+    from recipes.runtime import backend, hf_models
 
     device = backend.activate().device
     if not is_checkpoint(folder):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-        model = model.to(device).eval()
+        model = hf_models.load(folder, ExportDtype.fp32)
         with torch.inference_mode():
             return model(ids.to(device), use_cache=False).logits.cpu()
     from nemo.lightning.base import teardown
@@ -180,14 +175,15 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
         InputError: no text, or no tokenizer or configuration that would load.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from convert import families
     from convert.exporting import carried_files, is_checkpoint
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:
         if text is None:
-            vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
+            vocabulary = families.read_config(folder)["vocab_size"]
             return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         ids = tokenizer(text.read_text())["input_ids"][:count]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from conf import hf_config
 from conf.errors import InputError
 from conf.schema import ExportDtype
 from recipes.runtime import backend
@@ -19,13 +20,23 @@ _STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2
 
 
 def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
-    """The model on this process's device, for inference; code that comes with a model is never run."""
+    """The model on this process's device, for inference; code that comes with a model is never run.
+
+    Its config is given, not read by transformers, each version of which ignores some of what the other one writes.
+    """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
-    # transformers before 4.56 knows the type by this name only; later ones know both.
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=types.get(dtype, "auto"))
+    config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        # transformers before 4.56 knows the type by this name only; later ones know both.
+        torch_dtype=types.get(dtype, "auto"),
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
     return model.to(backend.torch_device()).eval()
 
 
@@ -55,13 +66,10 @@ def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
 
 def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
     """What keys and values of `tokens` tokens, of all sequences together, take."""
-    config = json.loads((folder / "config.json").read_text())
-    heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or config["hidden_size"] // heads
-    groups = config.get("num_key_value_heads") or heads
-    stored = config.get("dtype") or config.get("torch_dtype")
-    size = BYTES.get(dtype, 4 if stored == "float32" else 2)
-    return 2 * int(config["num_hidden_layers"]) * int(groups) * int(head_size) * size * tokens
+    config = hf_config.read_config(folder / "config.json")
+    size = BYTES.get(dtype, 4 if config.get("torch_dtype") == "float32" else 2)
+    layers, groups, head_size = (config[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    return int(2 * layers * groups * head_size * size * tokens)
 
 
 def check_fits(needs: Sequence[tuple[str, int]], mend: str) -> None:

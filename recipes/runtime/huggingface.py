@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from conf import model_folder
 from conf.errors import InputError
 
 # Everything of a model's folder that is neither weights nor code nor prose.
@@ -40,12 +41,12 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
         folder = _download(str(source), revision, weights, allow_pickle)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and _asks_for_code(folder / name):
-            raise InputError(
-                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
-                " class is part of transformers, or take auto_map out if it needs none of that code"
-            )
+    model_folder.check(folder)
+    if (folder / "tokenizer_config.json").exists() and _asks_for_code(folder / "tokenizer_config.json"):
+        raise InputError(
+            f"{folder / 'tokenizer_config.json'} asks for code of its own (auto_map), which is never run here; use a"
+            " model whose class is part of transformers, or take auto_map out if it needs none of that code"
+        )
     if weights and not list(folder.glob("*.safetensors")) and not (allow_pickle and list(folder.glob(PICKLED))):
         raise InputError(
             f"{folder} holds no *.safetensors; save the model with safe_serialization=True"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from conf.hf_config import read_config
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def _read(folder: str, model: bool) -> TokenizerSpec:
         raise InputError(f"{folder} holds no tokenizer that transformers can read ({error})") from error
     eod, vocab_size = tokenizer.eos_token_id, len(tokenizer)
     if model:
-        config = json.loads((Path(folder) / "config.json").read_text())
-        vocab_size = config.get("vocab_size") or config["text_config"]["vocab_size"]
+        vocab_size = read_config(Path(folder) / "config.json")["vocab_size"]
     if model and eod is None:
         raise InputError(f"the tokenizer in {folder} has no eos_token to end documents with; set it in its config")
     if model and eod >= vocab_size:
