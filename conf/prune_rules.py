@@ -153,6 +153,32 @@ def _heads(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def _loadable(cfg: RunConfig) -> Iterator[str]:
+    """Widths that the family's class in transformers takes together (conf/student.py, loadable)."""
+    shape, prune = cfg.model.shape, cfg.prune
+    # A search considers none that transformers refuses.
+    if shape is None or prune.budget is not None:
+        return
+    pruned = student_shape(cfg)
+    if student.loadable(pruned, cfg.model.family, shape):
+        return
+    hidden, heads, groups = pruned.hidden_size, pruned.num_attention_heads, pruned.num_query_groups
+    key = "hidden_size" if prune.hidden_size is not None else "num_attention_heads"
+    fitting = {
+        "hidden_size": [size for size in around(hidden, math.lcm(heads, WIDTH_STEP)) if size < shape.hidden_size],
+        "num_attention_heads": [
+            count
+            for count in range(groups, groups * (shape.num_attention_heads // shape.num_query_groups) + 1, groups)
+            if hidden % count == 0
+        ],
+    }
+    fixes = [f"prune.{name} to {any_of(values)}" for name, values in fitting.items() if values]
+    yield (
+        f"prune.{key}={getattr(prune, key)}: transformers 5 loads no Llama whose hidden size {hidden} is not a multiple"
+        f" of its {heads} attention heads; set {', or '.join(fixes) or f'prune.{key} to null'}"
+    )
+
+
 def _calibration(cfg: RunConfig) -> Iterator[str]:
     shape = cfg.model.shape
     if shape is None:
@@ -247,7 +273,7 @@ def _reachable(cfg: RunConfig) -> Iterator[str]:
     if cfg.prune.budget is None or cfg.model.shape is None or list(_limits(cfg)) or cfg.model.shape.num_moe_experts:
         return
     space = student.space_of(cfg)
-    if not all((student.depths(space), student.hiddens(space), student.ffns(space), student.attentions(space))):
+    if not all((student.depths(space), student.widths(space), student.ffns(space))):
         parallel = cfg.distill.parallel
         yield (
             "prune.budget leaves no size that distill.parallel divides (tensor parallel "
@@ -353,7 +379,7 @@ def steps_of_rounds(cfg: RunConfig) -> int:
 
 
 # Of one round of pruning.
-ROUND_RULES: tuple[Rule, ...] = (_choice, _drop_layers, _depth, _sizes, _experts, _heads)
+ROUND_RULES: tuple[Rule, ...] = (_choice, _drop_layers, _depth, _sizes, _experts, _heads, _loadable)
 
 
 def _rounds(cfg: RunConfig) -> Iterator[str]:

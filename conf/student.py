@@ -122,7 +122,7 @@ def _known(space: Space) -> tuple[Shape, ...]:
 def _within_limits(space: Space, latency: Latency | None) -> list[Shape]:
     found = [
         shape
-        for layers, (heads, groups), hidden in itertools.product(depths(space), attentions(space), hiddens(space))
+        for layers, (hidden, heads, groups) in itertools.product(depths(space), widths(space))
         if (shape := _largest_ffn(space, layers, hidden, heads, groups, latency)) is not None
     ]
     sizes = [tuple(getattr(shape, axis) for axis in AXES) for shape in found]
@@ -156,6 +156,29 @@ def fits(space: Space, shape: Shape, latency: Latency | None = None) -> bool:
     cost = space.cost(shape)
     params, memory, milliseconds = space.limits
     return cost.params <= params and cost.memory <= memory and (latency is None or latency(shape) <= milliseconds)
+
+
+def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
+    """Whether transformers loads a student of this shape wherever it loads the teacher.
+
+    transformers 5 wants Llama's hidden size to be a multiple of its heads, whatever `head_dim` says
+    (transformers/models/llama/configuration_llama.py, validate_architecture); no other family's class does.
+    """
+    divided = shape.hidden_size % shape.num_attention_heads == 0
+    return divided or family is not Family.llama or teacher.hidden_size % teacher.num_attention_heads != 0
+
+
+def widths(space: Space) -> list[tuple[int, int, int]]:
+    """Hidden sizes with heads and query groups that transformers loads together."""
+    return [
+        (hidden, heads, groups)
+        for (heads, groups), hidden in itertools.product(attentions(space), hiddens(space))
+        if loadable(
+            dataclasses.replace(space.shape, hidden_size=hidden, num_attention_heads=heads, num_query_groups=groups),
+            space.family,
+            space.shape,
+        )
+    ]
 
 
 def depths(space: Space) -> list[int]:
@@ -192,16 +215,19 @@ def _steps(whole: int, cut: float, divisor: int) -> list[int]:
 
 
 def smallest(space: Space) -> Shape:
-    """The smallest shape within the bounds on cuts, whatever the limits."""
-    heads, groups = min(attentions(space))
-    return dataclasses.replace(
-        space.shape,
-        num_layers=min(depths(space)),
-        hidden_size=min(hiddens(space)),
-        ffn_hidden_size=min(ffns(space)),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-    )
+    """The smallest shape, by parameters, within the bounds on cuts, whatever the limits."""
+    least = [
+        dataclasses.replace(
+            space.shape,
+            num_layers=min(depths(space)),
+            hidden_size=hidden,
+            ffn_hidden_size=min(ffns(space)),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+        )
+        for hidden, heads, groups in widths(space)
+    ]
+    return min(least, key=lambda shape: parameters(shape, space.family))
 
 
 def _thinned(shapes: list[Shape], most: int) -> list[Shape]:

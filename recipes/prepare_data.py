@@ -73,7 +73,7 @@ def _source_tokenizer(source: Path | str | None) -> Path | None:
     from recipes.runtime.huggingface import local_folder
 
     try:
-        return None if source is None else local_folder(source, None, weights=False)
+        return None if source is None else local_folder(source, None, weights=False, model=False)
     except InputError as fault:
         raise InputError(f"data.source_tokenizer={source} cannot be used: {fault}") from fault
 

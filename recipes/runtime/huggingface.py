@@ -26,12 +26,15 @@ CARRIED_OVER = (
 PICKLED = "pytorch_model*.bin"
 
 
-def local_folder(source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False) -> Path:
+def local_folder(
+    source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False, model: bool = True
+) -> Path:
     """The folder of a Hugging Face model; a Hub id is downloaded into the Hub's cache, where it left off.
 
     Args:
         weights: whether the weights are wanted, or only what describes the model.
         allow_pickle: whether `pytorch_model*.bin` will do for weights.
+        model: whether the model has to be one that can be converted; otherwise only its tokenizer is used.
 
     Raises:
         InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code.
@@ -41,12 +44,14 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
         folder = _download(str(source), revision, weights, allow_pickle)
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
-    model_folder.check(folder)
-    if (folder / "tokenizer_config.json").exists() and _asks_for_code(folder / "tokenizer_config.json"):
-        raise InputError(
-            f"{folder / 'tokenizer_config.json'} asks for code of its own (auto_map), which is never run here; use a"
-            " model whose class is part of transformers, or take auto_map out if it needs none of that code"
-        )
+    if model:
+        model_folder.check(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and _asks_for_code(folder / name):
+            raise InputError(
+                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
+                " class is part of transformers, or take auto_map out if it needs none of that code"
+            )
     if weights and not list(folder.glob("*.safetensors")) and not (allow_pickle and list(folder.glob(PICKLED))):
         raise InputError(
             f"{folder} holds no *.safetensors; save the model with safe_serialization=True"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
-from conf.hf_config import read_config
+from conf.hf_config import parse
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _read(folder: str, model: bool) -> TokenizerSpec:
         raise InputError(f"{folder} holds no tokenizer that transformers can read ({error})") from error
     eod, vocab_size = tokenizer.eos_token_id, len(tokenizer)
     if model:
-        vocab_size = read_config(Path(folder) / "config.json")["vocab_size"]
+        vocab_size = parse(Path(folder) / "config.json")["vocab_size"]
     if model and eod is None:
         raise InputError(f"the tokenizer in {folder} has no eos_token to end documents with; set it in its config")
     if model and eod >= vocab_size:
