@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,22 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
         use_safetensors=True,
     )
     return model.to(backend.torch_device()).eval()
+
+
+@contextlib.contextmanager
+def folder_of_both_forms(folder: Path) -> Iterator[Path]:
+    """A temporary folder of links to a model's files, with a `config.json` that transformers 4 and 5 read alike.
+
+    For libraries that load a model by its folder and bring a transformers of their own.
+    """
+    config = hf_config.with_both_forms(hf_config.read_config(folder / "config.json"))
+    with tempfile.TemporaryDirectory() as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            (links / path.name).symlink_to(path.resolve())
+        (links / "config.json").unlink()
+        (links / "config.json").write_text(json.dumps(config, indent=2))
+        yield links
 
 
 def describe(config: Any, params: int) -> dict[str, Any]:

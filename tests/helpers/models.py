@@ -24,21 +24,29 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
-# By name: transformers' class, without the ending ForCausalLM, what its config says further, and the weights' type.
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+# By name, every kind of rope that a family can have among them: transformers' class, without the ending ForCausalLM,
+# what its config says further, and the weights' type.
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_untied_bf16": ("Qwen3", {"tie_word_embeddings": False, "rope_theta": 5e5}, "bfloat16"),
-    "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}, "float32"),
+    "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True, "rope_scaling": LINEAR_ROPE}, "float32"),
     "qwen2": ("Qwen2", {"rope_theta": 1e6, "rms_norm_eps": 1e-5}, "float32"),
-    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}, "float32"),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True, "rope_scaling": LINEAR_ROPE}, "float32"),
     "llama2_mha": ("Llama", {"num_key_value_heads": 6}, "float32"),
     "llama31_tied": ("Llama", {"tie_word_embeddings": True, "rope_scaling": LLAMA3_ROPE}, "float32"),
-    "llama_linear_rope_fp16": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "float16"),
+    "llama_linear_rope_fp16": ("Llama", {"rope_scaling": LINEAR_ROPE}, "float16"),
     "mistral_nemo": ("Mistral", {"sliding_window": None, "rope_theta": 1e6}, "float32"),
-    "mistral_window": ("Mistral", {"sliding_window": 40}, "float32"),
+    "mistral_window": ("Mistral", {"sliding_window": 40, "rope_scaling": LINEAR_ROPE}, "float32"),
     "nemotron": ("Nemotron", {"partial_rotary_factor": 0.5, "norm_eps": 1e-5}, "float32"),
     "qwen3_moe": (
         "Qwen3Moe",
-        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 56, "norm_topk_prob": True},
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 56,
+            "norm_topk_prob": True,
+            "rope_scaling": LINEAR_ROPE,
+        },
         "float32",
     ),
 }

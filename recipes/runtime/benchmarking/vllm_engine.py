@@ -37,15 +37,16 @@ class Model:
 
         self.folder, self.cfg = folder, cfg
         self.prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
-        self.llm = LLM(
-            model=str(folder),
-            dtype=TYPES[cfg.dtype],
-            max_model_len=cfg.prompt_tokens + cfg.new_tokens,
-            max_num_seqs=cfg.batch_size,
-            gpu_memory_utilization=share,
-            # A prompt that was there before would cost nothing.
-            enable_prefix_caching=False,
-        )
+        with hf_models.folder_of_both_forms(folder) as loadable:
+            self.llm = LLM(
+                model=str(loadable),
+                dtype=TYPES[cfg.dtype],
+                max_model_len=cfg.prompt_tokens + cfg.new_tokens,
+                max_num_seqs=cfg.batch_size,
+                gpu_memory_utilization=share,
+                # A prompt that was there before would cost nothing.
+                enable_prefix_caching=False,
+            )
 
     def warm_up(self) -> Memory:
         self._generate(self.cfg.new_tokens)

@@ -143,10 +143,10 @@ def test_spellings_of_config_json(
     ("changes", "parts"),
     [
         ({"model_type": "llama"}, ["model.family=qwen3", "says model_type llama; set model.family=llama"]),
-        ({"hidden_size": None}, ["does not describe a model (it has no 'hidden_size')", "set model.hf_path"]),
-        ({"attention_bias": True}, ["asks for attention_bias=True: NeMo's class of this family has no such biases"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope scaling of type 'yarn'"]),
-        ({"model_type": "gemma2"}, ["says model_type gemma2; models of the families qwen3, qwen2, llama"]),
+        ({"hidden_size": None}, ["config.json: hidden_size: missing", "fetch the file again"]),
+        ({"attention_bias": True}, ["config.json: attention_bias=true: "]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ['rope_scaling.rope_type="yarn"']),
+        ({"model_type": "gemma2"}, ['model_type="gemma2": ', "qwen3, qwen2, llama"]),
         ({"num_hidden_layers": 1}, ["prune.num_layers=2 is larger than the teacher's 1"]),
         ({"max_position_embeddings": 256}, ["prune.calibration_seq_length=512 is longer"]),
     ],
@@ -158,16 +158,8 @@ def test_a_config_json_at_fault(hf_folder: Callable[..., Path], changes: dict[st
         assert part in caught.value.faults[0]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"num_attention_heads": "many"}'])
-def test_a_broken_config_json(hf_folder: Callable[..., Path], content: str) -> None:
-    folder = hf_folder()
-    (folder / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json does not describe a model"):
-        compose(_own_model(folder))
-
-
 def test_a_folder_without_config_json(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json does not describe a model .*set model\.hf_path"):
+    with pytest.raises(ConfigError, match=r"config\.json: does not exist; set model\.hf_path"):
         compose(_own_model(tmp_path))
 
 

@@ -184,3 +184,48 @@ def test_pipeline_stages_divide_the_layers_that_are_left() -> None:
     pipeline = ("distill.parallel.pipeline_model_parallel_size=6", "cluster.devices_per_node=6")
     cfg = demo("prune.budget.params_share=0.95", *pipeline)
     assert {shape.num_layers for shape in student_shapes(cfg)} == {6}
+
+
+LLAMA = ("experiment=demo", "model.family=llama", "model.shape.hidden_size=192", "model.shape.num_attention_heads=6")
+LLAMA += ("model.shape.num_query_groups=2", "model.shape.kv_channels=32", "prune.num_layers=null")
+LLAMA += ("prune.ffn_hidden_size=null",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["prune.hidden_size=128"], "prune.hidden_size=128: "),
+        (["prune.rounds=[{hidden_size: 128, steps: 200}]", "prune.num_layers=4"], "prune.rounds[0]: prune.hidden_size"),
+        (["prune.rounds=[{num_layers: 5, steps: 200}]", "prune.hidden_size=128"], "prune.hidden_size=128: "),
+        (["prune.rounds=[{num_attention_heads: 4, steps: 200}]", "prune.hidden_size=128"], None),
+        (["prune.hidden_size=128", "prune.num_attention_heads=4"], None),
+        (["prune.hidden_size=128", "model.family=mistral"], None),
+        (["prune.num_layers=4"], None),
+        # What transformers 5 refuses of the teacher already, pruning makes no worse.
+        (["prune.hidden_size=128", "model.shape.hidden_size=256"], None),
+    ],
+)
+def test_widths_of_llama_that_transformers_refuses(overrides: list[str], key: str | None) -> None:
+    """transformers 5 wants the hidden size to be a multiple of the heads, whatever the size of a head."""
+    overrides = [*LLAMA, *overrides]
+    if key is None:
+        compose(overrides)
+        return
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    (fault,) = caught.value.faults
+    assert fault.startswith(key)
+    assert "6 attention heads" in fault
+    assert "prune.num_attention_heads to 2 or 4" in fault  # of 2 groups with 3 heads each, and 128 is no multiple of 6
+
+
+def test_a_search_considers_no_widths_that_transformers_refuses() -> None:
+    llama, mistral = (
+        space_of(compose([*LLAMA, f"model.family={family}", "prune.budget.params_share=0.7"]))
+        for family in ("llama", "mistral")
+    )
+    assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in candidates(llama))
+    assert candidates(llama)
+    assert any(shape.hidden_size % shape.num_attention_heads for shape in candidates(mistral))
+    least = student.smallest(llama)
+    assert (least.hidden_size, least.num_attention_heads) == (128, 4)

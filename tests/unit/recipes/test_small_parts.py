@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from recipes.prepare_data import repetition
 from recipes.runtime.huggingface import local_folder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
 from recipes.runtime.stage_main import command_line
+from tests.conftest import QWEN3
 
 
 def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
@@ -32,6 +34,10 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
         local_folder(tmp_path, None, weights=True)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(InputError, match="hidden_size: missing"):
+        local_folder(tmp_path, None, weights=False)
+    assert local_folder(tmp_path, None, weights=False, model=False) == tmp_path
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
     with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
         local_folder(tmp_path, None, weights=True)
     assert local_folder(tmp_path, None, weights=False) == tmp_path

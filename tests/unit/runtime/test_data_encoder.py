@@ -166,7 +166,7 @@ def test_a_tokenizer_that_cannot_end_documents_is_refused(
 ) -> None:
     folder = words(tmp_path / "words", ["<eos>", "alpha", "beta"], vocab_size, eos)
     if vocab_size == 0:
-        (folder / "config.json").write_text('{"vocab_size": 0, "text_config": {"vocab_size": 0}}')
+        (folder / "config.json").write_text('{"vocab_size": 0}')
     with pytest.raises(InputError, match=fault):
         read_tokenizer(folder)
 
