@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf import model_folder
 from conf.errors import InputError
 from conf.schema import ExportDtype, RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
@@ -231,6 +232,8 @@ def verify(args: argparse.Namespace) -> int:
     if not args.no_logits:
         from recipes.runtime import backend
 
+        for folder in {first, second} - set(checkpoints):
+            model_folder.check(folder)
         backend.activate()
         parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))
         print(
