@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conf.regular_files import folder_faults
 from conf.schema import Family, ModelConfig, Shape
 
 # Megatron's term by the term of Hugging Face; `shape_from` fills in those that a config.json may leave out.
@@ -37,6 +38,8 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     path = _config_json(model.hf_path, model.revision)
     if path is None:
         return model.shape, [] if model.shape is not None else [_nowhere(model.hf_path)]
+    if faults := folder_faults(path.parent):
+        return model.shape, [f"model.hf_path={model.hf_path}: {fault}" for fault in faults]
     try:
         config = json.loads(path.read_text())
         found = shape_from(config)

@@ -6,15 +6,26 @@ Where upstream would refuse (or silently ignore) something hours later, the rule
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os.path
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, cast
 
-from conf import data_rules, evaluation_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
+from conf import (
+    data_rules,
+    evaluation_rules,
+    hf_weights,
+    kd_rules,
+    prune_rules,
+    slurm_rules,
+    teacher_rules,
+    training_rules,
+)
 from conf.data_files import sources
 from conf.flops import Meter
-from conf.hf_shape import may_be_hub_id
+from conf.hf_shape import may_be_hub_id, with_defaults
 from conf.model_size import EXPERT_SIZES
 from conf.phases import phase_sizes
 from conf.schema import Family, Loss, Precision, RunConfig, Shape, Training
@@ -509,6 +520,21 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
         yield f"model.hf_path={path} does not exist; set model.hf_path to a Hugging Face folder or a Hub id"
 
 
+def _weights(cfg: RunConfig) -> Iterator[str]:
+    """How the weights of a local folder differ from its `config.json`; those of a Hub id are checked in hf_to_nemo."""
+    path = cfg.model.hf_path
+    if path is None or cfg.model.shape is None or not os.path.exists(_home(path)):
+        return
+    folder = Path(_home(path))
+    try:
+        config = with_defaults(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return  # a fault of its own
+    if config.get("model_type") == cfg.model.family.value:
+        faults = hf_weights.faults(folder, config, allow_pickle=cfg.convert.allow_pickle)
+        yield from (f"model.hf_path={path}: {fault}" for fault in faults)
+
+
 def _home(path: str) -> str:
     return os.path.expanduser(path)
 
@@ -546,6 +572,7 @@ RULES: tuple[Rule, ...] = (
 
 RULES_OF_FILES: tuple[Rule, ...] = (
     _missing_files,
+    _weights,
     _tracker_packages,
     *data_rules.RULES_OF_FILES,
     *evaluation_rules.RULES_OF_FILES,

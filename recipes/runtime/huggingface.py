@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 from conf.errors import InputError
+from conf.hf_weights import PICKLED, absence
+from conf.regular_files import folder_faults
 
 # Everything of a model's folder that is neither weights nor code nor prose.
 CARRIED_OVER = (
@@ -21,8 +23,6 @@ CARRIED_OVER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Weights as pickles, which are only read on request.
-PICKLED = "pytorch_model*.bin"
 
 
 def local_folder(source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False) -> Path:
@@ -33,11 +33,14 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
         allow_pickle: whether `pytorch_model*.bin` will do for weights.
 
     Raises:
-        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code.
+        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code, or
+            holds files that must not be read (see `conf.regular_files`).
     """
     folder = Path(source)
     if not folder.exists():
         folder = _download(str(source), revision, weights, allow_pickle)
+    if faults := folder_faults(folder):
+        raise InputError("; ".join(faults))
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
     for name in ("config.json", "tokenizer_config.json"):
@@ -46,11 +49,8 @@ def local_folder(source: Path | str, revision: str | None, *, weights: bool, all
                 f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
                 " class is part of transformers, or take auto_map out if it needs none of that code"
             )
-    if weights and not list(folder.glob("*.safetensors")) and not (allow_pickle and list(folder.glob(PICKLED))):
-        raise InputError(
-            f"{folder} holds no *.safetensors; save the model with safe_serialization=True"
-            + (", or set convert.allow_pickle=true (--allow-pickle)" if list(folder.glob(PICKLED)) else "")
-        )
+    if weights and (absent := absence(folder, allow_pickle=allow_pickle)) is not None:
+        raise InputError(absent)
     return folder
 
 

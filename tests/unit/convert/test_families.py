@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from conf.errors import InputError
+from conf.hf_weights import expected_shapes
 from convert import families
-from convert.families import FAMILIES, GateUp, Heads, Qkv, expected_shapes, heads_of, nemo_config, read_config
+from convert.families import FAMILIES, GateUp, Heads, Qkv, heads_of, nemo_config, read_config
 from convert.stored import Rows, Span, StoredTensor, blocks, stack
 from tests.helpers.models import MODELS, SMALL
 
