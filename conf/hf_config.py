@@ -328,7 +328,7 @@ def _scaling(rope: HfConfig) -> HfConfig | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    values = {key: rope[key] for key in _ROPES.get(kind, _SCALING_KEYS) if key in rope}
+    values = {key: rope[key] for key in _ROPES.get(str(kind), _SCALING_KEYS) if key in rope}
     # transformers warns of whole numbers.
     return {"rope_type": kind} | {
         key: float(value) if key.endswith("factor") else value for key, value in values.items()

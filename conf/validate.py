@@ -519,8 +519,12 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
 
 
 def _model_folder(cfg: RunConfig) -> Iterator[str]:
-    if (folder := local_folder(cfg.model)) is not None:
-        yield from model_folder.faults(folder)
+    folder = local_folder(cfg.model)
+    if folder is None:
+        return
+    # A folder in the Hub's cache may still lack what the run will download.
+    weights = os.path.exists(_home(cast(str, cfg.model.hf_path)))
+    yield from model_folder.faults(folder, weights=weights, allow_pickle=cfg.convert.allow_pickle)
 
 
 def _home(path: str) -> str:

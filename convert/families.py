@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from conf import hf_config
 from conf.errors import InputError
 from conf.hf_config import HfConfig, rope_kind
+from conf.hf_weights import expected_shapes
 from convert.nemo_context import Call, Reference, generation_config
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
@@ -406,30 +407,3 @@ def count_layers(reader: TorchDistReader) -> int:
     if not named:
         raise InputError(f"{reader.folder} lacks module.{LAYERS}{norm}")
     return stacked.shape[0] if stacked else named
-
-
-def expected_shapes(config: HfConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a model with this `config.json`."""
-    heads = heads_of(config)
-    hidden, size = config["hidden_size"], heads.kv_channels
-    queries, keys = heads.num_attention_heads * size, heads.num_query_groups * size
-    by_module: dict[str, tuple[int, ...]] = {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "q_norm": (size,),
-        "k_norm": (size,),
-        "embed_tokens": (config["vocab_size"], hidden),
-        "lm_head": (config["vocab_size"], hidden),
-        "gate": (config.get("num_experts", 0), hidden),
-    }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rule, _, names in parts(config):
-        channels = config["moe_intermediate_size"] if rule.experts else config["intermediate_size"]
-        of_mlp = {"gate_proj": (channels, hidden), "up_proj": (channels, hidden), "down_proj": (hidden, channels)}
-        for name in names:
-            *_, module, kind = name.split(".")
-            shape = (by_module | of_mlp).get(module, (hidden,))  # norms are the rest
-            shapes[name] = shape if kind == "weight" else shape[:1]
-    return shapes

@@ -78,38 +78,22 @@ def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
     write_weights(tensors, config, checkpoint / "weights", checksum=checksum)
 
 
-def check(tensors: dict[str, Any], config: dict[str, Any], source: Path) -> str:
-    """The type of a folder's weights, in torch's terms, once all that its config asks for is there.
+def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path) -> str:
+    """The type of a folder's weights, in torch's terms, once they are known to be what its `config.json` describes.
 
     Raises:
         InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
     """
-    from convert.families import expected_shapes
+    from conf.hf_weights import tensor_faults
     from convert.torch_save import TORCH_TYPES
 
-    expected = expected_shapes(config)
-    # A tied model may have its output layer saved all the same; older Llamas bring what is reckoned from the config.
-    extra = {"lm_head.weight"} if config.get("tie_word_embeddings", False) else set()
-    unknown = [name for name in tensors.keys() - expected.keys() - extra if not name.endswith("rotary_emb.inv_freq")]
-    faults = [f"{name} is missing" for name in expected if name not in tensors]
-    faults += [f"{name} is not a tensor of this family" for name in sorted(unknown)]
-    faults += [
-        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if extra & tensors.keys() and not _equal(tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")):
+    faults = tensor_faults(tensors, config)
+    output, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.get("tie_word_embeddings", False) and output is not None and not _equal(output, embedding):
         faults.append("lm_head.weight is not model.embed_tokens.weight, as tie_word_embeddings=true would have it")
-    types = sorted({tensors[name].dtype for name in expected if name in tensors})
-    faults += [
-        f"weights of type {name} cannot be trained" for name in types if name not in TORCH_TYPES or name == "F64"
-    ]
-    if len(types) > 1:
-        faults.append(f"weights of several types ({', '.join(types)}); save the model in one")
     if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
-        raise InputError(f"{source} does not hold what its config.json says: {shown}")
-    return TORCH_TYPES[types[0]][0]
+        raise InputError(f"{source} does not hold what its config.json describes: " + "; ".join(faults))
+    return TORCH_TYPES[tensors["model.embed_tokens.weight"].dtype][0]
 
 
 def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
-from convert.safetensors_files import shards_in
-from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor
+from conf.hf_weights import ITEM_BYTES, PICKLED, read_index
+from convert.stored import Rows, Span, StoredTensor
 from convert.torch_save import TORCH_TYPES, record_begin
 
 INDEX = "pytorch_model.bin.index.json"
@@ -31,7 +31,10 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         InputError: a file is missing, damaged, in torch's format of before 1.6, or holds more than tensors.
     """
     index = folder / INDEX
-    names = shards_in(index) if index.exists() else sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if index.exists():
+        names = sorted(set(read_index(index).values()))
+    else:
+        names = sorted(path.name for path in folder.glob(PICKLED))
     missing = [name for name in names if not (folder / name).exists()]
     if missing or not names:
         raise InputError(f"{folder} lacks {', '.join(missing) or 'pytorch_model.bin'}; fetch it")

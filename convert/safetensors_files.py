@@ -1,29 +1,18 @@
-"""Safetensors folders, read and written as streams.
-
-The format: 8 bytes with the header's length, a JSON header with each tensor's type, shape and place, then the tensors'
-bytes without gaps (huggingface/safetensors, README). The library itself gives tensors, not places, so the header is
-read here.
-"""
+"""Safetensors folders, read and written as streams. Their headers are read by `conf.hf_weights`."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conf.errors import InputError
-from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor, copy, write
+from conf import hf_weights
+from conf.hf_weights import INDEX, ITEM_BYTES, WHOLE
+from convert.stored import Rows, Span, StoredTensor, copy, write
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
-# What JSON that is not as it should be makes its reader raise.
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-# The library's own bound (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
-MAX_HEADER_BYTES = 100_000_000
 SHARD_BYTES = 5 * 10**9
 
 
@@ -31,111 +20,15 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Where each tensor of a Hugging Face folder lies.
 
     Raises:
-        InputError: all that is wrong with its files: shards that the index names are missing, a file is cut short, two
-            hold the same tensor, a header is not what it should be.
+        InputError: everything that is wrong with its files.
     """
-    tensors: dict[str, StoredTensor] = {}
-    faults: list[str] = []
-    for path in _shards(folder, faults):
-        try:
-            found = read_file(path)
-        except InputError as fault:
-            faults.append(str(fault))
-            continue
-        faults += [
-            f"{name} is in two files, {tensors[name].rows[0].spans[0].file.name} and {path.name}"
-            for name in sorted(tensors.keys() & found.keys())
-        ]
-        tensors.update(found)
-    if faults:
-        raise InputError(f"{folder} cannot be read: " + "; ".join(faults))
-    return tensors
+    return {name: _stored(name, entry) for name, entry in hf_weights.read_folder(folder).items()}
 
 
-def _shards(folder: Path, faults: list[str]) -> list[Path]:
-    """The files that hold a model's weights: as transformers, the one file, or those that the index names; or all."""
-    index = folder / INDEX
-    if (folder / WHOLE).exists() or not index.exists():
-        return [folder / WHOLE] if (folder / WHOLE).exists() else sorted(folder.glob("*.safetensors"))
-    try:
-        named = shards_in(index)
-    except InputError as fault:
-        faults.append(str(fault))
-        return []
-    missing = [name for name in named if not (folder / name).exists()]
-    faults += [f"{name}, which {INDEX} names, is missing; fetch it" for name in missing]
-    return [folder / name for name in named if name not in missing]
-
-
-def shards_in(index: Path) -> list[str]:
-    """The files that an index of shards names.
-
-    Raises:
-        InputError: it is none, or names what is not in its folder.
-    """
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (*DAMAGED, OSError) as error:
-        raise InputError(f"{index.name} is no index of shards ({error}); fetch it again") from error
-    for name in names:
-        if not name or not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index.name} names {name!r}, which can be no file of its folder; fetch it again")
-    return sorted(names)
-
-
-def read_file(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of one file lies.
-
-    Raises:
-        InputError: it is cut short, or no safetensors file.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            if length > min(MAX_HEADER_BYTES, size - 8):
-                raise InputError(
-                    f"{path.name} is no whole safetensors file (its header does not fit in it); fetch it again"
-                )
-            header = json.loads(file.read(length))
-        tensors = {
-            name: _entry(path, name, value, 8 + length, size)
-            for name, value in header.items()
-            if name != "__metadata__"
-        }
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path.name} cannot be read ({error.strerror})") from error
-    except DAMAGED as error:
-        raise InputError(f"{path.name} has a damaged header ({error}); fetch it again") from error
-    _refuse_gaps(path, tensors, 8 + length, size)
-    return tensors
-
-
-def _entry(path: Path, name: str, value: Mapping[str, object], start: int, size: int) -> StoredTensor:
-    dtype, shape = str(value["dtype"]), tuple(int(extent) for extent in value["shape"])  # type: ignore[attr-defined]
-    first, last = (int(offset) for offset in value["data_offsets"])  # type: ignore[attr-defined]
-    if dtype not in ITEM_BYTES:
-        raise InputError(f"{path.name}: {name} is of type {dtype}, which is not known here")
-    if min(shape, default=0) < 0 or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise InputError(f"{path.name}: {name} has {last - first} bytes, not those of {dtype} {list(shape)}")
-    if start + last > size:
-        raise InputError(f"{path.name} ends within {name}: it is cut short; fetch it again")
-    count = shape[0] if shape else 1
-    row_bytes = (last - first) // count if count else 0
-    return StoredTensor(name, dtype, shape or (1,), (Rows(count, (Span(path, start + first, row_bytes),)),))
-
-
-def _refuse_gaps(path: Path, tensors: dict[str, StoredTensor], start: int, size: int) -> None:
-    """Tensors lie end to end from the header to the end of the file, as the library asks too."""
-    places = sorted((tensor.rows[0].spans[0].offset, tensor.bytes, name) for name, tensor in tensors.items())
-    for offset, length, name in places:
-        if offset != start:
-            raise InputError(f"{path.name} has a damaged header ({name} does not begin where the one before ends)")
-        start += length
-    if start != size:
-        raise InputError(f"{path.name} holds {size - start} bytes more than its header tells of; fetch it again")
+def _stored(name: str, entry: hf_weights.Entry) -> StoredTensor:
+    count = entry.shape[0] if entry.shape else 1
+    span = Span(entry.file, entry.offset, entry.bytes // count if count else 0)
+    return StoredTensor(name, entry.dtype, entry.shape or (1,), (Rows(count, (span,)),))
 
 
 def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | None, threads: int) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from isal import isal_zlib
 
 from conf.errors import InputError
+from conf.hf_weights import ITEM_BYTES
 
-# Safetensors' names of the types that weights come in, and the bytes of an element.
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
 BLOCK_BYTES = 4 << 20
 # The file system cannot copy within the kernel, or (ENODEV) map a file; bytes then go through memory.
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY, errno.ENODEV)

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from conf.hf_weights import ITEM_BYTES
 from convert.dcp_metadata import MCORE_METADATA, read_description, torch_object, torch_size
-from convert.stored import ITEM_BYTES, Rows, Span, StoredTensor, copy, write
+from convert.stored import Rows, Span, StoredTensor, copy, write
 from convert.torch_save import (
     SAFETENSORS_NAMES,
     TORCH_TYPES,

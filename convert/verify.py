@@ -233,7 +233,7 @@ def verify(args: argparse.Namespace) -> int:
         from recipes.runtime import backend
 
         for folder in {first, second} - set(checkpoints):
-            model_folder.check(folder)
+            model_folder.check(folder, weights=True)
         backend.activate()
         parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))
         print(

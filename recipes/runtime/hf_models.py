@@ -11,14 +11,13 @@ from typing import Any
 
 from conf import hf_config
 from conf.errors import InputError
+from conf.hf_weights import ITEM_BYTES, read_folder
 from conf.schema import ExportDtype
 from recipes.runtime import backend
 
 GIB = 2**30
 # A weight's bytes by the names of `convert.export_dtype`.
 BYTES = {ExportDtype.bf16: 2, ExportDtype.fp16: 2, ExportDtype.fp32: 4}
-# Bytes of one element in a safetensors header.
-_STORED = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
@@ -71,15 +70,9 @@ def describe(config: Any, params: int) -> dict[str, Any]:
 
 
 def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
-    """What the weights of a folder take in memory; read off the files' headers."""
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                total += _elements(tensor["shape"]) * BYTES.get(dtype, _STORED.get(tensor["dtype"], 1))
-    return total
+    """What the weights of a folder take in memory, in bytes, from the headers of its files."""
+    entries = read_folder(folder).values()
+    return sum(entry.bytes // ITEM_BYTES[entry.dtype] * BYTES.get(dtype, ITEM_BYTES[entry.dtype]) for entry in entries)
 
 
 def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
@@ -99,10 +92,3 @@ def check_fits(needs: Sequence[tuple[str, int]], mend: str) -> None:
             f"{total / GIB:.1f} GiB are needed ({parts}), but {backend.device_name()} has {free / GIB:.1f} GiB free;"
             f" {mend}"
         )
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

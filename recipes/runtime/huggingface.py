@@ -8,6 +8,8 @@ from pathlib import Path
 
 from conf import model_folder
 from conf.errors import InputError
+from conf.hf_weights import PICKLED
+from conf.regular_files import folder_faults
 
 # Everything of a model's folder that is neither weights nor code nor prose.
 CARRIED_OVER = (
@@ -22,8 +24,6 @@ CARRIED_OVER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Weights as pickles, which are only read on request.
-PICKLED = "pytorch_model*.bin"
 
 
 def local_folder(
@@ -37,7 +37,8 @@ def local_folder(
         model: whether the model has to be one that can be converted; otherwise only its tokenizer is used.
 
     Raises:
-        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code.
+        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code, or
+            holds files that must not be read (see `conf.regular_files`).
     """
     folder = Path(source)
     if not folder.exists():
@@ -45,18 +46,15 @@ def local_folder(
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
     if model:
-        model_folder.check(folder)
+        model_folder.check(folder, weights=weights, allow_pickle=allow_pickle)
+    elif faults := folder_faults(folder):
+        raise InputError("\n".join(faults))
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists() and _asks_for_code(folder / name):
             raise InputError(
                 f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
                 " class is part of transformers, or take auto_map out if it needs none of that code"
             )
-    if weights and not list(folder.glob("*.safetensors")) and not (allow_pickle and list(folder.glob(PICKLED))):
-        raise InputError(
-            f"{folder} holds no *.safetensors; save the model with safe_serialization=True"
-            + (", or set convert.allow_pickle=true (--allow-pickle)" if list(folder.glob(PICKLED)) else "")
-        )
     return folder
 
 

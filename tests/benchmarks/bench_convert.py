@@ -118,7 +118,7 @@ def write_random_model(folder: Path, layers: int) -> int:
     """A model's folder whose weights are random bytes that are small bf16 numbers; returns its parameters."""
     import numpy as np
 
-    from convert.families import expected_shapes
+    from conf.hf_weights import expected_shapes
     from tests.helpers.models import write_model
 
     # Tokenizer and configuration of a tiny one, with this one's sizes in it.

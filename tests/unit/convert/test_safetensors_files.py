@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from conf import hf_weights
 from conf.errors import InputError
 from convert import safetensors_files
 from convert.safetensors_files import INDEX, read_folder, write_folder
@@ -117,7 +118,7 @@ def entry(**values: Any) -> Callable[[Path], None]:
         (lambda file: os.truncate(file, 5), "its header does not fit"),
         (lambda file: os.truncate(file, 0), "its header does not fit"),
         (lambda file: file.write_bytes(struct.pack("<Q", 1 << 63) + file.read_bytes()[8:]), "its header does not fit"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "holds 4 bytes more than its header tells of"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "holds 4 bytes more than its header describes"),
         (lambda file: header(lambda _: "{no json", file), "has a damaged header"),
         (lambda file: header(lambda _: [], file), "has a damaged header"),
         (lambda file: header(lambda _: {"b": 3}, file), "has a damaged header"),
@@ -142,11 +143,14 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any]
         load_file(tmp_path / FILE)  # the library sees it the same way
 
 
+def write_index(folder: Path, **files: str) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+
 def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model-1.safetensors").mkdir()
-    (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")
-    told = r"model-1\.safetensors cannot be read \(Is a directory\); model-2\.safetensors cannot be read \(No such file"
-    with pytest.raises(InputError, match=told):
+    (tmp_path / "1.safetensors").mkdir()
+    write_index(tmp_path, a="1.safetensors")
+    with pytest.raises(InputError, match=r"1\.safetensors cannot be read \(Is a directory\)"):
         read_folder(tmp_path)
 
 
@@ -154,14 +158,61 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({"a": A, f"only {number}": B}, tmp_path / f"{number}.safetensors")
     (tmp_path / "3.safetensors").write_bytes(b"")
-    names = [f"{number}.safetensors" for number in (1, 2, 3, 4)]
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {name: name for name in names}}))
+    (tmp_path / "4.safetensors").symlink_to(tmp_path / "gone")
+    write_index(tmp_path, a="1.safetensors", b="2.safetensors", c="3.safetensors", d="4.safetensors", e="5.safetensors")
     with pytest.raises(InputError) as refused:
         read_folder(tmp_path)
     told = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
-    assert f"4.safetensors, which {INDEX} names, is missing" in told
+    assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in told
     assert "a is in two files, 1.safetensors and 2.safetensors" in told
-    assert any(fault.startswith("3.safetensors is no whole safetensors file") for fault in told)
+    assert any(fault.startswith("3.safetensors is not a whole safetensors file") for fault in told)
+    assert f"{INDEX} names b, which its files do not hold" in told
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "weights.safetensors"])
+def test_files_that_transformers_would_not_find_are_refused(tmp_path: Path, name: str) -> None:
+    save_file({"a": A}, tmp_path / name)
+    with pytest.raises(InputError, match=f"{name} is not called {FILE}"):
+        read_folder(tmp_path)
+    save_file({"b": B}, tmp_path / "z.safetensors")
+    with pytest.raises(InputError, match=rf"{name}, z\.safetensors are not named by an index"):
+        read_folder(tmp_path)
+
+
+def test_files_beside_those_that_an_index_names_are_left_out(tmp_path: Path) -> None:
+    """Some models bring their weights twice: Mistral's as consolidated.safetensors too."""
+    save_file({"a": A}, tmp_path / "1.safetensors")
+    save_file({"b": B}, tmp_path / "consolidated.safetensors")
+    write_index(tmp_path, a="1.safetensors")
+    holds(tmp_path, {"a": A})
+
+
+def test_large_headers_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 M tensors, and a header that is a hole of 90 MB: whether it is JSON is not asked."""
+    with (tmp_path / FILE).open("wb") as file:
+        file.write(struct.pack("<Q", 90_000_000))
+        file.truncate(90_000_008)
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(InputError, match="a header of 90000000 bytes"):
+        read_folder(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / FILE).unlink()
+    with (tmp_path / INDEX).open("wb") as file:
+        file.truncate(90_000_000)
+    with pytest.raises(InputError, match="is larger than 32000000 bytes"):
+        read_folder(tmp_path)
+
+
+def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": A}, tmp_path / "1.safetensors")
+    save_file({"b": B}, tmp_path / "2.safetensors")
+    write_index(tmp_path, a="1.safetensors", b="2.safetensors")
+    (size,) = struct.unpack("<Q", (tmp_path / "1.safetensors").read_bytes()[:8])
+    monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size)
+    holds(tmp_path, {"a": A, "b": B})
+    monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size - 1)
+    with pytest.raises(InputError, match=r"2\.safetensors has a header of"):
+        read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from conf.errors import InputError
-from convert.families import expected_shapes, read_config
+from conf.hf_weights import expected_shapes
+from convert.families import read_config
 from convert.hf_to_nemo import check
 from convert.safetensors_files import read_folder
 from convert.verify import compare_tensors

@@ -1,0 +1,61 @@
+"""Which entries of a model's folder may be read: regular files, and links that stay inside it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+# What opening blocks or never ends, by file type.
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def folder_faults(folder: Path, *, allow_outside_links: bool = False) -> list[str]:
+    """Entries of a folder that must not be read, one sentence each; hidden ones are not read and not checked.
+
+    Refused are FIFOs, sockets and devices, dangling links, and links that lead out of the folder. A link into the blobs
+    of a Hub cache (`models--OWNER--NAME/blobs`) is what the Hub's client creates, and allowed.
+
+    Args:
+        allow_outside_links: for folders whose parts may lie on several disks, such as checkpoints.
+    """
+    root = folder.resolve()
+    return [
+        f"{path}: {reason}; replace it with a regular file, or delete it"
+        for path in _entries(folder)
+        if (reason := _fault(path, root, allow_outside_links)) is not None
+    ]
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """All visible entries of a folder that are not folders themselves, linked folders included."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in sorted([*files, *linked]):
+            if not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _fault(path: Path, root: Path, allow_outside_links: bool) -> str | None:
+    """Why an entry must not be read."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        return f"its target cannot be reached ({error.strerror if isinstance(error, OSError) else error})"
+    if kind in _SPECIAL:
+        return f"it is {_SPECIAL[kind]}, which cannot be read as part of a model"
+    if not path.is_symlink() or allow_outside_links or target.is_relative_to(root) or _is_hub_blob(target):
+        return None
+    return f"it is a link that leads out of the model's folder, to {target}"
+
+
+def _is_hub_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(("models--", "datasets--"))
