@@ -178,6 +178,7 @@ def test_a_wrong_type_or_range_is_one_line(tmp_path: Path, key: str, value: obje
         (MIXTURE, {"num_experts_per_tok": 5}, "num_experts_per_tok=5: "),
         (MIXTURE, {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1: "),
         (MIXTURE, {"num_experts": "4"}, 'num_experts="4": '),
+        (MIXTURE, {"num_experts": 4096, "num_hidden_layers": 1000}, "num_experts=4096: "),
         (MIXTURE, {"num_local_experts": "4"}, 'num_local_experts="4": '),
         (MIXTURE, {"num_local_experts": 8}, "num_experts=4 and num_local_experts=8 disagree"),
         (MIXTURE, {"norm_topk_prob": 1}, "norm_topk_prob=1: "),
