@@ -283,7 +283,7 @@ def normalize(content: HfConfig) -> HfConfig:
             config[older] = value
     defaults = _COMMON_DEFAULTS | _DEFAULTS[content["model_type"]]
     config |= _normalized_rope(content, defaults)
-    config = {**defaults, **config}
+    config = config | defaults | config  # in the file's order
     # Null is the quotient, or one group a head, in every family.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
