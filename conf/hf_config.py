@@ -88,10 +88,10 @@ def parse(path: Path) -> HfConfig:
         if data.startswith(b"\xef\xbb\xbf"):
             raise InputError(f"{path}: starts with a byte order mark; save the file as UTF-8 without one")
         content = json.loads(data.decode("utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path}: does not exist; set model.hf_path to the whole folder of a model") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable, or fetch it again") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply for a config.json; fetch the file again") from error
     except ValueError as error:

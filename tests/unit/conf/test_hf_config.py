@@ -232,7 +232,8 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes, pa
 
 def test_a_path_that_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    for path in (tmp_path / "config.json", tmp_path, tmp_path / "absent"):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "config.json", tmp_path, tmp_path / "absent", tmp_path / "file" / "config.json"):
         with pytest.raises(InputError, match=str(path)):
             read_config(path)
 
