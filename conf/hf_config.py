@@ -88,10 +88,10 @@ def parse(path: Path) -> HfConfig:
         if data.startswith(b"\xef\xbb\xbf"):
             raise InputError(f"{path}: starts with a byte order mark; save the file as UTF-8 without one")
         content = json.loads(data.decode("utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{path}: does not exist; set model.hf_path to the whole folder of a model") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); fetch the file again") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable, or fetch it again") from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply for a config.json; fetch the file again") from error
     except ValueError as error:
@@ -143,9 +143,10 @@ _WORDS = {
     list: "a list",
     dict: "an object",
 }
-# Ten times the largest that any published model has, at least: what is above is a mistake, and some code would loop or
+# Three times the largest of any published model, at least. What is above is a mistake, and planning would loop or
 # allocate for it.
-_LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 2_000, 1 << 20, 1 << 14, 1 << 14, 1 << 25
+_LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
+_ALL_EXPERTS = 1 << 18  # of all layers together
 _SMALLEST = 1e-30  # for what has to be above 0
 
 # Keys that every model needs.
@@ -282,7 +283,7 @@ def normalize(content: HfConfig) -> HfConfig:
             config[older] = value
     defaults = _COMMON_DEFAULTS | _DEFAULTS[content["model_type"]]
     config |= _normalized_rope(content, defaults)
-    config = {**defaults, **config}
+    config = config | defaults | config  # in the file's order
     # Null is the quotient, or one group a head, in every family.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
@@ -377,10 +378,15 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
     types = config.get("layer_types")
     if types is not None and len(types) != config["num_hidden_layers"]:
         yield f"layer_types: {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; correct either"
-    if config["model_type"] == Family.qwen3_moe.value and config["num_experts_per_tok"] > config["num_experts"]:
+    if config["model_type"] != Family.qwen3_moe.value:
+        return
+    experts, chosen, layers = (config[key] for key in ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
+    if chosen > experts:
+        yield f"num_experts_per_tok={chosen}: must not exceed num_experts={experts}; correct either"
+    if layers * experts > _ALL_EXPERTS:
         yield (
-            f"num_experts_per_tok={config['num_experts_per_tok']}: must not exceed num_experts={config['num_experts']};"
-            " correct either"
+            f"num_experts={experts}: more than {_ALL_EXPERTS} in all of num_hidden_layers={layers}; correct either, or"
+            " fetch the file again"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 from conf.hf_config import HfConfig, examine
@@ -72,9 +73,9 @@ def local_folder(model: ModelConfig) -> Path | None:
     hf_path = model.hf_path
     if hf_path is None:
         return None
-    folder = Path(hf_path).expanduser()
-    if folder.exists():
-        return folder
+    path = os.path.expanduser(hf_path)
+    if os.path.exists(path):  # pathlib raises for paths that no file system takes
+        return Path(path)
     if not may_be_hub_id(hf_path):
         return None
     # Costs half a second, so only where it is needed.

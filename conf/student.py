@@ -164,8 +164,9 @@ def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
     transformers 5 wants Llama's hidden size to be a multiple of its heads, whatever `head_dim` says
     (transformers/models/llama/configuration_llama.py, validate_architecture); no other family's class does.
     """
-    divided = shape.hidden_size % shape.num_attention_heads == 0
-    return divided or family is not Family.llama or teacher.hidden_size % teacher.num_attention_heads != 0
+    if family is not Family.llama or teacher.hidden_size % teacher.num_attention_heads:
+        return True
+    return shape.hidden_size % shape.num_attention_heads == 0
 
 
 def widths(space: Space) -> list[tuple[int, int, int]]:
@@ -201,7 +202,7 @@ def attentions(space: Space) -> list[tuple[int, int]]:
     kept = 1 - space.max_width_cut - 1e-9
     return [
         (group * each, group)
-        for group in range(math.ceil(groups * kept), groups + 1)
+        for group in range(max(1, math.ceil(groups * kept)), groups + 1)
         for each in range(1, heads // groups + 1)
         if group * each >= heads * kept and group % space.tensor == 0
     ]
@@ -210,7 +211,7 @@ def attentions(space: Space) -> list[tuple[int, int]]:
 def _steps(whole: int, cut: float, divisor: int) -> list[int]:
     """The teacher's size, and multiples of the step below it."""
     step = math.lcm(COARSE_STEP if whole >= LARGE else FINE_STEP, divisor)
-    least = math.ceil(whole * (1 - cut) - 1e-9)
+    least = max(1, math.ceil(whole * (1 - cut) - 1e-9))
     return [*range(math.ceil(least / step) * step, whole, step), whole]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from conf.hf_config import read_config
 from conf.hf_shape import shape_from
 from convert.torch_dist import TorchDistReader
 from convert.verify import digest
@@ -112,9 +113,10 @@ def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None
         source = ("--checkpoint", pruned, "--hf-model", folders / name / "hf")
         exported = tmp_path / f"{pruned.name}_hf"
         convert("nemo_to_hf", *source, "--out", exported, "--dtype", "keep")
-        config = json.loads((exported / "config.json").read_text())
-        shape = dataclasses.asdict(shape_from(config))
-        before = dataclasses.asdict(shape_from(json.loads((folders / name / "hf" / "config.json").read_text())))
+        shape, before = (
+            dataclasses.asdict(shape_from(read_config(folder / "config.json")))
+            for folder in (exported, folders / name / "hf")
+        )
         assert shape == before | AXES[axis]
         pairs.append((exported, pruned))
     check_logits(pairs)

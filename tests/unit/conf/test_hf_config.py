@@ -178,6 +178,7 @@ def test_a_wrong_type_or_range_is_one_line(tmp_path: Path, key: str, value: obje
         (MIXTURE, {"num_experts_per_tok": 5}, "num_experts_per_tok=5: "),
         (MIXTURE, {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1: "),
         (MIXTURE, {"num_experts": "4"}, 'num_experts="4": '),
+        (MIXTURE, {"num_experts": 4096, "num_hidden_layers": 1000}, "num_experts=4096: "),
         (MIXTURE, {"num_local_experts": "4"}, 'num_local_experts="4": '),
         (MIXTURE, {"num_local_experts": 8}, "num_experts=4 and num_local_experts=8 disagree"),
         (MIXTURE, {"norm_topk_prob": 1}, "norm_topk_prob=1: "),
@@ -231,7 +232,8 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes, pa
 
 def test_a_path_that_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    for path in (tmp_path / "config.json", tmp_path, tmp_path / "absent"):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "config.json", tmp_path, tmp_path / "absent", tmp_path / "file" / "config.json"):
         with pytest.raises(InputError, match=str(path)):
             read_config(path)
 

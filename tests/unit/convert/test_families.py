@@ -193,7 +193,7 @@ def test_gate_lies_above_up(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_had_in_nemo_is_refused(tmp_path: Path, family: Any, values: dict[str, Any], told: str) -> None:
     config = least("llama") | {"model_type": family} if family not in list(FAMILIES) else least(family)
-    with pytest.raises(InputError, match=rf"config\.json: {told}"):
+    with pytest.raises(InputError, match=rf"config\.json: .*{told}"):
         read_config(folder_of(tmp_path, {**config, **values}))
 
 
