@@ -554,7 +554,10 @@ class ConvertConfig:
     # Reads a model's pytorch_model*.bin where it has no safetensors. Only their tensors are taken; nothing is unpickled
     # that could run code.
     allow_pickle: bool = False
-    # Whether the chunks of NeMo checkpoints carry their CRC-32, which zip tools check.
+    # Accepts weights that are NaN or infinite, and those that become infinite in the type of an export (above 65504 in
+    # fp16); they are named in the log. A model with them has no logits to compare: set evaluate.verify_tokens=0.
+    allow_nonfinite: bool = placement(False)
+    # Whether the chunks of NeMo checkpoints carry their CRC-32, which is checked when they are read.
     checksum: bool = placement(True)
 
 
@@ -577,7 +580,7 @@ class EvaluateConfig:
     # Sequences of held-out text at most; null: all.
     max_sequences: int | None = None
     # Held-out tokens on which NeMo's and Hugging Face's logits are compared; 0 skips the check. Part of the identity of
-    # the stage verify.
+    # the stages verify_import and verify.
     verify_tokens: int = placement(512)
     # Tasks, groups or tags of EleutherAI's lm-evaluation-harness, such as mmlu or gsm8k.
     tasks: list[str] = field(default_factory=list)

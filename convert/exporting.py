@@ -14,7 +14,7 @@ from convert.files import replaced
 from convert.model_card import Making, model_card
 from convert.nemo_context import read_context
 from convert.safetensors_files import read_folder, write_folder
-from convert.stored import StoredTensor, copy_threads
+from convert.stored import StoredTensor, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistReader
 from convert.torch_save import TORCH_TYPES
 from recipes.artifact import write_json
@@ -25,7 +25,15 @@ DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "keep": None}
 
 
 def export_model(
-    checkpoint: Path, reference: Path, folder: Path, dtype: str, *, title: str, base: str, note: str | None = None
+    checkpoint: Path,
+    reference: Path,
+    folder: Path,
+    dtype: str,
+    *,
+    title: str,
+    base: str,
+    note: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes a NeMo checkpoint as the Hugging Face folder `folder`, whole or not at all.
 
@@ -37,6 +45,7 @@ def export_model(
         reference: the Hugging Face folder of the model that the checkpoint descends from.
         dtype: a key of `DTYPES`.
         title, base, note: what the model card calls the model and the one it comes from, and says of its training.
+        allow_nonfinite: whether weights may be NaN or infinite, or become so in the type `dtype`.
 
     Raises:
         InputError: the checkpoint is damaged, is of another family than the reference, or holds what transformers has
@@ -48,7 +57,8 @@ def export_model(
     stored = DTYPES[dtype] or tensors[0].dtype
     config["torch_dtype"] = TORCH_TYPES[stored][0]
     with replaced(folder, checkpoint, reference) as partial:
-        write_folder(tensors, partial, dtype=stored, threads=copy_threads())
+        if not write_folder(tensors, partial, dtype=stored, threads=copy_threads()):
+            report_nonfinite(tensors, checkpoint, stored, allow=allow_nonfinite)
         copy_side_files(reference, partial)
         write_json(partial / "config.json", with_both_forms(config))
         card = model_card(title, base, reference, config, Making.of(checkpoint), note)
@@ -60,7 +70,9 @@ def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
 
     def export(checkpoint: Path, folder: Path) -> None:
         dtype = cfg.convert.export_dtype.value
-        export_model(checkpoint, reference, folder, dtype, title=checkpoint.name, base=cfg.model.name)
+        allow = cfg.convert.allow_nonfinite
+        title, base = checkpoint.name, cfg.model.name
+        export_model(checkpoint, reference, folder, dtype, title=title, base=base, allow_nonfinite=allow)
 
     return export
 

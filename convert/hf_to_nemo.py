@@ -27,17 +27,25 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         cfg.model.revision,
         out / "nemo",
         allow_pickle=cfg.convert.allow_pickle,
+        allow_nonfinite=cfg.convert.allow_nonfinite,
         checksum=cfg.convert.checksum,
     )
 
 
 def convert(
-    hf_model: Path | str, revision: str | None, checkpoint: Path, *, allow_pickle: bool = False, checksum: bool = True
+    hf_model: Path | str,
+    revision: str | None,
+    checkpoint: Path,
+    *,
+    allow_pickle: bool = False,
+    allow_nonfinite: bool = False,
+    checksum: bool = True,
 ) -> dict[str, Any]:
     """Writes a Hugging Face model as the NeMo checkpoint `checkpoint`, whole or not at all.
 
     Args:
         allow_pickle: whether `pytorch_model*.bin` will do where there are no safetensors.
+        allow_nonfinite: whether weights may be NaN or infinite.
         checksum: whether the saved chunks carry their CRC-32.
 
     Returns:
@@ -51,14 +59,16 @@ def convert(
 
     source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
     with replaced(checkpoint, source) as partial:
-        write_checkpoint(source, partial, checksum=checksum)
+        write_checkpoint(source, partial, allow_nonfinite=allow_nonfinite, checksum=checksum)
     return {"hub_commit": hub_commit(source)}
 
 
-def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
+def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, checksum: bool) -> None:
     """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
+    from conf.hf_weights import expected_shapes
     from convert import families, pickled_files, safetensors_files
     from convert.nemo_context import model_call, write_context
+    from convert.stored import report_nonfinite
     from recipes.runtime.huggingface import copy_side_files
 
     config = families.read_config(source)
@@ -75,7 +85,8 @@ def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
         shutil.copyfile(generation_config, context / "artifacts" / generation_config.name)
     nemo_config = families.nemo_config(config, dtype, with_generation_config=generation_config.exists())
     write_context(context, model_call(family.model, nemo_config))
-    write_weights(tensors, config, checkpoint / "weights", checksum=checksum)
+    if not write_weights(tensors, config, checkpoint / "weights", checksum=checksum):
+        report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)
 
 
 def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path) -> str:
@@ -104,8 +115,12 @@ def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:
     return all(ours == theirs for ours, theirs in zip(blocks(first), blocks(second), strict=True))
 
 
-def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path, *, checksum: bool) -> None:
-    """Writes the folder `weights`: every NeMo tensor as the chunks that NeMo's importer would write."""
+def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path, *, checksum: bool) -> bool:
+    """Writes the folder `weights`: every NeMo tensor as the chunks that NeMo's importer would write.
+
+    Returns:
+        whether all weights are finite.
+    """
     from convert import families
     from convert.stored import copy_threads
     from convert.torch_dist import TorchDistWriter
@@ -128,7 +143,7 @@ def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path
             owner = key.removesuffix(".weight")
             place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
             writer.add_object(f"{owner}._extra_state/shard_{place}", [None])
-    writer.write(weights, COMMON, threads=copy_threads(), checksum=checksum)
+    return writer.write(weights, COMMON, threads=copy_threads(), checksum=checksum)
 
 
 # What NeMo reads of a checkpoint's common part besides the weights: nothing was trained yet.
@@ -156,10 +171,18 @@ def main() -> None:
     parser.add_argument("--revision", help="the Hub revision")
     parser.add_argument("--out", required=True, type=Path, help="the NeMo checkpoint's folder, replaced if it exists")
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin, without running its code")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="accept weights that are NaN or infinite")
     parser.add_argument("--no-checksum", action="store_true", help="leave out the chunks' CRC-32")
     args = parser.parse_args()
     with command_line():
-        convert(args.hf_model, args.revision, args.out, allow_pickle=args.allow_pickle, checksum=not args.no_checksum)
+        convert(
+            args.hf_model,
+            args.revision,
+            args.out,
+            allow_pickle=args.allow_pickle,
+            allow_nonfinite=args.allow_nonfinite,
+            checksum=not args.no_checksum,
+        )
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             title=f"{cfg.name}: {name}",
             base=base,
             note=_words_on_loss(cfg.distill, name),
+            allow_nonfinite=cfg.convert.allow_nonfinite,
         )
     return {"models": sorted(checkpoints)}
 
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="the Hugging Face folder, replaced if it exists")
     types = [dtype.value for dtype in ExportDtype]
     parser.add_argument("--dtype", default="bf16", choices=types, help="the weights' type (bf16)")
+    help_text = "accept weights that are NaN or infinite, or become infinite in that type"
+    parser.add_argument("--allow-nonfinite", action="store_true", help=help_text)
     args = parser.parse_args()
     with command_line():
         from convert.exporting import carried_files, export_model
@@ -72,7 +75,9 @@ def main() -> None:
         else:
             source = local_folder(args.hf_model, args.revision, weights=False)
         base = args.hf_model or "a model of which the checkpoint does not tell the name"
-        export_model(args.checkpoint, source, args.out, args.dtype, title=args.out.name, base=base)
+        allow = args.allow_nonfinite
+        title = args.out.name
+        export_model(args.checkpoint, source, args.out, args.dtype, title=title, base=base, allow_nonfinite=allow)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ unpickled, and only with what tensors are made of.
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import zipfile
@@ -17,7 +18,8 @@ from typing import Any
 from conf.errors import InputError
 from conf.hf_weights import ITEM_BYTES, PICKLED, read_index
 from convert.stored import Rows, Span, StoredTensor
-from convert.torch_save import TORCH_TYPES, record_begin
+from convert.torch_save import TORCH_TYPES
+from recipes.runtime.saved_records import Record, read_record, record_begin
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}
@@ -53,9 +55,11 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file, zipfile.ZipFile(file) as saved:
             described = next(name for name in saved.namelist() if name.endswith("/data.pkl"))
             records = {info.filename: info for info in saved.infolist()}
-            with saved.open(described) as pickled:
-                state = _StateDict(pickled).load()
-            places = {name: record_begin(file, info) for name, info in records.items()}
+            state = _StateDict(io.BytesIO(read_record(saved, described))).load()
+            stored = {
+                name: Record(path, record_begin(file, info), info.file_size, info.CRC, name)
+                for name, info in records.items()
+            }
     except InputError as fault:
         raise InputError(f"{path} {fault}") from fault
     except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
@@ -74,7 +78,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
         record = records.get(f"{root}data/{tensor.storage}")
         if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size < tensor.end:
             raise InputError(f"{path} does not hold {name}; fetch it again, or as safetensors")
-        tensors[name] = tensor.stored(name, path, places[record.filename])
+        tensors[name] = tensor.stored(name, stored[record.filename])
     return tensors
 
 
@@ -102,10 +106,10 @@ class _Described:
             if extent > 1
         )
 
-    def stored(self, name: str, path: Path, begin: int) -> StoredTensor:
+    def stored(self, name: str, record: Record) -> StoredTensor:
         item = ITEM_BYTES[self.dtype]
         shape = self.shape or (1,)
-        span = Span(path, begin + self.offset * item, math.prod(shape[1:]) * item)
+        span = Span(record.file, record.begin + self.offset * item, math.prod(shape[1:]) * item, record)
         return StoredTensor(name, self.dtype, shape, (Rows(shape[0], (span,)),))
 
 

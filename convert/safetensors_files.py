@@ -31,12 +31,15 @@ def _stored(name: str, entry: hf_weights.Entry) -> StoredTensor:
     return StoredTensor(name, entry.dtype, entry.shape or (1,), (Rows(count, (span,)),))
 
 
-def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | None, threads: int) -> None:
+def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | None, threads: int) -> bool:
     """Writes tensors as `model.safetensors`, or as shards of at most 5 GB with their index, and syncs them to disk.
 
     Args:
         folder: must exist.
         dtype: the element type of all; None keeps each one's.
+
+    Returns:
+        whether all numbers that were written are finite.
     """
     shards = _fill(list(tensors), dtype)
     names = [
@@ -53,10 +56,11 @@ def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | 
                 copies.append(pool.submit(copy, tensor, target, position, dtype=dtype))
                 position += _bytes(tensor, dtype)
             waiting.append((target, copies))
+        finite = True
         try:
             for target, copies in waiting:
                 for done in copies:
-                    done.result()
+                    finite &= done.result().finite
                 os.fsync(target)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -67,6 +71,7 @@ def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | 
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return finite
 
 
 def _fill(tensors: list[StoredTensor], dtype: str | None) -> list[list[StoredTensor]]:

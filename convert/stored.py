@@ -7,33 +7,48 @@ a few MB at a time.
 from __future__ import annotations
 
 import errno
+import logging
 import math
-import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isal import isal_zlib
 
 from conf.errors import InputError
 from conf.hf_weights import ITEM_BYTES
+from recipes.runtime.saved_records import Record, mapped
+
+log = logging.getLogger("convert.stored")
 
 BLOCK_BYTES = 4 << 20
-# The file system cannot copy within the kernel, or (ENODEV) map a file; bytes then go through memory.
-NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY, errno.ENODEV)
+# The file system cannot copy within the kernel; bytes then go through memory.
+NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY)
+# The bits of an exponent, and of the sign: a number is not finite where all bits of its exponent are set.
+_EXPONENTS = {
+    "F64": ("u8", 0x7FF0_0000_0000_0000, 1 << 63),
+    "F32": ("u4", 0x7F80_0000, 1 << 31),
+    "BF16": ("u2", 0x7F80, 1 << 15),
+    "F16": ("u2", 0x7C00, 1 << 15),
+}
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of `row_bytes` bytes each, end to end from `offset` in a file."""
+    """Rows of `row_bytes` bytes each, end to end from `offset` in a file.
+
+    `record`, where its file has a CRC-32 of them, contains them; it is checked when any of them is read.
+    """
 
     file: Path
     offset: int
     row_bytes: int
+    record: Record | None = None
 
     def skip(self, rows: int) -> Span:
-        return Span(self.file, self.offset + rows * self.row_bytes, self.row_bytes)
+        return replace(self, offset=self.offset + rows * self.row_bytes)
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ def blocks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[memoryvie
     A block is only good until the next one is asked for.
 
     Raises:
-        InputError: a file ends too early.
+        InputError: a file ends too early, or its bytes do not have the CRC-32 that was written with them.
     """
     for rows in tensor.rows:
         if not rows.bytes:
@@ -121,29 +136,91 @@ def copy_threads() -> int:
     return min(8, max(2, os.cpu_count() or 1))
 
 
-def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = None, checksum: bool = False) -> int:
+@dataclass(frozen=True)
+class Copied:
+    """What was found out about bytes while they were copied: their CRC-32 (0 unless asked for), and whether all numbers
+    are finite."""
+
+    crc: int
+    finite: bool
+
+
+def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = None, checksum: bool = False) -> Copied:
     """Writes a tensor's bytes into an open file.
 
     Args:
         target: a file descriptor.
         dtype: the element type to write; None keeps the tensor's.
-        checksum: whether to reckon the CRC-32 of what is written.
+        checksum: whether to compute the CRC-32 of what is written.
 
-    Returns:
-        the CRC-32, or 0 where none was asked for.
+    Raises:
+        InputError: a file ends too early, or its bytes do not have the CRC-32 that was written with them.
     """
     as_it_is = dtype in (None, tensor.dtype) and all(len(rows.spans) == 1 for rows in tensor.rows)
     if as_it_is:
         copied = _copy_in_kernel(tensor, target, offset, checksum=checksum)
         if copied is not None:
             return copied
-    crc = 0
+    crc, finite = 0, True
     for block in blocks(tensor, dtype):
         write(target, block, offset)
         offset += len(block)
+        finite = finite and is_finite(block, dtype or tensor.dtype)
         if checksum:
             crc = isal_zlib.crc32(block, crc)
-    return crc
+    return Copied(crc, finite)
+
+
+def is_finite(data: memoryview | bytes, dtype: str) -> bool:
+    """Whether all numbers are finite. Two maxima and no temporary array: 25 GB/s a core, twice as fast as a CRC-32.
+
+    As an unsigned integer a number is at least `sign + exponent` where it is negative and not finite; as a signed one
+    it is at least `exponent` where it is positive and not finite.
+    """
+    if dtype not in _EXPONENTS or not len(data):
+        return True
+    import numpy as np
+
+    kind, exponent, sign = _EXPONENTS[dtype]
+    bits = np.frombuffer(data, dtype=kind)
+    return int(bits.max()) < sign + exponent and int(bits.view(kind.replace("u", "i")).max()) < exponent
+
+
+def _count_nonfinite(tensor: StoredTensor, dtype: str | None) -> int:
+    """The numbers of a tensor, in the type `dtype`, that are not finite."""
+    import numpy as np
+
+    kind, exponent, _ = _EXPONENTS[dtype or tensor.dtype]
+    arrays = (np.frombuffer(block, dtype=kind) for block in blocks(tensor, dtype))
+    return sum(int(((bits & exponent) == exponent).sum()) for bits in arrays)
+
+
+def report_nonfinite(tensors: Iterable[StoredTensor], source: Path, dtype: str | None = None, *, allow: bool) -> None:
+    """Names the tensors that hold numbers that are not finite, or would, in the type `dtype`; `allow`: in the log only.
+
+    Raises:
+        InputError: there are such tensors, and they are not allowed.
+    """
+
+    def describe(tensor: StoredTensor) -> str | None:
+        if tensor.dtype not in _EXPONENTS:
+            return None
+        before = _count_nonfinite(tensor, None)
+        after = before if dtype in (None, tensor.dtype) else _count_nonfinite(tensor, dtype)
+        parts = [f"{before} NaN or infinite"] if before else []
+        parts += [f"{after - before} too large for {dtype}"] if after > before else []
+        return f"{tensor.name} ({', '.join(parts)})" if parts else None
+
+    with ThreadPoolExecutor(copy_threads()) as pool:
+        found = [words for words in pool.map(describe, tensors) if words is not None]
+    if not found:
+        return
+    shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
+    message = f"{source}: {len(found)} tensors hold values that are not finite: {shown}"
+    if not allow:
+        fix = "train or save the model again" if dtype is None else "export in bf16 or fp32 (convert.export_dtype)"
+        raise InputError(f"{message}; {fix}, or set convert.allow_nonfinite=true (--allow-nonfinite)")
+    log.warning("%s", message)
 
 
 def write(target: int, data: memoryview | bytes, offset: int) -> None:
@@ -154,20 +231,23 @@ def write(target: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum: bool) -> int | None:
-    """The CRC-32, or 0; None where the file system refuses: what it copied before is written again by the caller."""
-    crc = 0
+def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum: bool) -> Copied | None:
+    """Copies within the kernel; None where the file system refuses: what was copied before, the caller writes again."""
+    crc, finite = 0, True
     for rows in tensor.rows:
         (span,) = rows.spans
+        if span.record is not None:
+            span.record.check()
         source = os.open(span.file, os.O_RDONLY)
         try:
             for position in range(span.offset, span.offset + rows.bytes, BLOCK_BYTES):
                 count = min(BLOCK_BYTES, span.offset + rows.bytes - position)
-                if checksum:
-                    crc = _checksum(source, position, count, crc)
+                with mapped(source, position, count) as block:
+                    crc = isal_zlib.crc32(block, crc) if checksum else 0
+                    finite = finite and is_finite(block, tensor.dtype)
                 _copy_range(source, position, target, offset, count)
                 offset += count
-        except (EOFError, ValueError) as error:  # mmap's word for a file that is too short is a ValueError
+        except EOFError as error:
             raise _cut_short(span.file, tensor.name) from error
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
@@ -175,19 +255,7 @@ def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum:
             return None
         finally:
             os.close(source)
-    return crc
-
-
-def _checksum(source: int, offset: int, count: int, crc: int) -> int:
-    """Goes on with a CRC-32 over a part of a file, where it lies in the system's cache: no bytes are copied."""
-    before = offset % mmap.ALLOCATIONGRANULARITY
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    with (
-        mmap.mmap(source, before + count, flags, mmap.PROT_READ, offset=offset - before) as mapped,
-        memoryview(mapped) as view,
-        view[before:] as part,
-    ):
-        return isal_zlib.crc32(part, crc)
+    return Copied(crc, finite)
 
 
 def _copy_range(source: int, position: int, target: int, offset: int, count: int) -> None:
@@ -215,6 +283,8 @@ def _read(rows: Rows, target: memoryview, name: str) -> None:
 
 
 def _read_span(span: Span, count: int, target: memoryview, name: str) -> None:
+    if span.record is not None:
+        span.record.check()
     source = os.open(span.file, os.O_RDONLY)
     try:
         done = 0

@@ -24,7 +24,7 @@ from typing import Any
 from conf.errors import InputError
 from conf.hf_weights import ITEM_BYTES
 from convert.dcp_metadata import MCORE_METADATA, read_description, torch_object, torch_size
-from convert.stored import Rows, Span, StoredTensor, copy, write
+from convert.stored import Copied, Rows, Span, StoredTensor, copy, write
 from convert.torch_save import (
     SAFETENSORS_NAMES,
     TORCH_TYPES,
@@ -32,12 +32,11 @@ from convert.torch_save import (
     Rebuilt,
     SavedTensor,
     SavedZip,
-    Window,
     describe_tensor,
     is_contiguous,
     pickled,
-    record_begin,
 )
+from recipes.runtime.saved_records import Record, Window, read_record, record_begin
 
 # Files that chunks are spread over: as many as Megatron's writer makes, more for large checkpoints.
 FILES = 2
@@ -80,6 +79,7 @@ class TorchDistReader:
         self.folder = weights
         self.tensors: dict[str, ChunkedTensor] = {}
         self.objects: list[Chunk] = []
+        self._records: dict[tuple[Path, int], Record] = {}
         path = weights / ".metadata"
         if not path.exists():
             raise InputError(f"{weights} is no torch_dist checkpoint (it has no .metadata)")
@@ -160,8 +160,12 @@ class TorchDistReader:
 
     def _data(self, whole: ChunkedTensor, part: _Part, row: int) -> Span:
         chunk = part.chunk
-        offset = _data_offset(chunk, math.prod(chunk.sizes) * ITEM_BYTES[whole.dtype], whole)
-        return Span(chunk.file, offset + part.skipped + (row - part.row) * part.row_bytes, part.row_bytes)
+        place = (chunk.file, chunk.offset)
+        if place not in self._records:
+            self._records[place] = _data_record(chunk, math.prod(chunk.sizes) * ITEM_BYTES[whole.dtype], whole)
+        record = self._records[place]
+        offset = record.begin + part.skipped + (row - part.row) * part.row_bytes
+        return Span(chunk.file, offset, part.row_bytes, record)
 
 
 @dataclass(frozen=True)
@@ -176,8 +180,8 @@ class _Part:
     row_bytes: int
 
 
-def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
-    """Where in its file the numbers of a saved tensor begin.
+def _data_record(chunk: Chunk, size: int, whole: ChunkedTensor) -> Record:
+    """Where in its file the numbers of a saved tensor lie.
 
     Raises:
         InputError: it is cut short, is of another type than described, or its numbers do not lie row by row.
@@ -185,7 +189,7 @@ def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
     try:
         with Window(chunk.file, chunk.offset, chunk.length) as window, zipfile.ZipFile(window) as saved:
             record = next(info for info in saved.infolist() if info.filename.endswith("/data/0"))
-            described = saved.read(record.filename.removesuffix("/data/0") + "/data.pkl")
+            described = read_record(saved, record.filename.removesuffix("/data/0") + "/data.pkl")
             begin = record_begin(window, record)
         (_, storage, *_), first, shape, strides, *_ = SavedTensor(io.BytesIO(described)).load()
         in_rows = (record.file_size, record.compress_type, first) == (size, zipfile.ZIP_STORED, 0)
@@ -196,7 +200,7 @@ def _data_offset(chunk: Chunk, size: int, whole: ChunkedTensor) -> int:
         ) from error
     if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
         raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")
-    return chunk.offset + begin
+    return Record(chunk.file, chunk.offset + begin, record.file_size, record.CRC, whole.key)
 
 
 @dataclass(frozen=True)
@@ -228,12 +232,15 @@ class TorchDistWriter:
         """A small object of plain Python types."""
         self._pieces.append(_Piece(key, SavedZip(pickled(value))))
 
-    def write(self, weights: Path, common: dict[str, Any], *, threads: int, checksum: bool = True) -> None:
+    def write(self, weights: Path, common: dict[str, Any], *, threads: int, checksum: bool = True) -> bool:
         """Writes the folder `weights` and syncs it to disk; `.metadata`, without which it is none, comes last.
 
         Args:
             common: what every rank shares, of plain Python types.
-            checksum: whether to write the chunks' CRC-32, which nothing of torch checks but zip tools do.
+            checksum: whether to write the chunks' CRC-32, which is checked when they are read.
+
+        Returns:
+            whether all numbers are finite.
         """
         weights.mkdir(parents=True)
         total = sum(piece.zip.length for piece in self._pieces)
@@ -243,14 +250,15 @@ class TorchDistWriter:
         filled = [0] * len(files)
         pool = ThreadPoolExecutor(threads)
         try:
-            waiting: list[Future[None]] = []
+            waiting: list[Future[bool]] = []
             for piece in self._pieces:
                 number = filled.index(min(filled))
                 waiting.append(pool.submit(_write_piece, piece, files[number], filled[number], checksum))
                 places.append((names[number], filled[number], piece.zip.length))
                 filled[number] += piece.zip.length
+            finite = True
             for done in waiting:
-                done.result()
+                finite &= done.result()
             list(pool.map(os.fsync, files))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -266,6 +274,7 @@ class TorchDistWriter:
         }
         _write_synced(weights / "metadata.json", json.dumps(backends).encode())
         _write_synced(weights / ".metadata", self._metadata(weights, places))
+        return finite
 
     def _metadata(self, weights: Path, places: list[tuple[str, int, int]]) -> bytes:
         described: dict[str, Any] = {}
@@ -295,13 +304,15 @@ class TorchDistWriter:
         return pickled(Rebuilt(Global(*MCORE_METADATA), (described,), state))
 
 
-def _write_piece(piece: _Piece, file: int, offset: int, checksum: bool) -> None:
+def _write_piece(piece: _Piece, file: int, offset: int, checksum: bool) -> bool:
+    """Writes a piece, and returns whether all of its numbers are finite."""
     head = len(piece.zip.head(0))
-    crc = 0
+    copied = Copied(0, finite=True)
     if piece.tensor is not None:
-        crc = copy(piece.tensor, file, offset + head, checksum=checksum)
-    write(file, piece.zip.head(crc), offset)
-    write(file, piece.zip.tail(crc), offset + head + (piece.zip.data_bytes or 0))
+        copied = copy(piece.tensor, file, offset + head, checksum=checksum)
+    write(file, piece.zip.head(copied.crc), offset)
+    write(file, piece.zip.tail(copied.crc), offset + head + (piece.zip.data_bytes or 0))
+    return copied.finite
 
 
 def _write_synced(path: Path, data: bytes) -> None:

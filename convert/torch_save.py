@@ -6,16 +6,13 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import struct
-import zipfile
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from conf.errors import InputError
 
@@ -27,47 +24,6 @@ TORCH_TYPES = {
     "F16": ("float16", "HalfStorage"),
 }
 SAFETENSORS_NAMES = {name: ours for ours, (name, _) in TORCH_TYPES.items()}
-
-
-class Window(io.RawIOBase):
-    """A part of a file as a file of its own, for `zipfile`."""
-
-    def __init__(self, path: Path, offset: int, length: int) -> None:
-        super().__init__()
-        self._descriptor = os.open(path, os.O_RDONLY)
-        self._offset, self._length, self._position = offset, length, 0
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = start + position
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._position)
-        self._position += len(data)
-        return data
-
-
-def record_begin(file: IO[bytes] | Window, record: zipfile.ZipInfo) -> int:
-    """Where in a zip file the bytes of an uncompressed record begin: behind a local header with parts of any length."""
-    file.seek(record.header_offset + 26)
-    name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-    return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 class SavedTensor(pickle.Unpickler):

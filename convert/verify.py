@@ -29,8 +29,13 @@ LARGEST_SHARE = 0.05
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
+# The models of a run that exist in both formats, by the conversion that is checked.
+CHECKED = {"import": "teacher", "export": "student"}
+
+
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher and student, each as `_hf` and `_nemo`, and data. Its metrics: the largest differences."""
+    """Inputs: data, and of the teacher (stage verify_import) or the student (stage verify) both formats, as `_hf` and
+    `_nemo`. Metrics: the largest differences."""
     from recipes.runtime import backend
 
     backend.activate()
@@ -43,7 +48,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     tokens = min(cfg.evaluate.verify_tokens, cfg.evaluate.seq_length, data.validation_tokens - 1)
     ids = torch.from_numpy(data.validation_sequences(tokens)[:1, :-1])
     metrics: dict[str, Any] = {"tokens": tokens}
-    for check, model in (("import", "teacher"), ("export", "student")):
+    for check, model in CHECKED.items():
+        if f"{model}_nemo" not in inputs:
+            continue
         folder = local_folder(inputs[f"{model}_hf"], cfg.model.revision if model == "teacher" else None, weights=True)
         parity = compare_logits(folder, inputs[f"{model}_nemo"], ids)
         metrics[f"{check}_max_abs_logit_diff"] = parity.max_abs_diff

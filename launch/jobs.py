@@ -72,13 +72,16 @@ def _everywhere(files: Sequence[str]) -> list[str]:
 def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
     """The jobs of the stages that are not complete, in the order in which they are submitted."""
     to_do = {stage.stage.name for stage in located if not stage.complete}
+    gates: set[str] = set()
     jobs = []
     for number, stage in enumerate(located, 1):
         if stage.complete:
             continue
         script = Path(cfg.run_dir) / "slurm" / f"{number:02d}-{stage.stage.name}.sbatch"
         sources = stage.stage.inputs(stage.cfg).values()
-        after = sorted({source.stage for source in sources if isinstance(source, Output)} & to_do)
+        after = sorted(({source.stage for source in sources if isinstance(source, Output)} & to_do) | gates)
+        if stage.stage.gate:
+            gates.add(stage.stage.name)
         chained = stage.stage.trains and not _slurm(cfg).requeue
         links = 1 + _slurm(cfg).max_restarts if chained else 1
         jobs.append(Job(stage, script, _script(stage, script, chained), tuple(after), links))

@@ -46,6 +46,10 @@ def _always(_: RunConfig) -> bool:
     return True
 
 
+def _is_verified(cfg: RunConfig) -> bool:
+    return cfg.evaluate.verify_tokens > 0
+
+
 def _no_settings(_: RunConfig) -> dict[str, Any]:
     return {}
 
@@ -76,6 +80,8 @@ class Stage:
             there.
         more_sections: of `sections`, for a config that makes the stage heed them.
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
+        gate: whether all later stages wait for it, though they read nothing of it: a check whose failure makes their
+            work useless.
     """
 
     name: str
@@ -89,6 +95,7 @@ class Stage:
     trains: bool = False
     more_sections: Callable[[RunConfig], tuple[str, ...]] = _no_sections
     tasks: Callable[[RunConfig], int] = _one
+    gate: bool = False
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
@@ -294,6 +301,18 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {"hf_model": _teacher_hf(cfg)},
     ),
     Stage(
+        "verify_import",
+        "convert.verify",
+        ("evaluate.verify_tokens",),
+        lambda cfg: {
+            "teacher_hf": _teacher_hf(cfg),
+            "teacher_nemo": Output("hf_to_nemo", "nemo"),
+            "data": Output("prepare_data"),
+        },
+        wanted=_is_verified,
+        gate=True,
+    ),
+    Stage(
         "correct_teacher",
         "recipes.correct_teacher",
         ("distill.correct_teacher",),
@@ -375,13 +394,11 @@ STAGES: tuple[Stage, ...] = (
         "convert.verify",
         ("evaluate.verify_tokens",),
         lambda cfg: {
-            "teacher_hf": _teacher_hf(cfg),
-            "teacher_nemo": Output("hf_to_nemo", "nemo"),
             "student_hf": Output("nemo_to_hf", "student"),
             "student_nemo": Output("distill", "nemo"),
             "data": Output("prepare_data"),
         },
-        wanted=lambda cfg: cfg.evaluate.verify_tokens > 0,
+        wanted=_is_verified,
     ),
     Stage("evaluate", "recipes.evaluate", ("evaluate",), _evaluate_inputs, world_size),
     Stage(

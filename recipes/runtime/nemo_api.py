@@ -26,12 +26,14 @@ from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
 from nemo.collections.llm.modelopt.model_utils import _set_gpt_mamba_modelopt_spec
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from torch.distributed.checkpoint import FileSystemReader
 
 from conf.errors import InputError
 from conf.schema import Parallel, Precision
 from recipes.runtime import backend
 from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.stage_main import world_size
+from recipes.runtime.saved_records import read_records
+from recipes.runtime.stage_main import rank, world_size
 
 log = logging.getLogger("recipes.nemo_api")
 
@@ -297,13 +299,14 @@ def match_precision(teacher: Any, precision: Precision) -> None:
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a checkpoint that lacks a parameter: lenient loading would leave it at its random start, unseen.
+    """Refuses a checkpoint that lacks a parameter: lenient loading would leave it at its random start, unseen. Refuses
+    one that is damaged, too.
 
     Args:
         sharded_state_dict: Megatron's sharded state dict of the model that was loaded.
 
     Raises:
-        InputError: names the parameters that the checkpoint does not hold.
+        InputError: names the parameters that the checkpoint does not hold, or that are damaged.
     """
     saved = dist_checkpointing.load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
     wanted = {value.key for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)}
@@ -312,6 +315,24 @@ def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> No
     missing = sorted(key for key in wanted if key not in saved and not any(part in key for part in optional))
     if missing:
         raise InputError(f"{checkpoint} lacks {len(missing)} of the model's parameters, among them {missing[:3]}")
+    check_bytes(checkpoint)
+
+
+def check_bytes(checkpoint: Path) -> None:
+    """Refuses a checkpoint whose bytes are not those that were written: torch writes CRCs and never checks them.
+
+    Each rank checks its share of the saved objects; together they check all of them, once.
+
+    Raises:
+        InputError: names the file and the tensor.
+    """
+    weights = Path(ckpt_to_weights_subdir(checkpoint, is_saving=False))
+    places = FileSystemReader(weights).read_metadata().storage_data.items()
+    for index, place in sorted(places, key=lambda item: (item[1].relative_path, item[1].offset))[
+        rank() :: world_size()
+    ]:
+        for record in read_records(weights / place.relative_path, place.offset, place.length, index.fqn):
+            record.check()
 
 
 def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:

@@ -31,7 +31,7 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "verify", "evaluate", "benchmark", "report"]
-EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "importance", "prune", *AFTER_DISTILL]
+EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "importance", "prune", *AFTER_DISTILL]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "importance", "prune",
         ("prune.hidden_size=192", ["prune", *AFTER_DISTILL]),
         ("prune.calibration_samples=32", ["importance", "prune", *AFTER_DISTILL]),
         ("evaluate.seq_length=128", ["evaluate", "report"]),
-        ("evaluate.verify_tokens=64", ["verify", "report"]),
-        ("data.max_document_tokens=100", ["prepare_data", "importance", "prune", *AFTER_DISTILL]),
+        ("evaluate.verify_tokens=64", ["verify_import", "verify", "report"]),
+        ("data.max_document_tokens=100", ["prepare_data", "verify_import", "importance", "prune", *AFTER_DISTILL]),
         ("model.demo.training.max_steps=900", EVERYTHING),
         ("seed=1", EVERYTHING),
         ("name=other", ["report"]),

@@ -54,7 +54,7 @@ def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
     assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
     few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
-    left_out = ("distill.ce", "distill.scratch", "verify")
+    left_out = ("distill.ce", "distill.scratch", "verify_import", "verify")
     assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
     published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
@@ -76,10 +76,10 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
     assert "importance" not in named
     budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
     searched = demo(*budget)
-    assert [stage.name for stage in wanted(searched)][3:6] == ["importance", "search", "prune"]
+    assert [stage.name for stage in wanted(searched)][4:7] == ["importance", "search", "prune"]
     assert find("prune").inputs(searched)["choice"] == Output("search")
     fought = demo(*budget, "prune.tournament.round_tokens=10000")
-    assert [stage.name for stage in wanted(fought)][3:7] == ["importance", "search", "tournament", "prune"]
+    assert [stage.name for stage in wanted(fought)][4:8] == ["importance", "search", "tournament", "prune"]
     assert find("prune").inputs(fought)["choice"] == Output("tournament")
     assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
     assert set(find("tournament").inputs(fought)) == {"teacher", "data", "search"}
@@ -149,6 +149,15 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     ranks = {stage.name: stage.ranks(cfg) for stage in named}
     of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch", "evaluate"}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
+
+
+def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[..., RunConfig]) -> None:
+    names = [stage.name for stage in wanted(demo(*CORRECTED, CONTROLS))]
+    assert names[names.index("hf_to_nemo") + 1] == "verify_import"
+    gates = [stage for stage in STAGES if stage.gate]
+    assert [stage.name for stage in gates] == ["verify_import"]
+    assert set(gates[0].inputs(demo())) == {"teacher_hf", "teacher_nemo", "data"}
+    assert set(find("verify").inputs(demo())) == {"student_hf", "student_nemo", "data"}
 
 
 def test_an_unknown_stage_is_named_with_those_there_are() -> None:

@@ -37,7 +37,12 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "tasks": _tasks(models),
         "recovery": [row for row in recovery if isinstance(row, dict)] if isinstance(recovery, list) else [],
         "benchmark": benchmark if isinstance(benchmark, dict) else None,
-        "checks": {key: value for key, value in run.metrics("verify").items() if key.endswith("_diff")},
+        "checks": {
+            key: value
+            for stage in ("verify_import", "verify")
+            for key, value in run.metrics(stage).items()
+            if key.endswith("_diff")
+        },
         "pruning": run.metrics("prune") or None,
         "correction": run.metrics("correct_teacher") or None,
         "stages": {

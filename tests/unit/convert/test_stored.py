@@ -15,7 +15,8 @@ import torch
 
 from conf.errors import InputError
 from convert import stored
-from convert.stored import Rows, Span, StoredTensor, blocks, copy, stack
+from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, is_finite, report_nonfinite, stack
+from recipes.runtime.saved_records import Record
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Store = Callable[..., StoredTensor]
@@ -43,13 +44,18 @@ def read(tensor: StoredTensor, dtype: str | None = None) -> bytes:
 
 
 def copied(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, int]:
-    """What `copy` writes at the offset 7 of a file, and what it returns."""
+    """What `copy` writes at the offset 7 of a file, and the CRC-32 that it returns."""
+    content, found = copied_and_found(tensor, folder, **options)
+    return content, found.crc
+
+
+def copied_and_found(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, Copied]:
     with (folder / "target").open("wb+") as file:
-        crc = copy(tensor, file.fileno(), 7, **options)  # type: ignore[arg-type]
+        found = copy(tensor, file.fileno(), 7, **options)  # type: ignore[arg-type]
         file.seek(0)
         content = file.read()
     assert not any(content[:7])
-    return content[7:], crc
+    return content[7:], found
 
 
 def test_rows_are_taken_and_stacked(store: Store) -> None:
@@ -138,7 +144,7 @@ def test_a_file_system_that_maps_no_files_is_helped_by_memory(
     def refusing(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
-    monkeypatch.setattr(stored.mmap, "mmap", refusing)
+    monkeypatch.setattr(mmap, "mmap", refusing)
     expected = matrix().tobytes()
     assert copied(store(matrix()), tmp_path, checksum=True) == (expected, zlib.crc32(expected))
 
@@ -168,3 +174,105 @@ def test_an_empty_tensor_has_no_bytes(
     store: Store, tmp_path: Path, shape: tuple[int, int], options: dict[str, object]
 ) -> None:
     assert copied(store(np.empty(shape, np.float32)), tmp_path, **options) == (b"", 0)
+
+
+SPECIAL = [torch.nan, -torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("value", SPECIAL)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_one_number_that_is_not_finite_is_seen(dtype: str, value: float) -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0]).to(TYPES[dtype])
+    largest = torch.finfo(TYPES[dtype])
+    numbers = torch.cat((numbers, torch.tensor([largest.max, largest.min, largest.tiny], dtype=TYPES[dtype])))
+    assert is_finite(numbers.view(torch.uint8).numpy().tobytes(), dtype)
+    numbers[3] = value
+    assert not is_finite(numbers.view(torch.uint8).numpy().tobytes(), dtype)
+
+
+def test_whatever_is_no_number_is_finite() -> None:
+    assert is_finite(b"\xff" * 8, "I64")
+    assert is_finite(b"", "F32")
+
+
+@pytest.mark.parametrize("spans", ["one", "several"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_copying_tells_whether_all_is_finite(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: str, checksum: bool
+) -> None:
+    """Also of the block before the last."""
+    monkeypatch.setattr(stored, "BLOCK_BYTES", 28)
+    array = matrix(columns=7)
+    for place, finite in (((0, 0), False), ((9, 6), False), (None, True)):
+        changed = array.copy()
+        if place is not None:
+            changed[place] = np.nan
+        tensor = store(changed)
+        if spans == "several":
+            left, right = (
+                store(np.ascontiguousarray(part), name) for part, name in ((changed[:, :3], "l"), (changed[:, 3:], "r"))
+            )
+            tensor = StoredTensor(
+                "weight", "F32", (10, 7), (Rows(10, (left.rows[0].spans[0], right.rows[0].spans[0])),)
+            )
+        content, found = copied_and_found(tensor, tmp_path, checksum=checksum)
+        assert content == changed.tobytes()
+        assert found.finite == finite
+
+
+@pytest.mark.parametrize(("value", "finite"), [(65504.0, True), (65519.0, True), (65520.0, False), (-1e5, False)])
+def test_a_number_too_large_for_an_export_is_seen(store: Store, tmp_path: Path, value: float, finite: bool) -> None:
+    """Above 65504 fp16 rounds: up to 65519.99 to 65504, from 65520 on to infinity."""
+    array = matrix()
+    array[4, 1] = value
+    tensor = store(array)
+    assert copied_and_found(tensor, tmp_path, dtype="F16")[1].finite == finite
+    assert copied_and_found(tensor, tmp_path)[1].finite
+    if not finite:
+        with pytest.raises(
+            InputError, match=r"source: 1 tensors .*: weight \(1 too large for F16\).*allow_nonfinite=true"
+        ):
+            report_nonfinite([tensor], Path("source"), "F16", allow=False)
+
+
+def test_tensors_that_are_not_finite_are_named_with_their_counts(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled = matrix(columns=1)
+    spoiled[3:5] = np.inf
+    both = spoiled.copy()
+    both[0] = 1e9
+    tensors = [store(matrix(), "good"), store(spoiled, "bad"), store(both, "worse")]
+    with pytest.raises(InputError) as refused:
+        report_nonfinite(tensors, Path("model"), "BF16", allow=False)
+    assert "2 tensors hold values that are not finite: bad (2 NaN or infinite), worse (2 NaN or infinite);" in str(
+        refused.value
+    )
+    report_nonfinite(tensors, Path("model"), "F16", allow=True)
+    assert "bad (2 NaN or infinite), worse (2 NaN or infinite, 1 too large for F16)" in caplog.text
+    report_nonfinite(tensors[:1], Path("model"), allow=False)
+
+
+def test_bytes_are_checked_against_their_crc_whoever_reads_a_part_of_them(store: Store, tmp_path: Path) -> None:
+    array = matrix()
+    plain = store(array)
+    (span,) = plain.rows[0].spans
+    path = span.file
+
+    def recorded(crc: int) -> StoredTensor:
+        record = Record(path, span.offset, array.nbytes, crc, "weight")
+        return StoredTensor("weight", "F32", array.shape, (Rows(10, (Span(path, span.offset, 12, record),)),))
+
+    crc = zlib.crc32(array.tobytes())
+    assert copied(recorded(crc), tmp_path)[0] == read(recorded(crc)) == array.tobytes()
+    with path.open("r+b") as file:
+        file.seek(span.offset + 100)
+        file.write(b"\x01")
+    for use in (lambda tensor: read(tensor), lambda tensor: copied(tensor, tmp_path)):
+        # The first rows, which are whole themselves.
+        with pytest.raises(InputError, match=r"weight\.bin is damaged: the bytes of weight"):
+            use(recorded(crc).take(0, 1))
+        assert use(recorded(0)) is not None  # written without one
+    os.truncate(path, span.offset + 100)
+    with pytest.raises(InputError, match="is damaged"):
+        read(recorded(crc).take(0, 1))

@@ -114,7 +114,7 @@ def test_every_chunk_is_a_file_of_torch_save(tmp_path: Path, checksum: bool) -> 
         assert torch.equal(part, whole)
         with zipfile.ZipFile(io.BytesIO(data)) as saved:
             assert saved.testzip() == (None if checksum else "archive/data/0")  # the first record with a wrong CRC-32
-            begin = torch_dist._data_offset(chunk, part.nbytes, reader.tensors[chunk.key]) - chunk.offset
+            begin = torch_dist._data_record(chunk, part.nbytes, reader.tensors[chunk.key]).begin - chunk.offset
             assert begin % 64 == 0  # torch maps files into memory
     (extra,) = reader.objects
     data = extra.file.read_bytes()[extra.offset : extra.offset + extra.length]
@@ -211,6 +211,28 @@ def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
         TorchDistReader(weights).tensor("key")
 
 
+def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> None:
+    """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
+    whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
+    for with_crc in (True, False):
+        torch.serialization.set_crc32_options(with_crc)
+        try:
+            weights = save_as_torch(tmp_path / str(with_crc), whole, [((0, 0), whole)])
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert torch.equal(numbers(TorchDistReader(weights).tensor("key")), whole)
+        (path,) = weights.glob("*.distcp")
+        content = bytearray(path.read_bytes())
+        content[content.index(whole.numpy().tobytes()) + 4 * 34] ^= 1  # the last number
+        path.write_bytes(content)
+        first_row = TorchDistReader(weights).tensor("key").take(0, 1)
+        if with_crc:
+            with pytest.raises(InputError, match=r"__3_0\.distcp is damaged: the bytes of key"):
+                numbers(first_row)
+        else:
+            assert torch.equal(numbers(first_row), whole[:1])
+
+
 def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
     """Writes the one chunk of a checkpoint anew, with other records."""
     path = weights / "__3_0.distcp"
@@ -257,7 +279,7 @@ def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
     assert loaded[-1, -2:].tolist() == [0, 1]
     chunk = torch_dist.Chunk("key", (0, 0), (rows, columns), path, 0, whole.length)
     tensor = torch_dist.ChunkedTensor("key", "BF16", (rows, columns), [chunk])
-    assert torch_dist._data_offset(chunk, size, tensor) == len(head)
+    assert torch_dist._data_record(chunk, size, tensor).begin == len(head)
     with zipfile.ZipFile(path) as saved:
         assert saved.getinfo("archive/data/0").file_size == size
 
