@@ -9,15 +9,17 @@ import dataclasses
 import math
 import os.path
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from conf import data_rules, evaluation_rules, kd_rules, prune_rules, slurm_rules, teacher_rules, training_rules
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import may_be_hub_id
+from conf.hf_tokenizer import faults as tokenizer_faults
 from conf.model_size import EXPERT_SIZES
 from conf.phases import phase_sizes
-from conf.schema import Family, Loss, Precision, RunConfig, Shape, Training
+from conf.schema import DocumentFormat, Family, Loss, Precision, RunConfig, Shape, Training
 from conf.student import shape_to_prune, student_shape
 from conf.units import seconds_of_time_limit
 from conf.wording import any_of, around, divisors, too_long
@@ -509,6 +511,13 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
         yield f"model.hf_path={path} does not exist; set model.hf_path to a Hugging Face folder or a Hub id"
 
 
+def _tokenizers(cfg: RunConfig) -> Iterator[str]:
+    reads_ids = any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values())
+    for folder in (cfg.model.hf_path, cfg.data.source_tokenizer if reads_ids else None):
+        if folder is not None and os.path.isdir(_home(folder)):
+            yield from tokenizer_faults(Path(_home(folder)))
+
+
 def _home(path: str) -> str:
     return os.path.expanduser(path)
 
@@ -546,6 +555,7 @@ RULES: tuple[Rule, ...] = (
 
 RULES_OF_FILES: tuple[Rule, ...] = (
     _missing_files,
+    _tokenizers,
     _tracker_packages,
     *data_rules.RULES_OF_FILES,
     *evaluation_rules.RULES_OF_FILES,

@@ -7,7 +7,6 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +56,14 @@ def convert(
 
 def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
     """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
+    from conf.hf_tokenizer import faults
     from convert import families, pickled_files, safetensors_files
     from convert.nemo_context import model_call, write_context
     from recipes.runtime.huggingface import copy_side_files
 
     config = families.read_config(source)
+    if found := faults(source):
+        raise InputError("; ".join(found))
     family = families.FAMILIES[config["model_type"]]
     safe = any(source.glob("*.safetensors"))
     tensors = (safetensors_files if safe else pickled_files).read_folder(source)
@@ -69,12 +71,7 @@ def write_checkpoint(source: Path, checkpoint: Path, *, checksum: bool) -> None:
 
     context = checkpoint / "context"
     copy_side_files(source, context / "tokenizer")
-    generation_config = source / "generation_config.json"
-    if generation_config.exists():
-        (context / "artifacts").mkdir()
-        shutil.copyfile(generation_config, context / "artifacts" / generation_config.name)
-    nemo_config = families.nemo_config(config, dtype, with_generation_config=generation_config.exists())
-    write_context(context, model_call(family.model, nemo_config))
+    write_context(context, model_call(family.model, families.nemo_config(config, dtype)))
     write_weights(tensors, config, checkpoint / "weights", checksum=checksum)
 
 

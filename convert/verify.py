@@ -180,17 +180,19 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
         InputError: no text, or no tokenizer or configuration that would load.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from convert.exporting import carried_files, is_checkpoint
+    from recipes.runtime.hf_tokenizer import load_tokenizer
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:
         if text is None:
             vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size
             return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        ids = tokenizer(text.read_text())["input_ids"][:count]
+        ids = load_tokenizer(folder)(text.read_text())["input_ids"][:count]
+    except InputError:
+        raise
     except Exception as error:  # transformers' own, of whatever a folder lacks
         raise InputError(f"no tokens can be had ({type(error).__name__}: {error}); see {text or folder}") from error
     if not ids:

@@ -67,7 +67,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, fam
     theirs = getattr(transformers, f"{SOURCES[family]}Config").from_dict(least(family))
     ours = read_config(folder_of(tmp_path, least(family)))
     assert expected_shapes(ours) == shapes_of(theirs)
-    arguments = nemo_config(ours, "bfloat16", with_generation_config=False).arguments
+    arguments = nemo_config(ours, "bfloat16").arguments
     assert arguments["layernorm_epsilon"] == getattr(theirs, "rms_norm_eps", None) or theirs.norm_eps
     assert arguments["rotary_base"] == theirs.rope_theta
     assert arguments["init_method_std"] == theirs.initializer_range
@@ -82,7 +82,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, fam
 @pytest.mark.parametrize("kind", ["dtype", "torch_dtype", None])
 def test_the_type_of_the_weights_is_not_taken_from_the_config(tmp_path: Path, kind: str | None) -> None:
     config = read_config(folder_of(tmp_path, least("llama", **({kind: "float32"} if kind else {}))))
-    arguments = nemo_config(config, "float16", with_generation_config=False).arguments
+    arguments = nemo_config(config, "float16").arguments
     assert (arguments["bf16"], arguments["fp16"], arguments["params_dtype"].name) == (False, True, "float16")
 
 
@@ -91,7 +91,7 @@ def test_ropes_by_the_older_and_the_newer_name(tmp_path: Path) -> None:
     older = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7e4}
     for values in (older, {"rope_parameters": rope}):
         config = read_config(folder_of(tmp_path, least("qwen2", **values)))
-        arguments = nemo_config(config, "bfloat16", with_generation_config=False).arguments
+        arguments = nemo_config(config, "bfloat16").arguments
         assert (arguments["rotary_base"], arguments["seq_len_interpolation_factor"]) == (7e4, 2.0)
 
 
