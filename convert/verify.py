@@ -113,8 +113,14 @@ def logits(folder: Path, ids: Any) -> Any:
     if not is_checkpoint(folder):
         from transformers import AutoModelForCausalLM
 
+        from recipes.runtime.hf_models import generation_options
+
         model = AutoModelForCausalLM.from_pretrained(
-            folder, torch_dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            folder,
+            torch_dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **generation_options(folder),
         )
         model = model.to(device).eval()
         with torch.inference_mode():
