@@ -13,8 +13,21 @@ from pathlib import Path
 
 from conf.errors import InputError, reading
 
-# Read as JSON objects by transformers, if they are there.
-SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+# Everything in a model's folder that is neither weights nor code nor prose: it goes along with the model unchanged.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Those of them that transformers reads as JSON objects.
+OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 FETCH = "download the file again"
 # The first line of a pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host is of 2014).
 _POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
@@ -24,7 +37,11 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 def faults(folder: Path) -> list[str]:
     """The faults of a local model folder's tokenizer and side files, one sentence each."""
-    return [*_pointer_faults(folder), *_side_file_faults(folder), *_tokenizer_faults(folder)]
+    try:
+        with reading(folder, "make its files readable"):
+            return [*_pointer_faults(folder), *_object_faults(folder), *_tokenizer_faults(folder)]
+    except InputError as fault:  # permissions
+        return [str(fault)]
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -36,7 +53,9 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _pointer_faults(folder: Path) -> Iterator[str]:
-    names = [path.name for path in sorted(folder.iterdir()) if is_lfs_pointer(path)]
+    """Of the files that are read: a clone may well lack pictures, or weights in other formats."""
+    weights = [path.name for path in folder.glob("*.safetensors*") if not path.name.startswith("consolidated")]
+    names = [name for name in sorted({"config.json", *SIDE_FILES, *weights}) if is_lfs_pointer(folder / name)]
     if names:
         yield (
             f"{folder}: {', '.join(names)} {'is a Git LFS pointer' if len(names) == 1 else 'are Git LFS pointers'}"
@@ -44,9 +63,9 @@ def _pointer_faults(folder: Path) -> Iterator[str]:
         )
 
 
-def _side_file_faults(folder: Path) -> Iterator[str]:
-    for path in (folder / name for name in SIDE_FILES):
-        if path.exists() and not is_lfs_pointer(path):
+def _object_faults(folder: Path) -> Iterator[str]:
+    for path in (folder / name for name in OBJECTS):
+        if path.is_file() and not is_lfs_pointer(path):
             try:
                 read_object(path)
             except InputError as fault:
@@ -69,13 +88,13 @@ def read_object(path: Path) -> dict[str, object]:
 def _tokenizer_faults(folder: Path) -> Iterator[str]:
     """At most one fault: of the file that transformers would read."""
     described, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
-    if described.exists() or pieces.exists():
-        path = described if described.exists() else pieces
+    if described.is_file() or pieces.is_file():
+        path = described if described.is_file() else pieces
         if not is_lfs_pointer(path):
             stat = path.stat()
             fault = _unreadable(path, stat.st_mtime_ns, stat.st_size)
             yield from [fault] if fault else []
-    elif not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
+    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
         others = " (tekken.json alone cannot be used)" if (folder / "tekken.json").exists() else ""
         yield (
             f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt"

@@ -47,7 +47,7 @@ def load_tokenizer(folder: Path | str) -> Any:
         if not described.exists():
             raise
         log.warning("%s; its tokenizer.json is used by itself", fault)
-    with reading(described, FIX):
+    with reading(folder, FIX):
         # transformers 4 would overwrite this setting of the file with its own default
         # (tokenization_utils_fast.py, __init__).
         pre_tokenizer = json.loads(described.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
@@ -63,7 +63,7 @@ def options_for_transformers_4(folder: Path) -> dict[str, Any]:
     `model_specific_special_tokens`, which was `extra_special_tokens` (transformers/tokenization_utils_base.py).
     """
     path = folder / "tokenizer_config.json"
-    if not path.exists():
+    if not path.is_file():
         return {}
     config: dict[str, Any] = read_object(path)
     extra, named = config.get("extra_special_tokens"), config.get("model_specific_special_tokens")

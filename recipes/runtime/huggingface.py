@@ -7,20 +7,8 @@ import shutil
 from pathlib import Path
 
 from conf.errors import InputError
+from conf.hf_tokenizer import SIDE_FILES
 
-# Everything of a model's folder that is neither weights nor code nor prose.
-CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Weights as pickles, which are only read on request.
 PICKLED = "pytorch_model*.bin"
 
@@ -85,7 +73,7 @@ def hub_commit(folder: Path) -> str | None:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies tokenizer, generation config and chat template as they are, and config.json with them."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*CARRIED_OVER, "config.json"):
+    for name in (*SIDE_FILES, "config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     if (source / "additional_chat_templates").is_dir():

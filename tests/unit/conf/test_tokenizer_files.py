@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,20 @@ def test_git_lfs_pointers_are_named_once(folder: Path, names: list[str]) -> None
         (folder / name).write_text(POINTER)
     (fault,) = faults(folder)
     assert all(part in fault for part in (str(folder), ", ".join(names), "Git LFS", "git lfs pull"))
+
+
+def test_files_that_are_not_read_may_be_pointers(folder: Path) -> None:
+    for name in ("logo.png", "pytorch_model.bin", "consolidated.safetensors", "model.gguf", "README.md"):
+        (folder / name).write_text(POINTER)
+    assert faults(folder) == []
+
+
+def test_pipes_are_not_opened(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    (fault,) = faults(folder)
+    assert "has no tokenizer" in fault
 
 
 @pytest.mark.parametrize(
@@ -109,7 +124,7 @@ def test_tokenizer_model_is_of_sentencepiece_or_of_tiktoken(tmp_path: Path) -> N
 def test_a_run_does_not_start_with_a_faulty_tokenizer(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(POINTER)
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
-    config |= {"num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 256}
+    config |= {"num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 1024}
     (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     overrides = ["model=local", "name=mine", f"model.hf_path={folder}", f"data.train=[{tmp_path / 'd.jsonl'}]"]

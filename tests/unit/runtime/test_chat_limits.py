@@ -38,6 +38,7 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
     assert AutoTokenizer  # imported before our loader would leave torch out
     (folder / "chat_template.jinja").write_text(template)
     monkeypatch.setattr(documents, "CHAT_SECONDS", SECONDS)
+    monkeypatch.setattr(documents, "CHAT_BYTES", 2**26)
     return documents.renderer(DocumentFormat.chat, TokenizerSpec(str(folder), None, 2, 400, True), None, mask)
 
 
@@ -46,8 +47,8 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
     [
         (ENDLESS, "takes more than 0.3 s"),
         ("{{ 7777777 ** 777777777 }}", "takes more than 0.3 s"),
-        (HUGE, "takes more than 1 GiB of memory"),
-        ("{{ 'a' * 10000000000 }}", "takes more than 1 GiB of memory"),
+        (HUGE, "takes more than 0.0625 GiB of memory"),
+        ("{{ 'a' * 10000000000 }}", "takes more than 0.0625 GiB of memory"),
         (LONG, "writes 4,000,000 characters"),
         # Only once there is an answer to learn.
         ("{{ messages[0].content }}{% if add_generation_prompt %}" + ENDLESS + "{% endif %}", "takes more than 0.3 s"),
@@ -104,14 +105,14 @@ def test_long_conversations_are_none(folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_limits_count_each_block_by_itself() -> None:
-    limits = Limits(0.2, 2**28)
+    limits = Limits(0.2, 2**26)
     for _ in range(3):
         with limits.applied():
             end = time.process_time() + 0.1
             while time.process_time() < end:
                 pass
     with pytest.raises(LimitError, match="memory"), limits.applied():
-        bytearray(2**29)
-    assert len(bytearray(2**29)) == 2**29
+        bytearray(2**27)
+    assert len(bytearray(2**27)) == 2**27
     with pytest.raises(ZeroDivisionError), limits.applied():
         1 / 0  # noqa: B018
