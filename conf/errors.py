@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -21,3 +23,23 @@ class ConfigError(ValueError):
 
 class InputError(ValueError):
     """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the mend."""
+
+
+@contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """Turns whatever a library raises while it reads `path` into one InputError of one line.
+
+    Libraries in Rust raise bare `Exception`, and panic with a pyo3 exception that is not even an `Exception`.
+
+    Raises:
+        InputError: names the file, what the library says, and `fix`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}); {fix}") from error

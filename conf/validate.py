@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os.path
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from conf import (
@@ -24,9 +25,10 @@ from conf import (
 from conf.data_files import sources
 from conf.flops import Meter
 from conf.hf_shape import local_folder, may_be_hub_id
+from conf.hf_tokenizer import faults as tokenizer_faults
 from conf.model_size import EXPERT_SIZES
 from conf.phases import phase_sizes
-from conf.schema import Family, Loss, Precision, RunConfig, Shape, Training
+from conf.schema import DocumentFormat, Family, Loss, Precision, RunConfig, Shape, Training
 from conf.student import shape_to_prune, student_shape
 from conf.units import seconds_of_time_limit
 from conf.wording import any_of, around, divisors, too_long
@@ -523,8 +525,15 @@ def _model_folder(cfg: RunConfig) -> Iterator[str]:
     if folder is None:
         return
     # A folder in the Hub's cache may still lack what the run will download.
-    weights = os.path.exists(_home(cast(str, cfg.model.hf_path)))
-    yield from model_folder.faults(folder, weights=weights, allow_pickle=cfg.convert.allow_pickle)
+    complete = os.path.exists(_home(cast(str, cfg.model.hf_path)))
+    yield from model_folder.faults(folder, complete=complete, allow_pickle=cfg.convert.allow_pickle)
+
+
+def _source_tokenizer(cfg: RunConfig) -> Iterator[str]:
+    folder = cfg.data.source_tokenizer
+    reads_ids = any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values())
+    if reads_ids and folder is not None and os.path.isdir(_home(folder)):
+        yield from tokenizer_faults(Path(_home(folder)))
 
 
 def _home(path: str) -> str:
@@ -565,6 +574,7 @@ RULES: tuple[Rule, ...] = (
 RULES_OF_FILES: tuple[Rule, ...] = (
     _missing_files,
     _model_folder,
+    _source_tokenizer,
     _tracker_packages,
     *data_rules.RULES_OF_FILES,
     *evaluation_rules.RULES_OF_FILES,

@@ -17,7 +17,7 @@ from conf import hf_config
 from conf.errors import InputError
 from conf.hf_config import HfConfig, rope_kind
 from conf.hf_weights import expected_shapes
-from convert.nemo_context import Call, Reference, generation_config
+from convert.nemo_context import Call, Reference
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
 
@@ -304,11 +304,15 @@ def read_config(folder: Path) -> HfConfig:
     return hf_config.read_config(folder / "config.json")
 
 
-def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -> Call:
+def nemo_config(config: HfConfig, dtype: str) -> Call:
     """The NeMo config of a `config.json`, with what NeMo's own importers leave out.
 
     Those of Qwen3 assume heads of 128 whatever `head_dim` says (nemo/collections/llm/gpt/model/qwen3.py:308), those of
     Qwen2 and Mistral untie tied embeddings.
+
+    It has no generation config. NeMo only stores one, and saves it through transformers, which refuses some that models
+    come with, `do_sample: false` with a temperature among them; NeMo then records a file that does not exist
+    (nemo/lightning/io/mixin.py, _artifact_transform_save). `generation_config.json` travels as a file.
 
     Args:
         dtype: of the weights, in torch's terms, such as bfloat16.
@@ -333,8 +337,6 @@ def nemo_config(config: HfConfig, dtype: str, *, with_generation_config: bool) -
         "params_dtype": Reference("torch", dtype),
         **family.settings(config),
     }
-    if with_generation_config:
-        arguments["generation_config"] = generation_config()
     return Call(family.config(config), arguments)
 
 

@@ -7,7 +7,6 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,12 +78,7 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
 
     context = checkpoint / "context"
     copy_side_files(source, context / "tokenizer")
-    generation_config = source / "generation_config.json"
-    if generation_config.exists():
-        (context / "artifacts").mkdir()
-        shutil.copyfile(generation_config, context / "artifacts" / generation_config.name)
-    nemo_config = families.nemo_config(config, dtype, with_generation_config=generation_config.exists())
-    write_context(context, model_call(family.model, nemo_config))
+    write_context(context, model_call(family.model, families.nemo_config(config, dtype)))
     if not write_weights(tensors, config, checkpoint / "weights", checksum=checksum):
         report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)
 

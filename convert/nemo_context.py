@@ -80,17 +80,6 @@ def model_call(model: Reference, config: Call) -> Call:
     )
 
 
-def generation_config() -> Call:
-    """The `generation_config.json` in `context/artifacts`."""
-    return Call(
-        Reference("nemo.lightning.io.artifact.hf_auto", "from_pretrained"),
-        {
-            "auto_cls": Reference("transformers.generation.configuration_utils", "GenerationConfig"),
-            "pretrained_model_name_or_path": "./artifacts",
-        },
-    )
-
-
 def write_context(folder: Path, whole: Call) -> None:
     """Writes `io.json` and `model.yaml` into `folder`, which exists."""
     (folder / "io.json").write_text(json.dumps(_Fiddle().serialize(whole)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf import model_folder
 from conf.errors import InputError
 from conf.schema import ExportDtype, RunConfig
 from recipes.runtime.stage_main import command_line, stage_main
@@ -183,18 +182,19 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
         InputError: no text, or no tokenizer or configuration that would load.
     """
     import torch
-    from transformers import AutoTokenizer
 
     from convert import families
     from convert.exporting import carried_files, is_checkpoint
+    from recipes.runtime.hf_tokenizer import load_tokenizer
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:
         if text is None:
             vocabulary = families.read_config(folder)["vocab_size"]
             return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        ids = tokenizer(text.read_text())["input_ids"][:count]
+        ids = load_tokenizer(folder)(text.read_text())["input_ids"][:count]
+    except InputError:
+        raise
     except Exception as error:  # transformers' own, of whatever a folder lacks
         raise InputError(f"no tokens can be had ({type(error).__name__}: {error}); see {text or folder}") from error
     if not ids:
@@ -239,8 +239,6 @@ def verify(args: argparse.Namespace) -> int:
     if not args.no_logits:
         from recipes.runtime import backend
 
-        for folder in {first, second} - set(checkpoints):
-            model_folder.check(folder, weights=True)
         backend.activate()
         parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))
         print(

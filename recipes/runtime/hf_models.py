@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +12,16 @@ from typing import Any
 
 from conf import hf_config
 from conf.errors import InputError
+from conf.hf_tokenizer import read_object
 from conf.hf_weights import ITEM_BYTES, read_folder
 from conf.schema import ExportDtype
 from recipes.runtime import backend
 
+log = logging.getLogger("recipes.hf_models")
+
 GIB = 2**30
+# Those of a generation config: what a text begins with, ends with and is filled up with.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # A weight's bytes by the names of `convert.export_dtype`.
 BYTES = {ExportDtype.bf16: 2, ExportDtype.fp16: 2, ExportDtype.fp32: 4}
 
@@ -37,8 +43,30 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
         torch_dtype=types.get(dtype, "auto"),
         trust_remote_code=False,
         use_safetensors=True,
+        **generation_options(folder),
     )
     return model.to(backend.torch_device()).eval()
+
+
+def generation_options(folder: Path) -> dict[str, Any]:
+    """Arguments for a model's `from_pretrained` where transformers would refuse its `generation_config.json`, which it
+    reads last, with an exception that it does not handle (modeling_utils.py): the token ids in that file alone."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        log.warning("%s is ignored except for its token ids: %s", path, " ".join(str(error).split()))
+        ids = {name: value for name, value in read_object(path).items() if name in TOKEN_IDS and _are_ids(value)}
+        return {"generation_config": GenerationConfig(**ids)}
+    return {}
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(number) is int for number in (value if isinstance(value, list) else [value]))
 
 
 @contextlib.contextmanager

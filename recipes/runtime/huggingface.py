@@ -8,22 +8,9 @@ from pathlib import Path
 
 from conf import model_folder
 from conf.errors import InputError
+from conf.hf_tokenizer import SIDE_FILES
 from conf.hf_weights import PICKLED
 from conf.regular_files import folder_faults
-
-# Everything of a model's folder that is neither weights nor code nor prose.
-CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def local_folder(
@@ -46,7 +33,7 @@ def local_folder(
     if not (folder / "config.json").exists():
         raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
     if model:
-        model_folder.check(folder, weights=weights, allow_pickle=allow_pickle)
+        model_folder.check(folder, complete=weights, allow_pickle=allow_pickle)
     elif faults := folder_faults(folder):
         raise InputError("\n".join(faults))
     for name in ("config.json", "tokenizer_config.json"):
@@ -89,7 +76,7 @@ def hub_commit(folder: Path) -> str | None:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies tokenizer, generation config and chat template as they are, and config.json with them."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (*CARRIED_OVER, "config.json"):
+    for name in (*SIDE_FILES, "config.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
     if (source / "additional_chat_templates").is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,68 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface import auto_tokenizer
 from nemo.collections.llm.inference.base import _setup_trainer_and_restore_model
 from nemo.collections.llm.modelopt.model_utils import _set_gpt_mamba_modelopt_spec
 from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
+from nemo.lightning.io.artifact import file as file_artifacts
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch.distributed.checkpoint import FileSystemReader
 
 from conf.errors import InputError
+from conf.hf_tokenizer import faults as tokenizer_faults
 from conf.schema import Parallel, Precision
 from recipes.runtime import backend
 from recipes.runtime.data.folder import DataFolder
+from recipes.runtime.hf_tokenizer import load_tokenizer
 from recipes.runtime.saved_records import read_records
 from recipes.runtime.stage_main import rank, world_size
 
 log = logging.getLogger("recipes.nemo_api")
 
 
+class _ContextTokenizers:
+    """Takes the place of transformers' AutoTokenizer where NeMo loads the tokenizer in a checkpoint's `context/`
+    (nemo/collections/common/tokenizers/huggingface/auto_tokenizer.py, _initialize_tokenizer)."""
+
+    upstream = auto_tokenizer.AUTOTOKENIZER
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **options: Any) -> Any:
+        folder = Path(pretrained_model_name_or_path)
+        # Other arguments than these come from checkpoints that this project did not write.
+        if folder.is_dir() and options.keys() <= {"use_fast", "trust_remote_code"} and not options["trust_remote_code"]:
+            return load_tokenizer(folder)
+        return cls.upstream.from_pretrained(pretrained_model_name_or_path, **options)
+
+
+def _copy_artifact(source: Path | str, folder: Path | str, relative_folder: Path | str) -> Path:
+    """Copies a file of a checkpoint's context, or a folder such as `additional_chat_templates`, which upstream
+    cannot copy (nemo/lightning/io/artifact/file.py, copy_file)."""
+    if not Path(source).is_dir():
+        copied: Path = _upstream_copy(source, folder, relative_folder)
+        return copied
+    relative = Path(relative_folder, Path(source).name)
+    shutil.copytree(source, Path(folder, relative))
+    return relative
+
+
+auto_tokenizer.AUTOTOKENIZER = _ContextTokenizers
+_upstream_copy, file_artifacts.copy_file = file_artifacts.copy_file, _copy_artifact
+
+
 def load_model(checkpoint: Path) -> llm.GPTModel:
     """The model described by a checkpoint's `context/`, without weights, with this backend's settings.
 
     Raises:
-        InputError: the folder holds no NeMo checkpoint.
+        InputError: the folder holds no NeMo checkpoint, or one whose tokenizer cannot be read.
     """
-    context = ckpt_to_context_subdir(checkpoint)
-    if not Path(context, "model.yaml").exists():
+    context = Path(ckpt_to_context_subdir(checkpoint))
+    if not (context / "model.yaml").exists():
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (no context/model.yaml)")
+    # Or it would end in a traceback of Fiddle's, which calls what the context describes.
+    if (context / "tokenizer").is_dir() and (found := tokenizer_faults(context / "tokenizer")):
+        raise InputError("; ".join(found))
     model = nl.io.load_context(context, subpath="model")
     if not isinstance(model, llm.GPTModel):
         raise InputError(f"{checkpoint} holds a {type(model).__name__}; only GPT-like language models can be used")

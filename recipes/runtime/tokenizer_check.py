@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import InputError
+from recipes.runtime.hf_tokenizer import ids_by_token
 
 # Of a tokenizer's folder, what decides which text an id stands for.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -39,12 +40,9 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
         return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).exists()}
     tokenizer = json.loads(described.read_text())
     model = tokenizer["model"]
-    vocabulary = model["vocab"]
-    # Unigram models list [token, score] pairs in the order of their ids.
-    content["ids"] = (
-        vocabulary if isinstance(vocabulary, dict) else {pair[0]: number for number, pair in enumerate(vocabulary)}
-    )
-    content["ids"] |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    content["ids"] = ids_by_token(tokenizer) | {
+        token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()
+    }
     # Written as "a b" or as ["a", "b"], as tokenizers' version is.
     content["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     return content

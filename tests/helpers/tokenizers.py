@@ -64,6 +64,44 @@ def sentencepiece_bpe(folder: Path, vocab_size: int = 400) -> Path:
     return save(folder, tokenizer, tokenizer.get_vocab_size(), eos_token="</s>")
 
 
+def sentencepiece_model(folder: Path, kind: str = "bpe", *, add_dummy_prefix: bool = True, **config: Any) -> Any:
+    """A folder with a `tokenizer.model` that SentencePiece trained, as Llama 2 came, and no `tokenizer.json`.
+
+    Args:
+        kind: `bpe` or `unigram`; both fall back to bytes.
+        config: more of `tokenizer_config.json`.
+
+    Returns:
+        the SentencePieceProcessor, whose ids are the right ones.
+    """
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 3),
+        model_prefix=str(folder / "tokenizer"),
+        model_type=kind,
+        vocab_size=380,
+        byte_fallback=True,
+        add_dummy_prefix=add_dummy_prefix,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer_config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config | config))
+    processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": processor.vocab_size()}))
+    return processor
+
+
 def words(folder: Path, vocab: list[str], vocab_size: int, eos: str | None = "<eos>") -> Path:
     """A tokenizer of whole words, which fastokens cannot stand in for. Its unknown word is the second."""
     from tokenizers import Tokenizer, models, pre_tokenizers

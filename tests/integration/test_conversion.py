@@ -21,6 +21,7 @@ from convert.verify import digest
 from tests.helpers import tolerance
 from tests.helpers.models import MODELS, write_model
 from tests.helpers.tiny import convert, environment
+from tests.helpers.tokenizers import sentencepiece_model
 from tests.integration.conftest import SmallDisk
 
 # NeMo's importers are wrong of Qwen3 models whose heads are not of 128, of Qwen2 models whose heads are not
@@ -36,12 +37,40 @@ AS_NEMO_IMPORTS: dict[str, dict[str, int]] = {
 }
 
 
+def change_side_files(name: str, folder: Path) -> None:
+    """Side files that transformers refuses to save (all models), or cannot load, as models come with them."""
+    greedy = {"eos_token_id": [0, 7], "do_sample": False, "temperature": 0.6, "note": "kept as it is"}
+    (folder / "generation_config.json").write_text(json.dumps(greedy))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    if name == "qwen2":
+        path.write_text(json.dumps({**config, "tokenizer_class": "TokenizersBackend"}))
+    if name == "nemotron":
+        path.write_text(json.dumps({**config, "extra_special_tokens": ["w3", "w4"]}))
+    if name == "mistral_nemo":
+        config_json = (folder / "config.json").read_text()
+        for file in ("tokenizer.json", "special_tokens_map.json"):
+            (folder / file).unlink()
+        sentencepiece_model(folder)
+        (folder / "config.json").write_text(config_json)
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """All that a model's folder has besides weights, their description and the model card."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    names = {str(path.relative_to(folder)): path for path in paths}
+    return {name: path.read_bytes() for name, path in names.items() if name not in ("config.json", "README.md")}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For every model a folder with `hf`, `nemo` and `back`."""
     root = tmp_path_factory.mktemp("conversion")
     for name in MODELS:
         write_model(name, root / name / "hf")
+        change_side_files(name, root / name / "hf")
         convert("hf_to_nemo", "--hf-model", root / name / "hf", "--out", root / name / "nemo")
         source = ("--checkpoint", root / name / "nemo", "--hf-model", root / name / "hf")
         convert("nemo_to_hf", *source, "--out", root / name / "back", "--dtype", "keep")
@@ -59,8 +88,7 @@ def test_a_round_trip_keeps_every_tensor_and_every_setting(folders: Path, name: 
     rope = {"rope_type": "default", **(config.setdefault("rope_scaling", None) or {})}
     rope |= {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     assert config_back == {**config, "rope_parameters": rope}
-    for file in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (back / file).read_bytes() == (hf / file).read_bytes()
+    assert side_files(back) == side_files(hf)
 
 
 def check_logits(pairs: list[tuple[Path, Path]]) -> None:
@@ -113,6 +141,8 @@ def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None
         source = ("--checkpoint", pruned, "--hf-model", folders / name / "hf")
         exported = tmp_path / f"{pruned.name}_hf"
         convert("nemo_to_hf", *source, "--out", exported, "--dtype", "keep")
+        # Through NeMo, which writes its context again.
+        assert side_files(pruned / "context" / "tokenizer") == side_files(folders / name / "hf") == side_files(exported)
         shape, before = (
             dataclasses.asdict(shape_from(read_config(folder / "config.json")))
             for folder in (exported, folders / name / "hf")

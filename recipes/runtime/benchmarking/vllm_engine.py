@@ -46,6 +46,8 @@ class Model:
                 gpu_memory_utilization=share,
                 # A prompt that was there before would cost nothing.
                 enable_prefix_caching=False,
+                # Ids go in and come out; loading a tokenizer could only fail.
+                skip_tokenizer_init=True,
             )
 
     def warm_up(self) -> Memory:

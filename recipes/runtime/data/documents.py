@@ -12,11 +12,19 @@ import numpy as np
 from conf.errors import InputError
 from conf.schema import DocumentFormat
 from recipes.runtime.data.encoder import byte_alphabet, token_bytes
+from recipes.runtime.data.limits import LimitError, Limits
 from recipes.runtime.data.readers import Lines, Source, parse
 from recipes.runtime.data.tokenizer import TokenizerSpec, transformers_tokenizer
+from recipes.runtime.hf_tokenizer import ids_by_token
 
 # The cluster of a document that names none.
 NO_CLUSTER = -1
+# What a chat template may use for one rendering of one conversation. Qwen3's takes 1 ms for a hundred messages.
+CHAT_SECONDS = 10.0
+CHAT_BYTES = 2**30
+# Characters that it may write: some by itself (a system prompt, tools), and a multiple of the conversation's.
+CHAT_OWN_CHARACTERS = 2**20
+CHAT_SHARE = 64
 
 
 class Document(NamedTuple):
@@ -88,6 +96,8 @@ def documents(
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
             lines.note_bad(source.where(), "half of a surrogate pair, which is no text")
+        except InputError as fault:
+            raise InputError(f"{source.where()}: {fault}") from fault
         except ValueError as reason:
             lines.note_bad(source.where(), str(reason))
         else:
@@ -133,7 +143,7 @@ class _Decoder:
     def __init__(self, spec: TokenizerSpec) -> None:
         alphabet = byte_alphabet()
         tokenizer = spec.json
-        contents = {number: token_bytes(token, alphabet) for token, number in tokenizer["model"]["vocab"].items()}
+        contents = {number: token_bytes(token, alphabet) for token, number in ids_by_token(tokenizer).items()}
         special = {token["id"] for token in tokenizer.get("added_tokens", [])}
         if any(content is None for number, content in contents.items() if number not in special):
             raise InputError(f"{spec.folder} has no byte-level tokenizer; set data.source_tokenizer to GPT-2's")
@@ -150,11 +160,18 @@ class _Decoder:
 
 
 class _Chat:
-    """Messages to text by the model's chat template, which transformers runs in a sandbox."""
+    """Messages to text by the model's chat template, which transformers runs in a sandbox.
+
+    Raises:
+        InputError: on a call, if the template reaches a limit: it would for other conversations too, so they are not
+            counted as broken.
+    """
 
     def __init__(self, spec: TokenizerSpec, mask_prompts: bool) -> None:
-        self._render = transformers_tokenizer(spec.folder).apply_chat_template
+        self._folder = spec.folder
+        self._template = transformers_tokenizer(spec.folder).apply_chat_template
         self._mask_prompts = mask_prompts
+        self._limits = Limits(CHAT_SECONDS, CHAT_BYTES)
 
     def __call__(self, value: Any) -> tuple[str, tuple[tuple[int, int], ...] | None]:
         if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
@@ -162,10 +179,22 @@ class _Chat:
         if not value:
             return "", None
         try:
-            text = self._render(value, tokenize=False)
+            text = self._render(value)
             return text, self._answers(value, text) if self._mask_prompts else None
+        except LimitError as limit:
+            raise InputError(
+                f"the chat template in {self._folder} {limit} for one conversation; correct the template, or take the"
+                " conversation out if it is not meant to be that long"
+            ) from limit
         except Exception as error:  # the template's own, of any kind
             raise ValueError(f"the chat template refuses the messages ({error})") from error
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        with self._limits.applied():
+            text: str = self._template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            if len(text) > CHAT_OWN_CHARACTERS and len(text) > CHAT_OWN_CHARACTERS + CHAT_SHARE * len(repr(messages)):
+                raise LimitError(f"writes {len(text):,} characters")
+        return text
 
     def _answers(self, messages: list[dict[str, Any]], text: str) -> tuple[tuple[int, int], ...]:
         """Where the assistant speaks: from the end of what asks it to, to the end of its message.
@@ -177,8 +206,8 @@ class _Chat:
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], tokenize=False, add_generation_prompt=True) if number else ""
-            after = self._render(messages[: number + 1], tokenize=False)
+            before = self._render(messages[:number], add_generation_prompt=True) if number else ""
+            after = self._render(messages[: number + 1])
             if not (after.startswith(before) and text.startswith(after)):
                 raise ValueError("its turns are not written one after the other")
             spans.append((len(before), len(after)))

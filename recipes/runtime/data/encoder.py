@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from recipes.runtime.data.tokenizer import TokenizerSpec, transformers_tokenizer
+from recipes.runtime.hf_tokenizer import ids_by_token
 
 # Of code points outside the first plane one in so many is tried: all of them take 14 s, and gave no difference.
 STRIDE = 61
@@ -138,7 +139,7 @@ def hard_texts(spec: TokenizerSpec) -> Iterator[str]:
     for token in tokenizer.get("added_tokens", [])[:64]:
         content = token["content"]
         yield f"a{content}b {content} \n{content}{content}\u0301 {content[:-1]}"
-    vocabulary = list(_texts_of(tokenizer["model"]["vocab"]))
+    vocabulary = list(_texts_of(ids_by_token(tokenizer)))
     for start in range(0, len(vocabulary), 512):
         yield "\n".join(vocabulary[start : start + 512])
         yield "".join(vocabulary[start : start + 512])

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +17,7 @@ from typing import Any
 
 from conf.errors import InputError
 from conf.hf_config import parse
+from recipes.runtime.hf_tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,22 +71,15 @@ def read_tokenizer(folder: Path, model: bool = True) -> TokenizerSpec:
 
 
 def transformers_tokenizer(folder: str) -> Any:
-    """The folder's tokenizer as transformers has it. Where this is the first to import transformers, without torch."""
-    if "transformers" not in sys.modules:
-        os.environ["USE_TORCH"] = "0"
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """The folder's tokenizer, for documents of any length."""
+    tokenizer = load_tokenizer(folder)
     # A document longer than the model's context is normal here: it is cut into sequences later.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 
 def _read(folder: str, model: bool) -> TokenizerSpec:
-    try:
-        tokenizer = transformers_tokenizer(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} holds no tokenizer that transformers can read ({error})") from error
+    tokenizer = transformers_tokenizer(folder)
     eod, vocab_size = tokenizer.eos_token_id, len(tokenizer)
     if model:
         vocab_size = parse(Path(folder) / "config.json")["vocab_size"]

@@ -19,6 +19,7 @@ from recipes.runtime.evaluation.generation import Prompts, continuations, table
 from recipes.runtime.evaluation.harness import Harness, versions
 from recipes.runtime.evaluation.heldout import comparable, held_out
 from recipes.runtime.evaluation.store import Store
+from recipes.runtime.hf_tokenizer import load_tokenizer
 from recipes.runtime.stage_main import rank
 
 log = logging.getLogger("recipes.evaluate")
@@ -104,9 +105,7 @@ class Evaluator:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.teacher_folder)
+        return load_tokenizer(self.teacher_folder)
 
     @cached_property
     def teacher(self) -> Any:

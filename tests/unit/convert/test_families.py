@@ -70,7 +70,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, fam
     theirs = getattr(transformers, f"{SOURCES[family]}Config").from_dict(least(family))
     ours = read_config(folder_of(tmp_path, least(family)))
     assert expected_shapes(ours) == shapes_of(theirs)
-    arguments = nemo_config(ours, "bfloat16", with_generation_config=False).arguments
+    arguments = nemo_config(ours, "bfloat16").arguments
     assert arguments["layernorm_epsilon"] == getattr(theirs, "rms_norm_eps", None) or theirs.norm_eps
     assert arguments["rotary_base"] == theirs.rope_theta
     assert arguments["init_method_std"] == theirs.initializer_range
@@ -86,7 +86,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, fam
 @pytest.mark.parametrize("kind", ["dtype", "torch_dtype", None])
 def test_the_type_of_the_weights_is_not_taken_from_the_config(tmp_path: Path, kind: str | None) -> None:
     config = read_config(folder_of(tmp_path, least("llama", **({kind: "float32"} if kind else {}))))
-    arguments = nemo_config(config, "float16", with_generation_config=False).arguments
+    arguments = nemo_config(config, "float16").arguments
     assert (arguments["bf16"], arguments["fp16"], arguments["params_dtype"].name) == (False, True, "float16")
 
 
@@ -106,7 +106,7 @@ def test_nemo_is_given_the_rope_that_transformers_applies(tmp_path: Path, family
         scaling = {"default": {}, "linear": {"factor": 4.0}, "llama3": LLAMA3_ROPE}[kind]
         values = {"rope_parameters": {"rope_type": kind, "rope_theta": 7e4, **scaling}, "head_dim": 32}
         config = read_config(folder_of(tmp_path, least(family, **values)))
-        arguments = nemo_config(config, "bfloat16", with_generation_config=False).arguments
+        arguments = nemo_config(config, "bfloat16").arguments
         found = frequencies(with_both_forms(config))
         # megatron/core/models/common/embeddings/rotary_pos_embedding.py
         rotated = int(arguments["kv_channels"] * arguments.get("rotary_percent", 1.0))

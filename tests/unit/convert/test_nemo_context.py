@@ -14,7 +14,6 @@ from conf.errors import InputError
 from convert.nemo_context import (
     Call,
     Reference,
-    generation_config,
     model_call,
     pickled_files,
     read_context,
@@ -37,7 +36,6 @@ def checkpoint(tmp_path: Path) -> Path:
             **ARGUMENTS,
             "params_dtype": Reference("torch", "bfloat16"),
             "window_size": [39, 0],
-            "generation_config": generation_config(),
         },
     )
     write_context(tmp_path / "context", model_call(MODEL, config))

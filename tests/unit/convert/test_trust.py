@@ -15,7 +15,7 @@ import torch
 
 from conf.errors import InputError
 from convert import verify
-from convert.nemo_context import Call, Reference, generation_config, model_call, write_context
+from convert.nemo_context import Call, Reference, model_call, write_context
 from convert.torch_dist import TorchDistWriter
 from convert.trust import refuse_code
 from tests.helpers.dcp_metadata import read_metadata
@@ -29,7 +29,14 @@ def write(checkpoint: Path, **config: Any) -> Path:
     config |= {
         "num_layers": 3,
         "params_dtype": Reference("torch", "bfloat16"),
-        "generation_config": generation_config(),
+        # As NeMo's own importers record it.
+        "generation_config": Call(
+            Reference("nemo.lightning.io.artifact.hf_auto", "from_pretrained"),
+            {
+                "auto_cls": Reference("transformers.generation.configuration_utils", "GenerationConfig"),
+                "pretrained_model_name_or_path": "./artifacts",
+            },
+        ),
     }
     write_context(
         checkpoint / "context",

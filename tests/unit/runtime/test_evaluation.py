@@ -244,3 +244,24 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tmp_path: Path, m
     hf_models.check_fits([("model", 2**30)], "mend")
     with pytest.raises(InputError, match=r"3.5 GiB are needed \(teacher 2.0, student 1.5\), but .* 1.0 GiB free; buy"):
         hf_models.check_fits([("teacher", 2 * 2**30), ("student", 3 * 2**29)], "buy more")
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ({"eos_token_id": [0, 7], "do_sample": False, "num_return_sequences": 4}, {"eos_token_id": [0, 7]}),
+        ({"pad_token_id": "x", "eos_token_id": 2}, {"eos_token_id": 2}),
+        ({"eos_token_id": 2, "do_sample": False, "temperature": 0.6}, None),  # read, only not saved
+        ({"eos_token_id": 2, "temperature": 0.6, "do_sample": True}, None),
+    ],
+)
+def test_a_generation_config_that_transformers_refuses_leaves_its_ids(
+    tmp_path: Path, content: dict[str, Any], ids: dict[str, Any] | None
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    options = hf_models.generation_options(tmp_path)
+    if ids is None:
+        assert options == {}
+    else:
+        assert options["generation_config"].to_diff_dict().items() >= ids.items()
+        assert options["generation_config"].num_return_sequences == 1
