@@ -27,6 +27,7 @@ from conf.data_files import existing, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig
+from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, total_bytes
 from recipes.stages import STAGES, Output, Source, Stage
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,11 @@ PLAN = "plan.json"
 LAUNCHES = "launches.jsonl"
 # Also there: held by its launcher, and by the stages that it leaves.
 LOCK = ".lock"
+# What readers of a manifest rely on.
+_MANIFEST_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("inputs", "versions", "metrics", "outputs"), dict),
+    **dict.fromkeys(("started", "ended", "seconds"), (int, float)),
+}
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
 # A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
@@ -201,13 +207,22 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
     """The manifest of a complete stage folder, or None: absent, unreadable, or (if asked) of another identity."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or manifest.get("status") != "complete":
         return None
     if config_hash not in (None, manifest.get("config_hash")):
         return None
+    # What others read of it without a further look.
+    if not all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items() if key in manifest):
+        return None
     return manifest
+
+
+def manifest_crc32(manifest: dict[str, Any]) -> str:
+    """The CRC-32 of all of a manifest but its key `crc32`, eight hex digits."""
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
+    return crc32_of(json.dumps(content, sort_keys=True).encode())
 
 
 def write_manifest(
@@ -217,27 +232,50 @@ def write_manifest(
     metrics: dict[str, Any],
     peak_memory: dict[str, int | None] | None = None,
 ) -> None:
-    """Declares a stage's folder whole. Times are seconds since the epoch; `seconds` is the last process's share."""
+    """Declares a stage's folder complete, with a record of its files in `outputs.json`.
+
+    Times are seconds since the epoch; `seconds` is the last process's share.
+    """
     run_dir = located.folder.parent
-    write_json(
-        located.folder / MANIFEST,
-        {
-            "stage": located.stage.name,
-            "status": "complete",
-            "config_hash": located.config_hash,
-            "inputs": {
-                name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
-                for name, path in located.inputs.items()
-            },
-            "versions": library_versions(),
-            "git_commit": git_commit(),
-            "started": started,
-            "ended": ended,
-            "seconds": round(ended - started, 3),
-            "peak_memory": peak_memory,
-            "metrics": metrics,
+    # Other processes of an array may still add to the metrics of work that they share.
+    names = outputs_of(located.folder, () if located.stage.trains else ("metrics.jsonl",))
+    manifest = {
+        "stage": located.stage.name,
+        "status": "complete",
+        "config_hash": located.config_hash,
+        "inputs": {
+            name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
+            for name, path in located.inputs.items()
         },
-    )
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "started": started,
+        "ended": ended,
+        "seconds": round(ended - started, 3),
+        "peak_memory": peak_memory,
+        "metrics": metrics,
+    }
+    _declare(located.folder, manifest, digests(located.folder, names))
+
+
+def record_again(folder: Path, names: Sequence[str]) -> None:
+    """Has the manifest of a complete folder vouch for what is in some of its files now; without one, nothing is done.
+
+    For what is rewritten on purpose after its stage. Other files keep what was recorded of them.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and "outputs" in manifest:
+        entries: Entries = json.loads((folder / OUTPUTS).read_text())
+        _declare(folder, manifest, {**entries, **digests(folder, names)})
+
+
+def _declare(folder: Path, manifest: dict[str, Any], entries: Entries) -> None:
+    """Writes the record of a folder's files, then the manifest, whose CRC-32s vouch for both."""
+    write_json(folder / OUTPUTS, dict(sorted(entries.items())))
+    outputs = {"files": len(entries), "bytes": total_bytes(entries), "crc32": crc32_of((folder / OUTPUTS).read_bytes())}
+    # As it will be read: JSON has no tuples, and text for keys.
+    content: dict[str, Any] = json.loads(json.dumps(_finite({**manifest, "outputs": outputs})))
+    write_json(folder / MANIFEST, {**content, "crc32": manifest_crc32(content)})
 
 
 def _finite(value: Any) -> Any:
