@@ -294,7 +294,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: Any = json.loads((folder / STATE).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return state if isinstance(state, dict) and type(state.get("step", 0)) is int else {}
 
 
 def in_use(run_dir: Path) -> bool:
