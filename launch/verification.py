@@ -34,6 +34,7 @@ def refuse_damaged(stages: Sequence[Located], run_dir: Path) -> None:
 
 def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
     """Reads all that complete stages wrote, their checkpoints too, and prints what is wrong; whether nothing is."""
+    print(f"{run_dir}:")
     damages: list[Damage] = []
     width = max(map(len, stages))
     for name, stage in stages.items():

@@ -27,7 +27,7 @@ from conf.data_files import existing, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig
-from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, total_bytes
+from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
 from recipes.stages import STAGES, Output, Source, Stage
 
 MANIFEST = "manifest.json"
@@ -259,13 +259,14 @@ def write_manifest(
 
 
 def record_again(folder: Path, names: Sequence[str]) -> None:
-    """Has the manifest of a complete folder vouch for what is in some of its files now; without one, nothing is done.
+    """Records some files of a complete folder as they are now; where nothing is recorded, nothing is done.
 
     For what is rewritten on purpose after its stage. Other files keep what was recorded of them.
     """
     manifest = read_manifest(folder)
-    if manifest is not None and "outputs" in manifest:
-        entries: Entries = json.loads((folder / OUTPUTS).read_text())
+    record = folder / OUTPUTS
+    entries = parse_record(record.read_bytes()) if record.is_file() else None
+    if manifest is not None and entries is not None:
         _declare(folder, manifest, {**entries, **digests(folder, names)})
 
 

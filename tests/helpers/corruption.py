@@ -90,16 +90,18 @@ def examples(entries: Entries) -> dict[str, str]:
 
 
 def silent_uses(stages: Mapping[str, Located], aside: Path) -> tuple[int, list[str]]:
-    """Damages every kind of file that a complete stage reads of another, in every way.
+    """Damages every kind of file that a stage reads of a complete one, in every way.
 
     Returns:
         How often, and the cases in which the stage would have started all the same.
     """
-    tried, silent = 0, []
-    for located in (stage for stage in stages.values() if stage.complete):
+    tried, silent, seen = 0, [], set()
+    for located in stages.values():
         for source in located.stage.inputs(located.cfg).values():
-            if not isinstance(source, Output):
+            # The same check, whichever stage makes it.
+            if not isinstance(source, Output) or source in seen or not stages[source.stage].complete:
                 continue
+            seen.add(source)
             folder = stages[source.stage].folder
             entries = select(read_record(folder).entries or {}, source.path, source.files)
             for name in [*examples(entries).values(), "manifest.json", "outputs.json"]:
