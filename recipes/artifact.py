@@ -219,10 +219,21 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
     return manifest
 
 
-def manifest_crc32(manifest: dict[str, Any]) -> str:
-    """The CRC-32 of all of a manifest but its key `crc32`, eight hex digits."""
-    content = {key: value for key, value in manifest.items() if key != "crc32"}
-    return crc32_of(json.dumps(content, sort_keys=True).encode())
+def with_crc32(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object as it will be read from a file, with a key `crc32` that vouches for all others."""
+    # JSON has no tuples, and text for keys.
+    plain: dict[str, Any] = json.loads(json.dumps(_finite(content)))
+    return {**plain, "crc32": _content_crc32(plain)}
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Whether a JSON object that was read has what `with_crc32` vouched for."""
+    return content.get("crc32") == _content_crc32(content)
+
+
+def _content_crc32(content: dict[str, Any]) -> str:
+    vouched_for = {key: value for key, value in content.items() if key != "crc32"}
+    return crc32_of(json.dumps(vouched_for, sort_keys=True).encode())
 
 
 def write_manifest(
@@ -266,7 +277,7 @@ def record_again(folder: Path, names: Sequence[str]) -> None:
     manifest = read_manifest(folder)
     record = folder / OUTPUTS
     entries = parse_record(record.read_bytes()) if record.is_file() else None
-    if manifest is not None and entries is not None:
+    if manifest is not None and entries is not None and is_as_written(manifest):
         _declare(folder, manifest, {**entries, **digests(folder, names)})
 
 
@@ -274,9 +285,7 @@ def _declare(folder: Path, manifest: dict[str, Any], entries: Entries) -> None:
     """Writes the record of a folder's files, then the manifest, whose CRC-32s vouch for both."""
     write_json(folder / OUTPUTS, dict(sorted(entries.items())))
     outputs = {"files": len(entries), "bytes": total_bytes(entries), "crc32": crc32_of((folder / OUTPUTS).read_bytes())}
-    # As it will be read: JSON has no tuples, and text for keys.
-    content: dict[str, Any] = json.loads(json.dumps(_finite({**manifest, "outputs": outputs})))
-    write_json(folder / MANIFEST, {**content, "crc32": manifest_crc32(content)})
+    write_json(folder / MANIFEST, with_crc32({**manifest, "outputs": outputs}))
 
 
 def _finite(value: Any) -> Any:

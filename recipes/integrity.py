@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import InputError
-from recipes.artifact import LAUNCHES, MANIFEST, Located, manifest_crc32, read_manifest
+from recipes.artifact import LAUNCHES, MANIFEST, Located, is_as_written, read_manifest
 from recipes.outputs import CHECKPOINTS, OUTPUTS, Entries, crc32_of, differences, parse_record, select, share_of
 from recipes.stages import Output
 
@@ -55,7 +55,7 @@ def read_record(folder: Path) -> Record:
     manifest = read_manifest(folder) or {}
     if "outputs" not in manifest and "crc32" not in manifest:
         return Record(None, {})
-    if manifest.get("crc32") != manifest_crc32(manifest):
+    if not is_as_written(manifest):
         return Record({}, {MANIFEST: "has other content than was written"})
     try:
         content = (folder / OUTPUTS).read_bytes()

@@ -101,6 +101,8 @@ def test_a_measurement_counts_for_the_versions_that_it_was_made_with(tmp_path: P
     assert store.get("recovery/step=3", "task.a/b") == {"acc": 0.5}
     assert Store(tmp_path, {"lm_eval": "2"}).get("recovery/step=3", "task.a/b") is None
     (path,) = tmp_path.glob("recovery/step=3/*.json")
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    assert store.get("recovery/step=3", "task.a/b") is None
     path.write_text('{"key": {"lm_')
     assert store.get("recovery/step=3", "task.a/b") is None
 
