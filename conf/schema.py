@@ -250,7 +250,7 @@ class Training:
     skip_steps: list[list[int]] = placement(list)  # noqa: RUF009
     save_every_n_steps: int = placement(100)
     # The newest ones, and, of those whose step was validated, the one with the lowest loss.
-    keep_checkpoints: int = placement(1)
+    keep_checkpoints: int = placement(2)
     keep_best: bool = placement(True)
     # Goes on training while a checkpoint is written.
     async_save: bool = placement(True)
@@ -707,6 +707,9 @@ class RunConfig:
     name: str = MISSING
     run_dir: str = MISSING
     seed: int = 1234
+    # Whether a stage reads its inputs once before it starts, and compares them with what was written; false: only
+    # their sizes.
+    verify_inputs: bool = placement(True)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)

@@ -17,6 +17,7 @@ from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
+from launch.verification import damage_in, refuse_damaged
 from recipes.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
 from recipes.stage_log import Reason, exit_words, read_reason
 from recipes.stages import STAGES, Stage
@@ -58,12 +59,14 @@ def run(
 
     Raises:
         ConfigError: a missing input, a stage that does not exist or cannot fit the GPU, a run folder in use.
+        InputError: a complete stage that lacks files, or has others.
         StageFailedError: a stage failed; what was complete stays.
     """
     progress = Progress(sys.stdout)
     run_dir = Path(cfg.run_dir)
     located = up_to(locate(cfg, stages), until)
     to_do = [stage.stage.name for stage in located if not stage.complete]
+    refuse_damaged(located, run_dir)
     plan = make(cfg)
     refuse_impossible(plan, to_do)
     with lock.held(run_dir) as lock_file:
@@ -81,13 +84,16 @@ def run(
 
 
 def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
-    """The stages of a run, their folders, and which of them are complete."""
+    """The stages of a run, their folders, and whether each is complete, damaged or to do."""
     located = up_to(locate(cfg, stages), until)
     width = max(len(stage.stage.name) for stage in located)
-    return "\n".join(
-        f"{stage.stage.name:<{width}}  {'complete' if stage.complete else 'to do':<8}  {stage.folder}"
-        for stage in located
-    )
+    return "\n".join(f"{stage.stage.name:<{width}}  {_standing(stage):<8}  {stage.folder}" for stage in located)
+
+
+def _standing(stage: Located) -> str:
+    if not stage.complete:
+        return "to do"
+    return "damaged" if damage_in(stage) else "complete"
 
 
 def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:

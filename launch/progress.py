@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import time
 from pathlib import Path
 from typing import Any, TextIO
+
+from recipes.stage_log import parse_metrics
 
 # A new line in a file or a pipe at most this often.
 SECONDS_BETWEEN_LINES = 15.0
@@ -67,7 +69,7 @@ def newest(metrics: Path, since: float) -> dict[str, Any]:
     """The newest value of each of a metrics file's names; see `training_status` for the arguments."""
     values: dict[str, Any] = {}
     for line in _tail(metrics, since):
-        values.update(line)
+        values.update({name: value for name, value in line.items() if value is not None and math.isfinite(value)})
     return values
 
 
@@ -90,13 +92,4 @@ def _tail(path: Path, since: float) -> list[dict[str, Any]]:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    return [line for line in map(_json, lines) if line is not None]
-
-
-def _json(line: str) -> dict[str, Any] | None:
-    """A line's object; None for one that is cut, at the tail's start or while it is being written."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+    return [line for line in map(parse_metrics, lines) if line is not None]

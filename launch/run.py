@@ -16,11 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from conf.composition import config_groups, sweep
-from conf.errors import ConfigError
+from conf.errors import ConfigError, InputError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
 from launch import nodes, pipeline, records, slurm
 from launch.jobs import everywhere
+from launch.verification import verify
+from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,12 +44,16 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     if "dry_run=true" in args.overrides:
         args.overrides.remove("dry_run=true")
         args.dry_run = True
+    args.damaged = False
     try:
         with _signals_raised():
             for cfg in _jobs(args.overrides, args.multirun, check_files=args.cfg is None):
                 _one(cfg, args, stages)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"cannot write the run's folder ({error}); free some space, or set another run_dir", file=sys.stderr)
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     except _StoppedError as error:
         print(f"\nstopped by {error}; the same command goes on from where it was", file=sys.stderr)
         return 128 + error.signum
-    return 0
+    return 2 if args.damaged else 0
 
 
 def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
@@ -68,6 +74,9 @@ def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> N
         print(to_yaml(cfg), end="")
     elif args.list:
         print(pipeline.listing(cfg, args.until, stages))
+    elif args.verify:
+        located = pipeline.up_to(locate(cfg, stages), args.until)
+        args.damaged |= not verify({stage.stage.name: stage for stage in located}, Path(cfg.run_dir))
     elif cfg.cluster.slurm is not None:
         slurm.run(cfg, args.until, stages, args.dry_run, args.command)
     elif args.dry_run:
@@ -114,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2, one by one")
     parser.add_argument("--list", action="store_true", help="print the stages and their folders and stop")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read what complete stages wrote, list all damage and stop",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be started or submitted and stop (also dry_run=true)"
     )

@@ -24,6 +24,7 @@ from launch.pipeline import up_to
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
+from launch.verification import refuse_damaged
 from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 
@@ -63,6 +64,8 @@ def run(
     if not dry_run:
         _check(cfg)
     located = up_to(locate(cfg, stages), until)
+    if not dry_run:
+        refuse_damaged(located, run_dir)
     jobs = needed(cfg, located)
     plan = make(cfg)
     refuse_impossible(plan, [job.name for job in jobs])

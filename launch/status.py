@@ -20,6 +20,7 @@ from conf.errors import ConfigError
 from conf.load import load_resolved
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, ask, submitted
+from launch.verification import damage_in, verify
 from recipes.artifact import RESOLVED, Located, in_use, locate, read_manifest, read_state
 from recipes.stage_log import last_attempt, read_reason
 from recipes.stages import STAGES, Output, Stage
@@ -34,10 +35,11 @@ class StageStatus:
     """Where one stage stands.
 
     Attributes:
-        state: complete, running, queued, paused, failed, cancelled, or "to do".
+        state: complete, damaged (files of a complete stage are missing or have other sizes), running, queued, paused,
+            failed, cancelled, or "to do".
         jobs: ids of its Slurm jobs, in the order in which they run.
         detail: for a person, in a line.
-        cause: why it failed, or stays paused.
+        cause: why it failed or stays paused, or what is damaged.
         figures: the newest of what a training tells: step, max_steps, loss, tokens_per_second, seconds_left, ...
     """
 
@@ -56,15 +58,19 @@ def status(run_dir: Path, stages: Sequence[Stage] = STAGES) -> list[StageStatus]
     Raises:
         ConfigError: the folder holds no run, or the run's inputs are gone.
     """
-    cfg = load_resolved(run_dir / RESOLVED)
-    cfg.run_dir = str(run_dir)
-    located = locate(cfg, stages)
+    located = _located(run_dir, stages)
     jobs = {name: list(entry["jobs"]) for name, entry in submitted(run_dir).items()}
     queue = ask({job for ids in jobs.values() for job in ids})
     # A launcher on this machine works on the first stage that is not complete.
     here = next((name for name, stage in located.items() if not stage.complete), None)
     running = {here} if in_use(run_dir) else set()
     return [_stage(stage, jobs.get(name, []), queue, name in running, located) for name, stage in located.items()]
+
+
+def _located(run_dir: Path, stages: Sequence[Stage]) -> dict[str, Located]:
+    cfg = load_resolved(run_dir / RESOLVED)
+    cfg.run_dir = str(run_dir)
+    return locate(cfg, stages)
 
 
 def _stage(
@@ -76,7 +82,10 @@ def _stage(
     paused = read_state(stage.folder)
     alive = [queue[job] for job in jobs if job in queue and queue[job].state not in ENDED]
     log = stage.folder / "log.txt"
-    if stage.complete:
+    damage = damage_in(stage)
+    if damage is not None:
+        found.state, found.cause = "damaged", str(damage)
+    elif stage.complete:
         found.state = "complete"
         found.detail = duration((read_manifest(stage.folder) or {}).get("seconds", 0))
     elif running_here or any(job.state != "PENDING" for job in alive):
@@ -138,15 +147,20 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
-    """The command line; returns the exit status: 0, or 2 where there is no run in the folder."""
+    """The command line; returns the exit status: 0, or 2 where there is no run in the folder, or damage in what
+    `--verify` reads."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.status", description=(__doc__ or "").partition("\n")[2].strip()
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--watch", action="store_true", help="look again every few seconds until nothing runs or waits")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read what complete stages wrote, and list all damage")
     args = parser.parse_args(arguments)
     try:
+        if args.verify:
+            whole = [verify(_located(folder, stages), folder) for folder in _runs(args.run_dir)]
+            return 0 if all(whole) else 2
         while True:
             runs = {str(folder): status(folder, stages) for folder in _runs(args.run_dir)}
             if args.watch and sys.stdout.isatty():

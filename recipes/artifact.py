@@ -27,6 +27,7 @@ from conf.data_files import existing, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig
+from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
 from recipes.stages import STAGES, Output, Source, Stage
 
 MANIFEST = "manifest.json"
@@ -41,6 +42,11 @@ PLAN = "plan.json"
 LAUNCHES = "launches.jsonl"
 # Also there: held by its launcher, and by the stages that it leaves.
 LOCK = ".lock"
+# What readers of a manifest rely on.
+_MANIFEST_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("inputs", "versions", "metrics", "outputs"), dict),
+    **dict.fromkeys(("started", "ended", "seconds"), (int, float)),
+}
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
 # A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
@@ -201,13 +207,33 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
     """The manifest of a complete stage folder, or None: absent, unreadable, or (if asked) of another identity."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or manifest.get("status") != "complete":
         return None
     if config_hash not in (None, manifest.get("config_hash")):
         return None
+    # What others read of it without a further look.
+    if not all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items() if key in manifest):
+        return None
     return manifest
+
+
+def with_crc32(content: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object as it will be read from a file, with a key `crc32` that vouches for all others."""
+    # JSON has no tuples, and text for keys.
+    plain: dict[str, Any] = json.loads(json.dumps(_finite(content)))
+    return {**plain, "crc32": _content_crc32(plain)}
+
+
+def is_as_written(content: dict[str, Any]) -> bool:
+    """Whether a JSON object that was read has what `with_crc32` vouched for."""
+    return content.get("crc32") == _content_crc32(content)
+
+
+def _content_crc32(content: dict[str, Any]) -> str:
+    vouched_for = {key: value for key, value in content.items() if key != "crc32"}
+    return crc32_of(json.dumps(vouched_for, sort_keys=True).encode())
 
 
 def write_manifest(
@@ -217,27 +243,49 @@ def write_manifest(
     metrics: dict[str, Any],
     peak_memory: dict[str, int | None] | None = None,
 ) -> None:
-    """Declares a stage's folder whole. Times are seconds since the epoch; `seconds` is the last process's share."""
+    """Declares a stage's folder complete, with a record of its files in `outputs.json`.
+
+    Times are seconds since the epoch; `seconds` is the last process's share.
+    """
     run_dir = located.folder.parent
-    write_json(
-        located.folder / MANIFEST,
-        {
-            "stage": located.stage.name,
-            "status": "complete",
-            "config_hash": located.config_hash,
-            "inputs": {
-                name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
-                for name, path in located.inputs.items()
-            },
-            "versions": library_versions(),
-            "git_commit": git_commit(),
-            "started": started,
-            "ended": ended,
-            "seconds": round(ended - started, 3),
-            "peak_memory": peak_memory,
-            "metrics": metrics,
+    # Other processes of an array may still add to the metrics of work that they share.
+    names = outputs_of(located.folder, () if located.stage.trains else ("metrics.jsonl",))
+    manifest = {
+        "stage": located.stage.name,
+        "status": "complete",
+        "config_hash": located.config_hash,
+        "inputs": {
+            name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
+            for name, path in located.inputs.items()
         },
-    )
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "started": started,
+        "ended": ended,
+        "seconds": round(ended - started, 3),
+        "peak_memory": peak_memory,
+        "metrics": metrics,
+    }
+    _declare(located.folder, manifest, digests(located.folder, names))
+
+
+def record_again(folder: Path, names: Sequence[str]) -> None:
+    """Records some files of a complete folder as they are now; where nothing is recorded, nothing is done.
+
+    For what is rewritten on purpose after its stage. Other files keep what was recorded of them.
+    """
+    manifest = read_manifest(folder)
+    record = folder / OUTPUTS
+    entries = parse_record(record.read_bytes()) if record.is_file() else None
+    if manifest is not None and entries is not None and is_as_written(manifest):
+        _declare(folder, manifest, {**entries, **digests(folder, names)})
+
+
+def _declare(folder: Path, manifest: dict[str, Any], entries: Entries) -> None:
+    """Writes the record of a folder's files, then the manifest, whose CRC-32s vouch for both."""
+    write_json(folder / OUTPUTS, dict(sorted(entries.items())))
+    outputs = {"files": len(entries), "bytes": total_bytes(entries), "crc32": crc32_of((folder / OUTPUTS).read_bytes())}
+    write_json(folder / MANIFEST, with_crc32({**manifest, "outputs": outputs}))
 
 
 def _finite(value: Any) -> Any:
@@ -256,7 +304,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: Any = json.loads((folder / STATE).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    return state if isinstance(state, dict) and type(state.get("step", 0)) is int else {}
 
 
 def in_use(run_dir: Path) -> bool:

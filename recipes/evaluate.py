@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.schema import RunConfig
 from recipes.artifact import write_json
+from recipes.integrity import checkpoints_in
 from recipes.runtime.stage_main import rank, stage_main
 
 NO_MODELS = ("data", "checkpoints", "task_folder")
@@ -48,10 +49,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
     from convert.exporting import exporter
     from recipes.runtime.evaluation import recovery
-    from recipes.runtime.evaluation.holding import ROOM, checkpoints_of
+    from recipes.runtime.evaluation.holding import ROOM
 
     export = exporter(cfg, teacher)
-    for step, checkpoint in checkpoints_of(checkpoints).items():
+    for step, checkpoint in checkpoints_in(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)

@@ -21,9 +21,11 @@ from typing import Any
 from conf.errors import ConfigError
 from conf.load import load_resolved
 from conf.schema import Init, RunConfig
-from recipes.artifact import Located, locate
-from recipes.runtime.evaluation.holding import ROOM, checkpoints_of, hold, holding
+from recipes.artifact import Located, locate, record_again
+from recipes.integrity import checkpoint_damage, checkpoints_in, damage_of, refuse
+from recipes.runtime.evaluation.holding import ROOM, hold, holding
 from recipes.runtime.stage_main import command_line
+from recipes.stages import Output
 
 log = logging.getLogger("recipes.recovery")
 
@@ -72,8 +74,11 @@ class Follower:
         """Measures what is held, and the models before and after the training where they are there."""
         from recipes.runtime.evaluation import recovery
 
-        for step, checkpoint in checkpoints_of(self.room).items():
-            self._measure(recovery.name_of(step), checkpoint)
+        for step, checkpoint in checkpoints_in(self.room).items():
+            if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
+                log.warning("%s; step %d is left out of the curve", damage, step)
+            else:
+                self._measure(recovery.name_of(step), checkpoint)
             shutil.rmtree(checkpoint)
         ends = {"student": self.stages["distill"]}
         if self.cfg.distill.init is Init.pruned:
@@ -82,6 +87,8 @@ class Follower:
             if stage.complete:
                 self._measure(name, stage.folder / "nemo")
         recovery.write(self.evaluator, self.cfg.distill, self.out)
+        if self.stages["evaluate"].complete:
+            record_again(self.out, (recovery.FILE,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
         from convert.exporting import exporter
@@ -95,6 +102,7 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
 
     Raises:
         ConfigError: no run folder; a teacher or data that are not there yet.
+        InputError: a teacher or data that are damaged.
     """
     follower = _follower(run_dir)
     if watch:
@@ -120,10 +128,13 @@ def _follower(run_dir: Path) -> Follower:
     missing = [
         source.stage
         for name in NEEDED
-        if (source := inputs[name]) and hasattr(source, "stage") and not stages[source.stage].complete
+        if isinstance(source := inputs[name], Output) and not stages[source.stage].complete
     ]
     if missing:
         raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} has to be complete first")
+    made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
+    damages = [damage_of(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
+    refuse(filter(None, damages), run_dir)
     return Follower(cfg, stages)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
-from recipes.artifact import MANIFEST, read_manifest, write_json
+from recipes.artifact import MANIFEST, read_manifest, record_again, write_json
 from recipes.runtime.reporting import comparison, html, run_page
 from recipes.runtime.reporting.privacy import Privacy
 from recipes.runtime.reporting.results import summarize
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
             found = read_run(paths[0])
             _withdraw(found, out)
             write_report(found, out)
+            record_again(out, ("report.json", "index.html"))
         else:
             out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / "report")
             write_comparison(paths, out)
@@ -77,11 +78,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _withdraw(found: RunFolder, out: Path) -> None:
-    """Takes away the manifest of a report that is about to be overwritten by that of another state of the run, so that
-    the run's end makes it anew."""
+    """Removes the manifest of a report that is about to be overwritten by that of another state of the run, so that the
+    end of the run writes it again."""
     manifest = read_manifest(out)
     located = report_of(found.cfg) if found.cfg is not None else None
-    if manifest is not None and (located is None or manifest.get("config_hash") != located.config_hash):
+    ended = located is not None and all(stage.complete for stage in found.stages.values())
+    if manifest is not None and (not ended or located is None or manifest.get("config_hash") != located.config_hash):
         (out / MANIFEST).unlink()
 
 

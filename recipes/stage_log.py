@@ -1,12 +1,14 @@
-"""What a stage's log tells: when it was started, and why it failed. No torch."""
+"""What a stage's log and its metrics tell: when it was started, how far it is, and why it failed. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 LINES = 30
 # torchrun's report on its worker, after which it only repeats itself in a traceback of its own.
@@ -44,6 +46,28 @@ class Attempt:
 
     started: float
     words: str
+
+
+def parse_object(line: str) -> dict[str, Any] | None:
+    """The JSON object of a line; None where the line is cut by a kill, still being written, or something else."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def parse_metrics(line: str) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`: the numbers of a step, by name; None where the line is something else."""
+    values = parse_object(line)
+    if values is None or type(values.get("step")) is not int or values["step"] < 0:
+        return None
+    return values if all(value is None or _is_number(value) for value in values.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    # Python reads integers of any length, which no float can hold.
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
 def attempts(log: Path) -> list[Attempt]:

@@ -20,10 +20,11 @@ from conf.student import MOST_ROUNDS, needs_importance, round_settings
 
 @dataclass(frozen=True)
 class Output:
-    """`path` inside the folder of the completed stage `stage`."""
+    """`path` inside the folder of the completed stage `stage`; `files`: patterns of what is read of it."""
 
     stage: str
     path: str = "."
+    files: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,9 @@ def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
-    return {stage.name: Output(stage.name) for stage in wanted(cfg) if stage.name != "report"}
+    # Figures, not weights.
+    read = ("*.json", "*.jsonl")
+    return {stage.name: Output(stage.name, files=read) for stage in wanted(cfg) if stage.name != "report"}
 
 
 def _round(number: int) -> tuple[Stage, ...]:

@@ -1,8 +1,13 @@
-"""Checkpoints that are whole or not there: which are kept, and how they are written while training goes on."""
+"""Checkpoints of a training: how they are written whole while it goes on, which are kept, and from which it resumes.
+
+Each carries a record of its files (`recipes.outputs`), which is compared before a training resumes from it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,15 +15,60 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from conf.errors import InputError
 from conf.schema import Training
-from recipes.artifact import sync
+from recipes.artifact import sync, write_json
+from recipes.integrity import checkpoint_damage, checkpoints_in
+from recipes.outputs import OUTPUTS, Entries, digests
+from recipes.runtime import ranks
 from recipes.runtime.metrics_file import read_metrics
-from recipes.runtime.stage_main import rank
+from recipes.runtime.stage_main import rank, world_size
+
+log = logging.getLogger("recipes.checkpoints")
+
+# Megatron names what a rank writes __RANK_NUMBER.distcp.
+_OF_RANK = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The complete checkpoint of the highest step (`step=N` under `checkpoints`), or None."""
-    return max(_complete(checkpoints), key=_step_of, default=None)
+    """The checkpoint of the highest step (`step=N` under `checkpoints`), or None; it may be damaged."""
+    return next(reversed(checkpoints_in(checkpoints).values()), None)
+
+
+def resume_point(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint, None where there is none at all; the same on all ranks, which share the reading.
+
+    Damaged ones that are newer are renamed to `.damaged.step=N`, so that their steps can be saved again.
+
+    Raises:
+        InputError: all checkpoints are damaged. To train from the start is for the user to decide.
+    """
+    # As rank 0 sees the disk; two nodes may see it differently.
+    (steps, *_) = ranks.exchange([*reversed(checkpoints_in(checkpoints))])
+    faults: dict[Path, str] = {}
+    for step in steps:
+        checkpoint = checkpoints / f"step={step}"
+        damage = checkpoint_damage(checkpoint, share=(rank(), world_size()))
+        found = [fault for fault in ranks.exchange(damage and str(damage)) if fault]
+        if not found:
+            _set_aside(faults, checkpoint)
+            return checkpoint
+        faults[checkpoint] = found[0]
+    if faults:
+        raise InputError(
+            f"no checkpoint is left to resume from: {'; '.join(faults.values())}; to train from the start, rm -r"
+            f" {checkpoints} and start the stage again"
+        )
+    return None
+
+
+def _set_aside(faults: dict[Path, str], fallback: Path) -> None:
+    for checkpoint, fault in faults.items():
+        aside = checkpoint.with_name(f".damaged.{checkpoint.name}")
+        if rank() == 0:
+            log.warning("%s; resuming from %s, and the damaged one is kept as %s", fault, fallback.name, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
 
 
 def superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> list[Path]:
@@ -27,18 +77,9 @@ def superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> l
     Args:
         val_losses: validation losses by step; empty: no best one is kept.
     """
-    complete = sorted(_complete(checkpoints), key=_step_of)
-    validated = [folder for folder in complete if _step_of(folder) in val_losses]
-    best = min(validated, key=lambda folder: val_losses[_step_of(folder)], default=None)
-    return [folder for folder in complete[:-keep] if folder != best]
-
-
-def _complete(checkpoints: Path) -> list[Path]:
-    return [folder for folder in checkpoints.glob("step=*") if folder.is_dir()]
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("=")[2])
+    complete = checkpoints_in(checkpoints)
+    best = min(complete.keys() & val_losses.keys(), key=val_losses.__getitem__, default=None)
+    return [complete[step] for step in list(complete)[:-keep] if step != best]
 
 
 class Checkpoints(Callback):
@@ -102,7 +143,7 @@ class Checkpoints(Callback):
             TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
 
         def declare() -> None:
-            self._declare(trainer, partial, target)
+            self._declare(trainer, partial, target, weights_only)
 
         if self.cfg.async_save:
             trainer.save_checkpoint(partial, weights_only, storage_options={"finalize_fn": declare})
@@ -115,12 +156,18 @@ class Checkpoints(Callback):
         if self.cfg.async_save:
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
-    def _declare(self, trainer: Any, partial: Path, target: Path) -> None:
-        """Gives what every rank has written its name, and takes away what is no longer kept."""
+    def _declare(self, trainer: Any, partial: Path, target: Path, weights_only: bool) -> None:
+        """Renames what every rank has written, and removes what is no longer kept."""
         trainer.strategy.barrier()
+        # The stage's own record covers the final model.
+        record = None if weights_only else _record(partial)
         if rank() == 0:
+            if record is not None:
+                write_json(partial / OUTPUTS, record)
             for path in (*partial.rglob("*"), partial):
                 sync(path)
+            if os.path.lexists(target):  # nothing that this training saved: it resumed before that step
+                _remove(target)
             os.replace(partial, target)
             sync(target.parent)
             self._prune()
@@ -133,9 +180,29 @@ class Checkpoints(Callback):
             _remove(old)
 
 
-def _remove(folder: Path) -> None:
-    """Renamed first, so that a kill halfway leaves nothing that looks whole.
+def _record(checkpoint: Path) -> Entries:
+    """Size and CRC-32 of a checkpoint's files, on every rank: each reads what it has just written itself."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    names = [path.relative_to(checkpoint).as_posix() for path in files]
+    entries: Entries = {}
+    for part in ranks.of_all(digests(checkpoint, [name for name in names if _writer_of(name) == rank()])):
+        entries |= part
+    return dict(sorted(entries.items()))
 
-    Errors are none: a process that outlived its killed rank may still be writing there, into files that have no name.
+
+def _writer_of(name: str) -> int:
+    """The rank that wrote a file of a checkpoint: rank 0 what no other did."""
+    found = _OF_RANK.fullmatch(name)
+    return int(found[1]) if found else 0
+
+
+def _remove(path: Path) -> None:
+    """Renames first, so that a kill halfway leaves nothing that looks whole.
+
+    Errors are ignored: a process that outlived its killed rank may still be writing there, into files without a name.
     """
-    shutil.rmtree(folder.rename(folder.with_name(f".removed.{folder.name.lstrip('.')}")), ignore_errors=True)
+    removed = path.rename(path.with_name(f".removed.{path.name.lstrip('.')}"))
+    if removed.is_dir():
+        shutil.rmtree(removed, ignore_errors=True)
+    else:
+        removed.unlink()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from recipes.runtime import backend
-from recipes.runtime.stage_main import world_size
+from recipes.runtime.stage_main import rank, world_size
+
+_exchanges = itertools.count()
 
 
 @contextmanager
@@ -52,6 +58,26 @@ def of_all(value: Any) -> list[Any]:
     if world_size() > 1:
         dist.all_gather_object(found, value)
     return found
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each rank has, on every rank, through torchrun's own store: before there is a process group.
+
+    Args:
+        value: what JSON can hold. All ranks call this equally often, in the same order.
+    """
+    if world_size() == 1:
+        return [value]
+    number = next(_exchanges)
+    _store().set(f"{number}/{rank()}", json.dumps(value))
+    # `get` waits until a rank has come here; what ranks do before may be the reading of a large checkpoint.
+    return [json.loads(_store().get(f"{number}/{other}")) for other in range(world_size())]
+
+
+@cache
+def _store() -> Any:
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=1)))
+    return dist.PrefixStore("recipes/exchange", store)
 
 
 def wait() -> None:

@@ -206,10 +206,20 @@ def whole_shards(folder: Path, sizes: Sequence[int]) -> list[int]:
 
 
 def _holds(shard: Path, sequences: range) -> bool:
+    """Whether a shard holds these sequences, none of them damaged."""
     try:
-        return read_table(shard)["sequence"].tolist() == list(sequences)
+        table = read_table(shard)
     except InputError:
         return False
+    return table["sequence"].tolist() == list(sequences) and all(_read_frame(shard, row) is not None for row in table)
+
+
+def _read_frame(shard: Path, row: np.void) -> bytes | None:
+    """The frame of a row of a shard's table; None where it is damaged."""
+    with shard.open("rb") as file:
+        file.seek(int(row["offset"]))
+        frame = file.read(int(row["size"]))
+    return frame if isal_zlib.crc32(frame) == row["crc"] else None
 
 
 def shard_sizes(sequences: int, shard_sequences: int) -> list[int]:
@@ -270,10 +280,8 @@ class SignalReader:
         if place >= len(table) or table[place]["sequence"] != index:
             raise damaged(shard, f"sequence {index} is not where it should be")
         row = table[place]
-        with shard.open("rb") as file:
-            file.seek(int(row["offset"]))
-            frame = file.read(int(row["size"]))
-        if isal_zlib.crc32(frame) != row["crc"]:
+        frame = _read_frame(shard, row)
+        if frame is None:
             raise damaged(shard, f"sequence {index} has another checksum")
         if tokens_crc(tokens) != row["tokens_crc"]:
             raise InputError(

@@ -30,7 +30,7 @@ from conf.errors import ConfigError, InputError
 from conf.load import load_resolved
 from conf.schema import RunConfig
 from recipes.artifact import Located, locate, write_manifest
-from recipes.stages import Output
+from recipes.integrity import damage_of, damaged_inputs, inputs_of, refuse, unrecorded
 
 log = logging.getLogger("recipes.stage")
 
@@ -106,22 +106,31 @@ def _log_to_stderr() -> None:
 
 
 def _ready(config: Path, stage: str) -> Located:
-    """The stage's place in the run, once everything that it reads is known to be whole."""
+    """The stage's place in the run, once everything that it reads is known to be what was written.
+
+    Ranks share the reading: one that finds damage ends the stage for all of them.
+    """
     if not config.is_file():
         raise ConfigError(f"--config {config} does not exist; give a run folder's resolved.yaml")
     everything = locate(load_resolved(config))
     if stage not in everything:
         raise ConfigError(f"this run has no stage {stage!r}; it has {', '.join(everything)}")
     located = everything[stage]
-    sources = located.stage.inputs(located.cfg).values()
-    needed = {source.stage for source in sources if isinstance(source, Output)}
+    if located.complete:
+        damage = damage_of(located.folder, contents=False)
+        refuse([damage] if damage else [], config.parent)
+        return located
+    needed = inputs_of(located, everything)
     faults = [
-        f"{name}, an input of {stage}, is not complete in {everything[name].folder}; run that stage first"
-        for name in sorted(needed)
-        if not everything[name].complete
+        f"{made.stage.name}, an input of {stage}, is not complete in {made.folder}; run that stage first"
+        for made in needed
+        if not made.complete
     ]
     if faults:
         raise ConfigError(faults)
+    if notice := unrecorded(needed):
+        log.warning("%s", notice)
+    refuse(damaged_inputs(located, everything, located.cfg.verify_inputs, (rank(), world_size())), config.parent)
     return located
 
 

@@ -1,6 +1,6 @@
 """One training run through NeMo: the demo's teacher, distillation and its controls all come through `train`.
 
-It resumes from the newest complete checkpoint under `OUT/checkpoints`, appends to `OUT/metrics.jsonl`, and ends with
+It resumes from the newest undamaged checkpoint under `OUT/checkpoints`, appends to `OUT/metrics.jsonl`, and ends with
 the model in `OUT/nemo`.
 """
 
@@ -26,7 +26,7 @@ from conf.phases import spare_batches, training_phases, training_tokens
 from conf.schema import Recompute, Training
 from recipes.runtime import backend, nemo_api
 from recipes.runtime.batches import Batches, UsePhase
-from recipes.runtime.checkpoints import Checkpoints, newest_checkpoint
+from recipes.runtime.checkpoints import Checkpoints, resume_point
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.loss_guard import GRADIENTS, LossGuard
 from recipes.runtime.metrics_file import read_metrics
@@ -72,15 +72,15 @@ def train(
 
     Raises:
         ConfigError: the ranks do not fit the parallel layout or the batch.
-        InputError: too little data; a checkpoint that lacks a parameter, or is another model's; a loss that is no
-            number, or far too high.
+        InputError: too little data; a checkpoint that lacks a parameter, or is another model's; damage in every
+            checkpoint; a loss that is no number, or far too high.
         PausedError: a stop file ended it early; it goes on from there the next time.
     """
     check(cfg, data)
     if not (out / "nemo").exists():
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
-        resumed = newest_checkpoint(out / "checkpoints")
+        resumed = resume_point(out / "checkpoints")
         if resumed is not None:
             check_resumed(model.config, resumed)
         batches = Batches(model.tokenizer, data, out, cfg, seed, signal)

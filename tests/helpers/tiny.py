@@ -49,6 +49,7 @@ DISTILL: dict[str, Any] = {
     "float32_matmul_precision": "highest",  # or sums in another order would show
     "warmup_steps": 1,
     "save_every_n_steps": 2,
+    "keep_checkpoints": 1,
     "val_every_n_steps": 3,
     "val_batches": 2,
     "log_every_n_steps": 1,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.artifact import read_manifest
-from tests.helpers import tiny, tolerance
+from recipes.artifact import read_manifest, record_again
+from tests.helpers import corruption, tiny, tolerance
 
 # Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
 CORRECTION = (
@@ -44,6 +44,12 @@ def test_the_gain_is_measured_and_reported(corrected: Path) -> None:
     # By transformers, on other batches of the same documents.
     assert models["corrected_teacher"]["val_loss"] < models["teacher"]["val_loss"]
     assert "Teacher, corrected" in (corrected / "report" / "index.html").read_text()
+
+
+def test_no_damage_to_a_correction_is_used_silently(corrected: Path, tmp_path: Path) -> None:
+    tried, silent = corruption.silent_uses(tiny.stages(corrected, *tiny.DEPTH, CORRECTION), tmp_path / "aside")
+    assert silent == []
+    assert tried > 500
 
 
 def test_a_corrected_teacher_teaches_another_thing_from_the_first_step(finished: Path, corrected: Path) -> None:
@@ -105,6 +111,7 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     # A signal of other data is refused before a step is made.
     index = json.loads((signal / "signal.json").read_text())
     (signal / "signal.json").write_text(json.dumps({**index, "packing": "00000000"}))
+    record_again(signal, ["signal.json"])
     shutil.rmtree(of_signal.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr

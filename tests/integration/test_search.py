@@ -14,7 +14,7 @@ import pytest
 from conf.student import AXES
 from recipes.artifact import STOP, Located, read_manifest
 from recipes.runtime.pruning.finalists import name_of
-from tests.helpers import tiny, tolerance
+from tests.helpers import corruption, tiny, tolerance
 
 BUDGET = (
     *("prune.budget.params_share=0.6", "prune.budget.max_depth_cut=0.5", "prune.budget.max_width_cut=0.5"),
@@ -50,6 +50,12 @@ def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
         assert abs(row["found"] - row["cut"]) < tolerance.LOSS
         assert row["params"][0] == row["params"][1]
     assert max(row["found"] for row in rows) - min(row["found"] for row in rows) > 10 * tolerance.LOSS
+
+
+def test_no_damage_to_a_search_is_used_silently(fought: Path, tmp_path: Path) -> None:
+    tried, silent = corruption.silent_uses(tiny.stages(fought, *TOURNAMENT), tmp_path / "aside")
+    assert silent == []
+    assert tried > 300
 
 
 def test_each_shape_is_tried_without_two_sets_of_layers(fought: Path) -> None:

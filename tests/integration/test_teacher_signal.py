@@ -15,7 +15,7 @@ import torch
 from recipes.artifact import read_manifest, read_state
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.signal import SignalReader, read_table, shard_name
-from tests.helpers import tiny
+from tests.helpers import corruption, tiny
 from tests.helpers.ranks import run_ranks
 
 TOP_K, SHARD = 16, 5
@@ -95,6 +95,12 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
     sizes = [SEQUENCES, 0, 0]
     train, *_ = BlendedMegatronDatasetBuilder(DocumentDataset, sizes, lambda: True, settings).build()
     return [train[index]["tokens"].tolist() for index in range(SEQUENCES)]
+
+
+def test_no_damage_to_a_signal_is_used_silently(one_rank: Path, tmp_path: Path) -> None:
+    tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside")
+    assert silent == []
+    assert tried > 300
 
 
 def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.ndarray) -> None:

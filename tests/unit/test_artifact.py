@@ -209,17 +209,30 @@ def test_manifests(demo: Compose) -> None:
         "seconds",
         "peak_memory",
         "metrics",
+        "outputs",
+        "crc32",
     }
     assert manifest["seconds"] == 2.5
     assert manifest["inputs"]["train"]["path"] == f"{located['demo_model'].folder.name}/corpus/train.jsonl"
-    assert [entry.name for entry in stage.folder.iterdir()] == ["manifest.json"]
+    assert sorted(entry.name for entry in stage.folder.iterdir()) == ["manifest.json", "outputs.json"]
     # Another identity in the same folder (the report's) is not this one.
     assert read_manifest(stage.folder, "other") is None
 
 
-@pytest.mark.parametrize("content", ["", '{"stage": "prune", "stat', '{"status": "running"}', "{}", "[]", "null"])
+ODD_TYPES = [f'{{"status": "complete", {odd}}}' for odd in ('"metrics": [1]', '"seconds": "3"', '"outputs": "many"')]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"stage": "prune", "stat', '{"status": "running"}', "{}", "[]", "null", "\0" * 9, "[" * 9999, *ODD_TYPES],
+)
 def test_what_is_no_whole_manifest(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
+    assert read_manifest(tmp_path) is None
+
+
+def test_a_folder_in_place_of_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").mkdir()
     assert read_manifest(tmp_path) is None
 
 

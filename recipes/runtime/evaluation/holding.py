@@ -16,16 +16,12 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from recipes.integrity import checkpoints_in
+
 log = logging.getLogger("recipes.recovery")
 
 # In the folder of the stage evaluate: checkpoints that are held, and models exported from them.
 ROOM = "recovery"
-
-
-def checkpoints_of(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder by step, in order; none where it does not exist."""
-    found = [path for path in folder.glob("step=*") if path.is_dir()]
-    return dict(sorted((int(path.name.partition("=")[2]), path) for path in found))
 
 
 @contextmanager
@@ -67,7 +63,7 @@ def hold(checkpoints: Path, pen: Path, seen: set[int]) -> list[int]:
     A checkpoint that goes meanwhile is left out.
     """
     held = []
-    for step, checkpoint in checkpoints_of(checkpoints).items():
+    for step, checkpoint in checkpoints_in(checkpoints).items():
         target = pen / checkpoint.name
         if step not in seen and not target.exists() and _link(checkpoint, target):
             held.append(step)

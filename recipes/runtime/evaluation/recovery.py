@@ -12,9 +12,9 @@ from typing import Any
 from conf.phases import tokens_before, training_phases
 from conf.schema import DistillConfig, Init
 from recipes.artifact import write_json
+from recipes.integrity import checkpoints_in
 from recipes.runtime import ranks
 from recipes.runtime.evaluation.evaluator import Evaluator
-from recipes.runtime.evaluation.holding import checkpoints_of
 from recipes.runtime.stage_main import rank
 
 # `export(checkpoint, folder)` writes a NeMo checkpoint as a Hugging Face folder.
@@ -54,7 +54,7 @@ def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterato
 
 def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     """Writes `recovery.json` of all that was measured so far; without any checkpoint there is none."""
-    names = {step: name_of(step) for step in checkpoints_of(out / "measured" / "recovery")}
+    names = {step: name_of(step) for step in checkpoints_in(out / "measured" / "recovery")}
     if not names:
         return
     names[distill.max_steps] = "student"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from recipes.artifact import write_json
+from recipes.artifact import is_as_written, with_crc32, write_json
 
 RECOVERY = "recovery"
 
@@ -27,15 +27,17 @@ class Store:
         self.key = key
 
     def get(self, model: str, part: str) -> Any | None:
-        """A measurement; None: not made yet, or by other versions."""
+        """A measurement; None: not made yet, by other versions, or damaged."""
         try:
             content = json.loads(self._path(model, part).read_text())
         except (OSError, ValueError):
             return None
+        if not isinstance(content, dict) or not is_as_written(content):
+            return None
         return content["result"] if content["key"] == self.key else None
 
     def put(self, model: str, part: str, result: Any) -> None:
-        write_json(self._path(model, part), {"key": self.key, "result": result})
+        write_json(self._path(model, part), with_crc32({"key": self.key, "result": result}))
 
     @contextmanager
     def locked(self, model: str) -> Iterator[None]:

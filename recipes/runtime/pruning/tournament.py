@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.artifact import STATE, STOP, read_state, write_json
+from recipes.integrity import checkpoints_in
+from recipes.runtime.checkpoints import resume_point
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
@@ -24,15 +26,20 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def reached(folder: Path, step: int) -> bool:
-    """Whether a candidate has been trained to a step, and was saved there."""
-    return int(read_state(folder).get("step", 0)) >= step and any((folder / CHECKPOINTS).glob("step=*"))
+    """Whether a candidate has been trained to a step, validated there, and saved undamaged; the same on all ranks."""
+    if read_state(folder).get("step", 0) < step:
+        return False
+    saved = resume_point(folder / CHECKPOINTS)
+    return saved in (path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step) and any(
+        "val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS)
+    )
 
 
 def begin_again(folder: Path, step: int) -> None:
-    """Takes away what a kill left: a stop file, and a checkpoint of the round's last step that was not validated."""
+    """Removes what a kill left: a stop file, and a checkpoint of the round's last step that was not validated."""
     (folder / STOP).unlink(missing_ok=True)
-    for checkpoint in (folder / CHECKPOINTS).glob("step=*"):
-        if int(checkpoint.name.partition("=")[2]) >= step:
+    for saved, checkpoint in checkpoints_in(folder / CHECKPOINTS).items():
+        if saved >= step:
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
 
 
@@ -76,7 +83,8 @@ def keep_winner(folder: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder / CHECKPOINTS, partial / CHECKPOINTS, copy_function=_link)
+    unnamed = shutil.ignore_patterns(".partial.*", ".removed.*", ".damaged.*")
+    shutil.copytree(folder / CHECKPOINTS, partial / CHECKPOINTS, copy_function=_link, ignore=unnamed)
     shutil.copy2(folder / METRICS, partial / METRICS)
     os.replace(partial, target)
 

@@ -16,7 +16,7 @@ from conf.load import load_resolved
 from conf.schema import RunConfig
 from recipes.artifact import LAUNCHES, MANIFEST, PLAN, RESOLVED, Located, in_use, locate, read_state
 from recipes.runtime.metrics_file import read_metrics
-from recipes.stage_log import Attempt, attempts, last_attempt, read_reason
+from recipes.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
 from recipes.stages import STAGES
 
 LOG = "log.txt"
@@ -97,9 +97,10 @@ class RunFolder:
     @property
     def launches(self) -> list[dict[str, Any]]:
         try:
-            return read_metrics(self.path / LAUNCHES)
+            lines = (self.path / LAUNCHES).read_text(errors="replace").splitlines()
         except OSError:
             return []
+        return [launch for launch in map(parse_object, lines) if launch is not None]
 
     def metrics(self, stage: str) -> dict[str, Any]:
         found = self.stages.get(stage)

@@ -180,7 +180,7 @@ def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.Monk
     assert code == 0
     assert out.splitlines()[:2] == [
         "plan: 5.25 M -> 3.28 M parameters (-37%), 160 steps, 164 k tokens",
-        "plan: 0.66 GiB on disk, 0.10 GiB are free",
+        "plan: 0.84 GiB on disk, 0.10 GiB are free",
     ]
     # On a machine without a stated GPU neither memory nor hours are said.
     assert "GPU" not in out

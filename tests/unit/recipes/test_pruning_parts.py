@@ -145,14 +145,24 @@ def test_scores_that_are_clearly_worse() -> None:
 
 def test_what_a_round_leaves(tmp_path: Path) -> None:
     candidate = tmp_path / "candidate"
-    (candidate / "checkpoints" / "step=4").mkdir(parents=True)
-    (candidate / "checkpoints" / "step=4" / "weights").write_text("w")
+    for name in ("weights", "context"):
+        (candidate / "checkpoints" / "step=4" / name).mkdir(parents=True)
+    (candidate / "checkpoints" / "step=4" / "weights" / ".metadata").write_text("w")
+    (candidate / "checkpoints" / ".damaged.step=6").mkdir()
     lines = [{"step": 2, "val_loss": 3.0}, {"step": 4, "loss": 0.1}, {"step": 4, "val_loss": 2.0}]
     (candidate / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert not tournament.reached(candidate, 4)
     write_json(candidate / "state.json", {"state": "paused", "step": 4})
     assert tournament.reached(candidate, 4)
     assert not tournament.reached(candidate, 8)
+    # Saved, but its validation was lost, or its checkpoint damaged: it is trained to that step again.
+    (candidate / "metrics.jsonl").rename(tmp_path / "aside.jsonl")
+    assert not tournament.reached(candidate, 4)
+    (tmp_path / "aside.jsonl").rename(candidate / "metrics.jsonl")
+    (candidate / "checkpoints" / "step=4" / "context").rename(tmp_path / "context")
+    with pytest.raises(InputError, match="context/ is missing"):
+        tournament.reached(candidate, 4)
+    (tmp_path / "context").rename(candidate / "checkpoints" / "step=4" / "context")
     assert tournament.val_loss(candidate, 4) == 2.0
     assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
     assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, behind=["b"]) == ["a", "c"]
@@ -167,7 +177,8 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     out = tmp_path / "distill"
     out.mkdir()
     tournament.go_on_from(tmp_path / "winner", out)
-    assert (out / "checkpoints" / "step=4" / "weights").read_text() == "w"
+    assert (out / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=4"]
     assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
     # A training that has begun goes on from its own.
     (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
@@ -178,7 +189,7 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     # A checkpoint that was saved, but not validated, before a kill.
     tournament.begin_again(candidate, 4)
     assert not list((candidate / "checkpoints").glob("step=*"))
-    assert (tmp_path / "winner" / "checkpoints" / "step=4" / "weights").read_text() == "w"
+    assert (tmp_path / "winner" / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
 
 
 def test_every_setting_of_the_search_decides_its_folder() -> None:

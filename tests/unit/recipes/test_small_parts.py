@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from conf.errors import ConfigError, InputError
+from launch.progress import training_status
 from recipes import importance
+from recipes.correct_teacher import gain
 from recipes.prepare_data import repetition
 from recipes.runtime.huggingface import local_folder
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
@@ -28,6 +30,50 @@ def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
     file.forget_after(2)
     assert read_metrics(file.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "val_loss": 0.5}]
     assert read_metrics(tmp_path / "none") == []
+
+
+ODD_LINES = (
+    '{"step": 3, "loss": 1',  # cut by a kill
+    "\0\0\0\0",
+    "\x80\xff garbage",
+    "[1, 2]",
+    "7",
+    '{"loss": 1.0}',
+    '{"step": "3", "loss": 1.0}',
+    '{"step": -1, "loss": 1.0}',
+    '{"step": true}',
+    '{"step": 3, "loss": "low"}',
+    '{"step": 3, "loss": ' + "9" * 400 + "}",
+    "[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_them(
+    tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"step": 2, "loss": 2.0}', '{"step": 2, "val_loss": 3.0}', '{"step": 3, "loss": 9.0}']
+    # Steps 2 and 3 twice, as two starts of one stage left them.
+    again = ['{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 1.0}']
+    path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
+    assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]
+    assert training_status(path, 0) == "step 3/?, loss 1.000, val loss 3.000"
+    MetricsFile(path).forget_after(2)
+    assert path.read_text().splitlines() == ['{"step": 2, "loss": 2.5}', good[1]]
+    assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text
+
+
+def test_a_missing_metrics_file_is_named_where_a_training_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.forget_after(0)
+    assert caplog.text == ""
+    file.path.unlink()
+    file.forget_after(7)
+    assert "metrics.jsonl is missing: the record starts after step 7" in caplog.text
+    assert gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
 
 
 def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from conf.errors import InputError
 from conf.evaluation_rules import OWN_TASK
 from conf.schema import Continuations, DistillConfig, ExportDtype
 from recipes.artifact import write_json
+from recipes.integrity import checkpoints_in
 from recipes.runtime import hf_models
 from recipes.runtime.data.folder import _kinds
 from recipes.runtime.evaluation import continuations, recovery
 from recipes.runtime.evaluation.generation import Prompts
 from recipes.runtime.evaluation.harness import scores
 from recipes.runtime.evaluation.heldout import _by_token
-from recipes.runtime.evaluation.holding import checkpoints_of, hold, holding
+from recipes.runtime.evaluation.holding import hold, holding
 from recipes.runtime.evaluation.store import Store
 
 SMALL = Continuations(questions=20, context_words=4, choice_words=2)
@@ -100,6 +101,8 @@ def test_a_measurement_counts_for_the_versions_that_it_was_made_with(tmp_path: P
     assert store.get("recovery/step=3", "task.a/b") == {"acc": 0.5}
     assert Store(tmp_path, {"lm_eval": "2"}).get("recovery/step=3", "task.a/b") is None
     (path,) = tmp_path.glob("recovery/step=3/*.json")
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    assert store.get("recovery/step=3", "task.a/b") is None
     path.write_text('{"key": {"lm_')
     assert store.get("recovery/step=3", "task.a/b") is None
 
@@ -156,7 +159,7 @@ def test_a_held_checkpoint_outlives_its_names(tmp_path: Path) -> None:
     assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == [2]
     assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == []
     shutil.rmtree(checkpoint)
-    held = checkpoints_of(tmp_path / "pen")
+    held = checkpoints_in(tmp_path / "pen")
     assert list(held) == [2]
     assert len(list(held[2].glob("weights/*"))) == 20
     assert hold(tmp_path / "absent", tmp_path / "pen", set()) == []
@@ -169,11 +172,11 @@ def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
     with holding(checkpoints, pen, seconds=0.01):
         for step in (1, 2):
             deadline = time.monotonic() + 60
-            while step not in checkpoints_of(pen):
+            while step not in checkpoints_in(pen):
                 assert time.monotonic() < deadline
             shutil.rmtree(checkpoints / f"step={step}")
             _checkpoint(checkpoints, step + 1)
-    assert list(checkpoints_of(pen)) == [1, 2, 3]
+    assert list(checkpoints_in(pen)) == [1, 2, 3]
 
 
 def test_nothing_is_held_once_the_process_was_killed(tmp_path: Path) -> None:
@@ -201,7 +204,7 @@ def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Pa
     while training.is_alive():
         hold(gone, pen, set())
     training.join()
-    for step, checkpoint in checkpoints_of(pen).items():
+    for step, checkpoint in checkpoints_in(pen).items():
         files = list(checkpoint.glob("weights/*"))
         assert len(files) == 20, step
         assert all(file.read_bytes() == bytes([step]) * 100 for file in files)

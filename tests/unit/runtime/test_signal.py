@@ -123,6 +123,8 @@ def test_a_byte_that_changed_is_seen_where_it_is_read(folder: Path) -> None:
     reader.read(0, tokens(0))
     with pytest.raises(InputError, match="sequence 1 has another checksum"):
         reader.read(1, tokens(1))
+    # Where the stage resumes, that shard is made again.
+    assert signal.whole_shards(folder, signal.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
 
 
 def test_shards_of_another_size_are_made_anew(folder: Path) -> None:

@@ -1,0 +1,67 @@
+"""Whether what complete stages wrote is still there: by presence and size before each launch, all of it on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from conf.errors import InputError
+from recipes.artifact import Located
+from recipes.integrity import (
+    Damage,
+    checkpoint_damage,
+    checkpoints_in,
+    damage_of,
+    read_record,
+    refuse,
+    unrecorded,
+)
+from recipes.outputs import CHECKPOINTS, total_bytes
+
+
+def damage_in(stage: Located) -> Damage | None:
+    """What a complete stage's folder lacks, or holds in another size; no file is read."""
+    return damage_of(stage.folder, contents=False) if stage.complete else None
+
+
+def refuse_damaged(stages: Sequence[Located], run_dir: Path) -> None:
+    """Says which complete stages cannot be checked. Raises: InputError, where some lack files, or hold other sizes."""
+    if notice := unrecorded(stages):
+        print(notice, file=sys.stderr)
+    refuse(filter(None, map(damage_in, stages)), run_dir)
+
+
+def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
+    """Reads all that complete stages wrote, their checkpoints too, and prints what is wrong; whether nothing is."""
+    print(f"{run_dir}:")
+    damages: list[Damage] = []
+    width = max(map(len, stages))
+    for name, stage in stages.items():
+        if not stage.complete:
+            print(f"{name:<{width}}  not complete", flush=True)
+            continue
+        found = list(_all_damage(stage.folder))
+        damages += found
+        print(f"{name:<{width}}  {_words(stage.folder, found)}", flush=True)
+        for damage in found:
+            print(*(f"  {damage.folder / file} {fault}" for file, fault in damage.files.items()), sep="\n", flush=True)
+    try:
+        refuse(damages, run_dir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return not damages
+
+
+def _all_damage(folder: Path) -> Iterable[Damage]:
+    yield from filter(None, [damage_of(folder)])
+    yield from filter(None, map(checkpoint_damage, checkpoints_in(folder / CHECKPOINTS).values()))
+
+
+def _words(folder: Path, found: Sequence[Damage]) -> str:
+    if found:
+        return "damaged"
+    entries = read_record(folder).entries
+    if entries is None:
+        return "made before outputs were recorded, not checked"
+    return f"as it was written: {len(entries):,} files, {total_bytes(entries) / 1e6:,.1f} MB"

@@ -1,0 +1,128 @@
+"""Damage to what a complete run holds: every kind of file, in every way, each undone afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from recipes.artifact import Located
+from recipes.integrity import damaged_inputs, read_record
+from recipes.outputs import Entries, select
+from recipes.stages import Output
+
+
+def flip(path: Path) -> None:
+    """Changes a bit in the middle."""
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def hole(path: Path) -> None:
+    """Zeroes 4 KiB in the middle, as a block that a disk lost; in what is all zeros there, other bytes instead."""
+    with path.open("r+b") as file:
+        file.seek(max(0, path.stat().st_size // 2 - 2048))
+        content = file.read(4096)
+        file.seek(-len(content), os.SEEK_CUR)
+        file.write(bytes(len(content)) if any(content) else b"\1" * len(content))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\1")
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (flip, hole, truncate, lengthen, delete)
+
+
+@contextmanager
+def damaged(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator[None]:
+    """A file that is damaged meanwhile, with the same time stamps."""
+    shutil.copy2(path, aside)
+    times = path.stat()
+    try:
+        damage(path)
+        if path.exists():
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        yield
+    finally:
+        shutil.copy2(aside, path)
+
+
+@contextmanager
+def swapped(one: Path, other: Path, aside: Path) -> Iterator[None]:
+    """Two files, each under the name of the other meanwhile."""
+
+    def swap() -> None:
+        one.rename(aside)
+        other.rename(one)
+        aside.rename(other)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def kind_of(name: str) -> str:
+    """What a file is an example of: its name without numbers and hashes."""
+    return re.sub(r"[0-9a-f]{8,}(-[0-9a-f]{4,})*|\d+", "N", name)
+
+
+def examples(entries: Entries) -> dict[str, str]:
+    """A file of each kind that holds something, by kind."""
+    return {kind_of(name): name for name, entry in entries.items() if entry["size"]}
+
+
+def silent_uses(stages: Mapping[str, Located], aside: Path) -> tuple[int, list[str]]:
+    """Damages every kind of file that a stage reads of a complete one, in every way.
+
+    Returns:
+        How often, and the cases in which the stage would have started all the same.
+    """
+    tried, silent, seen = 0, [], set()
+    for located in stages.values():
+        for source in located.stage.inputs(located.cfg).values():
+            # The same check, whichever stage makes it.
+            if not isinstance(source, Output) or source in seen or not stages[source.stage].complete:
+                continue
+            seen.add(source)
+            folder = stages[source.stage].folder
+            entries = select(read_record(folder).entries or {}, source.path, source.files)
+            for name in [*examples(entries).values(), "manifest.json", "outputs.json"]:
+                for damage in DAMAGES:
+                    # Without a readable manifest a folder is not complete, which is another refusal.
+                    with damaged(folder / name, damage, aside):
+                        tried += 1
+                        if stages[source.stage].complete and not damaged_inputs(located, stages, contents=True):
+                            silent.append(f"{located.stage.name} reads {folder.name}/{name} after {damage.__name__}")
+            for one, other in _of_same_size(folder, entries):
+                with swapped(folder / one, folder / other, aside):
+                    tried += 1
+                    if not damaged_inputs(located, stages, contents=True):
+                        silent.append(f"{located.stage.name} reads {folder.name}/{one} in place of {other}")
+    return tried, silent
+
+
+def _of_same_size(folder: Path, entries: Entries) -> Iterator[tuple[str, str]]:
+    """Pairs of files that differ in content alone."""
+    by_size: dict[int, str] = {}
+    for name, entry in entries.items():
+        other = by_size.setdefault(entry["size"], name)
+        if entries[other]["crc32"] != entry["crc32"]:
+            yield name, other
