@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from conf.composition import config_groups, sweep
-from conf.errors import ConfigError
+from conf.errors import ConfigError, InputError
 from conf.load import compose, to_yaml
 from conf.schema import RunConfig
 from launch import nodes, pipeline, records, slurm
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         with _signals_raised():
             for cfg in _jobs(args.overrides, args.multirun, check_files=args.cfg is None):
                 _one(cfg, args, stages)
-    except ConfigError as error:
+    except (ConfigError, InputError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:

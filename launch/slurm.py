@@ -17,13 +17,14 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
-from launch import lock, partition, records
+from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
 from launch.pipeline import up_to
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
+from recipes import lock
 from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 
