@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -316,6 +317,16 @@ def _get(cfg: RunConfig, key: str) -> Any:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, renamed to `.removed.NAME` first, so that a kill halfway leaves nothing that looks whole.
+
+    Errors while removing are ignored: a process that outlives its killed rank may still be writing there.
+    """
+    removed = folder.with_name(f".removed.{folder.name.lstrip('.')}")
+    shutil.rmtree(removed, ignore_errors=True)  # of an earlier attempt
+    shutil.rmtree(folder.rename(removed), ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from conf.schema import Training
-from recipes.artifact import sync
+from recipes.artifact import remove_folder, sync
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
@@ -65,8 +65,10 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.saved = trainer.global_step
         if rank() == 0:
-            for left in (*self.folder.glob(".partial.*"), *self.folder.glob(".removed.*")):
-                _remove(left)
+            for left in self.folder.glob(".partial.*"):
+                remove_folder(left)
+            for left in self.folder.glob(".removed.*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -95,7 +97,7 @@ class Checkpoints(Callback):
         partial = target.with_name(f".partial.{target.name}")
         if rank() == 0:
             if partial.exists():
-                _remove(partial)
+                remove_folder(partial)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         if rank() == 0:
@@ -130,12 +132,4 @@ class Checkpoints(Callback):
         lines = read_metrics(self.metrics) if self.cfg.keep_best else []
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         for old in superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
-            _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    """Renamed first, so that a kill halfway leaves nothing that looks whole.
-
-    Errors are none: a process that outlived its killed rank may still be writing there, into files that have no name.
-    """
-    shutil.rmtree(folder.rename(folder.with_name(f".removed.{folder.name.lstrip('.')}")), ignore_errors=True)
+            remove_folder(old)

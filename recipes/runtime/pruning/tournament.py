@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recipes.artifact import STATE, STOP, read_state, write_json
+from recipes.artifact import STATE, STOP, read_state, remove_folder, write_json
 from recipes.runtime.metrics_file import read_metrics
 from recipes.runtime.stage_main import rank
 
@@ -33,7 +33,7 @@ def begin_again(folder: Path, step: int) -> None:
     (folder / STOP).unlink(missing_ok=True)
     for checkpoint in (folder / CHECKPOINTS).glob("step=*"):
         if int(checkpoint.name.partition("=")[2]) >= step:
-            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
+            remove_folder(checkpoint)
 
 
 def pause(stage: Path, candidate: Path) -> None:
