@@ -32,7 +32,9 @@ MOST_BYTES = 4096
 
 
 @contextmanager
-def held(folder: Path, what: str = "run_dir", fix: str = "set another run_dir") -> Iterator[int]:
+def held(
+    folder: Path, what: str = "run_dir", fix: str = "set another run_dir", seconds_for_other_hosts: float = 0.0
+) -> Iterator[int]:
     """Holds a folder's lock; gives its file descriptor.
 
     Where the file system has no flock, a warning says so and nothing is locked.
@@ -41,28 +43,30 @@ def held(folder: Path, what: str = "run_dir", fix: str = "set another run_dir") 
         folder: created if it does not exist.
         what: the name of the folder in messages: a config key, or "the stage's folder".
         fix: what else the user can do besides waiting.
+        seconds_for_other_hosts: how long to wait for a holder on another host, of which nobody here can tell whether it
+            still runs.
 
     Raises:
         InputError: another process holds it; names that process and its host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
-        _acquire(file.fileno(), folder, f"{what}={folder}", fix)
+        _acquire(file.fileno(), folder, f"{what}={folder}", fix, seconds_for_other_hosts)
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
         yield file.fileno()
 
 
-def _acquire(handle: int, folder: Path, what: str, fix: str) -> None:
-    until = time.monotonic() + SECONDS_TO_END
+def _acquire(handle: int, folder: Path, what: str, fix: str, seconds_for_other_hosts: float) -> None:
+    started = time.monotonic()
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             holder = _read_holder(folder)
-            if _is_running(holder) or time.monotonic() > until:
+            if time.monotonic() - started >= _patience(holder, seconds_for_other_hosts):
                 raise InputError(f"{what}: in use by {holder}; wait until it has ended, or {fix}") from None
             time.sleep(0.2)
         except OSError as error:
@@ -98,20 +102,20 @@ def _read_holder(folder: Path) -> _Holder:
     return _Holder(pid, host[:255]) if valid else _Holder()
 
 
-def _is_running(holder: _Holder) -> bool:
-    """Whether the process that took the lock still runs, as far as this host can tell.
+def _patience(holder: _Holder, seconds_for_other_hosts: float) -> float:
+    """The seconds for which a lock is worth waiting for.
 
-    A dead holder's lock is held by processes that are about to end, so it is worth waiting for; so is one whose file
-    says nothing, since its holder writes it right after locking.
+    A dead holder's is held by processes that are about to end. One whose file says nothing was just taken: its holder
+    writes it right after.
     """
     if holder.pid is None:
-        return False
+        return SECONDS_TO_END
     if holder.host != socket.gethostname():
-        return True
+        return seconds_for_other_hosts
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
-        return False
+        return SECONDS_TO_END
     except PermissionError:
-        return True
-    return True
+        return 0.0
+    return 0.0

@@ -55,6 +55,9 @@ class PausedError(Exception):
     """A stage was asked to pause, and saved what it had: it ends well, but is not complete."""
 
 
+# Twice the default lease of an NFS server (90 s, nfsd(7)).
+SECONDS_FOR_A_LOST_NODE = 180.0
+
 Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
 
@@ -101,11 +104,12 @@ def stage_main(run: Run, default_stage: str) -> None:
 def _only_one(located: Located) -> AbstractContextManager[Any]:
     """The lock on a stage's folder, held by the first rank: two starts of a stage would write over each other's files.
 
-    A stage whose work several processes may share has its own way to share it (`Stage.shares_work`).
+    A stage whose work several processes may share has its own way to share it (`Stage.shares_work`). A holder on
+    another host may be the node that a Slurm job was requeued from: NFS keeps a lost node's locks for its lease.
     """
     if rank() > 0 or located.stage.shares_work:
         return nullcontext()
-    return lock.held(located.folder, f"stage {located.stage.name}", "end it")
+    return lock.held(located.folder, f"stage {located.stage.name}", "end it", SECONDS_FOR_A_LOST_NODE)
 
 
 @contextmanager

@@ -43,7 +43,18 @@ def test_a_lock_names_its_holder(tmp_path: Path) -> None:
 def test_a_lock_on_another_machine_is_not_waited_for(tmp_path: Path) -> None:
     with lock.held(tmp_path):
         write(tmp_path, b'{"pid": 1, "host": "elsewhere"}')
+        started = time.monotonic()
         assert "in use by process 1 on elsewhere" in refusal(tmp_path)
+        assert time.monotonic() - started < 0.5
+
+
+def test_a_lost_nodes_lock_may_be_waited_for(tmp_path: Path) -> None:
+    with lock.held(tmp_path):
+        write(tmp_path, b'{"pid": 1, "host": "elsewhere"}')
+        started = time.monotonic()
+        with pytest.raises(InputError), lock.held(tmp_path, seconds_for_other_hosts=0.5):
+            raise AssertionError
+        assert time.monotonic() - started >= 0.5
 
 
 def test_a_dead_holders_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

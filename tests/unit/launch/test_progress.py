@@ -66,6 +66,7 @@ def test_exit_words() -> None:
     assert exit_words(3) == "exit code 3"
     assert exit_words(-9) == "killed by SIGKILL (out of memory?)"
     assert exit_words(-15) == "killed by SIGTERM"
+    assert exit_words(-7) == "killed by SIGBUS (a full disk, or a file that was cut short?)"
 
 
 def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
