@@ -29,6 +29,8 @@ TORCHRUN_PLACEMENT = re.compile(r"PET_(NNODES|NODE_RANK|NPROC_PER_NODE|STANDALON
 # torchrun gives its workers 30 s to end before it kills them (torch/distributed/elastic/multiprocessing/api.py:1023).
 SECONDS_TO_END = 40.0
 SECONDS_BETWEEN_LOOKS = 0.05
+# Multiprocessing's resource tracker removes what a killed process left in /dev/shm.
+SECONDS_TO_CLEAN_UP = 1.0
 
 
 def command(located: Located, resolved: Path) -> list[str]:
@@ -113,9 +115,10 @@ def stop(process: StageProcess, seconds: float = SECONDS_TO_END) -> None:
             continue
     # What the leader left behind in its group.
     _signal_group(process, signal.SIGKILL)
-    until = time.monotonic() + seconds  # one that waits for a dead disk does not end
-    while (left := list(_marked(process.mark))) and time.monotonic() < until:
-        for pid in left:
+    started = time.monotonic()
+    # One that waits for a dead disk does not end.
+    while (left := list(_marked(process.mark))) and (waited := time.monotonic() - started) < seconds:
+        for pid in left if waited > SECONDS_TO_CLEAN_UP else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
@@ -42,10 +42,22 @@ def end_with_parent() -> None:
     In a child that multiprocessing spawned, the child itself ends with its parent as well.
     """
     os.register_at_fork(before=_note_parent, after_in_child=_follow_parent)
-    parent = parent_process()
-    if parent is not None and parent.pid is not None:
+    if is_spawned() or parent_process() is not None:
         # Not by the kernel's signal, which comes when the *thread* ends that started the child: which one is unknown.
-        _watch(parent.pid)
+        _start_watch(_spawned_alive)
+
+
+def is_spawned() -> bool:
+    """Whether multiprocessing spawned this process, also while it imports `__main__` and does not know its parent yet.
+
+    The argument is what multiprocessing/spawn.py:get_command_line ends with.
+    """
+    return sys.orig_argv[-1] == "--multiprocessing-fork"
+
+
+def _spawned_alive() -> bool:
+    parent = parent_process()
+    return parent is None or os.getppid() == parent.pid
 
 
 def _note_parent() -> None:
@@ -53,19 +65,20 @@ def _note_parent() -> None:
 
 
 def _follow_parent() -> None:
+    parent = _fork.parent
     if _libc is None or not _fork.by_main_thread:
-        _watch(_fork.parent)
+        _start_watch(lambda: os.getppid() == parent)
         return
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != _fork.parent:  # it ended before the call
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(parent: int) -> None:
-    """Kills this process once its parent is not `parent`: an ended parent's children get another."""
+def _start_watch(parent_alive: Callable[[], bool]) -> None:
+    """Has a thread kill this process once its parent has ended, whose children then have another parent."""
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while parent_alive():
             time.sleep(SECONDS_BETWEEN_LOOKS)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -23,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,13 @@ from conf.load import load_resolved
 from conf.schema import RunConfig
 from recipes import lock
 from recipes.artifact import Located, locate, write_manifest
-from recipes.runtime.processes import drop_foreign_ranks, end_with_parent, end_with_torchrun, shorten_socket_paths
+from recipes.runtime.processes import (
+    drop_foreign_ranks,
+    end_with_parent,
+    end_with_torchrun,
+    is_spawned,
+    shorten_socket_paths,
+)
 from recipes.stages import TORCHRUN_ID, Output
 
 log = logging.getLogger("recipes.stage")
@@ -79,10 +84,7 @@ def stage_main(run: Run, default_stage: str) -> None:
         # (lightning/fabric/plugins/environments/slurm.py:103).
         os.environ["SLURM_JOB_NAME"] = "interactive"
     stay_guarded()
-    end_with_parent()
     with command_line():
-        drop_foreign_ranks(os.environ)
-        shorten_socket_paths()
         located = _ready(args.config, args.stage)
         if located.complete:
             log.info("%s is complete in %s", args.stage, located.folder)
@@ -114,9 +116,13 @@ def _only_one(located: Located) -> AbstractContextManager[Any]:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Logs to standard error, and turns what the user can mend into one `error:` line and exit status 2."""
+    """What every command of the stages does: it logs to standard error, keeps its helpers and its environment in order
+    (`recipes.runtime.processes`), and turns what the user can fix into one `error:` line and exit status 2."""
     _log_to_stderr()
+    end_with_parent()
     try:
+        drop_foreign_ranks(os.environ)
+        shorten_socket_paths()
         yield
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
@@ -204,6 +210,5 @@ def stay_guarded() -> None:
     atexit.register(kill)
 
 
-if parent_process() is not None:
-    # In a spawned helper of a stage, which imports its `__main__` again.
+if is_spawned():  # a helper of a stage, which imports its `__main__` again
     end_with_parent()
