@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test bench-convert bench-data bench-distill bench-prune screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test bench-convert bench-data bench-distill bench-prune kills screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -44,6 +44,9 @@ bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices b
 
 bench-distill: setup ## the loss beside ModelOpt's, a step beside a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality leaves it out); writes runs/bench/distill.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
+
+kills: setup ## kills tiny runs at random moments and runs them again, 200 times (2 hours and more; goes on where it was stopped); writes runs/bench/kills.json
+	$(BIN)/python -W ignore -m tests.benchmarks.bench_kills $(ARGS)
 
 screenshots: setup ## the README's pictures of a report, by Debian's chromium: make screenshots [RUN=runs/demo]
 	$(BIN)/python -m tests.helpers.screenshots $(RUN)

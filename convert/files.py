@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conf.errors import InputError
-from recipes.artifact import sync
+from recipes.artifact import remove_folder, sync
 
 
 @contextmanager
@@ -27,7 +27,8 @@ def replaced(folder: Path, *sources: Path) -> Iterator[Path]:
     folder = folder.resolve()
     _refuse(folder, sources)
     partial = folder.with_name(f".partial.{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in (partial, folder.with_name(f".removed.{folder.name}")):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -41,7 +42,8 @@ def replaced(folder: Path, *sources: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        remove_folder(folder)
     partial.rename(folder)
     sync(folder.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,35 +31,49 @@ class Making:
 
     @classmethod
     def of(cls, checkpoint: Path) -> Making:
-        """Follows a checkpoint's stage folder back to the first student of the run, newest stage first."""
+        """Follows a checkpoint's stage folder back to the first student of the run, newest stage first.
+
+        A folder from elsewhere may have any `manifest.json`, even one that names itself; what no stage wrote ends it.
+        """
         making = cls()
-        folder: Path | None = checkpoint.parent
-        while folder is not None and (manifest := read_manifest(folder)) is not None:
-            making.stages.append((manifest["stage"].split(".")[0], manifest.get("metrics", {})))
-            origin = manifest.get("inputs", {}).get("student", {}).get("path")
-            folder = (folder.parent / origin).parent if origin else None
+        folder, seen = checkpoint.parent, set[Path]()
+        try:
+            while (place := folder.resolve()) not in seen and (manifest := read_manifest(folder)) is not None:
+                seen.add(place)
+                making.stages.append((manifest["stage"].split(".")[0], manifest.get("metrics", {})))
+                folder = (folder.parent / manifest["inputs"]["student"]["path"]).parent
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            pass
         return making
 
     def lines(self) -> list[str]:
+        """A sentence per stage, the first one first; a stage whose metrics are not ours has none."""
         said = []
         for stage, metrics in reversed(self.stages):
-            if stage == "prune":
-                kept = metrics.get("kept_layers")
-                said.append(
-                    f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
-                    f" {metrics['params']:,} parameters" + (f"; layers kept: {ranges(kept)}." if kept else ".")
-                )
-            if stage == "correct_teacher":
-                said.append(
-                    f"Trained as a language model on {metrics['tokens']:,} tokens of the distillation's data; held-out"
-                    f" loss {metrics['val_loss_before']:.4f} before, {metrics['val_loss_after']:.4f} after."
-                )
-            if stage == "distill":
-                loss = metrics.get("val_loss")
-                said.append(
-                    f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
-                    + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
-                )
+            with suppress(KeyError, TypeError, ValueError, AttributeError):
+                said += self._sentences(stage, metrics)
+        return said
+
+    @staticmethod
+    def _sentences(stage: str, metrics: dict[str, Any]) -> list[str]:
+        said = []
+        if stage == "prune":
+            kept = metrics.get("kept_layers")
+            said.append(
+                f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
+                f" {metrics['params']:,} parameters" + (f"; layers kept: {ranges(kept)}." if kept else ".")
+            )
+        if stage == "correct_teacher":
+            said.append(
+                f"Trained as a language model on {metrics['tokens']:,} tokens of the distillation's data; held-out"
+                f" loss {metrics['val_loss_before']:.4f} before, {metrics['val_loss_after']:.4f} after."
+            )
+        if stage == "distill":
+            loss = metrics.get("val_loss")
+            said.append(
+                f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
+                + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
+            )
         return said
 
 

@@ -115,10 +115,10 @@ class _FirstNode:
 
     def _read(self) -> dict[str, Any]:
         try:
-            told: dict[str, Any] = json.loads(self._path.read_text())
-        except (OSError, json.JSONDecodeError):
+            content: Any = json.loads(self._path.read_text())
+        except (OSError, ValueError, RecursionError):
             return {}
-        return told
+        return content if isinstance(content, dict) else {}
 
 
 def _follow(cfg: RunConfig, until: str | None, stages: Sequence[Stage]) -> None:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
-from launch import local, lock, records
+from launch import local, records
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
 from launch.verification import damage_in, refuse_damaged
+from recipes import lock
 from recipes.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
 from recipes.stage_log import Reason, exit_words, read_reason
 from recipes.stages import STAGES, Stage
@@ -58,8 +59,8 @@ def run(
         command: what a person typed to launch it.
 
     Raises:
-        ConfigError: a missing input, a stage that does not exist or cannot fit the GPU, a run folder in use.
-        InputError: a complete stage that lacks files, or has others.
+        ConfigError: a missing input, a stage that does not exist or cannot fit the GPU.
+        InputError: a run folder in use, or a complete stage whose files are missing or differ.
         StageFailedError: a stage failed; what was complete stays.
     """
     progress = Progress(sys.stdout)

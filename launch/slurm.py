@@ -17,7 +17,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
-from launch import lock, partition, records
+from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
 from launch.pipeline import up_to
@@ -25,6 +25,7 @@ from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
 from launch.verification import refuse_damaged
+from recipes import lock
 from recipes.artifact import locate
 from recipes.stages import STAGES, Stage
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -364,6 +365,21 @@ def _get(cfg: RunConfig, key: str) -> Any:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, or a file in its place, renamed to `.removed.NAME` first, so that a kill halfway leaves nothing
+    that looks whole.
+
+    Errors while removing are ignored: a process that outlives its killed rank may still be writing there.
+    """
+    removed = path.with_name(f".removed.{path.name.lstrip('.')}")
+    shutil.rmtree(removed, ignore_errors=True)  # of an earlier attempt
+    path.rename(removed)
+    if removed.is_dir():
+        shutil.rmtree(removed, ignore_errors=True)
+    else:
+        removed.unlink()
 
 
 def sync(path: Path) -> None:

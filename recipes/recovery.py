@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ from typing import Any
 from conf.errors import ConfigError
 from conf.load import load_resolved
 from conf.schema import Init, RunConfig
-from recipes.artifact import Located, locate, record_again
+from recipes.artifact import Located, locate, record_again, remove_folder
 from recipes.integrity import checkpoint_damage, checkpoints_in, damage_of, refuse
 from recipes.runtime.evaluation.holding import ROOM, hold, holding
 from recipes.runtime.stage_main import command_line
@@ -79,7 +78,7 @@ class Follower:
                 log.warning("%s; step %d is left out of the curve", damage, step)
             else:
                 self._measure(recovery.name_of(step), checkpoint)
-            shutil.rmtree(checkpoint)
+            remove_folder(checkpoint)
         ends = {"student": self.stages["distill"]}
         if self.cfg.distill.init is Init.pruned:
             ends["pruned"] = self.stages["prune"]

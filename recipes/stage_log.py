@@ -109,7 +109,9 @@ def exit_words(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    # A page of a mapped file that the disk has no room for, or that lies beyond the file's end, is a SIGBUS.
+    why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a full disk, or a file that was cut short?)"}
+    return f"killed by {name}{why.get(name, '')}"
 
 
 def _death(found: re.Match[str]) -> str:

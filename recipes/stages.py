@@ -38,6 +38,17 @@ class External:
 
 Source = Output | External
 
+# What makes a process a rank of a job: torchrun sets these for its ranks
+# (torch/distributed/elastic/agent/server/local_elastic_agent.py:413-430); Lightning reads NODE_RANK as well
+# (lightning/fabric/plugins/environments/lightning.py). A shell may have them from another job.
+TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(TORCHRUN_ID, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"),
+    "TORCHELASTIC_ERROR_FILE",
+)
+
 
 def _one(_: RunConfig) -> int:
     return 1
@@ -97,6 +108,11 @@ class Stage:
     more_sections: Callable[[RunConfig], tuple[str, ...]] = _no_sections
     tasks: Callable[[RunConfig], int] = _one
     gate: bool = False
+
+    @property
+    def shares_work(self) -> bool:
+        """Whether several processes that are started by themselves may work in its folder at once."""
+        return self.tasks is not _one
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""

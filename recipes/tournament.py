@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conf.prune_rules import rounds
 from conf.schema import Loss, RunConfig, TaskScore
-from recipes.artifact import write_json
+from recipes.artifact import remove_folder, write_json
 from recipes.runtime.stage_main import PausedError, rank, stage_main
 
 log = logging.getLogger("recipes.tournament")
@@ -69,7 +68,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         tournament.keep_winner(out / winner, out / "winner")
         for name in rows:
             # All that is left to do of the others is to be looked at.
-            shutil.rmtree(out / name / tournament.CHECKPOINTS, ignore_errors=True)
+            if (out / name / tournament.CHECKPOINTS).exists():
+                remove_folder(out / name / tournament.CHECKPOINTS)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
         write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
         plots.pareto(every, table["teacher"]).save(out / "pareto.svg")

@@ -7,6 +7,7 @@ trainer = nl.Trainer(accelerator=chosen.accelerator, ...)
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib.util
 import itertools
@@ -138,9 +139,43 @@ def activate() -> Backend:
     early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
     if early:
         raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
+    _release_builds_of_the_dead()
     chosen = _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
     _import_libraries()
     return chosen
+
+
+def _release_builds_of_the_dead() -> None:
+    """Has torch lock its builds of extensions so that a killed process's lock is free.
+
+    Its own lock is a file's existence (torch/utils/file_baton.py:35). After a kill every later process on the machine
+    would wait forever while it imports Megatron, which builds one (megatron/core/inference/unified_memory.py:72).
+    """
+    from torch.utils import cpp_extension
+
+    cpp_extension.FileBaton = FlockBaton
+
+
+class FlockBaton:
+    """`torch.utils.file_baton.FileBaton` by flock on the same file, which is not removed."""
+
+    def __init__(self, lock_file_path: str, *_: Any, **__: Any) -> None:
+        self.file = open(lock_file_path, "a")  # noqa: SIM115
+
+    def try_acquire(self) -> bool:
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def wait(self) -> None:
+        """Returns once the holder has released it."""
+        fcntl.flock(self.file, fcntl.LOCK_SH)
+        self.release()
+
+    def release(self) -> None:
+        self.file.close()
 
 
 def _import_libraries() -> None:

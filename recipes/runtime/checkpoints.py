@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from conf.errors import InputError
 from conf.schema import Training
-from recipes.artifact import sync, write_json
+from recipes.artifact import remove_folder, sync, write_json
 from recipes.integrity import checkpoint_damage, checkpoints_in
 from recipes.outputs import OUTPUTS, Entries, digests
 from recipes.runtime import ranks
@@ -106,8 +106,10 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.saved = trainer.global_step
         if rank() == 0:
-            for left in (*self.folder.glob(".partial.*"), *self.folder.glob(".removed.*")):
-                _remove(left)
+            for left in self.folder.glob(".partial.*"):
+                remove_folder(left)
+            for left in self.folder.glob(".removed.*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -136,7 +138,7 @@ class Checkpoints(Callback):
         partial = target.with_name(f".partial.{target.name}")
         if rank() == 0:
             if partial.exists():
-                _remove(partial)
+                remove_folder(partial)
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         if rank() == 0:
@@ -167,7 +169,7 @@ class Checkpoints(Callback):
             for path in (*partial.rglob("*"), partial):
                 sync(path)
             if os.path.lexists(target):  # nothing that this training saved: it resumed before that step
-                _remove(target)
+                remove_folder(target)
             os.replace(partial, target)
             sync(target.parent)
             self._prune()
@@ -177,7 +179,7 @@ class Checkpoints(Callback):
         lines = read_metrics(self.metrics) if self.cfg.keep_best else []
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         for old in superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
-            _remove(old)
+            remove_folder(old)
 
 
 def _record(checkpoint: Path) -> Entries:
@@ -194,15 +196,3 @@ def _writer_of(name: str) -> int:
     """The rank that wrote a file of a checkpoint: rank 0 what no other did."""
     found = _OF_RANK.fullmatch(name)
     return int(found[1]) if found else 0
-
-
-def _remove(path: Path) -> None:
-    """Renames first, so that a kill halfway leaves nothing that looks whole.
-
-    Errors are ignored: a process that outlived its killed rank may still be writing there, into files without a name.
-    """
-    removed = path.rename(path.with_name(f".removed.{path.name.lstrip('.')}"))
-    if removed.is_dir():
-        shutil.rmtree(removed, ignore_errors=True)
-    else:
-        removed.unlink()

@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -280,6 +282,32 @@ def data_module(
     # Not by the constructor, for the reason given in `make_trainer`.
     module.dataset_cls = DocumentDataset
     return module
+
+
+class _NumpyWithWholeFiles:
+    """numpy as Megatron's datasets see it: what they save is whole or not there.
+
+    They write their index under its final name, and trust any file of that name in the next attempt
+    (megatron/core/datasets/gpt_dataset.py:341-351 and :463, blended_dataset.py:116-121 and :176): cut short by a
+    kill or a full disk, it would make every further attempt fail.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def save(path: str, array: np.ndarray, **options: Any) -> None:
+        # One process at a time writes there: the first rank of the stage that holds the folder's lock.
+        partial = Path(path).with_name(f".partial.{Path(path).name}")
+        with partial.open("wb") as file:
+            np.save(file, array, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+for _module in (gpt_dataset, blended_dataset):
+    _module.numpy = _NumpyWithWholeFiles()
 
 
 class DocumentDataset(GPTDataset):

@@ -11,33 +11,58 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import ctypes
 import errno
 import gc
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from conf.errors import ConfigError, InputError
 from conf.load import load_resolved
 from conf.schema import RunConfig
+from recipes import lock
 from recipes.artifact import Located, locate, write_manifest
 from recipes.integrity import damage_of, damaged_inputs, inputs_of, refuse, unrecorded
+from recipes.runtime.processes import (
+    drop_foreign_ranks,
+    end_with_parent,
+    end_with_torchrun,
+    is_spawned,
+    shorten_socket_paths,
+)
+from recipes.stages import TORCHRUN_ID
 
 log = logging.getLogger("recipes.stage")
+
+
+# How a full disk shows. The error is wrapped by then in whatever the writer raises, sometimes only quoted. Of a write
+# that fell short, torch's zip writer only names its source file (caffe2/serialize/inline_container.cc), and numpy only
+# counts the items (numpy/core/src/multiarray/convert.c:PyArray_ToFile).
+_DISK_FULL = re.compile(
+    "|".join(
+        [
+            *map(re.escape, (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container.cc")),
+            r"\d+ requested and \d+ written",
+        ]
+    )
+)
 
 
 class PausedError(Exception):
     """A stage was asked to pause, and saved what it had: it ends well, but is not complete."""
 
+
+# Twice the default lease of an NFS server (90 s, nfsd(7)).
+SECONDS_FOR_A_LOST_NODE = 180.0
 
 Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
@@ -53,7 +78,7 @@ def stage_main(run: Run, default_stage: str) -> None:
     parser.add_argument("--config", required=True, type=Path, help="RUN_DIR/resolved.yaml")
     parser.add_argument("--stage", default=default_stage, help="the stage, or a variant of it")
     args = parser.parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if TORCHRUN_ID in os.environ:
         end_with_torchrun()
     else:
         # Inside a Slurm job Lightning would take this one rank for one of Slurm's tasks, except in a job of this name
@@ -67,35 +92,47 @@ def stage_main(run: Run, default_stage: str) -> None:
             return
         started = time.time()
         located.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            metrics = run(located.cfg, located.inputs, located.folder)
-        except PausedError as paused:
-            log.info("%s", paused)
-            return
-        # Of several processes that share a stage's work, one declares it.
-        if rank() == 0 and not located.complete:
-            write_manifest(located, started, time.time(), metrics, peak_memory())
+        with _only_one(located):
+            try:
+                metrics = run(located.cfg, located.inputs, located.folder)
+            except PausedError as paused:
+                log.info("%s", paused)
+                return
+            # Of several processes that share a stage's work, one declares it.
+            if rank() == 0 and not located.complete:
+                write_manifest(located, started, time.time(), metrics, peak_memory())
         gc.freeze()  # or the interpreter goes through all that was imported once more before it ends, which takes 2 s
+
+
+def _only_one(located: Located) -> AbstractContextManager[Any]:
+    """The lock on a stage's folder, held by the first rank: two starts of a stage would write over each other's files.
+
+    A stage whose work several processes may share has its own way to share it (`Stage.shares_work`). A holder on
+    another host may be the node that a Slurm job was requeued from: NFS keeps a lost node's locks for its lease.
+    """
+    if rank() > 0 or located.stage.shares_work:
+        return nullcontext()
+    return lock.held(located.folder, f"stage {located.stage.name}", "end it", SECONDS_FOR_A_LOST_NODE)
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Logs to standard error, and turns what the user can mend into one `error:` line and exit status 2."""
+    """What every command of the stages does: it logs to standard error, keeps its helpers and its environment in order
+    (`recipes.runtime.processes`), and turns what the user can fix into one `error:` line and exit status 2."""
     _log_to_stderr()
+    end_with_parent()
     try:
+        drop_foreign_ranks(os.environ)
+        shorten_socket_paths()
         yield
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
     except BaseException:  # torch's CheckpointException is no Exception
-        # Wrapped by then in whatever the writer raises, sometimes only quoted; and torch's zip writer tells of a write
-        # that fell short only where it stands (caffe2/serialize/inline_container.cc).
-        signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container.cc")
-        if not any(sign in traceback.format_exc() for sign in signs):
+        found = [line for line in traceback.format_exc().splitlines() if _DISK_FULL.search(line)]
+        if not found:
             raise
-        told = next(
-            line for line in reversed(traceback.format_exc().splitlines()) if any(sign in line for sign in signs)
-        )
-        sys.exit(_fail(f"no space left ({told.strip()}); nothing that was complete is lost: free some and run again"))
+        message = f"no space left ({found[-1].strip()}); nothing that was complete is lost: free some and run again"
+        sys.exit(_fail(message))
 
 
 def _log_to_stderr() -> None:
@@ -159,13 +196,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def end_with_torchrun() -> None:
-    """Asks Linux to kill this rank when the torchrun that started it dies: no rank outlives a killed launcher."""
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
-
-
 def stay_guarded() -> None:
     """Where `launch.guard` keeps SIGTERM from this process, leaves it so, in its children too, and sees that they end.
 
@@ -188,3 +218,7 @@ def stay_guarded() -> None:
 
     # After the import of multiprocessing.util, which registers its own: the last one registered is called first.
     atexit.register(kill)
+
+
+if is_spawned():  # a helper of a stage, which imports its `__main__` again
+    end_with_parent()

@@ -18,7 +18,7 @@ from pathlib import Path
 from conf.load import load_resolved
 from recipes.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
 from recipes.runtime.metrics_file import MetricsFile, read_metrics
-from recipes.runtime.stage_main import end_with_torchrun
+from recipes.runtime.processes import end_with_torchrun
 from recipes.stages import Output, Source, Stage, world_size
 
 PLAN = "FAKE_STAGES"

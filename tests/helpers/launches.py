@@ -46,14 +46,18 @@ def wait_for(run_dir: Path, stage: str, rank: int = 0) -> int:
 
 def ends(pid: int, seconds: float = 10.0) -> bool:
     until = time.monotonic() + seconds
-    while _is_running(pid) and time.monotonic() < until:
+    while is_running(pid) and time.monotonic() < until:
         time.sleep(0.05)
-    return not _is_running(pid)
+    return not is_running(pid)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

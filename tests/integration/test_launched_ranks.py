@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.launches import ends, launched, wait_for
+from tests.helpers.launches import ends, is_running, launched, parent_of, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and Linux's parent-death signal")
 TWO_RANKS = ("cluster.devices_per_node=2", "model.demo.training.global_batch_size=8", "distill.global_batch_size=8")
@@ -61,3 +64,28 @@ def test_a_killed_launcher_takes_all_ranks_along(tmp_path: Path) -> None:
         launcher.kill()
         launcher.communicate(timeout=30)
     assert all(ends(rank, seconds=40.0) for rank in ranks)
+
+
+def test_a_killed_torchrun_leaves_no_rank(tmp_path: Path) -> None:
+    """Its ranks are in sessions of their own; one that has just been started does not know yet whose end is its own."""
+    with launched(tmp_path, {"ranks": "sleep"}, *TWO_RANKS, mode="launch_ranks") as launcher:
+        ranks = [wait_for(tmp_path, "ranks", rank) for rank in (0, 1)]
+        os.kill(parent_of(ranks[0]), signal.SIGKILL)
+        _, err = launcher.communicate(timeout=60)
+        assert not any(is_running(rank) for rank in ranks)
+    assert launcher.returncode == 1
+    assert "killed by SIGKILL" in err
+
+
+def test_what_a_shell_has_of_another_jobs_ranks_reaches_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
+    for name, value in {**foreign, "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "another"}.items():
+        monkeypatch.setenv(name, value)
+    with launched(tmp_path, {"ranks": "join"}, *TWO_RANKS, mode="launch_ranks") as launcher:
+        _, err = launcher.communicate(timeout=120)
+    assert (launcher.returncode, err) == (0, "")
+    (folder,) = tmp_path.glob("ranks-*")
+    joined = json.loads((folder / "joined-0.json").read_text())
+    assert (joined["world"], joined["total"]) == (2, 1)

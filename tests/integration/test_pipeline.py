@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes import lock
 from recipes.runtime.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
 
@@ -50,6 +52,7 @@ def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["left"] == []  # an index that was cut short would be taken for whole
     assert seen["counted"] == 1
     assert seen["ends"]["inputs"] > 0
     assert seen["ends"]["labels"] > 0
@@ -95,3 +98,26 @@ def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_pa
     assert "step=" in (folder / "log.txt").read_text(), resumed.stdout
     unbroken = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=tolerance.RESUMED)
+
+
+def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
+    run_dir = tiny.copy_run(finished, tmp_path / "run")
+    folder = tiny.stages(run_dir, *tiny.DEPTH)["hf_to_nemo"].folder
+    (folder / "manifest.json").unlink()
+    command = [sys.executable, "-m", "convert.hf_to_nemo", "--config", str(run_dir / "resolved.yaml")]
+
+    def start(**more: str) -> subprocess.CompletedProcess[str]:
+        environment = {**tiny.environment(), **more}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    with lock.held(folder):
+        second = start()
+    assert second.returncode == 2
+    (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert f"stage hf_to_nemo={folder}: in use by process {os.getpid()} on " in line
+    foreign = start(RANK="0", WORLD_SIZE="2")
+    assert foreign.returncode == 2
+    assert "error: WORLD_SIZE=2 " in foreign.stderr
+    assert not (folder / "manifest.json").exists()
+    assert start(RANK="1", WORLD_SIZE="1").returncode == 0
+    assert (folder / "manifest.json").exists()

@@ -122,6 +122,18 @@ def _unchanged(thing: Any, *_: object, **__: object) -> Any:
     return thing
 
 
+def _without_cuda_builds(load_inline: Callable[..., Any]) -> Callable[..., Any]:
+    """`load_inline` that refuses to build for CUDA, as where there is no compiler for it."""
+
+    @functools.wraps(load_inline)
+    def load(name: str, *args: Any, with_cuda: bool | None = None, **kwargs: Any) -> Any:
+        if with_cuda:
+            raise OSError(f"{name} is not built: no CUDA device is visible")
+        return load_inline(name, *args, with_cuda=with_cuda, **kwargs)
+
+    return load
+
+
 def _is_cuda(device: Any) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
@@ -279,6 +291,13 @@ _FACTORIES = {
 }
 
 PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "torch.utils.cpp_extension:load_inline",
+        _without_cuda_builds,
+        "megatron/core/inference/unified_memory.py:72 builds for CUDA when it is imported; with a CUDA build of torch"
+        " and no visible GPU that raises IndexError (torch/utils/cpp_extension.py:2714), which line 82 does not expect",
+        "Megatron builds it where it is used",
+    ),
     Patch(
         "torch.cuda:current_device",
         _calling(lambda: _CPU),

@@ -21,7 +21,7 @@ from recipes.runtime.data.plan import Shard
 from recipes.runtime.data.readers import Lines, Source
 from recipes.runtime.data.shards import SPLITS, SplitWriter, Written, clusters_of, token_dtype
 from recipes.runtime.data.tokenizer import TokenizerSpec
-from recipes.runtime.stage_main import end_with_torchrun
+from recipes.runtime.processes import end_with_parent
 
 # Of so much text (in characters) so much is a sample: encoded again at a fiftieth of the speed, a percent of the time.
 SAMPLE_EVERY = 10_000_000
@@ -65,7 +65,7 @@ def start_worker(settings: Settings) -> None:
     """Prepares a worker process. It ends with the one that started it, which alone heeds Ctrl-C."""
     global _settings
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is a worker for every core
-    end_with_torchrun()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _settings = settings
 

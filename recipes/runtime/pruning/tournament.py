@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recipes.artifact import STATE, STOP, read_state, write_json
+from recipes.artifact import STATE, STOP, read_state, remove_folder, write_json
 from recipes.integrity import checkpoints_in
 from recipes.runtime.checkpoints import resume_point
 from recipes.runtime.metrics_file import read_metrics
@@ -30,7 +30,7 @@ def reached(folder: Path, step: int) -> bool:
     if read_state(folder).get("step", 0) < step:
         return False
     saved = resume_point(folder / CHECKPOINTS)
-    return saved in (path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step) and any(
+    return saved in [path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step] and any(
         "val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS)
     )
 
@@ -40,7 +40,7 @@ def begin_again(folder: Path, step: int) -> None:
     (folder / STOP).unlink(missing_ok=True)
     for saved, checkpoint in checkpoints_in(folder / CHECKPOINTS).items():
         if saved >= step:
-            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
+            remove_folder(checkpoint)
 
 
 def pause(stage: Path, candidate: Path) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from conf.errors import ConfigError, InputError
@@ -123,6 +124,13 @@ def test_what_a_user_can_mend_ends_with_one_message(
         raise error
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_full_disk_is_recognized_where_numpy_only_counts_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, command_line(), Path("/dev/full").open("wb") as file:
+        np.save(file, np.zeros(100_000))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no space left (OSError: ")
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -32,8 +32,13 @@ def test_activation_on_a_cpu_reaches_nemo_and_child_processes() -> None:
 import gc, logging, os, subprocess, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from recipes.runtime import backend
+# As upstream's own with a CUDA build of torch and no visible GPU (torch/utils/cpp_extension.py:2714).
+from torch.utils import cpp_extension
+cpp_extension._jit_compile = lambda *_, **__: [][-1]
 chosen = backend.activate()
 assert backend.activate() is chosen
+from megatron.core.inference import unified_memory
+assert not unified_memory.has_unified_memory
 assert (chosen.name, chosen.device, chosen.accelerator, chosen.process_group) == ("cpu", "cpu", "cpu", "gloo")
 assert chosen.model_config == {"use_cpu_initialization": True, "gradient_accumulation_fusion": False}
 assert chosen.peak_memory_bytes() > 2**26
@@ -132,3 +137,24 @@ def test_with_cuda_and_transformer_engine_nothing_is_changed(two_gpus: None, mon
     assert chosen.model_config == {}
     assert sys.path == path
     assert backend.torch_device() == "cuda"
+
+
+def test_a_killed_processs_build_lock_is_free(tmp_path: Path) -> None:
+    """Torch's own is a file's existence: with it all further processes would wait forever."""
+    script = (
+        "import sys, time; from recipes.runtime.backend import FlockBaton\n"
+        "assert FlockBaton(sys.argv[1]).try_acquire(); print(flush=True); time.sleep(60)"
+    )
+    path = str(tmp_path / "lock")
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, cwd=ROOT) as builder:
+        assert builder.stdout is not None
+        builder.stdout.readline()
+        assert not backend.FlockBaton(path).try_acquire()
+        builder.kill()
+    waiting = backend.FlockBaton(path)
+    waiting.wait()
+    first, second = backend.FlockBaton(path), backend.FlockBaton(path)
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    first.release()
+    assert second.try_acquire()
