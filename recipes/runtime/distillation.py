@@ -204,8 +204,12 @@ class _OwnLosses(llm.GPTModel):
             self.head.batch = batch
         return super().forward_step(batch)
 
-    @functools.cached_property
+    @property
     def training_loss_reduction(self) -> LossReduction:
+        return self._kd_loss_reduction
+
+    @functools.cached_property
+    def _kd_loss_reduction(self) -> LossReduction:
         return LossReduction(self.kd, core_model(self), self.head is not None)
 
     def loss_parts(self) -> dict[str, float]:
