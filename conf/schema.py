@@ -3,11 +3,14 @@
 The values are in the YAML files beside this file; `conf.load` merges them into these classes, so that an unknown key
 or a wrong type is refused. Sizes are in tokens, sequences or layers as their names say; paths may be relative to the
 working directory. Fields marked with `placement()` say how the work is laid out or watched, not what comes out of it:
-they are left out of a stage's identity (see `recipes.artifact`), so that a run can resume on another layout.
+they are left out of a stage's identity (see `recipes.artifact`), so that a run can resume on another layout. Fields
+marked with `recorded()` are left out as well, though they change what a stage leaves; those marked with `matters()` are
+part of it only where they have an effect.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -20,6 +23,22 @@ def placement(default: Any) -> Any:
     if callable(default):
         return field(default_factory=default, metadata={"identity": False})
     return field(default=default, metadata={"identity": False})
+
+
+def recorded(default: Any) -> Any:
+    """A field that changes what a stage leaves, but not which stage it is, so that an unfinished stage continues with a
+    new value. A complete stage keeps the value that it was made with: its manifest records it, and a launch with
+    another one says that this has no effect."""
+    if callable(default):
+        return field(default_factory=default, metadata={"identity": False, "recorded": True})
+    return field(default=default, metadata={"identity": False, "recorded": True})
+
+
+def matters(default: Any, where: Callable[[Any], bool]) -> Any:
+    """A field that changes a stage's result only where `where` is true of the object that holds the field."""
+    if callable(default):
+        return field(default_factory=default, metadata={"identity": where})
+    return field(default=default, metadata={"identity": where})
 
 
 def of_site(wanted: str) -> Any:
@@ -247,17 +266,17 @@ class Training:
     max_loss_ratio: float | None = placement(10.0)
     # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes one drawn anew instead. A
     # step that is named again takes a further one.
-    skip_steps: list[list[int]] = placement(list)  # noqa: RUF009
-    save_every_n_steps: int = placement(100)
+    skip_steps: list[list[int]] = recorded(list)  # noqa: RUF009
+    save_every_n_steps: int = recorded(100)
     # The newest ones, and, of those whose step was validated, the one with the lowest loss.
-    keep_checkpoints: int = placement(2)
-    keep_best: bool = placement(True)
+    keep_checkpoints: int = recorded(2)
+    keep_best: bool = recorded(True)
     # Goes on training while a checkpoint is written.
     async_save: bool = placement(True)
-    val_every_n_steps: int = placement(100)
+    val_every_n_steps: int = recorded(100)
     # Global batches a validation takes, always the same ones; null: the whole validation set, once.
-    val_batches: int | None = placement(8)
-    log_every_n_steps: int = placement(10)
+    val_batches: int | None = recorded(8)
+    log_every_n_steps: int = recorded(10)
     wandb: WeightsAndBiases | None = placement(None)  # noqa: RUF009
     mlflow: Mlflow | None = placement(None)  # noqa: RUF009
     num_workers: int = placement(2)
@@ -348,8 +367,9 @@ class DataConfig:
     mask_prompts: bool = False
     # Leaves out documents whose text was there before, in all sources together.
     deduplicate: bool = False
-    # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails.
-    max_bad_share: float = 0.001
+    # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails. Not part of the identity:
+    # a complete stage is redone only where a shard of it has more.
+    max_bad_share: float = placement(0.001)
     # Bytes of files that are worked on at a time and make one pair of .bin/.idx; a compressed file is never divided.
     shard_bytes: int = 512 * 2**20
     # Processes of a node; null: one a core.
@@ -461,6 +481,7 @@ class PruneConfig(TargetSizes):
     calibration_seq_length: int = 4096
     # Sequences of calibration text by which a block of layers, or another set than the least important, is chosen.
     block_samples: int = 32
+    # Of sequences whose loss is compared; importance is measured one sequence at a time.
     micro_batch_size: int = placement(1)
     # Uneven where it does not divide the layers: the last stage then has fewer of them, or more.
     pipeline_model_parallel_size: int = placement(1)
@@ -489,8 +510,8 @@ class KdConfig:
     # Takes of the teacher's distribution its k most probable tokens and the rest as one; null: the whole vocabulary.
     top_k: int | None = None
     intermediate_pairs: list[LayerPair] = field(default_factory=list)
-    intermediate_loss: HiddenLoss = HiddenLoss.cosine
-    intermediate_weight: float = 1.0
+    intermediate_loss: HiddenLoss = matters(HiddenLoss.cosine, lambda kd: bool(kd.intermediate_pairs))  # noqa: RUF009
+    intermediate_weight: float = matters(1.0, lambda kd: bool(kd.intermediate_pairs))
     implementation: LossImplementation = placement(LossImplementation.chunked)  # noqa: RUF009
     # Tokens whose logits are in memory at a time (`chunked`).
     chunk_tokens: int = placement(256)
@@ -502,18 +523,18 @@ class DistillConfig(Training):
 
     loss: Loss = Loss.kd
     init: Init = Init.pruned
-    kd: KdConfig = field(default_factory=KdConfig)
-    signal: TeacherSignal = TeacherSignal.live
+    kd: KdConfig = matters(KdConfig, lambda distill: distill.loss is Loss.kd)  # noqa: RUF009
+    signal: TeacherSignal = matters(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)  # noqa: RUF009
     # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and of
     # what reads it through that.
-    signal_top_k: int = placement(64)
+    signal_top_k: int = recorded(64)
     # Sequences that a file of a stored signal holds: what is lost at most when the stage is killed, a rank.
     signal_shard_sequences: int = placement(256)
     # Trains the teacher on the distillation data first, as language models are trained; null: it stays as it is. Its
     # learning rate is best low, that of the end of its pretraining. Part of the identity of the stage correct_teacher.
     correct_teacher: Training | None = placement(None)  # noqa: RUF009
     # The step at which the corrected teacher takes the original one's place; null: it is the teacher from the start.
-    swap_teacher_at_step: int | None = None
+    swap_teacher_at_step: int | None = matters(None, lambda distill: distill.loss is Loss.kd)
     # Further students of the same steps and data that the report sets beside it: "ce" (no teacher), "scratch" (no
     # teacher, and random weights to begin with).
     controls: list[str] = field(default_factory=list, metadata={"identity": False})
@@ -623,8 +644,8 @@ class BenchmarkConfig:
     rounds: int = 5
     # Threads of a CPU; null: as many as PyTorch takes.
     threads: int | None = None
-    # Price of the machine that is measured, in any currency; null: no costs are told.
-    cost_per_hour: float | None = None
+    # Price of the machine that is measured, in any currency; null: the report shows no costs.
+    cost_per_hour: float | None = placement(None)
 
 
 @dataclass

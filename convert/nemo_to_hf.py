@@ -1,8 +1,8 @@
 """python -m convert.nemo_to_hf --config RUN_DIR/resolved.yaml
 python -m convert.nemo_to_hf --checkpoint FOLDER --out FOLDER [--hf-model FOLDER_OR_HUB_ID] [--dtype bf16]
 
-The run's NeMo checkpoints (pruned, student, controls) become Hugging Face folders that plain transformers loads, by
-copying bytes. Nothing of what a checkpoint names is loaded, so a stranger's may be converted as well.
+The run's NeMo checkpoints (pruned and student, or a control) become Hugging Face folders that plain transformers loads,
+by copying bytes. Nothing of what a checkpoint names is loaded, so a stranger's may be converted as well.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.huggingface import local_folder
 
     data = DataFolder.read(inputs["data"])
-    tokens = min(cfg.evaluate.verify_tokens, cfg.evaluate.seq_length, data.validation_tokens - 1)
+    tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
     ids = torch.from_numpy(data.validation_sequences(tokens)[:1, :-1])
     metrics: dict[str, Any] = {"tokens": tokens}
     for check, model in CHECKED.items():

@@ -78,10 +78,16 @@ def run(
         for number, stage in enumerate(located, 1):
             label = f"[{number}/{len(located)}] {stage.stage.name}"
             if stage.complete:
-                progress.event(f"{label}: complete, skipped")
+                progress.event(f"{label}: complete, skipped{without_effect(stage)}")
             else:
                 _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file, beat)
     progress.event(summary(located))
+
+
+def without_effect(stage: Located) -> str:
+    """What to add to the line of a complete stage: settings that differ from those that it was made with."""
+    changed = stage.without_effect()
+    return f"; no effect on it now: {', '.join(changed)}; to redo it, remove {stage.folder}" if changed else ""
 
 
 def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:

@@ -20,7 +20,7 @@ from conf.schema import RunConfig
 from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
-from launch.pipeline import up_to
+from launch.pipeline import up_to, without_effect
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
@@ -82,7 +82,7 @@ def run(
             print(line)
         for stage in located:
             if stage.complete:
-                print(f"{stage.stage.name}: complete, skipped")
+                print(f"{stage.stage.name}: complete, skipped{without_effect(stage)}")
         _submit(run_dir, jobs)
     print(f"python -m launch.status {shlex.quote(str(run_dir))}")
 

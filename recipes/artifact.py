@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -75,7 +75,27 @@ class Located:
 
     @property
     def complete(self) -> bool:
-        return read_manifest(self.folder, self.config_hash) is not None
+        """Whether the folder holds this stage's whole result, within the limits that the config sets for it."""
+        manifest = read_manifest(self.folder, self.config_hash)
+        return manifest is not None and all(
+            manifest.get("metrics", {}).get(metric, 0) <= _get(self.cfg, key)
+            for key, metric in self.stage.limits.items()
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Values by key that change what the stage leaves without being part of its identity."""
+        shown = {key: identity_view(_get(self.cfg, key)) for key in self.stage.shows}
+        return {**shown, **dict(_recorded(self.stage.sections, self.cfg))}
+
+    def without_effect(self) -> list[str]:
+        """What a complete stage was made with and the config now says otherwise: `key=value (it has VALUE)`."""
+        manifest = read_manifest(self.folder, self.config_hash) or {}
+        before, now = manifest.get("settings", {}), self.settings()
+        return [
+            f"{key}={_word(now[key])} (it has {_word(value)})"
+            for key, value in before.items()
+            if key in now and now[key] != value
+        ]
 
 
 def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Located]:
@@ -108,7 +128,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
                     for key in (*stage.sections, *stage.more_sections(stage_cfg), "seed")
                 },
                 "inputs": hashes,
-                "versions": libraries(cfg),
+                "versions": libraries(stage_cfg, stage.libraries(stage_cfg)),
             }
         )
         folder = Path(cfg.run_dir) / (stage.folder or f"{stage.name}-{config_hash[:8]}")
@@ -165,12 +185,12 @@ def _file_digest(path: Path, size: int, _mtime_ns: int) -> str:
 
 
 def identity_view(value: Any) -> Any:
-    """A config value as plain data, without the fields that `conf.schema.placement` marks."""
+    """A config value as plain data, without the fields that do not belong to the identity (see `conf.schema`)."""
     if dataclasses.is_dataclass(value):
         return {
             field.name: identity_view(getattr(value, field.name))
             for field in dataclasses.fields(value)
-            if field.metadata.get("identity", True)
+            if _identifies(field, value)
         }
     if isinstance(value, Enum):
         return value.value
@@ -181,18 +201,42 @@ def identity_view(value: Any) -> Any:
     return value
 
 
-def libraries(cfg: RunConfig) -> dict[str, str]:
-    """What a run's results depend on besides config and inputs: the installed libraries, or the container's image.
+def _identifies(field: dataclasses.Field[Any], owner: Any) -> bool:
+    """Whether a field is part of the identity: always, never, or as the object that holds it says."""
+    rule = field.metadata.get("identity", True)
+    return bool(rule(owner) if callable(rule) else rule)
+
+
+def _recorded(keys: Iterable[str], cfg: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The fields that `conf.schema.recorded` marks under some sections, by dotted key."""
+    for key in keys:
+        section = _get(cfg, key)
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            if field.metadata.get("recorded"):
+                yield f"{key}.{field.name}", identity_view(getattr(section, field.name))
+            elif _identifies(field, section):
+                yield from _recorded([f"{key}.{field.name}"], cfg)
+
+
+def libraries(cfg: RunConfig, more: Sequence[str] = ()) -> dict[str, str]:
+    """What a stage's results depend on besides config and inputs: the installed libraries, or the container's image.
 
     The machine that submits jobs cannot see into the image, and has to find the same folders as they do.
+
+    Args:
+        more: libraries that decide this stage's result, besides those of all stages.
     """
     image = cfg.cluster.slurm and cfg.cluster.slurm.container_image
-    return {"container_image": image} if image else library_versions()
+    return {"container_image": image} if image else {**library_versions(), **_versions(more)}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide results, `absent` where one is not installed."""
-    return {name: (installed_version(name) or "absent").split("+")[0] for name in LIBRARIES}
+    """Versions of the libraries that decide all results, `absent` where one is not installed."""
+    return _versions(LIBRARIES)
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    return {name: (installed_version(name) or "absent").split("+")[0] for name in names}
 
 
 @cache
@@ -259,7 +303,8 @@ def write_manifest(
             name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
             for name, path in located.inputs.items()
         },
-        "versions": library_versions(),
+        "versions": {**library_versions(), **_versions(located.stage.libraries(located.cfg))},
+        "settings": located.settings(),
         "git_commit": git_commit(),
         "started": started,
         "ended": ended,
@@ -354,6 +399,11 @@ def _relative(path: Any, run_dir: Path) -> Any:
     if isinstance(path, tuple):
         return [_relative(part, run_dir) for part in path]
     return os.path.relpath(path, run_dir) if isinstance(path, Path) else path
+
+
+def _word(value: Any) -> str:
+    """A value as a command line takes it."""
+    return json.dumps(value).replace(" ", "").replace('"', "")
 
 
 def _get(cfg: RunConfig, key: str) -> Any:

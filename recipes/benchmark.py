@@ -9,6 +9,7 @@ against. Nothing else should run meanwhile.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -36,8 +37,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     }
     run_dir = out.parent.resolve()
     told = {name: _within(folder.resolve(), run_dir) for name, folder in folders.items()}
-    command = f"cd RUN_DIR && {words(told, 'benchmark-again', cfg.benchmark, cfg.seed)}"
-    result = measure(folders, cfg.benchmark, cfg.seed, command)
+    # Prices are the report's: a new one is no reason to measure again.
+    benchmark = dataclasses.replace(cfg.benchmark, cost_per_hour=None)
+    command = f"cd RUN_DIR && {words(told, 'benchmark-again', benchmark, cfg.seed)}"
+    result = measure(folders, benchmark, cfg.seed, command)
     write_json(out / FILE, result)
     return {key: result[key] for key in ("engine", "device", "models", "ratios")}
 

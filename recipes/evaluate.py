@@ -26,7 +26,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """
     from recipes.runtime import ranks
     from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.evaluation.evaluator import Evaluator
+    from recipes.runtime.evaluation.evaluator import TEACHER, Evaluator
     from recipes.runtime.huggingface import local_folder
 
     models = {
@@ -37,11 +37,13 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     with ranks.together():
         data = DataFolder.read(inputs["data"])
         evaluator = Evaluator(cfg, data, models["teacher"], out, inputs.get("task_folder"))
-        results = {name: evaluator.measure(name, folder) for name, folder in models.items()}
+        # The stage of a control needs the teacher for the agreement alone; the student's measures it.
+        measured = {name: folder for name, folder in models.items() if name != TEACHER or "student" in models}
+        results = {name: evaluator.measure(name, folder) for name, folder in measured.items()}
         if "checkpoints" in inputs:
             _measure_checkpoints(evaluator, inputs["checkpoints"], cfg, models["teacher"], out)
     if rank() == 0:
-        write_json(out / "samples.json", evaluator.samples(list(models)))
+        write_json(out / "samples.json", evaluator.samples(list(measured)))
         write_json(out / "evaluation.json", results)
     return results
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.errors import InputError
 from conf.schema import PruneConfig, RunConfig
 from recipes.artifact import write_json
 from recipes.runtime.stage_main import rank, stage_main
+
+if TYPE_CHECKING:
+    from recipes.runtime.data.folder import DataFolder
 
 log = logging.getLogger("recipes.importance")
 
@@ -31,23 +34,24 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from recipes.runtime.data.folder import DataFolder
     from recipes.runtime.pruning import evidence
     from recipes.runtime.pruning.search_space import measure
+    from recipes.runtime.token_loss import average_over_tokens
 
     prune, data = cfg.prune, DataFolder.read(inputs["data"])
     nemo_api.match_tokenizer(inputs["teacher"], data)
     _enough(prune, data)
-    batches = math.ceil(prune.calibration_samples / prune.micro_batch_size)
     model, trainer = nemo_api.restore(
         inputs["teacher"],
         pipeline_model_parallel_size=prune.pipeline_model_parallel_size,
         modelopt_spec=True,
-        max_steps=batches,
-        limit_val_batches=batches,
-        val_check_interval=batches,
+        max_steps=prune.calibration_samples,
+        limit_val_batches=prune.calibration_samples,
+        val_check_interval=prune.calibration_samples,
     )
+    average_over_tokens(model)
     text = _calibration_data(model, prune, data, cfg.seed, out)
     # As nemo's prune_language_model does, whose own forward loop also opens a log folder in the working directory.
     scores = measure(model, lambda: trainer.validate(model, text, verbose=False))
-    loss = _plausible(trainer, model.config.vocab_size)
+    loss = _plausible(model, data)
     if rank() == 0:
         scores.save(out)
         table = evidence.importance_table(scores, model.config)
@@ -70,7 +74,11 @@ def _enough(prune: PruneConfig, data: Any) -> None:
 
 
 def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out: Path) -> Any:
-    """Batches of training documents, through the validation loop that the forward passes use."""
+    """Training documents, through the validation loop that the forward passes use.
+
+    One sequence at a time: ModelOpt's scores of layers and experts are sums of means over a batch, so that they would
+    depend on its size (modelopt/torch/nas/plugins/megatron.py:289 and :893).
+    """
     from recipes.runtime.nemo_api import data_module
 
     batches = data_module(
@@ -78,8 +86,8 @@ def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out:
         data,
         out,
         seq_length=prune.calibration_seq_length,
-        micro_batch_size=prune.micro_batch_size,
-        global_batch_size=prune.micro_batch_size,
+        micro_batch_size=1,
+        global_batch_size=1,
         num_workers=0,
         seed=seed,
     )
@@ -87,18 +95,24 @@ def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out:
     return batches
 
 
-def _plausible(trainer: Any, vocab_size: int) -> float:
-    """The teacher's loss on the calibration text, nats per token.
+def _plausible(model: Any, data: DataFolder) -> float:
+    """The teacher's loss on the calibration text, nats per learned token.
 
     Raises:
-        InputError: it knows no more than chance. Its weights or its tokenizer are not what they should be, and
-            distilling from it would teach nothing.
+        InputError: no token is learned; or the teacher knows no more than chance. Its weights or its tokenizer are not
+            what they should be, and distilling from it would teach nothing.
     """
-    loss = float(trainer.callback_metrics["val_loss"])
-    if not loss < math.log(vocab_size):
+    loss: float = model.validation_loss_reduction.mean("the calibration text (prune.calibration_samples)")
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the teacher's loss on the calibration text is {loss}: its logits are not finite; check that the output"
+            " layer's weights in model.hf_path are finite"
+        )
+    chance = math.log(data.vocab_size)
+    if not loss < chance:
         raise InputError(
             f"the teacher's loss on the calibration text is {loss:.3f} nats per token, no better than chance"
-            f" ({math.log(vocab_size):.3f}); check that model.hf_path holds trained weights and their own tokenizer"
+            f" ({chance:.3f}); check that model.hf_path holds trained weights and their own tokenizer"
         )
     return loss
 

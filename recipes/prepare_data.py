@@ -51,6 +51,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         "validation_documents": folder.validation_documents,
         "validation_tokens": folder.validation_tokens,
         "sources": folder.sources,
+        "worst_bad_share": folder.worst_bad_share,
         **folder.lines,
     }
 

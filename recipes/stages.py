@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from conf.data_files import sources
-from conf.schema import DocumentFormat, Init, Loss, RunConfig, TeacherSignal
+from conf.schema import DocumentFormat, Engine, Init, Loss, RunConfig, TeacherSignal
 from conf.student import MOST_ROUNDS, needs_importance, round_settings
 
 
@@ -66,7 +66,7 @@ def _no_settings(_: RunConfig) -> dict[str, Any]:
     return {}
 
 
-def _no_sections(_: RunConfig) -> tuple[str, ...]:
+def _none(_: RunConfig) -> tuple[str, ...]:
     return ()
 
 
@@ -91,6 +91,9 @@ class Stage:
         trains: whether it trains, or works for as long, so that it can be asked to save and pause, and goes on from
             there.
         more_sections: of `sections`, for a config that makes the stage heed them.
+        libraries: distributions whose versions decide the result, besides those that decide all stages'.
+        shows: dotted keys whose values appear in what the stage leaves, without deciding it.
+        limits: dotted keys whose values a metric of the complete stage may not exceed, and that metric's name.
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
         gate: whether all later stages wait for it, though they read nothing of it: a check whose failure makes their
             work useless.
@@ -105,7 +108,10 @@ class Stage:
     settings: Callable[[RunConfig], Mapping[str, Any]] = _no_settings
     folder: str | None = None
     trains: bool = False
-    more_sections: Callable[[RunConfig], tuple[str, ...]] = _no_sections
+    more_sections: Callable[[RunConfig], tuple[str, ...]] = _none
+    libraries: Callable[[RunConfig], tuple[str, ...]] = _none
+    shows: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
     tasks: Callable[[RunConfig], int] = _one
     gate: bool = False
 
@@ -157,6 +163,10 @@ def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
         "data": Output("prepare_data"),
         "importance": Output("importance"),
     }
+
+
+def _scoring_libraries(cfg: RunConfig) -> tuple[str, ...]:
+    return ("lm_eval",) if cfg.evaluate.tasks or cfg.evaluate.continuations is not None else ()
 
 
 def _is_scored(cfg: RunConfig) -> bool:
@@ -228,10 +238,12 @@ def _teacher(cfg: RunConfig) -> Source:
 
 
 def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
-    """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names."""
-    controls: dict[str, Source] = {name: Output(f"distill.{name}", "nemo") for name in cfg.distill.controls}
-    corrected = {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", "nemo")}
-    return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo"), **controls}
+    """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
+    which have stages of their own."""
+    corrected: dict[str, Source] = (
+        {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", "nemo")}
+    )
+    return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo")}
 
 
 def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
@@ -240,6 +252,52 @@ def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
     if cfg.evaluate.recovery:
         inputs["checkpoints"] = Output("distill", "checkpoints")
     return inputs | _task_folder(cfg)
+
+
+def _is_control(cfg: RunConfig, name: str) -> bool:
+    return name in cfg.distill.controls
+
+
+def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
+    """A student that the report compares with the distilled one, trained without a teacher."""
+    return Stage(
+        f"distill.{name}",
+        "recipes.distill",
+        ("distill",),
+        _distill_inputs,
+        world_size,
+        wanted=partial(_is_control, name=name),
+        settings=lambda cfg: settings,
+        trains=True,
+    )
+
+
+def _export_control(name: str) -> Stage:
+    return Stage(
+        f"nemo_to_hf.{name}",
+        "convert.nemo_to_hf",
+        EXPORT,
+        lambda cfg: {"hf_model": _teacher_hf(cfg), name: Output(f"distill.{name}", "nemo")},
+        wanted=partial(_is_control, name=name),
+        shows=ON_CARDS,
+    )
+
+
+def _evaluate_control(name: str) -> Stage:
+    def inputs(cfg: RunConfig) -> dict[str, Source]:
+        model = {name: Output(f"nemo_to_hf.{name}", name)}
+        return {"teacher": _teacher_hf(cfg), "data": Output("prepare_data"), **model, **_task_folder(cfg)}
+
+    return Stage(
+        f"evaluate.{name}",
+        "recipes.evaluate",
+        ("evaluate",),
+        inputs,
+        world_size,
+        wanted=partial(_is_control, name=name),
+        settings=lambda cfg: {"evaluate.recovery": False},
+        libraries=_scoring_libraries,
+    )
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
@@ -294,8 +352,12 @@ def _round(number: int) -> tuple[Stage, ...]:
 # How a candidate is exported, and asked a task: what else is evaluated does not concern the tournament.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
 CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
-# A control knows no teacher, so nothing that is said of one may touch it.
+EXPORT = ("convert.export_dtype",)
+# What a model card says of the run. A new name is no reason to write the weights again.
+ON_CARDS = ("name", "model.name", "model.hf_path")
+# A control has no teacher, so no setting of one may change it.
 NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
+CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -311,6 +373,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.prepare_data",
         ("data",),
         lambda cfg: {"tokenizer": _teacher_hf(cfg), **_documents(cfg)},
+        limits={"data.max_bad_share": "worst_bad_share"},
         tasks=lambda cfg: cfg.data.array_tasks,
     ),
     Stage(
@@ -367,6 +430,7 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda cfg: cfg.prune.tournament is not None,
         trains=True,
         more_sections=lambda cfg: SCORING if _is_scored(cfg) else (),
+        libraries=lambda cfg: ("lm_eval",) if _is_scored(cfg) else (),
     ),
     Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
     Stage(
@@ -382,32 +446,15 @@ STAGES: tuple[Stage, ...] = (
         trains=True,
     ),
     Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
-    Stage(
-        "distill.ce",
-        "recipes.distill",
-        ("distill",),
-        _distill_inputs,
-        world_size,
-        wanted=lambda cfg: "ce" in cfg.distill.controls,
-        settings=lambda cfg: NO_TEACHER,
-        trains=True,
-    ),
-    Stage(
-        "distill.scratch",
-        "recipes.distill",
-        ("distill",),
-        _distill_inputs,
-        world_size,
-        wanted=lambda cfg: "scratch" in cfg.distill.controls,
-        settings=lambda cfg: {**NO_TEACHER, "distill.init": Init.random},
-        trains=True,
-    ),
+    *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     Stage(
         "nemo_to_hf",
         "convert.nemo_to_hf",
-        ("convert.export_dtype",),
+        EXPORT,
         lambda cfg: {"hf_model": _teacher_hf(cfg), **_nemo_models(cfg)},
+        shows=ON_CARDS,
     ),
+    *(_export_control(name) for name in CONTROLS),
     Stage(
         "verify",
         "convert.verify",
@@ -419,15 +466,24 @@ STAGES: tuple[Stage, ...] = (
         },
         wanted=_is_verified,
     ),
-    Stage("evaluate", "recipes.evaluate", ("evaluate",), _evaluate_inputs, world_size),
+    Stage(
+        "evaluate",
+        "recipes.evaluate",
+        ("evaluate",),
+        _evaluate_inputs,
+        world_size,
+        libraries=_scoring_libraries,
+    ),
+    *(_evaluate_control(name) for name in CONTROLS),
     Stage(
         "benchmark",
         "recipes.benchmark",
         ("benchmark",),
         lambda cfg: {"teacher": _teacher_hf(cfg), "student": Output("nemo_to_hf", "student")},
         wanted=lambda cfg: cfg.benchmark.enabled,
+        libraries=lambda cfg: ("vllm",) if cfg.benchmark.engine is Engine.vllm else (),
     ),
-    Stage("report", "recipes.report", ("name",), _report_inputs, folder="report"),
+    Stage("report", "recipes.report", ("name", "benchmark.cost_per_hour"), _report_inputs, folder="report"),
 )
 
 

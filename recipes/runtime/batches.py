@@ -6,6 +6,7 @@ and a batch's documents can be named afterwards.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from megatron.core.datasets.utils import Split
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from nemo.collections import llm
 from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
+from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from conf.errors import InputError
 from conf.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
 from conf.schema import Training
-from recipes.runtime import nemo_api
+from recipes.runtime import backend, nemo_api
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.signal import SignalReader
 from recipes.runtime.signal_batch import with_signal
@@ -245,6 +247,22 @@ class StepSizes(MegatronDataSampler):
         """Sequences that the training has taken."""
         return samples_before(self.batches.phases, self.trainer.global_step)
 
+    def on_megatron_step_start(self, step: MegatronStep[Any, Any]) -> MegatronStep[Any, Any]:
+        """Tells the loss of a training step the learned tokens of its global batch.
+
+        Masked batches are read ahead for it, the whole step's on each rank: a few MB of tokens.
+        """
+        step = super().on_megatron_step_start(step)
+        if step.forward_only:
+            return step
+        learned = float(self.micro_batch_size * self.seq_len)
+        if self.batches.data.masked:
+            micro_batches = [next(step.data) for _ in range(step.num_microbatches or 0)]
+            learned = _learned(micro_batches) / len(micro_batches)
+            step = dataclasses.replace(step, data=iter(micro_batches))
+        self.trainer.lightning_module.training_loss_reduction.learned = max(learned, 1.0)
+        return step
+
     def use(self, seq_length: int, micro_batch_size: int, global_batch_size: int) -> None:
         """Sets the sizes of what comes next, on every rank."""
         if (seq_length, micro_batch_size, global_batch_size) == self._present():
@@ -256,6 +274,16 @@ class StepSizes(MegatronDataSampler):
 
     def _present(self) -> tuple[int, int, int]:
         return self.seq_len, self.micro_batch_size, self.global_batch_size
+
+
+def _learned(micro_batches: list[Any]) -> float:
+    """Learned tokens of this rank's micro batches, as its loader gives them; the mean over data-parallel ranks."""
+    columns = [batch[0] if isinstance(batch, tuple) else batch for batch in micro_batches]
+    tokens = torch.stack([batch["loss_mask"].sum() for batch in columns]).sum().double()
+    tokens = tokens.to(backend.activate().device)
+    # Context-parallel ranks are given the same whole sequences.
+    torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+    return float(tokens) / parallel_state.get_data_parallel_world_size()
 
 
 class UsePhase(Callback):

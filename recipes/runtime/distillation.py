@@ -12,7 +12,7 @@ Import this module inside a stage's `run`, after `backend.activate()`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,14 +30,13 @@ from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, Logit
 from nemo.collections import llm
 from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 from nemo.collections.llm.modelopt.distill.utils import adjust_distillation_model_for_mcore, teacher_provider
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
-from nemo.utils.megatron_utils import average_losses_across_data_parallel_group
 from torch import Tensor
 
 from conf.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
 from recipes.runtime import backend, nemo_api, signal_batch
 from recipes.runtime.kd_loss import Head, LossSpec, TopK, distillation_loss
 from recipes.runtime.nemo_api import core_model
+from recipes.runtime.token_loss import TokenLoss, masked_sum
 from recipes.runtime.tokenizer_check import check_tokenizers
 
 # What a training step reports besides the loss itself.
@@ -125,14 +124,14 @@ def _batch_order(values: Tensor, batch_size: int) -> Tensor:
     return values.view(-1, batch_size).t().contiguous()
 
 
-class LossReduction(MaskedTokenLossReduction):
+class LossReduction(TokenLoss):
     """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
 
     Upstream's balancer scales the parts to each other anew in every step, whatever weights it is given
     (nemo/collections/llm/modelopt/distill/loss.py:LogitsAndIntermediatesLossBalancer).
 
     Attributes:
-        parts: of the last step, on the last pipeline stage: means over its tokens, in the order of `PARTS`.
+        parts: of the last step, on the last pipeline stage: means over its learned tokens, in the order of `PARTS`.
     """
 
     def __init__(self, kd: KdConfig, core: Any, fused: bool) -> None:
@@ -141,67 +140,52 @@ class LossReduction(MaskedTokenLossReduction):
         self.hooked = core.compute_kd_loss if isinstance(core, mtd.DistillationModel) else None
         self.parts = torch.zeros(len(PARTS))
 
-    def forward(self, batch: dict[str, Tensor], forward_out: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        kd, mask = self.kd, batch["loss_mask"]
+    def add_up(self, mask: Tensor, forward_out: Any) -> tuple[Tensor, list[Tensor]]:
+        kd = self.kd
         of_logits, hidden = self._of_hooks(mask)
         if self.fused:
-            total, kd_tokens, lm_tokens = forward_out
-            divergence, lm = _mean(kd_tokens, mask), _mean(lm_tokens, mask)
-            # Its value is this context-parallel rank's share, and so is its gradient.
-            loss = total / _valid_tokens(mask)
+            loss, kd_tokens, lm_tokens = forward_out
+            divergence, lm = masked_sum(kd_tokens, mask), masked_sum(lm_tokens, mask)
         else:
-            divergence, lm = of_logits * kd.temperature**2, _mean(forward_out, mask)
+            divergence, lm = of_logits * kd.temperature**2, masked_sum(forward_out, mask)
             loss = kd.kd_weight * divergence + kd.lm_weight * lm
         loss = loss + kd.intermediate_weight * hidden
         whole = kd.kd_weight * divergence + kd.lm_weight * lm + kd.intermediate_weight * hidden
-        averaged = average_losses_across_data_parallel_group([whole, divergence, lm, hidden])
-        return loss, {"avg": averaged[:1], "parts": averaged[1:]}
+        return loss, [whole, divergence, lm, hidden]
 
     def _of_hooks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs."""
-        reduction = functools.partial(_mean, mask=mask)
+        """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs; both summed
+        over this rank's learned tokens."""
+        reduction = functools.partial(_sum_over_ranks, mask=mask)
         caught = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
         nothing = mask.new_zeros(())
         of_logits = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
         of_pairs = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
         return of_logits[0] if of_logits else nothing, torch.stack(of_pairs).mean() if of_pairs else nothing
 
-    def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
-        self.parts = torch.stack([losses["parts"] for losses in losses_reduced_per_micro_batch]).mean(0)
-        return super().reduce(losses_reduced_per_micro_batch)
+    def report(self, means: Tensor) -> Tensor:
+        self.parts = means[1:].float()
+        return super().report(means)
 
 
-def _mean(loss_output: Any, mask: Tensor) -> Tensor:
-    """The mean over a micro batch; 0, where upstream's is no number, if all of it is masked.
+def _sum_over_ranks(loss_output: tuple[Tensor, bool, bool], mask: Tensor) -> Tensor:
+    """The sum over a micro batch's learned tokens on all tensor-parallel ranks.
 
     The value is that of all ranks, the gradient that of this one's share, as upstream's
     (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss).
 
     Args:
-        loss_output: `[b, s]`; from ModelOpt with two flags: whether it is this tensor-parallel rank's share of each
-            token's loss, and whether it covers its share of the tokens only.
+        loss_output: from ModelOpt: `[b, s]`, whether it is this rank's share of each token's loss, and whether it
+            covers its share of the tokens only.
     """
-    losses, summed, cut = loss_output if isinstance(loss_output, tuple) else (loss_output, False, False)
-    tokens = _valid_tokens(mask)
+    losses, summed, cut = loss_output
     if cut:
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         mask = torch.tensor_split(mask, ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
-    loss = _sum_over_context((losses.float() * mask).sum() / tokens)
+    loss = masked_sum(losses, mask)
     if summed or cut:
         torch.distributed.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
     return loss
-
-
-def _valid_tokens(mask: Tensor) -> Tensor:
-    """Of all context-parallel ranks together, at least 1."""
-    return _sum_over_context(mask.sum().float()).clamp(min=1)
-
-
-def _sum_over_context(value: Tensor) -> Tensor:
-    """The sum over the context-parallel ranks, in place."""
-    if parallel_state.get_context_parallel_world_size() > 1:
-        torch.distributed.all_reduce(value, group=parallel_state.get_context_parallel_group())
-    return value
 
 
 class _OwnLosses(llm.GPTModel):
@@ -214,7 +198,6 @@ class _OwnLosses(llm.GPTModel):
 
     kd: KdConfig
     head: FusedHead | None = None
-    _training_loss_reduction: Any
 
     def forward_step(self, batch: dict[str, Any]) -> Any:
         if self.head is not None:
@@ -223,9 +206,11 @@ class _OwnLosses(llm.GPTModel):
 
     @property
     def training_loss_reduction(self) -> LossReduction:
-        if not self._training_loss_reduction:
-            self._training_loss_reduction = LossReduction(self.kd, core_model(self), self.head is not None)
-        return self._training_loss_reduction
+        return self._kd_loss_reduction
+
+    @functools.cached_property
+    def _kd_loss_reduction(self) -> LossReduction:
+        return LossReduction(self.kd, core_model(self), self.head is not None)
 
     def loss_parts(self) -> dict[str, float]:
         """The last training step's `PARTS` that have a weight, nats per token or as they come; on all ranks."""

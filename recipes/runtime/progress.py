@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
-from megatron.core import parallel_state
 
 from conf.flops import Meter
 from conf.phases import phase_number, tokens_before, training_phases
@@ -33,7 +31,6 @@ class Progress(Callback):
         self.phases = training_phases(cfg)
         self.file = MetricsFile(out / "metrics.jsonl")
         self.since = (0, 0.0)
-        self.val_losses: list[torch.Tensor] = []
         self.trackers: Trackers | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -80,21 +77,15 @@ class Progress(Callback):
             self.trackers.write(values, step)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.val_losses = []
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.val_losses.append(outputs.detach())
+        pl_module.validation_loss_reduction.reset()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         # Not the mean in `callback_metrics`: NeMo leaves the batch's size to Lightning's guess, which counts the first
         # batch once and each later one as often as it has sequences (nemo/lightning/pytorch/strategies/
-        # megatron_strategy.py:918). The loss is on the last pipeline stage, 0 on the others.
-        loss = torch.stack(self.val_losses).mean()
-        torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+        # megatron_strategy.py:918).
+        loss = pl_module.validation_loss_reduction.mean("the validation batches (val_batches)")
         if rank() == 0:
-            self._write(trainer.global_step, val_loss=loss.item())
+            self._write(trainer.global_step, val_loss=loss)
         # Validation is not training time.
         self.since = (trainer.global_step, time.perf_counter())
 

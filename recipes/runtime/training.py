@@ -36,6 +36,7 @@ from recipes.runtime.signal import SignalReader
 from recipes.runtime.stage_main import PausedError, world_size
 from recipes.runtime.start_check import StartCheck, check_resumed
 from recipes.runtime.stop_file import StopFile
+from recipes.runtime.token_loss import average_over_tokens
 
 log = logging.getLogger("recipes.training")
 
@@ -95,6 +96,7 @@ def train(
         if resumed is None and start is not None:
             trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))
         log.info("training from %s", resumed or start or "random weights")
+        average_over_tokens(model)
         connect_optimizer(model, cfg)
         # Without it a checkpoint's step would be validated once more after a restart, shifting the record.
         configure_no_restart_validation_training_loop(trainer)
@@ -156,6 +158,10 @@ def _configure(config: Any, cfg: Training) -> None:
         # router's auxiliary loss, of which each has its share, is not (megatron/core/pipeline_parallel/schedules.py:247
         # and :271).
         config.moe_aux_loss_coeff *= cfg.parallel.context_parallel_size
+        if config.moe_router_load_balancing_type == "aux_loss":
+            # Of each sequence by itself. That of a micro batch depends on how many sequences it has; with one they are
+            # the same (megatron/core/transformer/moe/router.py:277 and :309).
+            config.moe_router_load_balancing_type = "seq_aux_loss"
     if cfg.recompute is not Recompute.none:
         config.recompute_granularity = cfg.recompute.value
     if cfg.recompute is Recompute.full:

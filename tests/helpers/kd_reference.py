@@ -116,22 +116,35 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     return total / mask.sum()
 
 
-def nothing_to_learn() -> float:
-    """What a micro batch costs in which every token is masked, as in a chat where only a prompt fits."""
+def nothing_to_learn() -> dict[str, Any]:
+    """What micro batches cost of which every token is masked, as in a chat where only a prompt fits: one by itself, and
+    one beside another of which two tokens are learned."""
     from recipes.runtime import backend
 
     backend.activate()
     import torch
     from megatron.core import parallel_state
 
+    from conf.errors import InputError
     from conf.schema import KdConfig
     from recipes.runtime.distillation import LossReduction
+    from recipes.runtime.token_loss import TokenLoss
 
     parallel_state.initialize_model_parallel()
-    of_tokens = torch.ones(2, 4)
-    total = torch.zeros((), requires_grad=True)
-    reduction = LossReduction(KdConfig(), core=None, fused=True)
-    reduction.setup({"loss_mask": torch.zeros(2, 4)})
-    loss, report = reduction((total, of_tokens, of_tokens))
-    assert report["avg"].item() == 0
-    return float(loss)
+    nothing = {"loss_mask": torch.zeros(2, 4)}
+    some = {"loss_mask": torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])}
+    losses = torch.arange(8.0).view(2, 4)
+    distilled = LossReduction(KdConfig(), core=None, fused=True)
+    distilled.setup(nothing)
+    loss, report = distilled((torch.zeros((), requires_grad=True), losses, losses))
+    found = {"loss": float(loss), "step": float(distilled.reduce([report]))}
+    plain, reports = TokenLoss(), []
+    for batch in (nothing, some):
+        plain.setup(batch)
+        reports.append(plain(losses)[1])
+    plain.reduce(reports[:1])
+    try:
+        plain.mean("the tests")
+    except InputError as fault:
+        found["fault"] = str(fault)
+    return {**found, "both": float(plain.reduce(reports)), "mean": plain.mean("the tests")}

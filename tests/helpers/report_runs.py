@@ -25,6 +25,7 @@ STAGES = {
     "nemo_to_hf": 8.0,
     "verify": 8.0,
     "evaluate": 40.0,
+    "evaluate.ce": 20.0,
     "benchmark": 60.0,
 }
 # What may not show, where a test puts it into a run's files.
@@ -73,6 +74,7 @@ def benchmark() -> dict[str, Any]:
             "peak_memory_bytes": round(52e6 / speed),
             "weights_bytes": round(21e6 / speed),
             "kv_cache_bytes": round(4e6 / speed),
+            "seconds_per_token": 0.01 / speed,
             "joules_per_token": None,
             "cost_per_million_tokens": None,
         }
@@ -204,16 +206,18 @@ def finished(run_dir: Path, *overrides: str, losses: dict[str, float] = MODELS) 
         run_dir, "verify", {"tokens": 256, "import_max_abs_logit_diff": 6.7e-6, "export_max_abs_logit_diff": 7.6e-6}
     )
     inputs = {name: {"path": f"nemo_to_hf-0000/{name}", "hash": "0"} for name in losses}
-    folder = complete(run_dir, "evaluate", {name: model(name, loss) for name, loss in losses.items()}, inputs=inputs)
+    measured = {name: model(name, loss) for name, loss in losses.items()}
+    control = complete(run_dir, "evaluate.ce", {"ce": measured.pop("ce")}, inputs=inputs)
+    folder = complete(run_dir, "evaluate", measured, inputs=inputs)
     recovery = [
         {**model("student", losses["student"] + 5 / step), "model": "student", "step": step, "tokens": step * 1024}
         for step in (40, 80, 120, 160)
     ]
     write_json(folder / "recovery.json", recovery)
     texts = {"teacher": "def f(x):\n    return x", "student": HOSTILE}
-    write_json(
-        folder / "samples.json", [{"prompt": "The import statement", "reference": "of Python", "texts": texts}] * 3
-    )
+    beginning = {"prompt": "The import statement", "reference": "of Python"}
+    write_json(folder / "samples.json", [{**beginning, "texts": texts}] * 3)
+    write_json(control / "samples.json", [{**beginning, "texts": {"ce": "written by the control"}}] * 3)
     write_json(complete(run_dir, "benchmark") / "benchmark.json", benchmark())
     return run_dir
 

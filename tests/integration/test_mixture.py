@@ -23,10 +23,10 @@ MIXTURE = (
     *("prune.num_layers=2", "prune.hidden_size=64", "prune.num_moe_experts=4", "prune.moe_ffn_hidden_size=64"),
     *(f"distill.max_steps={STEPS}", "distill.controls=[]"),
 )
-# The router's auxiliary loss is of a micro batch, and so the same however micro batches are shared out.
+# The router's auxiliary loss is that of each sequence, and so the same in any micro batch on any rank.
 TWO_RANKS = ("cluster.devices_per_node=2", "distill.parallel.expert_model_parallel_size=2")
 LAYOUTS = {
-    "ep2": TWO_RANKS,
+    "ep2": (*TWO_RANKS, "distill.micro_batch_size=2"),
     "ep2_cp2": (*TWO_RANKS, "distill.parallel.context_parallel_size=2"),
     "ep2_tp2": (*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
 }

@@ -30,7 +30,9 @@ def changed(before: RunConfig, after: RunConfig) -> list[str]:
     return [name for name in first if first[name] != second[name]]
 
 
-AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "verify", "evaluate", "benchmark", "report"]
+AFTER_DISTILL = ["distill", "distill.ce", "nemo_to_hf", "nemo_to_hf.ce", "verify", "evaluate", "evaluate.ce"]
+AFTER_DISTILL += ["benchmark", "report"]
+OF_STUDENT = [name for name in AFTER_DISTILL if not name.endswith(".ce")]
 EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "importance", "prune", *AFTER_DISTILL]
 
 
@@ -42,7 +44,8 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("prune.num_layers=3", ["prune", *AFTER_DISTILL]),
         ("prune.hidden_size=192", ["prune", *AFTER_DISTILL]),
         ("prune.calibration_samples=32", ["importance", "prune", *AFTER_DISTILL]),
-        ("evaluate.seq_length=128", ["evaluate", "report"]),
+        ("evaluate.seq_length=128", ["evaluate", "evaluate.ce", "report"]),
+        ("evaluate.recovery=false", ["evaluate", "report"]),
         ("evaluate.verify_tokens=64", ["verify_import", "verify", "report"]),
         ("data.max_document_tokens=100", ["prepare_data", "verify_import", "importance", "prune", *AFTER_DISTILL]),
         ("model.demo.training.max_steps=900", EVERYTHING),
@@ -59,12 +62,102 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("prune.micro_batch_size=1", []),
         ("evaluate.micro_batch_size=1", []),
         ("evaluate.task_batch_size=1", []),
-        ("evaluate.tasks=[mmlu]", ["evaluate", "report"]),
+        ("evaluate.tasks=[mmlu]", ["evaluate", "evaluate.ce", "report"]),
         ("benchmark.rounds=3", ["benchmark", "report"]),
+        ("benchmark.cost_per_hour=2", ["report"]),
+        ("data.max_bad_share=0.5", []),
+        # A control has no teacher; and without pairs of layers their weight is nothing.
+        ("distill.kd.temperature=3", OF_STUDENT),
+        ("distill.kd.divergence=reverse_kl distill.kd.lm_weight=0.25", OF_STUDENT),
+        ("distill.kd.intermediate_weight=7 distill.kd.intermediate_loss=mse", []),
+        ("distill.loss=ce distill.kd.temperature=3", OF_STUDENT),
+        # An unfinished stage continues with them.
+        ("distill.skip_steps=[[3,4]]", []),
+        ("distill.signal_top_k=8", []),
     ],
 )
 def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:
     assert changed(demo(), demo(*override.split())) == stages
+
+
+def test_a_student_without_a_teacher_ignores_the_teachers_settings(demo: Compose) -> None:
+    alone = "distill.loss=ce"
+    assert changed(demo(alone), demo(alone, "distill.kd.temperature=3", "distill.kd.top_k=7")) == []
+    stored = demo("distill.signal=stored")
+    redone = changed(stored, demo("distill.signal=stored", "distill.signal_top_k=8"))
+    assert redone == ["teacher_signal", *OF_STUDENT]
+
+
+def test_a_control_that_is_removed_or_added_redoes_nothing_of_the_others(demo: Compose) -> None:
+    one, both = folders(demo("distill.controls=[ce]")), folders(demo("distill.controls=[ce,scratch]"))
+    assert {name: both[name] for name in one if name != "report"} == {
+        name: folder for name, folder in one.items() if name != "report"
+    }
+    assert both.keys() - one.keys() == {"distill.scratch", "nemo_to_hf.scratch", "evaluate.scratch"}
+    assert both["report"] != one["report"]
+
+
+BUDGET = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
+TOURNAMENT = (*BUDGET, "prune.tournament.round_tokens=10000")
+SCORED = (*TOURNAMENT, "prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]")
+FOUGHT = ["tournament", "prune", *AFTER_DISTILL]
+
+
+@pytest.mark.parametrize(
+    ("library", "overrides", "stages"),
+    [
+        ("lm_eval", (), ["evaluate", "evaluate.ce", "report"]),
+        ("lm_eval", ("evaluate.continuations=null",), []),
+        ("lm_eval", TOURNAMENT, ["evaluate", "evaluate.ce", "report"]),
+        ("lm_eval", SCORED, FOUGHT),
+        ("vllm", (), []),
+        ("vllm", ("benchmark.engine=vllm",), ["benchmark", "report"]),
+    ],
+)
+def test_a_library_belongs_to_what_it_measures(
+    demo: Compose, monkeypatch: pytest.MonkeyPatch, library: str, overrides: tuple[str, ...], stages: list[str]
+) -> None:
+    cfg, version = demo(*overrides), artifact.installed_version
+    before = folders(cfg)
+    monkeypatch.setattr(artifact, "installed_version", lambda name: "0.0" if name == library else version(name))
+    after = folders(cfg)
+    assert [name for name in before if before[name] != after[name]] == stages
+
+
+def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
+    located = locate(cfg)[stage]
+    located.folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(located, 1.0, 2.0, metrics)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "said"),
+    [
+        ("distill", (), []),
+        ("distill", ("distill.micro_batch_size=2",), []),
+        ("distill", ("distill.skip_steps=[[3,4]]",), ["distill.skip_steps=[[3,4]] (it has [])"]),
+        ("distill", ("distill.signal_top_k=8",), ["distill.signal_top_k=8 (it has 64)"]),
+        ("distill", ("distill.val_batches=null",), ["distill.val_batches=null (it has 3)"]),
+        ("nemo_to_hf", ("name=other",), ["name=other (it has mine)"]),
+        ("demo_model", ("model.demo.training.keep_best=false",), ["model.demo.training.keep_best=false (it has true)"]),
+    ],
+)
+def test_a_complete_stage_names_the_settings_that_no_longer_have_an_effect(
+    demo: Compose, stage: str, overrides: tuple[str, ...], said: list[str]
+) -> None:
+    made = ("name=mine", "distill.val_batches=3")
+    complete(demo(*made), stage)
+    located = locate(demo(*made, *overrides))[stage]
+    assert located.complete
+    assert located.without_effect() == said
+
+
+@pytest.mark.parametrize(("allowed", "whole"), [("0.5", True), ("0.2", True), ("0.1", False)])
+def test_more_broken_lines_than_are_allowed_now_make_the_data_incomplete(
+    demo: Compose, allowed: str, whole: bool
+) -> None:
+    complete(demo(), "prepare_data", worst_bad_share=0.2)
+    assert locate(demo(f"data.max_bad_share={allowed}"))["prepare_data"].complete is whole
 
 
 def test_another_layout_is_the_same_run(demo: Compose) -> None:
@@ -203,7 +296,7 @@ def test_manifests(demo: Compose) -> None:
     assert stage.complete
     manifest = read_manifest(stage.folder)
     assert manifest is not None
-    assert set(manifest) == {"stage", "status", "config_hash", "inputs", "versions", "git_commit"} | {
+    assert set(manifest) == {"stage", "status", "config_hash", "inputs", "versions", "git_commit", "settings"} | {
         "started",
         "ended",
         "seconds",

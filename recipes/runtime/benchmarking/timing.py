@@ -66,9 +66,15 @@ def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> dic
         "peak_memory_bytes": memory.peak,
         "weights_bytes": memory.weights,
         "kv_cache_bytes": memory.kv_cache,
+        "seconds_per_token": seconds / new,
         "joules_per_token": statistics.median(joules) / new if joules else None,
-        "cost_per_million_tokens": cfg.cost_per_hour and cfg.cost_per_hour / 3600 * seconds / new * 1e6,
+        "cost_per_million_tokens": cost_per_million(seconds / new, cfg.cost_per_hour),
     }
+
+
+def cost_per_million(seconds_per_token: float, cost_per_hour: float | None) -> float | None:
+    """What a million tokens cost on a machine of that price; None where it is not known."""
+    return None if cost_per_hour is None else cost_per_hour / 3600 * seconds_per_token * 1e6
 
 
 def ratios(model: str, base: str, memory: Mapping[str, Memory], timed: Sequence[Mapping[str, Timed]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from recipes.runtime.data.documents import NO_CLUSTER
-from recipes.runtime.data.shards import documents_of, known_of, read_manifest
+from recipes.runtime.data.shards import bad_share, documents_of, known_of, read_manifest
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,23 @@ class DataFolder:
         )
 
     @property
+    def worst_bad_share(self) -> float:
+        """The largest share of a shard's lines that are broken."""
+        shards = (shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit())
+        return max((bad_share(read_manifest(shard)) for shard in shards), default=0.0)
+
+    @property
     def train_documents(self) -> int:
         return sum(part["documents"] for part in self.train)
 
     @property
     def train_tokens(self) -> int:
         return sum(part["tokens"] for part in self.train)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not learned (`data.mask_prompts`)."""
+        return any((self.folder / f"{part['prefix']}_mask.idx").exists() for part in self.train)
 
     @property
     def train_paths(self) -> list[str]:

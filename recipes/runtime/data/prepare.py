@@ -26,9 +26,10 @@ from recipes.runtime.data.declare import declare
 from recipes.runtime.data.encoder import TokenizersEncoder, choose
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.data.plan import VALIDATION, Shard, described, make_plan
+from recipes.runtime.data.readers import Lines
 from recipes.runtime.data.shards import publish, read_manifest
 from recipes.runtime.data.tokenizer import read_tokenizer
-from recipes.runtime.data.work import Made, Settings, make_shard, start_worker
+from recipes.runtime.data.work import Made, Settings, check_lines, make_shard, start_worker
 from recipes.runtime.data.worklist import Worklist
 from recipes.runtime.metrics_file import MetricsFile
 from recipes.runtime.stage_main import PausedError
@@ -72,6 +73,8 @@ def prepare(
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.beating():
         _Crew(plan, out, worklist, settings, encoder).work()
+        for shard in plan:  # some may have been made while more broken lines were allowed
+            check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_bad_share)
         while not (out / "data.json").exists():
             if worklist.claim([WHOLE]) is None:
                 time.sleep(1)

@@ -205,6 +205,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def bad_share(manifest: dict[str, Any]) -> float:
+    """The share of a shard's lines that are broken."""
+    lines = manifest["lines"]
+    return float(lines["bad"] / max(1, lines["lines"]))
+
+
 def publish(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
     """Declares a shard whole: its manifest last, and then its name. Where another was faster, theirs stays."""
     write_json(partial / MANIFEST, manifest)

@@ -112,7 +112,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
             if learned is not None:
                 masks[split].add([learned], known)
             known = (document.key, document.cluster, 0)  # its bytes are counted once
-    _check_lines(lines, data.max_bad_share)
+    check_lines(lines, data.max_bad_share)
     written = {name: writer.finish() for name, writer in writers.items()}
     for split, writer in masks.items():
         _finish_mask(writer, written[split])
@@ -196,7 +196,8 @@ def _finish_mask(writer: SplitWriter, written: Written) -> None:
     written.digests |= {f"mask_{kind}": digest for kind, digest in mask.digests.items()}
 
 
-def _check_lines(lines: Lines, max_bad_share: float) -> None:
+def check_lines(lines: Lines, max_bad_share: float) -> None:
+    """Raises: InputError, where more of a shard's lines are broken than is allowed."""
     if lines.bad > max_bad_share * lines.lines:
         raise InputError(
             f"{lines.bad} of {lines.lines} lines are broken, more than data.max_bad_share={max_bad_share} allows; the"

@@ -272,14 +272,19 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
 
 
 def samples(run: RunFolder) -> Iterator[Block]:
-    found = run.read("evaluate", "samples.json")
+    # Every stage continues the same beginnings, in the same order.
+    texts: dict[tuple[int, str, str], dict[str, str]] = {}
+    for stage in run.evaluations():
+        found = stage.read("samples.json")
+        for number, entry in enumerate(found if isinstance(found, list) else []):
+            own = entry.get("texts") if isinstance(entry, dict) else None
+            if isinstance(own, dict):
+                beginning = number, str(entry.get("prompt", "")), str(entry.get("reference", ""))
+                texts.setdefault(beginning, {}).update({name: str(text) for name, text in own.items()})
     samples = []
-    for entry in found if isinstance(found, list) else []:
-        texts = entry.get("texts") if isinstance(entry, dict) else None
-        if isinstance(texts, dict):
-            ordered = sorted(texts.items(), key=lambda item: item[0] != "teacher")
-            told = [(label_of(name), str(text)) for name, text in ordered]
-            samples.append(Sample(str(entry.get("prompt", "")), str(entry.get("reference", "")), told))
+    for (_, prompt, reference), own in texts.items():
+        ordered = sorted(own.items(), key=lambda item: item[0] != "teacher")
+        samples.append(Sample(prompt, reference, [(label_of(name), text) for name, text in ordered]))
     if not samples:
         yield missing(run, "evaluate", "No text has been generated")
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recipes.artifact import library_versions
+from recipes.runtime.benchmarking.timing import cost_per_million
 from recipes.runtime.reporting.run_folder import RunFolder
 from recipes.runtime.reporting.words import finite
 
@@ -26,17 +27,18 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     """What came out of a run so far; what is not there yet is empty or null."""
     models = _models(run)
     recovery = run.read("evaluate", "recovery.json")
-    benchmark = run.read("benchmark", "benchmark.json")
+    commits = _commits(run)
     return {
         "experiment": run.name,
         "state": state_of(run),
         "backend": _first(run, "metrics", "backend"),
         "versions": _first(run, "versions") or library_versions(),
         "git_commit": _first(run, "git_commit"),
+        "git_commits": commits,
         "models": models,
         "tasks": _tasks(models),
         "recovery": [row for row in recovery if isinstance(row, dict)] if isinstance(recovery, list) else [],
-        "benchmark": benchmark if isinstance(benchmark, dict) else None,
+        "benchmark": _benchmark(run),
         "checks": {
             key: value
             for stage in ("verify_import", "verify")
@@ -82,15 +84,40 @@ def samples_of(task: dict[str, Any]) -> int | None:
     return samples if isinstance(samples, int) else None
 
 
+def _commits(run: RunFolder) -> dict[str, list[str]]:
+    """The stages that each commit of the code made, the oldest first."""
+    commits: dict[str, list[str]] = {}
+    for name, stage in run.stages.items():
+        commit = stage.manifest.get("git_commit")
+        if isinstance(commit, str):
+            commits.setdefault(commit, []).append(name)
+    return commits
+
+
+def _benchmark(run: RunFolder) -> dict[str, Any] | None:
+    """The content of `benchmark.json`, with what tokens cost at the price that the config names."""
+    found = run.read("benchmark", "benchmark.json")
+    if not isinstance(found, dict):
+        return None
+    price = run.cfg.benchmark.cost_per_hour if run.cfg is not None else None
+    models = found.get("models")
+    for model in models.values() if isinstance(models, dict) else ():
+        seconds = finite(model.get("seconds_per_token")) if isinstance(model, dict) else None
+        if seconds is not None:
+            model["cost_per_million_tokens"] = cost_per_million(seconds, price)
+    return found
+
+
 def _models(run: RunFolder) -> dict[str, dict[str, Any]]:
     """The evaluated models by name, in the order of the tables, with the place of those that were made here."""
-    stage = run.stages.get("evaluate")
-    found = run.metrics("evaluate") or run.read("evaluate", "evaluation.json")
-    if stage is None or not isinstance(found, dict):
-        return {}
-    entries = {name: metrics for name, metrics in found.items() if isinstance(metrics, dict) and "val_loss" in metrics}
+    entries: dict[str, dict[str, Any]] = {}
+    for stage in run.evaluations():
+        found = stage.metrics or stage.read("evaluation.json")
+        for name, metrics in found.items() if isinstance(found, dict) else ():
+            if isinstance(metrics, dict) and "val_loss" in metrics:
+                entries[name] = {**metrics, **_place(run, stage.manifest, name)}
     order = [*(name for name in LABELS if name in entries), *(name for name in entries if name not in LABELS)]
-    return {name: {**entries[name], **_place(run, stage.manifest, name)} for name in order}
+    return {name: entries[name] for name in order}
 
 
 def _place(run: RunFolder, manifest: dict[str, Any], name: str) -> dict[str, str]:

@@ -102,6 +102,10 @@ class RunFolder:
             return []
         return [launch for launch in map(parse_object, lines) if launch is not None]
 
+    def evaluations(self) -> list[StageFolder]:
+        """The stages that evaluated models: the student's, and those of controls."""
+        return [stage for name, stage in self.stages.items() if name.partition(".")[0] == "evaluate"]
+
     def metrics(self, stage: str) -> dict[str, Any]:
         found = self.stages.get(stage)
         return found.metrics if found is not None else {}

@@ -143,9 +143,16 @@ def _meta(run: RunFolder, report: Report) -> str:
         {"cpu": "on a CPU", "gpu": "on GPUs"}.get(str(report["backend"]), ""),
         words.moment(first) if first is not None else "",
         f"stages took {words.duration(sum(seconds))}" if any(seconds) else "",
-        f"code {report['git_commit']}" if report["git_commit"] else "",
+        _code(report["git_commits"]),
     ]
     return " · ".join(filter(None, parts))
+
+
+def _code(commits: dict[str, list[str]]) -> str:
+    """The commits that made a run; which stages each made, where there are several."""
+    if len(commits) < 2:
+        return "".join(f"code {commit}" for commit in commits)
+    return "code " + "; ".join(f"{commit} ({', '.join(stages)})" for commit, stages in commits.items())
 
 
 def _opening(run: RunFolder, report: Report) -> Iterator[Block]:

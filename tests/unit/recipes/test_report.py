@@ -68,6 +68,31 @@ def test_a_finished_run(finished: Path) -> None:
     assert content["backend"] == "cpu"
 
 
+def test_models_and_samples_of_controls_come_from_their_own_stages(finished: Path) -> None:
+    page, content = build(finished)
+    assert list(content["models"]) == ["teacher", "pruned", "student", "ce"]
+    assert text_of(page).count("written by the control") == 3
+
+
+def test_every_commit_that_took_part_is_named(finished: Path) -> None:
+    assert "code 0123456789ab" in text_of(build(finished)[0])
+    manifest = report_runs.folder_of(finished, "distill") / MANIFEST
+    write_json(manifest, {**json.loads(manifest.read_text()), "git_commit": "ba9876543210-dirty"})
+    page, content = build(finished)
+    assert content["git_commits"]["ba9876543210-dirty"] == ["distill"]
+    assert "distill.ce" in content["git_commits"]["0123456789ab"]
+    assert "ba9876543210-dirty (distill)" in text_of(page)
+    assert "0123456789ab (demo_model, " in text_of(page)
+
+
+def test_costs_are_those_of_the_configs_price(tmp_path: Path) -> None:
+    _, content = build(report_runs.finished(tmp_path / "run", "benchmark.cost_per_hour=3.6"))
+    # 0.01 s a token at a thousandth a second.
+    assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] == pytest.approx(10.0)
+    _, content = build(report_runs.finished(tmp_path / "free"))
+    assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] is None
+
+
 def test_planned_against_actual(finished: Path) -> None:
     said = text_of(build(finished)[0])
     assert "student: parameters 3,279,616 3,279,616" in said

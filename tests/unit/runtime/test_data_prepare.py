@@ -209,6 +209,17 @@ def test_what_cannot_be_used_is_refused(
     assert not (tmp_path / "out" / "data.json").exists()
 
 
+def test_broken_lines_that_were_allowed_once_are_judged_again(model: Path, tmp_path: Path) -> None:
+    files = {
+        "train": [write_lines(tmp_path / "t.jsonl", {"text": "alpha"}, {"text": "beta"}, {"text": "gamma"}, "{oops")],
+        "validation": [write_lines(tmp_path / "v.jsonl", {"text": "alpha"})],
+    }
+    assert make(model, tmp_path / "out", files, max_bad_share=0.3).worst_bad_share == 0.25
+    assert make(model, tmp_path / "out", files, max_bad_share=0.25).worst_bad_share == 0.25
+    with pytest.raises(InputError, match=r"1 of 4 lines are broken.*max_bad_share=0.2.*t.jsonl, line 4"):
+        make(model, tmp_path / "out", files, max_bad_share=0.2)
+
+
 def test_faults_of_several_shards_are_told_together_and_what_is_whole_is_kept(model: Path, tmp_path: Path) -> None:
     good = {"text": "alpha beta"}
     files = [write_lines(tmp_path / f"{n}.jsonl", good, "{" if n in (1, 3) else good) for n in range(5)]
