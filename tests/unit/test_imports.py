@@ -17,7 +17,7 @@ from recipes.stages import STAGES
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("conf", "recipes", "convert", "launch")
 STAGE_MODULES = {stage.module for stage in STAGES}
-SHARED = ("recipes.stages", "recipes.artifact", "recipes.stage_log")
+SHARED = ("recipes.stages", "recipes.artifact", "recipes.input_digests", "recipes.stage_log")
 NO_TORCH = ("conf.", "launch.", *SHARED, "recipes.report", "recipes.runtime.reporting.")
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "transformer_engine", "lightning", "datasets"}
 UPSTREAM = {"nemo", "megatron", "modelopt", "transformer_engine", "lightning"}
