@@ -6,9 +6,22 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from conf.data_files import HUB, Packing, existing, key_of, on_hub, packing, sources, unreadable
+from conf.data_files import (
+    HUB,
+    Packing,
+    distinct,
+    document_files,
+    existing,
+    key_of,
+    on_hub,
+    packing,
+    sources,
+    unreadable,
+)
 from conf.schema import DataSource, DocumentFormat, RunConfig
 
 Rule = Callable[[RunConfig], Iterator[str]]
@@ -17,6 +30,7 @@ Rule = Callable[[RunConfig], Iterator[str]]
 RESERVED = ("validation", "tokenizer", "source_tokenizer")
 # Of the first record no more than this is read.
 HEAD_BYTES = 1 << 20
+VALIDATION = "data.validation"
 
 
 def which(cfg: RunConfig) -> Iterator[str]:
@@ -98,18 +112,44 @@ def missing(cfg: RunConfig) -> Iterator[str]:
 
 
 def readable(cfg: RunConfig) -> Iterator[str]:
-    """What the first bytes of local files tell: at most one fault of a source, as its files are alike."""
-    validation = DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)
-    for name, source in {**sources(cfg.data), "validation": validation}.items():
-        key = f"data.{name}" if cfg.data.sources is None or name == "validation" else f"data.sources.{name}.files"
-        files = [path for pattern in source.files if not on_hub(pattern) for path in _files(pattern)]
-        faults = (fault for path in files for fault in [_fault(path, source)] if fault is not None)
-        fault = next(faults, None)
+    """Report what local files reveal before they are read: at most one fault per source, as its files are alike."""
+    for key, source in _sources(cfg).items():
+        fault = next(filter(None, (_fault(path, source) for path in _files(source))), None)
         if fault is not None:
             yield f"{key} names {fault}"
 
 
-RULES_OF_FILES: tuple[Rule, ...] = (missing, readable)
+def leaks(cfg: RunConfig) -> Iterator[str]:
+    """A file of validation documents must not be trained on, by whatever pattern or link it is named."""
+    known = _sources(cfg)
+    validation = _files(known.pop(VALIDATION))
+    for key, source in known.items():
+        trained = _files(source)
+        shared = len(distinct(trained)) + len(distinct(validation)) - len(distinct([*trained, *validation]))
+        # What both name by the same pattern is reported from the config alone.
+        if shared and not set(source.files) & set(cfg.data.validation or ()):
+            yield (
+                f"{key} names {shared} of the files that {VALIDATION} names; name them in one of the two, or set "
+                f"{VALIDATION}=null to hold out some of the documents"
+            )
+
+
+RULES_OF_FILES: tuple[Rule, ...] = (missing, readable, leaks)
+
+
+def _sources(cfg: RunConfig) -> dict[str, DataSource]:
+    """The training sources and validation, by the key that names their files."""
+    of_training = {
+        "data.train" if cfg.data.sources is None else f"data.sources.{name}.files": source
+        for name, source in sources(cfg.data).items()
+    }
+    return {**of_training, VALIDATION: DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)}
+
+
+def _files(source: DataSource) -> list[str]:
+    """The local files that a source names; a folder itself if nothing in it can hold documents."""
+    paths = [path for pattern in source.files if not on_hub(pattern) for path in existing(pattern)]
+    return [file for path in paths for file in document_files([path]) or [path]]
 
 
 def _fault(path: str, source: DataSource) -> str | None:
@@ -118,40 +158,29 @@ def _fault(path: str, source: DataSource) -> str | None:
     reason = unreadable(path)
     if reason is not None:
         return f"{path}, which {reason}"
-    fields = _first_fields(path)
-    if fields is not None and key_of(source) not in fields:
-        return (
-            f"{path}, whose first record has no field {key_of(source)!r}, only {', '.join(sorted(fields))}; set "
-            "data.text_key, or the source's key"
-        )
-    return None
+    record, key = _first_record(path), key_of(source)
+    if record is None or key in record:
+        return None
+    parents = [name for name, value in record.items() if isinstance(value, dict) and key in value]
+    nested = f" ({parents[0]!r} holds one, but it must be at the top level: rewrite the file)" if parents else ""
+    return (
+        f"{path}, whose first record has no field {key!r}, only {', '.join(sorted(record))}{nested}; set "
+        "data.text_key, or the source's key"
+    )
 
 
-def _files(pattern: str) -> Iterator[str]:
-    """The files that a pattern names; a folder itself where none in it could hold documents."""
-    for path in existing(pattern):
-        if not os.path.isdir(path):
-            yield path
-            continue
-        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in sorted(names)]
-        yield from [file for file in inside if packing(file) is not None] or [path]
-
-
-def _first_fields(path: str) -> set[str] | None:
-    """The fields of the first record, where the standard library can tell; a broken record is counted later."""
+def _first_record(path: str) -> dict[str, Any] | None:
+    """The first record, where the standard library can tell; a broken record is counted later."""
     kind = packing(path)
     if kind not in (Packing.plain, Packing.gz):
         return None
     try:
         with gzip.open(path, "rb") if kind is Packing.gz else open(path, "rb") as file:
             record = json.loads(file.readline(HEAD_BYTES))
-    except (OSError, EOFError, ValueError, RecursionError):
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
         return None
-    return set(record) if isinstance(record, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def _patterns(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    for name, source in sources(cfg.data).items():
-        key = "data.train" if cfg.data.sources is None else f"data.sources.{name}.files"
-        yield from ((key, pattern) for pattern in source.files)
-    yield from (("data.validation", pattern) for pattern in cfg.data.validation or ())
+    yield from ((key, pattern) for key, source in _sources(cfg).items() for pattern in source.files)

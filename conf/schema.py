@@ -349,9 +349,10 @@ class DataConfig:
     train: list[str] | None = None
     # Several sources by name, instead of `train`.
     sources: dict[str, DataSource] | None = None
-    # As `train`; null: every `holdout_every`-th document of the sources, chosen by a hash of its text.
+    # As `train`; null: one in `holdout_every` documents of the sources, chosen by a hash of its text.
     validation: list[str] | None = None
-    holdout_every: int = 1000
+    # Null: 10, 100, 1000 or 10,000, the largest of them that holds out 1 MB of the sources' files, or else 10.
+    holdout_every: int | None = None
     # Of `train` and `validation`; a source of `sources` says its own.
     format: DocumentFormat = DocumentFormat.text
     text_key: str = "text"

@@ -13,7 +13,7 @@ from typing import Any
 from conf.load import save_resolved
 from conf.schema import RunConfig
 from launch.environment import ROOT
-from recipes.artifact import LAUNCHES, PLAN, RESOLVED, write_json
+from recipes.artifact import LAUNCHES, PLAN, RESOLVED, remember_inputs, write_json
 
 SECONDS_FOR_A_REPORT = 120.0
 
@@ -23,6 +23,7 @@ def keep(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
     run_dir = Path(cfg.run_dir)
     save_resolved(cfg, run_dir / RESOLVED)
     write_json(run_dir / PLAN, plan)
+    remember_inputs(run_dir)
     with (run_dir / LAUNCHES).open("a") as file:
         file.write(json.dumps({"time": time.time(), "command": command}) + "\n")
 

@@ -18,16 +18,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conf.data_files import existing, on_hub
+from conf.data_files import distinct, document_files, existing, files_below, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
 from conf.schema import RunConfig
+from recipes import input_digests
 from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
 from recipes.stages import STAGES, Output, Source, Stage
 
@@ -50,11 +52,6 @@ _MANIFEST_TYPES: dict[str, Any] = {
 }
 # What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
-# A larger file is known by its size, its ends and samples between them: reading 16 GB of weights at every start
-# would cost more than the start.
-WHOLE_FILE_BYTES = 4 << 20
-SAMPLE_BYTES = 64 << 10
-SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -106,10 +103,12 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
         stages: the table, of which the run takes those that `cfg` wants.
 
     Raises:
-        ConfigError: files of the user's that are missing, all of them in one message.
+        ConfigError: files of the user's that are missing or cannot be read, all of them in one message.
     """
     located: dict[str, Located] = {}
     faults: dict[str, str] = {}
+    run_dir = Path(cfg.run_dir)
+    input_digests.recall(run_dir)
     for stage in [stage for stage in stages if stage.wanted(cfg)]:
         stage_cfg = stage.configure(cfg)
         inputs: dict[str, Any] = {}
@@ -117,9 +116,10 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
         for name, source in stage.inputs(stage_cfg).items():
             try:
                 inputs[name], hashes[name] = _resolve(source, located)
-            except FileNotFoundError as fault:
-                # Once, though several stages may read it.
-                faults.setdefault(str(fault), f"stage {stage.name}, input {name}: {fault}")
+            except (FileNotFoundError, ConfigError) as error:
+                for fault in error.faults if isinstance(error, ConfigError) else [str(error)]:
+                    # Once, though several stages may read it.
+                    faults.setdefault(fault, f"stage {stage.name}, input {name}: {fault}")
         config_hash = _hash(
             {
                 "stage": stage.name.split(".")[0],
@@ -131,8 +131,9 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
                 "versions": libraries(stage_cfg, stage.libraries(stage_cfg)),
             }
         )
-        folder = Path(cfg.run_dir) / (stage.folder or f"{stage.name}-{config_hash[:8]}")
+        folder = run_dir / (stage.folder or f"{stage.name}-{config_hash[:8]}")
         located[stage.name] = Located(stage, stage_cfg, folder, config_hash, inputs, hashes)
+    remember_inputs(run_dir)
     if faults:
         raise ConfigError(list(faults.values()))
     return located
@@ -151,37 +152,47 @@ def _resolve(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
         found += matches or [pattern]
     if len(found) == 1 and not os.path.exists(found[0]):
         return found[0], _hash(["hub", found[0], source.revision])
-    digests = [_hash(["hub", path]) if on_hub(path) else fingerprint(Path(path)) for path in found]
+    # What is named twice is read once.
+    paths = distinct(found)
+    local = iter(fingerprints([Path(path) for path in paths if not on_hub(path)], source.documents))
+    identities = [_hash(["hub", path]) if on_hub(path) else next(local) for path in paths]
     if len(source.paths) == 1 and found == [os.path.expanduser(source.paths[0])]:
-        return Path(found[0]), digests[0]
-    return tuple(path if on_hub(path) else Path(path) for path in found), _hash(digests)
+        return Path(found[0]), identities[0]
+    return tuple(path if on_hub(path) else Path(path) for path in found), _hash(identities)
 
 
-def fingerprint(path: Path) -> str:
-    """Identity of a file or folder by content: names and sizes of all, small files whole, large ones by samples.
+def fingerprints(paths: Sequence[Path], documents: bool = False) -> list[str]:
+    """Identities of files and folders: the content of a file; the names and contents of a folder's files.
+
+    Args:
+        documents: whether of a folder only the files of documents count.
 
     Raises:
-        FileNotFoundError: there is nothing at that path.
+        ConfigError: a file that cannot be read.
+        FileNotFoundError: there is nothing at a path.
     """
+    groups = [_files_that_count(path, documents) for path in paths]
+    known = iter(input_digests.digests([file for group in groups for file in group]))
+    return [
+        _hash([[str(file.relative_to(path)), next(known)] for file in group]) if path.is_dir() else next(known)
+        for path, group in zip(paths, groups, strict=True)
+    ]
+
+
+def _files_that_count(path: Path, documents: bool) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
-    if path.is_file():
-        return _file_digest(path, path.stat().st_size, path.stat().st_mtime_ns)
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
-    return _hash([[str(entry.relative_to(path)), fingerprint(entry)] for entry in files])
+    if not path.is_dir():
+        return [path]
+    return list(map(Path, document_files([str(path)]) if documents else files_below(str(path))))
 
 
-@cache
-def _file_digest(path: Path, size: int, _mtime_ns: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= WHOLE_FILE_BYTES:
-            digest.update(file.read())
-        else:
-            for sample in range(SAMPLES):
-                file.seek((size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def remember_inputs(run_dir: Path) -> None:
+    """Keeps the digests of the user's files in a run's folder, so that its stages need not read them again."""
+    content = input_digests.to_remember(run_dir)
+    if content is not None and run_dir.is_dir():
+        with suppress(OSError):
+            write_json(run_dir / input_digests.REMEMBERED, content)
 
 
 def identity_view(value: Any) -> Any:

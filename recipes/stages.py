@@ -29,11 +29,16 @@ class Output:
 
 @dataclass(frozen=True)
 class External:
-    """Something of the user's: files or folders (globs allowed), or, where `hub`, a Hub id with its revision."""
+    """Something of the user's: files or folders (globs allowed), or, where `hub`, a Hub id with its revision.
+
+    Attributes:
+        documents: whether of a folder only the files of documents are read.
+    """
 
     paths: tuple[str, ...]
     revision: str | None = None
     hub: bool = False
+    documents: bool = False
 
 
 Source = Output | External
@@ -149,9 +154,11 @@ def _documents(cfg: RunConfig) -> dict[str, Source]:
             "train": Output("demo_model", "corpus/train.jsonl"),
             "validation": Output("demo_model", "corpus/validation.jsonl"),
         }
-    documents: dict[str, Source] = {name: External(tuple(source.files)) for name, source in sources(cfg.data).items()}
+    documents: dict[str, Source] = {
+        name: External(tuple(source.files), documents=True) for name, source in sources(cfg.data).items()
+    }
     if cfg.data.validation is not None:
-        documents["validation"] = External(tuple(cfg.data.validation))
+        documents["validation"] = External(tuple(cfg.data.validation), documents=True)
     if any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values()):
         documents["source_tokenizer"] = External((cfg.data.source_tokenizer,), hub=True)
     return documents

@@ -228,7 +228,7 @@ def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     data, tokenizer = DataConfig(shard_bytes=file.stat().st_size // 4 + 1), read_tokenizer(folder / "tokenizer")
     shards = make_plan(data, {"train": [str(file)]}, tokenizer, None, 1)
     assert len(shards) == 4
-    work.start_worker(work.Settings(data, 1, tokenizer, None, holds_out=False))
+    work.start_worker(work.Settings(data, 1, tokenizer, None, holdout_every=0))
     own, tokens = TokenizersEncoder(tokenizer), 0
     with tempfile.TemporaryDirectory(dir=folder) as out:
         for number, shard in enumerate(shards):

@@ -17,7 +17,9 @@ from recipes.stages import STAGES
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("conf", "recipes", "convert", "launch")
 STAGE_MODULES = {stage.module for stage in STAGES}
-SHARED = tuple(f"recipes.{name}" for name in ("stages", "artifact", "outputs", "integrity", "lock", "stage_log"))
+SHARED = tuple(
+    f"recipes.{name}" for name in ("stages", "artifact", "input_digests", "outputs", "integrity", "lock", "stage_log")
+)
 NO_TORCH = ("conf.", "launch.", *SHARED, "recipes.report", "recipes.runtime.reporting.")
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "transformer_engine", "lightning", "datasets"}
 UPSTREAM = {"nemo", "megatron", "modelopt", "transformer_engine", "lightning"}

@@ -21,7 +21,7 @@ from conf.errors import InputError
 from conf.schema import DataConfig
 from recipes.artifact import write_json
 from recipes.runtime.data.documents import rank_of
-from recipes.runtime.data.plan import VALIDATION, Shard
+from recipes.runtime.data.plan import VALIDATION, Shard, holdout_every
 from recipes.runtime.data.readers import Lines
 from recipes.runtime.data.shards import (
     SPLITS,
@@ -85,14 +85,17 @@ def _check(data: DataConfig, plan: Sequence[Shard], manifests: dict[int, Any], l
     files = sorted({piece.path for shard in plan for piece in shard.pieces})
     documents = {split: sum(manifest[split]["documents"] for manifest in manifests.values()) for split in SPLITS}
     if not documents["train"]:
+        first = f" (the first: {lines.first_bad})" if lines.first_bad else ""
         raise InputError(
             f"no training documents in {', '.join(files[:3])}: {lines.lines} lines, {lines.empty} of them empty,"
-            f" {lines.bad} broken{f' (the first: {lines.first_bad})' if lines.first_bad else ''}"
+            f" {documents['validation']} held out, {lines.bad} broken{first}"
         )
     if not documents["validation"]:
+        smaller = max(2, documents["train"] // 20)
         raise InputError(
             f"no validation documents: none of {documents['train']} was held out with"
-            f" data.holdout_every={data.holdout_every}; set it lower, or name files in data.validation"
+            f" data.holdout_every={holdout_every(data, plan)}; set data.holdout_every={smaller}, or name files in"
+            " data.validation"
         )
 
 

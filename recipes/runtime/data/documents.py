@@ -91,7 +91,8 @@ def documents(
             record = parse(value)
             if key not in record:
                 raise ValueError(f"no field {key!r}")
-            text, learned = render(record[key])
+            # Null is how several writers store a document without text.
+            text, learned = ("", None) if record[key] is None else render(record[key])
             utf8 = text.encode()
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
@@ -132,6 +133,11 @@ def renderer(
 
 
 def _text(value: Any) -> tuple[str, None]:
+    if isinstance(value, bytes):  # from Parquet, where text is also stored as BINARY
+        try:
+            return value.decode(), None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the document is not UTF-8 ({error})") from None
     if not isinstance(value, str):
         raise ValueError(f"the document is {_kind(value)}, not a text")
     return value, None
@@ -223,4 +229,4 @@ def learned_tokens(spans: tuple[tuple[int, int], ...], offsets: np.ndarray) -> n
 
 
 def _kind(value: Any) -> str:
-    return "null" if value is None else f"of type {type(value).__name__}"
+    return f"of type {type(value).__name__}"

@@ -25,7 +25,7 @@ from recipes.artifact import STATE, STOP, write_json
 from recipes.runtime.data.declare import declare
 from recipes.runtime.data.encoder import TokenizersEncoder, choose
 from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.data.plan import VALIDATION, Shard, described, make_plan
+from recipes.runtime.data.plan import VALIDATION, Shard, described, holdout_every, make_plan
 from recipes.runtime.data.readers import Lines
 from recipes.runtime.data.shards import publish, read_manifest
 from recipes.runtime.data.tokenizer import read_tokenizer
@@ -69,7 +69,10 @@ def prepare(
     _agree(out / "plan.json", described(plan))
     encoder, reason = choose(tokenizer)
     log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
-    settings = Settings(data, seed, tokenizer, other, holds_out=VALIDATION not in files)
+    every = 0 if VALIDATION in files else holdout_every(data, plan)
+    if every:
+        log.info("one in %d documents is held out (data.holdout_every)", every)
+    settings = Settings(data, seed, tokenizer, other, every)
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.beating():
         _Crew(plan, out, worklist, settings, encoder).work()

@@ -13,9 +13,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -34,7 +33,7 @@ class Lines:
     """What a reader saw. `first_bad` names the first broken line: file, line, reason.
 
     Attributes:
-        empty: blank lines and documents without text.
+        empty: blank lines and documents without text, null ones among them.
         left_out: by the source's `sample`.
     """
 
@@ -79,7 +78,7 @@ class Source:
             self._piece, self._kind = piece, packing(piece.path)
             try:
                 yield from self._rows(piece) if self._kind is Packing.parquet else self._lines(piece, self._kind)
-            except (OSError, EOFError, zlib.error, ValueError) as error:
+            except _signs_of_damage(self._kind) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk's or the network's trouble, not the file's
                 raise InputError(
@@ -88,10 +87,12 @@ class Source:
                 ) from error
 
     def where(self) -> str:
-        """Where the record is that was given last. Of a piece within a file the line's number is not known."""
+        """Where the record is that was yielded last. Within a piece of a text file the line's number is not known."""
         if self._kind is Packing.parquet:
-            return self._piece.path
-        return f"{self._piece.path}, {f'byte {self._byte}' if self._piece.start else f'line {self._number}'}"
+            place = f"row {self._number}" + (f" from row group {self._piece.start} on" if self._piece.start else "")
+        else:
+            place = f"byte {self._byte}" if self._piece.start else f"line {self._number}"
+        return f"{self._piece.path}, {place}"
 
     def _lines(self, piece: Piece, kind: Packing | None) -> Iterator[bytes | None]:
         with _opened(piece, kind) as file:
@@ -119,23 +120,52 @@ class Source:
             with pyarrow.parquet.ParquetFile(piece.path) as file:
                 columns = [name for name in self.columns if name in file.schema_arrow.names]
                 groups = list(range(piece.start, piece.end))
+                self._number = 0
                 for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
-                    yield from batch.to_pylist()
+                    for row in _undecoded(batch, self.columns[0]).to_pylist():
+                        self._number += 1
+                        yield row
         except pyarrow.ArrowException as error:
             raise ValueError(" ".join(str(error).split())) from error
 
 
-def _opened(piece: Piece, kind: Packing | None) -> Any:
-    if kind is Packing.plain:
-        return open(piece.path, "rb", buffering=BUFFER_BYTES)
-    if os.path.getsize(piece.path) == 0:
-        raise EOFError("it is empty")
-    if kind is Packing.gz:
-        return gzip.open(piece.path, "rb")
+def _undecoded(batch: Any, name: str) -> Any:
+    """A record batch with a column of strings as bytes, so that one invalid string costs one row, not the file."""
     import pyarrow
 
-    # Reads frames that follow each other, and says where one is cut short.
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(piece.path), "zstd"), BUFFER_BYTES)
+    if name not in batch.schema.names:
+        return batch
+    column = batch.column(name)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    types = pyarrow.types
+    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
+        column = column.cast(pyarrow.large_binary())
+    return batch.set_column(batch.schema.get_field_index(name), name, column)
+
+
+def _opened(piece: Piece, kind: Packing | None) -> Any:
+    # Of 0 bytes (Spark writes such parts), a compressed file is as empty as a plain one.
+    if kind is Packing.plain or os.path.getsize(piece.path) == 0:
+        return open(piece.path, "rb", buffering=BUFFER_BYTES)
+    if kind is Packing.gz:
+        return gzip.open(piece.path, "rb")
+    from backports import zstd
+
+    # Reads all frames, also skippable ones, and raises where one is cut short. By default it refuses windows above
+    # 128 MiB; 2 GiB is what `zstd --long=31` makes, and the format's limit in practice (ZSTD_WINDOWLOG_MAX).
+    options = {zstd.DecompressionParameter.window_log_max: 31}
+    return io.BufferedReader(zstd.ZstdFile(piece.path, options=options), BUFFER_BYTES)
+
+
+def _signs_of_damage(kind: Packing | None) -> tuple[type[Exception], ...]:
+    """The exceptions that a damaged file raises."""
+    signs = (OSError, EOFError, zlib.error, ValueError)
+    if kind is not Packing.zst:
+        return signs
+    from backports import zstd
+
+    return (*signs, zstd.ZstdError)
 
 
 def _skip_line(file: Any) -> int:
@@ -211,12 +241,3 @@ def parquet_metadata(path: str) -> Any:
             f"{path} is no whole parquet file ({' '.join(str(error).split())}); get it again, or take it out of the"
             " data section"
         ) from error
-
-
-def files_of(patterns: Sequence[str | Path]) -> list[str]:
-    """Files by their names; folders give the documents' files in them, in order of name."""
-    found: list[str] = []
-    for path in map(Path, patterns):
-        inside = sorted(str(file) for file in path.rglob("*") if file.is_file() and packing(str(file)) is not None)
-        found += inside if path.is_dir() else [str(path)]
-    return found

@@ -33,14 +33,14 @@ class Settings:
     """What every shard is made with.
 
     Attributes:
-        holds_out: whether validation is taken from the sources.
+        holdout_every: one in so many documents of the sources is held out; 0: none.
     """
 
     data: DataConfig
     seed: int
     tokenizer: TokenizerSpec
     source_tokenizer: TokenizerSpec | None
-    holds_out: bool
+    holdout_every: int
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,7 @@ def _encoded(
     found: Iterator[docs.Document], shard: Shard, encoder: Encoder, samples: list[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[docs.Document, str, np.ndarray, np.ndarray | None]]:
     """Documents with their split, ids and, of chat, the mask of what is learned; adds to `samples` on the way."""
-    data, since_sample = _settings.data, SAMPLE_EVERY
-    every = data.holdout_every if _settings.holds_out else 0
+    since_sample, every = SAMPLE_EVERY, _settings.holdout_every
     for document in found:
         text = document.text
         split = "validation" if every and docs.held_out(document.key, every) else shard.split

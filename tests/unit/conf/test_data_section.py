@@ -86,11 +86,17 @@ def test_what_is_placement_and_what_is_identity(tmp_path: Path) -> None:
     ("name", "content", "parts"),
     [
         ("a.txt", b"text", ["a.txt, which is of no known kind", ".jsonl.zst"]),
-        ("a.jsonl.gz", b'{"text": "a"}', ["a.jsonl.gz, which is no gz file, whatever its name says"]),
-        ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst, which is no zst file"]),
-        ("a.parquet", b'{"text": "a"}', ["a.parquet, which is no parquet file"]),
+        ("a.jsonl.gz", b'{"text": "a"}', ["a.jsonl.gz, which is not a gz file, whatever its name says"]),
+        ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst, which is not a zst file"]),
+        ("a.parquet", b'{"text": "a"}', ["a.parquet, which is not a parquet file"]),
         ("a.jsonl", b'{"content": "a", "id": 1}\n', ["whose first record has no field 'text', only content, id"]),
         ("b.jsonl.gz", gzip.compress(b'{"txt": "a"}\n', mtime=0), ["whose first record has no field 'text', only txt"]),
+        (
+            "a.jsonl",
+            b'{"content": {"text": "a"}, "id": 1}\n',
+            ["no field 'text', only content, id", "'content' holds one, but it must be at the top level"],
+        ),
+        ("a.jsonl", b'[{"text": "a"}]', ["a.jsonl, which holds a JSON array", "jq -c"]),
         ("folder/readme.md", b"", ["a folder without documents"]),
     ],
 )

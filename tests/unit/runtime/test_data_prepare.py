@@ -22,7 +22,7 @@ from recipes.runtime.data.check import check_folder, document_text
 from recipes.runtime.data.documents import document_key, held_out
 from recipes.runtime.data.encoder import TokenizersEncoder
 from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.data.plan import local_files, make_plan
+from recipes.runtime.data.plan import VALIDATION, Shard, holdout_every, local_files, make_plan
 from recipes.runtime.data.prepare import prepare
 from recipes.runtime.data.shards import read_manifest
 from recipes.runtime.data.tokenizer import TokenizerSpec, read_tokenizer
@@ -261,6 +261,38 @@ def test_files_of_the_hub_are_those_of_its_cache(tmp_path: Path, monkeypatch: py
         local_files(("hf://datasets/lab/other/*",))
 
 
+def test_a_file_named_twice_is_read_once_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = write_lines(tmp_path / "a.jsonl", {"text": "a"}), write_lines(tmp_path / "b.jsonl", {"text": "b"})
+    (tmp_path / "c.jsonl").write_bytes(b"")
+    (tmp_path / "linked").symlink_to(tmp_path)
+    assert local_files((tmp_path, Path(one), tmp_path / "linked" / "b.jsonl")) == [one, two, str(tmp_path / "c.jsonl")]
+    assert "2 files are named twice" in caplog.text
+    assert "1 files hold 0 bytes" in caplog.text
+    caplog.clear()
+    assert local_files((Path(one), Path(two))) == [one, two]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "sample", "every"),
+    [(0.1, 1.0, 10), (99, 1.0, 10), (100, 1.0, 100), (400_000, 1.0, 10_000), (4_000, 1.0, 1000), (4_000, 0.2, 100)],
+)
+def test_a_small_corpus_holds_out_a_larger_share(megabytes: float, sample: float, every: int) -> None:
+    sizes = {"train": round(megabytes * 5e5), VALIDATION: 10**12}
+    plan = [
+        Shard(number, split, split, DocumentFormat.text, "text", sample, (), sizes[split], "")
+        for number, split in enumerate(("train", VALIDATION, "train"))
+    ]
+    assert holdout_every(DataConfig(), plan) == every
+    assert holdout_every(DataConfig(holdout_every=7), plan) == 7
+
+
+def test_without_a_share_that_is_named_a_small_corpus_is_validated(model: Path, tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in sentences(400)))
+    folder = make(model, tmp_path / "out", {"train": [train]})
+    assert 16 < folder.validation_documents < 64  # 40 expected; 4 standard deviations are 24
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """What a prepared folder holds, besides how the work went."""
     left_out = ("claims", "metrics.jsonl")
@@ -328,7 +360,7 @@ def test_a_worker_gives_samples_of_what_fastokens_encoded(
     path = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in texts))
     data = DataConfig(train=[path])
     (shard,) = make_plan(data, {"train": [path]}, specs["bytes"], None, 1)
-    settings = work.Settings(data, 1, specs["bytes"], None, holds_out=False)
+    settings = work.Settings(data, 1, specs["bytes"], None, holdout_every=0)
     monkeypatch.setattr(work, "_settings", settings, raising=False)
     monkeypatch.setattr(work, "SAMPLE_EVERY", 11)
     monkeypatch.setattr(work, "SAMPLE_CHARACTERS", 15)
