@@ -50,6 +50,25 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     return model.shape, faults + _shape_faults(model.shape, found, path)
 
 
+def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The family that a model's `config.json` names, and the faults where it names none that is known."""
+    known = ", ".join(family.value for family in Family)
+    path = _config_json(hf_path, revision)
+    if path is None:
+        return None, [
+            f"model.family is not set, and model.hf_path={hf_path} has no config.json here to read it from; set "
+            f"model.hf_path to a local folder, download the model first, or set model.family to one of {known}"
+        ]
+    try:
+        found = json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        return None, [f"{path} does not describe a model ({reason}); set model.hf_path to a complete folder"]
+    if found not in {family.value for family in Family}:
+        return None, [f"{path} says model_type {found}; models of the families {known} can be pruned and distilled"]
+    return found, []
+
+
 # What transformers takes for what a `config.json` leaves out, by `model_type`
 # (transformers/models/*/configuration_*.py).
 _DEFAULTS: dict[str, dict[str, Any]] = {

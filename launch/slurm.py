@@ -17,6 +17,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
+from conf.slurm_rules import warnings
 from launch import lock, partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
@@ -66,6 +67,8 @@ def run(
     jobs = needed(cfg, located)
     plan = make(cfg)
     refuse_impossible(plan, [job.name for job in jobs])
+    for warning in warnings(cfg) if jobs else []:
+        print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
         print("\n".join(shown(jobs)))
         for fault in unshared(cfg):

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +25,7 @@ from typing import Any
 from conf.data_files import existing, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
+from conf.load import write_atomically
 from conf.schema import RunConfig
 from recipes.stages import STAGES, Output, Source, Stage
 
@@ -277,18 +277,7 @@ def write_json(path: Path, value: Any) -> None:
     Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_finite(value), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 @cache
