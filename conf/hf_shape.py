@@ -56,8 +56,9 @@ def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[st
     path = _config_json(hf_path, revision)
     if path is None:
         return None, [
-            f"model.family is not set, and model.hf_path={hf_path} has no config.json here to read it from; set "
-            f"model.hf_path to a local folder, download the model first, or set model.family to one of {known}"
+            f"model.family is not set, and there is no config.json to read it from (model.hf_path={hf_path} is no "
+            "folder here and not in the local Hub cache); set model.hf_path to a local folder, download the model "
+            f"first, or set model.family to one of {known}"
         ]
     try:
         found = json.loads(path.read_text())["model_type"]

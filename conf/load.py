@@ -77,7 +77,8 @@ def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
         raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); start launch.run again") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__} instead of keys and values; start launch.run again")
-    return _typed(tree, [])
+    # It was checked when it was composed; one that is older is still reported on.
+    return _typed(tree, [], refuse_credentials=False)
 
 
 def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -129,10 +130,10 @@ def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
         return UNRESOLVED
 
 
-def _typed(tree: Any, faults: list[str], check_files: bool = False) -> RunConfig:
+def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
     """The config that a plain tree describes; `faults` are those found before."""
     faults = faults + _fill_in_family(tree)
-    reader = Reader(RunConfig)
+    reader = Reader(RunConfig, refuse_credentials)
     cfg = reader.group(RunConfig, tree)
     faults = faults + reader.faults
     unreadable = set(reader.unreadable)
@@ -154,8 +155,11 @@ def _fill_in_family(tree: Any) -> list[str]:
     model = tree.get("model")
     if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
         return []
-    if not isinstance(model.get("hf_path"), str) or model["hf_path"] == MISSING:
+    if not isinstance(model.get("hf_path"), str):
         return []
-    family, faults = read_family(model["hf_path"], model.get("revision"))
+    # That the path is missing is a fault of its own.
+    family, faults = None, []
+    if model["hf_path"] != MISSING:
+        family, faults = read_family(model["hf_path"], model.get("revision"))
     model["family"] = UNRESOLVED if family is None else family
     return faults

@@ -39,9 +39,10 @@ class Reader:
         unreadable: dotted keys that have no usable value; what the built objects hold there means nothing.
     """
 
-    def __init__(self, root: type) -> None:
+    def __init__(self, root: type, refuse_credentials: bool = True) -> None:
         self.faults: list[str] = []
         self.unreadable: set[str] = set()
+        self._refuse_credentials = refuse_credentials
         self._known_keys = list(schema_keys(root))
 
     def group(self, cls: type[T], tree: Any, prefix: str = "") -> T:
@@ -134,7 +135,7 @@ class Reader:
         control = next((letter for letter in raw if unicodedata.category(letter) in _CONTROL), None)
         if control is not None:
             return self._fault(key, f"{key}={raw!r} contains the control character {control!r}; remove it from {key}")
-        credential = find_credential(key, raw)
+        credential = find_credential(key, raw) if self._refuse_credentials else None
         if credential is not None:
             return self._fault(
                 key,
