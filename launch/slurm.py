@@ -39,8 +39,9 @@ REFUSALS = (
     ("partition", "set cluster.slurm.partition to one that sinfo lists"),
     ("time limit", "set cluster.time_limit to what sinfo -o '%P %l' shows"),
     (
-        "[Nn]ode (configuration|count)|More processors|GRES|gres",
-        "set cluster.nodes, cluster.devices_per_node, cluster.slurm.gpu_request to what sinfo -o '%P %D %c %G' shows",
+        "[Nn]ode (configuration|count)|More processors|GRES|gres|[Mm]emory",
+        "set cluster.nodes, cluster.devices_per_node and, of cluster.slurm, gpu_request, gpu_type, cpus_per_gpu, mem "
+        "to what sinfo -o '%P %D %c %m %G' shows",
     ),
     ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
     ("option", "mend cluster.slurm.sbatch"),
