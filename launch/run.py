@@ -67,7 +67,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     """
     # Before the rest, as the help lists the folder's files too.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config-dir", "-cd")
+    first.add_argument("--config-dir")
     args = _parser(first.parse_known_args(words)[0].config_dir).parse_intermixed_args(words)
     args.command = redact(shlex.join(["python", "-m", "launch.run", *words]))
     # Said like a setting, but none of the run's.
@@ -138,7 +138,6 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
     """Adds the option `--config-dir`, as Hydra has it."""
     parser.add_argument(
         "--config-dir",
-        "-cd",
         metavar="DIR",
         help="a folder with more files of the config groups, such as DIR/cluster/my_site.yaml for cluster=my_site",
     )
