@@ -245,8 +245,8 @@ def _link_targets(path: str) -> Iterator[str]:
         for _ in range(_MOST_LINKS):
             if not os.path.islink(file):
                 break
-            file = os.path.normpath(os.path.join(os.path.dirname(file), os.readlink(file)))
-            if os.path.commonpath([folder, file]) != folder:
+            file = os.path.normpath(os.path.join(os.path.realpath(os.path.dirname(file)), os.readlink(file)))
+            if os.path.lexists(file) and os.path.commonpath([folder, file]) != folder:
                 yield file
 
 
