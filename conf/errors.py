@@ -6,16 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from conf.credentials import redact
+
 
 class ConfigError(ValueError):
     """One or more faults in what the user asked for, reported together.
 
     Attributes:
-        faults: one sentence a fault, naming the value and what to set instead.
+        faults: one sentence per fault, naming the value and what to set instead; credentials are removed.
     """
 
     def __init__(self, faults: Sequence[str] | str) -> None:
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [redact(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
         count = len(self.faults)
         heading = "1 fault" if count == 1 else f"{count} faults"
         super().__init__("\n".join([f"{heading} in the configuration:", *(f"  - {fault}" for fault in self.faults)]))

@@ -34,7 +34,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     """
     if model.hf_path is None:
         return model.shape, []
-    folder = local_folder(model)
+    folder = local_folder(model.hf_path, model.revision)
     if folder is None:
         return model.shape, [] if model.shape is not None else [_nowhere(model.hf_path)]
     path = folder / "config.json"
@@ -53,6 +53,19 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     return model.shape, faults + _shape_faults(model.shape, found, path)
 
 
+def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The family that a model's `config.json` names, and the faults where it names none that is known."""
+    folder = local_folder(hf_path, revision)
+    if folder is None:
+        return None, [
+            f"model.family is not set, and there is no config.json to read it from (model.hf_path={hf_path} is no "
+            "folder here and not in the local Hub cache); set model.hf_path to a local folder, download the model "
+            f"first, or set model.family to one of {', '.join(family.value for family in Family)}"
+        ]
+    config, faults = examine(folder / "config.json")
+    return (None, faults) if config is None else (config["model_type"], [])
+
+
 def shape_from(config: HfConfig) -> Shape:
     """The shape that a normalized `config.json` describes."""
     terms = _TERMS | (_MOE_TERMS if config["model_type"] == Family.qwen3_moe.value else {})
@@ -65,14 +78,11 @@ def may_be_hub_id(hf_path: str) -> bool:
     return bool(owner and name) and "/" not in name and "*" not in hf_path and owner[0] not in ".~"
 
 
-def local_folder(model: ModelConfig) -> Path | None:
+def local_folder(hf_path: str, revision: str | None) -> Path | None:
     """The teacher's folder on this machine: its own, or one of the local Hub cache; None where there is neither.
 
     A folder of the Hub's cache may hold `config.json` alone: the rest is downloaded when it is needed.
     """
-    hf_path = model.hf_path
-    if hf_path is None:
-        return None
     path = os.path.expanduser(hf_path)
     if os.path.exists(path):  # pathlib raises for paths that no file system takes
         return Path(path)
@@ -83,7 +93,7 @@ def local_folder(model: ModelConfig) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        cached = try_to_load_from_cache(hf_path, "config.json", revision=model.revision)
+        cached = try_to_load_from_cache(hf_path, "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(cached).parent if isinstance(cached, str) else None

@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from conf.credentials import redact
 from conf.errors import ConfigError
-from conf.hf_shape import read_shape
+from conf.hf_shape import read_family, read_shape
 from conf.schema import RunConfig
 from conf.typed import UNRESOLVED, Reader, plain
 from conf.validate import missing_files, validate
 
 
-def compose(overrides: Sequence[str], check_files: bool = False) -> RunConfig:
+def compose(
+    overrides: Sequence[str], check_files: bool = False, config_dir: str | os.PathLike[str] | None = None
+) -> RunConfig:
     """The config of a run from `key=value` overrides, as on the command line.
 
     Args:
         overrides: Hydra overrides: groups (`experiment=demo`) and values (`distill.lr=1e-4`).
         check_files: also require that the user's local files and folders exist.
+        config_dir: a folder with more files of the config groups.
 
     Raises:
         ConfigError: all faults found: unknown keys, wrong types, missing values, contradictions.
     """
     # Workers read resolved.yaml and have no need of Hydra.
+    from conf.composition import compose_tree, require_model
+
+    require_model(overrides, config_dir)
+    faults: list[str] = []
+    return _typed(_resolve(compose_tree(overrides, config_dir), faults), faults, check_files)
+
+
+def show(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None) -> str:
+    """A config that has faults as YAML: what is set, the schema's defaults, and `???` where a value is missing.
+
+    Raises:
+        ConfigError: nothing can be composed from these overrides.
+    """
     from conf.composition import compose_tree
 
-    faults: list[str] = []
-    return _typed(_resolve(compose_tree(overrides), faults), faults, check_files)
+    tree = _resolve(compose_tree(overrides, config_dir), [])
+    return redact(str(yaml.safe_dump(_shown(tree, plain(RunConfig())), sort_keys=False)))
+
+
+def _shown(value: Any, default: Any) -> Any:
+    if value is UNRESOLVED:
+        return MISSING
+    if isinstance(value, dict):
+        known = default if isinstance(default, dict) else {}
+        names = [*known, *(name for name in value if name not in known)]
+        return {name: _shown(value[name], known.get(name)) if name in value else known[name] for name in names}
+    return [_shown(item, None) for item in value] if isinstance(value, list) else value
 
 
 def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
@@ -50,23 +77,28 @@ def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
         raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); start launch.run again") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__} instead of keys and values; start launch.run again")
-    return _typed(tree, [])
+    # It was checked when it was composed; one that is older is still reported on.
+    return _typed(tree, [], refuse_credentials=False)
 
 
 def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    write_atomically(target, to_yaml(cfg))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old content or the new. Its mode follows the umask."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(to_yaml(cfg))
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -98,9 +130,10 @@ def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
         return UNRESOLVED
 
 
-def _typed(tree: Any, faults: list[str], check_files: bool = False) -> RunConfig:
+def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
     """The config that a plain tree describes; `faults` are those found before."""
-    reader = Reader(RunConfig)
+    faults = faults + _fill_in_family(tree)
+    reader = Reader(RunConfig, refuse_credentials)
     cfg = reader.group(RunConfig, tree)
     faults = faults + reader.faults
     unreadable = set(reader.unreadable)
@@ -116,3 +149,18 @@ def _typed(tree: Any, faults: list[str], check_files: bool = False) -> RunConfig
     if faults:
         raise ConfigError(faults)
     return cfg
+
+
+def _fill_in_family(tree: Any) -> list[str]:
+    """Set a family that is missing to what the model's `config.json` says; the faults where it cannot be read."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
+        return []
+    if not isinstance(model.get("hf_path"), str):
+        return []
+    # That the path is missing is a fault of its own.
+    family, faults = None, []
+    if model["hf_path"] != MISSING:
+        family, faults = read_family(model["hf_path"], model.get("revision"))
+    model["family"] = UNRESOLVED if family is None else family
+    return faults

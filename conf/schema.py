@@ -672,6 +672,13 @@ class SlurmConfig:
     account: str | None = of_site("the account that pays, or null where the site has none")
     qos: str | None = None
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
+    # The type of GPU to ask for, as in --gpus-per-node=h100:8; null: any.
+    gpu_type: str | None = None
+    # CPU cores for each rank (--cpus-per-task, times the ranks on a node; data preparation asks for those of a whole
+    # node); null: the site's default, which may be a single core for all ranks.
+    cpus_per_gpu: int | None = None
+    # Memory of each node as sbatch's --mem takes it: 200G, or 0 for all; null: the site's default.
+    mem: str | None = None
     # Further lines for sbatch, such as --exclusive or --constraint=h100.
     sbatch: list[str] = field(default_factory=list)
     # Shell lines that go before the stage, such as `module load cuda`.

@@ -16,6 +16,13 @@ from conf.units import seconds_of_time_limit
 WARNING_MAY_BE_EARLY = 60
 # More of them, and the chain of jobs would be longer than most sites let one user queue.
 MOST_RESTARTS_WITHOUT_REQUEUE = 100
+# Where huggingface_hub, datasets and transformers keep and look for files, and whether they ask the Hub. Jobs and
+# containers take these from the shell that starts them.
+HUB_FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE")
+HUB_SETTINGS = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+# Linux follows no more links than this in one path.
+_MOST_LINKS = 40
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 _NAME = re.compile(r"[\w.,+@-]+")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 # A ":" parts a mount's source and target, "," one mount from the next (pyxis, --container-mounts).
@@ -58,6 +65,15 @@ def secrets(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"cluster.slurm.secrets names {bad[0].partition('=')[0]!r}, which is no name of an environment variable; "
             "give names only, such as HF_TOKEN: their values are taken from the environment of launch.run"
+        )
+
+
+def memory(cfg: RunConfig) -> Iterator[str]:
+    value = _slurm(cfg).mem
+    if value is not None and not _MEMORY.fullmatch(value):
+        yield (
+            f"cluster.slurm.mem={value!r} is not an amount of memory; set cluster.slurm.mem to one such as 200G, to 0 "
+            "for all of a node's, or to null for the site's default"
         )
 
 
@@ -113,7 +129,10 @@ def _with_slurm(rule: Rule) -> Rule:
 
 
 RULES: tuple[Rule, ...] = tuple(
-    map(_with_slurm, (time_limit, *map(_name, ("partition", "account", "qos")), secrets, lines, image, inside))
+    map(
+        _with_slurm,
+        (time_limit, *map(_name, ("partition", "account", "qos", "gpu_type")), secrets, memory, lines, image, inside),
+    )
 )
 
 
@@ -149,7 +168,7 @@ def unmounted_inputs(cfg: RunConfig) -> Iterator[str]:
     if _slurm(cfg).container_image is None:
         return
     mounts = list(filter(_is_mount, _slurm(cfg).container_mounts))
-    for key, path in input_files(cfg):
+    for key, path in (*input_files(cfg), *_hub_folders(cfg)):
         if not any(_holds(mount, path) for mount in mounts):
             folder = os.path.dirname(path)
             yield (
@@ -168,20 +187,67 @@ def _slurm(cfg: RunConfig) -> SlurmConfig:
     return cast(SlurmConfig, cfg.cluster.slurm)
 
 
+def warnings(cfg: RunConfig) -> list[str]:
+    """What jobs do not ask for and a site may give too little of by default."""
+    slurm = _slurm(cfg)
+    options = " ".join(slurm.sbatch)
+    faults = []
+    if slurm.cpus_per_gpu is None and not re.search(r"--exclusive|--cpus-per-|--cores-per-|(^| )-c", options):
+        faults.append(
+            "cluster.slurm.cpus_per_gpu=null: jobs do not ask for CPU cores, and where the site confines them all "
+            "ranks of a node may share one; set cluster.slurm.cpus_per_gpu to a node's cores divided by its GPUs "
+            "(sinfo -o '%c %G')"
+        )
+    if slurm.mem is None and "--mem" not in options:
+        faults.append(
+            "cluster.slurm.mem=null: jobs do not ask for memory, and the site's default may be too little; set "
+            "cluster.slurm.mem to one such as 200G, or to 0 for all of a node's"
+        )
+    return faults
+
+
+def _hub_folders(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """Folders of the Hub's caches that jobs are pointed to, for a model that has to be there."""
+    path = cfg.model.hf_path
+    if path is None or not may_be_hub_id(path) or os.path.exists(path):
+        return
+    for name in HUB_FOLDERS:
+        folder = absolute(os.environ.get(name) or os.devnull)
+        if os.path.isdir(folder):
+            yield name, os.path.join(folder, "")
+
+
 def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    """The user's files that a run reads, absolute, each folder of them once."""
+    """The user's files that a run reads, absolute, each folder of them once, and those that their links lead to."""
     path = cfg.model.hf_path
     if path is not None and not may_be_hub_id(path):
         yield "model.hf_path", absolute(path)
+        targets = {os.path.dirname(target): target for target in sorted(_link_targets(absolute(path)), reverse=True)}
+        yield from (("model.hf_path", target) for target in targets.values())
     patterns = {f"data.{key}": getattr(cfg.data, key) or [] for key in ("train", "validation")}
     patterns |= {f"data.sources.{name}.files": source.files for name, source in (cfg.data.sources or {}).items()}
     for key, names in patterns.items():
-        found = sorted(absolute(file) for name in names if not on_hub(name) for file in existing(name))
+        files = [absolute(file) for name in names if not on_hub(name) for file in existing(name)]
+        found = sorted({*files, *(target for file in files for target in _link_targets(file))})
         for path in {os.path.dirname(file): file for file in reversed(found)}.values():
             yield key, path
     # Its default is a Hub id; a folder is named outright.
     if os.path.exists(cfg.data.source_tokenizer):
         yield "data.source_tokenizer", absolute(cfg.data.source_tokenizer)
+
+
+def _link_targets(path: str) -> Iterator[str]:
+    """What a file's links, or those in a folder, lead to outside of it, link by link: in a snapshot of the Hub's cache
+    every file is a link to a blob beside it."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    files = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names] or [path]
+    for file in files:
+        for _ in range(_MOST_LINKS):
+            if not os.path.islink(file):
+                break
+            file = os.path.normpath(os.path.join(os.path.realpath(os.path.dirname(file)), os.readlink(file)))
+            if os.path.lexists(file) and os.path.commonpath([folder, file]) != folder:
+                yield file
 
 
 def absolute(path: str) -> str:

@@ -33,6 +33,9 @@ from conf.student import shape_to_prune, student_shape
 from conf.units import seconds_of_time_limit
 from conf.wording import any_of, around, divisors, too_long
 
+# Linux's limits of a file name and a path; below a run's folder there are up to 500 bytes more.
+LONGEST_FILE_NAME = 255
+LONGEST_RUN_DIR = 4096 - 500
 # Further students that the stage table knows.
 CONTROLS = ("ce", "scratch")
 
@@ -113,7 +116,7 @@ def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]
 _ABOVE_ZERO = (
     *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
     *("data.shard_bytes", "data.num_workers", "data.array_tasks", "data.stale_seconds"),
-    "cluster.slurm.warn_seconds",
+    *("cluster.slurm.warn_seconds", "cluster.slurm.cpus_per_gpu"),
     *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
     *("prune.num_moe_experts", "prune.moe_ffn_hidden_size"),
     *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
@@ -203,6 +206,19 @@ def _value(cfg: RunConfig, key: str, unreadable: Collection[str]) -> Any:
 
 
 # Contradictions.
+
+
+def _run_dir(cfg: RunConfig) -> Iterator[str]:
+    long = [part for part in cfg.run_dir.split("/") if len(os.fsencode(part)) > LONGEST_FILE_NAME]
+    if long:
+        yield (
+            f"run_dir holds the name {long[0][:20]}..., which is longer than the {LONGEST_FILE_NAME} bytes of a file "
+            "name; set run_dir, or the name that it is made of, to a shorter one"
+        )
+    if len(os.fsencode(os.path.abspath(cfg.run_dir))) > LONGEST_RUN_DIR:
+        yield f"run_dir is a path longer than {LONGEST_RUN_DIR} bytes; set run_dir to a shorter one"
+    if cfg.run_dir.startswith("-"):
+        yield f"run_dir={cfg.run_dir} would be read as an option by other commands; set run_dir=./{cfg.run_dir}"
 
 
 def _model(cfg: RunConfig) -> Iterator[str]:
@@ -521,11 +537,12 @@ def _missing_files(cfg: RunConfig) -> Iterator[str]:
 
 
 def _model_folder(cfg: RunConfig) -> Iterator[str]:
-    folder = local_folder(cfg.model)
-    if folder is None:
+    path = cfg.model.hf_path
+    folder = None if path is None else local_folder(path, cfg.model.revision)
+    if path is None or folder is None:
         return
     # A folder in the Hub's cache may still lack what the run will download.
-    complete = os.path.exists(_home(cast(str, cfg.model.hf_path)))
+    complete = os.path.exists(_home(path))
     yield from model_folder.faults(folder, complete=complete, allow_pickle=cfg.convert.allow_pickle)
 
 
@@ -555,6 +572,7 @@ def _common_divisors(shapes: list[tuple[str, Shape]], names: tuple[str, ...]) ->
 
 
 RULES: tuple[Rule, ...] = (
+    _run_dir,
     _model,
     _shape,
     *data_rules.RULES,

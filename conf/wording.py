@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from typing import Any
+
 from conf.schema import Shape
+
+# What neither bash nor Hydra's grammar treats specially, inside a word.
+_PLAIN_WORD = re.compile(r"[\w./@:+%-]+")
+_PLAIN_OVERRIDE = re.compile(r"[\w./@:+%=,\[\]-]+")
 
 
 def too_long(key: str, value: int, shape: Shape) -> str:
@@ -34,3 +42,29 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def override(key: str, value: Any) -> str:
+    """`KEY=VALUE` for a text, number or list, quoted so that it survives both bash and Hydra."""
+    word = f"{key}={in_hydra(value)}"
+    return word if _PLAIN_OVERRIDE.fullmatch(word) else shlex.quote(word)
+
+
+def in_hydra(value: Any, quote: bool = False) -> str:
+    """A value in Hydra's grammar, in which quotes and the backslashes before them are escaped; `quote`: always."""
+    if isinstance(value, list):
+        return f"[{','.join(map(in_hydra, value))}]"
+    if not isinstance(value, str):
+        return str(value)
+    if not quote and _PLAIN_WORD.fullmatch(value):
+        return value
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+    return f'"{escaped}"'
+
+
+def result_of_change(text: str) -> str | None:
+    """What a change such as `36->24` leads to, in words; None for any other text. A shell cuts `36->24` to `36-`."""
+    change = re.fullmatch(r"\d+\s*(?:-|->|>|→)\s*(\d*)", text)
+    if change is None:
+        return None
+    return change[1] or "the new value alone (a shell reads '>' as a redirection)"

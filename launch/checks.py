@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from conf.schema import RunConfig
+from conf.slurm_rules import HUB_FOLDERS
 from conf.units import GIB
 from launch import partition, torchrun
 from launch.environment import ROOT
@@ -229,11 +230,13 @@ def shared_memory(cfg: RunConfig | None, place: Path = Path("/dev/shm")) -> Iter
 
 def hub() -> Iterator[Finding]:
     """The Hugging Face cache and whether there is a token; the token itself is never read out."""
-    shown = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    home = Path(shown).expanduser()
-    place = next(path for path in (home, *home.parents) if path.exists())
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    name = next((name for name in HUB_FOLDERS[1:3] if os.environ.get(name)), "HF_HOME")
+    shown = os.environ.get(name, "~/.cache/huggingface")
+    cache = Path(shown).expanduser()
+    place = next(path for path in (cache, *cache.parents) if path.exists())
     if not os.access(place, os.W_OK):
-        yield Finding("Hub cache", State.warn, f"{shown} cannot be written", "set HF_HOME to a folder that can")
+        yield Finding("Hub cache", State.warn, f"{shown} cannot be written", f"set {name} to a folder that can")
     else:
         yield Finding("Hub cache", State.ok, f"{shown}, {shutil.disk_usage(place).free / GIB:.0f} GiB free")
     if "HF_TOKEN" in os.environ or (home / "token").exists():

@@ -18,14 +18,18 @@ from pathlib import Path
 from conf.errors import ConfigError
 from conf.load import compose
 from conf.schema import RunConfig
-from conf.slurm_rules import input_files
+from conf.slurm_rules import HUB_FOLDERS, HUB_SETTINGS, absolute, input_files
+from launch.run import read_arguments
 
 IMAGE = "nemo-prune-distill"
 # Where the image has this repository (see the Dockerfile).
 CODE = "/opt/nemo-prune-distill"
 CACHE = "/huggingface"
 # Given on by name where they are set, so that no value is seen in a list of processes.
-PASSED_ON = ("HF_TOKEN", "HF_HUB_OFFLINE", "WANDB_API_KEY", "CLIMBMIX_DIR")
+PASSED_ON = (
+    *("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *(*HUB_SETTINGS, "CLIMBMIX_DIR"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,23 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", nargs="+", metavar="key=value", help="arguments of launch.run")
     args = parser.parse_args(arguments)
     try:
-        cfg = compose([word for word in args.run if "=" in word and not word.startswith("-")], check_files=True)
+        run = read_arguments(args.run)
+        cfg = compose(run.overrides, check_files=True, config_dir=run.config_dir)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    words = command(cfg, args.run, args.image, args.gpus)
+    words = command(cfg, args.run, args.image, args.gpus, run.config_dir)
     if args.print:
         print(shlex.join(words))
         return 0
     if shutil.which("docker") is None:
         print("docker cannot be found; install it, or add --print to see the command", file=sys.stderr)
         return 2
-    for folder in (Path(cfg.run_dir), _cache()):
+    for folder in (Path(cfg.run_dir), _cache(), *map(Path, _cache_variables().values())):
         folder.mkdir(parents=True, exist_ok=True)  # or docker makes them, as root
     return subprocess.call(words)
 
 
-def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str) -> list[str]:
+def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str, config_dir: str | None = None) -> list[str]:
     """`docker run` for a run's overrides and flags."""
     words = ["docker", "run", "--rm", "--init"]
     if sys.stdin.isatty():
@@ -71,21 +76,30 @@ def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str) -> list[s
         words += ["--cap-add=SYS_NICE"]
     words += ["--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp"]
     words += ["--env", f"HF_HOME={CACHE}", "--volume", f"{_cache()}:{CACHE}"]
+    for name, folder in _cache_variables().items():
+        words += ["--env", f"{name}={folder}", "--volume", f"{folder}:{folder}"]
     for name in PASSED_ON:
         if name in os.environ:
             words += ["--env", name]
-    for folder, flags in _folders(cfg).items():
+    for folder, flags in _folders(cfg, config_dir).items():
         words += ["--volume", f"{folder}:{folder}{flags}"]
     words += ["--workdir", os.getcwd(), "--env", f"PYTHONPATH={CODE}"]
     return [*words, image, "python", "-m", "launch.run", *run]
 
 
-def _folders(cfg: RunConfig) -> dict[str, str]:
+def _cache_variables() -> dict[str, str]:
+    """Folders of the Hub's caches that are set beside HF_HOME, by variable."""
+    return {name: absolute(os.environ[name]) for name in HUB_FOLDERS if name != "HF_HOME" and os.environ.get(name)}
+
+
+def _folders(cfg: RunConfig, config_dir: str | None) -> dict[str, str]:
     """Folders that the container must see, with docker's flags for each; those inside another are left out.
 
     The working directory is one of them, so that relative paths mean the same inside.
     """
     folders = {os.getcwd(): "", os.path.abspath(cfg.run_dir): ""}
+    if config_dir is not None:
+        folders.setdefault(os.path.abspath(config_dir), ":ro")
     for _, path in input_files(cfg):
         folders.setdefault(path if os.path.isdir(path) else os.path.dirname(path), ":ro")
     return {

@@ -18,6 +18,7 @@ from launch import checks, disk
 from launch.checks import Finding, State
 from launch.filesystem import unshared
 from launch.planning import make
+from launch.run import add_config_dir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,20 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a run's overrides, as for launch.run")
+    add_config_dir(parser)
     parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, mend")
     args = parser.parse_intermixed_args(arguments)
-    findings = list(examine(args.overrides))
+    findings = list(examine(args.overrides, args.config_dir))
     print(as_json(findings) if args.json else as_table(findings))
     return 1 if any(finding.state is State.fail for finding in findings) else 0
 
 
-def examine(overrides: Sequence[str]) -> Iterator[Finding]:
+def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator[Finding]:
     """All findings, the run's own last."""
     cfg = None
     faults: list[str] = []
     if overrides:
         try:
-            cfg = compose(overrides, check_files=True)
+            cfg = compose(overrides, check_files=True, config_dir=config_dir)
         except ConfigError as error:
             faults = error.faults
     yield from checks.libraries()

@@ -14,14 +14,15 @@ import jinja2
 
 from conf.data_files import on_hub
 from conf.schema import RunConfig, SlurmConfig
-from conf.slurm_rules import absolute
+from conf.slurm_rules import HUB_FOLDERS, HUB_SETTINGS, absolute
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from recipes.artifact import RESOLVED, Located
 from recipes.stages import Output
 
-# Besides what the user names. A job so depends on what its script says, not on the shell that it was submitted from.
-EXPORTED = ("HOME", "USER", "PATH", "LANG")
+# Besides what the user names. A job depends on what its script says, and on no other variable of the shell that it was
+# submitted from.
+EXPORTED = ("HOME", "USER", "PATH", "LANG", *HUB_FOLDERS, *HUB_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def _script(located: Located, script: Path, chained: bool) -> str:
         "tasks": located.stage.tasks(cfg),
         "time_limit": cfg.cluster.time_limit,
         "threads": cfg.cluster.threads_per_rank,
+        "cores": _cores(located, ranks_per_node),
         "exported": [*EXPORTED, *slurm.secrets],
         "folder": located.folder,
         "config_hash": located.config_hash,
@@ -125,14 +127,36 @@ def _script(located: Located, script: Path, chained: bool) -> str:
     }
     settings |= {
         key: getattr(slurm, key)
-        for key in ("partition", "account", "qos", "sbatch", "setup", "container_image", "requeue", "max_restarts")
+        for key in (
+            "partition",
+            "account",
+            "qos",
+            "mem",
+            "sbatch",
+            "setup",
+            "container_image",
+            "requeue",
+            "max_restarts",
+        )
     }
     settings |= {
         "gpu_request": slurm.gpu_request.value,
+        "gpus": ":".join([*([] if slurm.gpu_type is None else [slurm.gpu_type]), str(ranks_per_node)]),
         "warn_seconds": slurm.warn_seconds,
         "container_mounts": [f"{run_dir}:{run_dir}", *slurm.container_mounts],
     }
     return templates.get_template("slurm.sbatch.j2").render(settings)
+
+
+def _cores(located: Located, ranks_per_node: int) -> int | None:
+    """The cores of a node that a stage asks for; None where the site's default is to do."""
+    cfg, each = located.cfg, _slurm(located.cfg).cpus_per_gpu
+    if each is None:
+        return None
+    # Data preparation has one rank, and works with all cores that it is given.
+    if located.stage.name == "prepare_data":
+        return cfg.data.num_workers or each * cfg.cluster.devices_per_node
+    return each * ranks_per_node
 
 
 def submission(job: Job, inputs: Sequence[str], before: Sequence[str]) -> list[str]:

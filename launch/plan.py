@@ -36,21 +36,23 @@ from conf.errors import ConfigError
 from conf.load import compose
 from launch.plan_text import table
 from launch.planning import make
+from launch.run import add_config_dir
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.plan",
-        usage="python -m launch.plan experiment=NAME cluster=NAME [key=value ...] [--json]",
+        usage="python -m launch.plan experiment=NAME cluster=NAME [key=value ...] [--config-dir DIR] [--json]",
         description=(__doc__ or "").partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config groups and values, as Hydra has them")
+    add_config_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     args = parser.parse_intermixed_args(arguments)
     try:
-        plan = make(compose(args.overrides))
+        plan = make(compose(args.overrides, config_dir=args.config_dir))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

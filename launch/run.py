@@ -7,6 +7,7 @@ same command again goes on from where it stopped, and redoes exactly what a chan
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import signal
 import sys
@@ -16,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 
 from conf.composition import config_groups, sweep
+from conf.credentials import redact
 from conf.errors import ConfigError, InputError
-from conf.load import compose, to_yaml
+from conf.load import compose, show, to_yaml
 from conf.schema import RunConfig
 from launch import nodes, pipeline, records, slurm
 from launch.jobs import everywhere
@@ -38,16 +40,11 @@ class _StoppedError(Exception):
 
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     """The command line; returns the exit status: 0, 1 (a stage failed), 2 (the user can mend it), 128 + signal."""
-    args = _parser().parse_intermixed_args(arguments)
-    args.command = shlex.join(["python", "-m", "launch.run", *(sys.argv[1:] if arguments is None else arguments)])
-    # Said like a setting, but none of the run's.
-    if "dry_run=true" in args.overrides:
-        args.overrides.remove("dry_run=true")
-        args.dry_run = True
-    args.damaged = False
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        args = read_arguments(words)
         with _signals_raised():
-            for cfg in _jobs(args.overrides, args.multirun, check_files=args.cfg is None):
+            for cfg in _jobs(args):
                 _one(cfg, args, stages)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -56,15 +53,45 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"cannot write the run's folder ({error}); free some space, or set another run_dir", file=sys.stderr)
+        print(redact(f"cannot write the run's folder ({error}); {_fix(error)}"), file=sys.stderr)
         return 2
     except pipeline.StageFailedError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except _StoppedError as error:
         print(f"\nstopped by {error}; the same command goes on from where it was", file=sys.stderr)
         return 128 + error.signum
     return 2 if args.damaged else 0
+
+
+def read_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The command line as `overrides`, flags, and `command`, which repeats it.
+
+    Raises:
+        ConfigError: `--config-dir` names a folder that cannot be used.
+    """
+    # Before the rest, as the help lists the folder's files too.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config-dir")
+    args = _parser(first.parse_known_args(words)[0].config_dir).parse_intermixed_args(words)
+    args.command = redact(shlex.join(["python", "-m", "launch.run", *words]))
+    # Said like a setting, but none of the run's.
+    if "dry_run=true" in args.overrides:
+        args.overrides.remove("dry_run=true")
+        args.dry_run = True
+    args.damaged = False
+    return args
+
+
+def _fix(error: OSError) -> str:
+    """What to do about a run folder that cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or set another run_dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "it is not writable; set another run_dir"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file is in its place; set another run_dir"
+    return "set another run_dir"
 
 
 def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
@@ -98,20 +125,35 @@ def _here(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> 
         raise
 
 
-def _jobs(overrides: list[str], multirun: bool, check_files: bool) -> list[RunConfig]:
+def _jobs(args: argparse.Namespace) -> list[RunConfig]:
     """The configs to run, all of them checked before the first starts."""
-    if not multirun:
-        return [compose(overrides, check_files)]
+    check_files = args.cfg is None
+    if not args.multirun:
+        try:
+            return [compose(args.overrides, check_files, args.config_dir)]
+        except ConfigError:
+            if args.cfg:
+                print(show(args.overrides, args.config_dir), end="")
+            raise
     jobs = []
-    for number, job in enumerate(sweep(overrides)):
-        cfg = compose(job, check_files)
+    for number, job in enumerate(sweep(args.overrides, args.config_dir)):
+        cfg = compose(job, check_files, args.config_dir)
         cfg.run_dir = f"{cfg.run_dir}/{number}"
         jobs.append(cfg)
     return jobs
 
 
-def _parser() -> argparse.ArgumentParser:
-    groups = "\n".join(f"  {group}: {', '.join(choices)}" for group, choices in config_groups().items())
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds the option `--config-dir`, as Hydra has it."""
+    parser.add_argument(
+        "--config-dir",
+        metavar="DIR",
+        help="a folder with more files of the config groups, such as DIR/cluster/my_site.yaml for cluster=my_site",
+    )
+
+
+def _parser(config_dir: str | None) -> argparse.ArgumentParser:
+    groups = "\n".join(f"  {group}: {', '.join(choices)}" for group, choices in config_groups(config_dir).items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.run",
         usage="python -m launch.run experiment=NAME [key=value ...] [options]",
@@ -120,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config groups and values, as Hydra has them")
-    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop")
+    add_config_dir(parser)
+    parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop; faults follow")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2, one by one")
     parser.add_argument("--list", action="store_true", help="print the stages and their folders and stop")
     parser.add_argument(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from conf.errors import ConfigError
 from conf.schema import RunConfig
+from conf.slurm_rules import warnings
 from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
@@ -40,8 +41,9 @@ REFUSALS = (
     ("partition", "set cluster.slurm.partition to one that sinfo lists"),
     ("time limit", "set cluster.time_limit to what sinfo -o '%P %l' shows"),
     (
-        "[Nn]ode (configuration|count)|More processors|GRES|gres",
-        "set cluster.nodes, cluster.devices_per_node, cluster.slurm.gpu_request to what sinfo -o '%P %D %c %G' shows",
+        "[Nn]ode (configuration|count)|More processors|GRES|gres|[Mm]emory",
+        "set cluster.nodes, cluster.devices_per_node and, of cluster.slurm, gpu_request, gpu_type, cpus_per_gpu, mem "
+        "to what sinfo -o '%P %D %c %m %G' shows",
     ),
     ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
     ("option", "mend cluster.slurm.sbatch"),
@@ -70,6 +72,8 @@ def run(
     jobs = needed(cfg, located)
     plan = make(cfg)
     refuse_impossible(plan, [job.name for job in jobs])
+    for warning in warnings(cfg) if jobs else []:
+        print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
         print("\n".join(shown(jobs)))
         for fault in unshared(cfg):

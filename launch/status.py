@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conf.credentials import redact
 from conf.errors import ConfigError
 from conf.load import load_resolved
 from launch.progress import duration, newest, training_status
@@ -119,7 +120,7 @@ def _cause(log: Path, states: Collection[str]) -> str:
     ended = set(states) & ENDED
     # A chain's later jobs are cancelled once one has failed.
     by_slurm = sorted(ended - {"FAILED", "COMPLETED"} - ({"CANCELLED"} if "FAILED" in ended else set()))
-    return "\n".join([*by_slurm, *filter(None, [reason.death]), *said])
+    return redact("\n".join([*by_slurm, *filter(None, [reason.death]), *said]))
 
 
 def table(stages: Sequence[StageStatus]) -> str:

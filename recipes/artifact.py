@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 from conf.data_files import distinct, document_files, existing, files_below, on_hub
 from conf.errors import ConfigError
 from conf.hf_shape import may_be_hub_id
+from conf.load import write_atomically
 from conf.schema import RunConfig
 from recipes import input_digests
 from recipes.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
@@ -382,18 +382,7 @@ def write_json(path: Path, value: Any) -> None:
     Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_finite(value), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 @cache

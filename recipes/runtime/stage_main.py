@@ -24,8 +24,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from conf.credentials import redact
 from conf.errors import ConfigError, InputError
 from conf.load import load_resolved
 from conf.schema import RunConfig
@@ -135,9 +137,24 @@ def command_line() -> Iterator[None]:
         sys.exit(_fail(message))
 
 
+class _Redacting(logging.Formatter):
+    """Removes credentials from messages and tracebacks: libraries quote the URLs and headers that failed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of an error that nothing catches, without credentials."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
+
+
 def _log_to_stderr() -> None:
     """Our own messages from INFO on, the libraries' from WARNING on (NeMo's own logger does as it likes)."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacting("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    sys.excepthook = _print_redacted
     for package in ("recipes", "convert"):
         logging.getLogger(package).setLevel(logging.INFO)
 
@@ -182,7 +199,7 @@ def peak_memory() -> dict[str, int | None]:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {redact(message)}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -18,7 +18,7 @@ ALL = {"first", "second", "aside", "report"}
 
 
 def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Chain) -> None:
-    chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole"'
+    chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole" $(id) `id` $HOME #1 -é 汉字'
     chain.submit({})
     chain.wait_until_ended()
     assert chain.complete() == ALL, chain.told()
@@ -158,11 +158,15 @@ def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:
 def test_nothing_but_what_is_named_reaches_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OTHER_TOKEN", "other_secret")
+    monkeypatch.setenv("HF_HOME", "/shared/hub")
     setup = "cluster.slurm.setup=['env > \"$folder/env.txt\"']"
-    chain.submit({}, "--until", "first", f"cluster.slurm.secrets=[{PLAN},HF_TOKEN]", setup)
+    resources = ("cluster.slurm.cpus_per_gpu=3", "cluster.slurm.mem=200M")
+    chain.submit({}, "--until", "first", f"cluster.slurm.secrets=[{PLAN},HF_TOKEN]", setup, *resources)
     chain.wait_until_ended()
     lines = (chain.folder("first") / "env.txt").read_text().splitlines()
-    assert "HF_TOKEN=hf_secret" in lines
+    assert {"HF_TOKEN=hf_secret", "HF_HOME=/shared/hub"} <= set(lines)
+    # Cores and memory are those that were asked for.
+    assert {"SLURM_CPUS_PER_TASK=3", "SLURM_MEM_PER_NODE=200"} <= set(lines)
     assert not [line for line in lines if "OTHER_TOKEN" in line]
     kept = [path for path in chain.run_dir.rglob("*") if path.is_file() and path.name != "env.txt"]
     assert len(kept) > 5

@@ -9,30 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-REMOVED = "[removed]"
+from conf.credentials import REMOVED, redact
+
 _CODE = Path(__file__).resolve().parents[3]
-_NAMES = r"(?:token|secret|passw(?:or)?d|api_?key|access_?key|private_?key|credentials?)"
-# Names of environment variables whose values are searched for; short values would be found in any text.
-_SECRET_VARIABLE = re.compile(rf"(?i){_NAMES}|_KEY$")
-_SHORTEST_VALUE = 8
 _PATTERNS = (
     # A URL's user, password and query: signed links carry their key there.
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>]+@"), r"\1"),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>]+)\?[^\s\"'<>)\]]+"), rf"\1?{REMOVED}"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{12,}"), rf"\1 {REMOVED}"),
-    # NAME=value, name: value. `tokens` and `tokenizer` are no secrets.
-    (
-        re.compile(rf"(?i)((?<![a-z]){_NAMES}(?![a-z_])[\"']?\s*[=:]\s*[\"']?)(?!null\b|none\b)[^\s\"',&;\]}}]{{6,}}"),
-        rf"\1{REMOVED}",
-    ),
-    # Tokens that are known by how they begin: Hugging Face, OpenAI, GitHub, GitLab, AWS, NVIDIA, Slack, JWT.
-    (
-        re.compile(
-            r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
-            r"|glpat-[\w-]{16,}|AKIA[0-9A-Z]{12,}|nvapi-[\w-]{16,}|xox[abp]-[\w-]{10,}|eyJ[\w-]{10,}\.[\w-]+\.[\w-]+)"
-        ),
-        REMOVED,
-    ),
     # Home folders, also those of a cluster's shared disk.
     (re.compile(r"(?:/[\w.-]+)*/(?:home|Users)/[^/\s\"':,;<>()\[\]]+"), "~"),
     (re.compile(r"(?<![\w./~-])/root(?![\w-])"), "~"),
@@ -57,17 +40,11 @@ class Privacy:
             (re.compile(rf"(?<![\w.-]){re.escape(place)}" + ("" if place.endswith("/") else r"(?![\w-])")), shown)
             for place, shown in places
         ]
-        secrets = {
-            value
-            for name, value in environment.items()
-            if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_VALUE and not value.startswith("/")
-        }
-        self._secrets = sorted(secrets, key=len, reverse=True)
+        self._environment = environment
 
     def text(self, text: str) -> str:
         """A text without secrets and without home folders."""
-        for secret in self._secrets:
-            text = text.replace(secret, REMOVED)
+        text = redact(text, self._environment)
         for pattern, shown in (*self._replaced, *_PATTERNS):
             text = pattern.sub(shown, text)
         return text

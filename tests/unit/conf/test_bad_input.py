@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from conf.errors import ConfigError
 from conf.load import compose
+from conf.wording import override
 
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
@@ -44,6 +46,22 @@ CASES: list[tuple[list[str], list[str]]] = [
     ([*DEMO, "distill.lr=nan"], ["distill.lr=nan is not a number"]),
     ([*DEMO, "distill.max_steps=10.0"], ["distill.max_steps=10.0 is not a whole number; set distill.max_steps to 10"]),
     ([*DEMO, "distill.max_steps=1.5"], ["distill.max_steps=1.5 is not a whole number", "to a whole number"]),
+    # Numbers that are too large, and changes and ranges written as people say them.
+    ([*DEMO, "seed=4294967296"], ["seed=4294967296 is too large; set seed to at most 4294967295"]),
+    ([*DEMO, "cluster.devices_per_node=1e6"], ["devices_per_node=1000000.0 is too large", "to at most 1024"]),
+    ([*DEMO, "distill.max_steps=1e22"], ["distill.max_steps=1e+22 is too large", "to at most 2147483647"]),
+    ([*DEMO, "data.shard_bytes=1e22"], ["data.shard_bytes=1e+22 is too large", "to at most 9223372036854775807"]),
+    ([*DEMO, "prune.num_layers=36->24"], ["set prune.num_layers to 24"]),
+    ([*DEMO, "prune.num_layers=36→24"], ["set prune.num_layers to 24"]),
+    ([*DEMO, "prune.num_layers=36-"], ["set prune.num_layers to the new value alone (a shell reads '>'"]),
+    ([*DEMO, "prune.num_layers=null", "prune.drop_layers=20-24"], ["set prune.drop_layers=[20,21,22,23,24]"]),
+    ([*DEMO, "prune.num_layers=null", "prune.drop_layers=3"], ["set prune.drop_layers=[3]"]),
+    ([*DEMO, "distill.skip_steps=5"], ["set distill.skip_steps=[[5,5]]"]),
+    ([*DEMO, "distill.skip_steps=[5,9]"], ["set distill.skip_steps=[[5,9]]"]),
+    ([*DEMO, "distill.skip_steps=5-9"], ["set distill.skip_steps=[[5,9]]"]),
+    ([*DEMO, "data.train=a b.jsonl"], ["""set 'data.train=["a b.jsonl"]'"""]),
+    ([*DEMO, f"name={'x' * 256}"], ["run_dir holds the name xxxxxxxxxxxxxxxxxxxx...", "255 bytes", "set run_dir"]),
+    ([*DEMO, "run_dir='-x'"], ["run_dir=-x would be read as an option", "set run_dir=./-x"]),
     ([*DEMO, "seed=true"], ["seed=True is not a whole number"]),
     ([*DEMO, "distill.overlap_grad_reduce=1"], ["distill.overlap_grad_reduce=1 is not true or false"]),
     ([*DEMO, "distill.precision=fp16"], ["precision=fp16 is not known (did you mean bf16?)", "set", "bf16 or fp32"]),
@@ -393,3 +411,45 @@ def test_a_harness_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(evaluation_rules.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="need lm_eval, which is not installed; run make setup"):
         compose(DEMO, check_files=True)
+
+
+@pytest.mark.parametrize("control", ["\n", "\r", "\x00", "\x1b", "\t", "\u2028", "\udcff"])
+@pytest.mark.parametrize("key", ["run_dir", "name", "model.name", "data.text_key", "data.train", "evaluate.tasks"])
+def test_a_control_character_is_refused_everywhere(key: str, control: str) -> None:
+    text = f'"a{control}#SBATCH --wrap=id"'
+    with pytest.raises(ConfigError) as caught:
+        compose([*DEMO, f"{key}=[{text}]" if key in ("data.train", "evaluate.tasks") else f"{key}={text}"])
+    assert any(fault.startswith(key) and "control character" in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a b",
+        "it's",
+        'say "hi"',
+        "a,b",
+        "a=b",
+        "a(b",
+        "{x}",
+        "[x",
+        "back\\slash\\",
+        '\\"',
+        "#1",
+        "$HOME `id` Größe 汉字 \u0915\u200d\u0937",
+    ],
+)
+def test_an_override_that_is_offered_survives_bash_and_hydra(value: str) -> None:
+    """What a fault says to set, copied into a shell."""
+    command = f"printf %s {override('model.name', value)}"
+    word = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert compose([*DEMO, word]).model.name == value
+
+
+def test_a_value_that_hydra_cannot_read_is_offered_quoted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([*DEMO, "model.name=a(b", "run_dir=/x/a,b"])
+    first, second = caught.value.faults
+    assert first.endswith("""set 'model.name="a(b"'""")
+    assert """set 'run_dir="/x/a,b"' for one text""" in second
+    assert "--multirun" in second

@@ -14,10 +14,12 @@ from omegaconf import OmegaConf
 from conf.composition import CONFIG_DIR, config_groups, sweep
 from conf.errors import ConfigError
 from conf.load import compose, load_resolved, save_resolved
-from conf.schema import Family, Loss, Precision, Recompute, RunConfig, Shape
+from conf.schema import Family, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 from conf.typed import plain, schema_keys
+from recipes.artifact import write_json
 
-EXPERIMENTS = config_groups()["experiment"]
+# Those that need nothing of the user's.
+EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -142,7 +144,6 @@ def test_spellings_of_config_json(
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "llama"}, ["model.family=qwen3", "says model_type llama; set model.family=llama"]),
         ({"hidden_size": None}, ["config.json: hidden_size: missing", "fetch the file again"]),
         ({"attention_bias": True}, ["config.json: attention_bias=true: "]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ['rope_scaling.rope_type="yarn"']),
@@ -267,3 +268,58 @@ def test_sweeps() -> None:
 )
 def test_the_loss_is_called_what_it_is(overrides: list[str], words: str) -> None:
     assert compose(["experiment=demo", *overrides]).distill.loss_in_words == words
+
+
+def test_a_folder_of_ones_own_group_files(tmp_path: Path) -> None:
+    site = tmp_path / "it's my site"
+    (site / "cluster").mkdir(parents=True)
+    (site / "experiment").mkdir()
+    (site / "notes").mkdir()
+    (site / "notes" / "x.yaml").write_text("")
+    (site / "cluster" / "my_site.yaml").write_text("defaults:\n  - one_node\nname: my_site\ndevices_per_node: 1\n")
+    (site / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - demo\n  - override /cluster: my_site\nname: mine\n"
+    )
+    cfg = compose(["experiment=mine"], config_dir=site)
+    assert (cfg.name, cfg.cluster.name, cfg.cluster.numa_binding, cfg.prune.num_layers) == (
+        *("mine", "my_site", NumaBinding.node, 4),
+    )
+    assert sweep(["experiment=mine", "seed=1,2"], site) == [["experiment=mine", f"++seed={seed}"] for seed in (1, 2)]
+    groups = config_groups(site)
+    assert {"my_site", "local"} <= set(groups["cluster"])
+    assert "notes" not in groups
+    save_resolved(cfg, tmp_path / "r.yaml")
+    assert load_resolved(tmp_path / "r.yaml") == cfg
+    with pytest.raises(ConfigError, match="cluster=my_sit does not exist \\(did you mean my_site"):
+        compose(["experiment=demo", "cluster=my_sit"], config_dir=site)
+
+
+def test_a_folder_of_group_files_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        compose(["experiment=demo"], config_dir=tmp_path / "nowhere")
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "slurm.yaml").write_text("name: slurm\n")
+    with pytest.raises(ConfigError, match="cluster/slurm.yaml has the name of a file that comes with the project"):
+        compose(["experiment=demo"], config_dir=tmp_path)
+
+
+def test_an_own_model_takes_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:
+    folder = hf_folder(model_type="llama", max_position_embeddings=2048)
+    own = ["experiment=own", f"model.hf_path={folder}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
+    cfg = compose(own)
+    assert (cfg.model.family, cfg.distill.parallel.tensor_model_parallel_size) == (Family.llama, 1)
+    # One key for all lengths.
+    short = compose([*own, "distill.seq_length=64"])
+    assert {short.prune.calibration_seq_length, short.distill.seq_length, short.evaluate.seq_length} == {64}
+    with pytest.raises(ConfigError, match="model.family=qwen3, but .* says model_type llama; set model.family=llama"):
+        compose([*own, "model.family=qwen3"])
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_resolved(compose(["experiment=demo"]), tmp_path / "r.yaml")
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("r.yaml", "a.json")] == [0o640, 0o640]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from conf.errors import ConfigError
 from conf.load import compose, load_resolved, save_resolved
 from conf.schema import RunConfig
+from conf.slurm_rules import HUB_FOLDERS
 
 SITE = ["partition=gpu", "account=lab", "container_image='nvcr.io#lab/prune:1'"]
 BASE = ["experiment=demo", "cluster=slurm", "cluster.devices_per_node=1"]
@@ -47,7 +49,15 @@ CASES = [
     ("slurm.partition='gpu short'", ["cluster.slurm.partition='gpu short' is no name", "one word"]),
     ('slurm.account="it\'s"', ['cluster.slurm.account="it\'s" is no name']),
     ("slurm.qos='high\"'", ["cluster.slurm.qos='high\"' is no name"]),
-    ("slurm.secrets=['HF_TOKEN=hf_abc']", ["names 'HF_TOKEN', which is no name", "give names only"]),
+    (
+        "slurm.secrets=['HF_TOKEN=hf_abc']",
+        ["secrets[0] contains a secret setting", "its name in cluster.slurm.secrets"],
+    ),
+    ("slurm.setup=['export WANDB_API_KEY=abcdef']", ["setup[0] contains a secret setting", "set the variable in"]),
+    ("slurm.secrets=['HF TOKEN=x']", ["names 'HF TOKEN', which is no name", "give names only"]),
+    ("slurm.gpu_type='h100 80'", ["cluster.slurm.gpu_type='h100 80' is no name"]),
+    ("slurm.cpus_per_gpu=0", ["cluster.slurm.cpus_per_gpu=0 must be above 0"]),
+    ("slurm.mem='2 GB'", ["cluster.slurm.mem='2 GB' is not an amount of memory", "200G"]),
     ("slurm.sbatch=[exclusive]", ["cluster.slurm.sbatch holds 'exclusive', which is no option", "--exclusive"]),
     ("slurm.warn_seconds=0", ["cluster.slurm.warn_seconds=0 must be above 0"]),
     ("slurm.max_restarts=-1", ["cluster.slurm.max_restarts=-1 must not be negative"]),
@@ -144,6 +154,31 @@ def test_what_the_container_would_not_see(tmp_path: Path) -> None:
     assert f"add {tmp_path}/b:{tmp_path}/b to cluster.slurm.container_mounts" in fault
     compose([*BASE, *site, train, f"cluster.slurm.container_mounts=['{tmp_path}:{tmp_path}']"], check_files=True)
     compose([*BASE, *site[:2], "cluster.slurm.container_image=null", train], check_files=True)
+
+
+def test_what_a_snapshot_of_the_hubs_cache_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_folder: Callable[..., Path]
+) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "f00d").write_bytes((hf_folder() / "config.json").read_bytes())
+    (snapshot / "config.json").symlink_to("../../blobs/f00d")
+    (tmp_path / "docs.jsonl").write_text("")
+    site = [*BASE[1:], *(f"cluster.slurm.{setting}" for setting in SITE), "cluster.gpu=null"]
+    own = ["experiment=own", f"data.train=[{tmp_path}/docs.jsonl]", "prune.num_layers=2", *site]
+    mounts = f"cluster.slurm.container_mounts=['{tmp_path}/docs.jsonl:{tmp_path}/docs.jsonl','{snapshot}:{snapshot}']"
+    (fault,) = faults([*own, f"model.hf_path={snapshot}", mounts], check_files=True)
+    assert f"model.hf_path names {blobs}/f00d" in fault
+    assert f"add {blobs}:{blobs} to cluster.slurm.container_mounts" in fault
+    # A model of the Hub is looked for where the submitting shell keeps its cache.
+    for name in HUB_FOLDERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    demo = ["experiment=demo", "model=qwen3_0_6b", f"data.train=[{tmp_path}/docs.jsonl]", "prune.ffn_hidden_size=null"]
+    (fault,) = faults([*demo, *site, mounts], check_files=True)
+    assert f"HF_HOME names {tmp_path}/" in fault
+    assert f"add {tmp_path}:{tmp_path} to cluster.slurm.container_mounts" in fault
 
 
 def test_an_image_that_is_a_file_has_to_exist(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for name in docker.PASSED_ON:
+    for name in (*docker.PASSED_ON, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -82,6 +83,41 @@ def test_secrets_go_by_name(here: Path, capsys: pytest.CaptureFixture[str], monk
     words = printed(capsys, "--", "experiment=demo")
     assert "HF_TOKEN" in values(words, "--env")
     assert "hf_secret" not in " ".join(words)
+
+
+def test_a_cache_of_its_own_is_mounted(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", "../hub")
+    words = printed(capsys, "--", "experiment=demo")
+    hub = here.parent / "hub"
+    assert f"{hub}:{hub}" in values(words, "--volume")
+    assert f"HF_HUB_CACHE={hub}" in values(words, "--env")
+
+
+def test_a_snapshot_of_the_hubs_cache_brings_its_blobs(
+    here: Path, capsys: pytest.CaptureFixture[str], hf_folder: Callable[..., Path]
+) -> None:
+    model = here.parent / "hub" / "models--a--b"
+    snapshot, blobs = model / "snapshots" / "0123", model / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "f00d").write_bytes((hf_folder() / "config.json").read_bytes())
+    (snapshot / "config.json").symlink_to("../../blobs/f00d")
+    (here / "docs.jsonl").write_text("")
+    own = ["experiment=own", f"model.hf_path={snapshot}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
+    words = printed(capsys, "--", *own)
+    assert {f"{snapshot}:{snapshot}:ro", f"{blobs}:{blobs}:ro"} <= set(values(words, "--volume"))
+
+
+def test_a_folder_of_group_files_is_mounted_and_passed_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = here.parent / "site"
+    (site / "cluster").mkdir(parents=True)
+    (site / "cluster" / "mine.yaml").write_text("name: mine\nnuma_binding: node\n")
+    words = printed(capsys, "--", "experiment=demo", "cluster=mine", "--config-dir", str(site))
+    assert words[-4:] == ["experiment=demo", "cluster=mine", "--config-dir", str(site)]
+    assert f"{site}:{site}:ro" in values(words, "--volume")
+    assert "--cap-add=SYS_NICE" in words
 
 
 def test_numa_binding_asks_for_what_numactl_calls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

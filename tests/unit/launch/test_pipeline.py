@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conf.load import compose, load_resolved
 from launch import progress
 from launch.run import main
-from recipes.artifact import locate, write_manifest
+from recipes.artifact import LAUNCHES, locate, write_manifest
 from recipes.stages import Stage
 from tests.helpers.fake_stage import MODULE, PLAN, TABLE
 
@@ -161,7 +163,62 @@ def test_a_run_folder_that_cannot_be_written(launcher: Launcher, tmp_path: Path)
     code, _, err = launcher.run(f"run_dir={tmp_path / 'file' / 'run'}")
     assert code == 2
     assert str(tmp_path / "file") in err
-    assert "set another run_dir" in err
+    assert "a file is in its place; set another run_dir" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EROFS, "it is not writable; set another run_dir"),
+        (errno.EACCES, "it is not writable; set another run_dir"),
+        (errno.ENOSPC, "free some space, or set another run_dir"),
+        (errno.EDQUOT, "free some space, or set another run_dir"),
+    ],
+)
+def test_why_a_run_folder_cannot_be_written(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "run")
+
+    monkeypatch.setattr("launch.records.save_resolved", fail)
+    code, _, err = launcher.run()
+    assert (code, err.strip().endswith(words)) == (2, True)
+
+
+def test_a_config_with_faults_prints_and_so_does_one_without_an_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "http://u:hunter2@h/"
+    assert main(["experiment=demo", "distill.lr=fast", f"model.name='{secret}'", "--cfg", "job"]) == 2
+    out, err = capsys.readouterr()
+    tree = yaml.safe_load(out)
+    assert (tree["distill"]["lr"], tree["distill"]["max_steps"], tree["name"]) == ("fast", 160, "demo")
+    assert tree["distill"]["clip_grad"] == 1.0  # of the schema
+    assert err.startswith("2 faults in the configuration")
+    assert "hunter2" not in out + err
+    assert main(["--cfg", "job"]) == 2
+    out, err = capsys.readouterr()
+    assert yaml.safe_load(out)["model"]["name"] == "???"
+    assert "no experiment is chosen" in err
+
+
+def test_the_help_lists_ones_own_group_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "my_site.yaml").write_text("name: my_site\n")
+    with pytest.raises(SystemExit):
+        main(["--config-dir", str(tmp_path), "--help"])
+    assert "my_site" in capsys.readouterr().out
+    assert main(["--config-dir", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_command_is_noted_without_credentials_and_a_refused_one_not_at_all(launcher: Launcher) -> None:
+    key = "distill.mlflow.tracking_uri"
+    assert launcher.run(f"{key}='http://u:hunter2@h/'", "distill.mlflow.experiment=x", "--until", "first")[0] == 2
+    assert not launcher.run_dir.exists()
+    # A later override takes its place, so that the config holds none.
+    assert launcher.run("name='http://u:hunter2@h/'", "name=x", "--until", "first")[0] == 0
+    (line,) = (launcher.run_dir / LAUNCHES).read_text().splitlines()
+    assert "name=x" in line
+    assert "hunter2" not in line
 
 
 def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:

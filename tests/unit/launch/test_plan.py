@@ -29,7 +29,8 @@ MIXTURE = (
     " moe_ffn_hidden_size: 768, moe_router_topk: 8}",
     *("distill.parallel.tensor_model_parallel_size=1", "distill.parallel.expert_model_parallel_size=8"),
 )
-EXPERIMENTS = config_groups()["experiment"]
+# Those that need nothing of the user's.
+EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 DEPTH = "experiment=qwen3_8b_to_6b_depth"
 SMALL = "cluster.gpu.memory_gib=24"
 TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)

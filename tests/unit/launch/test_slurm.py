@@ -12,11 +12,13 @@ from launch.filesystem import local_type
 from launch.jobs import everywhere
 from launch.run import main
 from recipes.artifact import locate, write_manifest
+from recipes.stages import STAGES
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
 
 SITE = (
     *("cluster=slurm", "cluster.devices_per_node=1", "cluster.run_dir_is_shared=true", "cluster.slurm.partition=gpu"),
     *("cluster.slurm.account=lab", "cluster.slurm.container_image='nvcr.io#lab/prune:1'"),
+    *("cluster.slurm.cpus_per_gpu=12", "cluster.slurm.mem=0"),
 )
 
 
@@ -67,10 +69,56 @@ def test_the_lines_of_a_script(dry_run: DryRun) -> None:
         *("#SBATCH --job-name=demo/second", "#SBATCH --nodes=1 --ntasks-per-node=1", "#SBATCH --time=1-00:00:00"),
         *("#SBATCH --partition=gpu", "#SBATCH --account=lab", "#SBATCH --qos=high", "#SBATCH --gpus-per-node=1"),
         *("#SBATCH --signal=B:USR1@300", "#SBATCH --requeue --kill-on-invalid-dep=yes", "#SBATCH --exclusive"),
-        *("#SBATCH --export=HOME,USER,PATH,LANG", "module load cuda"),
+        *("#SBATCH --cpus-per-task=12", "#SBATCH --mem=0", "module load cuda"),
     ):
         assert line in script.splitlines()
     assert "torch.distributed.run" not in script
+    (export,) = [line for line in script.splitlines() if line.startswith("#SBATCH --export=")]
+    assert export.removeprefix("#SBATCH --export=").split(",") == [
+        *("HOME", "USER", "PATH", "LANG", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"),
+        *("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    ]
+
+
+def test_jobs_ask_for_cores_and_a_type_of_gpu(dry_run: DryRun) -> None:
+    layout = ("cluster.devices_per_node=4", "distill.global_batch_size=16", "cluster.slurm.gpu_type=h100")
+    scripts = dry_run.scripts(*layout, stages=DISTRIBUTED)
+    assert "#SBATCH --gpus-per-node=h100:4\n#SBATCH --cpus-per-task=48\n" in scripts["ranks"]
+    by_gres = dry_run.scripts(*layout, "cluster.slurm.gpu_request=gres", stages=DISTRIBUTED)
+    assert "#SBATCH --gres=gpu:h100:4\n" in by_gres["ranks"]
+    # A stage of one rank takes one GPU and its cores; data preparation has the cores of a whole node.
+    real = dry_run.scripts(*layout, stages=STAGES)
+    assert "#SBATCH --gpus-per-node=h100:1\n#SBATCH --cpus-per-task=12\n" in real["prune"]
+    assert "#SBATCH --cpus-per-task=48\n" in real["prepare_data"]
+    assert (
+        "#SBATCH --cpus-per-task=6\n" in dry_run.scripts(*layout, "data.num_workers=6", stages=STAGES)["prepare_data"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ((), []),
+        (("cluster.slurm.cpus_per_gpu=null",), ["cluster.slurm.cpus_per_gpu"]),
+        (
+            ("cluster.slurm.cpus_per_gpu=null", "cluster.slurm.mem=null"),
+            ["cluster.slurm.cpus_per_gpu", "cluster.slurm.mem"],
+        ),
+        (
+            (
+                "cluster.slurm.cpus_per_gpu=null",
+                "cluster.slurm.mem=null",
+                "cluster.slurm.sbatch=['--cpus-per-task=8','--mem=0']",
+            ),
+            [],
+        ),
+        (("cluster.slurm.cpus_per_gpu=null", "cluster.slurm.sbatch=[--exclusive]"), []),
+    ],
+)
+def test_what_jobs_do_not_ask_for_is_warned_of(dry_run: DryRun, overrides: tuple[str, ...], keys: list[str]) -> None:
+    status, _, err = dry_run(*overrides)
+    assert status == 0
+    assert [line.removeprefix("warning: ").partition("=")[0] for line in err.splitlines()] == keys
 
 
 def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> None:
