@@ -159,7 +159,8 @@ def _fill_in_family(tree: Any) -> list[str]:
     if not isinstance(model.get("hf_path"), str):
         return []
     # That the path is missing is a fault of its own.
-    family, faults = None, []
+    family: str | None = None
+    faults: list[str] = []
     if model["hf_path"] != MISSING:
         family, faults = read_family(model["hf_path"], model.get("revision"))
     model["family"] = UNRESOLVED if family is None else family
