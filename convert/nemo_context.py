@@ -93,7 +93,7 @@ def read_context(checkpoint: Path) -> ModelRecord:
         InputError: there is no context, or it describes no model.
     """
     path = checkpoint / "context" / "io.json"
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
     content = _read(path)
     try:

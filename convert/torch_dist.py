@@ -23,6 +23,7 @@ from typing import Any
 
 from conf.errors import InputError
 from conf.hf_weights import ITEM_BYTES
+from conf.regular_files import folder_faults
 from convert.dcp_metadata import MCORE_METADATA, read_description, torch_object, torch_size
 from convert.stored import Copied, Rows, Span, StoredTensor, copy, write
 from convert.torch_save import (
@@ -81,8 +82,10 @@ class TorchDistReader:
         self.objects: list[Chunk] = []
         self._records: dict[tuple[Path, int], Record] = {}
         path = weights / ".metadata"
-        if not path.exists():
+        if not path.is_file():
             raise InputError(f"{weights} is no torch_dist checkpoint (it has no .metadata)")
+        if faults := folder_faults(weights, allow_outside_links=True):
+            raise InputError("; ".join(faults))
         try:
             metadata, self.other_names = read_description(path)
             self._take_over(metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -231,14 +232,42 @@ def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Pa
     assert done.returncode == 2
     assert f"error: {broken / 'weights'} lacks {key}" in done.stderr
     assert not (tmp_path / "out").exists()
+    loaded = restore(broken)
+    assert loaded.returncode != 0
+    assert key in loaded.stderr
+
+
+def restore(checkpoint: Path) -> subprocess.CompletedProcess[str]:
+    """Loads a checkpoint through NeMo, in a process of its own."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom recipes.runtime import backend\nbackend.activate()\n"
         "from recipes.runtime import nemo_api\nnemo_api.restore(Path(sys.argv[1]))"
     )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(broken)]
-    loaded = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-c", program, str(checkpoint)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Path, tmp_path: Path) -> None:
+    """torch.load gives the wrong number without a word."""
+    hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(nemo, damaged)
+    chunk = TorchDistReader(damaged / "weights").tensor("module.decoder.final_layernorm.weight").rows[0].spans[0]
+    content = bytearray(chunk.file.read_bytes())
+    content[chunk.offset] ^= 1
+    chunk.file.write_bytes(content)
+    fault = f"{chunk.file} is damaged: the bytes of module.decoder.final_layernorm.weight"
+    for command in (
+        ("nemo_to_hf", "--checkpoint", damaged, "--hf-model", hf, "--out", tmp_path / "out"),
+        ("verify", "--no-logits", hf, damaged),
+    ):
+        done = convert(*command, check=False)
+        assert done.returncode == 2
+        assert fault in done.stderr
+    assert not (tmp_path / "out").exists()
+    loaded = restore(damaged)
     assert loaded.returncode != 0
-    assert key in loaded.stderr
+    assert fault in loaded.stderr
 
 
 def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) -> None:
@@ -298,7 +327,25 @@ def rename_tensor(folder: Path) -> str:
     (length,) = struct.unpack("<Q", content[:8])
     header = content[8 : 8 + length].replace(b"layers.1.self_attn.k_proj", b"layers.1.self_attn.x_proj")
     path.write_bytes(content[:8] + header + content[8 + length :])
-    return "model.layers.1.self_attn.k_proj.weight is missing; model.layers.1.self_attn.x_proj.weight is not a tensor"
+    return "it lacks model.layers.1.self_attn.k_proj.weight, which config.json describes"
+
+
+def spoil_number(folder: Path) -> str:
+    """Makes the first number of the last tensor in an fp32 file NaN."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    (length,) = struct.unpack("<Q", content[:8])
+    entries = json.loads(content[8 : 8 + length])
+    last = max((name for name in entries if name != "__metadata__"), key=lambda name: entries[name]["data_offsets"])
+    begin = 8 + length + entries[last]["data_offsets"][0]
+    content[begin : begin + 4] = struct.pack("<f", float("nan"))
+    path.write_bytes(content)
+    return f"{last} (1 NaN or infinite)"
+
+
+def rename_shard(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    return "model-00001-of-00001.safetensors is not called model.safetensors"
 
 
 def settings(**values: object) -> None:
@@ -316,18 +363,18 @@ def settings(**values: object) -> None:
         (cut, ""),
         (damage_header, ""),
         (rename_tensor, ""),
+        (spoil_number, ""),
+        (rename_shard, ""),
         (settings(model_type="bert"), 'model_type="bert": not a supported family'),
         (settings(use_sliding_window=True), "use_sliding_window=true: only some of the layers would have windows"),
         (settings(rope_scaling={"rope_type": "yarn", "factor": 4.0}), 'rope_scaling.rope_type="yarn": '),
         (settings(quantization_config={"quant_method": "fp8"}), "quantization_config: "),
         (settings(attention_bias=True), "attention_bias=true: "),
         (settings(num_hidden_layers=10**9), "num_hidden_layers=1000000000: "),
-        (settings(hidden_size=128), "model.embed_tokens.weight is [517, 96], not [517, 128]"),
+        (settings(hidden_size=128), "model.embed_tokens.weight [517, 96] (config.json: [517, 128])"),
     ],
 )
 def test_a_model_that_cannot_be_converted_is_told_of(folders: Path, tmp_path: Path, change: object, told: str) -> None:
-    import shutil
-
     source = tmp_path / "hf"
     shutil.copytree(folders / "qwen3_tied" / "hf", source)
     expected = change(source)  # type: ignore[operator]

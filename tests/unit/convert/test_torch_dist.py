@@ -211,6 +211,15 @@ def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
         TorchDistReader(weights).tensor("key")
 
 
+@pytest.mark.parametrize("name", [".metadata", "__3_0.distcp"])
+def test_a_fifo_in_a_checkpoint_hangs_nothing(tmp_path: Path, name: str) -> None:
+    weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
+    (weights / name).unlink()
+    os.mkfifo(weights / name)
+    with pytest.raises(InputError, match="is no torch_dist checkpoint|it is a FIFO"):
+        TorchDistReader(weights)
+
+
 def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> None:
     """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
     whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)

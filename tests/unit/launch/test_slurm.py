@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_a_dry_run_shows_every_script_and_writes_nothing(dry_run: DryRun, way: s
         f"# sbatch --parsable '--dependency=afterok:<aside>:<first>:<second>' {folder}/04-report.sbatch",
     ]
     assert not dry_run.run_dir.exists()
+
+
+def test_all_later_stages_wait_for_a_gate(dry_run: DryRun) -> None:
+    """Also those that read nothing of it, and none before it."""
+    first, second, aside, report = TABLE
+    gated = (first, second, dataclasses.replace(aside, gate=True), dataclasses.replace(report, inputs=second.inputs))
+    out = dry_run(stages=gated)[1]
+    commands = [line.rpartition("/")[2] + " " + line.split("'")[1] for line in out.splitlines() if "afterok" in line]
+    assert commands == [
+        "02-second.sbatch --dependency=afterok:<first>",
+        "03-aside.sbatch --dependency=afterok:<first>",
+        "04-report.sbatch --dependency=afterok:<aside>:<first>",
+    ]
 
 
 def test_the_lines_of_a_script(dry_run: DryRun) -> None:
