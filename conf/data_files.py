@@ -133,10 +133,16 @@ def _file_id(path: str) -> tuple[int, int] | str:
 
 
 def document_files(paths: Iterable[str]) -> list[str]:
-    """Replace each folder by the files of documents in it; other paths stay as they are."""
+    """Replace each folder by the files of documents in it; other paths stay as they are.
+
+    A link to nothing is among them, whatever its name: it may stand for a folder of documents.
+    """
     found: list[str] = []
     for path in paths:
-        found += [file for file in files_below(path) if packing(file)] if os.path.isdir(path) else [path]
+        if os.path.isdir(path):
+            found += [file for file in files_below(path) if packing(file) or not os.path.exists(file)]
+        else:
+            found.append(path)
     return found
 
 
@@ -159,10 +165,10 @@ def unreadable(path: str) -> str | None:
     A compressed file of 0 bytes holds no documents, like a plain one.
     """
     kind = packing(path)
-    if kind is None:
-        return f"is of no known kind; name files that end in {', '.join(_SUFFIXES)}"
     try:
         status = os.stat(path)
+        if kind is None:
+            return f"is of no known kind; name files that end in {', '.join(_SUFFIXES)}"
         if not stat.S_ISREG(status.st_mode):
             return "is a pipe, socket or device, not a regular file; write its content to a file"
         with open(path, "rb") as file:

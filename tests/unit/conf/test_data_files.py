@@ -129,11 +129,12 @@ def test_files_that_hold_no_documents(tmp_path: Path, name: str, content: bytes 
     assert found is None if reason is None else found is not None and reason in found
 
 
-def test_a_link_to_nothing_is_refused(data: Path) -> None:
-    make(data, "a.jsonl")
-    (data / "b.jsonl").symlink_to("nowhere.jsonl")
-    assert names(document_files([str(data)]), data) == ["a.jsonl", "b.jsonl"]
-    assert "cannot be read (No such file or directory)" in (unreadable(str(data / "b.jsonl")) or "")
+@pytest.mark.parametrize("name", ["b.jsonl", "folder"])
+def test_a_link_to_nothing_is_refused(data: Path, name: str) -> None:
+    make(data, "a.jsonl", "README.md")
+    (data / name).symlink_to("nowhere")
+    assert names(document_files([str(data)]), data) == ["a.jsonl", name]
+    assert "cannot be read (No such file or directory)" in (unreadable(str(data / name)) or "")
 
 
 def test_validation_files_are_not_trained_on_by_another_name(data: Path) -> None:
