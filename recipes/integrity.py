@@ -62,7 +62,7 @@ def read_record(folder: Path) -> Record:
     except OSError:
         return Record({}, {OUTPUTS: "is missing"})
     entries = parse_record(content)
-    if entries is None or crc32_of(content) != manifest["outputs"].get("crc32"):
+    if entries is None or crc32_of(content) != manifest.get("outputs", {}).get("crc32"):
         return Record({}, {OUTPUTS: "has other content than was written"})
     return Record(entries, {})
 

@@ -112,6 +112,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     return (
         not path.is_absolute()
         and ".." not in path.parts
+        and "\0" not in name
         and isinstance(entry, dict)
         and type(entry.get("size")) is int
         and isinstance(entry.get("crc32"), str)
