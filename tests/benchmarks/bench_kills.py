@@ -191,7 +191,7 @@ class Reference:
         run_dir: the first of the two.
         attacked: the names of the stages to attack.
         results: by stage.
-        seconds: that a stage takes, by stage.
+        seconds: that a stage takes at least, by stage.
     """
 
     def __init__(self, name: str, work: Path) -> None:
@@ -206,7 +206,7 @@ class Reference:
         self.results = {
             name: _same(results(first[name].folder), results(second[name].folder)) for name in self.attacked
         }
-        self.seconds = {name: max(_seconds(first[name]), _seconds(second[name])) for name in self.attacked}
+        self.seconds = {name: min(_seconds(first[name]), _seconds(second[name])) for name in self.attacked}
 
     def _run(self, run_dir: Path, plain: Path) -> Path:
         if run_dir != plain and not run_dir.exists():

@@ -143,7 +143,7 @@ def test_a_killed_processs_build_lock_is_free(tmp_path: Path) -> None:
     """Torch's own is a file's existence: with it all further processes would wait forever."""
     script = (
         "import sys, time; from recipes.runtime.backend import FlockBaton\n"
-        "assert FlockBaton(sys.argv[1]).try_acquire(); print(flush=True); time.sleep(60)"
+        "baton = FlockBaton(sys.argv[1]); assert baton.try_acquire(); print(flush=True); time.sleep(60)"
     )
     path = str(tmp_path / "lock")
     with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, cwd=ROOT) as builder:

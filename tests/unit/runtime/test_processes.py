@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ import multiprocessing, os, sys, threading, time
 from recipes.runtime import stage_main
 
 def wait():
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: helpers share the pipe
     time.sleep(100)
 
 def fork_and_wait():
@@ -40,11 +42,16 @@ if __name__ == "__main__":
 """
 
 
-def started(tmp_path: Path, how: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(tmp_path: Path, how: str) -> Iterator[subprocess.Popen[str]]:
     script = tmp_path / "parent.py"
     script.write_text(PARENT.replace("HOW", how))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
 
 
 @pytest.mark.parametrize(
@@ -67,8 +74,8 @@ def test_helpers_end_with_a_killed_parent(tmp_path: Path, how: str, helpers: int
 
 def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     """The kernel's signal comes when the thread ends, long before the parent."""
-    how = 'thread = threading.Thread(target=start, args=("fork", wait)); thread.start(); thread.join(); print("joined")'
-    with started(tmp_path, f"{how}; sys.stdout.flush()") as parent:
+    how = 'thread = threading.Thread(target=start, args=("fork", wait)); thread.start(); thread.join()'
+    with started(tmp_path, f'{how}; os.write(1, b"joined\\n")') as parent:
         assert parent.stdout is not None
         lines = {parent.stdout.readline().strip() for _ in range(2)}
         (pid,) = (int(line) for line in lines - {"joined"})
