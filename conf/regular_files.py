@@ -16,17 +16,20 @@ _SPECIAL = {
 }
 
 
-def folder_faults(folder: Path) -> list[str]:
+def folder_faults(folder: Path, *, allow_outside_links: bool = False) -> list[str]:
     """Entries of a folder that must not be read, one sentence each; hidden ones are not read and not checked.
 
     Refused are FIFOs, sockets and devices, dangling links, and links that lead out of the folder. A link into the blobs
     of a Hub cache (`models--OWNER--NAME/blobs`) is what the Hub's client creates, and allowed.
+
+    Args:
+        allow_outside_links: for folders whose parts may lie on several disks, such as checkpoints.
     """
     root = folder.resolve()
     return [
         f"{path}: {reason}; replace it with a regular file, or delete it"
         for path in _entries(folder)
-        if (reason := _fault(path, root)) is not None
+        if (reason := _fault(path, root, allow_outside_links)) is not None
     ]
 
 
@@ -40,7 +43,7 @@ def _entries(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _fault(path: Path, root: Path) -> str | None:
+def _fault(path: Path, root: Path, allow_outside_links: bool) -> str | None:
     """Why an entry must not be read."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -49,7 +52,7 @@ def _fault(path: Path, root: Path) -> str | None:
         return f"its target cannot be reached ({error.strerror if isinstance(error, OSError) else error})"
     if kind in _SPECIAL:
         return f"it is {_SPECIAL[kind]}, which cannot be read as part of a model"
-    if not path.is_symlink() or target.is_relative_to(root) or _is_hub_blob(target):
+    if not path.is_symlink() or allow_outside_links or target.is_relative_to(root) or _is_hub_blob(target):
         return None
     return f"it is a link that leads out of the model's folder, to {target}"
 
