@@ -199,7 +199,7 @@ def test_large_headers_are_refused_unread(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / FILE).unlink()
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(90_000_000)
-    with pytest.raises(InputError, match="is larger than 32000000 bytes"):
+    with pytest.raises(InputError, match="is larger than 12000000 bytes"):
         read_folder(tmp_path)
 
 
