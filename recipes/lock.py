@@ -41,7 +41,7 @@ def held(
 
     Args:
         folder: created if it does not exist.
-        what: the name of the folder in messages: a config key, or "the stage's folder".
+        what: the name of the folder in messages: a config key, or a stage.
         fix: what else the user can do besides waiting.
         seconds_for_other_hosts: how long to wait for a holder on another host, of which nobody here can tell whether it
             still runs.
@@ -116,6 +116,6 @@ def _patience(holder: _Holder, seconds_for_other_hosts: float) -> float:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return SECONDS_TO_END
-    except PermissionError:
-        return 0.0
+    except PermissionError:  # it runs, and is another user's
+        pass
     return 0.0

@@ -139,13 +139,13 @@ def activate() -> Backend:
     early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
     if early:
         raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
-    _release_builds_of_the_dead()
+    _lock_builds_by_flock()
     chosen = _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
     _import_libraries()
     return chosen
 
 
-def _release_builds_of_the_dead() -> None:
+def _lock_builds_by_flock() -> None:
     """Has torch lock its builds of extensions so that a killed process's lock is free.
 
     Its own lock is a file's existence (torch/utils/file_baton.py:35). After a kill every later process on the machine
