@@ -224,6 +224,7 @@ def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> 
     """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
     whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
     for with_crc in (True, False):
+        (tmp_path / str(with_crc)).mkdir()
         torch.serialization.set_crc32_options(with_crc)
         try:
             weights = save_as_torch(tmp_path / str(with_crc), whole, [((0, 0), whole)])
