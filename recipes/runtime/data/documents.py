@@ -19,7 +19,7 @@ from recipes.runtime.hf_tokenizer import ids_by_token
 
 # The cluster of a document that names none.
 NO_CLUSTER = -1
-# What a chat template may use for one rendering of one conversation. Qwen3's takes 1 ms for a hundred messages.
+# What a chat template may use for one rendering of one conversation.
 CHAT_SECONDS = 10.0
 CHAT_BYTES = 2**30
 # Characters that it may write: some by itself (a system prompt, tools), and a multiple of the conversation's.
