@@ -30,9 +30,9 @@ def reached(folder: Path, step: int) -> bool:
     if read_state(folder).get("step", 0) < step:
         return False
     saved = resume_point(folder / CHECKPOINTS)
-    return saved in (path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step) and any(
-        "val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS)
-    )
+    late_enough = [path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step]
+    validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS))
+    return validated and saved in late_enough
 
 
 def begin_again(folder: Path, step: int) -> None:
