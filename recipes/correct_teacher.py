@@ -42,8 +42,8 @@ def gain(metrics: Path) -> dict[str, float | None]:
     """Held-out loss before and after a training, from its `metrics.jsonl`; None: lost with lines of that file."""
     losses = {line["step"]: line["val_loss"] for line in read_metrics(metrics) if "val_loss" in line}
     before, after = losses.get(0), losses[max(losses)] if losses else None
-    difference = None if before is None or after is None else before - after
-    return {"val_loss_before": before, "val_loss_after": after, "val_loss_gain": difference}
+    gained = None if before is None or after is None else before - after
+    return {"val_loss_before": before, "val_loss_after": after, "val_loss_gain": gained}
 
 
 if __name__ == "__main__":

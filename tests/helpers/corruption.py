@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,17 +89,23 @@ def examples(entries: Entries) -> dict[str, str]:
     return {kind_of(name): name for name, entry in entries.items() if entry["size"]}
 
 
-def silent_uses(stages: Mapping[str, Located], aside: Path) -> tuple[int, list[str]]:
+def silent_uses(
+    stages: Mapping[str, Located], aside: Path, made_by: Collection[str] | None = None
+) -> tuple[int, list[str]]:
     """Damages every kind of file that a stage reads of a complete one, in every way.
+
+    Args:
+        made_by: the stages whose files are damaged; None: all that are complete.
 
     Returns:
         How often, and the cases in which the stage would have started all the same.
     """
     tried, silent, seen = 0, [], set()
+    complete = {name for name, stage in stages.items() if stage.complete and (made_by is None or name in made_by)}
     for located in stages.values():
         for source in located.stage.inputs(located.cfg).values():
             # The same check, whichever stage makes it.
-            if not isinstance(source, Output) or source in seen or not stages[source.stage].complete:
+            if not isinstance(source, Output) or source in seen or source.stage not in complete:
                 continue
             seen.add(source)
             folder = stages[source.stage].folder

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from recipes.artifact import STATE, STOP, read_state, remove_folder, write_json
+from recipes.artifact import STATE, STOP, read_state, write_json
 from recipes.integrity import checkpoints_in
 from recipes.runtime.checkpoints import resume_point
 from recipes.runtime.metrics_file import read_metrics
@@ -30,9 +30,9 @@ def reached(folder: Path, step: int) -> bool:
     if read_state(folder).get("step", 0) < step:
         return False
     saved = resume_point(folder / CHECKPOINTS)
-    return saved in [path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step] and any(
-        "val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS)
-    )
+    late_enough = [path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step]
+    validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS))
+    return validated and saved in late_enough
 
 
 def begin_again(folder: Path, step: int) -> None:
@@ -40,7 +40,7 @@ def begin_again(folder: Path, step: int) -> None:
     (folder / STOP).unlink(missing_ok=True)
     for saved, checkpoint in checkpoints_in(folder / CHECKPOINTS).items():
         if saved >= step:
-            remove_folder(checkpoint)
+            shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
 
 
 def pause(stage: Path, candidate: Path) -> None:
