@@ -71,7 +71,8 @@ class Located:
         """Whether the folder holds this stage's whole result, within the limits that the config sets for it."""
         manifest = read_manifest(self.folder, self.config_hash)
         return manifest is not None and all(
-            manifest.get("metrics", {}).get(metric, 0) <= _get(self.cfg, key) for key, metric in self.stage.limits.items()
+            manifest.get("metrics", {}).get(metric, 0) <= _get(self.cfg, key)
+            for key, metric in self.stage.limits.items()
         )
 
     def settings(self) -> dict[str, Any]:
