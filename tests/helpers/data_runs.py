@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.load import compose, save_resolved
 from recipes.artifact import locate
+from recipes.runtime.data.folder import DataFolder
+from recipes.runtime.data.shards import SplitWriter, documents_of
 from tests.conftest import QWEN3
 from tests.helpers.tokenizers import TEXTS, byte_level
 
@@ -58,3 +62,16 @@ def resolved(arguments: list[str]) -> Path:
     if not path.exists():
         save_resolved(cfg, path)
     return path
+
+
+def write_masks(folder: Path) -> None:
+    """Masks next to a data folder's tokens, as `data.mask_prompts` leaves them: stretches of 100 tokens of which
+    nothing, a tenth or all is learned, so that some sequences of 128 have next to nothing to learn."""
+    draw = np.random.default_rng(0)
+    data = DataFolder.read(folder)
+    for prefix in (*(folder / part["prefix"] for part in data.train), folder / "validation"):
+        writer = SplitWriter(Path(f"{prefix}_mask"), np.dtype(np.uint8), 2)
+        for document in documents_of(prefix):
+            shares = np.repeat(draw.choice([0.0, 0.1, 1.0], len(document) // 100 + 1), 100)[: len(document)]
+            writer.add([(draw.random(len(document)) < shares).astype(np.uint8)], (0, 0, 0))
+        writer.finish()

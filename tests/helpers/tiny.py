@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from conf.load import compose
+from convert.stored import blocks
+from convert.torch_dist import TorchDistReader
 from launch.local import ROOT
 from recipes.artifact import Located, locate
 from recipes.runtime.metrics_file import read_metrics
@@ -131,6 +134,22 @@ def validations(folder: Path) -> dict[int, float]:
     """The held-out losses of a training, by the step after which they were taken."""
     lines = read_metrics(folder / "metrics.jsonl")
     return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+
+
+def gradients_apart(folder: Path, reference: Path, step: int) -> float:
+    """The largest difference of two trainings' first moments in Adam after a step, means of their clipped gradients;
+    of the largest one."""
+    found, expected = (_moments(one / "checkpoints" / f"step={step}" / "weights") for one in (folder, reference))
+    assert expected, reference
+    assert found.keys() == expected.keys()
+    largest = max(float(np.abs(values).max()) for values in expected.values())
+    return max(float(np.abs(found[key] - values).max()) for key, values in expected.items()) / largest
+
+
+def _moments(weights: Path) -> dict[str, np.ndarray]:
+    reader = TorchDistReader(weights)
+    stored = {key: reader.tensor(key) for key in reader.tensors if "exp_avg." in key}
+    return {key: np.frombuffer(b"".join(map(bytes, blocks(tensor))), np.float32) for key, tensor in stored.items()}
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -10,5 +10,7 @@ BACKEND = "gpu" if GPU else "cpu"
 LOGITS = 2e-2 if GPU else 1e-4
 # Losses of the same run in another layout. CPU: 2e-8 seen, 1e-5 is what the project promises.
 LOSS = 1e-3 if GPU else 1e-5
+# Gradients of the same run in another layout, of the largest one. CPU: sums in fp32 in another order.
+GRADIENTS = 1e-3 if GPU else 1e-5
 # Losses of the same run, killed and resumed: to the last digit on a CPU; a GPU's kernels may add in any order.
 RESUMED = LOSS if GPU else 0.0

@@ -1,6 +1,7 @@
 """Distillation in every parallel layout, with the distributed optimizer and its overlaps on: our loss and upstream's.
 
-The model has tied embeddings: its output weight gets gradients from both ends, on two pipeline stages in one layout.
+The model has tied embeddings: its output weight gets gradients from both ends, on two pipeline stages in one layout. Of
+the data only some tokens are learned, in some sequences next to none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tiny, tolerance
+from tests.helpers.data_runs import write_masks
 
 STEPS = 20
 TIED = (*tiny.DEPTH, "model.shape.tie_word_embeddings=true", f"distill.max_steps={STEPS}", "distill.controls=[]")
@@ -21,7 +23,7 @@ MIX = (
 TWO_RANKS = "cluster.devices_per_node=2"
 # Sequence parallelism is on wherever tensor parallelism is.
 LAYOUTS = {
-    "dp2": (TWO_RANKS,),
+    "dp2": (TWO_RANKS, "distill.micro_batch_size=2"),
     "tp2_sp": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
     "tp2": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2", "distill.parallel.sequence_parallel=false"),
     "pp2": (TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2"),
@@ -33,6 +35,7 @@ LAYOUTS = {
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("tied") / "run"
     tiny.launch(run_dir, *TIED, "--until", "prune")
+    write_masks(tiny.stages(run_dir, *TIED)["prepare_data"].folder)
     return run_dir
 
 
@@ -53,9 +56,16 @@ def assert_same(folder: Path, reference: Path, tolerance: float) -> None:
     assert tiny.validations(folder) == pytest.approx(tiny.validations(reference), abs=tolerance)
 
 
+def assert_same_gradients(folder: Path, reference: Path) -> None:
+    (last,) = {int(path.name.partition("=")[2]) for path in reference.glob("checkpoints/step=*")}
+    assert tiny.gradients_apart(folder, reference, last) < tolerance.GRADIENTS
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_gives_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
-    assert_same(distil(pruned, tmp_path, *LAYOUTS[layout]), one_rank, tolerance.LOSS)
+    folder = distil(pruned, tmp_path, *LAYOUTS[layout])
+    assert_same(folder, one_rank, tolerance.LOSS)
+    assert_same_gradients(folder, one_rank)
 
 
 @pytest.fixture(scope="module")

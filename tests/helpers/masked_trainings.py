@@ -1,0 +1,56 @@
+"""Short trainings on masked data with different micro batch sizes, for one run of the stage `distill`.
+
+All in one process, as importing NeMo takes longer than these trainings do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from conf.schema import DistillConfig, LossImplementation, RunConfig
+from recipes.runtime.stage_main import stage_main
+
+# By whose loss: ours of distillation, upstream's, and that of a model which learns from the data alone.
+KINDS = ("distilled", "upstream", "plain")
+MICRO_BATCHES = (1, 4)
+
+
+def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Leaves `checkpoints/` and `metrics.jsonl` of each training in `out/<kind>/<micro batch size>`."""
+    from recipes.runtime import backend
+
+    backend.activate()
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    from recipes.runtime.pruning import finalists
+
+    for kind in KINDS:
+        for size in MICRO_BATCHES:
+            training = dataclasses.replace(cfg.distill, micro_batch_size=size)
+            _train(kind, training, inputs, out / kind / str(size), cfg.seed)
+            destroy_num_microbatches_calculator()  # or it would keep this training's micro batch size
+            finalists.release()
+    return {}
+
+
+def _train(kind: str, training: DistillConfig, inputs: dict[str, Any], out: Path, seed: int) -> None:
+    from recipes.runtime import nemo_api
+    from recipes.runtime.data.folder import DataFolder
+    from recipes.runtime.distillation import student_to_train
+    from recipes.runtime.training import train
+
+    if kind == "plain":
+        model = nemo_api.load_model(inputs["student"])
+    else:
+        implementation = LossImplementation.upstream if kind == "upstream" else LossImplementation.chunked
+        kd = dataclasses.replace(training.kd, implementation=implementation)
+        training = dataclasses.replace(training, kd=kd)
+        model = student_to_train(training, inputs["student"], inputs["teacher"])
+    out.mkdir(parents=True, exist_ok=True)
+    train(model, training, DataFolder.read(inputs["data"]), out, seed=seed, start=inputs["student"])
+
+
+if __name__ == "__main__":
+    stage_main(run, "distill")
