@@ -158,8 +158,7 @@ def _fill_in_family(tree: Any) -> list[str]:
     if not isinstance(model.get("hf_path"), str):
         return []
     # That the path is missing is a fault of its own.
-    family, faults = None, []
-    if model["hf_path"] != MISSING:
-        family, faults = read_family(model["hf_path"], model.get("revision"))
+    missing = model["hf_path"] == MISSING
+    family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"))
     model["family"] = UNRESOLVED if family is None else family
     return faults
