@@ -144,8 +144,7 @@ def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_crede
             unreadable.add("model.shape")
     faults += validate(cfg, unreadable)
     if check_files:
-        # What is wrong with config.json was found with the shape.
-        faults += [fault for fault in missing_files(cfg, unreadable) if fault not in faults]
+        faults += missing_files(cfg, unreadable)
     if faults:
         raise ConfigError(faults)
     return cfg
@@ -159,9 +158,7 @@ def _fill_in_family(tree: Any) -> list[str]:
     if not isinstance(model.get("hf_path"), str):
         return []
     # That the path is missing is a fault of its own.
-    family: str | None = None
-    faults: list[str] = []
-    if model["hf_path"] != MISSING:
-        family, faults = read_family(model["hf_path"], model.get("revision"))
+    missing = model["hf_path"] == MISSING
+    family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"))
     model["family"] = UNRESOLVED if family is None else family
     return faults
