@@ -144,7 +144,8 @@ def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_crede
             unreadable.add("model.shape")
     faults += validate(cfg, unreadable)
     if check_files:
-        faults += missing_files(cfg, unreadable)
+        # What is wrong with config.json was found with the shape.
+        faults += [fault for fault in missing_files(cfg, unreadable) if fault not in faults]
     if faults:
         raise ConfigError(faults)
     return cfg

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,16 @@ from typing import Any
 import pytest
 
 from conf.errors import ConfigError
-from conf.hf_weights import INDEX, ITEM_BYTES, expected_shapes, faults
+from conf.hf_weights import INDEX, expected_shapes, faults
 from conf.load import compose
 from tests.conftest import QWEN3
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def write(file: Path, shapes: Shapes, dtype: str = "BF16", **types: str) -> None:
-    """A safetensors file whose tensors are holes."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        kind, count = types.get(name, dtype), 1
-        for extent in shape:
-            count *= extent
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end + count * ITEM_BYTES[kind]]}
-        end += count * ITEM_BYTES[kind]
-    data = json.dumps(header).encode()
-    with file.open("wb") as target:
-        target.write(struct.pack("<Q", len(data)) + data)
-        target.truncate(8 + len(data) + end)
+from tests.helpers.hf_folders import Shapes, write_safetensors, write_tokenizer
 
 
 def folder(path: Path, shapes: Shapes, dtype: str = "BF16", config: dict[str, Any] = QWEN3, **types: str) -> Path:
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    write(path / "model.safetensors", shapes, dtype, **types)
+    write_safetensors(path / "model.safetensors", shapes, dtype, **types)
     return path
 
 
@@ -113,7 +96,7 @@ def shard(path: Path) -> None:
     names, half = list(SHAPES), len(SHAPES) // 2
     parts = {"1.safetensors": names[:half], "2.safetensors": names[half:]}
     for file, part in parts.items():
-        write(path / file, {name: SHAPES[name] for name in part})
+        write_safetensors(path / file, {name: SHAPES[name] for name in part})
     weight_map = {name: file for file, part in parts.items() for name in part}
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -121,6 +104,7 @@ def shard(path: Path) -> None:
 def test_launchers_find_it_before_anything_is_started(tmp_path: Path) -> None:
     """Of a local folder; the config alone is read without looking at weights."""
     model = folder(tmp_path / "model", SHAPES, config=UNTIED)
+    write_tokenizer(model)
     shard(model)
     documents = tmp_path / "docs.jsonl"
     documents.write_text("")

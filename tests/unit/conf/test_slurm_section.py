@@ -11,6 +11,7 @@ from conf.errors import ConfigError
 from conf.load import compose, load_resolved, save_resolved
 from conf.schema import RunConfig
 from conf.slurm_rules import HUB_FOLDERS
+from tests.helpers.hf_folders import complete
 
 SITE = ["partition=gpu", "account=lab", "container_image='nvcr.io#lab/prune:1'"]
 BASE = ["experiment=demo", "cluster=slurm", "cluster.devices_per_node=1"]
@@ -162,14 +163,15 @@ def test_what_a_snapshot_of_the_hubs_cache_needs(
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    (blobs / "f00d").write_bytes((hf_folder() / "config.json").read_bytes())
-    (snapshot / "config.json").symlink_to("../../blobs/f00d")
+    for path in complete(hf_folder()).iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     (tmp_path / "docs.jsonl").write_text("")
     site = [*BASE[1:], *(f"cluster.slurm.{setting}" for setting in SITE), "cluster.gpu=null"]
     own = ["experiment=own", f"data.train=[{tmp_path}/docs.jsonl]", "prune.num_layers=2", *site]
     mounts = f"cluster.slurm.container_mounts=['{tmp_path}/docs.jsonl:{tmp_path}/docs.jsonl','{snapshot}:{snapshot}']"
     (fault,) = faults([*own, f"model.hf_path={snapshot}", mounts], check_files=True)
-    assert f"model.hf_path names {blobs}/f00d" in fault
+    assert f"model.hf_path names {blobs}/" in fault
     assert f"add {blobs}:{blobs} to cluster.slurm.container_mounts" in fault
     # A model of the Hub is looked for where the submitting shell keeps its cache.
     for name in HUB_FOLDERS:

@@ -14,6 +14,7 @@ import pytest
 from conf.errors import ConfigError, InputError, reading
 from conf.hf_tokenizer import faults, is_lfs_pointer
 from conf.load import compose
+from tests.helpers.hf_folders import complete
 from tests.helpers.tokenizers import byte_level, sentencepiece_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11422654\n"
@@ -122,10 +123,11 @@ def test_tokenizer_model_is_of_sentencepiece_or_of_tiktoken(tmp_path: Path) -> N
 
 
 def test_a_run_does_not_start_with_a_faulty_tokenizer(folder: Path, tmp_path: Path) -> None:
-    (folder / "tokenizer.json").write_text(POINTER)
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     config |= {"num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 1024}
     (folder / "config.json").write_text(json.dumps(config))
+    complete(folder)
+    (folder / "tokenizer.json").write_text(POINTER)
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     overrides = ["model=local", "name=mine", f"model.hf_path={folder}", f"data.train=[{tmp_path / 'd.jsonl'}]"]
     overrides += ["model.family=llama", "prune.num_layers=2", "prune.calibration_seq_length=64"]

@@ -42,7 +42,7 @@ def test_a_look_costs_little_and_writes_nothing(tmp_path: Path, argument: str) -
 def test_what_slurm_would_be_given_costs_little(tmp_path: Path) -> None:
     site = [f"cluster.slurm.{key}=null" for key in ("partition", "account", "container_image")]
     shared = ("cluster=slurm", "cluster.devices_per_node=1", "cluster.run_dir_is_shared=true", "dry_run=true")
-    assert cheaply(*shared, *site, f"run_dir={tmp_path}").count("#!/bin/bash -l") == 12
+    assert cheaply(*shared, *site, f"run_dir={tmp_path}").count("#!/bin/bash -l") == 15
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import docker
+from tests.helpers.hf_folders import complete
 
 
 @pytest.fixture
@@ -102,8 +103,9 @@ def test_a_snapshot_of_the_hubs_cache_brings_its_blobs(
     snapshot, blobs = model / "snapshots" / "0123", model / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
-    (blobs / "f00d").write_bytes((hf_folder() / "config.json").read_bytes())
-    (snapshot / "config.json").symlink_to("../../blobs/f00d")
+    for path in complete(hf_folder()).iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     (here / "docs.jsonl").write_text("")
     own = ["experiment=own", f"model.hf_path={snapshot}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
     words = printed(capsys, "--", *own)
