@@ -70,7 +70,6 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("distill.kd.temperature=3", OF_STUDENT),
         ("distill.kd.divergence=reverse_kl distill.kd.lm_weight=0.25", OF_STUDENT),
         ("distill.kd.intermediate_weight=7 distill.kd.intermediate_loss=mse", []),
-        ("distill.loss=ce distill.kd.temperature=3", OF_STUDENT),
         # An unfinished stage continues with them.
         ("distill.skip_steps=[[3,4]]", []),
         ("distill.signal_top_k=8", []),
@@ -81,8 +80,8 @@ def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) 
 
 
 def test_a_student_without_a_teacher_ignores_the_teachers_settings(demo: Compose) -> None:
-    alone = "distill.loss=ce"
-    assert changed(demo(alone), demo(alone, "distill.kd.temperature=3", "distill.kd.top_k=7")) == []
+    alone = ("distill.loss=ce", "distill.controls=[]")
+    assert changed(demo(*alone), demo(*alone, "distill.kd.temperature=3", "distill.kd.top_k=7")) == []
     stored = demo("distill.signal=stored")
     redone = changed(stored, demo("distill.signal=stored", "distill.signal_top_k=8"))
     assert redone == ["teacher_signal", *OF_STUDENT]

@@ -119,7 +119,7 @@ def test_launchers_find_it_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(overrides, check_files=True)
     (fault,) = caught.value.faults
-    assert fault.startswith(f"model.hf_path={model}: ")
+    assert fault.startswith(f"{model}: ")
     assert f"2.safetensors, which {INDEX} names, is missing" in fault
     (model / INDEX).unlink()
     with pytest.raises(ConfigError, match=r"1\.safetensors, 3\.safetensors are not named by an index"):

@@ -241,7 +241,7 @@ def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.Monk
     ]
     # On a machine without a stated GPU neither memory nor hours are said.
     assert "GPU" not in out
-    assert f"warning: {launcher.run_dir} has 0.1 GiB free, and the run still writes about 0.7 GiB" in out
+    assert f"warning: {launcher.run_dir} has 0.1 GiB free, and the run still writes about 0.8 GiB" in out
     # Nothing is left to plan of what is complete.
     assert "plan:" not in launcher.run("--until", "first")[1]
 

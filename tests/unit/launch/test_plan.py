@@ -85,8 +85,8 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
     assert sizes["tokens"] == 4 * 28_600 * 768 * 4096
     assert sizes["teacher"] == 2 * teacher
     assert sizes["students"] == 2 * 2 * 2 * student
-    # The newest, the best, and the one being written.
-    assert sizes["checkpoints"] == 3 * 14 * student
+    # The two newest, the best, and the one being written.
+    assert sizes["checkpoints"] == 4 * 14 * student
     assert sizes["total"] == sum(sizes[kind] for kind in ("tokens", "teacher", "students", "checkpoints"))
     # The demo makes its teacher, in fp32 like all of it, and has a control; its tokens take two bytes.
     student, teacher = 3_279_616, 5_246_976
@@ -96,7 +96,7 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
         "tokens": 2 * 160 * 4 * 256,
         "teacher": 3 * 4 * teacher,
         "students": 2 * 3 * 4 * student,
-        "checkpoints": 2 * 3 * 16 * student + 3 * 16 * teacher,
+        "checkpoints": 2 * 4 * 16 * student + 4 * 16 * teacher,
     }
 
 
@@ -135,10 +135,10 @@ def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: 
 def test_a_corrected_teacher_by_hand() -> None:
     plain, corrected = planned(DEPTH), planned(DEPTH, CORRECTION)
     teacher = 8_190_735_360
-    # Weights for NeMo and for Hugging Face; checkpoints (newest, best, the one being written) of bf16 weights, fp32
-    # weights and two moments.
+    # Weights for NeMo and for Hugging Face; checkpoints (the two newest, the best, the one being written) of bf16
+    # weights, fp32 weights and two moments.
     assert corrected["disk"]["teacher"] == plain["disk"]["teacher"] + 2 * 2 * teacher
-    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 3 * 14 * teacher
+    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 4 * 14 * teacher
     (row,) = [stage for stage in corrected["stages"] if stage["stage"] == "correct_teacher"]
     forward = plain["training"]["flops_a_token"]["teacher"]
     flops = 10 * 8 * 4096 * 3 * forward
@@ -167,7 +167,7 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
     need = make(cfg)["disk"]["total"]
     monkeypatch.setattr("launch.disk.free_bytes", lambda path: need - 100)
     (warning,) = make(cfg)["warnings"]
-    assert f"{cfg.run_dir} has 0.7 GiB free" in warning
+    assert f"{cfg.run_dir} has 0.8 GiB free" in warning
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").write_bytes(bytes(200))
     assert make(cfg)["warnings"] == []
@@ -333,7 +333,7 @@ def test_the_short_form() -> None:
         r" 21% of its peak, at least 33 jobs of 1-00:00:00",
         lines[1],
     )
-    assert lines[2].startswith("plan: 624.0 GiB on disk, ")
+    assert lines[2].startswith("plan: 700.6 GiB on disk, ")
 
 
 def test_a_budget_is_planned_by_its_largest_candidate() -> None:

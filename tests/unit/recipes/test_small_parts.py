@@ -94,12 +94,17 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_knows_nothing_is_refused() -> None:
-    trainer = SimpleNamespace(callback_metrics={"val_loss": 3.2})
-    assert importance._plausible(trainer, 1000) == 3.2
-    for loss in (math.log(1000) + 0.1, math.nan):
-        trainer.callback_metrics["val_loss"] = loss
-        with pytest.raises(InputError, match="no better than chance"):
-            importance._plausible(trainer, 1000)
+    data = SimpleNamespace(vocab_size=1000)
+    losses = SimpleNamespace(mean=lambda where: loss)
+    model = SimpleNamespace(validation_loss_reduction=losses)
+    loss = 3.2
+    assert importance._plausible(model, data) == 3.2
+    loss = math.log(1000) + 0.1
+    with pytest.raises(InputError, match="no better than chance"):
+        importance._plausible(model, data)
+    loss = math.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        importance._plausible(model, data)
 
 
 @pytest.mark.parametrize(
