@@ -42,3 +42,14 @@ def complete(folder: Path) -> Path:
 
 def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+
+
+def hub_snapshot(folder: Path, cache: Path) -> tuple[Path, Path]:
+    """Moves a complete model into a Hub cache, whose snapshots hold links; returns the snapshot and the blobs."""
+    snapshot, blobs = cache / "models--a--b" / "snapshots" / "0123", cache / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in complete(folder).iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    return snapshot, blobs

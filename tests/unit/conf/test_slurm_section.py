@@ -11,7 +11,7 @@ from conf.errors import ConfigError
 from conf.load import compose, load_resolved, save_resolved
 from conf.schema import RunConfig
 from conf.slurm_rules import HUB_FOLDERS
-from tests.helpers.hf_folders import complete
+from tests.helpers.hf_folders import hub_snapshot
 
 SITE = ["partition=gpu", "account=lab", "container_image='nvcr.io#lab/prune:1'"]
 BASE = ["experiment=demo", "cluster=slurm", "cluster.devices_per_node=1"]
@@ -160,12 +160,7 @@ def test_what_the_container_would_not_see(tmp_path: Path) -> None:
 def test_what_a_snapshot_of_the_hubs_cache_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_folder: Callable[..., Path]
 ) -> None:
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in complete(hf_folder()).iterdir():
-        path.rename(blobs / path.name)
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    snapshot, blobs = hub_snapshot(hf_folder(), tmp_path)
     (tmp_path / "docs.jsonl").write_text("")
     site = [*BASE[1:], *(f"cluster.slurm.{setting}" for setting in SITE), "cluster.gpu=null"]
     own = ["experiment=own", f"data.train=[{tmp_path}/docs.jsonl]", "prune.num_layers=2", *site]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import docker
-from tests.helpers.hf_folders import complete
+from tests.helpers.hf_folders import hub_snapshot
 
 
 @pytest.fixture
@@ -99,13 +99,7 @@ def test_a_cache_of_its_own_is_mounted(
 def test_a_snapshot_of_the_hubs_cache_brings_its_blobs(
     here: Path, capsys: pytest.CaptureFixture[str], hf_folder: Callable[..., Path]
 ) -> None:
-    model = here.parent / "hub" / "models--a--b"
-    snapshot, blobs = model / "snapshots" / "0123", model / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in complete(hf_folder()).iterdir():
-        path.rename(blobs / path.name)
-        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    snapshot, blobs = hub_snapshot(hf_folder(), here.parent / "hub")
     (here / "docs.jsonl").write_text("")
     own = ["experiment=own", f"model.hf_path={snapshot}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
     words = printed(capsys, "--", *own)
