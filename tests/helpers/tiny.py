@@ -15,8 +15,6 @@ import numpy as np
 import yaml
 
 from conf.load import compose
-from convert.stored import blocks
-from convert.torch_dist import TorchDistReader
 from launch.local import ROOT
 from recipes.artifact import Located, locate
 from recipes.runtime.metrics_file import read_metrics
@@ -147,9 +145,15 @@ def gradients_apart(folder: Path, reference: Path, step: int) -> float:
 
 
 def _moments(weights: Path) -> dict[str, np.ndarray]:
-    reader = TorchDistReader(weights)
-    stored = {key: reader.tensor(key) for key in reader.tensors if "exp_avg." in key}
-    return {key: np.frombuffer(b"".join(map(bytes, blocks(tensor))), np.float32) for key, tensor in stored.items()}
+    """Whole tensors, however a layout cut them."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(weights)
+    saved = reader.read_metadata().state_dict_metadata.items()
+    tensors = {key: torch.empty(entry.size) for key, entry in saved if "exp_avg." in key}  # type: ignore[union-attr]
+    load(tensors, storage_reader=reader, no_dist=True)
+    return {key: tensor.numpy() for key, tensor in tensors.items()}
 
 
 def copy_run(source: Path, target: Path) -> Path:
