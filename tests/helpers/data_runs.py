@@ -16,14 +16,16 @@ from recipes.artifact import locate
 from recipes.runtime.data.folder import DataFolder
 from recipes.runtime.data.shards import SplitWriter, documents_of
 from tests.conftest import QWEN3
+from tests.helpers.hf_folders import write_weights
 from tests.helpers.tokenizers import TEXTS, byte_level
 
 
 def model_folder(folder: Path) -> Path:
-    """A tokenizer and a config.json: the data stage reads no weights."""
+    """A tokenizer, a config.json, and weights that are holes: the data stage reads none."""
     byte_level(folder)
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     (folder / "config.json").write_text(json.dumps({**QWEN3, "vocab_size": vocab_size}))
+    write_weights(folder)
     return folder
 
 

@@ -35,9 +35,13 @@ def write_safetensors(file: Path, shapes: Shapes, dtype: str = "BF16", **types: 
 
 def complete(folder: Path) -> Path:
     """Adds what the `config.json` in a folder needs beside it."""
-    write_safetensors(folder / "model.safetensors", expected_shapes(read_config(folder / "config.json")))
+    write_weights(folder)
     write_tokenizer(folder)
     return folder
+
+
+def write_weights(folder: Path) -> None:
+    write_safetensors(folder / "model.safetensors", expected_shapes(read_config(folder / "config.json")))
 
 
 def write_tokenizer(folder: Path) -> None:
