@@ -95,7 +95,7 @@ def stage_main(run: Run, default_stage: str) -> None:
         started = time.time()
         located.folder.mkdir(parents=True, exist_ok=True)
         with _only_one(located):
-            if rank() == 0 and located.complete:  # not just returned from: the other ranks have begun
+            if rank() == 0 and located.complete:  # not just returned from: the other ranks have started
                 raise InputError(f"{args.stage} was completed in {located.folder} by the process that held its lock")
             try:
                 metrics = run(located.cfg, located.inputs, located.folder)

@@ -74,7 +74,7 @@ def train(
     Raises:
         ConfigError: the ranks do not fit the parallel layout or the batch.
         InputError: too little data; a checkpoint that lacks a parameter, or is another model's; damage in every
-            checkpoint; a loss that is no number, or far too high.
+            checkpoint; a loss that is not finite, or far too high.
         PausedError: a stop file ended it early; it goes on from there the next time.
     """
     check(cfg, data)

@@ -12,8 +12,6 @@ from urllib.parse import quote
 
 from recipes.artifact import is_as_written, with_crc32, write_json
 
-RECOVERY = "recovery"
-
 
 class Store:
     """The measurements of a stage's folder, by model and part.
