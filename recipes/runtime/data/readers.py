@@ -154,7 +154,7 @@ def _opened(piece: Piece, kind: Packing | None) -> Any:
 
     # Reads all frames, also skippable ones, and raises where one is cut short. By default it refuses windows above
     # 128 MiB; 2 GiB is what `zstd --long=31` makes, and the format's limit in practice (ZSTD_WINDOWLOG_MAX).
-    options = {zstd.DecompressionParameter.window_log_max: 31}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
     return io.BufferedReader(zstd.ZstdFile(piece.path, options=options), BUFFER_BYTES)
 
 
