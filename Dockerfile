@@ -16,7 +16,7 @@ COPY . .
 # Readable to any user, as the container may be run as one (docker run --user, pyxis).
 RUN pip install --no-cache-dir --no-deps --editable . \
  && chmod -R a+rX . \
- && python -c "import nemo, megatron.core, modelopt, transformer_engine, conf.load, launch.run" \
+ && python -c "import nemo, megatron.core, modelopt, transformer_engine, prune_distill.config.load, launch.run" \
  && python -c "import modelopt as found; assert found.__version__ == '$(sed -n s/^nvidia-modelopt==//p requirements/nemo26.in)', found"
 
 CMD ["python", "-m", "launch.run", "--help"]

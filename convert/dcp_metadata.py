@@ -11,8 +11,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
-from conf.errors import InputError
 from convert.torch_save import TORCH_TYPES, Global, Rebuilt
+from prune_distill.errors import InputError
 
 MCORE_METADATA = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
 # The classes of torch's description of a checkpoint and the order of their fields

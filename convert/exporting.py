@@ -6,9 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.hf_config import with_both_forms
-from conf.schema import RunConfig
 from convert import families
 from convert.files import replaced
 from convert.model_card import Making, model_card
@@ -17,8 +14,11 @@ from convert.safetensors_files import read_folder, write_folder
 from convert.stored import StoredTensor, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistReader
 from convert.torch_save import TORCH_TYPES
-from recipes.artifact import write_json
-from recipes.runtime.huggingface import copy_side_files
+from prune_distill.errors import InputError
+from prune_distill.model.hf_config import with_both_forms
+from prune_distill.model.huggingface import copy_side_files
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.schema import RunConfig
 
 # `--dtype` and `convert.export_dtype`, by safetensors' names; `keep` is the checkpoint's own.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "keep": None}

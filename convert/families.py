@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from conf import hf_config
-from conf.errors import InputError
-from conf.hf_config import HfConfig, rope_kind
-from conf.hf_weights import expected_shapes
 from convert.nemo_context import Call, Reference
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
+from prune_distill.errors import InputError
+from prune_distill.model import hf_config
+from prune_distill.model.hf_config import HfConfig, rope_kind
+from prune_distill.model.hf_weights import expected_shapes
 
 LAYERS = "decoder.layers."
 

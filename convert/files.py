@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conf.errors import InputError
-from recipes.artifact import remove_folder, sync
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import remove_folder, sync
 
 
 @contextmanager

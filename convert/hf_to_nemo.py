@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import InputError
-from conf.schema import RunConfig
-from recipes.runtime.stage_main import command_line, stage_main
+from prune_distill.errors import InputError
+from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.schema import RunConfig
 
 if TYPE_CHECKING:
     from convert.stored import StoredTensor
@@ -54,7 +54,7 @@ def convert(
         InputError: the model cannot be had, is damaged, or cannot be represented in NeMo.
     """
     from convert.files import replaced
-    from recipes.runtime.huggingface import hub_commit, local_folder
+    from prune_distill.model.huggingface import hub_commit, local_folder
 
     source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
     with replaced(checkpoint, source) as partial:
@@ -64,11 +64,11 @@ def convert(
 
 def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, checksum: bool) -> None:
     """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
-    from conf.hf_weights import expected_shapes
     from convert import families, pickled_files, safetensors_files
     from convert.nemo_context import model_call, write_context
     from convert.stored import report_nonfinite
-    from recipes.runtime.huggingface import copy_side_files
+    from prune_distill.model.hf_weights import expected_shapes
+    from prune_distill.model.huggingface import copy_side_files
 
     config = families.read_config(source)
     family = families.FAMILIES[config["model_type"]]
@@ -89,8 +89,8 @@ def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path
     Raises:
         InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
     """
-    from conf.hf_weights import tensor_faults
     from convert.torch_save import TORCH_TYPES
+    from prune_distill.model.hf_weights import tensor_faults
 
     faults = tensor_faults(tensors, config)
     output, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from conf.hf_shape import may_be_hub_id, shape_from
-from conf.wording import ranges
 from convert.families import read_config
-from recipes.artifact import read_manifest
+from prune_distill.config.wording import ranges
+from prune_distill.model.hf_shape import may_be_hub_id, shape_from
+from prune_distill.pipeline.artifact import read_manifest
 
 _SIZES = {
     "num_layers": "layers",

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from conf.errors import InputError
+from prune_distill.errors import InputError
 
 # NeMo looks for a part of the model under its path in the whole.
 ROOT = "<root>"

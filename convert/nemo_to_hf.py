@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conf.schema import DistillConfig, ExportDtype, Loss, RunConfig
-from recipes.runtime.stage_main import command_line, stage_main
+from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
 
 # Trained on the data alone, whatever the student learns from.
 TEACHERLESS = ("ce", "scratch", "corrected_teacher")
@@ -23,7 +23,7 @@ TEACHERLESS = ("ce", "scratch", "corrected_teacher")
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: hf_model (the model they descend from) and a checkpoint a name. Output: a folder a name."""
     from convert.exporting import export_model
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.model.huggingface import local_folder
 
     source = local_folder(inputs["hf_model"], cfg.model.revision, weights=False)
     base = cfg.model.hf_path or cfg.model.name
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     with command_line():
         from convert.exporting import carried_files, export_model
-        from recipes.runtime.huggingface import local_folder
+        from prune_distill.model.huggingface import local_folder
 
         if args.hf_model is None:
             source = carried_files(args.checkpoint)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.hf_weights import ITEM_BYTES, PICKLED, read_index
 from convert.stored import Rows, Span, StoredTensor
 from convert.torch_save import TORCH_TYPES
-from recipes.runtime.saved_records import Record, read_record, record_begin
+from prune_distill.errors import InputError
+from prune_distill.model.hf_weights import ITEM_BYTES, PICKLED, read_index
+from prune_distill.nemo.saved_records import Record, read_record, record_begin
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}

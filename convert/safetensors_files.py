@@ -1,4 +1,4 @@
-"""Safetensors folders, read and written as streams. Their headers are read by `conf.hf_weights`."""
+"""Safetensors folders, read and written as streams. Their headers are read by `prune_distill.model.hf_weights`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from conf import hf_weights
-from conf.hf_weights import INDEX, ITEM_BYTES, WHOLE
 from convert.stored import Rows, Span, StoredTensor, copy, write
+from prune_distill.model import hf_weights
+from prune_distill.model.hf_weights import INDEX, ITEM_BYTES, WHOLE
 
 SHARD_BYTES = 5 * 10**9
 

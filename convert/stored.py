@@ -17,9 +17,9 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from conf.errors import InputError
-from conf.hf_weights import ITEM_BYTES
-from recipes.runtime.saved_records import Record, mapped
+from prune_distill.errors import InputError
+from prune_distill.model.hf_weights import ITEM_BYTES
+from prune_distill.nemo.saved_records import Record, mapped
 
 log = logging.getLogger("convert.stored")
 

@@ -21,9 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.hf_weights import ITEM_BYTES
-from conf.regular_files import folder_faults
 from convert.dcp_metadata import MCORE_METADATA, read_description, torch_object, torch_size
 from convert.stored import Copied, Rows, Span, StoredTensor, copy, write
 from convert.torch_save import (
@@ -37,7 +34,10 @@ from convert.torch_save import (
     is_contiguous,
     pickled,
 )
-from recipes.runtime.saved_records import Record, Window, read_record, record_begin
+from prune_distill.errors import InputError
+from prune_distill.model.hf_weights import ITEM_BYTES
+from prune_distill.nemo.saved_records import Record, Window, read_record, record_begin
+from prune_distill.regular_files import folder_faults
 
 # Files that chunks are spread over: as many as Megatron's writer makes, more for large checkpoints.
 FILES = 2

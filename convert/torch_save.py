@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from conf.errors import InputError
+from prune_distill.errors import InputError
 
 # By safetensors' names: torch's own, and that of the storage class in a saved tensor.
 TORCH_TYPES = {

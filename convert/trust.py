@@ -12,10 +12,10 @@ import os
 import re
 from pathlib import Path
 
-from conf.errors import InputError
 from convert.dcp_metadata import names_in_pickle
 from convert.nemo_context import pickled_files, references, trusts_remote_code
 from convert.torch_dist import TorchDistReader
+from prune_distill.errors import InputError
 
 # What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
 _CONTEXT = re.compile(

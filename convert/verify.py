@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.schema import ExportDtype, RunConfig
-from recipes.runtime.stage_main import command_line, stage_main
+from prune_distill.errors import InputError
+from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.schema import ExportDtype, RunConfig
 
 log = logging.getLogger("convert.verify")
 
@@ -35,13 +35,13 @@ CHECKED = {"import": "teacher", "export": "student"}
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: data, and of the teacher (stage verify_import) or the student (stage verify) both formats, as `_hf` and
     `_nemo`. Metrics: the largest differences."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
 
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.model.huggingface import local_folder
 
     data = DataFolder.read(inputs["data"])
     tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
@@ -114,7 +114,7 @@ def logits(folder: Path, ids: Any) -> Any:
     import torch
 
     from convert.exporting import is_checkpoint
-    from recipes.runtime import backend, hf_models
+    from prune_distill.nemo import backend, hf_models
 
     device = backend.activate().device
     if not is_checkpoint(folder):
@@ -123,7 +123,7 @@ def logits(folder: Path, ids: Any) -> Any:
             return model(ids.to(device), use_cache=False).logits.cpu()
     from nemo.lightning.base import teardown
 
-    from recipes.runtime import nemo_api
+    from prune_distill.nemo import nemo_api
 
     model, trainer = nemo_api.restore(folder)
     core = nemo_api.core_model(model).eval().float()  # bf16 weights are fp32 numbers: nothing is lost
@@ -185,7 +185,7 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
 
     from convert import families
     from convert.exporting import carried_files, is_checkpoint
-    from recipes.runtime.hf_tokenizer import load_tokenizer
+    from prune_distill.data.hf_tokenizer import load_tokenizer
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:
@@ -237,7 +237,7 @@ def verify(args: argparse.Namespace) -> int:
     for difference in differences:
         print(f"  {difference}")
     if not args.no_logits:
-        from recipes.runtime import backend
+        from prune_distill.nemo import backend
 
         backend.activate()
         parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from conf.schema import RunConfig
-from conf.slurm_rules import HUB_FOLDERS
-from conf.units import GIB
 from launch import partition, torchrun
 from launch.environment import ROOT
 from launch.slurm import COMMANDS
-from recipes.artifact import installed_version
+from prune_distill.config.rules.slurm import HUB_FOLDERS
+from prune_distill.pipeline.artifact import installed_version
+from prune_distill.schema import RunConfig
+from prune_distill.units import GIB
 
 # What NVIDIA's documentation of its containers asks for at least where ranks talk through shared memory.
 LEAST_SHARED_MEMORY = GIB

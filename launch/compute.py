@@ -1,12 +1,12 @@
-"""FLOPs of pruning, and the hours that work takes on a stated GPU. `conf.flops` says how they are counted."""
+"""FLOPs of pruning, and the hours that work takes on a stated GPU; `prune_distill.model.flops` counts them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-from conf.flops import forward_flops
-from conf.schema import Depth, Family, Gpu, Precision, PruneConfig, Shape
+from prune_distill.model.flops import forward_flops
+from prune_distill.schema import Depth, Family, Gpu, Precision, PruneConfig, Shape
 
 
 def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates: Sequence[Shape]) -> int:

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from conf.model_size import parameters
-from conf.phases import training_tokens
-from conf.schema import Precision, RunConfig, Shape, Training
-from conf.student import shape_to_prune, student_shape
-from conf.units import GIB
+from prune_distill.model.model_size import parameters
+from prune_distill.model.student import shape_to_prune, student_shape
+from prune_distill.schema import Precision, RunConfig, Shape, Training
+from prune_distill.schema.phases import training_tokens
+from prune_distill.units import GIB
 
 # Where there is too little room.
 MEND = "free some, or set run_dir to a larger disk"
@@ -59,7 +59,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
 
 
 def signal_bytes(top_k: int, vocab_size: int) -> int:
-    """Bytes of a token in a stored signal (recipes/runtime/signal.py), before compression.
+    """Bytes of a token in a stored signal (prune_distill/distillation/signal.py), before compression.
 
     An id without its bytes that are always 0, a log-probability; and the tail's. Compression takes off 46 % at k = 64
     for the demo's teacher (vocabulary of 1,024), 41 % for Zipf-like logits over 151,936 entries.

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.errors import ConfigError
-from conf.load import compose
-from conf.schema import RunConfig
-from conf.slurm_rules import HUB_FOLDERS, HUB_SETTINGS, absolute, input_files
 from launch.run import read_arguments
+from prune_distill.config.load import compose
+from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute, input_files
+from prune_distill.errors import ConfigError
+from prune_distill.schema import RunConfig
 
 IMAGE = "nemo-prune-distill"
 # Where the image has this repository (see the Dockerfile).

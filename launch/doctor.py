@@ -11,14 +11,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from conf.errors import ConfigError
-from conf.load import compose
-from conf.schema import RunConfig
 from launch import checks, disk
 from launch.checks import Finding, State
 from launch.filesystem import unshared
 from launch.planning import make
 from launch.run import add_config_dir
+from prune_distill.config.load import compose
+from prune_distill.errors import ConfigError
+from prune_distill.schema import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

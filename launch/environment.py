@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from recipes.artifact import Located
+from prune_distill.pipeline.artifact import Located
 
 ROOT = Path(__file__).resolve().parents[1]
 

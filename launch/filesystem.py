@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from conf.schema import RunConfig
+from prune_distill.schema import RunConfig
 
 # Disks and memory of one machine. A server may export one of the first four, hence `cluster.run_dir_is_shared`.
 LOCAL = {"ext4", "ext3", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "aufs", "squashfs"}

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from recipes.stage_log import exit_words
+from prune_distill.pipeline.stage_log import exit_words
 
 BLOCKED = {signal.SIGTERM, signal.SIGUSR1}
 

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import jinja2
 
-from conf.data_files import on_hub
-from conf.schema import RunConfig, SlurmConfig
-from conf.slurm_rules import HUB_FOLDERS, HUB_SETTINGS, absolute
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
-from recipes.artifact import RESOLVED, Located
-from recipes.stages import Output
+from prune_distill.config.data_files import on_hub
+from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
+from prune_distill.pipeline.artifact import RESOLVED, Located
+from prune_distill.pipeline.stages import Output
+from prune_distill.schema import RunConfig, SlurmConfig
 
 # Besides what the user names. A job depends on what its script says, and on no other variable of the shell that it was
 # submitted from.

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conf.schema import Parallel, Recompute, RunConfig, Training
-from conf.validate import layout_faults
 from launch.memory import Models, training_memory
+from prune_distill.config.validate import layout_faults
+from prune_distill.schema import Parallel, Recompute, RunConfig, Training
 
 MICRO_BATCHES = (8, 4, 2, 1)
 

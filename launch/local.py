@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
-from recipes.artifact import Located
-from recipes.stages import RANK_VARIABLES
+from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.stages import RANK_VARIABLES
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # In the environment of everything that a stage starts: whose it is, also after its parents have ended.

@@ -13,9 +13,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields, replace
 
-from conf.model_size import TRAITS, rank_experts, rank_parameters
-from conf.phases import phase_sizes
-from conf.schema import (
+from prune_distill.model.model_size import TRAITS, rank_experts, rank_parameters
+from prune_distill.model.student import runs_teacher
+from prune_distill.schema import (
     DistillConfig,
     Family,
     KdConfig,
@@ -27,8 +27,8 @@ from conf.schema import (
     Shape,
     Training,
 )
-from conf.student import runs_teacher
-from conf.units import GIB
+from prune_distill.schema.phases import phase_sizes
+from prune_distill.units import GIB
 
 FP32_BYTES = 4
 # Adam's two moments (megatron/core/optimizer/__init__.py); in bf16 a master copy of the weights joins them.
@@ -38,7 +38,7 @@ MOMENTS = 2
 CONTEXT_BYTES = 2 * GIB
 FRAGMENTATION = 0.05
 # Tokens whose logits are worked on in fp32 at a time, and the copies that there are then: the logits, scaled, and what
-# top-k sorts (recipes/runtime/teacher_forward.py).
+# top-k sorts (prune_distill/distillation/teacher_forward.py).
 SIGNAL_CHUNK = 256
 SIGNAL_COPIES = 3
 # Values a token and expert that a router keeps: logits, scores, probabilities (megatron's transformer/moe/router.py).
@@ -153,7 +153,7 @@ def _loss(training: Training, loss: Loss, models: Models, tokens: int, width: in
 
 
 def chunked_loss_bytes(kd: KdConfig, loss: Loss, live: bool, chunk: int, vocabulary: int, width: int) -> int:
-    """Bytes of a chunk's `[chunk, V / tensor]` buffers in `recipes/runtime/kd_loss.py`.
+    """Bytes of a chunk's `[chunk, V / tensor]` buffers in `prune_distill/distillation/kd_loss.py`.
 
     In fp32 the student's logits; with a live teacher its logits, and their difference unless only the top k count;
     exponentials for the cross-entropy. In bf16 a copy more of one of them.
@@ -225,7 +225,7 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     norms = 4 * shape.hidden_size // _sequence_share(training)
     if shape.num_moe_experts:
         return tokens * (norms + attention // tensor + _expert_elements(shape) // _sequence_share(training))
-    # Gate and up, and the down projection's input: the fused SwiGLU (recipes/runtime/nemo_api.py:configure) keeps its
+    # Gate and up, and the down projection's input: the fused SwiGLU (prune_distill/nemo/nemo_api.py) keeps its
     # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
     channels = (3 if TRAITS[models.family].gated_mlp else 2) * shape.ffn_hidden_size
     return tokens * (norms + (attention + channels) // tensor)

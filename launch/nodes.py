@@ -15,15 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
 from launch import local, pipeline
 from launch.environment import nodes_and_ranks
 from launch.filesystem import unshared
 from launch.pipeline import StageFailedError
 from launch.progress import Progress
-from recipes.artifact import RESOLVED, Located, locate, write_json
-from recipes.stages import STAGES, Stage
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline.artifact import RESOLVED, Located, locate, write_json
+from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.schema import RunConfig
 
 PULSE = ".pulse.json"
 SECONDS_BETWEEN_BEATS = 5.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 
-from conf.schema import RunConfig
-from conf.units import seconds_of_time_limit
+from prune_distill.schema import RunConfig
+from prune_distill.units import seconds_of_time_limit
 
 UNLIMITED = "UNLIMITED"
 SECONDS_TO_ANSWER = 60

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
 from launch import local, records
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.progress import Progress, duration, training_status
 from launch.summary import summary
 from launch.verification import damage_in, refuse_damaged
-from recipes import lock
-from recipes.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
-from recipes.stage_log import Reason, exit_words, read_reason
-from recipes.stages import STAGES, Stage
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline import lock
+from prune_distill.pipeline.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
+from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
+from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.schema import RunConfig
 
 SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -32,11 +32,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from conf.errors import ConfigError
-from conf.load import compose
 from launch.plan_text import table
 from launch.planning import make
 from launch.run import add_config_dir
+from prune_distill.config.load import compose
+from prune_distill.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

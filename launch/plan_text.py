@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from conf.units import GIB
+from prune_distill.units import GIB
 
 PARTS = ("weights", "gradients", "optimizer", "teacher", "activations", "loss")
 COLUMNS = 100

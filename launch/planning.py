@@ -9,18 +9,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError
-from conf.flops import forward_flops, training_flops
-from conf.model_size import active_parameters, parameters
-from conf.phases import training_tokens
-from conf.prune_rules import rounds, steps_of_rounds
-from conf.schema import Gpu, Loss, RunConfig, Shape
-from conf.student import shape_to_prune, student_shape, student_shapes
-from conf.units import GIB, seconds_of_time_limit
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
 from launch.memory import Memory, Models, prune_memory, signal_memory, training_memory
-from recipes.stages import wanted
+from prune_distill.config.rules.prune import rounds, steps_of_rounds
+from prune_distill.errors import ConfigError
+from prune_distill.model.flops import forward_flops, training_flops
+from prune_distill.model.model_size import active_parameters, parameters
+from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
+from prune_distill.pipeline.stages import wanted
+from prune_distill.schema import Gpu, Loss, RunConfig, Shape
+from prune_distill.schema.phases import training_tokens
+from prune_distill.units import GIB, seconds_of_time_limit
 
 # Beyond it, prune and distil twice (Minitron's advice: at most a third a round, no more than half).
 LARGEST_CUT = 0.5
@@ -89,7 +89,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
 
 
 def _teacher(cfg: RunConfig) -> Shape:
-    assert cfg.model.shape is not None  # conf.load refuses a config without
+    assert cfg.model.shape is not None  # prune_distill.config.load refuses a config without
     return cfg.model.shape
 
 

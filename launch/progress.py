@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from recipes.stage_log import parse_metrics
+from prune_distill.pipeline.stage_log import parse_metrics
 
 # A new line in a file or a pipe at most this often.
 SECONDS_BETWEEN_LINES = 15.0

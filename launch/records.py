@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from conf.load import save_resolved
-from conf.schema import RunConfig
 from launch.environment import ROOT
-from recipes.artifact import LAUNCHES, PLAN, RESOLVED, remember_inputs, write_json
+from prune_distill.config.load import save_resolved
+from prune_distill.pipeline.artifact import LAUNCHES, PLAN, RESOLVED, remember_inputs, write_json
+from prune_distill.schema import RunConfig
 
 SECONDS_FOR_A_REPORT = 120.0
 

@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from conf.composition import config_groups, sweep
-from conf.credentials import redact
-from conf.errors import ConfigError, InputError
-from conf.load import compose, show, to_yaml
-from conf.schema import RunConfig
 from launch import nodes, pipeline, records, slurm
 from launch.jobs import everywhere
 from launch.verification import verify
-from recipes.artifact import locate
-from recipes.stages import STAGES, Stage
+from prune_distill.config.composition import config_groups, sweep
+from prune_distill.config.load import compose, show, to_yaml
+from prune_distill.credentials import redact
+from prune_distill.errors import ConfigError, InputError
+from prune_distill.pipeline.artifact import locate
+from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.schema import RunConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -15,9 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
-from conf.slurm_rules import warnings
 from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, needed, shown, submission
@@ -26,9 +23,12 @@ from launch.plan_text import short
 from launch.planning import make, refuse_impossible
 from launch.queue import active, record, submitted
 from launch.verification import refuse_damaged
-from recipes import lock
-from recipes.artifact import locate
-from recipes.stages import STAGES, Stage
+from prune_distill.config.rules.slurm import warnings
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline import lock
+from prune_distill.pipeline.artifact import locate
+from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.schema import RunConfig
 
 # One package brings them all; srun is what the jobs start their stages with.
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.credentials import redact
-from conf.errors import ConfigError
-from conf.load import load_resolved
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, ask, submitted
 from launch.verification import damage_in, verify
-from recipes.artifact import RESOLVED, Located, in_use, locate, read_manifest, read_state
-from recipes.stage_log import last_attempt, read_reason
-from recipes.stages import STAGES, Output, Stage
+from prune_distill.config.load import load_resolved
+from prune_distill.credentials import redact
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline.artifact import RESOLVED, Located, in_use, locate, read_manifest, read_state
+from prune_distill.pipeline.stage_log import last_attempt, read_reason
+from prune_distill.pipeline.stages import STAGES, Output, Stage
 
 SECONDS_BETWEEN_LOOKS = 5.0
 # Lines of a failed stage's log that are shown; its log has the rest.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.progress import duration
-from recipes.artifact import Located, read_manifest
+from prune_distill.pipeline.artifact import Located, read_manifest
 
 
 def summary(stages: Sequence[Located]) -> str:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.schema import ClusterConfig
+from prune_distill.schema import ClusterConfig
 
 SECONDS_TO_ANSWER = 10
 OPTION = "--numa-binding="

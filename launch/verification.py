@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from conf.errors import InputError
-from recipes.artifact import Located
-from recipes.integrity import (
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.integrity import (
     Damage,
     checkpoint_damage,
     checkpoints_in,
@@ -17,7 +17,7 @@ from recipes.integrity import (
     refuse,
     unrecorded,
 )
-from recipes.outputs import CHECKPOINTS, total_bytes
+from prune_distill.pipeline.outputs import CHECKPOINTS, total_bytes
 
 
 def damage_in(stage: Located) -> Damage | None:

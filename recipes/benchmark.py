@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError
-from conf.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
-from recipes.artifact import write_json
-from recipes.runtime.stage_main import command_line, stage_main
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
 FILE = "benchmark.json"
 # Options of the command line, which are fields of the section.
@@ -29,7 +29,7 @@ NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: Hugging Face folders (or a Hub id) of teacher and student. Output: `benchmark.json`."""
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.model.huggingface import local_folder
 
     folders = {
         name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
@@ -53,8 +53,8 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     """
     import torch
 
-    from recipes.runtime import backend
-    from recipes.runtime.benchmarking import timing
+    from prune_distill.benchmarking import timing
+    from prune_distill.nemo import backend
 
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -78,11 +78,11 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
 
 def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple[dict[str, Any], str]:
     """The models by name, and the type in which they compute."""
-    from recipes.runtime.benchmarking import prompts
+    from prune_distill.benchmarking import prompts
 
     prompts.check(folders, cfg)
     if cfg.engine is Engine.vllm:
-        from recipes.runtime.benchmarking import vllm_engine
+        from prune_distill.benchmarking import vllm_engine
 
         ids = prompts.draw(folders, cfg, seed)
         share = vllm_engine.SHARE / len(folders)
@@ -90,7 +90,7 @@ def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple
             {name: vllm_engine.Model(folder, ids, cfg, share) for name, folder in folders.items()},
             vllm_engine.TYPES[cfg.dtype],
         )
-    from recipes.runtime.benchmarking import transformers_engine
+    from prune_distill.benchmarking import transformers_engine
 
     transformers_engine.check(folders, cfg)
     ids = prompts.draw(folders, cfg, seed)
@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _by_itself(arguments: argparse.Namespace) -> str:
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.model.huggingface import local_folder
 
     values = {name: getattr(arguments, name) for name in (*NUMBERS, "cost_per_hour")}
     faults = [f"--{name.replace('_', '-')}={value} must be above 0" for name, value in values.items() if value == 0]

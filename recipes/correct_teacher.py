@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from recipes.runtime.metrics_file import read_metrics
-from recipes.runtime.stage_main import stage_main
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -20,12 +20,12 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`. Its gain is in the metrics: held-out loss
     (nats per token) before and after, on the same batches.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.training import train
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
+    from prune_distill.training.training import train
 
     correction = cfg.distill.correct_teacher
     assert correction is not None  # or the stage is not wanted

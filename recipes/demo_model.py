@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.model_size import EXPERT_SIZES
-from conf.schema import DataConfig, RunConfig, Shape
-from recipes.runtime.stage_main import stage_main
+from prune_distill.model.model_size import EXPERT_SIZES
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import DataConfig, RunConfig, Shape
 
 # Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, and it bears twice the learning rate.
 INIT_STD = 0.05
@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """No inputs. Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from nemo.collections import llm
@@ -32,12 +32,13 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 
     from convert.exporting import export_model
-    from recipes.runtime import demo_corpus, nemo_api
-    from recipes.runtime.data.prepare import prepare
-    from recipes.runtime.training import train
+    from prune_distill.data import demo_corpus
+    from prune_distill.data.prepare import prepare
+    from prune_distill.nemo import nemo_api
+    from prune_distill.training.training import train
 
     assert cfg.model.demo is not None  # the stage is wanted only then
-    assert cfg.model.shape is not None  # conf.validate has seen to it
+    assert cfg.model.shape is not None  # prune_distill.config.validate has seen to it
     texts, validation_texts = demo_corpus.documents()
     train_file = _write_jsonl(out / "corpus" / "train.jsonl", texts)
     validation_file = _write_jsonl(out / "corpus" / "validation.jsonl", validation_texts)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Init, RunConfig
-from conf.validate import meter
-from recipes.runtime.stage_main import stage_main
+from prune_distill.config.validate import meter
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import Init, RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -22,15 +22,15 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import student_to_train
-    from recipes.runtime.pruning.tournament import go_on_from
-    from recipes.runtime.signal import SignalReader
-    from recipes.runtime.teacher_swap import TeacherSwap
-    from recipes.runtime.training import train
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.distillation.signal import SignalReader
+    from prune_distill.distillation.teacher_swap import TeacherSwap
+    from prune_distill.pruning.tournament import go_on_from
+    from prune_distill.training.training import train
 
     model = student_to_train(cfg.distill, inputs["student"], inputs.get("teacher"))
     signal = None

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from recipes.artifact import write_json
-from recipes.integrity import checkpoints_in
-from recipes.runtime.stage_main import rank, stage_main
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.schema import RunConfig
 
 NO_MODELS = ("data", "checkpoints", "task_folder")
 
@@ -24,10 +24,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part.
     """
-    from recipes.runtime import ranks
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.evaluation.evaluator import TEACHER, Evaluator
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.evaluation.evaluator import TEACHER, Evaluator
+    from prune_distill.model.huggingface import local_folder
+    from prune_distill.nemo import ranks
 
     models = {
         name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
@@ -50,8 +50,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
     from convert.exporting import exporter
-    from recipes.runtime.evaluation import recovery
-    from recipes.runtime.evaluation.holding import ROOM
+    from prune_distill.evaluation import recovery
+    from prune_distill.evaluation.holding import ROOM
 
     export = exporter(cfg, teacher)
     for step, checkpoint in checkpoints_in(checkpoints).items():

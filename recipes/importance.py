@@ -11,13 +11,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import InputError
-from conf.schema import PruneConfig, RunConfig
-from recipes.artifact import write_json
-from recipes.runtime.stage_main import rank, stage_main
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.schema import PruneConfig, RunConfig
 
 if TYPE_CHECKING:
-    from recipes.runtime.data.folder import DataFolder
+    from prune_distill.data.folder import DataFolder
 
 log = logging.getLogger("recipes.importance")
 
@@ -27,14 +27,15 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `importance.safetensors`; `importance.json` and `importance.svg` for people.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from recipes.runtime import nemo_api, plots
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import evidence
-    from recipes.runtime.pruning.search_space import measure
-    from recipes.runtime.token_loss import average_over_tokens
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
+    from prune_distill.nemo.token_loss import average_over_tokens
+    from prune_distill.pruning import evidence
+    from prune_distill.pruning.search_space import measure
+    from prune_distill.reporting import plots
 
     prune, data = cfg.prune, DataFolder.read(inputs["data"])
     nemo_api.match_tokenizer(inputs["teacher"], data)
@@ -79,7 +80,7 @@ def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out:
     One sequence at a time: ModelOpt's scores of layers and experts are sums of means over a batch, so that they would
     depend on its size (modelopt/torch/nas/plugins/megatron.py:289 and :893).
     """
-    from recipes.runtime.nemo_api import data_module
+    from prune_distill.nemo.nemo_api import data_module
 
     batches = data_module(
         model.tokenizer,

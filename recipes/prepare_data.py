@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.phases import training_tokens
-from conf.schema import RunConfig
-from recipes.runtime.stage_main import command_line, stage_main
+from prune_distill.errors import InputError
+from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.schema import RunConfig
+from prune_distill.schema.phases import training_tokens
 
 log = logging.getLogger("recipes.prepare")
 
@@ -30,9 +30,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `shards/`, `validation.{bin,idx}`, and `data.json`, which lists them.
     """
-    from recipes.runtime.data.plan import local_files
-    from recipes.runtime.data.prepare import prepare
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.data.plan import local_files
+    from prune_distill.data.prepare import prepare
+    from prune_distill.model.huggingface import local_folder
 
     tokenizer = local_folder(inputs["tokenizer"], cfg.model.revision, weights=False)
     folder = prepare(
@@ -71,7 +71,7 @@ def repetition(there: int, read: int) -> str | None:
 
 
 def _source_tokenizer(source: Path | str | None) -> Path | None:
-    from recipes.runtime.huggingface import local_folder
+    from prune_distill.model.huggingface import local_folder
 
     try:
         return None if source is None else local_folder(source, None, weights=False, model=False)
@@ -81,7 +81,7 @@ def _source_tokenizer(source: Path | str | None) -> Path | None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Says what a prepared folder holds. Raises: InputError, with all that is wrong with it."""
-    from recipes.runtime.data.check import check_folder, document_text
+    from prune_distill.data.check import check_folder, document_text
 
     if arguments.document is None:
         print(check_folder(arguments.check))

@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Depth, RunConfig
-from conf.student import AXES, EXPERT_AXES
-from recipes.artifact import read_manifest, write_json
-from recipes.runtime.stage_main import rank, stage_main
+from prune_distill.model.student import AXES, EXPERT_AXES
+from prune_distill.pipeline.artifact import read_manifest, write_json
+from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.schema import Depth, RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -23,14 +23,14 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `nemo/`, the student before distillation; `blocks.json` where a block of layers was chosen.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     device = backend.activate().device
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import cutting, layer_sets
-    from recipes.runtime.pruning.importance import Importance
-    from recipes.runtime.pruning.losses import calibration_batches
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
+    from prune_distill.pruning import cutting, layer_sets
+    from prune_distill.pruning.importance import Importance
+    from prune_distill.pruning.losses import calibration_batches
 
     prune = cfg.prune
     sizes: dict[str, Any] = {name: getattr(prune, name) for name in (*AXES, *EXPERT_AXES)}

@@ -17,14 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError
-from conf.load import load_resolved
-from conf.schema import Init, RunConfig
-from recipes.artifact import Located, locate, record_again, remove_folder
-from recipes.integrity import checkpoint_damage, checkpoints_in, damage_of, refuse
-from recipes.runtime.evaluation.holding import ROOM, hold, holding
-from recipes.runtime.stage_main import command_line
-from recipes.stages import Output
+from prune_distill.config.load import load_resolved
+from prune_distill.errors import ConfigError
+from prune_distill.evaluation.holding import ROOM, hold, holding
+from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
+from prune_distill.pipeline.integrity import checkpoint_damage, checkpoints_in, damage_of, refuse
+from prune_distill.pipeline.stage_main import command_line
+from prune_distill.pipeline.stages import Output
+from prune_distill.schema import Init, RunConfig
 
 log = logging.getLogger("recipes.recovery")
 
@@ -53,14 +53,14 @@ class Follower:
 
     @cached_property
     def teacher(self) -> Path:
-        from recipes.runtime.huggingface import local_folder
+        from prune_distill.model.huggingface import local_folder
 
         return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
 
     @cached_property
     def evaluator(self) -> Any:
-        from recipes.runtime.data.folder import DataFolder
-        from recipes.runtime.evaluation.evaluator import Evaluator
+        from prune_distill.data.folder import DataFolder
+        from prune_distill.evaluation.evaluator import Evaluator
 
         inputs = self.stages["evaluate"].inputs
         return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
@@ -71,7 +71,7 @@ class Follower:
 
     def measure(self) -> None:
         """Measures what is held, and the models before and after the training where they are there."""
-        from recipes.runtime.evaluation import recovery
+        from prune_distill.evaluation import recovery
 
         for step, checkpoint in checkpoints_in(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
@@ -91,7 +91,7 @@ class Follower:
 
     def _measure(self, name: str, checkpoint: Path) -> None:
         from convert.exporting import exporter
-        from recipes.runtime.evaluation import recovery
+        from prune_distill.evaluation import recovery
 
         recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
 

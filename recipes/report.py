@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.errors import ConfigError
-from conf.schema import RunConfig
-from recipes.artifact import MANIFEST, read_manifest, record_again, write_json
-from recipes.runtime.reporting import comparison, html, run_page
-from recipes.runtime.reporting.privacy import Privacy
-from recipes.runtime.reporting.results import summarize
-from recipes.runtime.reporting.run_folder import RunFolder, of_stage, read_run, report_of, runs_in
-from recipes.runtime.reporting.words import strict
-from recipes.runtime.stage_main import stage_main
+from prune_distill.errors import ConfigError
+from prune_distill.pipeline.artifact import MANIFEST, read_manifest, record_again, write_json
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.reporting import comparison, html, run_page
+from prune_distill.reporting.privacy import Privacy
+from prune_distill.reporting.results import summarize
+from prune_distill.reporting.run_folder import RunFolder, of_stage, read_run, report_of, runs_in
+from prune_distill.reporting.words import strict
+from prune_distill.schema import RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -13,15 +13,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf import student
-from conf.errors import InputError
-from conf.schema import Depth, RunConfig, Shape
-from recipes.artifact import write_json
-from recipes.runtime.stage_main import rank, stage_main
+from prune_distill.errors import InputError
+from prune_distill.model import student
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.schema import Depth, RunConfig, Shape
 
 if TYPE_CHECKING:
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning.importance import Importance
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.pruning.importance import Importance
 
 log = logging.getLogger("recipes.search")
 
@@ -32,15 +32,16 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
     tournament a NeMo checkpoint a candidate that takes part.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     device = backend.activate().device
-    from recipes.runtime import nemo_api, plots
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning import evidence, finalists
-    from recipes.runtime.pruning.importance import Importance
-    from recipes.runtime.pruning.losses import held_out_batches
-    from recipes.runtime.pruning.subnets import Subnets
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
+    from prune_distill.pruning import evidence, finalists
+    from prune_distill.pruning.importance import Importance
+    from prune_distill.pruning.losses import held_out_batches
+    from prune_distill.pruning.subnets import Subnets
+    from prune_distill.reporting import plots
 
     prune, budget = cfg.prune, cfg.prune.budget
     assert budget is not None
@@ -102,8 +103,8 @@ def _layer_sets(
     cfg: RunConfig, core: Any, scores: Importance, data: DataFolder, depths: set[int]
 ) -> dict[int, list[list[int]]]:
     """The sets of layers that are dropped for each depth: the one that `prune.depth` names, and its best neighbours."""
-    from recipes.runtime.pruning import layer_sets
-    from recipes.runtime.pruning.losses import calibration_batches
+    from prune_distill.pruning import layer_sets
+    from prune_distill.pruning.losses import calibration_batches
 
     prune, budget, whole = cfg.prune, cfg.prune.budget, core.config.num_layers
     assert budget is not None
@@ -128,7 +129,7 @@ def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]
     """
     import torch
 
-    from recipes.runtime.pruning.latency import LatencyTable
+    from prune_distill.pruning.latency import LatencyTable
 
     budget = cfg.prune.budget
     assert budget is not None

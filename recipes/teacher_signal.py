@@ -12,32 +12,33 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from conf.errors import InputError
-from conf.schema import DistillConfig, RunConfig
-from recipes.runtime.stage_main import PausedError, rank, stage_main
+from prune_distill.errors import InputError
+from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
+from prune_distill.schema import DistillConfig, RunConfig
 
 # Threads of a writing rank that compress while the teacher goes on.
 COMPRESSORS = 2
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data. Output: `shard-N.bin`, `signal.json` (see recipes/runtime/signal.py).
+    """Inputs: teacher (a NeMo checkpoint), data. Output: `shard-N.bin`, `signal.json` (see
+    prune_distill/distillation/signal.py).
 
     Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
     further replicas here. A stage that was killed or paused goes on with the shards that are missing.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
     from megatron.core import parallel_state
 
-    from recipes.runtime import nemo_api
-    from recipes.runtime.batches import Batches
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.signal import Description, packing_digest, shard_sizes, write_index
-    from recipes.runtime.stop_file import asked
-    from recipes.runtime.training import check
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.distillation.signal import Description, packing_digest, shard_sizes, write_index
+    from prune_distill.nemo import nemo_api
+    from prune_distill.training.batches import Batches
+    from prune_distill.training.stop_file import asked
+    from prune_distill.training.training import check
 
     distill, data = cfg.distill, DataFolder.read(inputs["data"])
     check(distill, data)
@@ -88,7 +89,7 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
     """The shards that are still to be made, as rank 0 sees the disk; two nodes may see it differently."""
     import torch
 
-    from recipes.runtime.signal import whole_shards
+    from prune_distill.distillation.signal import whole_shards
 
     missing: list[Any] = [None]
     if rank() == 0:
@@ -103,8 +104,8 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
     import numpy as np
     from megatron.core import parallel_state
 
-    from recipes.runtime.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
-    from recipes.runtime.teacher_forward import most_probable
+    from prune_distill.distillation.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
+    from prune_distill.distillation.teacher_forward import most_probable
 
     first = number * distill.signal_shard_sequences
     items = [sequences[first + place] for place in range(size)]
@@ -155,7 +156,7 @@ class Progress:
     """
 
     def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:
-        from recipes.runtime.metrics_file import MetricsFile
+        from prune_distill.pipeline.metrics_file import MetricsFile
 
         self.out, self.seq_length, self.done, self.count = out, distill.seq_length, done, count
         self.file = MetricsFile(out / "metrics.jsonl")
@@ -177,7 +178,7 @@ class Progress:
         )
 
     def end(self, state: str) -> None:
-        from recipes.artifact import STATE, STOP, write_json
+        from prune_distill.pipeline.artifact import STATE, STOP, write_json
 
         if rank() == 0:
             write_json(self.out / STATE, {"state": state, "step": self.done})

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conf.prune_rules import rounds
-from conf.schema import Loss, RunConfig, TaskScore
-from recipes.artifact import remove_folder, write_json
-from recipes.runtime.stage_main import PausedError, rank, stage_main
+from prune_distill.config.rules.prune import rounds
+from prune_distill.pipeline.artifact import remove_folder, write_json
+from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
+from prune_distill.schema import Loss, RunConfig, TaskScore
 
 log = logging.getLogger("recipes.tournament")
 # name, checkpoint -> `value`, `stderr`
@@ -31,11 +31,11 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from recipes.runtime import plots
-    from recipes.runtime.pruning import finalists, tournament
+    from prune_distill.pruning import finalists, tournament
+    from prune_distill.reporting import plots
 
     table = json.loads((inputs["search"] / "candidates.json").read_text())
     plan = rounds(cfg)
@@ -80,8 +80,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path, first: str) -> Scored:
     """What scores a candidate; tried before anything is trained, on the first of them."""
     from convert.exporting import exporter
-    from recipes.runtime.huggingface import local_folder
-    from recipes.runtime.pruning.scoring import Scores
+    from prune_distill.model.huggingface import local_folder
+    from prune_distill.pruning.scoring import Scores
 
     teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
     scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
@@ -91,7 +91,7 @@ def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path,
 
 def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:
     """Starts what lets ranks wait for one another, as NeMo does with a model at hand."""
-    from recipes.runtime import nemo_api
+    from prune_distill.nemo import nemo_api
 
     parallel = cfg.distill.parallel
     nemo_api.restore(
@@ -108,12 +108,12 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     """
     import torch
 
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import student_to_train
-    from recipes.runtime.pruning import tournament
-    from recipes.runtime.pruning.pause_at import PauseAt
-    from recipes.runtime.stop_file import asked
-    from recipes.runtime.training import train
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.pruning import tournament
+    from prune_distill.pruning.pause_at import PauseAt
+    from prune_distill.training.stop_file import asked
+    from prune_distill.training.training import train
 
     pruned, folder = inputs["search"] / name, out / name
     if tournament.reached(folder, step):

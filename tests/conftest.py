@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conf.load import compose
-from conf.schema import RunConfig
+from prune_distill.config.load import compose
+from prune_distill.schema import RunConfig
 
 Compose = Callable[..., RunConfig]
 

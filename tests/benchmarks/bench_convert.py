@@ -19,8 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from conf.units import GIB
-from recipes.artifact import write_json
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.units import GIB
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -118,7 +118,7 @@ def write_random_model(folder: Path, layers: int) -> int:
     """A model's folder whose weights are random bytes that are small bf16 numbers; returns its parameters."""
     import numpy as np
 
-    from conf.hf_weights import expected_shapes
+    from prune_distill.model.hf_weights import expected_shapes
     from tests.helpers.models import write_model
 
     # Tokenizer and configuration of a tiny one, with this one's sizes in it.

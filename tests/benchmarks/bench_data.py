@@ -158,8 +158,8 @@ def _cpu_seconds() -> float:
 
 
 def ours(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
-    from conf.schema import DataConfig
-    from recipes.runtime.data.prepare import prepare
+    from prune_distill.data.prepare import prepare
+    from prune_distill.schema import DataConfig
 
     _pin(cores)
     out = folder / "ours"
@@ -216,12 +216,12 @@ def theirs(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
 
 def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     """What a worker process and its parent do, in this one: four shards, of which the first is not measured."""
-    from conf.schema import DataConfig
-    from recipes.runtime.data import work
-    from recipes.runtime.data.encoder import FastokensEncoder, TokenizersEncoder
-    from recipes.runtime.data.plan import make_plan
-    from recipes.runtime.data.shards import publish
-    from recipes.runtime.data.tokenizer import read_tokenizer
+    from prune_distill.data import work
+    from prune_distill.data.encoder import FastokensEncoder, TokenizersEncoder
+    from prune_distill.data.plan import make_plan
+    from prune_distill.data.shards import publish
+    from prune_distill.data.tokenizer import read_tokenizer
+    from prune_distill.schema import DataConfig
 
     _pin(cores)
     file = folder / f"text{quarters}.jsonl"
@@ -243,8 +243,8 @@ def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
 
 def fastokens(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     """The encoder alone, with texts in memory and ids thrown away."""
-    from recipes.runtime.data.encoder import FastokensEncoder
-    from recipes.runtime.data.tokenizer import read_tokenizer
+    from prune_distill.data.encoder import FastokensEncoder
+    from prune_distill.data.tokenizer import read_tokenizer
 
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # as a worker has it
     return _encoded(FastokensEncoder(read_tokenizer(folder / "tokenizer")), folder, cores, quarters)
@@ -255,7 +255,7 @@ def tiktoken(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
     import numpy as np
     import tiktoken
 
-    from recipes.runtime.data.encoder import byte_alphabet, token_bytes
+    from prune_distill.data.encoder import byte_alphabet, token_bytes
     from tests.helpers.tokenizers import QWEN_PATTERN
 
     vocabulary = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
@@ -292,7 +292,7 @@ def _sha256(prefixes: list[Path]) -> str:
 
     import numpy as np
 
-    from recipes.runtime.data.shards import Index
+    from prune_distill.data.shards import Index
 
     digest, lengths = hashlib.sha256(), hashlib.sha256()
     for prefix in prefixes:

@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from recipes.artifact import write_json
-from recipes.runtime.metrics_file import read_metrics
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.metrics_file import read_metrics
 from tests.benchmarks import quality
 from tests.benchmarks.quality import ROOT
 from tests.benchmarks.turns import Runner, take_turns
@@ -98,9 +98,9 @@ def gradients() -> dict[str, Any]:
 
 def steps(folder: Path) -> dict[str, Any]:
     """Steps a second of the demo's distillation, a bare loop's, and those with a stored signal."""
-    from conf.load import compose
-    from recipes.artifact import locate
-    from recipes.runtime.data.folder import DataFolder
+    from prune_distill.config.load import compose
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.pipeline.artifact import locate
 
     def overrides(run_dir: Path) -> list[str]:
         return [
@@ -143,8 +143,8 @@ def steps(folder: Path) -> dict[str, Any]:
 
 
 def _distillation(name: str, overrides: list[str]) -> Runner:
-    from conf.load import compose
-    from recipes.artifact import locate
+    from prune_distill.config.load import compose
+    from prune_distill.pipeline.artifact import locate
 
     folder = locate(compose(overrides))["distill"].folder
 

@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.artifact import LOCK, Located, read_manifest, write_json
-from recipes.runtime.metrics_file import read_metrics
-from recipes.stage_log import attempts
+from prune_distill.pipeline.artifact import LOCK, Located, read_manifest, write_json
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.stage_log import attempts
 from tests.helpers import tiny
 
 MARK = "BENCH_KILLS_ATTEMPT"

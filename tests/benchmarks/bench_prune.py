@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conf.load import compose
-from recipes.artifact import locate, read_manifest, write_json
+from prune_distill.config.load import compose
+from prune_distill.pipeline.artifact import locate, read_manifest, write_json
 
 ROOT = Path(__file__).parents[2]
 NO_SIZES = ("prune.num_layers=null", "prune.ffn_hidden_size=null")

@@ -39,7 +39,7 @@ def main() -> None:
 def _ours() -> Any:
     import torch
 
-    from recipes.runtime.kd_loss import Head, LossSpec, distillation_loss
+    from prune_distill.distillation.kd_loss import Head, LossSpec, distillation_loss
 
     def loss(student: Any, teacher: Any) -> Any:
         heads = [Head(states.flatten(0, 1), weight) for states, weight in (student, teacher)]
@@ -51,7 +51,7 @@ def _ours() -> Any:
 
 
 def _upstream() -> Any:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch

@@ -91,8 +91,8 @@ def _work(runs: list[Run], teacher: Path, folder: Path) -> Iterator[dict[str, An
 
 def distil(overrides: list[str]) -> float:
     """The validation loss at the end of a distillation, through the command line."""
-    from conf.load import compose
-    from recipes.artifact import locate, read_manifest
+    from prune_distill.config.load import compose
+    from prune_distill.pipeline.artifact import locate, read_manifest
 
     command = [sys.executable, "-m", "launch.run", *overrides, "--until", "distill"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -119,8 +119,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def teacher_of_the_demo(run_dir: Path) -> Path:
     """The demo's teacher as a Hugging Face folder, made if it is not there."""
-    from conf.load import compose
-    from recipes.artifact import locate
+    from prune_distill.config.load import compose
+    from prune_distill.pipeline.artifact import locate
 
     overrides = ["experiment=demo", f"run_dir={run_dir}"]
     command = [sys.executable, "-m", "launch.run", *overrides, "--until", "demo_model"]

@@ -12,17 +12,17 @@ from pathlib import Path
 
 
 def main(config: Path) -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from conf.load import load_resolved
-    from conf.student import AXES
-    from recipes.artifact import locate
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.pruning.cutting import cut, sizes_for_modelopt
-    from recipes.runtime.pruning.importance import Importance
-    from recipes.runtime.pruning.losses import cross_entropy, forward, held_out_batches
+    from prune_distill.config.load import load_resolved
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.model.student import AXES
+    from prune_distill.nemo import nemo_api
+    from prune_distill.pipeline.artifact import locate
+    from prune_distill.pruning.cutting import cut, sizes_for_modelopt
+    from prune_distill.pruning.importance import Importance
+    from prune_distill.pruning.losses import cross_entropy, forward, held_out_batches
 
     cfg = load_resolved(config)
     located = locate(cfg)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from recipes.artifact import Located
-from recipes.integrity import damaged_inputs, read_record
-from recipes.outputs import Entries, select
-from recipes.stages import Output
+from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.integrity import damaged_inputs, read_record
+from prune_distill.pipeline.outputs import Entries, select
+from prune_distill.pipeline.stages import Output
 
 
 def flip(path: Path) -> None:

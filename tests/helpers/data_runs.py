@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from conf.load import compose, save_resolved
-from recipes.artifact import locate
-from recipes.runtime.data.folder import DataFolder
-from recipes.runtime.data.shards import SplitWriter, documents_of
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.data.folder import DataFolder
+from prune_distill.data.shards import SplitWriter, documents_of
+from prune_distill.pipeline.artifact import locate
 from tests.conftest import QWEN3
 from tests.helpers.hf_folders import write_weights
 from tests.helpers.tokenizers import TEXTS, byte_level

@@ -1,8 +1,8 @@
 """Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
 
 What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
-of N steps that heeds the stop file, as `recipes.runtime.stop_file` does, and saves after every tenth; `late N` is one
-that takes 3 s to start, `lead N` one of several ranks.
+of N steps that heeds the stop file, as `prune_distill.training.stop_file` does, and saves after every tenth; `late N`
+is one that takes 3 s to start, `lead N` one of several ranks.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from conf.load import load_resolved
-from recipes.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
-from recipes.runtime.metrics_file import MetricsFile, read_metrics
-from recipes.runtime.processes import end_with_torchrun
-from recipes.stages import Output, Source, Stage, world_size
+from prune_distill.config.load import load_resolved
+from prune_distill.pipeline.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
+from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
+from prune_distill.pipeline.processes import end_with_torchrun
+from prune_distill.pipeline.stages import Output, Source, Stage, world_size
 
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"

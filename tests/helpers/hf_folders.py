@@ -8,8 +8,8 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from conf.hf_config import read_config
-from conf.hf_weights import ITEM_BYTES, expected_shapes
+from prune_distill.model.hf_config import read_config
+from prune_distill.model.hf_weights import ITEM_BYTES, expected_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}}

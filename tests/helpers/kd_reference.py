@@ -36,7 +36,7 @@ SEQUENCE, BATCH, HIDDEN = 48, 2, 64
 
 def differences(cases: list[Case]) -> list[dict[str, float]]:
     """Of each case: the relative difference of the losses, and of the gradients, the largest entry being 1."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
@@ -106,8 +106,8 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     """Without the factor of the temperature's square, which upstream leaves out."""
     import torch
 
-    from conf.schema import Divergence
-    from recipes.runtime.kd_loss import Head, LossSpec, distillation_loss
+    from prune_distill.distillation.kd_loss import Head, LossSpec, distillation_loss
+    from prune_distill.schema import Divergence
 
     divergence = Divergence.reverse_kl if case.reverse else Divergence.forward_kl
     spec = LossSpec(divergence, case.temperature, kd_weight=case.temperature**-2, chunk_tokens=20)
@@ -119,16 +119,16 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
 def nothing_to_learn() -> dict[str, Any]:
     """What micro batches cost of which every token is masked, as in a chat where only a prompt fits: one by itself, and
     one beside another of which two tokens are learned."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
     from megatron.core import parallel_state
 
-    from conf.errors import InputError
-    from conf.schema import KdConfig
-    from recipes.runtime.distillation import LossReduction
-    from recipes.runtime.token_loss import TokenLoss
+    from prune_distill.distillation.distillation import LossReduction
+    from prune_distill.errors import InputError
+    from prune_distill.nemo.token_loss import TokenLoss
+    from prune_distill.schema import KdConfig
 
     parallel_state.initialize_model_parallel()
     nothing = {"loss_mask": torch.zeros(2, 4)}

@@ -15,9 +15,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from conf.load import load_resolved
-from recipes.artifact import Located, locate, write_manifest
-from recipes.runtime.metrics_file import read_metrics
+from prune_distill.config.load import load_resolved
+from prune_distill.pipeline.artifact import Located, locate, write_manifest
+from prune_distill.pipeline.metrics_file import read_metrics
 
 
 def main() -> None:
@@ -28,12 +28,12 @@ def main() -> None:
     arguments = parser.parse_args()
     stage = locate(load_resolved(arguments.config))["distill"]
     stage.folder.mkdir(exist_ok=True)
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from nemo.collections.llm.modelopt.distill import model  # noqa: F401
 
-    from recipes.runtime import training  # noqa: F401
+    from prune_distill.training import training  # noqa: F401
 
     chance = random.Random(arguments.seed)
     targets = sorted(chance.choices(range(1, stage.cfg.distill.max_steps), k=arguments.times))
@@ -54,7 +54,7 @@ def _attempt(stage: Located) -> int:
     os.setsid()
     from recipes import distill
 
-    os.environ["SLURM_JOB_NAME"] = "interactive"  # as recipes.runtime.stage_main does
+    os.environ["SLURM_JOB_NAME"] = "interactive"  # as prune_distill.pipeline.stage_main does
     try:
         write_manifest(stage, 0.0, 0.0, distill.run(stage.cfg, stage.inputs, stage.folder))
     except BaseException:
@@ -65,7 +65,7 @@ def _attempt(stage: Located) -> int:
 
 def _killed_attempt(stage: Located, target: int, wait: float) -> int:
     """Kills an attempt `wait` seconds after step `target`, or after its own first step, and tells its process group."""
-    from recipes.runtime.checkpoints import newest_checkpoint
+    from prune_distill.training.checkpoints import newest_checkpoint
 
     newest = newest_checkpoint(stage.folder / "checkpoints")
     first = int(newest.name[5:]) if newest else 0

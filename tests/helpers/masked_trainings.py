@@ -9,8 +9,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from conf.schema import DistillConfig, LossImplementation, RunConfig
-from recipes.runtime.stage_main import stage_main
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import DistillConfig, LossImplementation, RunConfig
 
 # By whose loss: ours of distillation, upstream's, and that of a model which learns from the data alone.
 KINDS = ("distilled", "upstream", "plain")
@@ -19,12 +19,12 @@ MICRO_BATCHES = (1, 4)
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Leaves `checkpoints/` and `metrics.jsonl` of each training in `out/<kind>/<micro batch size>`."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-    from recipes.runtime.pruning import finalists
+    from prune_distill.pruning import finalists
 
     for kind in KINDS:
         for size in MICRO_BATCHES:
@@ -36,10 +36,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _train(kind: str, training: DistillConfig, inputs: dict[str, Any], out: Path, seed: int) -> None:
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import student_to_train
-    from recipes.runtime.training import train
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.nemo import nemo_api
+    from prune_distill.training.training import train
 
     if kind == "plain":
         model = nemo_api.load_model(inputs["student"])

@@ -16,17 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from recipes.runtime.stage_main import rank, stage_main
+from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.schema import RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """As `recipes.distill.run`, with one more callback."""
+    from prune_distill.nemo import backend
     from recipes import distill
-    from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime import training
+    from prune_distill.training import training
 
     make_trainer = training._trainer
     training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _probe(out / f"memory-{rank()}.json")])
@@ -37,7 +37,7 @@ def _probe(target: Path) -> Any:
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    from recipes.runtime.nemo_api import core_model
+    from prune_distill.nemo.nemo_api import core_model
 
     class Probe(Callback):
         """After step 1, when the optimizer's state exists, the parts; in step 2 the peak above them, and `saved`."""
@@ -74,7 +74,7 @@ def _parts(trainer: Any, pl_module: Any) -> dict[str, int]:
     """Bytes of the tensors that outlive a step, by what they are; `other` is the rest of what Python can reach."""
     import torch
 
-    from recipes.runtime.nemo_api import core_model
+    from prune_distill.nemo.nemo_api import core_model
 
     core = core_model(pl_module)
     teacher = core.teacher_model.parameters() if hasattr(core, "teacher_model") else []

@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conf.schema import LossImplementation, RunConfig
-from recipes.runtime.stage_main import stage_main
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import LossImplementation, RunConfig
 
 # By name: whose loss, and the weight of the router's auxiliary loss (None: as the checkpoint has it).
 VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
@@ -26,10 +26,10 @@ VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes `gradients.json`: the coefficient, and of each variant the largest difference from `ours`, over its
     largest value, of all gradients and of the routers' alone."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
-    from recipes.runtime.pruning import finalists
+    from prune_distill.pruning import finalists
 
     moments: dict[str, dict[str, Any]] = {}
     for name in VARIANTS:
@@ -48,10 +48,10 @@ def _first_moments(
 ) -> tuple[dict[str, Any], float]:
     from lightning.pytorch.callbacks import Callback
 
-    from recipes.runtime.data.folder import DataFolder
-    from recipes.runtime.distillation import student_to_train
-    from recipes.runtime.nemo_api import core_model
-    from recipes.runtime.training import train
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.nemo.nemo_api import core_model
+    from prune_distill.training.training import train
 
     kd = dataclasses.replace(cfg.distill.kd, implementation=loss)
     # Without the distributed optimizer the moments have their parameters' shapes.

@@ -10,12 +10,12 @@ from typing import Any
 
 def import_all(pairs: list[tuple[Path, Path]]) -> None:
     """Imports Hugging Face folders as checkpoints, one after the other."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from nemo.collections import llm
 
-    from recipes.runtime.nemo_api import configure
+    from prune_distill.nemo.nemo_api import configure
 
     classes = {
         "qwen3": llm.Qwen3Model,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch

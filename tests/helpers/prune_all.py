@@ -12,7 +12,7 @@ def prune_all(jobs: list[tuple[Path, Path, dict[str, int]]]) -> None:
 
     `recipes.prune` would refuse these teachers, which know no more than chance.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import modelopt.torch.prune as mtp
@@ -20,7 +20,7 @@ def prune_all(jobs: list[tuple[Path, Path, dict[str, int]]]) -> None:
     from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
     from nemo.lightning.base import teardown
 
-    from recipes.runtime import nemo_api
+    from prune_distill.nemo import nemo_api
 
     ids = torch.randint(517, (2, 64), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(64).expand(2, -1)

@@ -15,16 +15,16 @@ from typing import Any
 
 
 def compare(teacher: Path, importance: Path, out: Path, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import modelopt.torch.prune as mtp
     import torch
 
-    from recipes.runtime import nemo_api
-    from recipes.runtime.pruning.cutting import cut
-    from recipes.runtime.pruning.importance import Importance
-    from recipes.runtime.stage_main import world_size
+    from prune_distill.nemo import nemo_api
+    from prune_distill.pipeline.stage_main import world_size
+    from prune_distill.pruning.cutting import cut
+    from prune_distill.pruning.importance import Importance
 
     scores = Importance.load(importance)
     ids = torch.randint(517, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def compare(teacher: Path, importance: Path, out: Path, jobs: list[dict[str, Any
         state = {name: value.clone() for name, value in core.state_dict().items() if torch.is_tensor(value)}
         kept = nemo_api.kept_layers(core)
         # A pruned model still runs.
-        from recipes.runtime.pruning.losses import forward
+        from prune_distill.pruning.losses import forward
 
         logits = forward(core.eval(), ids)
         assert logits is None or torch.isfinite(logits).all()
@@ -68,9 +68,9 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
     """The same scores in ModelOpt's own form, one dictionary a pipeline stage."""
     import torch
 
-    from recipes.runtime import nemo_api
-    from recipes.runtime.pruning.search_space import dynamic_core, give, to_search_space
-    from recipes.runtime.stage_main import rank, world_size
+    from prune_distill.nemo import nemo_api
+    from prune_distill.pipeline.stage_main import rank, world_size
+    from prune_distill.pruning.search_space import dynamic_core, give, to_search_space
 
     model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=world_size(), modelopt_spec=True)
     to_search_space(model)

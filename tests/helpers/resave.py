@@ -13,7 +13,7 @@ def save_parts(weights: Path, target: Path, split: str) -> None:
     Args:
         weights, target: folders of `torch_dist` checkpoints, read and written.
     """
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch

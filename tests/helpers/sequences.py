@@ -20,15 +20,15 @@ from tests.helpers.tiny import DISTILL
 
 
 def main() -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from transformers import AutoModelForCausalLM
 
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
 
     data, hf_folder = DataFolder.read(Path(sys.argv[1])), sys.argv[2]
     sizes = {key: DISTILL[key] for key in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers")}

@@ -10,17 +10,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from conf.schema import RunConfig
-from recipes.runtime.stage_main import stage_main
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.schema import RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """As `recipes.distill.run`, with one more callback."""
+    from prune_distill.nemo import backend
     from recipes import distill
-    from recipes.runtime import backend
 
     backend.activate()
-    from recipes.runtime import training
+    from prune_distill.training import training
 
     make_trainer = training._trainer
     training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _spoil()])
@@ -31,7 +31,7 @@ def _spoil() -> Any:
     import torch
     from lightning.pytorch.callbacks import Callback
 
-    from recipes.runtime.nemo_api import core_model
+    from prune_distill.nemo.nemo_api import core_model
 
     step, factor = os.environ["SPOILED"].split()
     index = int(step) - 1

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from conf.load import compose
 from launch.local import ROOT
-from recipes.artifact import Located, locate
-from recipes.runtime.metrics_file import read_metrics
+from prune_distill.config.load import compose
+from prune_distill.pipeline.artifact import Located, locate
+from prune_distill.pipeline.metrics_file import read_metrics
 
 # Odd where it can be: heads of 48 are not hidden_size / num_attention_heads, and 522 is no multiple of 64.
 SHAPE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes.runtime import backend
+from prune_distill.nemo import backend
 
 GPU = backend.torch_device() == "cuda"
 BACKEND = "gpu" if GPU else "cpu"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def main() -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    from recipes.runtime import nemo_api
-    from recipes.runtime.data.folder import DataFolder
+    from prune_distill.data.folder import DataFolder
+    from prune_distill.nemo import nemo_api
 
     data, tokenizer, length = DataFolder.read(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

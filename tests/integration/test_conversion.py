@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.hf_config import read_config
-from conf.hf_shape import shape_from
 from convert.torch_dist import TorchDistReader
 from convert.verify import digest
+from prune_distill.model.hf_config import read_config
+from prune_distill.model.hf_shape import shape_from
 from tests.helpers import tolerance
 from tests.helpers.models import MODELS, write_model
 from tests.helpers.tiny import convert, environment
@@ -240,8 +240,8 @@ def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Pa
 def restore(checkpoint: Path) -> subprocess.CompletedProcess[str]:
     """Loads a checkpoint through NeMo, in a process of its own."""
     program = (
-        "import sys\nfrom pathlib import Path\nfrom recipes.runtime import backend\nbackend.activate()\n"
-        "from recipes.runtime import nemo_api\nnemo_api.restore(Path(sys.argv[1]))"
+        "import sys\nfrom pathlib import Path\nfrom prune_distill.nemo import backend\nbackend.activate()\n"
+        "from prune_distill.nemo import nemo_api\nnemo_api.restore(Path(sys.argv[1]))"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(checkpoint)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)

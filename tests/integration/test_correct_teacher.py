@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, record_again
 from tests.helpers import corruption, tiny, tolerance
 
 # Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from recipes.artifact import read_state
+from prune_distill.pipeline.artifact import read_state
 from tests.helpers import tiny
 from tests.helpers.data_runs import command, folder_of, model_folder, resolved, texts, write
 

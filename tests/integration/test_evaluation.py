@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from conf.evaluation_rules import OWN_TASK
-from recipes.artifact import read_manifest, record_again
+from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.pipeline.artifact import read_manifest, record_again
 from tests.helpers import tiny
 
 # By stage: a control has one of its own.

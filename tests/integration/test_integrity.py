@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.artifact import Located
+from prune_distill.pipeline.artifact import Located
 from tests.helpers import corruption, tiny, tolerance
 
 

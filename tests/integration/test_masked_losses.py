@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import compose, save_resolved
 from launch import local
-from recipes.artifact import locate
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.pipeline.artifact import locate
 from tests.helpers import tiny, tolerance
 from tests.helpers.data_runs import write_masks
 from tests.helpers.masked_trainings import KINDS

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.load import compose, save_resolved
-from recipes.artifact import locate, read_manifest
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.pipeline.artifact import locate, read_manifest
 from tests.helpers import tiny, tolerance
 
 STEPS = 20

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import compose, save_resolved
 from launch import local
-from recipes.artifact import locate, read_state
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.pipeline.artifact import locate, read_state
 from tests.helpers import tiny, tolerance
 
 RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")

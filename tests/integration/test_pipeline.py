@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import lock
-from recipes.runtime.metrics_file import read_metrics
+from prune_distill.pipeline import lock
+from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from conf.load import compose, save_resolved
-from conf.schema import RunConfig
-from conf.student import student_shape
 from launch.memory import Memory, Models, training_memory
-from recipes.artifact import locate
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.model.student import student_shape
+from prune_distill.pipeline.artifact import locate
+from prune_distill.schema import RunConfig
 from tests.helpers import tiny
 from tests.helpers.tolerance import GPU
 

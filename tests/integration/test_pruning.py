@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, record_again
 from tests.helpers import tiny, tolerance
 
 HEADS = ("prune.num_attention_heads=2", "prune.num_query_groups=1")

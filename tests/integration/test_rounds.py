@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from recipes.artifact import read_manifest
+from prune_distill.pipeline.artifact import read_manifest
 from tests.helpers import tiny
 
 # The second layer first, then, of the three that are left, by importance; widths in either round.

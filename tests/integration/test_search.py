@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from conf.student import AXES
-from recipes.artifact import STOP, Located, read_manifest
-from recipes.runtime.pruning.finalists import name_of
+from prune_distill.model.student import AXES
+from prune_distill.pipeline.artifact import STOP, Located, read_manifest
+from prune_distill.pruning.finalists import name_of
 from tests.helpers import corruption, tiny, tolerance
 
 BUDGET = (

@@ -25,7 +25,7 @@ def _cut(tensor: torch.Tensor, dim: int, parts: int, rank: int) -> torch.Tensor:
 
 
 def _linear(mode: str, sequence_parallel: bool, normed: bool) -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch.distributed as dist
@@ -95,7 +95,7 @@ def _attentions() -> None:
 
 
 def _attention(mask_type: str) -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     import torch.distributed as dist
@@ -128,7 +128,7 @@ def test_attention_over_two_context_parallel_ranks() -> None:
 
 
 def _dropout_states() -> tuple[list[bool], list[bool]]:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from megatron.core import parallel_state, tensor_parallel
@@ -298,7 +298,7 @@ def _optimizer_and_ddp(model: Any) -> tuple[Any, Any]:
 
 def _train_as_hf(layout: dict[str, Any]) -> dict[str, float]:
     """Train from the same weights on the same batch as `_train_hf`; returns the largest differences."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     chosen = backend.activate()
     import torch.distributed as dist
@@ -376,7 +376,7 @@ def test_training_follows_transformers(layout: str) -> None:
 
 
 def _checkpoint_round_trip(folder: str) -> None:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     chosen = backend.activate()
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.artifact import read_manifest, read_state
-from recipes.runtime.metrics_file import read_metrics
-from recipes.runtime.signal import SignalReader, read_table, shard_name
+from prune_distill.distillation.signal import SignalReader, read_table, shard_name
+from prune_distill.pipeline.artifact import read_manifest, read_state
+from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import corruption, tiny
 from tests.helpers.ranks import run_ranks
 
@@ -67,14 +67,14 @@ def tokens(one_rank: Path) -> np.ndarray:
 
 
 def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.core.datasets.utils import get_blend_from_list
 
-    from recipes.runtime.data.folder import DataFolder
+    from prune_distill.data.folder import DataFolder
 
     class Tokenizer:
         pad, eod, unique_identifiers = 0, 0, {"class": "none"}
@@ -90,7 +90,7 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    from recipes.runtime.nemo_api import DocumentDataset
+    from prune_distill.nemo.nemo_api import DocumentDataset
 
     sizes = [SEQUENCES, 0, 0]
     train, *_ = BlendedMegatronDatasetBuilder(DocumentDataset, sizes, lambda: True, settings).build()
@@ -192,12 +192,12 @@ def test_context_parallel_ranks_share_the_columns_of_a_batch() -> None:
 
 def cut_batch() -> Any:
     """What a rank of CP 2 is given of a batch of 3 sequences of 8 tokens, k = 2."""
-    from recipes.runtime import backend
+    from prune_distill.nemo import backend
 
     backend.activate()
     from megatron.core import parallel_state
 
-    from recipes.runtime.signal_batch import data_step
+    from prune_distill.distillation.signal_batch import data_step
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     counted = torch.arange(3 * 8 * 2).view(3, 8, 2)

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conf.load import compose, save_resolved
 from convert.stored import blocks
 from convert.torch_dist import TorchDistReader
 from launch import local
-from recipes.artifact import Located, locate, read_manifest, record_again
-from recipes.runtime.metrics_file import read_metrics
-from recipes.runtime.schedules import learning_rate
+from prune_distill.config.load import compose, save_resolved
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.training.schedules import learning_rate
 from tests.helpers import tiny, tolerance
 
 EXPLODED = r"the loss is [\d.e+]+, more than 10 times [\d.e-]+, the median of the last 12"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import load_resolved
 from launch.queue import submitted
 from launch.status import status
-from recipes.artifact import read_state
-from recipes.runtime.metrics_file import read_metrics
-from recipes.stages import wanted
+from prune_distill.config.load import load_resolved
+from prune_distill.pipeline.artifact import read_state
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.stages import wanted
 from tests.helpers import tiny
 from tests.slurm.conftest import PATIENCE, SITE, WARNED_EARLY, Chain, slurm
 

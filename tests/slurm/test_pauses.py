@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.queue import ask
-from recipes.runtime.metrics_file import read_metrics
+from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers.slurm_cluster import GRACE_SECONDS
 from tests.slurm.conftest import WARNED_EARLY, Chain, slurm
 

@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from recipes.stages import STAGES
+from prune_distill.pipeline.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("conf", "recipes", "convert", "launch")
+OURS = ("prune_distill", "convert", "recipes", "launch")
 STAGE_MODULES = {stage.module for stage in STAGES}
-SHARED = tuple(
-    f"recipes.{name}" for name in ("stages", "artifact", "input_digests", "outputs", "integrity", "lock", "stage_log")
+# Folders of the library: each may import those before it. Modules next to the folders come before all of them.
+FOLDERS = (
+    *("schema", "model", "config", "pipeline", "data", "nemo", "distillation", "training", "evaluation", "pruning"),
+    *("benchmarking", "reporting"),
 )
-NO_TORCH = ("conf.", "launch.", *SHARED, "recipes.report", "recipes.runtime.reporting.")
+# What a login node imports.
+NO_TORCH = tuple(f"prune_distill.{folder}." for folder in ("schema", "model", "config", "pipeline", "reporting"))
+NO_TORCH = (*NO_TORCH, "launch.", "recipes.report")
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "transformer_engine", "lightning", "datasets"}
 UPSTREAM = {"nemo", "megatron", "modelopt", "transformer_engine", "lightning"}
 
@@ -80,19 +84,20 @@ def named(found: Import, *places: str) -> bool:
     return within(found.name, *places) or within(found.name.rpartition(".")[0], *places)
 
 
-# Package of ours -> what of ours it may import.
+# Package of ours -> what of ours it may import, besides itself.
 MAY_IMPORT = {
-    "conf": ("conf.",),
-    "recipes.runtime": ("conf.", "recipes.runtime.", *SHARED),
+    "prune_distill": (),
+    "convert": ("prune_distill.",),
     # Of convert the library alone: that no stage imports a stage is another rule.
-    "recipes": ("conf.", "convert.", "recipes.runtime.", *SHARED),
-    "convert": ("conf.", "convert.", "recipes.runtime.", *SHARED),
-    "launch": ("conf.", "launch.", *SHARED),
+    "recipes": ("convert.", "prune_distill."),
+    "launch": tuple(f"prune_distill.{place}" for place in ("schema.", "model.", "config.", "pipeline.")),
 }
 
 
-def home(name: str) -> str:
-    return next(place for place in ("recipes.runtime", *OURS) if within(name, f"{place}."))
+def level(name: str) -> int:
+    """The place in `FOLDERS` of a module of the library, -1 for one beside the folders."""
+    folder = name.split(".")[1]
+    return FOLDERS.index(folder) if (ROOT / "prune_distill" / folder).is_dir() else -1
 
 
 def report(broken: list[Import]) -> str:
@@ -100,8 +105,15 @@ def report(broken: list[Import]) -> str:
 
 
 def test_packages_import_in_one_direction() -> None:
-    ours = [found for found in IMPORTS if found.package in OURS]
-    broken = [found for found in ours if not named(found, *MAY_IMPORT[home(found.by)])]
+    ours = [found for found in IMPORTS if found.package in OURS and found.package != found.by.partition(".")[0]]
+    beside = tuple(f"prune_distill.{path.stem}" for path in (ROOT / "prune_distill").glob("*.py"))
+    broken = [found for found in ours if not named(found, *MAY_IMPORT[found.by.partition(".")[0]], *beside)]
+    assert not broken, report(broken)
+
+
+def test_folders_of_the_library_import_downwards() -> None:
+    inside = [found for found in IMPORTS if found.package == "prune_distill" == found.by.partition(".")[0]]
+    broken = [found for found in inside if level(found.name) > level(found.by)]
     assert not broken, report(broken)
 
 
@@ -115,8 +127,8 @@ def test_configs_and_launchers_know_nothing_heavy() -> None:
     assert not broken, report(broken)
 
 
-def test_upstream_is_imported_under_runtime_or_inside_functions() -> None:
-    elsewhere = [found for found in IMPORTS if not within(found.by, "recipes.runtime.")]
+def test_upstream_is_imported_by_the_library_or_inside_functions() -> None:
+    elsewhere = [found for found in IMPORTS if not within(found.by, "prune_distill.")]
     broken = [found for found in elsewhere if found.package in UPSTREAM and found.top_level]
     assert not broken, report(broken)
 
@@ -140,7 +152,7 @@ def test_modules_that_run_as_main_import_nothing_heavy_at_the_top() -> None:
 
 def test_workers_of_the_data_stage_import_no_torch() -> None:
     """Each would take 350 MB more."""
-    code = "import sys, recipes.runtime.data.prepare; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, prune_distill.data.prepare; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -166,10 +178,12 @@ def test_the_reader_of_imports(source: str, expected: list[tuple[str, bool]]) ->
 def test_every_package_is_installed() -> None:
     """An editable install finds them all, a wheel only those that are listed."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = ("conf", "convert", "launch", "recipes")
-    found = [path.parent.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("__init__.py")]
-    assert sorted(listed) == sorted(str(path).replace("/", ".") for path in found if "site" not in path.parts)
+    found = [path.parent.relative_to(ROOT) for folder in OURS for path in (ROOT / folder).rglob("__init__.py")]
+    packages = [str(path).replace("/", ".") for path in found if "site" not in path.parts]
+    assert sorted(listed) == sorted(["conf", *packages])  # conf holds YAML alone
 
 
 def test_the_reader_found_the_sources() -> None:
-    assert {"conf.load", "launch.run", "recipes.stages"} <= {found.by for found in IMPORTS}
+    assert {"prune_distill.config.load", "launch.run", "prune_distill.pipeline.stages"} <= {
+        found.by for found in IMPORTS
+    }

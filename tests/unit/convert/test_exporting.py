@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from conf.errors import InputError
 from convert.exporting import pruned_config
+from prune_distill.errors import InputError
 
 SIZES = {
     "num_hidden_layers": 2,

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 
-from conf.errors import InputError
-from conf.hf_config import ROPE_KINDS, with_both_forms
-from conf.hf_weights import expected_shapes
 from convert import families
 from convert.families import FAMILIES, GateUp, Heads, Qkv, nemo_config, read_config
 from convert.stored import Rows, Span, StoredTensor, blocks, stack
+from prune_distill.errors import InputError
+from prune_distill.model.hf_config import ROPE_KINDS, with_both_forms
+from prune_distill.model.hf_weights import expected_shapes
 from tests.helpers.models import LLAMA3_ROPE, MODELS, SMALL
 
 SOURCES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import InputError
 from convert.files import replaced
+from prune_distill.errors import InputError
 
 
 @pytest.fixture

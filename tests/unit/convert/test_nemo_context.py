@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 
-from conf.errors import InputError
 from convert.nemo_context import (
     Call,
     Reference,
@@ -21,6 +20,7 @@ from convert.nemo_context import (
     trusts_remote_code,
     write_context,
 )
+from prune_distill.errors import InputError
 
 MODEL = Reference("nemo.collections.llm.gpt.model.qwen3", "Qwen3Model")
 CONFIG = Reference("nemo.collections.llm.gpt.model.qwen3", "Qwen3Config")

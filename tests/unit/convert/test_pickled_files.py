@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from conf.errors import InputError
 from convert.pickled_files import INDEX, read_folder
 from convert.stored import blocks
+from prune_distill.errors import InputError
 
 FILE = "pytorch_model.bin"
 

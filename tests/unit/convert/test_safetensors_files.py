@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from conf import hf_weights
-from conf.errors import InputError
 from convert import safetensors_files
 from convert.safetensors_files import INDEX, read_folder, write_folder
 from convert.stored import blocks
+from prune_distill.errors import InputError
+from prune_distill.model import hf_weights
 
 FILE = "model.safetensors"
 A, B = torch.arange(6, dtype=torch.float32).reshape(2, 3), torch.randn(4, 2).bfloat16()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from conf.errors import InputError
 from convert import stored
 from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, is_finite, report_nonfinite, stack
-from recipes.runtime.saved_records import Record
+from prune_distill.errors import InputError
+from prune_distill.nemo.saved_records import Record
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Store = Callable[..., StoredTensor]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conf.errors import InputError
-from conf.hf_weights import expected_shapes
 from convert.families import read_config
 from convert.hf_to_nemo import check
 from convert.safetensors_files import read_folder
 from convert.verify import compare_tensors
+from prune_distill.errors import InputError
+from prune_distill.model.hf_weights import expected_shapes
 from tests.conftest import QWEN3
 
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from conf.errors import InputError
 from convert import torch_dist
 from convert.stored import Rows, Span, StoredTensor, blocks
 from convert.torch_dist import TorchDistReader, TorchDistWriter
 from convert.torch_save import TORCH_TYPES, SavedZip, describe_tensor
+from prune_distill.errors import InputError
 from tests.helpers.dcp_metadata import read_metadata
 
 TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items()}

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from conf.errors import InputError
 from convert import verify
 from convert.nemo_context import Call, Reference, model_call, write_context
 from convert.torch_dist import TorchDistWriter
 from convert.trust import refuse_code
+from prune_distill.errors import InputError
 from tests.helpers.dcp_metadata import read_metadata
 
 QWEN3 = "nemo.collections.llm.gpt.model.qwen3"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import RunConfig
 from launch.local import ROOT
-from recipes.artifact import locate, write_manifest
+from prune_distill.pipeline.artifact import locate, write_manifest
+from prune_distill.schema import RunConfig
 
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "datasets", "numpy"}
 CODE = "import sys, launch.run; code = launch.run.main(sys.argv[1:]); print('MODULES', *sys.modules); sys.exit(code)"

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from conf.model_size import parameters
-from conf.schema import (
+from launch.memory import Memory, Models, prune_memory, training_memory
+from prune_distill.model.model_size import parameters
+from prune_distill.schema import (
     DistillConfig,
     Family,
     KdConfig,
@@ -20,8 +21,7 @@ from conf.schema import (
     Shape,
     Training,
 )
-from conf.units import GIB
-from launch.memory import Memory, Models, prune_memory, training_memory
+from prune_distill.units import GIB
 
 TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
 STUDENT = dataclasses.replace(TEACHER, num_layers=2)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import ConfigError
-from conf.load import compose
 from launch import nodes
 from launch.filesystem import unshared
+from prune_distill.config.load import compose
+from prune_distill.errors import ConfigError
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
 from tests.helpers.launches import launched, wait_for
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from conf.schema import RunConfig
 from launch import partition, slurm
+from prune_distill.schema import RunConfig
 
 TOLD = """PartitionName=gpu MaxNodes=4 MaxTime=1-00:00:00 Nodes=n[1-8] State=UP TotalNodes=8
 PartitionName=long MaxNodes=UNLIMITED MaxTime=UNLIMITED Nodes=n[1-2] State=UP TotalNodes=2

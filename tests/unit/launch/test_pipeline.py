@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conf.load import compose, load_resolved
 from launch import progress
 from launch.run import main
-from recipes.artifact import LAUNCHES, locate, write_manifest
-from recipes.stages import Stage
+from prune_distill.config.load import compose, load_resolved
+from prune_distill.pipeline.artifact import LAUNCHES, locate, write_manifest
+from prune_distill.pipeline.stages import Stage
 from tests.helpers.fake_stage import MODULE, PLAN, TABLE
 
 ALL = ["first", "second", "aside", "report"]

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from conf.composition import config_groups
-from conf.errors import ConfigError
-from conf.flops import training_flops
-from conf.load import compose
-from conf.phases import training_tokens
-from conf.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
 from launch import compute, disk, plan
 from launch.plan_text import short, table
 from launch.planning import make, refuse_impossible
+from prune_distill.config.composition import config_groups
+from prune_distill.config.load import compose
+from prune_distill.errors import ConfigError
+from prune_distill.model.flops import training_flops
+from prune_distill.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
+from prune_distill.schema.phases import training_tokens
 
 # Qwen3-30B-A3B: 30.5 B parameters, of which a token meets 3.3 B by its model card.
 MIXTURE = (

@@ -11,7 +11,7 @@ import pytest
 
 from launch import progress
 from launch.progress import Progress, duration, training_status
-from recipes.stage_log import exit_words, last_attempt, read_reason
+from prune_distill.pipeline.stage_log import exit_words, last_attempt, read_reason
 
 
 class Terminal(io.StringIO):

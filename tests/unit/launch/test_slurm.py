@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from conf.load import compose
 from launch.filesystem import local_type
 from launch.jobs import everywhere
 from launch.run import main
-from recipes.artifact import locate, write_manifest
-from recipes.stages import STAGES
+from prune_distill.config.load import compose
+from prune_distill.pipeline.artifact import locate, write_manifest
+from prune_distill.pipeline.stages import STAGES
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
 
 SITE = (
@@ -196,7 +196,7 @@ def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
     dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dry_run.scripts()["first"]
-    monkeypatch.setattr("recipes.artifact.library_versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("prune_distill.pipeline.artifact.library_versions", lambda: {"torch": "0.0"})
     assert dry_run.scripts()["first"] == before
     image = "cluster.slurm.container_image='nvcr.io#lab/prune:2'"
     assert f"{dry_run.run_dir}/first-" in before
@@ -204,7 +204,7 @@ def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
     assert folder not in dry_run.scripts(image)["first"]
     monkeypatch.undo()
     own = dry_run.scripts("cluster.slurm.container_image=null")["first"]
-    monkeypatch.setattr("recipes.artifact.library_versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("prune_distill.pipeline.artifact.library_versions", lambda: {"torch": "0.0"})
     assert dry_run.scripts("cluster.slurm.container_image=null")["first"] != own
 
 

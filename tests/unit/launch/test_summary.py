@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from conf.schema import RunConfig
 from launch.summary import summary
-from recipes.artifact import locate, write_json, write_manifest
+from prune_distill.pipeline.artifact import locate, write_json, write_manifest
+from prune_distill.schema import RunConfig
 
 
 def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conf.schema import ClusterConfig, NumaBinding
 from launch import torchrun
+from prune_distill.schema import ClusterConfig, NumaBinding
 from tests.helpers.numa import two_nodes
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from launch import status
 from launch.run import main
-from recipes.artifact import write_json
-from recipes.outputs import OUTPUTS, digests
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.outputs import OUTPUTS, digests
 from tests.helpers import corruption
 from tests.helpers.fake_stage import TABLE
 

@@ -1,0 +1,81 @@
+"""Generation in vLLM, by its offline API. Written against vLLM's documentation; not run by this repository's tests.
+
+Both models are held at once, each with a share of the GPU. What vLLM tells of single tokens differs from version to
+version, so that a generation is timed twice: of one new token, and of all.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prune_distill.benchmarking.energy import joules, meter
+from prune_distill.benchmarking.timing import Memory, Timed
+from prune_distill.nemo import backend, hf_models
+from prune_distill.schema import BenchmarkConfig, ExportDtype
+
+# Of the GPU's memory, for all models together.
+SHARE = 0.9
+TYPES = {
+    ExportDtype.bf16: "bfloat16",
+    ExportDtype.fp16: "float16",
+    ExportDtype.fp32: "float32",
+    ExportDtype.keep: "auto",
+}
+
+
+class Model:
+    """A model in vLLM.
+
+    Args:
+        ids: the batch it goes on from, `[b, s]`; `share`: of the GPU's memory, what the model gets.
+    """
+
+    def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
+        from vllm import LLM
+
+        self.folder, self.cfg = folder, cfg
+        self.prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
+        with hf_models.folder_of_both_forms(folder) as loadable:
+            self.llm = LLM(
+                model=str(loadable),
+                dtype=TYPES[cfg.dtype],
+                max_model_len=cfg.prompt_tokens + cfg.new_tokens,
+                max_num_seqs=cfg.batch_size,
+                gpu_memory_utilization=share,
+                # A prompt that was there before would cost nothing.
+                enable_prefix_caching=False,
+                # Ids go in and come out; loading a tokenizer could only fail.
+                skip_tokenizer_init=True,
+            )
+
+    def warm_up(self) -> Memory:
+        self._generate(self.cfg.new_tokens)
+        tokens = self.cfg.batch_size * (self.cfg.prompt_tokens + self.cfg.new_tokens)
+        weights = hf_models.weight_bytes(self.folder, self.cfg.dtype)
+        kv_cache = hf_models.kv_cache_bytes(self.folder, tokens, self.cfg.dtype)
+        # vLLM takes its whole share for the cache, so what the batch itself needs is reckoned.
+        return Memory(weights, kv_cache, weights + kv_cache)
+
+    def generate(self) -> Timed:
+        first = self._seconds(1)
+        energy = meter()
+        before = energy() if energy else None
+        whole = self._seconds(self.cfg.new_tokens)
+        used = joules(before, energy() if energy else None)
+        return Timed(first, max(whole - first, 1e-9), used)
+
+    def _seconds(self, new_tokens: int) -> float:
+        started = time.perf_counter()
+        self._generate(new_tokens)
+        return time.perf_counter() - started
+
+    def _generate(self, new_tokens: int) -> None:
+        from vllm import SamplingParams
+
+        wanted = SamplingParams(
+            temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False
+        )
+        self.llm.generate(self.prompts, wanted, use_tqdm=False)
+        backend.synchronize()

@@ -1,0 +1,165 @@
+"""The only way to get a config: composed by Hydra, or read back from a run's `resolved.yaml`, typed and checked."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from prune_distill.config.typed import UNRESOLVED, Reader, plain
+from prune_distill.config.validate import missing_files, validate
+from prune_distill.credentials import redact
+from prune_distill.errors import ConfigError
+from prune_distill.model.hf_shape import read_family, read_shape
+from prune_distill.schema import RunConfig
+
+
+def compose(
+    overrides: Sequence[str], check_files: bool = False, config_dir: str | os.PathLike[str] | None = None
+) -> RunConfig:
+    """The config of a run from `key=value` overrides, as on the command line.
+
+    Args:
+        overrides: Hydra overrides: groups (`experiment=demo`) and values (`distill.lr=1e-4`).
+        check_files: also require that the user's local files and folders exist.
+        config_dir: a folder with more files of the config groups.
+
+    Raises:
+        ConfigError: all faults found: unknown keys, wrong types, missing values, contradictions.
+    """
+    # Workers read resolved.yaml and have no need of Hydra.
+    from prune_distill.config.composition import compose_tree, require_model
+
+    require_model(overrides, config_dir)
+    faults: list[str] = []
+    return _typed(_resolve(compose_tree(overrides, config_dir), faults), faults, check_files)
+
+
+def show(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None) -> str:
+    """A config that has faults as YAML: what is set, the schema's defaults, and `???` where a value is missing.
+
+    Raises:
+        ConfigError: nothing can be composed from these overrides.
+    """
+    from prune_distill.config.composition import compose_tree
+
+    tree = _resolve(compose_tree(overrides, config_dir), [])
+    return redact(str(yaml.safe_dump(_shown(tree, plain(RunConfig())), sort_keys=False)))
+
+
+def _shown(value: Any, default: Any) -> Any:
+    if value is UNRESOLVED:
+        return MISSING
+    if isinstance(value, dict):
+        known = default if isinstance(default, dict) else {}
+        names = [*known, *(name for name in value if name not in known)]
+        return {name: _shown(value[name], known.get(name)) if name in value else known[name] for name in names}
+    return [_shown(item, None) for item in value] if isinstance(value, list) else value
+
+
+def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
+    """The config of a run from its `resolved.yaml`.
+
+    Raises:
+        ConfigError: the file is not there or not readable, or its content is at fault.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(Path(path)))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; launch.run writes it into the run's folder") from error
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); start launch.run again") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__} instead of keys and values; start launch.run again")
+    # It was checked when it was composed; one that is older is still reported on.
+    return _typed(tree, [], refuse_credentials=False)
+
+
+def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Writes a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, to_yaml(cfg))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old content or the new. Its mode follows the umask."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """A config as YAML, enums by name."""
+    return OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
+
+
+def _resolve(node: Any, faults: list[str], prefix: str = "") -> Any:
+    """A composed tree as plain values, its interpolations worked out."""
+    if isinstance(node, ListConfig):
+        return [_item(node, index, faults, f"{prefix}[{index}]") for index in range(len(node))]
+    if isinstance(node, DictConfig):
+        dot = f"{prefix}." if prefix else ""
+        return {str(key): _item(node, key, faults, f"{dot}{key!s}") for key in node}
+    return node
+
+
+def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
+    if OmegaConf.is_missing(node, key):
+        return "???"
+    try:
+        return _resolve(node[key], faults, dotted)
+    except InterpolationToMissingValueError:
+        # The missing value is a fault of its own.
+        return UNRESOLVED
+    except OmegaConfBaseException as error:
+        faults.append(f"{dotted} cannot be worked out ({str(error).splitlines()[0]}); set {dotted} to a plain value")
+        return UNRESOLVED
+
+
+def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
+    """The config that a plain tree describes; `faults` are those found before."""
+    faults = faults + _fill_in_family(tree)
+    reader = Reader(RunConfig, refuse_credentials)
+    cfg = reader.group(RunConfig, tree)
+    faults = faults + reader.faults
+    unreadable = set(reader.unreadable)
+    if not any(key == "model" or key.startswith("model.") for key in unreadable):
+        cfg.model.shape, shape_faults = read_shape(cfg.model)
+        faults += shape_faults
+        if cfg.model.shape is None and cfg.model.hf_path is not None:
+            unreadable.add("model.shape")
+    faults += validate(cfg, unreadable)
+    if check_files:
+        # What is wrong with config.json was found with the shape.
+        faults += [fault for fault in missing_files(cfg, unreadable) if fault not in faults]
+    if faults:
+        raise ConfigError(faults)
+    return cfg
+
+
+def _fill_in_family(tree: Any) -> list[str]:
+    """Set a family that is missing to what the model's `config.json` says; the faults where it cannot be read."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
+        return []
+    if not isinstance(model.get("hf_path"), str):
+        return []
+    # That the path is missing is a fault of its own.
+    missing = model["hf_path"] == MISSING
+    family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"))
+    model["family"] = UNRESOLVED if family is None else family
+    return faults

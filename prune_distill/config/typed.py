@@ -1,0 +1,237 @@
+"""Plain YAML trees to the dataclasses of `prune_distill.schema` and back, finding every fault, not only the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+import unicodedata
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, TypeVar
+
+from omegaconf import MISSING
+
+from prune_distill.config.wording import override, result_of_change
+from prune_distill.credentials import find_credential
+
+# What a tree holds where a value could not be worked out and that fault is already known.
+UNRESOLVED = object()
+
+T = TypeVar("T")
+# What Megatron's data index and PyTorch count with.
+LARGEST_COUNT = 2**63 - 1
+# By a key's last part: NumPy's largest seed, a 32-bit step counter, and what no cluster has.
+_MOST = {"seed": 2**32 - 1, "max_steps": 2**31 - 1, "devices_per_node": 1024, "nodes": 2**20}
+# Control characters, surrogates (of undecodable file names), and separators of lines and paragraphs.
+_CONTROL = {"Cc", "Cs", "Zl", "Zp"}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
+
+
+class Reader:
+    """Reads trees of plain values as dataclasses.
+
+    Attributes:
+        faults: one sentence a fault.
+        unreadable: dotted keys that have no usable value; what the built objects hold there means nothing.
+    """
+
+    def __init__(self, root: type, refuse_credentials: bool = True) -> None:
+        self.faults: list[str] = []
+        self.unreadable: set[str] = set()
+        self._refuse_credentials = refuse_credentials
+        self._known_keys = list(schema_keys(root))
+
+    def group(self, cls: type[T], tree: Any, prefix: str = "") -> T:
+        """An instance of the dataclass `cls` from a mapping; `prefix` is its dotted key with a dot at the end."""
+        key = prefix.rstrip(".")
+        if not isinstance(tree, dict):
+            self._fault(key, f"{key}={tree!r} is a value, but {key} is a group; set its keys, as in {key}.KEY=VALUE")
+            tree = {}
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in tree:
+            if name not in fields:
+                self._unknown(prefix, str(name), list(fields))
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: self._field(field, hints[name], tree, prefix + name) for name, field in fields.items()})
+
+    def _field(self, field: dataclasses.Field[Any], hint: Any, tree: dict[Any, Any], key: str) -> Any:
+        if field.name in tree:
+            return self._value(hint, tree[field.name], key, field.metadata.get("wanted"))
+        if _is_group(hint):
+            return self.group(hint, {}, f"{key}.")
+        if field.default_factory is not dataclasses.MISSING:
+            return field.default_factory()
+        missing = field.default == MISSING
+        return self._value(hint, MISSING, key, field.metadata.get("wanted")) if missing else field.default
+
+    def _value(self, hint: Any, raw: Any, key: str, wanted: str | None = None) -> Any:
+        """`wanted`: what a missing value should be, where its type does not say enough."""
+        hint, optional = _unwrap(hint)
+        if raw is UNRESOLVED:
+            return self._unusable(key)
+        if raw == MISSING:
+            wanted = wanted or _describe(hint) + (" or null" if optional else "")
+            return self._fault(key, f"{key} is not set; set {key} to {wanted}")
+        if raw is None:
+            return None if optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint)}")
+        if _is_group(hint):
+            return self.group(hint, raw, f"{key}.")
+        if typing.get_origin(hint) is list:
+            return self._list(hint, raw, key)
+        if typing.get_origin(hint) is dict:
+            return self._mapping(hint, raw, key)
+        if issubclass(hint, Enum):
+            return self._member(hint, raw, key)
+        return self._scalar(hint, raw, key)
+
+    def _list(self, hint: Any, raw: Any, key: str) -> Any:
+        (item,) = typing.get_args(hint)
+        of_lists = typing.get_origin(item) is list
+        if not isinstance(raw, list):
+            return self._fault(key, f"{key}={raw!r} is not a list; set {override(key, _as_list(item, raw))}")
+        if of_lists and raw and all(type(value) is int for value in raw):
+            spans = [raw] if len(raw) == 2 else [[value, value] for value in raw]
+            return self._fault(key, f"{key}={raw} is not a list of lists; set {override(key, spans)}")
+        known = len(self.unreadable)
+        values = [self._value(item, value, f"{key}[{index}]") for index, value in enumerate(raw)]
+        return values if len(self.unreadable) == known else self._unusable(key)
+
+    def _mapping(self, hint: Any, raw: Any, key: str) -> Any:
+        """Groups by names that the user chooses."""
+        _, group = typing.get_args(hint)
+        if not isinstance(raw, dict):
+            return self._fault(key, f"{key}={raw!r} is a value; set {key}.NAME.KEY=VALUE")
+        for name in raw:
+            self._text(str(name), f"{key}.NAME")
+        return {str(name): self._value(group, value, f"{key}.{name}") for name, value in raw.items()}
+
+    def _member(self, hint: type[Enum], raw: Any, key: str) -> Any:
+        if isinstance(raw, str) and raw in hint.__members__:
+            return hint[raw]
+        guess = did_you_mean(str(raw), list(hint.__members__))
+        return self._fault(key, f"{key}={raw} is not known{guess}; set {key} to {_describe(hint)}")
+
+    def _scalar(self, hint: type, raw: Any, key: str) -> Any:
+        if hint is str and type(raw) is str:
+            return self._text(raw, key)
+        if hint is int and type(raw) in (int, float) and abs(raw) > _most(key):
+            return self._fault(key, f"{key}={raw} is too large; set {key} to at most {_most(key)}")
+        if type(raw) is hint and not (isinstance(raw, float) and not math.isfinite(raw)):
+            return raw
+        # A name or a revision may be made of digits only.
+        if type(raw) is int and hint in (float, str):
+            return hint(raw)
+        fix = f"{int(raw)}" if type(raw) is float and raw.is_integer() and hint is int else _KINDS[hint]
+        if hint is int and isinstance(raw, str):
+            fix = result_of_change(raw) or fix
+        return self._fault(key, f"{key}={raw!r} is not {_KINDS[hint]}; set {key} to {fix}")
+
+    def _text(self, raw: str, key: str) -> Any:
+        """A text without what would end a line of a job script, or be a secret in every file of the run."""
+        control = next((letter for letter in raw if unicodedata.category(letter) in _CONTROL), None)
+        if control is not None:
+            return self._fault(key, f"{key}={raw!r} contains the control character {control!r}; remove it from {key}")
+        credential = find_credential(key, raw) if self._refuse_credentials else None
+        if credential is not None:
+            return self._fault(
+                key,
+                f"{key} contains {credential}, which the run's files would show; remove it from {key} and "
+                f"{_elsewhere(key)}",
+            )
+        return raw
+
+    def _unknown(self, prefix: str, name: str, siblings: list[str]) -> None:
+        guess = did_you_mean(name, siblings, prefix)
+        elsewhere = [key for key in self._known_keys if key.rpartition(".")[2] == name]
+        if not guess and elsewhere:
+            guess = f" (did you mean {' or '.join(elsewhere)}?)"
+        where = f"{prefix.rstrip('.') or 'the root'} has {', '.join(siblings)}"
+        self.faults.append(f"{prefix}{name} is not a known key{guess or f'; {where}'}")
+
+    def _fault(self, key: str, sentence: str) -> None:
+        self.faults.append(sentence)
+        self._unusable(key)
+
+    def _unusable(self, key: str) -> None:
+        self.unreadable.add(key)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and enums as mappings and member names: what `Reader` reads back as the same object."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a dataclass, groups included."""
+    for name, hint in typing.get_type_hints(cls).items():
+        yield prefix + name
+        inner, _ = _unwrap(hint)
+        if typing.get_origin(inner) is dict:
+            yield from schema_keys(typing.get_args(inner)[1], f"{prefix}{name}.NAME.")
+        if _is_group(inner):
+            yield from schema_keys(inner, f"{prefix}{name}.")
+
+
+def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
+    """A clause that guesses what was meant, or an empty string."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {prefix}{close[0]}?)" if close else ""
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """The type inside `X | None`, and whether null is allowed."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return inner, True
+
+
+def _is_group(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _most(key: str) -> int:
+    return _MOST.get(key.rpartition(".")[2], LARGEST_COUNT)
+
+
+def _as_list(item: Any, raw: Any) -> Any:
+    """The list that a lone value was probably meant to be: `20-24` is a range, or a span where lists are wanted."""
+    span = re.fullmatch(r"(\d{1,6})-(\d{1,6})", raw) if isinstance(raw, str) else None
+    first, last = map(int, span.groups()) if span else (raw, raw)
+    if typing.get_origin(item) is list:
+        return [[first, last]]
+    return list(range(first, last + 1)) if span and item is int and last - first < 1000 else [raw]
+
+
+def _elsewhere(key: str) -> str:
+    """Where a credential belongs that was found under a key."""
+    if ".mlflow." in key:
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the environment"
+    if ".wandb." in key:
+        return "set WANDB_API_KEY in the environment"
+    if key.startswith("cluster.slurm."):
+        return "set the variable in the environment, and its name in cluster.slurm.secrets"
+    return "set HF_TOKEN in the environment, or the variable that the service reads"
+
+
+def _describe(hint: Any) -> str:
+    hint, _ = _unwrap(hint)
+    if typing.get_origin(hint) is list:
+        return "a list"
+    if typing.get_origin(hint) is dict:
+        return "groups by name"
+    if issubclass(hint, Enum):
+        return " or ".join(hint.__members__)
+    return _KINDS.get(hint, "a group of settings")

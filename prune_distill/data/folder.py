@@ -1,0 +1,151 @@
+"""Prepared documents as stages exchange them: Megatron's `.bin/.idx` in shards, and `data.json`, which lists them.
+
+Each document is its tokens and one end-of-document token. Megatron's own dataset classes read the files as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune_distill.data.documents import NO_CLUSTER
+from prune_distill.data.shards import bad_share, documents_of, known_of, read_manifest
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """What `prepare_data` left in a folder. Token counts include end-of-document tokens.
+
+    Attributes:
+        train: of each part of the training documents, its `prefix` (without `.bin` or `.idx`), `source`, `documents`,
+            `tokens` and `weight`.
+        sources: documents, tokens, weight and tokens by cluster of each source.
+        lines: what was read and what was left out, as `readers.Lines`.
+    """
+
+    folder: Path
+    vocab_size: int
+    eod_token: int
+    train: list[dict[str, Any]]
+    validation_documents: int
+    validation_tokens: int
+    validation_bytes: int
+    sources: dict[str, Any]
+    lines: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> DataFolder:
+        content = json.loads((folder / "data.json").read_text())
+        return cls(
+            folder,
+            content["vocab_size"],
+            content["eod_token"],
+            content["train"],
+            content["validation"]["documents"],
+            content["validation"]["tokens"],
+            content["validation"]["bytes"],
+            content["sources"],
+            content["lines"],
+        )
+
+    @property
+    def worst_bad_share(self) -> float:
+        """The largest share of a shard's lines that are broken."""
+        shards = (shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit())
+        return max((bad_share(read_manifest(shard)) for shard in shards), default=0.0)
+
+    @property
+    def train_documents(self) -> int:
+        return sum(part["documents"] for part in self.train)
+
+    @property
+    def train_tokens(self) -> int:
+        return sum(part["tokens"] for part in self.train)
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are not learned (`data.mask_prompts`)."""
+        return any((self.folder / f"{part['prefix']}_mask.idx").exists() for part in self.train)
+
+    @property
+    def train_paths(self) -> list[str]:
+        """The training documents as Megatron takes them: a prefix, or weight and prefix of each of several."""
+        prefixes = [str(self.folder / part["prefix"]) for part in self.train]
+        if len(prefixes) == 1:
+            return prefixes
+        weights = [repr(float(part["weight"])) for part in self.train]
+        return [word for pair in zip(weights, prefixes, strict=True) for word in pair]
+
+    def weighted(self, weights: dict[str, float]) -> DataFolder:
+        """The same folder with other weights of its sources, by name; what has none, or 0, is left out.
+
+        Raises:
+            KeyError: a source that the folder does not have.
+        """
+        tokens = {name: self.sources[name]["tokens"] for name, weight in weights.items() if weight}
+        parts = [
+            {**part, "weight": weights[part["source"]] * part["tokens"] / tokens[part["source"]]}
+            for part in self.train
+            if part["source"] in tokens
+        ]
+        return dataclasses.replace(self, train=parts)
+
+    @property
+    def validation_paths(self) -> list[str]:
+        return [str(self.folder / "validation")]
+
+    def tokens(self, split: str) -> np.ndarray:
+        """All tokens of a split end to end: `[tokens]` int64."""
+        prefixes = [part["prefix"] for part in self.train] if split == "train" else ["validation"]
+        documents = [document for prefix in prefixes for document in documents_of(self.folder / prefix)]
+        return np.concatenate(documents).astype(np.int64)
+
+    def validation_documents_ids(self) -> list[np.ndarray]:
+        """The ids of each held-out document, `[tokens]`, its end-of-document token last."""
+        return list(documents_of(self.folder / "validation"))
+
+    def validation_groups(self) -> tuple[list[str], np.ndarray] | None:
+        """Which source, or else which cluster, each token of the held-out documents is of.
+
+        Returns:
+            Their names, and for each token the number of its name, `[tokens]`; None where all are of one kind.
+        """
+        names: list[tuple[str, int]] = []
+        # The order in which `declare` laid the documents end to end.
+        shards = [shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit()]
+        for shard in sorted(shards, key=lambda shard: int(shard.name)):
+            if (shard / "validation.documents").exists():
+                source = read_manifest(shard)["source"]
+                names += [(source, int(cluster)) for cluster in known_of(shard / "validation")["cluster"]]
+        lengths = [len(document) for document in self.validation_documents_ids()]
+        if len(names) != len(lengths):
+            raise ValueError(f"{self.folder}: {len(lengths)} held-out documents, but {len(names)} in its shards")
+        kinds = _kinds(names)
+        found = sorted(set(kinds))
+        if len(found) < 2:
+            return None
+        return found, np.repeat([found.index(kind) for kind in kinds], lengths)
+
+    def validation_sequences(self, seq_length: int) -> np.ndarray:
+        """The validation documents end to end, cut into sequences.
+
+        Returns:
+            `[sequences, seq_length + 1]` int64: inputs are all but the last column, targets all but the first. What
+            does not fill a sequence is left out; documents shorter than one in all give no sequence.
+        """
+        tokens = self.tokens("validation")
+        count = max(0, len(tokens) - 1) // seq_length
+        starts = np.arange(count)[:, None] * seq_length
+        return tokens[starts + np.arange(seq_length + 1)]
+
+
+def _kinds(documents: list[tuple[str, int]]) -> list[str]:
+    """What distinguishes documents by source and cluster: their sources, where those differ."""
+    if len({source for source, _ in documents}) > 1:
+        return [source for source, _ in documents]
+    return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]

@@ -1,0 +1,251 @@
+"""The whole of a data section: plan, work that several processes and nodes share, and the declaration of what came out.
+
+Every process that is started on a folder does the same: it takes shards off the work list until all are complete, waits
+for those that others hold (and takes them over if their holders die), and declares the whole unless another one has.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prune_distill.data.declare import declare
+from prune_distill.data.encoder import TokenizersEncoder, choose
+from prune_distill.data.folder import DataFolder
+from prune_distill.data.plan import VALIDATION, Shard, described, holdout_every, make_plan
+from prune_distill.data.readers import Lines
+from prune_distill.data.shards import publish, read_manifest
+from prune_distill.data.tokenizer import read_tokenizer
+from prune_distill.data.work import Made, Settings, check_lines, make_shard, start_worker
+from prune_distill.data.worklist import Worklist
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import STATE, STOP, write_json
+from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.stage_main import PausedError
+from prune_distill.schema import DataConfig
+
+log = logging.getLogger("recipes.prepare")
+
+SECONDS_BETWEEN_LOOKS = 5.0
+SECONDS_BETWEEN_LINES = 15.0
+# More than the first few faulty shards tell nobody anything new.
+MOST_FAULTS = 10
+WHOLE = "whole"
+
+
+def prepare(
+    data: DataConfig,
+    files: Mapping[str, Sequence[str]],
+    tokenizer_folder: Path,
+    out: Path,
+    seed: int,
+    source_tokenizer: Path | None = None,
+) -> DataFolder:
+    """Makes a data folder, or what is missing of it.
+
+    Args:
+        files: of each source, and of `validation`; without it, documents of the sources are held out.
+        tokenizer_folder: a Hugging Face model folder; its `config.json` bounds the token ids.
+        source_tokenizer: the folder of the tokenizer whose ids are read, where a source holds ids.
+
+    Raises:
+        InputError: a tokenizer without end-of-sequence token or with ids that the model lacks, files that cannot be
+            read, too many broken lines, a split without documents.
+        PausedError: a stop file was found in `out`.
+    """
+    tokenizer = read_tokenizer(tokenizer_folder)
+    other = None if source_tokenizer is None else read_tokenizer(source_tokenizer, model=False)
+    plan = make_plan(data, files, tokenizer, other, seed)
+    _agree(out / "plan.json", described(plan))
+    encoder, reason = choose(tokenizer)
+    log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
+    every = 0 if VALIDATION in files else holdout_every(data, plan)
+    if every:
+        log.info("one in %d documents is held out (data.holdout_every)", every)
+    settings = Settings(data, seed, tokenizer, other, every)
+    worklist = Worklist(out / "claims", data.stale_seconds)
+    with worklist.beating():
+        _Crew(plan, out, worklist, settings, encoder).work()
+        for shard in plan:  # some may have been made while more broken lines were allowed
+            check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_bad_share)
+        while not (out / "data.json").exists():
+            if worklist.claim([WHOLE]) is None:
+                time.sleep(1)
+            elif not (out / "data.json").exists():
+                declare(data, plan, out, tokenizer, seed)
+    return DataFolder.read(out)
+
+
+def shard_folder(out: Path, shard: Shard) -> Path:
+    return out / "shards" / shard.name
+
+
+def _stop_files() -> list[str]:
+    """Files that ask this process to pause: the stage's, and, last, that of this task of a job array."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    return [STOP] if task is None else [STOP, f"{STOP}.{task}"]
+
+
+class _Crew:
+    """This process's workers: claims shards for them, puts what they made in its place, tells how far all have come."""
+
+    def __init__(self, plan: Sequence[Shard], out: Path, worklist: Worklist, settings: Settings, encoder: str) -> None:
+        self.plan = {shard.name: shard for shard in plan}
+        self.out, self.worklist, self.settings, self.encoder = out, worklist, settings, encoder
+        self.workers = min(settings.data.num_workers or _cores(), len(plan))
+        self.faults: dict[str, str] = {}
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        self.done: set[str] = set()
+        self._look()
+        self.progress = _Progress(self.plan, self.done, out)
+
+    def work(self) -> None:
+        """Returns once all shards are complete."""
+        if len(self.done) == len(self.plan):
+            return
+        log.info("%d worker processes", self.workers)
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.workers, context, start_worker, (self.settings,))
+        running: dict[Future[Made], str] = {}
+        try:
+            while len(self.done) < len(self.plan):
+                asked_to_pause = any((self.out / name).exists() for name in _stop_files())
+                if not asked_to_pause:
+                    self._fill(pool, running)
+                if self.faults and not running:
+                    raise InputError("; ".join(self.faults.values()))
+                if asked_to_pause and not running:
+                    self._pause()
+                ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+                finished = [(running.pop(future), future) for future in ended]
+                if not asked_to_pause:
+                    self._fill(pool, running)  # first, or a worker would wait for the comparison of its samples
+                for name, future in finished:
+                    self._collect(pool, running, name, future)
+                if not running and not ended:
+                    time.sleep(1)  # others have the rest
+                self._look()
+                self.progress.show(self.done)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a worker process was killed (out of memory?); what is complete is kept: run it again, with fewer"
+                " data.num_workers if memory was short"
+            ) from error
+        except BaseException:
+            # What they are at is begun anew next time; to wait for it would take minutes.
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for name in self.worklist.held:
+                shutil.rmtree(self._partial(name), ignore_errors=True)  # or what was begun would fill a full disk
+
+    def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str]) -> None:
+        while len(running) < self.workers and len(self.faults) < MOST_FAULTS:
+            name = self.worklist.claim(name for name in self.plan if name not in self.done and name not in self.faults)
+            if name is None:
+                return
+            if shard_folder(self.out, self.plan[name]).exists():  # completed since it was last looked for
+                self.done.add(name)
+                self.worklist.release(name)
+                continue
+            running[pool.submit(make_shard, self.plan[name], self._partial(name), self.encoder)] = name
+
+    def _partial(self, name: str) -> Path:
+        return self.out / "shards" / f".{name}.{os.uname().nodename}.{os.getpid()}"
+
+    def _pause(self) -> None:
+        """Ends this process's part; the same command goes on. An array's common stop file is for all tasks to see."""
+        write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
+        (self.out / _stop_files()[-1]).unlink(missing_ok=True)
+        raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
+
+    def _collect(
+        self, pool: ProcessPoolExecutor, running: dict[Future[Made], str], name: str, future: Future[Made]
+    ) -> None:
+        try:
+            made = future.result()
+        except InputError as fault:
+            self.faults[name] = str(fault)
+        else:
+            text = self.own.first_other(made.samples) if made.samples else None
+            if text is not None:
+                note = f"fastokens gave other ids for {text[:40]!r}"
+                log.warning("shard %s is encoded anew with the model's own tokenizer: %s", name, note)
+                again = pool.submit(make_shard, self.plan[name], self._partial(name), TokenizersEncoder.name, note)
+                running[again] = name
+                return
+            publish(self._partial(name), shard_folder(self.out, self.plan[name]), made.manifest)
+        self.worklist.release(name)
+
+    @cached_property
+    def own(self) -> TokenizersEncoder:
+        """What fastokens is held to."""
+        return TokenizersEncoder(self.settings.tokenizer)
+
+    def _look(self) -> None:
+        self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}
+
+
+class _Progress:
+    """Says how far the work has come, in the log and in `metrics.jsonl`, whoever did it."""
+
+    def __init__(self, plan: Mapping[str, Shard], done: set[str], out: Path) -> None:
+        self.plan, self.out = plan, out
+        self.started = self.last = time.monotonic()
+        self.known = set(done)
+        self.bytes_before = sum(plan[name].bytes for name in done)
+        self.bytes = sum(shard.bytes for shard in plan.values())
+        self.tokens = 0
+        # Array tasks would write over each other's lines.
+        first = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
+        self.metrics = MetricsFile(out / "metrics.jsonl") if first else None
+
+    def show(self, done: set[str]) -> None:
+        now, every = time.monotonic(), SECONDS_BETWEEN_LINES
+        if now - self.last < every and len(done) < len(self.plan):
+            return
+        self.last = now
+        for name in done - self.known:
+            manifest = read_manifest(shard_folder(self.out, self.plan[name]))
+            self.tokens += manifest["train"]["tokens"] + manifest["validation"]["tokens"]
+        self.known |= done
+        worked = sum(self.plan[name].bytes for name in done)
+        seconds = now - self.started
+        speed = self.tokens / seconds
+        rate = (worked - self.bytes_before) / seconds
+        left = (self.bytes - worked) / rate if rate else None
+        log.info(
+            "%d of %d shards, %.1f %%, %s tokens/s, %s left",
+            *(len(done), len(self.plan), 100 * worked / max(1, self.bytes), f"{speed:,.0f}"),
+            "unknown time" if left is None else f"{left / 60:,.1f} min",
+        )
+        if self.metrics is not None:
+            values = {} if left is None else {"tokens_per_second": speed, "seconds_left": left}
+            self.metrics.append(step=len(done), max_steps=len(self.plan), **values)
+
+
+def _agree(path: Path, plan: list[dict[str, Any]]) -> None:
+    """Writes the plan, or sees that the one that is there is the same."""
+    if not path.exists():
+        write_json(path, plan)
+    if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
+        raise InputError(
+            f"the files or settings are not those that {path} was made for; they changed while the work was going on,"
+            f" or this is another data section's folder: remove {path.parent} to start anew"
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

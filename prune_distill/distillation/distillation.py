@@ -1,0 +1,340 @@
+"""NeMo's models for distillation, with the losses of `kd_loss` in the place of ModelOpt's.
+
+Teacher, pipeline and checkpoints are NeMo's and ModelOpt's own (nemo/collections/llm/modelopt/distill). What is ours is
+the end of both models: `FusedHead` takes over where the last layer's hidden states would become logits. The auxiliary
+loss of a mixture's router is Megatron's and stays as its family has it: it joins the student's gradients where autograd
+passes the router (megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
+`distill.kd.implementation=upstream` that end, too, is upstream's, for reference.
+
+Import this module inside a stage's `run`, after `backend.activate()`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from modelopt.torch.distill.plugins.megatron import HiddenStateCosineLoss, LogitsKLLoss, MSELoss, ProjectionLayer
+from nemo.collections import llm
+from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
+from nemo.collections.llm.modelopt.distill.utils import adjust_distillation_model_for_mcore, teacher_provider
+from torch import Tensor
+
+from prune_distill.data.tokenizer_check import check_tokenizers
+from prune_distill.distillation import signal_batch
+from prune_distill.distillation.kd_loss import Head, LossSpec, TopK, distillation_loss
+from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo.nemo_api import core_model
+from prune_distill.nemo.token_loss import TokenLoss, masked_sum
+from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+
+# What a training step reports besides the loss itself.
+PARTS = ("kd_loss", "lm_loss", "hidden_loss")
+
+
+class FusedHead:
+    """The end of a student and, if there is one, of its teacher: hidden states become losses, never whole logits.
+
+    Megatron's model calls its output layer, and a function for the loss of the logits (gpt_model.py:_postprocess). Both
+    are replaced: what goes from the one to the other is a `Head`. The output layer is still called as a module, since
+    Megatron's hooks wait there for its gathered weight (distributed_data_parallel.py:_make_forward_pre_hook).
+
+    Attributes:
+        batch: the micro batch at hand, of which it takes the loss mask and a stored signal; set before each forward
+            pass, as neither is among what NeMo hands to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
+    """
+
+    def __init__(self, student: Any, teacher: Any | None, spec: LossSpec) -> None:
+        self.student, self.spec = student, spec
+        self.batch: dict[str, Any] = {}
+        self.of_teacher: Head | None = None
+        if student.post_process:
+            _end_with(student, self._student_losses)
+        if teacher is not None and teacher.post_process:
+            _end_with(teacher, self._keep_teacher)
+
+    def _keep_teacher(self, labels: Tensor, head: Head) -> Tensor:
+        self.of_teacher = head
+        return head.hidden
+
+    def _student_losses(self, labels: Tensor, head: Head) -> Any:
+        """Training: the masked sum, and both parts token by token, `[b, s]`. Otherwise the cross-entropy `[b, s]`."""
+        batch_size, tokens = labels.shape[0], _token_order(labels)
+        group = parallel_state.get_tensor_model_parallel_group()
+        if not self.student.training:
+            lm_only = LossSpec(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.spec.chunk_tokens)
+            _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
+            return _batch_order(losses.lm, batch_size)
+        mask = _token_order(self.batch["loss_mask"])
+        total, losses = distillation_loss(head, self._teacher(), tokens, mask, self.spec, group)
+        return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
+
+    def _teacher(self) -> Head | TopK | None:
+        if "signal_ids" in self.batch:
+            ids, log_probs, tail = (self.batch[f"signal_{name}"] for name in ("ids", "logprobs", "tail"))
+            return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
+        teacher, self.of_teacher = self.of_teacher, None
+        return teacher
+
+
+def _end_with(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
+    """Has a Megatron `GPTModel` end with `loss(labels, head)`."""
+    layer = model.output_layer
+    if layer.bias is not None or model.mtp_process:
+        raise NotImplementedError("an output layer with a bias, or multi-token prediction")
+
+    def forward(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Head, None]:
+        return _head(hidden, layer.weight if weight is None else weight, model.config), None
+
+    layer.forward = forward
+    model.compute_language_model_loss = loss
+
+
+def _head(hidden: Tensor, weight: Tensor, config: Any) -> Head:
+    """The whole sequence's hidden states, as the output layer would see them, and this rank's rows of its weight.
+
+    The mappings' backward passes sum the ranks' shares of the gradient, as ColumnParallelLinear does
+    (megatron/core/tensor_parallel/layers.py:497-531).
+    """
+    if config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    return Head(hidden.flatten(0, 1), weight)
+
+
+def _token_order(values: Tensor) -> Tensor:
+    """`[b, s, ...]` as `[s x b, ...]`, the order of Megatron's hidden states `[s, b, h]`."""
+    return values.transpose(0, 1).flatten(0, 1)
+
+
+def _batch_order(values: Tensor, batch_size: int) -> Tensor:
+    """`[s x b]` as `[b, s]`."""
+    return values.view(-1, batch_size).t().contiguous()
+
+
+class LossReduction(TokenLoss):
+    """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
+
+    Upstream's balancer scales the parts to each other anew in every step, whatever weights it is given
+    (nemo/collections/llm/modelopt/distill/loss.py:LogitsAndIntermediatesLossBalancer).
+
+    Attributes:
+        parts: of the last step, on the last pipeline stage: means over its learned tokens, in the order of `PARTS`.
+    """
+
+    def __init__(self, kd: KdConfig, core: Any, fused: bool) -> None:
+        super().__init__()
+        self.kd, self.fused = kd, fused
+        self.hooked = core.compute_kd_loss if isinstance(core, mtd.DistillationModel) else None
+        self.parts = torch.zeros(len(PARTS))
+
+    def add_up(self, mask: Tensor, forward_out: Any) -> tuple[Tensor, list[Tensor]]:
+        kd = self.kd
+        of_logits, hidden = self._of_hooks(mask)
+        if self.fused:
+            loss, kd_tokens, lm_tokens = forward_out
+            divergence, lm = masked_sum(kd_tokens, mask), masked_sum(lm_tokens, mask)
+        else:
+            divergence, lm = of_logits * kd.temperature**2, masked_sum(forward_out, mask)
+            loss = kd.kd_weight * divergence + kd.lm_weight * lm
+        loss = loss + kd.intermediate_weight * hidden
+        whole = kd.kd_weight * divergence + kd.lm_weight * lm + kd.intermediate_weight * hidden
+        return loss, [whole, divergence, lm, hidden]
+
+    def _of_hooks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs; both summed
+        over this rank's learned tokens."""
+        reduction = functools.partial(_sum_over_ranks, mask=mask)
+        caught = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
+        nothing = mask.new_zeros(())
+        of_logits = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
+        of_pairs = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
+        return of_logits[0] if of_logits else nothing, torch.stack(of_pairs).mean() if of_pairs else nothing
+
+    def report(self, means: Tensor) -> Tensor:
+        self.parts = means[1:].float()
+        return super().report(means)
+
+
+def _sum_over_ranks(loss_output: tuple[Tensor, bool, bool], mask: Tensor) -> Tensor:
+    """The sum over a micro batch's learned tokens on all tensor-parallel ranks.
+
+    The value is that of all ranks, the gradient that of this one's share, as upstream's
+    (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss).
+
+    Args:
+        loss_output: from ModelOpt: `[b, s]`, whether it is this rank's share of each token's loss, and whether it
+            covers its share of the tokens only.
+    """
+    losses, summed, cut = loss_output
+    if cut:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        mask = torch.tensor_split(mask, ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
+    loss = masked_sum(losses, mask)
+    if summed or cut:
+        torch.distributed.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
+    return loss
+
+
+class _OwnLosses(llm.GPTModel):
+    """What both models below share: the fused head, and the losses by fixed weights.
+
+    Attributes:
+        kd: set right after construction: NeMo records a constructor's arguments for the checkpoint's context.
+        head: None where the end is upstream's.
+    """
+
+    kd: KdConfig
+    head: FusedHead | None = None
+
+    def forward_step(self, batch: dict[str, Any]) -> Any:
+        if self.head is not None:
+            self.head.batch = batch
+        return super().forward_step(batch)
+
+    @property
+    def training_loss_reduction(self) -> LossReduction:
+        return self._kd_loss_reduction
+
+    @functools.cached_property
+    def _kd_loss_reduction(self) -> LossReduction:
+        return LossReduction(self.kd, core_model(self), self.head is not None)
+
+    def loss_parts(self) -> dict[str, float]:
+        """The last training step's `PARTS` that have a weight, nats per token or as they come; on all ranks."""
+        parts = self.training_loss_reduction.parts.to(backend.activate().device)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(parts, last, parallel_state.get_pipeline_model_parallel_group())
+        weights = (self.kd.kd_weight, self.kd.lm_weight, len(self.kd.intermediate_pairs))
+        return {name: part for name, part, weight in zip(PARTS, parts.tolist(), weights, strict=True) if weight}
+
+
+class DistilledModel(_OwnLosses, DistillationGPTModel):
+    """A student that learns from a teacher which runs beside it."""
+
+    def configure_model(self) -> None:
+        """As upstream's, which can't be told a temperature (nemo/collections/llm/modelopt/distill/model.py:142)."""
+        if hasattr(self, "module"):
+            return
+        student, of_teacher = self.config.configure_model(self.tokenizer), self._teacher_config
+        for name in _LAYOUT:
+            setattr(of_teacher, name, getattr(self.config, name))
+        options = {"tokenizer": self.tokenizer, "trainer": self.trainer}
+        settings = {
+            "teacher_model": (teacher_provider, [of_teacher, self._teacher_ckpt_path], options),
+            "criterion": _criterion(self.kd, self.config, of_teacher),
+            "loss_balancer": mtd.DistillationLossBalancer(),  # never asked; required where there are several losses
+        }
+        model = mtd.convert(student, mode=[("kd_loss", settings)])
+        adjust_distillation_model_for_mcore(model, SimpleNamespace(skip_lm_loss=not self.kd.lm_weight))
+        if self.kd.implementation is LossImplementation.chunked:
+            self.head = FusedHead(model, model.teacher_model, loss_spec(self.kd))
+        else:
+            _spare_logits(model)
+        self.module = model
+
+    @contextmanager
+    def student_only(self) -> Iterator[None]:
+        """Leaves out of what is saved the projections that only training needed."""
+        with core_model(self).hide_loss_modules():
+            yield
+
+
+class StudentModel(_OwnLosses):
+    """A student that learns from the data alone, or from a stored signal of its teacher."""
+
+    def configure_model(self) -> None:
+        if hasattr(self, "module"):
+            return
+        super().configure_model()
+        self.head = FusedHead(core_model(self), None, loss_spec(self.kd))
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+        return signal_batch.data_step(dataloader_iter)
+
+
+def _spare_logits(model: Any) -> None:
+    """Megatron's cross-entropy turns fp32 logits into the softmax in place, before ModelOpt's loss comes to read them
+    (megatron/core/tensor_parallel/cross_entropy.py:VocabParallelCrossEntropy.calculate_predicted_logits)."""
+    of_labels = model.compute_language_model_loss
+    model.compute_language_model_loss = lambda labels, logits: of_labels(labels, logits.clone())
+
+
+# What a teacher's config takes over from the student's, as in upstream's `configure_model`.
+_LAYOUT = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype"),
+)
+
+
+def loss_spec(kd: KdConfig) -> LossSpec:
+    return LossSpec(
+        divergence=kd.divergence,
+        temperature=kd.temperature,
+        kd_weight=kd.kd_weight,
+        lm_weight=kd.lm_weight,
+        top_k=kd.top_k,
+        chunk_tokens=kd.chunk_tokens,
+    )
+
+
+def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str], Any]:
+    """ModelOpt's losses between layers by name; its hooks sit on this pipeline stage's layers, so only on the last."""
+    if not parallel_state.is_pipeline_last_stage():
+        return {}
+    criterion: dict[tuple[str, str], Any] = {}
+    if kd.implementation is LossImplementation.upstream:
+        reverse = kd.divergence is Divergence.reverse_kl
+        criterion["output_layer", "output_layer"] = LogitsKLLoss(student, kd.temperature, reverse)
+    loss = {HiddenLoss.cosine: HiddenStateCosineLoss, HiddenLoss.mse: MSELoss}[kd.intermediate_loss]
+    # As upstream: one projection for all pairs.
+    projection = ProjectionLayer(student, teacher) if kd.intermediate_pairs else None
+    for pair in kd.intermediate_pairs:
+        layers = _layer_name(pair.student, student), _layer_name(pair.teacher, teacher)
+        criterion[layers] = loss(student, projection_layer=projection)
+    return criterion
+
+
+def _layer_name(number: int, config: Any) -> str:
+    """The name on this pipeline stage of a layer that is counted from 1 over all stages."""
+    return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
+
+
+def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
+    """The model by which a student is trained: beside its teacher, or alone on the data or a stored signal.
+
+    Args:
+        checkpoint: the student, and `teacher` its teacher: NeMo checkpoints.
+
+    Raises:
+        InputError: no NeMo checkpoint; tokenizers or vocabularies that are not the same.
+    """
+    student = nemo_api.load_model(checkpoint)
+    if teacher is None:
+        on_data = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
+        model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
+        model.kd = distill.kd if distill.reads_signal else on_data
+    else:
+        check_tokenizers(checkpoint, teacher)
+        config = nemo_api.load_model(teacher).config
+        nemo_api.match_vocabularies(student.config, config)
+        nemo_api.match_precision(config, distill.precision)
+        model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
+        model.kd = distill.kd
+    # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
+    model.__io__ = student.__io__
+    return model  # type: ignore[no-any-return]

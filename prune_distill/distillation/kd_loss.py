@@ -1,0 +1,405 @@
+"""Distillation losses from final hidden states, in chunks of tokens: whole logits of neither model are ever held.
+
+Both output layers belong to the loss. A chunk's logits become its loss and, at once, the gradients of the student's
+hidden states and output weight; then their memory serves the next chunk. So the peak does not grow with the number of
+tokens, and the backward pass is one multiplication by the gradient that comes in. Under tensor parallelism each rank
+holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
+
+The method of gradients formed in the forward pass is that of Liger Kernel's fused linear losses (arXiv 2410.10989).
+The definitions: Hinton et al., arXiv 1503.02531 (temperature, with its square as a factor, so that gradients keep their
+size); Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
+
+PyTorch alone: no Megatron here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+from prune_distill.schema import Divergence
+
+# A term of the loss over one chunk: yields its sums over this rank's slice of the vocabulary, `[c]` each, is sent them
+# summed over all slices, and ends with the loss `[c]` and its gradient by the logits `[c, v]`.
+Term = Generator[list[Tensor], Tensor, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a model: final hidden states `[n, h]`, and this rank's rows of the output weight `[v, h]`."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's distribution, kept in part.
+
+    Attributes:
+        ids: `[n, k]`, the k most probable tokens; each row's all different.
+        log_probs: `[n, k]` float32, their log-probabilities at the loss's temperature.
+        tail: `[n]` float32, log of the probability of all other tokens together; -inf where there are none.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+
+    def __getitem__(self, rows: slice) -> TopK:
+        return TopK(self.ids[rows], self.log_probs[rows], self.tail[rows])
+
+
+class Vocabulary:
+    """The slice of the vocabulary whose logits this rank holds: as many entries on each rank of a group, in order."""
+
+    def __init__(self, size: int, group: ProcessGroup | None = None) -> None:
+        self.size, self.group = size, group
+        self.ranks = 1 if group is None else torch.distributed.get_world_size(group)
+        self.first = 0 if group is None else size * torch.distributed.get_rank(group)
+
+    def maximum(self, rows: Sequence[Tensor]) -> Tensor:
+        """The largest of every rank's values: `[rows, c]`, in one exchange."""
+        return self._exchange(rows, ReduceOp.MAX)
+
+    def sum(self, rows: Sequence[Tensor]) -> Tensor:
+        """The sum of every rank's values: `[rows, c]`, in one exchange."""
+        return self._exchange(rows, ReduceOp.SUM)
+
+    def _exchange(self, rows: Sequence[Tensor], op: ReduceOp.RedOpType) -> Tensor:
+        values = torch.stack(list(rows))
+        if self.ranks > 1:
+            torch.distributed.all_reduce(values, op, self.group)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's `[c, k]` side by side: `[c, ranks x k]`."""
+        if self.ranks == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.ranks)]
+        torch.distributed.all_gather(parts, values.contiguous(), self.group)
+        return torch.cat(parts, -1)
+
+    def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of token ids in this slice, 0 where they are in another; and whether they are in this one."""
+        places = ids.long() - self.first
+        here = (places >= 0) & (places < self.size)
+        return places.where(here, 0), here
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What is minimised: `kd_weight` x divergence x temperature² + `lm_weight` x cross-entropy of the labels.
+
+    Attributes:
+        divergence: of the student's distribution from the teacher's; of the top k only forward KL.
+        temperature: both models' logits are divided by it, in the divergence only.
+        top_k: takes of a teacher's logits the k largest and the tail's mass; None: all of them.
+        chunk_tokens: tokens whose logits are in memory at a time.
+    """
+
+    divergence: Divergence = Divergence.forward_kl
+    temperature: float = 1.0
+    kd_weight: float = 1.0
+    lm_weight: float = 0.0
+    top_k: int | None = None
+    chunk_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy (0 if not asked)."""
+
+    kd: Tensor
+    lm: Tensor
+
+
+def distillation_loss(
+    student: Head,
+    teacher: Head | TopK | None,
+    labels: Tensor | None,
+    mask: Tensor,
+    spec: LossSpec,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, TokenLosses]:
+    """The loss summed over tokens, and its parts token by token.
+
+    Args:
+        student: its tensors get gradients where they require them. With a `group` the gradient of `hidden` is this
+            slice's share, to be summed over the group (Megatron's mappings do).
+        teacher: None where `spec.kd_weight` is 0.
+        labels: `[n]` ids over the whole vocabulary; None where `spec.lm_weight` is 0.
+        mask: `[n]`, a token's weight in the sum.
+        group: the ranks among which the vocabulary is cut, in order of rank; None: it is whole.
+
+    Returns:
+        a float32 scalar, the same on all ranks of the group; and `TokenLosses`, not masked.
+    """
+    if not torch.is_grad_enabled():
+        losses, _, _ = _passes(student, teacher, labels, mask, spec, group, (False, False))
+        return _total(losses, mask, spec), losses
+    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, spec, group)
+    return total, TokenLosses(kd, lm)
+
+
+class _Fused(torch.autograd.Function):
+    """`_passes` with its gradients handed to autograd."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher, labels, mask, spec, group):  # type: ignore[no-untyped-def]
+        wanted = ctx.needs_input_grad[:2]
+        student = Head(hidden, weight)
+        losses, ctx.of_hidden, ctx.of_weight = _passes(student, teacher, labels, mask, spec, group, wanted)
+        ctx.weight = weight
+        ctx.mark_non_differentiable(losses.kd, losses.lm)
+        return _total(losses, mask, spec), losses.kd, losses.lm
+
+    @staticmethod
+    def backward(ctx, gradient, *_):  # type: ignore[no-untyped-def]
+        of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
+        ctx.of_hidden = ctx.of_weight = None  # not to be held until the whole graph is gone
+        if of_hidden is not None:
+            of_hidden.mul_(gradient)
+        if of_weight is not None:
+            of_weight = _hand_over(ctx.weight, of_weight, gradient)
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+def _hand_over(weight: Tensor, of_weight: Tensor, gradient: Tensor) -> Tensor:
+    """The weight's gradient for autograd; where Megatron keeps an fp32 buffer for it, it is added there unrounded.
+
+    Then what autograd gets is ignored, or added once more where the weight is an embedding too: as Megatron's own
+    linear layer does it (megatron/core/tensor_parallel/layers.py:573-602).
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return of_weight.mul_(gradient).to(weight.dtype)
+    weight.main_grad.add_(of_weight.mul_(gradient))
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+
+
+def _total(losses: TokenLosses, mask: Tensor, spec: LossSpec) -> Tensor:
+    return ((spec.kd_weight * losses.kd + spec.lm_weight * losses.lm) * mask.float()).sum()
+
+
+def _passes(
+    student: Head,
+    teacher: Head | TopK | None,
+    labels: Tensor | None,
+    mask: Tensor,
+    spec: LossSpec,
+    group: ProcessGroup | None,
+    wanted: Sequence[bool],
+) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
+    """Goes over the tokens once. Returns their losses, and the sum's gradients: `[n, h]` and, float32, `[v, h]`."""
+    hidden, weight = student.hidden, student.weight
+    tokens = hidden.shape[0]
+    kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
+    of_hidden = torch.empty_like(hidden) if wanted[0] else None
+    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+    chunk = _Chunk(student, teacher, labels, mask, spec, Vocabulary(weight.shape[0], group))
+    for start in range(0, tokens, spec.chunk_tokens):
+        rows = slice(start, min(start + spec.chunk_tokens, tokens))
+        kd[rows], lm[rows], gradient = chunk.compute(rows)
+        gradient = gradient.to(weight.dtype)
+        if of_hidden is not None:
+            torch.mm(gradient, weight, out=of_hidden[rows])
+        if of_weight is not None:
+            _add_product(of_weight, gradient.t(), hidden[rows])
+    return TokenLosses(kd.mul_(spec.temperature**2), lm), of_hidden, of_weight
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where total is float32."""
+    if left.dtype is total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+class _Chunk:
+    """The loss of some tokens and its gradient by their logits, in buffers that serve one chunk after the other."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | TopK | None,
+        labels: Tensor | None,
+        mask: Tensor,
+        spec: LossSpec,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.student, self.teacher, self.labels, self.mask = student, teacher, labels, mask
+        self.spec, self.vocabulary = spec, vocabulary
+        self.buffers: dict[str, Tensor] = {}
+
+    def compute(self, rows: slice) -> tuple[Tensor | float, Tensor | float, Tensor]:
+        """Divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
+        spec = self.spec
+        s = self._logits("student", self.student, rows)
+        t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
+        both = [s] if t is None else [s, t]
+        for logits, most in zip(both, self.vocabulary.maximum([x.amax(-1) for x in both]), strict=True):
+            logits.sub_(most[:, None])
+        terms: dict[str, Term] = {}
+        if spec.lm_weight:  # before the divergence, which overwrites the logits
+            assert self.labels is not None
+            spare = self._buffer("exponentials", rows)
+            terms["lm"] = _cross_entropy(s, self.labels[rows], self.vocabulary, spare)
+        if spec.kd_weight:
+            terms["kd"] = self._divergence(s, t, rows)
+        losses, gradients = _settle(terms, self.vocabulary)
+        factors = {"lm": spec.lm_weight, "kd": spec.kd_weight * spec.temperature}
+        for name, gradient in gradients.items():
+            gradient.mul_((factors[name] * self.mask[rows])[:, None])
+        total, *others = gradients.values()
+        for other in others:
+            total.add_(other)
+        return losses.get("kd", 0.0), losses.get("lm", 0.0), total
+
+    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> Term:
+        """The term of both models' logits, less their maxima, which it overwrites."""
+        spec = self.spec
+        s.div_(spec.temperature)
+        if t is None:
+            assert isinstance(self.teacher, TopK)
+            return (yield from _top_k_kl(s, self.teacher[rows], self.vocabulary))
+        t.div_(spec.temperature)
+        if spec.top_k is not None:
+            return (yield from _top_k_kl(s, top_k_of(t, spec.top_k, self.vocabulary), self.vocabulary))
+        return (yield from _DIVERGENCES[spec.divergence](s, t, self._buffer("difference", rows)))
+
+    def _logits(self, name: str, head: Head, rows: slice) -> Tensor:
+        logits = self._buffer(name, rows)
+        if head.weight.dtype is torch.float32:
+            return torch.mm(head.hidden[rows], head.weight.t(), out=logits)
+        return logits.copy_(head.hidden[rows] @ head.weight.t())
+
+    def _buffer(self, name: str, rows: slice) -> Tensor:
+        count = rows.stop - rows.start
+        if name not in self.buffers:  # by the first chunk, which is the largest
+            self.buffers[name] = self.student.weight.new_empty(count, self.vocabulary.size, dtype=torch.float32)
+        return self.buffers[name][:count]
+
+
+def _settle(terms: dict[str, Term], vocabulary: Vocabulary) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Runs the terms side by side, so that one exchange sums for all of them. Returns losses and gradients by name."""
+    losses, gradients = {}, {}
+    waiting = {name: next(term) for name, term in terms.items()}
+    while waiting:
+        sums = vocabulary.sum([row for rows in waiting.values() for row in rows])
+        for name, rows in list(waiting.items()):
+            mine, sums = sums[: len(rows)], sums[len(rows) :]
+            try:
+                waiting[name] = terms[name].send(mine)
+            except StopIteration as end:
+                del waiting[name]
+                losses[name], gradients[name] = end.value
+    return losses, gradients
+
+
+# The terms. `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole
+# vocabulary, over the temperature. Gradients are by `s`. With q = softmax(s), p = softmax(t):
+
+
+def _cross_entropy(s: Tensor, labels: Tensor, vocabulary: Vocabulary, spare: Tensor) -> Term:
+    """-log q[label]; its gradient, in `spare`, is q less 1 at the label. `s` may be overwritten once it has yielded."""
+    places, here = vocabulary.local(labels)
+    at_label = s.gather(-1, places[:, None])[:, 0] * here
+    torch.exp(s, out=spare)
+    total, at_label = yield [spare.sum(-1), at_label]
+    q = spare.div_(total[:, None])
+    q.scatter_add_(-1, places[:, None], -here[:, None].float())
+    return total.log() - at_label, q
+
+
+def _forward_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+    """Sum of p log(p / q); its gradient, in `s`, is q - p."""
+    difference = torch.sub(t, s, out=spare)
+    s.exp_()
+    t.exp_()
+    of_student, of_teacher, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(t, difference)]
+    gradient = s.div_(of_student[:, None]).sub_(t.div_(of_teacher[:, None]))
+    return cross / of_teacher + of_student.log() - of_teacher.log(), gradient
+
+
+def _reverse_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+    """Sum of q log(q / p) = d; its gradient, in `s`, is q (log(q / p) - d)."""
+    difference = torch.sub(s, t, out=spare)
+    s.exp_()
+    t.exp_()
+    of_student, of_teacher, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(s, difference)]
+    between = of_teacher.log() - of_student.log()
+    mean = cross / of_student
+    gradient = s.div_(of_student[:, None]).mul_(difference.sub_(mean[:, None]))
+    return mean + between, gradient
+
+
+def _jensen_shannon(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+    """Half of KL(p, m) + KL(q, m), m = (p + q) / 2; its gradient, in `s`, is q (log(q / m) - KL(q, m)) / 2."""
+    of_student, of_teacher = yield [torch.exp(s, out=spare).sum(-1), torch.exp(t, out=spare).sum(-1)]
+    log_q, log_p = s.sub_(of_student.log()[:, None]), t.sub_(of_teacher.log()[:, None])
+    log_m = torch.logaddexp(log_q, log_p, out=spare).sub_(math.log(2))
+    log_p.sub_(log_m)  # log(p / m)
+    log_q.sub_(log_m)  # log(q / m)
+    kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
+    q = torch.exp(log_m.add_(log_q), out=spare)
+    kl_p, kl_q = yield [kl_p, torch.linalg.vecdot(q, log_q)]
+    return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
+
+
+def _top_k_kl(s: Tensor, teacher: TopK, vocabulary: Vocabulary) -> Term:
+    """Forward KL with all tokens outside the top k, of probability r by the teacher, taken for one.
+
+    The student gives that one 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
+    q (1 - r / u) elsewhere.
+    """
+    places, here = vocabulary.local(teacher.ids)
+    p = teacher.log_probs.exp() * here
+    cross = (p * (teacher.log_probs - s.gather(-1, places))).sum(-1)
+    s.exp_()
+    kept = _take_out(s, places, here)
+    of_rest, of_kept, cross = yield [s.sum(-1), kept.sum(-1), cross]
+    total = of_rest + of_kept
+    r = teacher.tail.exp()
+    # Where the k are all there is, or the student has no doubt left, there is no rest to pull at.
+    rest_term = torch.where((r > 0) & (of_rest > 0), r * (teacher.tail - of_rest.log()), 0.0)
+    scale = torch.where(of_rest > 0, 1 / total - r / of_rest, 0.0)
+    s.mul_(scale[:, None]).scatter_add_(-1, places, kept / total[:, None] - p)
+    return cross + total.log() + rest_term, s
+
+
+def _take_out(values: Tensor, places: Tensor, here: Tensor) -> Tensor:
+    """The values `[c, k]` at those places, 0 where they are not in this slice; they are 0 in `values` afterwards."""
+    taken = values.gather(-1, places) * here
+    values.scatter_add_(-1, places, -taken)  # x - x is exactly 0
+    return taken
+
+
+def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
+    """The `k` largest of a distribution over the whole vocabulary, and the mass of the rest.
+
+    Args:
+        t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, over the temperature;
+            overwritten.
+    """
+    values, places = t.topk(min(k, vocabulary.size), -1)
+    values, ids = vocabulary.gather(values), vocabulary.gather(places + vocabulary.first)
+    values, chosen = values.topk(k, -1)
+    ids = ids.gather(-1, chosen)
+    _take_out(t.exp_(), *vocabulary.local(ids))
+    (of_rest,) = vocabulary.sum([t.sum(-1)])
+    log_total = (of_rest + values.exp().sum(-1)).log()
+    return TopK(ids, values - log_total[:, None], of_rest.log() - log_total)
+
+
+_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor], Term]] = {
+    Divergence.forward_kl: _forward_kl,
+    Divergence.reverse_kl: _reverse_kl,
+    Divergence.jensen_shannon: _jensen_shannon,
+}

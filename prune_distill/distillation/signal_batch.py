@@ -1,0 +1,57 @@
+"""The stored signal of the teacher as columns of a training batch, from the data set to the last pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from torch.utils.data import Dataset
+
+from prune_distill.distillation.signal import SignalReader, packing_digest
+
+COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
+
+
+class SignalDataset(Dataset[dict[str, torch.Tensor]]):
+    """Training sequences, each with the teacher's signal on it.
+
+    Adds `signal_ids` `[s, k]` int32, `signal_logprobs` `[s, k]` float16 and `signal_tail` `[s]` float32.
+    """
+
+    def __init__(self, sequences: Any, signal: SignalReader) -> None:
+        self.sequences, self.signal = sequences, signal
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.sequences[index]
+        columns = self.signal.read(index, item["tokens"].numpy())
+        return {**item, **{name: torch.from_numpy(array) for name, array in zip(COLUMNS, columns, strict=True)}}
+
+
+def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: int) -> Any:
+    """Training sequences with the signal's columns on the last pipeline stage, which alone has a use for them.
+
+    Args:
+        count: the sequences that training reads.
+
+    Raises:
+        InputError: the signal was made for other sequences.
+    """
+    digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
+    signal.require(seq_length=seq_length, sequences=count, packing=digest)
+    return SignalDataset(sequences, signal) if parallel_state.is_pipeline_last_stage() else sequences
+
+
+def data_step(batches: Iterator[Any]) -> dict[str, Any]:
+    """NeMo's `gpt_data_step`, which drops what it does not know (nemo/collections/llm/gpt/model/base.py:92-97), with
+    the signal's columns: on the device, and cut along the sequence for context parallelism like the others."""
+    batch = next(batches)
+    columns = batch[0] if isinstance(batch, tuple) else batch
+    signal = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}
+    return {**gpt_data_step(iter([batch])), **get_batch_on_this_cp_rank(signal)}

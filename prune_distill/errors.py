@@ -1,0 +1,47 @@
+"""The one error for what a user can mend: every fault found, each with its value and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from prune_distill.credentials import redact
+
+
+class ConfigError(ValueError):
+    """One or more faults in what the user asked for, reported together.
+
+    Attributes:
+        faults: one sentence per fault, naming the value and what to set instead; credentials are removed.
+    """
+
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = [redact(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
+        count = len(self.faults)
+        heading = "1 fault" if count == 1 else f"{count} faults"
+        super().__init__("\n".join([f"{heading} in the configuration:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+class InputError(ValueError):
+    """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the mend."""
+
+
+@contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """Turns whatever a library raises while it reads `path` into one InputError of one line.
+
+    Libraries in Rust raise bare `Exception`, and panic with a pyo3 exception that is not even an `Exception`.
+
+    Raises:
+        InputError: names the file, what the library says, and `fix`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {reason}); {fix}") from error

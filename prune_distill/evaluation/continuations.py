@@ -1,0 +1,129 @@
+"""A multiple-choice task made of a run's own held-out documents, in the format of EleutherAI's harness.
+
+Which of four continuations follows this text? All four are as long, begin with a word and stand in held-out documents;
+the wrong ones in others than the text, so that grammar and topic both tell. Chance gets a quarter right.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import sync
+from prune_distill.schema import Continuations
+
+CHOICES = 4
+# By a choice's probability, by that of its bytes, and by what the context adds to it. The last tells small models
+# apart: how likely a choice is by itself differs by more than what a short context says of it.
+METRICS = ("acc", "acc_norm", "acc_mutual_info")
+# A word and what is between it and the one before: choices are cut at single spaces, so that none stands out by layout.
+_WORD = re.compile(r"\S+")
+
+
+def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: Path) -> None:
+    """Writes the task's questions and its definition into a folder; the definition last.
+
+    Raises:
+        InputError: too few documents that are long enough.
+    """
+    questions = make_questions(documents, cfg, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{OWN_TASK}.jsonl", "".join(json.dumps(question) + "\n" for question in questions))
+    _write(folder / f"{OWN_TASK}.yaml", yaml.safe_dump(_definition(), sort_keys=False))
+
+
+def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> list[dict[str, Any]]:
+    """Questions `{context, choices, answer}`, as many as asked for, or one a place where there are fewer."""
+    draw = random.Random(seed)
+    places = {number: found for number, text in enumerate(documents) if (found := _places(text, cfg))}
+    if len(places) < CHOICES:
+        raise InputError(
+            f"evaluate.continuations needs {CHOICES} held-out documents with {cfg.context_words + cfg.choice_words}"
+            f" words in a row, of {len(documents)} there are {len(places)}; bring more of them, or set"
+            " evaluate.continuations=null"
+        )
+    numbers = list(places)
+    draw.shuffle(numbers)
+    left = {number: draw.sample(found, len(found)) for number, found in places.items()}
+    questions: list[dict[str, Any]] = []
+    # Document by document in turns, so that long ones do not have all questions.
+    while len(questions) < cfg.questions and any(left.values()):
+        for number in numbers:
+            if left[number] and len(questions) < cfg.questions:
+                questions.append(_question(documents, number, left[number].pop(), places, draw))
+    return questions
+
+
+def _question(
+    documents: Sequence[str],
+    number: int,
+    place: tuple[int, int, int],
+    places: dict[int, list[tuple[int, int, int]]],
+    draw: random.Random,
+) -> dict[str, Any]:
+    start, middle, end = place
+    right = documents[number][middle:end]
+    wrong: list[str] = []
+    others = [other for other in places if other != number]
+    for other in draw.sample(others, len(others)) * CHOICES:
+        _, begin, stop = draw.choice(places[other])
+        text = documents[other][begin:stop]
+        if text not in (right, *wrong):
+            wrong.append(text)
+        if len(wrong) == CHOICES - 1:
+            break
+    answer = draw.randrange(len(wrong) + 1)
+    choices = [*wrong[:answer], right, *wrong[answer:]]
+    return {"context": documents[number][start:middle], "choices": choices, "answer": answer}
+
+
+def _places(text: str, cfg: Continuations) -> list[tuple[int, int, int]]:
+    """Where a question can be cut: its context's start, the end of that, and the end of its continuation.
+
+    They do not overlap. A continuation begins with the space before its first word and is one line.
+    """
+    words = [match.span() for match in _WORD.finditer(text)]
+    needed = cfg.context_words + cfg.choice_words
+    found, first = [], 0
+    while first + needed <= len(words):
+        start, middle = words[first][0], words[first + cfg.context_words - 1][1]
+        end = words[first + needed - 1][1]
+        if re.match(r" [A-Za-z]", text[middle : middle + 2]) and "\n" not in text[middle:end]:
+            found.append((start, middle, end))
+            first += needed
+        else:
+            first += 1
+    return found
+
+
+def _definition() -> dict[str, Any]:
+    # Paths are relative to the working directory: `cd FOLDER && lm_eval run --include_path . --tasks ...`.
+    return {
+        "task": OWN_TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": f"{OWN_TASK}.jsonl"}, "cache_dir": ".cache"},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in METRICS],
+        "metadata": {"version": 1.0},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)

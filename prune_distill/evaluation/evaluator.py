@@ -1,0 +1,188 @@
+"""All that is measured of a run's models: each part once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.data.folder import DataFolder
+from prune_distill.data.hf_tokenizer import load_tokenizer
+from prune_distill.errors import InputError
+from prune_distill.evaluation.continuations import write_task
+from prune_distill.evaluation.generation import Prompts, continuations, table
+from prune_distill.evaluation.harness import Harness, versions
+from prune_distill.evaluation.heldout import comparable, held_out
+from prune_distill.evaluation.store import Store
+from prune_distill.nemo import hf_models, ranks
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.schema import RunConfig
+
+log = logging.getLogger("recipes.evaluate")
+
+TEACHER = "teacher"
+HELD_OUT = "held_out"
+SAMPLES = "samples"
+MEND = "use a machine with more memory, or bring it down with evaluate.micro_batch_size and evaluate.seq_length"
+
+
+class Evaluator:
+    """Measures models beside their teacher. The same calls have to be made on all ranks.
+
+    Args:
+        data: prepared documents.
+        teacher: its Hugging Face folder.
+        out: takes what was measured, and the task that is made of held-out documents.
+        task_folder: the user's task definitions and data.
+    """
+
+    def __init__(self, cfg: RunConfig, data: DataFolder, teacher: Path, out: Path, task_folder: Path | None) -> None:
+        self.cfg, self.data, self.teacher_folder = cfg, data, teacher
+        self.own = None if cfg.evaluate.continuations is None else (out / "tasks").resolve()
+        folder = None if task_folder is None else Path(task_folder).resolve()
+        self.harness = Harness(cfg.evaluate, self.own, OWN_TASK, folder)
+        self.store = Store(out / "measured", versions(self.harness.tasks))
+
+    def measure(self, name: str, folder: Path | Callable[[], Path], samples: bool = True) -> dict[str, Any]:
+        """What reports know of a model: sizes, held-out loss, agreement with the teacher, tasks.
+
+        Args:
+            folder: the model's Hugging Face folder, or what makes it where anything is to be measured yet.
+            samples: whether it also continues the beginnings of documents, for `samples`.
+
+        Returns:
+            the model's entry in `evaluation.json`; `tasks_failed`: why tasks could not be measured, by name.
+
+        Raises:
+            InputError: too few documents; a model that does not fit.
+        """
+        with self.store.locked(name) if rank() == 0 else contextlib.nullcontext():
+            model = _Lazy(lambda: self.teacher) if name == TEACHER else _Lazy(lambda: self._load(folder))
+            self._once(name, HELD_OUT, lambda: self._held_out(name, model.get()))
+            failed: dict[str, str] = {}
+            for task in self.harness.tasks:
+                fault = None if self._known(name, _part(task)) else self._task_fault(task)
+                if fault is not None:
+                    failed[task] = fault
+                else:
+                    self._once(name, _part(task), lambda task=task: self._task(name, task, model.get()))  # type: ignore[misc]
+            if samples and self.cfg.evaluate.samples:
+                self._once(name, SAMPLES, lambda: self._samples(model.get()))
+        known = ranks.of_first(self.recall(name))
+        return {**known, **({"tasks_failed": failed} if failed else {})}
+
+    def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, Any]:
+        """A model's entries of one task alone, which is asked once.
+
+        Raises:
+            InputError: it cannot be asked; a model that does not fit.
+        """
+        fault = None if self._known(name, _part(task)) else self._task_fault(task)
+        if fault is not None:
+            raise InputError(f"task {task}: {fault}")
+        self._once(name, _part(task), lambda: self._task(name, task, self._load(folder)))
+        found: dict[str, Any] = ranks.of_first(self.store.get(name, _part(task)))
+        return found
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """What is known of a model already; None: nothing."""
+        held_out = self.store.get(name, HELD_OUT)
+        if held_out is None:
+            return None
+        tasks: dict[str, Any] = {}
+        for task in self.harness.tasks:
+            tasks |= self.store.get(name, _part(task)) or {}
+        return {**held_out, **({"tasks": tasks} if tasks else {})}
+
+    def samples(self, models: Sequence[str]) -> list[dict[str, Any]]:
+        """The content of `samples.json`, of models that were measured."""
+        texts = {name: self.store.get(name, SAMPLES) for name in models}
+        return table(self.tokenizer, self._prompts, {name: own for name, own in texts.items() if own is not None})
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.teacher_folder)
+
+    @cached_property
+    def teacher(self) -> Any:
+        return self._load(self.teacher_folder)
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts.read(self.data, self.cfg.evaluate)
+
+    def _load(self, folder: Path | Callable[[], Path]) -> Any:
+        found = folder() if callable(folder) else folder
+        evaluate = self.cfg.evaluate
+        # Two models' logits of a batch, in two bytes each.
+        logits = 2 * 2 * evaluate.micro_batch_size * evaluate.seq_length * self.data.vocab_size
+        hf_models.check_fits([("model", hf_models.weight_bytes(found)), ("logits", logits)], MEND)
+        return hf_models.load(found)
+
+    def _known(self, name: str, part: str) -> bool:
+        return bool(ranks.of_first(self.store.get(name, part) is not None))
+
+    def _once(self, name: str, part: str, work: Callable[[], Any]) -> None:
+        """Makes a measurement that is not there yet, on all ranks; the first one keeps it."""
+        if not self._known(name, part):
+            result = work()
+            if rank() == 0:
+                self.store.put(name, part, result)
+
+    def _held_out(self, name: str, model: Any) -> dict[str, Any]:
+        teacher = None if name == TEACHER else self.teacher
+        if teacher is not None and not comparable(model, teacher):
+            log.warning("%s has another vocabulary than the teacher; they are not compared", name)
+            teacher = None
+        result = held_out(model, teacher, self.data, self.cfg.evaluate)
+        log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])
+        return {**hf_models.describe(model.config, model.num_parameters()), **result}
+
+    def _task_fault(self, task: str) -> str | None:
+        if task == OWN_TASK and task not in self.harness.checked:
+            self._write_own_task()
+        return self.harness.fault(task)
+
+    def _write_own_task(self) -> None:
+        cfg = self.cfg.evaluate.continuations
+        assert cfg is not None
+        assert self.own is not None
+        if rank() == 0:
+            documents = [self.tokenizer.decode(ids[:-1]) for ids in self.data.validation_documents_ids()]
+            write_task(documents, cfg, self.cfg.seed, self.own)
+        ranks.wait()
+
+    def _task(self, name: str, task: str, model: Any) -> dict[str, Any] | None:
+        result = self.harness.measure(task, model, self.tokenizer)
+        for entry, metrics in (result or {}).items():
+            log.info("%s: %s %s", name, entry, _words(metrics))
+        return result
+
+    def _samples(self, model: Any) -> list[str]:
+        return continuations(model, self.tokenizer, self._prompts, self.cfg.evaluate.sample_new_tokens)
+
+
+class _Lazy:
+    """A model that is loaded when it is first needed."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+        self._model: Any = None
+
+    def get(self) -> Any:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+
+def _part(task: str) -> str:
+    return f"task.{task}"
+
+
+def _words(metrics: dict[str, Any]) -> str:
+    told = [f"{name} {metric['value']:.4f}" for name, metric in metrics.items() if name != "samples"]
+    return f"{', '.join(told)} ({metrics['samples']} questions)"

@@ -1,0 +1,196 @@
+"""EleutherAI's lm-evaluation-harness on a model that is loaded already, shared among ranks.
+
+The harness's own data parallelism wants accelerate and more than one GPU, and takes the rank on the node for the rank
+(lm_eval/models/huggingface.py:465-492), so that it ends with one node. What its evaluator asks of a model is given here
+by the process group that is there: rank, world size, two gathers and a barrier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prune_distill.nemo import ranks
+from prune_distill.pipeline.stage_main import rank, world_size
+from prune_distill.schema import EvaluateConfig
+
+log = logging.getLogger("recipes.evaluate")
+
+
+class Harness:
+    """The tasks of a run, each with the folder that its definition or its data is looked for in first.
+
+    Args:
+        own: the folder of the task that the run made, and `own_task` its name; None: it has none.
+        task_folder: the user's; None: definitions are the harness's and data the Hub's.
+    """
+
+    def __init__(self, cfg: EvaluateConfig, own: Path | None, own_task: str, task_folder: Path | None) -> None:
+        if task_folder is not None:
+            os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
+        self.cfg = cfg
+        self.places: dict[str, Path | None] = {} if own is None else {own_task: own}
+        self.places |= dict.fromkeys(cfg.tasks, task_folder)
+        self._faults: dict[str, str | None] = {}
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.places)
+
+    @property
+    def checked(self) -> set[str]:
+        """The tasks of which `fault` was asked."""
+        return set(self._faults)
+
+    def fault(self, task: str) -> str | None:
+        """Why a task cannot be measured, on any of the ranks: its data is not there, say; None where it can."""
+        if task not in self._faults:
+            found = [fault for fault in ranks.of_all(self._fault(task)) if fault is not None]
+            self._faults[task] = found[0] if found else None
+            if found:
+                log.error("task %s is left out: %s", task, found[0])
+        return self._faults[task]
+
+    def measure(self, task: str, model: Any, tokenizer: Any) -> dict[str, Any] | None:
+        """A model's scores on a task, on the first rank.
+
+        Returns:
+            By task, each metric's `value` and the harness's `stderr`, and `samples`: one task, the sum of a group of
+            them, or those that go by a tag.
+        """
+        from lm_eval import evaluator
+
+        # It has pip and the compiler tell of themselves, seconds a call, for a part of the results that nobody reads
+        # (lm_eval/loggers/utils.py:add_env_info).
+        evaluator.add_env_info = lambda storage: None
+        place = self.places[task]
+        with _working_in(place):
+            results = evaluator.simple_evaluate(
+                model=_language_model(model, tokenizer, self.cfg.task_batch_size),
+                tasks=[task],
+                num_fewshot=self.cfg.num_fewshot,
+                limit=self.cfg.task_limit,
+                log_samples=False,
+                task_manager=_manager(place, task),
+            )
+        return None if results is None else scores(results, task)
+
+    def _fault(self, task: str) -> str | None:
+        place = self.places[task]
+        try:
+            with _working_in(place):
+                loaded = _manager(place, task).load([task])
+        # Of `datasets`, of the Hub's client and its network library, and of whatever a definition runs.
+        except Exception as error:
+            where = f" or {place / 'OWNER/NAME'}" if place is not None else ""
+            return (
+                f"its definition or data cannot be loaded ({type(error).__name__}: {_line(error)}); bring the data set"
+                f" into the Hub's cache{where}, or take it out of evaluate.tasks"
+            )
+        unsafe = [name for name, found in loaded["tasks"].items() if getattr(found, "UNSAFE_CODE", False)]
+        return f"{unsafe[0]} runs code that the model writes, which is not done here" if unsafe else None
+
+
+def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
+    """The entries of a task in the harness's results: its own, a group's, or those of all that go by a tag."""
+    whole = {**results["results"], **results.get("groups", {})}
+    names = [task] if task in whole else sorted(results["results"])
+    return {name: {**_metrics(whole[name]), "samples": _samples(results, name)} for name in names}
+
+
+def _metrics(entry: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Keys are `metric,filter`: a task may read an answer in several ways."""
+    found = {}
+    for key, value in entry.items():
+        metric, _, way = key.partition(",")
+        if not way or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        stderr = entry.get(f"{metric}_stderr,{way}")
+        name = metric if way == "none" else f"{metric} ({way})"
+        found[name] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, (int, float)) else None}
+    return found
+
+
+def _samples(results: dict[str, Any], name: str) -> int:
+    """The questions that were asked, of a group all of its tasks'."""
+    children = results.get("group_subtasks", {}).get(name)
+    if children:
+        return sum(_samples(results, child) for child in children)
+    return int(results["n-samples"][name]["effective"])
+
+
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    import torch
+    import torch.distributed as dist
+    from lm_eval.models.huggingface import HFLM
+
+    # It warns that the model was loaded before, and of ranks, which is what is wanted here.
+    logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
+
+    class Ranked(HFLM):  # type: ignore[misc]
+        """Takes its place among the ranks that share a task."""
+
+        def __init__(self) -> None:
+            super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+            self._rank, self._world_size = rank(), world_size()
+
+        def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(ranks.of_all(tensor.item()))
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+            return ranks.of_all(obj)
+
+        def barrier(self) -> None:
+            if world_size() > 1:
+                dist.barrier()
+
+    return Ranked()
+
+
+@cache
+def _manager(place: Path | None, task: str) -> Any:
+    """The harness's index of a task's definitions: of the folder alone where that has it, as reading all takes 2 s."""
+    from lm_eval.tasks import TaskManager
+
+    if place is not None:
+        manager = TaskManager(include_path=str(place), include_defaults=False)
+        if task in manager.all_tasks:
+            return manager
+    return _whole_index(place)
+
+
+@cache
+def _whole_index(place: Path | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if place is None else str(place))
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path | None) -> Iterator[None]:
+    """`datasets` takes a relative folder OWNER/NAME for that data set (datasets/load.py:dataset_module_factory)."""
+    if folder is None:
+        yield
+        return
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def versions(tasks: Sequence[str]) -> dict[str, str]:
+    """What scores depend on besides the stage's identity; nothing where no task is asked for."""
+    from importlib.metadata import version
+
+    return {"lm_eval": version("lm_eval")} if tasks else {}

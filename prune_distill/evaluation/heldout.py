@@ -1,0 +1,118 @@
+"""Held-out loss, by source too, and how far a model agrees with its teacher, token by token."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from prune_distill.data.folder import DataFolder
+from prune_distill.errors import InputError
+from prune_distill.nemo import ranks
+from prune_distill.pipeline.stage_main import rank, world_size
+from prune_distill.schema import EvaluateConfig
+
+log = logging.getLogger("recipes.evaluate")
+
+# Tokens whose logits are held in fp32 at a time, times the vocabulary: 128 MiB a buffer.
+CHUNK_LOGITS = 2**25
+
+
+def held_out(model: Any, teacher: Any | None, data: DataFolder, cfg: EvaluateConfig) -> dict[str, Any]:
+    """A model's held-out loss; `teacher`: what it is compared with.
+
+    The loss is the mean over all tokens of the validation documents laid end to end and cut into sequences of
+    `cfg.seq_length`, end-of-document tokens included. Ranks share the sequences.
+
+    Returns:
+        `val_loss` in nats per token, `perplexity`, `bits_per_byte` of the documents' UTF-8 text, `tokens`; `per_source`
+        where documents are of several sources or clusters; with a teacher, `agreement`: the share of tokens of which
+        both hold the same one for most probable, and KL(teacher || model) in nats per token.
+
+    Raises:
+        InputError: fewer held-out tokens than a sequence takes.
+    """
+    sequences = torch.from_numpy(data.validation_sequences(cfg.seq_length))[: cfg.max_sequences]
+    if not len(sequences):
+        raise InputError(
+            f"the validation documents hold {data.validation_tokens} tokens, less than evaluate.seq_length"
+            f" {cfg.seq_length}; set it lower or bring more documents"
+        )
+    names, kinds = _kinds(data, sequences)
+    # By kind of document: loss, tokens, teacher's agreement, divergence.
+    sums = torch.zeros(len(names), 4, dtype=torch.float64)
+    device = model.device
+    with torch.inference_mode():
+        mine = slice(rank(), None, world_size())
+        for batch, of_batch in zip(
+            *(part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds)), strict=True
+        ):
+            ids = batch.to(device)
+            logits = _logits(model, ids)
+            of_teacher = None if teacher is None else _logits(teacher, ids)
+            values = _by_token(logits, of_teacher, ids[:, 1:].flatten()).cpu()
+            sums.index_add_(0, of_batch.flatten(), values)
+    return _summary(ranks.added_up(sums), names, data, teacher is not None)
+
+
+def comparable(model: Any, teacher: Any) -> bool:
+    """Whether two models' logits are of the same vocabulary."""
+    return bool(model.config.vocab_size == teacher.config.vocab_size)
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """`[b * s, V]` in the model's type."""
+    return model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def _by_token(logits: torch.Tensor, of_teacher: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """`[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
+    values = torch.zeros(len(targets), 4, dtype=torch.float64, device=logits.device)
+    values[:, 1] = 1
+    chunk = max(1, CHUNK_LOGITS // logits.shape[-1])
+    for start in range(0, len(targets), chunk):
+        part = slice(start, start + chunk)
+        log_probs = torch.log_softmax(logits[part].float(), -1)
+        values[part, 0] = -log_probs.gather(-1, targets[part, None]).squeeze(-1).double()
+        if of_teacher is not None:
+            teacher = torch.log_softmax(of_teacher[part].float(), -1)
+            values[part, 2] = (teacher.argmax(-1) == log_probs.argmax(-1)).double()
+            values[part, 3] = torch.nn.functional.kl_div(
+                log_probs, teacher, reduction="none", log_target=True
+            ).sum(-1).double()  # fmt: skip
+    return values
+
+
+def _kinds(data: DataFolder, sequences: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+    """Names of sources or clusters, and for each token that is predicted the number of its name, `[sequences, s]`."""
+    count, length = sequences.shape[0], sequences.shape[1] - 1
+    groups = data.validation_groups()
+    if groups is None:
+        return ["all"], torch.zeros(count, length, dtype=torch.long)
+    names, numbers = groups
+    return names, torch.from_numpy(numbers[1 : count * length + 1].astype("int64")).view(count, length)
+
+
+def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: bool) -> dict[str, Any]:
+    total = sums.sum(0)
+    tokens = int(total[1])
+    loss = (total[0] / total[1]).item()
+    result: dict[str, Any] = {
+        "val_loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) * data.validation_tokens / data.validation_bytes,
+        "tokens": tokens,
+    }
+    if not math.isfinite(loss):
+        log.warning("the held-out loss is no number: the model's weights are at fault")
+    if len(names) > 1:
+        result["per_source"] = {
+            name: {"val_loss": (row[0] / row[1]).item(), "tokens": int(row[1])}
+            for name, row in zip(names, sums, strict=True)
+            if row[1]
+        }
+    if compared:
+        result["agreement"] = {"top1": (total[2] / total[1]).item(), "kl": (total[3] / total[1]).item()}
+    return result

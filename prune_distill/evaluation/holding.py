@@ -1,0 +1,103 @@
+"""Checkpoints of a training that goes on, which may take them away at any moment.
+
+They are held by hard links, which cost neither time nor room, and stay when a checkpoint's own names go. This imports
+little, so that it can begin at once, and go on while the process that measures them loads and reckons.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from prune_distill.pipeline.integrity import checkpoints_in
+
+log = logging.getLogger("recipes.recovery")
+
+# In the folder of the stage evaluate: checkpoints that are held, and models exported from them.
+ROOM = "recovery"
+
+
+@contextmanager
+def holding(checkpoints: Path, pen: Path, seconds: float) -> Iterator[None]:
+    """Holds in `pen` every checkpoint that appears meanwhile, by a process of its own: this one may be busy for long.
+
+    Looked for at once, every so many seconds, and once more at the end. Call it before what must not be forked.
+    """
+    fork = multiprocessing.get_context("fork")
+    reader, writer = fork.Pipe(duplex=False)
+    process = fork.Process(target=_keep_holding, args=(checkpoints, pen, seconds, reader, writer))
+    process.start()
+    reader.close()
+    try:
+        yield
+    finally:
+        writer.close()
+        process.join()
+
+
+def _keep_holding(checkpoints: Path, pen: Path, seconds: float, reader: Connection, writer: Connection) -> None:
+    # Ctrl-C ends the parent, whose end is seen in the pipe, as is its being killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    writer.close()
+    seen: set[int] = set()
+    log.info("watching %s", checkpoints)
+    ended = False
+    while True:
+        for step in hold(checkpoints, pen, seen):
+            log.info("step %d: held", step)
+        if ended:
+            return
+        ended = reader.poll(seconds)
+
+
+def hold(checkpoints: Path, pen: Path, seen: set[int]) -> list[int]:
+    """Links into `pen` the checkpoints whose steps have not been seen, and notes these; gives what it linked.
+
+    A checkpoint that goes meanwhile is left out.
+    """
+    held = []
+    for step, checkpoint in checkpoints_in(checkpoints).items():
+        target = pen / checkpoint.name
+        if step not in seen and not target.exists() and _link(checkpoint, target):
+            held.append(step)
+    seen.update(held)
+    return held
+
+
+def _link(folder: Path, target: Path) -> bool:
+    """Whether all of a folder could be linked under another name, which then appears as a whole."""
+    partial = target.with_name(f".{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+        for name in names:
+            if (folder / name).is_dir():
+                (partial / name).mkdir(exist_ok=True)
+            else:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                _link_or_copy(folder / name, partial / name)
+        # Renamed away while it was gone through, it would look as if it had fewer files.
+        if not names or not folder.exists():
+            raise FileNotFoundError(folder)
+        os.replace(partial, target)
+    except FileNotFoundError:
+        shutil.rmtree(partial, ignore_errors=True)
+        return False
+    return True
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

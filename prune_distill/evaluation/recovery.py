@@ -1,0 +1,78 @@
+"""How a student recovers while it is distilled: its checkpoints measured, each once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prune_distill.evaluation.evaluator import Evaluator
+from prune_distill.nemo import ranks
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.schema import DistillConfig, Init
+from prune_distill.schema.phases import tokens_before, training_phases
+
+# `export(checkpoint, folder)` writes a NeMo checkpoint as a Hugging Face folder.
+Export = Callable[[Path, Path], None]
+FILE = "recovery.json"
+
+
+def name_of(step: int) -> str:
+    """Under what name a checkpoint is measured."""
+    return f"recovery/step={step}"
+
+
+def measure_checkpoint(evaluator: Evaluator, name: str, checkpoint: Path, room: Path, export: Export) -> None:
+    """Measures a NeMo checkpoint, unless that is done; on all ranks. `room` takes the exported model meanwhile."""
+    with exported(name, checkpoint, room, export) as make:
+        evaluator.measure(name, make, samples=False)
+
+
+@contextmanager
+def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterator[Callable[[], Path]]:
+    """What makes the Hugging Face folder of a checkpoint once it is needed; it is in `room`, until the end."""
+    # Transformers warns of names that could be no module's.
+    folder = room / re.sub(r"\W", "_", f"exported_{name}")
+
+    def make() -> Path:
+        if rank() == 0:
+            export(checkpoint, folder)
+        ranks.wait()
+        return folder
+
+    try:
+        yield make
+    finally:
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
+    """Writes `recovery.json` of all that was measured so far; without any checkpoint there is none."""
+    names = {step: name_of(step) for step in checkpoints_in(out / "measured" / "recovery")}
+    if not names:
+        return
+    names[distill.max_steps] = "student"
+    if distill.init is Init.pruned:
+        names[0] = "pruned"
+    write_json(out / FILE, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))
+
+
+def curve(measured: dict[int, dict[str, Any] | None], distill: DistillConfig) -> list[dict[str, Any]]:
+    """The content of `recovery.json`, of measurements by step; None: there is none."""
+    phases = training_phases(distill)
+    return [
+        {
+            "model": "student",
+            "step": step,
+            "tokens": tokens_before(phases, step),
+            **{key: entry[key] for key in ("val_loss", "agreement", "tasks") if key in entry},
+        }
+        for step, entry in sorted(measured.items())
+        if entry is not None
+    ]

@@ -1,0 +1,50 @@
+"""What was measured, one small file a model and part: a stage that was killed goes on with what is missing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from prune_distill.pipeline.artifact import is_as_written, with_crc32, write_json
+
+
+class Store:
+    """The measurements of a stage's folder, by model and part.
+
+    Args:
+        folder: under which they are; that stage's identity decides them, and `key` what it does not cover.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self.folder = folder
+        self.key = key
+
+    def get(self, model: str, part: str) -> Any | None:
+        """A measurement; None: not made yet, by other versions, or damaged."""
+        try:
+            content = json.loads(self._path(model, part).read_text())
+        except (OSError, ValueError):
+            return None
+        if not isinstance(content, dict) or not is_as_written(content):
+            return None
+        return content["result"] if content["key"] == self.key else None
+
+    def put(self, model: str, part: str, result: Any) -> None:
+        write_json(self._path(model, part), with_crc32({"key": self.key, "result": result}))
+
+    @contextmanager
+    def locked(self, model: str) -> Iterator[None]:
+        """Keeps other processes from measuring the same model meanwhile."""
+        path = self.folder / quote(model, safe="/=") / ".lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _path(self, model: str, part: str) -> Path:
+        return self.folder / quote(model, safe="/=") / f"{quote(part, safe='')}.json"

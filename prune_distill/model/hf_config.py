@@ -1,0 +1,487 @@
+"""A Hugging Face model's `config.json`: read, type-checked and normalized in one place. No torch.
+
+transformers 4 and 5 write the same settings under different names, and each ignores some of the other's without a
+word. A normalized config has every such setting once, under the name that transformers 4 reads:
+
+| transformers 4, and normalized     | transformers 5                          |
+|------------------------------------|-----------------------------------------|
+| `rope_theta`, `rope_scaling`       | `rope_parameters`                       |
+| `partial_rotary_factor` (Nemotron) | `rope_parameters.partial_rotary_factor` |
+| `num_experts`                      | `num_local_experts`                     |
+| `torch_dtype`                      | `dtype` (from 4.56 on)                  |
+
+`with_both_forms` adds the newer names again, for files and loaders of either version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_distill.errors import InputError
+from prune_distill.schema import Family
+
+HfConfig = dict[str, Any]
+
+# The largest config.json read; real ones have a few KB.
+MAX_BYTES = 4 << 20
+# Longest excerpt of a value in a message.
+_SHOWN = 60
+
+
+def read_config(path: Path) -> HfConfig:
+    """Reads a `config.json` and normalizes it.
+
+    Raises:
+        InputError: the file cannot be read or describes no model that can be converted; one fault a line.
+    """
+    config, faults = examine(path)
+    if config is None or faults:
+        raise InputError("\n".join(faults))
+    return config
+
+
+def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
+    """Reads a `config.json` as far as it makes sense.
+
+    Returns:
+        the normalized config, or None where types or values are wrong; and every fault, one line each. A config may
+        come with faults: those are settings that NeMo or a family's reference implementation cannot represent.
+    """
+    try:
+        content = parse(path)
+    except InputError as error:
+        return None, [str(error)]
+    if faults := [f"{path}: {fault}" for fault in _content_faults(content)]:
+        return None, faults
+    try:
+        config = normalize(content)
+    except _ContradictionError as error:
+        return None, [f"{path}: {error}"]
+    if faults := [f"{path}: {fault}" for fault in _relation_faults(config)]:
+        return None, faults
+    return config, [f"{path}: {fault}" for fault in unsupported(config)]
+
+
+def parse(path: Path) -> HfConfig:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+        InputError: there is no such file, or it is too large, no UTF-8, no JSON or not an object.
+    """
+    try:
+        # Opening a FIFO would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path}: not a regular file; fetch the file again")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(
+                f"{path}: larger than {MAX_BYTES >> 20} MiB, which no config.json is; fetch the file again"
+            )
+        # json refuses a byte order mark with a hint at another codec, and so does transformers.
+        if data.startswith(b"\xef\xbb\xbf"):
+            raise InputError(f"{path}: starts with a byte order mark; save the file as UTF-8 without one")
+        content = json.loads(data.decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path}: does not exist; set model.hf_path to the whole folder of a model") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make it readable, or fetch it again") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply for a config.json; fetch the file again") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).partition("; use sys.set_int_max_str_digits")[0]  # advice for programmers
+        raise InputError(f"{path}: not JSON in UTF-8 ({reason}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {_shown(content)} instead of an object; fetch the file again")
+    return content
+
+
+# Types and ranges.
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What a key may hold.
+
+    Attributes:
+        kind: the exact JSON type; float takes whole numbers as well.
+        least, most: the range of a number, both ends included.
+        null: whether null is allowed.
+    """
+
+    kind: type
+    least: float = -math.inf
+    most: float = math.inf
+    null: bool = False
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value; None if nothing is."""
+        if value is None and self.null:
+            return None
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        if type(value) not in kinds:  # bool is an int to isinstance
+            return f"must be {_WORDS[self.kind]}{' or null' if self.null else ''}"
+        if self.kind in (int, float) and not self.least <= value <= self.most:  # NaN is in no range
+            least = "above 0" if self.least == _SMALLEST else f"at least {self.least}"
+            return f"must be {least} and at most {self.most}"
+        return None
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+# Three times the largest of any published model, at least. What is above is a mistake, and planning would loop or
+# allocate for it.
+_LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
+_ALL_EXPERTS = 1 << 18  # of all layers together
+_SMALLEST = 1e-30  # for what has to be above 0
+
+# Keys that every model needs.
+_REQUIRED = {
+    "num_hidden_layers": _Field(int, 1, _LAYERS),
+    "hidden_size": _Field(int, 1, _WIDTH),
+    "intermediate_size": _Field(int, 1, _WIDTH * 8),
+    "num_attention_heads": _Field(int, 1, _HEADS),
+    "vocab_size": _Field(int, 1, _IDS),
+    "max_position_embeddings": _Field(int, 1, 2**31 - 1),
+}
+_REQUIRED_OF_MIXTURES = {
+    "num_experts": _Field(int, 1, _EXPERTS),
+    "num_experts_per_tok": _Field(int, 1, _EXPERTS),
+    "moe_intermediate_size": _Field(int, 1, _WIDTH),
+}
+# Keys that are read where they are there.
+_OPTIONAL = {
+    "num_key_value_heads": _Field(int, 1, _HEADS, null=True),
+    "head_dim": _Field(int, 2, _WIDTH, null=True),
+    "tie_word_embeddings": _Field(bool),
+    "rms_norm_eps": _Field(float, 0, 1),
+    "norm_eps": _Field(float, 0, 1),
+    "initializer_range": _Field(float, 0, 1),
+    "rope_theta": _Field(float, _SMALLEST, 1e30),
+    "rope_scaling": _Field(dict, null=True),
+    "rope_parameters": _Field(dict, null=True),
+    "partial_rotary_factor": _Field(float, _SMALLEST, 1, null=True),
+    "original_max_position_embeddings": _Field(int, 1, 2**31 - 1, null=True),
+    "torch_dtype": _Field(str, null=True),
+    "dtype": _Field(str, null=True),
+    "hidden_act": _Field(str, null=True),
+    "attention_bias": _Field(bool, null=True),
+    "mlp_bias": _Field(bool, null=True),
+    "attention_dropout": _Field(float, 0, 1, null=True),
+    "use_sliding_window": _Field(bool, null=True),
+    "sliding_window": _Field(int, 0, 2**31 - 1, null=True),
+    "max_window_layers": _Field(int, 0, _LAYERS, null=True),
+    "layer_types": _Field(list, null=True),
+    "decoder_sparse_step": _Field(int, 0, _LAYERS, null=True),
+    "mlp_only_layers": _Field(list, null=True),
+    "norm_topk_prob": _Field(bool),
+    "pad_token_id": _Field(int, -_IDS, _IDS, null=True),
+}
+# Where a family's class in transformers cannot do with what others can.
+_BY_FAMILY = {
+    "qwen3": {"head_dim": _Field(int, 2, _WIDTH)},
+    "mistral": {"sliding_window": _Field(int, 1, 2**31 - 1, null=True)},
+    "nemotron": {"partial_rotary_factor": _Field(float, _SMALLEST, 1)},
+    "qwen3_moe": _REQUIRED_OF_MIXTURES,
+}
+# What is in the rope's description besides its kind.
+_ROPE_FIELDS = {
+    "rope_theta": _OPTIONAL["rope_theta"],
+    "partial_rotary_factor": _OPTIONAL["partial_rotary_factor"],
+    "rope_type": _Field(str),
+    "type": _Field(str),
+    "factor": _Field(float, _SMALLEST, 1e9),
+    "low_freq_factor": _Field(float, _SMALLEST, 1e9),
+    "high_freq_factor": _Field(float, _SMALLEST, 1e9),
+    "original_max_position_embeddings": _Field(int, 1, 2**31 - 1),
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _content_faults(content: HfConfig) -> Iterator[str]:
+    """Wrong families, missing keys, wrong types and values out of range."""
+    if "auto_map" in content:
+        yield (
+            "auto_map: asks for code of its own, which is never run here; use a model whose class is part of"
+            " transformers, or remove auto_map if the model needs none of that code"
+        )
+    found = content.get("model_type")
+    if found not in [family.value for family in Family]:
+        known = ", ".join(family.value for family in Family)
+        yield f"model_type={_shown(found)}: not a supported family; use a model of one of {known}"
+        return
+    fields = {**_OPTIONAL, **_REQUIRED, **_BY_FAMILY.get(found, {})}
+    required = [*_REQUIRED, *(_REQUIRED_OF_MIXTURES if found == Family.qwen3_moe.value else ())]
+    older = _older_names(found)
+    read = {older.get(key, key) for key in content}
+    yield from (f"{key}: missing; fetch the file again" for key in required if key not in read)
+    fields |= {name: fields[older_name] for name, older_name in older.items()}
+    for key, value in content.items():
+        if key in fields and (wrong := fields[key].fault(value)):
+            yield f"{key}={_shown(value)}: {wrong}; correct it, or fetch the file again"
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = content.get(key)
+        for name, value in rope.items() if isinstance(rope, dict) else ():
+            if name in _ROPE_FIELDS and (wrong := _ROPE_FIELDS[name].fault(value)):
+                yield f"{key}.{name}={_shown(value)}: {wrong}; correct it, or fetch the file again"
+            elif isinstance(value, dict):
+                yield f"{key}.{name}: ropes of their own for some layers are not supported; use another model"
+    for key in ("torch_dtype", "dtype"):
+        if isinstance(content.get(key), str) and content[key] not in _DTYPES:
+            yield f"{key}={_shown(content[key])}: must be one of {', '.join(_DTYPES)}; save the model in one of them"
+
+
+# One name for each setting.
+
+
+def _older_names(model_type: str) -> dict[str, str]:
+    """transformers 4's names of whole settings, by those of transformers 5."""
+    experts = {"num_local_experts": "num_experts"} if model_type == Family.qwen3_moe.value else {}
+    return {"dtype": "torch_dtype", **experts}
+
+
+# What transformers assumes for a missing key, by `model_type` (transformers/models/*/configuration_*.py).
+_DEFAULTS: dict[str, HfConfig] = {
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
+    "qwen2": {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "nemotron": {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
+    "qwen3_moe": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "norm_topk_prob": False},
+}
+_COMMON_DEFAULTS: HfConfig = {"initializer_range": 0.02, "rope_theta": 10000.0, "tie_word_embeddings": False}
+
+
+class _ContradictionError(ValueError):
+    """Two settings, or two names of one setting, cannot both be right."""
+
+
+def normalize(content: HfConfig) -> HfConfig:
+    """A type-checked config with one name for each setting and a value for each key that is read.
+
+    Raises:
+        ValueError: two names of one setting hold different values, or the size of a head cannot be worked out.
+    """
+    names = _older_names(content["model_type"])
+    config = {key: value for key, value in content.items() if key not in (*names, "rope_parameters")}
+    for newer, older in names.items():
+        if (value := _agreed(content, (older, newer))) is not None:
+            config[older] = value
+    defaults = _COMMON_DEFAULTS | _DEFAULTS[content["model_type"]]
+    config |= _normalized_rope(content, defaults)
+    config = config | defaults | config  # in the file's order
+    # Null is the quotient, or one group a head, in every family.
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    if not config.get("head_dim") and hidden % heads:
+        raise _ContradictionError(
+            f"hidden_size={hidden}: not a multiple of num_attention_heads={heads}, and there is no head_dim; correct"
+            " either, or set head_dim"
+        )
+    config["head_dim"] = config.get("head_dim") or hidden // heads
+    return config
+
+
+def _normalized_rope(content: HfConfig, defaults: HfConfig) -> HfConfig:
+    """`rope_theta`, `rope_scaling` (null for the default kind) and, where there is one, `partial_rotary_factor`."""
+    older, newer = (content.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
+    for key, rope in (("rope_scaling", older), ("rope_parameters", newer)):
+        _agreed({f"{key}.{name}": rope.get(name) for name in ("rope_type", "type")})
+        if "rope_type" not in rope and "type" not in rope and rope.keys() & _SCALING_KEYS:
+            raise _ContradictionError(f"{key}={_shown(rope)}: names no rope_type; add it, or set {key} to null")
+    ropes = {key: _scaling(content[key] or {}) for key in ("rope_scaling", "rope_parameters") if key in content}
+    if len(ropes) == 2 and ropes["rope_scaling"] != ropes["rope_parameters"]:
+        raise _ContradictionError(
+            f"rope_scaling={_shown(content['rope_scaling'])} and rope_parameters={_shown(content['rope_parameters'])}"
+            " disagree, and each is read by one version of transformers; keep the one that the model was trained with"
+        )
+    rope = next((found for found in ropes.values() if found is not None), None)
+    places = [content, older, newer]
+    prefixes = ["", "rope_scaling.", "rope_parameters."]
+
+    def everywhere(key: str) -> Any:
+        return _agreed({f"{prefix}{key}": place.get(key) for prefix, place in zip(prefixes, places, strict=True)})
+
+    everywhere("original_max_position_embeddings")
+    theta, share = everywhere("rope_theta"), everywhere("partial_rotary_factor")
+    config: HfConfig = {"rope_theta": float(defaults["rope_theta"] if theta is None else theta), "rope_scaling": rope}
+    if share is not None:
+        config["partial_rotary_factor"] = share
+    return config
+
+
+def _scaling(rope: HfConfig) -> HfConfig | None:
+    """How a rope is scaled, by transformers 4's names; None for the default kind."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    values = {key: rope[key] for key in _ROPES.get(str(kind), _SCALING_KEYS) if key in rope}
+    # transformers warns of whole numbers.
+    return {"rope_type": kind} | {
+        key: float(value) if key.endswith("factor") else value for key, value in values.items()
+    }
+
+
+def _agreed(content: HfConfig, keys: tuple[str, ...] | None = None) -> Any:
+    """The value that all of the keys hold, those apart that are missing or null; None where no key holds one.
+
+    Raises:
+        _ContradictionError: they hold different values.
+    """
+    found = {key: content[key] for key in keys or content if content.get(key) is not None}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        said = " and ".join(f"{key}={_shown(value)}" for key, value in found.items())
+        raise _ContradictionError(
+            f"{said} disagree, and each is read by one version of transformers; keep the one that the model was trained"
+            " with"
+        )
+    return values[0] if values else None
+
+
+def with_both_forms(config: HfConfig) -> HfConfig:
+    """A normalized config that transformers 4 and 5 read alike: the newer names beside the older ones."""
+    rope = {"rope_type": "default", **(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
+    if config.get("partial_rotary_factor") is not None:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    return {**config, "rope_parameters": rope}
+
+
+# What a normalized config asks for.
+
+
+def _relation_faults(config: HfConfig) -> Iterator[str]:
+    """Values that are right by themselves and contradict each other."""
+    heads, groups, size = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    if heads % groups:
+        yield f"num_key_value_heads={groups}: must divide num_attention_heads={heads}; correct either"
+    rotary = int(size * (config.get("partial_rotary_factor") or 1))
+    if rotary < 2 or rotary % 2:
+        yield f"head_dim={size}: {rotary} of it are rotated, which must be an even number; correct head_dim"
+    padding = config.get("pad_token_id")
+    if padding is not None and not -config["vocab_size"] <= padding < config["vocab_size"]:
+        yield f"pad_token_id={padding}: outside of vocab_size={config['vocab_size']}; set it to null or to a token's id"
+    types = config.get("layer_types")
+    if types is not None and len(types) != config["num_hidden_layers"]:
+        yield f"layer_types: {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; correct either"
+    if config["model_type"] != Family.qwen3_moe.value:
+        return
+    experts, chosen, layers = (config[key] for key in ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
+    if chosen > experts:
+        yield f"num_experts_per_tok={chosen}: must not exceed num_experts={experts}; correct either"
+    if layers * experts > _ALL_EXPERTS:
+        yield (
+            f"num_experts={experts}: more than {_ALL_EXPERTS} in all of num_hidden_layers={layers}; correct either, or"
+            " fetch the file again"
+        )
+
+
+def unsupported(config: HfConfig) -> list[str]:
+    """What a normalized config asks for and NeMo's class of its family does not have, one fault a setting."""
+    family = config["model_type"]
+    refused = dict(_REFUSED)
+    if family == Family.nemotron.value:
+        refused["hidden_act"] = (("relu2", None), "NeMo's class of this family has the squared ReLU")
+        del refused["partial_rotary_factor"]  # NeMo's class has one
+    faults = [
+        f"{key}={_shown(config[key])}: {reason}; use another model"
+        for key, (harmless, reason) in refused.items()
+        if key in config and config[key] not in harmless
+    ]
+    if config.get("quantization_config"):
+        faults.append("quantization_config: the weights are quantized; use the model in bf16")
+    full = "sliding_attention" if config.get("sliding_window") and family == Family.mistral.value else "full_attention"
+    if any(kind != full for kind in config.get("layer_types") or ()):
+        faults.append(f"layer_types: only layers of the type {full} are supported; use another model")
+    if family == Family.qwen3_moe.value and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
+        # Its router would get no gradient: megatron/core/transformer/transformer_config.py:1336.
+        faults.append(
+            "num_experts_per_tok=1: with norm_topk_prob=true its weight is always 1, which Megatron-Core refuses; use a"
+            " model with two experts per token or more"
+        )
+    return faults + _rope_faults(config)
+
+
+# By key: harmless values, and why others cannot be represented.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
+    "use_sliding_window": ((False, None), "only some of the layers would have windows"),
+    "hidden_act": (("silu", None), "NeMo's class of this family has SiLU"),
+    "partial_rotary_factor": ((1, None), "NeMo's class of this family rotates whole heads"),
+    "decoder_sparse_step": ((1, None), "some layers would have no experts"),
+    "mlp_only_layers": (([], None), "some layers would have no experts"),
+}
+
+_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Those that a kind of rope scaling needs.
+_ROPES: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _SCALING_KEYS}
+# Kinds besides the default one that NeMo and the family's reference both apply, and apply alike. The reference is
+# transformers/models/FAMILY/modeling_FAMILY.py, class FamilyRotaryEmbedding, line numbers of 4.57.6:
+# - llama :78, qwen2 :278, qwen3 :304, mistral :275, qwen3_moe :373 take the kind from `config.rope_scaling` and look it
+#   up in modeling_rope_utils.py, ROPE_INIT_FUNCTIONS; so do they in 5.24 from `config.rope_parameters`;
+# - nemotron :102 says `self.rope_type = "default"`, whatever the config says, and 5.24 (:92) applies what it says: the
+#   same file is two models;
+# - NeMo passes `seq_len_interpolation_factor` on in every family (nemo/collections/llm/gpt/model/base.py), and
+#   Megatron-Core divides positions by it (megatron/core/models/common/embeddings/rotary_pos_embedding.py): kind linear;
+#   the kind llama3 is only in NeMo's Llama31Config (nemo/collections/llm/gpt/model/llama.py).
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "llama": ("linear", "llama3"),
+    "qwen2": ("linear",),
+    "qwen3": ("linear",),
+    "mistral": ("linear",),
+    "qwen3_moe": ("linear",),
+    "nemotron": (),
+}
+
+
+def rope_kind(config: HfConfig) -> str:
+    """How the rotary embedding of a normalized config is scaled, in transformers' terms."""
+    return str((config["rope_scaling"] or {}).get("rope_type", "default"))
+
+
+def _rope_faults(config: HfConfig) -> list[str]:
+    kind, family = rope_kind(config), config["model_type"]
+    if kind == "default":
+        return []
+    if kind not in ROPE_KINDS[family]:
+        allowed = ", ".join(("default", *ROPE_KINDS[family]))
+        why = (
+            "transformers 4 ignores it in this family and transformers 5 does not"
+            if family == Family.nemotron.value
+            else "NeMo's class of this family cannot represent it"
+        )
+        return [f"rope_scaling.rope_type={_shown(kind)}: {why}; use a model whose rope is one of {allowed}"]
+    rope = config["rope_scaling"]
+    faults = [
+        f"rope_scaling.{key}: missing, and rope_type={kind} needs it; add it" for key in _ROPES[kind] if key not in rope
+    ]
+    if kind == "llama3" and not faults and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        faults.append(
+            f"rope_scaling.low_freq_factor={rope['low_freq_factor']:g}: must be below"
+            f" high_freq_factor={rope['high_freq_factor']:g}; correct either"
+        )
+    return faults
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON has it, cut to a length that fits a message."""
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # read from a shallower stack
+        text = str(type(value).__name__)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

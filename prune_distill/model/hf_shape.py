@@ -1,0 +1,116 @@
+"""What a teacher's Hugging Face `config.json` says of its family and size."""
+
+from __future__ import annotations
+
+import os.path
+from pathlib import Path
+
+from prune_distill.model.hf_config import HfConfig, examine
+from prune_distill.schema import Family, ModelConfig, Shape
+
+# Hugging Face's name of each size, by Megatron's.
+_TERMS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_MOE_TERMS = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+}
+
+
+def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
+    """The teacher's shape, from the config or from `config.json`, and the faults found on the way.
+
+    A `config.json` that is at hand (a local folder, or a Hub id in the local cache) has to agree with what is set.
+    """
+    if model.hf_path is None:
+        return model.shape, []
+    folder = local_folder(model.hf_path, model.revision)
+    if folder is None:
+        return model.shape, [] if model.shape is not None else [_nowhere(model.hf_path)]
+    path = folder / "config.json"
+    config, faults = examine(path)
+    if config is None:
+        return model.shape, faults
+    found = shape_from(config)
+    if config["model_type"] != model.family.value:
+        says = config["model_type"]
+        faults = [
+            f"model.family={model.family.name}, but {path} says model_type {says}; set model.family={says}",
+            *faults,
+        ]
+    if model.shape is None:
+        return found, faults
+    return model.shape, faults + _shape_faults(model.shape, found, path)
+
+
+def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[str]]:
+    """The family that a model's `config.json` names, and the faults where it names none that is known."""
+    folder = local_folder(hf_path, revision)
+    if folder is None:
+        return None, [
+            f"model.family is not set, and there is no config.json to read it from (model.hf_path={hf_path} is no "
+            "folder here and not in the local Hub cache); set model.hf_path to a local folder, download the model "
+            f"first, or set model.family to one of {', '.join(family.value for family in Family)}"
+        ]
+    config, faults = examine(folder / "config.json")
+    return (None, faults) if config is None else (config["model_type"], [])
+
+
+def shape_from(config: HfConfig) -> Shape:
+    """The shape that a normalized `config.json` describes."""
+    terms = _TERMS | (_MOE_TERMS if config["model_type"] == Family.qwen3_moe.value else {})
+    return Shape(**{ours: config[theirs] for ours, theirs in terms.items()})
+
+
+def may_be_hub_id(hf_path: str) -> bool:
+    """Whether a string can be `owner/name` of the Hub: not an absolute path, nor one that says it is relative."""
+    owner, _, name = hf_path.partition("/")
+    return bool(owner and name) and "/" not in name and "*" not in hf_path and owner[0] not in ".~"
+
+
+def local_folder(hf_path: str, revision: str | None) -> Path | None:
+    """The teacher's folder on this machine: its own, or one of the local Hub cache; None where there is neither.
+
+    A folder of the Hub's cache may hold `config.json` alone: the rest is downloaded when it is needed.
+    """
+    path = os.path.expanduser(hf_path)
+    if os.path.exists(path):  # pathlib raises for paths that no file system takes
+        return Path(path)
+    if not may_be_hub_id(hf_path):
+        return None
+    # Costs half a second, so only where it is needed.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(hf_path, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _nowhere(hf_path: str) -> str:
+    return (
+        f"model.shape is null and there is no config.json to read it from (model.hf_path={hf_path} is no folder here "
+        "and not in the local Hub cache); set model.hf_path to a local folder, download the model first, or set "
+        "model.shape"
+    )
+
+
+def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:
+    return [
+        f"model.shape.{ours}={getattr(given, ours)}, but {path} says {theirs} {getattr(found, ours)}; "
+        f"set model.shape.{ours}={getattr(found, ours)}, or model.shape=null to read it from there"
+        for ours, theirs in (_TERMS | _MOE_TERMS).items()
+        if getattr(given, ours) != getattr(found, ours)
+    ]

@@ -1,0 +1,129 @@
+"""Checks of a model folder's tokenizer and side files before a run starts: no torch, no transformers.
+
+What only transformers can tell is found where the tokenizer is loaded (`prune_distill/data/hf_tokenizer.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from prune_distill.errors import InputError, reading
+
+# Everything in a model's folder that is neither weights nor code nor prose: it goes along with the model unchanged.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Those of them that transformers reads as JSON objects.
+OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+FETCH = "download the file again"
+# The first line of a pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host is of 2014).
+_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
+# A line of a vocabulary in tiktoken's format, which Llama 3 also calls tokenizer.model.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+def faults(folder: Path) -> list[str]:
+    """The faults of a local model folder's tokenizer and side files, one sentence each."""
+    try:
+        with reading(folder, "make its files readable"):
+            return [*_pointer_faults(folder), *_object_faults(folder), *_tokenizer_faults(folder)]
+    except InputError as fault:  # permissions
+        return [str(fault)]
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` leaves in a file's place."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _POINTER.match(file.read(64)) is not None
+
+
+def _pointer_faults(folder: Path) -> Iterator[str]:
+    """Of the files that are read: a clone may well lack pictures, or weights in other formats."""
+    weights = [path.name for path in folder.glob("*.safetensors*") if not path.name.startswith("consolidated")]
+    names = [name for name in sorted({"config.json", *SIDE_FILES, *weights}) if is_lfs_pointer(folder / name)]
+    if names:
+        yield (
+            f"{folder}: {', '.join(names)} {'is a Git LFS pointer' if len(names) == 1 else 'are Git LFS pointers'}"
+            " without the content; run `git lfs pull` there, or download the model again"
+        )
+
+
+def _object_faults(folder: Path) -> Iterator[str]:
+    for path in (folder / name for name in OBJECTS):
+        if path.is_file() and not is_lfs_pointer(path):
+            try:
+                read_object(path)
+            except InputError as fault:
+                yield str(fault)
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
+    with reading(path, FETCH):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
+
+
+def _tokenizer_faults(folder: Path) -> Iterator[str]:
+    """At most one fault: of the file that transformers would read."""
+    described, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
+    if described.is_file() or pieces.is_file():
+        path = described if described.is_file() else pieces
+        if not is_lfs_pointer(path):
+            stat = path.stat()
+            fault = _unreadable(path, stat.st_mtime_ns, stat.st_size)
+            yield from [fault] if fault else []
+    elif not ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        others = " (tekken.json alone cannot be used)" if (folder / "tekken.json").exists() else ""
+        yield (
+            f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt"
+            f"{others}; add the tokenizer.json of this model"
+        )
+
+
+@lru_cache
+def _unreadable(path: Path, mtime_ns: int, size: int) -> str | None:
+    """Why a tokenizer file cannot be read; None: it can, or the library that reads it is not installed here.
+
+    Args:
+        mtime_ns, size: of the file; a file that changed is read again.
+    """
+    try:
+        if path.suffix == ".json":
+            from tokenizers import Tokenizer, __version__
+
+            fix = f"{FETCH}, or save it with the installed version of tokenizers ({__version__})"
+            with reading(path, fix):
+                Tokenizer.from_file(str(path))
+        else:
+            from sentencepiece import SentencePieceProcessor
+
+            with reading(path, FETCH), path.open("rb") as file:
+                if not _TIKTOKEN.match(file.readline(4096)):
+                    SentencePieceProcessor(model_proto=path.read_bytes())
+    except ImportError:
+        return None
+    except InputError as fault:
+        return str(fault)
+    return None

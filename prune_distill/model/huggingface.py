@@ -1,0 +1,83 @@
+"""Hugging Face folders: finding them, and what of them goes along with a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from prune_distill.errors import InputError
+from prune_distill.model import model_folder
+from prune_distill.model.hf_tokenizer import SIDE_FILES
+from prune_distill.model.hf_weights import PICKLED
+from prune_distill.regular_files import folder_faults
+
+
+def local_folder(
+    source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False, model: bool = True
+) -> Path:
+    """The folder of a Hugging Face model; a Hub id is downloaded into the Hub's cache, where it left off.
+
+    Args:
+        weights: whether the weights are wanted, or only what describes the model.
+        allow_pickle: whether `pytorch_model*.bin` will do for weights.
+        model: whether the model has to be one that can be converted; otherwise only its tokenizer is used.
+
+    Raises:
+        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code, or
+            holds files that must not be read (see `prune_distill.regular_files`).
+    """
+    folder = Path(source)
+    if not folder.exists():
+        folder = _download(str(source), revision, weights, allow_pickle)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} holds no config.json; set model.hf_path to a Hugging Face model's folder")
+    if model:
+        model_folder.check(folder, complete=weights, allow_pickle=allow_pickle)
+    elif faults := folder_faults(folder):
+        raise InputError("\n".join(faults))
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists() and _asks_for_code(folder / name):
+            raise InputError(
+                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
+                " class is part of transformers, or take auto_map out if it needs none of that code"
+            )
+    return folder
+
+
+def _asks_for_code(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
+    return isinstance(content, dict) and "auto_map" in content
+
+
+def _download(repository: str, revision: str | None, weights: bool, allow_pickle: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+    if weights:
+        patterns += ["*.safetensors", *([PICKLED] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the Hub client's own errors, and its network library's
+        raise InputError(
+            f"model.hf_path={repository} is no folder and can't be had from the Hub ({type(error).__name__}: {error});"
+            " download it where there is a network and set model.hf_path to its folder"
+        ) from error
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a model that came from the Hub: its cache keeps one folder a commit."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies tokenizer, generation config and chat template as they are, and config.json with them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (*SIDE_FILES, "config.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)

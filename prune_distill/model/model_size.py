@@ -1,0 +1,123 @@
+"""How many parameters a model has, in all and on one rank.
+
+Decoders of `prune_distill.schema.Family`: grouped-query attention, with or without biases, query and key norms and a
+gate; an MLP in each layer, or a router and experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prune_distill.schema import Family, Shape
+
+# What a `Shape` says of a mixture of experts, and of no other model.
+EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What families differ in.
+
+    Attributes:
+        qk_norm: each head's queries and keys are normed (nemo/collections/llm/gpt/model/qwen3.py:45).
+        qkv_bias: queries, keys and values have biases (qwen2.py:48).
+        gated_mlp: the MLP has a gate beside its up projection; otherwise a plain activation (nemotron.py:48).
+        norm_bias: norms have biases: LayerNorm instead of RMSNorm (nemotron.py:47).
+    """
+
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    gated_mlp: bool = True
+    norm_bias: bool = False
+
+
+TRAITS = {
+    Family.qwen3: Traits(qk_norm=True),
+    Family.qwen2: Traits(qkv_bias=True),
+    Family.llama: Traits(),
+    Family.mistral: Traits(),
+    Family.nemotron: Traits(gated_mlp=False, norm_bias=True),
+    Family.qwen3_moe: Traits(qk_norm=True),
+}
+
+
+def parameters(shape: Shape, family: Family) -> int:
+    """All parameters, a tied embedding counted once: transformers' `num_parameters()`."""
+    return rank_parameters(shape, family)
+
+
+def active_parameters(shape: Shape, family: Family) -> int:
+    """The parameters that a token meets: of a mixture's experts those that it is sent to."""
+    idle = expert_weights(shape, family) * ((shape.num_moe_experts or 0) - (shape.moe_router_topk or 0))
+    return parameters(shape, family) - shape.num_layers * idle
+
+
+def rank_parameters(
+    shape: Shape,
+    family: Family,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    stage: int = 0,
+    expert_parallel: int = 1,
+) -> int:
+    """Parameters that one rank holds.
+
+    Weights are cut over the tensor-parallel ranks; norms and a mixture's router are on each, and so are the experts,
+    which are shared out over the expert-parallel ranks. The first pipeline stage has the embedding, the last one the
+    final norm and the output layer: of its own, or a second copy of a tied embedding.
+
+    Args:
+        tensor_parallel: number of tensor-parallel ranks; divides heads, groups, FFN and vocabulary.
+        pipeline_parallel: number of pipeline stages; divides the layers.
+        stage: the rank's stage, from 0.
+        expert_parallel: number of expert-parallel ranks; divides the experts.
+    """
+    traits, head = TRAITS[family], shape.kv_channels
+    vocabulary = shape.vocab_size * shape.hidden_size // tensor_parallel
+    norm = shape.hidden_size * (2 if traits.norm_bias else 1)
+    norms = 2 * norm + (2 * head if traits.qk_norm else 0)
+    biases = (shape.num_attention_heads + 2 * shape.num_query_groups) * head if traits.qkv_bias else 0
+    router = shape.hidden_size * (shape.num_moe_experts or 0)
+    mlp = 0 if shape.num_moe_experts else _mlp_weights(shape.ffn_hidden_size, shape, family)
+    layer = (_attention_weights(shape) + mlp + biases) // tensor_parallel + norms + router
+    total = shape.num_layers // pipeline_parallel * layer
+    total += rank_experts(shape, family, pipeline_parallel, expert_parallel)
+    if stage == 0:
+        total += vocabulary
+    if stage == pipeline_parallel - 1:
+        total += norm + (0 if shape.tie_word_embeddings and pipeline_parallel == 1 else vocabulary)
+    return total
+
+
+def rank_experts(shape: Shape, family: Family, pipeline_parallel: int = 1, expert_parallel: int = 1) -> int:
+    """Of the parameters that one rank holds those of experts; 0 of a dense model."""
+    of_layer = (shape.num_moe_experts or 0) // expert_parallel * expert_weights(shape, family)
+    return shape.num_layers // pipeline_parallel * of_layer
+
+
+def expert_weights(shape: Shape, family: Family) -> int:
+    """Parameters of one expert of one layer; 0 of a dense model."""
+    return _mlp_weights(shape.moe_ffn_hidden_size or 0, shape, family)
+
+
+def layer_weights(shape: Shape, family: Family) -> int:
+    """Parameters of one layer's matrix products that a token goes through: queries, keys, values, projection; gate (if
+    any), up, down, or the router and those of the experts that it chooses."""
+    if not shape.num_moe_experts:
+        return _attention_weights(shape) + _mlp_weights(shape.ffn_hidden_size, shape, family)
+    router, chosen = shape.hidden_size * shape.num_moe_experts, shape.moe_router_topk or 0
+    return _attention_weights(shape) + router + chosen * expert_weights(shape, family)
+
+
+def _attention_weights(shape: Shape) -> int:
+    heads = 2 * shape.num_attention_heads + 2 * shape.num_query_groups
+    return shape.hidden_size * heads * shape.kv_channels
+
+
+def _mlp_weights(channels: int, shape: Shape, family: Family) -> int:
+    return shape.hidden_size * channels * (3 if TRAITS[family].gated_mlp else 2)
+
+
+def product_weights(shape: Shape, family: Family) -> int:
+    """Parameters that each token is multiplied with: all layers and the output layer, tied or not; no look-ups."""
+    return shape.num_layers * layer_weights(shape, family) + shape.vocab_size * shape.hidden_size

@@ -1,0 +1,1 @@
+"""Stand-ins for Transformer Engine and torch.cuda without CUDA; only `prune_distill.nemo.backend` uses them."""

@@ -1,0 +1,122 @@
+"""Hugging Face models at work in plain transformers: loaded once it is known that they fit, and described."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prune_distill.errors import InputError
+from prune_distill.model import hf_config
+from prune_distill.model.hf_tokenizer import read_object
+from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
+from prune_distill.nemo import backend
+from prune_distill.schema import ExportDtype
+
+log = logging.getLogger("recipes.hf_models")
+
+GIB = 2**30
+# Those of a generation config: what a text begins with, ends with and is filled up with.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# A weight's bytes by the names of `convert.export_dtype`.
+BYTES = {ExportDtype.bf16: 2, ExportDtype.fp16: 2, ExportDtype.fp32: 4}
+
+
+def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
+    """The model on this process's device, for inference; code that comes with a model is never run.
+
+    Its config is given, not read by transformers, each version of which ignores some of what the other one writes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
+    config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        # transformers before 4.56 knows the type by this name only; later ones know both.
+        torch_dtype=types.get(dtype, "auto"),
+        trust_remote_code=False,
+        use_safetensors=True,
+        **generation_options(folder),
+    )
+    return model.to(backend.torch_device()).eval()
+
+
+def generation_options(folder: Path) -> dict[str, Any]:
+    """Arguments for a model's `from_pretrained` where transformers would refuse its `generation_config.json`, which it
+    reads last, with an exception that it does not handle (modeling_utils.py): the token ids in that file alone."""
+    from transformers import GenerationConfig
+
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        log.warning("%s is ignored except for its token ids: %s", path, " ".join(str(error).split()))
+        ids = {name: value for name, value in read_object(path).items() if name in TOKEN_IDS and _are_ids(value)}
+        return {"generation_config": GenerationConfig(**ids)}
+    return {}
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(number) is int for number in (value if isinstance(value, list) else [value]))
+
+
+@contextlib.contextmanager
+def folder_of_both_forms(folder: Path) -> Iterator[Path]:
+    """A temporary folder of links to a model's files, with a `config.json` that transformers 4 and 5 read alike.
+
+    For libraries that load a model by its folder and bring a transformers of their own.
+    """
+    config = hf_config.with_both_forms(hf_config.read_config(folder / "config.json"))
+    with tempfile.TemporaryDirectory() as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            (links / path.name).symlink_to(path.resolve())
+        (links / "config.json").unlink()
+        (links / "config.json").write_text(json.dumps(config, indent=2))
+        yield links
+
+
+def describe(config: Any, params: int) -> dict[str, Any]:
+    """A model's sizes, as reports name them, from its transformers config."""
+    return {
+        "params": params,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_key_value_heads,
+    }
+
+
+def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
+    """What the weights of a folder take in memory, in bytes, from the headers of its files."""
+    entries = read_folder(folder).values()
+    return sum(entry.bytes // ITEM_BYTES[entry.dtype] * BYTES.get(dtype, ITEM_BYTES[entry.dtype]) for entry in entries)
+
+
+def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
+    """What keys and values of `tokens` tokens, of all sequences together, take."""
+    config = hf_config.read_config(folder / "config.json")
+    size = BYTES.get(dtype, 4 if config.get("torch_dtype") == "float32" else 2)
+    layers, groups, head_size = (config[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    return int(2 * layers * groups * head_size * size * tokens)
+
+
+def check_fits(needs: Sequence[tuple[str, int]], mend: str) -> None:
+    """Raises: InputError, where what is needed, in bytes by name, is more than this process's device has left."""
+    total, free = sum(size for _, size in needs), backend.free_memory_bytes()
+    if total > free:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs)
+        raise InputError(
+            f"{total / GIB:.1f} GiB are needed ({parts}), but {backend.device_name()} has {free / GIB:.1f} GiB free;"
+            f" {mend}"
+        )

@@ -1,0 +1,85 @@
+"""Ranks that share a stage's work with PyTorch alone: each takes a part, the first one writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from prune_distill.nemo import backend
+from prune_distill.pipeline.stage_main import rank, world_size
+
+_exchanges = itertools.count()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A process group of what torchrun started, each rank on its own GPU; nothing for a single process."""
+    if world_size() == 1:
+        yield
+        return
+    on_gpu = backend.torch_device() == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def added_up(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks."""
+    if world_size() > 1:
+        values = values.to(backend.torch_device())
+        dist.all_reduce(values)
+    return values.cpu()
+
+
+def of_first(value: Any) -> Any:
+    """What the first rank has, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each rank has, on every rank."""
+    found = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def exchange(value: Any) -> list[Any]:
+    """What each rank has, on every rank, through torchrun's own store: before there is a process group.
+
+    Args:
+        value: what JSON can hold. All ranks call this equally often, in the same order.
+    """
+    if world_size() == 1:
+        return [value]
+    number = next(_exchanges)
+    _store().set(f"{number}/{rank()}", json.dumps(value))
+    # `get` waits until a rank has come here; what ranks do before may be the reading of a large checkpoint.
+    return [json.loads(_store().get(f"{number}/{other}")) for other in range(world_size())]
+
+
+@cache
+def _store() -> Any:
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=1)))
+    return dist.PrefixStore("recipes/exchange", store)
+
+
+def wait() -> None:
+    """Returns once all ranks have come here."""
+    of_all(None)

@@ -1,0 +1,186 @@
+"""Whether complete folders still hold what their stages wrote, and what to do where they do not. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import LAUNCHES, MANIFEST, Located, is_as_written, read_manifest
+from prune_distill.pipeline.outputs import (
+    CHECKPOINTS,
+    OUTPUTS,
+    Entries,
+    crc32_of,
+    differences,
+    parse_record,
+    select,
+    share_of,
+)
+from prune_distill.pipeline.stages import Output
+
+_CHECKPOINT = re.compile(r"step=(0|[1-9]\d*)")
+# As many files of a folder are named.
+MOST_FILES = 3
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A folder that no longer holds what was written.
+
+    Attributes:
+        folder: what has to be removed before it can be made again.
+        files: what is wrong, by file.
+    """
+
+    folder: Path
+    files: Mapping[str, str]
+
+    def __str__(self) -> str:
+        named = [f"{name} {fault}" for name, fault in list(self.files.items())[:MOST_FILES]]
+        more = len(self.files) - len(named)
+        return f"{self.folder} is damaged: {', '.join(named)}{f', and {more} more files' if more else ''}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is recorded of a complete folder.
+
+    Attributes:
+        entries: size and CRC-32 by file; None: made before outputs were recorded.
+        faults: what is wrong with the record itself, by file.
+    """
+
+    entries: Entries | None
+    faults: Mapping[str, str]
+
+
+def read_record(folder: Path) -> Record:
+    """The record of a stage's complete folder."""
+    manifest = read_manifest(folder) or {}
+    if "outputs" not in manifest and "crc32" not in manifest:
+        return Record(None, {})
+    if not is_as_written(manifest):
+        return Record({}, {MANIFEST: "has other content than was written"})
+    try:
+        content = (folder / OUTPUTS).read_bytes()
+    except OSError:
+        return Record({}, {OUTPUTS: "is missing"})
+    entries = parse_record(content)
+    if entries is None or crc32_of(content) != manifest.get("outputs", {}).get("crc32"):
+        return Record({}, {OUTPUTS: "has other content than was written"})
+    return Record(entries, {})
+
+
+def damage_of(
+    folder: Path,
+    part: str = ".",
+    files: Iterable[str] = ("*",),
+    contents: bool = True,
+    share: tuple[int, int] = (0, 1),
+) -> Damage | None:
+    """What is wrong with a stage's complete folder; None: nothing, or nothing was recorded of it.
+
+    Args:
+        part: the path in the folder at which is looked; `files`: patterns of the names.
+        contents: whether files are read; otherwise only presence and sizes are compared.
+        share: of several processes that share the reading, this one's number and how many there are.
+    """
+    record = read_record(folder)
+    if record.entries is None:
+        return None
+    wanted = select(record.entries, part, files)
+    faults = dict(record.faults)
+    if not wanted and not faults and part not in (".", CHECKPOINTS):
+        faults[part] = "is not among what was written"
+    faults |= _faults(folder, wanted, contents, share)
+    return Damage(folder, faults) if faults else None
+
+
+def _faults(folder: Path, entries: Entries, contents: bool, share: tuple[int, int]) -> dict[str, str]:
+    """Sizes are compared by every process, contents by one."""
+    faults = differences(folder, entries, contents=False)
+    readable = {name: entry for name, entry in share_of(entries, *share).items() if contents and name not in faults}
+    return {**faults, **differences(folder, readable)}
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The folders `step=N` of a folder by step, in order; none where it does not exist. Other names are passed over."""
+    found = {}
+    for path in folder.glob("step=*"):
+        step = _CHECKPOINT.fullmatch(path.name)
+        if step is not None and path.is_dir():
+            found[int(step[1])] = path
+    return dict(sorted(found.items()))
+
+
+def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Damage | None:
+    """What is wrong with a training checkpoint, by the record that it carries; see `damage_of`.
+
+    One without a record was written before there were any: it has to hold weights and their context.
+    """
+    record = checkpoint / OUTPUTS
+    if not record.exists():
+        missing = [name for name in ("weights", "context") if not (checkpoint / name).is_dir()]
+        return Damage(checkpoint, {f"{name}/": "is missing" for name in missing}) if missing else None
+    entries = parse_record(record.read_bytes())
+    if entries is None:
+        return Damage(checkpoint, {OUTPUTS: "has other content than was written"})
+    faults = _faults(checkpoint, entries, contents, share)
+    return Damage(checkpoint, faults) if faults else None
+
+
+def damaged_inputs(
+    located: Located, stages: Mapping[str, Located], contents: bool, share: tuple[int, int] = (0, 1)
+) -> list[Damage]:
+    """What is wrong with that which a stage reads of the stages before it; see `damage_of`."""
+    found = []
+    for source in _outputs_read(located):
+        folder = stages[source.stage].folder
+        found.append(damage_of(folder, source.path, source.files, contents, share))
+        if source.path == CHECKPOINTS:
+            checkpoints = checkpoints_in(folder / CHECKPOINTS).values()
+            found += [checkpoint_damage(checkpoint, contents, share) for checkpoint in checkpoints]
+    return [damage for damage in found if damage is not None]
+
+
+def refuse(damages: Iterable[Damage], run_dir: Path) -> None:
+    """Raises: InputError, where there is damage: what and where, and the command that makes it good."""
+    by_folder: dict[Path, Damage] = {}
+    for damage in damages:
+        before = by_folder.get(damage.folder)
+        by_folder[damage.folder] = Damage(damage.folder, {**(before.files if before else {}), **damage.files})
+    if not by_folder:
+        return
+    remove = shlex.join(["rm", "-r", *map(str, by_folder)])
+    raise InputError(f"{'; '.join(map(str, by_folder.values()))}; to make it again: {remove} && {_relaunch(run_dir)}")
+
+
+def unrecorded(stages: Iterable[Located]) -> str | None:
+    """A sentence on the complete stages that cannot be checked, None where there are none."""
+    complete = [stage for stage in stages if stage.complete]
+    names = sorted({stage.stage.name for stage in complete if read_record(stage.folder).entries is None})
+    return f"{', '.join(names)}: made before outputs were recorded, so not checked" if names else None
+
+
+def inputs_of(located: Located, stages: Mapping[str, Located]) -> list[Located]:
+    """The stages of which a stage reads something."""
+    return [stages[name] for name in sorted({source.stage for source in _outputs_read(located)})]
+
+
+def _outputs_read(located: Located) -> Iterator[Output]:
+    sources = located.stage.inputs(located.cfg).values()
+    return (source for source in sources if isinstance(source, Output))
+
+
+def _relaunch(run_dir: Path) -> str:
+    """The command that last launched a run; without one, what to do in words."""
+    try:
+        last = json.loads((run_dir / LAUNCHES).read_text().splitlines()[-1])["command"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError):
+        last = None
+    return last if isinstance(last, str) and last else "the command that started the run"

@@ -1,0 +1,62 @@
+"""`metrics.jsonl`: one JSON object a line, appended while a stage trains; a person can `tail -f` it. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from prune_distill.pipeline.stage_log import parse_metrics
+
+log = logging.getLogger("recipes.metrics")
+
+
+class MetricsFile:
+    """The writing side, for one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, **values: Any) -> None:
+        """Adds a line. Values are numbers; `step` is the optimizer step that they belong to."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drops what a training that resumes after `step` must not keep, and says so.
+
+        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and, of
+        several lines on the same step, all but the last.
+        """
+        if step and not self.path.exists():
+            log.warning("%s is missing: the record starts after step %d", self.path, step)
+        parsed = [parse_metrics(line) for line in _lines(self.path)]
+        lines = [line for line in parsed if line is not None]
+        earlier = [line for line in lines if line["step"] <= step]
+        # A step has a line of its training and one of its validation.
+        kept = list({(line["step"], "val_loss" in line): line for line in earlier}.values())
+        dropped = {
+            f"of steps after {step}": len(lines) - len(earlier),
+            "that were repeated": len(earlier) - len(kept),
+            "that are not metrics": len(parsed) - len(lines),
+        }
+        if told := ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count):
+            log.warning("%s: lines removed: %s", self.path, told)
+        temporary = self.path.with_name(f".{self.path.name}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, each with its integer `step`; none where it does not exist. Others are left out."""
+    return [line for line in map(parse_metrics, _lines(path)) if line is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        content = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line for line in content.split("\n") if line]

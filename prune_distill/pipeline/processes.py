@@ -1,0 +1,142 @@
+"""The processes of a stage: that none outlives its parent, and what they may take from the environment. No torch.
+
+Python and the libraries start helpers in two ways. Forked ones (the data loader's workers, the asynchronous checkpoint
+writer of megatron/core/dist_checkpointing/strategies/async_utils.py:214 and its own writers) pass a hook of `os`.
+Spawned ones (the workers of `prepare_data`, the manager of megatron/core/dist_checkpointing/strategies/
+filesystem_async.py:54) import the top level of `__main__`, which imports `prune_distill.pipeline.stage_main`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing.util
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from multiprocessing import parent_process
+from pathlib import Path
+
+from prune_distill.errors import InputError
+from prune_distill.pipeline.stages import RANK_VARIABLES, TORCHRUN_ID
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+SECONDS_BETWEEN_LOOKS = 0.5
+# A socket's path has at most 107 bytes (sun_path in <linux/un.h>); multiprocessing adds 32 to the temporary folder
+# (`/pymp-xxxxxxxx/listener-xxxxxxxx`, multiprocessing/connection.py:arbitrary_address).
+LONGEST_TEMPORARY_FOLDER = 107 - 32
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_fork = threading.local()
+
+
+@cache
+def end_with_parent() -> None:
+    """Makes all children that this process forks end when it ends, however it ends.
+
+    In a child that multiprocessing spawned, the child itself ends with its parent as well.
+    """
+    os.register_at_fork(before=_note_parent, after_in_child=_follow_parent)
+    if is_spawned() or parent_process() is not None:
+        # Not by the kernel's signal, which comes when the *thread* ends that started the child: which one is unknown.
+        _start_watch(_spawned_alive)
+
+
+def is_spawned() -> bool:
+    """Whether multiprocessing spawned this process, also while it imports `__main__` and does not know its parent yet.
+
+    The argument is what multiprocessing/spawn.py:get_command_line ends with.
+    """
+    return sys.orig_argv[-1] == "--multiprocessing-fork"
+
+
+def _spawned_alive() -> bool:
+    parent = parent_process()
+    return parent is None or os.getppid() == parent.pid
+
+
+def _note_parent() -> None:
+    _fork.parent, _fork.by_main_thread = os.getpid(), threading.get_native_id() == os.getpid()
+
+
+def _follow_parent() -> None:
+    parent = _fork.parent
+    if _libc is None or not _fork.by_main_thread:
+        _start_watch(lambda: os.getppid() == parent)
+        return
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _start_watch(parent_alive: Callable[[], bool]) -> None:
+    """Has a thread kill this process once its parent has ended, whose children then have another parent."""
+
+    def watch() -> None:
+        while parent_alive():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def end_with_torchrun() -> None:
+    """Asks Linux to kill this rank when the torchrun that started it dies: no rank outlives a killed launcher."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def drop_foreign_ranks(environment: dict[str, str] | os._Environ[str]) -> None:
+    """Removes what says that this process is a rank of another job, where neither torchrun nor srun started it.
+
+    Raises:
+        InputError: the variables say that there are several ranks; this one would wait for the others forever.
+    """
+    if TORCHRUN_ID in environment or _is_task_of_srun(environment):
+        return
+    found = [name for name in RANK_VARIABLES if name in environment]
+    if environment.get("WORLD_SIZE", "1").strip() != "1":
+        raise InputError(
+            f"WORLD_SIZE={environment['WORLD_SIZE']} is in the environment, but neither torchrun nor srun started this"
+            f" process, so it would wait for ranks that never come; run `unset {' '.join(found)}`, or start the stage"
+            " by torchrun"
+        )
+    for name in found:
+        del environment[name]
+
+
+def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
+    """Whether the variables are those of a task of a Slurm step (srun's own names on the left)."""
+    pairs = {"SLURM_NTASKS": "WORLD_SIZE", "SLURM_PROCID": "RANK"}
+    return all(ours in environment and environment.get(srun) == environment[ours] for srun, ours in pairs.items())
+
+
+def shorten_socket_paths() -> None:
+    """Has multiprocessing put its sockets where their paths are short enough, here and in child processes.
+
+    Everything else stays in TMPDIR.
+
+    Raises:
+        InputError: TMPDIR is too long, and there is no short folder to write to.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) <= LONGEST_TEMPORARY_FOLDER:
+        return
+    short = next((place for place in SHORT_FOLDERS if Path(place).is_dir() and os.access(place, os.W_OK)), None)
+    if short is None:
+        raise InputError(
+            f"TMPDIR={folder}: its path has more than {LONGEST_TEMPORARY_FOLDER} bytes, too many for the sockets of"
+            f" Python's multiprocessing, and none of {', '.join(SHORT_FOLDERS)} can be written to; set TMPDIR to a"
+            " shorter path"
+        )
+    tempfile.tempdir = short
+    try:
+        # Made now, it is kept, and children inherit its name (multiprocessing/util.py:get_temp_dir).
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = folder

@@ -1,0 +1,55 @@
+"""Scores of candidates on a task, as the stage `evaluate` would ask it of the models that would be exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prune_distill.data.folder import DataFolder
+from prune_distill.errors import InputError
+from prune_distill.evaluation.evaluator import Evaluator
+from prune_distill.evaluation.holding import ROOM
+from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.schema import RunConfig, TaskScore
+
+
+class Scores:
+    """Asks a task of NeMo checkpoints; what was asked once is kept in `out`. The same calls on all ranks.
+
+    Args:
+        inputs: of the stage: data, task_folder.
+        teacher: its Hugging Face folder.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, score: TaskScore, inputs: dict[str, Any], teacher: Path, export: Export, out: Path
+    ) -> None:
+        self.score, self.export, self.room = score, export, out / ROOM
+        data = DataFolder.read(inputs["data"])
+        self.evaluator = Evaluator(cfg, data, teacher, out, inputs.get("task_folder"))
+
+    def of(self, name: str, checkpoint: Path) -> dict[str, Any]:
+        """`value` and `stderr` of a checkpoint.
+
+        Raises:
+            InputError: the task cannot be asked, has no such metric, or one of which less is better.
+        """
+        from lm_eval.api.registry import is_higher_better
+
+        task, metric = self.score.task, self.score.metric
+        with exported(name, checkpoint, self.room, self.export) as make:
+            entries = self.evaluator.score(name, make, task)
+        if task not in entries:
+            raise InputError(
+                f"{task} stands for several tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
+            )
+        scores = entries[task]
+        if metric not in scores:
+            found = sorted(key for key in scores if key != "samples")
+            raise InputError(f"{task} has no {metric}; set prune.tournament.score.metric to one of {', '.join(found)}")
+        if is_higher_better(metric.partition(" ")[0]) is False:  # None: a metric of the task's own
+            raise InputError(
+                f"of {metric} less is better; set prune.tournament.score.metric to one of which more is better, such as"
+                " acc"
+            )
+        return dict(scores[metric])

@@ -1,0 +1,82 @@
+"""Scores of many shapes from one model: ModelOpt's search space runs any of them forward without being cut.
+
+All axes are sorted by importance once; a shape is then the first channels and heads of each, as ModelOpt would cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from modelopt.torch.nas.utils import sort_parameters
+from modelopt.torch.opt.utils import named_hparams
+
+from prune_distill.pruning.importance import Importance
+from prune_distill.pruning.losses import cross_entropy, divergence, forward, from_last_stage, without_layers
+from prune_distill.pruning.search_space import give, to_search_space
+from prune_distill.schema import Shape
+
+
+class Subnets:
+    """A teacher as a search space. Converts the model: it can no longer be saved or pruned."""
+
+    def __init__(self, model: Any, importance: Importance, teacher: Shape) -> None:
+        self.core = to_search_space(model).eval()
+        self.teacher = teacher
+        give(importance, self.core)
+        sort_parameters(self.core, {"hidden_size", "ffn_hidden_size", "num_query_groups", "num_heads_per_group"})
+        # Or what is run from here on would be added to the importance, by which heads are still looked up.
+        for module in self.core.modules():
+            for handle in [*getattr(module, "hook_handles", ()), getattr(module, "hook_handle", None)]:
+                if handle is not None:
+                    handle.remove()
+
+    @contextmanager
+    def cut_to(self, shape: Shape, drop_layers: list[int]) -> Iterator[Any]:
+        """The core as if it were pruned to a shape."""
+        self._set(shape)
+        try:
+            with without_layers(self.core, drop_layers):
+                yield self.core
+        finally:
+            self._set(self.teacher)
+
+    def _set(self, shape: Shape) -> None:
+        sizes = {
+            "hidden_size": shape.hidden_size,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "num_query_groups": shape.num_query_groups,
+            "num_heads_per_group": shape.num_attention_heads // shape.num_query_groups,
+        }
+        for name, size in named_hparams(self.core, configurable=True):
+            if name.rpartition(".")[2] in sizes:
+                size.active = sizes[name.rpartition(".")[2]]
+        # What pipeline stages hand on is allocated by it (megatron/core/pipeline_parallel/schedules.py).
+        self.core.config.hidden_size = shape.hidden_size
+
+    def scores(
+        self, shapes: list[tuple[Shape, list[int]]], batches: list[torch.Tensor]
+    ) -> tuple[float, list[tuple[float, float]]]:
+        """The teacher's loss, and of each shape its loss and KL(teacher || shape), in nats per token.
+
+        Args:
+            shapes: each with the layers that it drops.
+            batches: sequences `[b, s + 1]`. The teacher runs once over each, and its logits are kept no longer.
+        """
+        sums = [0.0] * (1 + 2 * len(shapes))
+        tokens = sum(batch[:, 1:].numel() for batch in batches)
+        for batch in batches:
+            ids, targets = batch[:, :-1].contiguous(), batch[:, 1:]
+            of_teacher = forward(self.core, ids)
+            if of_teacher is not None:
+                sums[0] += cross_entropy(of_teacher, targets)
+            for index, (shape, drop_layers) in enumerate(shapes):
+                with self.cut_to(shape, drop_layers) as core:
+                    logits = forward(core, ids)
+                if logits is not None and of_teacher is not None:
+                    sums[1 + 2 * index] += cross_entropy(logits, targets)
+                    sums[2 + 2 * index] += divergence(logits, of_teacher)
+        whole, *pairs = [total / tokens for total in from_last_stage(sums)]
+        return whole, list(zip(pairs[::2], pairs[1::2], strict=True))

@@ -1,0 +1,89 @@
+"""Cells of tables, and what they are read from: an entry that is missing, or not of its kind, is a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from prune_distill.reporting import words
+from prune_distill.reporting.blocks import Cell, Figure, Note
+from prune_distill.reporting.plots import Plot
+from prune_distill.reporting.results import headline
+from prune_distill.reporting.run_folder import RunFolder
+from prune_distill.reporting.svg import inline
+from prune_distill.reporting.words import finite
+
+Clean = Callable[[str], str]
+Report = Mapping[str, Any]
+
+
+def number_cell(value: Any, shown: Callable[[Any], str], detail: str = "") -> Cell:
+    found = finite(value)
+    return Cell(words.NOTHING) if found is None else Cell(shown(value), found, detail)
+
+
+def score_cell(scores: Any, of_teacher: Any) -> Cell:
+    found = headline(scores) if isinstance(scores, dict) else None
+    if found is None:
+        return Cell(words.NOTHING)
+    _, value, error = found
+    base = headline(of_teacher) if isinstance(of_teacher, dict) else None
+    apart = words.signed(value - base[1], 3) if base is not None else ""
+    return Cell(
+        f"{words.number(value, 3)}" + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart
+    )
+
+
+def spread_cell(spread: Any, ratio: Any, shown: Callable[[Any], str]) -> Cell:
+    against = f"{words.times(median(ratio))} ({spread_words(ratio)})" if median(ratio) is not None else ""
+    return number_cell(median(spread), shown, against)
+
+
+def spread_words(spread: Any) -> str:
+    """The range of a measurement over its rounds."""
+    if not isinstance(spread, dict):
+        return ""
+    return f"{words.times(spread.get('min'))} to {words.times(spread.get('max'))}"
+
+
+def median(spread: Any) -> float | None:
+    return finite(spread.get("median")) if isinstance(spread, dict) else finite(spread)
+
+
+def mean_score(tasks: Report, name: str) -> float | None:
+    found = [headline(of_task[name]) if name in of_task else None for of_task in tasks.values()]
+    values = [score[1] for score in found if score is not None]
+    return sum(values) / len(values) if values and len(values) == len(found) else None
+
+
+def agreement(model: Report, key: str) -> float | None:
+    agreement = model.get("agreement")
+    return finite(agreement.get(key)) if isinstance(agreement, dict) else None
+
+
+def benchmarked(report: Report) -> dict[str, dict[str, Any]]:
+    models = (report["benchmark"] or {}).get("models")
+    return (
+        {name: model for name, model in models.items() if isinstance(model, dict)} if isinstance(models, dict) else {}
+    )
+
+
+def ratios_of(report: Report, name: str) -> dict[str, Any]:
+    ratios = (report["benchmark"] or {}).get("ratios")
+    found = ratios.get(name) if isinstance(ratios, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def figure(plot: Plot, caption: str, clean: Clean) -> Figure:
+    return Figure(inline(plot, caption, clean), caption)
+
+
+def missing(run: RunFolder, stage: str, words_: str) -> Note:
+    """What is not there, and why: the stage that makes it."""
+    found = run.stages.get(stage)
+    if found is None:
+        return Note(f"{words_}: this run has no stage {stage}.", "missing")
+    if found.complete:
+        return Note(f"{words_}, though stage {stage} is complete.", "missing")
+    why = f" ({found.cause.splitlines()[-1]})" if found.state == "failed" and found.cause else ""
+    return Note(f"{words_}: stage {stage} {'is ' if found.state != 'failed' else ''}{found.state}{why}.", "missing")

@@ -1,0 +1,175 @@
+"""The page that sets several runs beside each other: every student against its own teacher."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prune_distill.reporting import figures, words
+from prune_distill.reporting.blocks import Block, Cell, Column, Figures, Note, Page, Section, Table
+from prune_distill.reporting.cells import (
+    Clean,
+    agreement,
+    benchmarked,
+    figure,
+    mean_score,
+    median,
+    number_cell,
+    ratios_of,
+)
+from prune_distill.reporting.plots import MARKERS, SERIES, Plot, pareto_front
+from prune_distill.reporting.run_folder import RunFolder
+from prune_distill.reporting.words import finite
+
+# Where a run is, and what it is called, is no setting.
+NO_SETTINGS = {"run_dir"}
+
+
+def named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """Runs by names that tell them apart: the experiment's, or with their folders'."""
+    names = Counter(run.name for run in runs)
+    made: dict[str, RunFolder] = {}
+    for number, run in enumerate(runs, 1):
+        name = run.name if names[run.name] == 1 else f"{run.name}: {run.path.resolve().name}"
+        made[name if name not in made else f"{name} ({number})"] = run
+    return made
+
+
+def page(runs: Mapping[str, RunFolder], reports: Mapping[str, dict[str, Any]], clean: Clean) -> Page:
+    """The comparison of runs that `named` named."""
+    students = {name: report["models"]["student"] for name, report in reports.items() if "student" in report["models"]}
+    missing = [f"{name} has no evaluated student ({reports[name]['state']})" for name in runs if name not in students]
+    sections = [
+        Section("students", "Students against their teachers", [_table(reports)]),
+        Section("curves", "Curves and trade-offs", _plots(runs, reports, students, clean)),
+        Section("settings", "Settings that differ", [_settings(runs)]),
+    ]
+    return Page(
+        title=f"Comparison of {len(runs)} runs",
+        heading=f"{len(runs)} runs compared",
+        meta=" · ".join(runs),
+        state="",
+        lead=_lead(students, reports),
+        blocks=[Note("; ".join(missing) + ".", "warning")] if missing else [],
+        sections=sections,
+    )
+
+
+def _lead(students: Mapping[str, Any], reports: Mapping[str, Any]) -> str:
+    losses = {name: finite(student.get("val_loss")) for name, student in students.items()}
+    found = {name: loss for name, loss in losses.items() if loss is not None}
+    if not found:
+        return "None of these runs has an evaluated student yet."
+    best = min(found, key=lambda name: found[name])
+    loss = words.number(found[best], 3)
+    return f"Of {len(found)} students, that of {best} has the lowest held-out loss: {loss} nats per token."
+
+
+def _table(reports: Mapping[str, dict[str, Any]]) -> Table:
+    columns = [
+        Column("Run", text=True),
+        Column("Parameters", "student"),
+        Column("Held-out loss", "student"),
+        Column("Held-out loss", "teacher"),
+        Column("Difference"),
+        Column("Same next token", "as the teacher"),
+        Column("Tasks", "mean score"),
+        Column("Generation", "times the teacher's"),
+        Column("Memory", "times the teacher's"),
+        Column("State", text=True),
+    ]
+    rows = []
+    for name, report in reports.items():
+        student, teacher = (report["models"].get(model, {}) for model in ("student", "teacher"))
+        loss, of_teacher = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
+        apart = loss - of_teacher if loss is not None and of_teacher is not None else None
+        ratios = ratios_of(report, "student")
+        smaller = words.change(student.get("params"), teacher.get("params"))
+        rows.append(
+            [
+                Cell(name),
+                number_cell(student.get("params"), words.count, smaller),
+                number_cell(loss, lambda value: words.number(value, 4)),
+                number_cell(of_teacher, lambda value: words.number(value, 4)),
+                number_cell(apart, lambda value: words.signed(value, 4)),
+                number_cell(agreement(student, "top1"), lambda value: words.percent(value, 1)),
+                number_cell(mean_score(report["tasks"], "student"), lambda value: words.number(value, 3)),
+                number_cell(median(ratios.get("decode")), words.times),
+                number_cell(ratios.get("memory"), words.times),
+                Cell(report["state"]),
+            ]
+        )
+    # What no run has measured has no column.
+    kept = [number for number in range(len(columns)) if any(row[number].text != words.NOTHING for row in rows)]
+    shown = [[row[index] for index in kept] for row in rows]
+    return Table("Every run's student against its teacher", [columns[index] for index in kept], shown)
+
+
+def _plots(
+    runs: Mapping[str, RunFolder], reports: Mapping[str, Any], students: Mapping[str, Any], clean: Clean
+) -> list[Block]:
+    curves = {name: run.stages["distill"].lines() for name, run in runs.items() if "distill" in run.stages}
+    sizes = {name: finite(student.get("params")) for name, student in students.items()}
+    speeds = {
+        name: median(benchmarked(report).get("student", {}).get("decode_tokens_per_second"))
+        for name, report in reports.items()
+    }
+    shown: list[tuple[Plot | None, str]] = [
+        (figures.overlaid(curves), "Held-out loss of every run's student while it trains."),
+        (
+            _pareto(
+                students, {name: size / 1e6 if size else None for name, size in sizes.items()}, "million parameters", 1
+            ),
+            "Quality against size; the line joins the students that no other beats in both.",
+        ),
+        (
+            _pareto(students, speeds, "tokens/s of generation", -1),
+            "Quality against speed; the line joins the students that no other beats in both.",
+        ),
+    ]
+    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
+    return [Figures(drawn)] if drawn else [Note("There is nothing to draw yet.", "missing")]
+
+
+def _pareto(students: Mapping[str, Any], costs: Mapping[str, float | None], x_label: str, sign: int) -> Plot | None:
+    """Loss over a cost (sign 1), or over what is better the more there is (-1)."""
+    rows = [(name, costs.get(name), finite(student.get("val_loss"))) for name, student in students.items()]
+    found = [(name, x, y) for name, x, y in rows if x is not None and y is not None]
+    if len(found) < 2:
+        return None
+    plot = Plot()
+    for index, (name, x, y) in enumerate(found):
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": name}
+        point = plot.axes[0].scatter([x], [y], color=SERIES[index % len(SERIES)], **marks)
+        plot.tell(point, [f"{name}: {x:.4g} {x_label}, loss {y:.4f}"])
+    front = pareto_front([(sign * x, y) for _, x, y in found])
+    plot.axes[0].plot([sign * x for x, _ in front], [y for _, y in front], color=figures.GREY, linewidth=1)
+    plot.axes[0].margins(0.15)
+    plot.label(x_label, figures.LOSS)
+    plot.legend()
+    return plot
+
+
+def _settings(runs: Mapping[str, RunFolder]) -> Block:
+    flat = {name: dict(_leaves(run.tree)) for name, run in runs.items()}
+    keys = list(dict.fromkeys(key for settings in flat.values() for key in settings if key not in NO_SETTINGS))
+    differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat.values()}) > 1]
+    if not differing:
+        return Note("All settings are the same.")
+    columns = [Column("Setting", text=True), *(Column(name, text=True) for name in runs)]
+    rows = [[Cell(key), *(Cell(_told(settings, key)) for settings in flat.values())] for key in differing]
+    return Table("Config values that are not the same in all runs", columns, rows)
+
+
+def _told(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return words.NOTHING
+    value = settings[key]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, dict):
+        return [(prefix, tree)]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]

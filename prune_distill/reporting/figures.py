@@ -1,0 +1,249 @@
+"""The report's plots of what was trained and measured. Where there is nothing to draw they are None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prune_distill.reporting.plots import COLOURS, GREY, MARKERS, SERIES, Plot
+from prune_distill.reporting.results import LABELS, headline
+from prune_distill.reporting.run_folder import StageFolder
+from prune_distill.reporting.words import duration, finite
+
+LOSS = "held-out loss (nats per token)"
+# More points than that no screen shows.
+MOST_POINTS = 400
+
+Lines = Sequence[Mapping[str, Any]]
+Points = list[tuple[float, float]]
+
+
+def colour_of(name: str, index: int = 0) -> str:
+    return COLOURS.get(name, SERIES[index % len(SERIES)])
+
+
+def label_of(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def points_of(lines: Lines, y: str, x: str = "step") -> Points:
+    """The points of a metrics file's lines, those that are numbers."""
+    pairs = [(finite(line.get(x)), finite(line.get(y))) for line in lines]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def thinned(points: Points) -> Points:
+    """At most so many points as are seen, evenly, the last one among them."""
+    stride = -(-len(points) // MOST_POINTS)
+    return points if stride < 2 else [*points[:-1:stride], points[-1]]
+
+
+def validation(models: Mapping[str, Any], curves: Mapping[str, Lines]) -> Plot | None:
+    """Held-out loss of every student as it trains, between the pruned model's and the teacher's."""
+    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
+    found = {name: points for name, points in found.items() if points}
+    if not found:
+        return None
+    plot = Plot()
+    pruned = finite(models.get("pruned", {}).get("val_loss"))
+    for name in ("teacher", "corrected_teacher", "pruned"):
+        loss = finite(models.get(name, {}).get("val_loss"))
+        if loss is not None:
+            plot.axes[0].axhline(
+                loss, color=COLOURS[name], linestyle="--" if name != "pruned" else ":", label=label_of(name)
+            )
+    for index, (name, points) in enumerate(found.items()):
+        starts = [(0.0, pruned)] if pruned is not None and name != "scratch" else []
+        _line(plot, [*starts, *points], name, index, "step")
+    plot.label("step", LOSS)
+    plot.legend()
+    return plot
+
+
+def training(lines: Lines, name: str) -> Plot | None:
+    """Training loss of one student: those of several are of different kinds."""
+    points = thinned(points_of(lines, "loss"))
+    if not points:
+        return None
+    plot = Plot()
+    plot.axes[0].plot(*zip(*points, strict=True), color=colour_of(name), linewidth=1.2)
+    unseen = plot.axes[0].scatter(*zip(*points, strict=True), color=colour_of(name), s=16, alpha=0.01)
+    plot.tell(unseen, [f"step {x:g}: {y:.4f}" for x, y in points])
+    plot.label("step", "training loss (nats per token)")
+    return plot
+
+
+def recovery_loss(rows: Lines, models: Mapping[str, Any]) -> Plot | None:
+    """Held-out loss of the saved checkpoints by tokens."""
+    found = _by_model(rows, lambda row: finite(row.get("val_loss")))
+    if not found:
+        return None
+    plot = Plot()
+    teacher = finite(models.get("teacher", {}).get("val_loss"))
+    if teacher is not None:
+        plot.axes[0].axhline(teacher, color=COLOURS["teacher"], linestyle="--", label=label_of("teacher"))
+    for index, (name, points) in enumerate(found.items()):
+        _line(plot, points, name, index, "million tokens")
+    plot.label("million tokens", LOSS)
+    plot.legend()
+    return plot
+
+
+def recovery_task(rows: Lines, task: str, models: Mapping[str, Any]) -> Plot | None:
+    """A task's score of the saved checkpoints by tokens."""
+
+    def score(row: Mapping[str, Any]) -> float | None:
+        tasks = row.get("tasks")
+        found = headline(tasks[task]) if isinstance(tasks, dict) and isinstance(tasks.get(task), dict) else None
+        return found[1] if found is not None else None
+
+    found = _by_model(rows, score)
+    if not found:
+        return None
+    plot = Plot()
+    teacher = score(models.get("teacher", {}))
+    if teacher is not None:
+        plot.axes[0].axhline(teacher, color=COLOURS["teacher"], linestyle="--", label=label_of("teacher"))
+    for index, (name, points) in enumerate(found.items()):
+        _line(plot, points, name, index, "million tokens")
+    plot.label("million tokens", "score", task)
+    plot.legend()
+    return plot
+
+
+def _by_model(rows: Lines, value: Any) -> dict[str, Points]:
+    found: dict[str, Points] = {}
+    for row in rows:
+        tokens, y = finite(row.get("tokens")), value(row)
+        if tokens is not None and y is not None:
+            found.setdefault(str(row.get("model", "student")), []).append((tokens / 1e6, y))
+    return found
+
+
+def _line(plot: Plot, points: Points, name: str, index: int, unit: str) -> None:
+    xs, ys = zip(*points, strict=True)
+    colour = colour_of(name, index)
+    plot.axes[0].plot(xs, ys, color=colour, linewidth=1.5)
+    marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
+    shown = plot.axes[0].scatter(xs, ys, color=colour, **marks)
+    plot.tell(shown, [f"{label_of(name)}, {x:.4g} {unit}: {y:.4f}" for x, y in points])
+
+
+def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """Every model's score of every task, with its standard error."""
+    rows = [(task, name, headline(scores)) for task, of_task in tasks.items() for name, scores in of_task.items()]
+    found = [(task, name, score) for task, name, score in rows if score is not None]
+    if not found:
+        return None
+    shown_tasks, names = list(dict.fromkeys(row[0] for row in found)), list(dict.fromkeys(row[1] for row in found))
+    plot = Plot(size=(4.8, max(2.2, 0.9 + len(shown_tasks) * (0.22 + 0.14 * len(names)))))
+    for index, name in enumerate(names):
+        shift = 0.16 * (index - (len(names) - 1) / 2)
+        of_model = [(score[1], shown_tasks.index(task) + shift, score[2]) for task, n, score in found if n == name]
+        xs, ys, errors = zip(*of_model, strict=True)
+        colour = colour_of(name, index)
+        bars = {"fmt": "none", "ecolor": colour, "elinewidth": 1.2, "capsize": 2}
+        plot.axes[0].errorbar(xs, ys, xerr=[error or 0 for error in errors], **bars)
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
+        points = plot.axes[0].scatter(xs, ys, color=colour, **marks)
+        plot.tell(points, [f"{label_of(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in of_model])
+    plot.axes[0].set_yticks(range(len(shown_tasks)), shown_tasks)
+    plot.axes[0].invert_yaxis()
+    plot.label("score, with one standard error", "")
+    plot.legend(3)
+    return plot
+
+
+def trade(models: Mapping[str, Any], costs: Mapping[str, float | None], x_label: str) -> Plot | None:
+    """Held-out loss over a cost or a speed, a point a model."""
+    rows = [(name, costs.get(name), finite(model.get("val_loss"))) for name, model in models.items()]
+    found = [(name, x, y) for name, x, y in rows if x is not None and y is not None]
+    if len(found) < 2:
+        return None
+    plot = Plot()
+    for index, (name, x, y) in enumerate(found):
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": label_of(name)}
+        point = plot.axes[0].scatter([x], [y], color=colour_of(name, index), **marks)
+        plot.tell(point, [f"{label_of(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
+    plot.axes[0].margins(0.15)
+    plot.label(x_label, LOSS)
+    plot.legend()
+    return plot
+
+
+def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
+    """When each stage worked; earlier starts, which were broken off, are hollow marks."""
+    spans = {name: _span(stage) for name, stage in stages.items()}
+    found = {name: span for name, span in spans.items() if span is not None}
+    if not found:
+        return None
+    zero = min(stages[name].attempts[0].started if stages[name].attempts else span[0] for name, span in found.items())
+    last = max(span[1] for span in found.values())
+    unit, word = next(
+        (size, word)
+        for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes"), (0, "seconds"))
+        if last - zero > 3 * size
+    )
+    unit = unit or 1
+    plot = Plot(size=(4.8, 0.9 + 0.24 * len(found)))
+    axes = plot.axes[0]
+    for row, (name, (start, end)) in enumerate(found.items()):
+        colour = COLOURS["student"] if stages[name].complete else COLOURS["scratch"]
+        axes.barh(
+            row, max(end - start, (last - zero) / 200) / unit, left=(start - zero) / unit, height=0.6, color=colour
+        )
+        middle = axes.scatter([((start + end) / 2 - zero) / unit], [row], color=colour, s=30)
+        plot.tell(middle, [f"{name}, {stages[name].state}: {duration(end - start)}"])
+        broken = [attempt.started for attempt in stages[name].attempts if attempt.started < start - 1]
+        if broken:
+            marks = axes.scatter(
+                [(at - zero) / unit for at in broken], [row] * len(broken), color="none", edgecolors=GREY, s=26
+            )
+            plot.tell(marks, [f"{name}: started, and broken off or paused"] * len(broken))
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    plot.label(f"{word} since the first start", "")
+    return plot
+
+
+def _span(stage: StageFolder) -> tuple[float, float] | None:
+    """When a stage's last process worked, as far as its folder tells."""
+    start, end = finite(stage.manifest.get("started")), finite(stage.manifest.get("ended"))
+    if start is not None and end is not None:
+        return start, end
+    if not stage.attempts:
+        return None
+    try:
+        end = (stage.folder / "log.txt").stat().st_mtime
+    except OSError:
+        end = stage.attempts[-1].started
+    return stage.attempts[-1].started, max(end, stage.attempts[-1].started)
+
+
+def candidates(rows: Any, cost: str) -> list[dict[str, Any]]:
+    """The rows of a candidate table that can be drawn over a cost."""
+    numbers = ("num_layers", "loss", cost)
+    listed = rows if isinstance(rows, list) else []
+    usable = [row for row in listed if isinstance(row, dict) and None not in [finite(row.get(key)) for key in numbers]]
+    return [{**row, "rounds": _ended(row.get("rounds"))} for row in usable]
+
+
+def _ended(rounds: Any) -> list[dict[str, Any]]:
+    """The rounds of a candidate that gave a loss."""
+    entries = rounds if isinstance(rounds, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and finite(entry.get("val_loss")) is not None]
+
+
+def overlaid(curves: Mapping[str, Lines]) -> Plot | None:
+    """Validation losses of the students of several runs."""
+    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
+    found = {name: points for name, points in found.items() if points}
+    if not found:
+        return None
+    plot = Plot()
+    for index, (name, points) in enumerate(found.items()):
+        _line(plot, points, name, index, "step")
+    plot.label("step", LOSS)
+    plot.legend()
+    return plot

@@ -1,0 +1,46 @@
+"""Pages as files: one each, that opens without a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from prune_distill.reporting.blocks import Page
+from prune_distill.reporting.privacy import Privacy
+
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+
+
+def render(page: Page, privacy: Privacy) -> str:
+    """A page as HTML. Every text goes through `privacy`, and is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    def finalize(value: Any) -> Any:
+        return privacy.text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+    templates = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return templates.get_template("report.html.j2").render(page=page)
+
+
+def write(page: Page, path: Path, privacy: Privacy) -> None:
+    """Writes a page so that a reader sees the old one or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(render(page, privacy))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

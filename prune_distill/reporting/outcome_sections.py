@@ -1,0 +1,292 @@
+"""What came out: the models, their quality, their speed, and what they write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prune_distill.reporting import figures, words
+from prune_distill.reporting.blocks import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Figures,
+    Note,
+    Sample,
+    Samples,
+    Table,
+)
+from prune_distill.reporting.cells import (
+    Clean,
+    Report,
+    agreement,
+    benchmarked,
+    figure,
+    mean_score,
+    median,
+    missing,
+    number_cell,
+    ratios_of,
+    score_cell,
+    spread_cell,
+)
+from prune_distill.reporting.figures import label_of
+from prune_distill.reporting.results import headline, samples_of
+from prune_distill.reporting.run_folder import RunFolder
+from prune_distill.reporting.words import finite
+
+# Beyond so many, the overview has their mean; all of them have a table of their own.
+TASKS_IN_OVERVIEW = 2
+SAMPLES_SHOWN = 8
+CONTROL = (
+    " A control is the same pruned model, trained on the same tokens in the same steps without a teacher; at small"
+    " sizes it can come out ahead."
+)
+
+
+def models(run: RunFolder, report: Report) -> Iterator[Block]:
+    models = report["models"]
+    if not models:
+        yield missing(run, "evaluate", "No model has been evaluated")
+        return
+    yield _overview(report)
+    tokens = next((model["tokens"] for model in models.values() if finite(model.get("tokens")) is not None), None)
+    if tokens is not None:
+        yield Note(
+            f"Held-out loss: mean over {words.number(tokens)} tokens of documents that no model was trained on, by"
+            " plain transformers on the Hugging Face folders. Changes are against the teacher."
+            f"{CONTROL if 'ce' in models else ''}"
+        )
+    yield _details(models)
+
+
+def _overview(report: Report) -> Table:
+    models, tasks = report["models"], report["tasks"]
+    teacher = models.get("teacher", {})
+    columns = [Column("Model", text=True), Column("Parameters"), Column("Held-out loss", "nats/token")]
+    agreeing = any(agreement(model, "top1") is not None for model in models.values())
+    columns += [Column("Same next token", "as the teacher")] if agreeing else []
+    in_overview = list(tasks) if len(tasks) <= TASKS_IN_OVERVIEW else []
+    columns += [Column(task, "score ± error") for task in in_overview]
+    columns += [Column("Tasks", "mean score")] if tasks and not in_overview else []
+    measured = benchmarked(report)
+    columns += [Column("Generation", "tokens/s"), Column("Memory", "peak")] if measured else []
+    rows = []
+    for name, model in models.items():
+        base = {} if name == "teacher" else teacher
+        loss, of_teacher = finite(model.get("val_loss")), finite(base.get("val_loss"))
+        apart = words.signed(loss - of_teacher, 3) if loss is not None and of_teacher is not None else ""
+        row = [
+            Cell(label_of(name)),
+            number_cell(model.get("params"), words.count, words.change(model.get("params"), base.get("params"))),
+            number_cell(loss, lambda value: words.number(value, 4), apart),
+        ]
+        if agreeing:
+            top1 = agreement(model, "top1")
+            told = agreement(model, "kl")
+            row.append(
+                number_cell(
+                    top1, lambda v: words.percent(v, 1), f"KL {words.number(told, 3)}" if told is not None else ""
+                )
+            )
+        row += [score_cell(tasks[task].get(name), tasks[task].get("teacher") if base else None) for task in in_overview]
+        if tasks and not in_overview:
+            row.append(number_cell(mean_score(tasks, name), lambda value: words.number(value, 3)))
+        if measured:
+            row += _speed_cells(report, name)
+        rows.append(row)
+    return Table("Models: size, quality, speed", columns, rows)
+
+
+def _speed_cells(report: Report, name: str) -> list[Cell]:
+    of_model, ratios = benchmarked(report).get(name, {}), ratios_of(report, name)
+    decode, memory = median(of_model.get("decode_tokens_per_second")), finite(of_model.get("peak_memory_bytes"))
+    return [
+        number_cell(
+            decode,
+            lambda value: words.significant(value, 3),
+            words.times(median(ratios["decode"])) if "decode" in ratios else "",
+        ),
+        number_cell(memory, words.size, words.times(ratios["memory"]) if "memory" in ratios else ""),
+    ]
+
+
+def _details(models: Report) -> Table:
+    columns = [Column("Model", text=True), Column("Perplexity"), Column("Bits per byte")]
+    columns += [Column(label) for label in ("Layers", "Hidden size", "FFN", "Heads", "Query groups")]
+    units = ("perplexity", "bits_per_byte")
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+    rows = [
+        [
+            Cell(label_of(name)),
+            *(number_cell(model.get(key), lambda value: words.number(value, 3)) for key in units),
+            *(number_cell(model.get(key), words.number) for key in sizes),
+        ]
+        for name, model in models.items()
+    ]
+    return Table("Loss in other units, and shapes", columns, rows)
+
+
+def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
+    models, tasks = report["models"], report["tasks"]
+    if tasks:
+        yield _task_table(models, tasks)
+    else:
+        yield (
+            missing(run, "evaluate", "No tasks were scored") if not models else Note("No tasks were scored.", "missing")
+        )
+    scored = figures.scores(tasks)
+    if scored is not None:
+        yield Figures([figure(scored, "Scores by task; whiskers are one standard error.", clean)])
+    by_source = {
+        name: model["per_source"] for name, model in models.items() if isinstance(model.get("per_source"), dict)
+    }
+    if by_source:
+        yield _source_table(models, by_source)
+    if report["correction"]:
+        correction = report["correction"]
+        yield Note(
+            f"Before it taught, the teacher was trained on {words.number(correction.get('tokens'))} tokens of the"
+            " distillation's data: in training's own validation its loss went from"
+            f" {words.number(correction.get('val_loss_before'), 4)} to"
+            f" {words.number(correction.get('val_loss_after'), 4)} nats per token."
+        )
+    if report["checks"]:
+        named = {
+            "import_max_abs_logit_diff": "Teacher, after import",
+            "export_max_abs_logit_diff": "Student, after export",
+        }
+        columns = [Column("Logits, NeMo against Hugging Face", text=True), Column("Largest difference")]
+        rows = [
+            [Cell(named.get(key, key)), number_cell(value, lambda v: words.significant(v, 2))]
+            for key, value in report["checks"].items()
+        ]
+        yield Table("Checks of both conversions", columns, rows)
+
+
+def _task_table(models: Report, tasks: Report) -> Table:
+    names = [name for name in models if any(name in of_task for of_task in tasks.values())]
+    columns = [
+        Column("Task", text=True),
+        Column("Metric", text=True),
+        Column("Questions"),
+        *(Column(label_of(name)) for name in names),
+    ]
+    rows = []
+    for task, of_task in tasks.items():
+        some = next(iter(of_task.values()))
+        metric = next(
+            (found[0] for scores in of_task.values() if (found := headline(scores)) is not None), words.NOTHING
+        )
+        cells = [score_cell(of_task.get(name), of_task.get("teacher") if name != "teacher" else None) for name in names]
+        rows.append([Cell(task), Cell(metric), number_cell(samples_of(some), words.number), *cells])
+    return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
+
+
+def _source_table(models: Report, by_source: Report) -> Table:
+    sources = list(dict.fromkeys(source for found in by_source.values() for source in found))
+    columns = [Column("Source", text=True), Column("Tokens"), *(Column(label_of(name)) for name in by_source)]
+    rows = []
+    for source in sources:
+        entries = {name: found[source] for name, found in by_source.items() if isinstance(found.get(source), dict)}
+        tokens = next((entry.get("tokens") for entry in entries.values()), None)
+        base = finite(entries.get("teacher", {}).get("val_loss"))
+        cells = []
+        for name in by_source:
+            loss = finite(entries.get(name, {}).get("val_loss"))
+            apart = words.signed(loss - base, 3) if None not in (loss, base) and name != "teacher" else ""  # type: ignore[operator]
+            cells.append(number_cell(loss, lambda value: words.number(value, 4), apart))
+        rows.append([Cell(source), number_cell(tokens, words.number), *cells])
+    return Table("Held-out loss by source (nats per token)", columns, rows)
+
+
+def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
+    benchmark, measured = report["benchmark"], benchmarked(report)
+    if not measured:
+        yield missing(run, "benchmark", "Speed and memory have not been measured")
+        return
+    columns = [
+        Column("Model", text=True),
+        Column("Prefill", "tokens/s"),
+        Column("Generation", "tokens/s"),
+        Column("First token", "after"),
+        Column("Peak memory"),
+        Column("Weights"),
+        Column("KV cache"),
+    ]
+    optional = {
+        "joules_per_token": Column("Energy", "J/token"),
+        "cost_per_million_tokens": Column("Cost", "per M tokens"),
+    }
+    extra = [key for key in optional if any(finite(model.get(key)) is not None for model in measured.values())]
+    rows = []
+    for name, model in measured.items():
+        ratios = ratios_of(report, name)
+        rows.append(
+            [
+                Cell(label_of(name)),
+                spread_cell(model.get("prefill_tokens_per_second"), ratios.get("prefill"), words.significant),
+                spread_cell(model.get("decode_tokens_per_second"), ratios.get("decode"), words.significant),
+                spread_cell(
+                    model.get("time_to_first_token_seconds"), ratios.get("time_to_first_token"), words.duration
+                ),
+                *(number_cell(model.get(f"{key}_bytes"), words.size) for key in ("peak_memory", "weights", "kv_cache")),
+                *(number_cell(model.get(key), words.significant) for key in extra),
+            ]
+        )
+    yield Table(
+        "Speed and memory: medians; below, times the teacher's, with the spread over rounds",
+        [*columns, *(optional[key] for key in extra)],
+        rows,
+    )
+    facts = [
+        f"{benchmark.get('engine', '?')} on {benchmark.get('device', '?')}",
+        f"{benchmark.get('dtype', '?')}",
+        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} tokens of prompt,"
+        f" {benchmark.get('new_tokens', '?')} new ones",
+        f"{benchmark.get('rounds', '?')} rounds in turns",
+        *([f"{benchmark['threads']} threads"] if benchmark.get("threads") else []),
+    ]
+    yield Note(", ".join(facts) + ".")
+    speeds = {name: median(model.get("decode_tokens_per_second")) for name, model in measured.items()}
+    sizes = {name: finite(model.get("params")) for name, model in report["models"].items()}
+    trades = [
+        (
+            figures.trade(report["models"], speeds, "tokens/s of generation"),
+            "Quality against speed; lower right is better.",
+        ),
+        (
+            figures.trade(
+                report["models"],
+                {name: value / 1e6 if value else None for name, value in sizes.items()},
+                "million parameters",
+            ),
+            "Quality against size; lower left is better.",
+        ),
+    ]
+    drawn = [figure(plot, caption, clean) for plot, caption in trades if plot is not None]
+    if drawn:
+        yield Figures(drawn)
+    if benchmark.get("command"):
+        yield Code("The command that measured it", str(benchmark["command"]))
+
+
+def samples(run: RunFolder) -> Iterator[Block]:
+    # Every stage continues the same beginnings, in the same order.
+    texts: dict[tuple[int, str, str], dict[str, str]] = {}
+    for stage in run.evaluations():
+        found = stage.read("samples.json")
+        for number, entry in enumerate(found if isinstance(found, list) else []):
+            own = entry.get("texts") if isinstance(entry, dict) else None
+            if isinstance(own, dict):
+                beginning = number, str(entry.get("prompt", "")), str(entry.get("reference", ""))
+                texts.setdefault(beginning, {}).update({name: str(text) for name, text in own.items()})
+    samples = []
+    for (_, prompt, reference), own in texts.items():
+        ordered = sorted(own.items(), key=lambda item: item[0] != "teacher")
+        samples.append(Sample(prompt, reference, [(label_of(name), text) for name, text in ordered]))
+    if not samples:
+        yield missing(run, "evaluate", "No text has been generated")
+        return
+    yield Note("Greedy continuations of the beginnings of held-out documents.")
+    yield Samples(samples[:SAMPLES_SHOWN])

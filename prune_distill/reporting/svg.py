@@ -1,0 +1,80 @@
+"""Plots as elements of a page: text in the page's font, colours from its style sheet, so that a single picture does for
+light and dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+
+from markupsafe import Markup
+
+from prune_distill.reporting.plots import COLOURS, GREY, Plot
+
+SVG = "http://www.w3.org/2000/svg"
+XLINK = "http://www.w3.org/1999/xlink"
+# The page says what these are in either scheme.
+_VARIABLES = {
+    **{colour: f"var(--{name})" for name, colour in COLOURS.items()},
+    GREY: "var(--muted)",
+    "#000000": "currentColor",
+}
+_LEFT_OUT = {f"{{{SVG}}}metadata", f"{{{SVG}}}style"}
+_numbers = itertools.count()
+
+
+def inline(plot: Plot, description: str, clean: Callable[[str], str] = str) -> Markup:
+    """A plot as an SVG element.
+
+    Args:
+        plot: what to show.
+        description: what it shows, for those who do not see it.
+        clean: goes over every text.
+    """
+    buffer = io.StringIO()
+    plot.write(buffer)
+    ET.register_namespace("", SVG)
+    ET.register_namespace("xlink", XLINK)
+    root = ET.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in _LEFT_OUT]:
+            parent.remove(child)
+    for gid, texts in plot.hover.items():
+        _tell(root, gid, texts)
+    # Several plots share a page, and matplotlib numbers the parts of each from 1.
+    prefix = f"p{next(_numbers)}-"
+    for element in root.iter():
+        _adapt(element, prefix)
+        if element.text and element.text.strip():
+            element.text = clean(element.text)
+    # The size comes from the page, the shape from the viewBox.
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.set("role", "img")
+    root.set("aria-label", clean(description))
+    return Markup(ET.tostring(root, encoding="unicode"))
+
+
+def _tell(root: ET.Element, gid: str, texts: list[str]) -> None:
+    """Gives each point of an artist its title; none where matplotlib left out points that are not finite."""
+    artist = next((element for element in root.iter() if element.get("id") == gid), None)
+    points = [] if artist is None else list(artist.iter(f"{{{SVG}}}use"))
+    if len(points) == len(texts):
+        for point, text in zip(points, texts, strict=True):
+            ET.SubElement(point, f"{{{SVG}}}title").text = text
+
+
+def _adapt(element: ET.Element, prefix: str) -> None:
+    """Makes ids unique in the page, and colours variables of its style sheet."""
+    for name, value in element.attrib.items():
+        if name == "id":
+            element.set(name, prefix + value)
+        elif name == f"{{{XLINK}}}href":
+            element.set(name, value.replace("#", f"#{prefix}"))
+        elif name == "clip-path":
+            element.set(name, value.replace("url(#", f"url(#{prefix}"))
+        elif name == "style":
+            for colour, variable in _VARIABLES.items():
+                value = value.replace(colour, variable)
+            element.set(name, value)

@@ -1,0 +1,233 @@
+"""How it came about: training, pruning, the stages, and how to do it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from prune_distill.pipeline.stages import STAGES
+from prune_distill.reporting import figures, plots, words
+from prune_distill.reporting.blocks import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Figures,
+    Note,
+    Table,
+)
+from prune_distill.reporting.cells import (
+    Clean,
+    Report,
+    figure,
+    missing,
+    number_cell,
+)
+from prune_distill.reporting.figures import label_of
+from prune_distill.reporting.planned import against_actual
+from prune_distill.reporting.plots import Plot
+from prune_distill.reporting.results import TRAINED
+from prune_distill.reporting.run_folder import RunFolder
+from prune_distill.reporting.words import finite
+
+CANDIDATES_SHOWN = 40
+
+
+def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
+    curves = {name: run.stages[stage].lines() for name, stage in TRAINED.items() if stage in run.stages}
+    shown: list[tuple[Plot | None, str]] = [
+        (figures.validation(report["models"], curves), "Held-out loss of the students while they train."),
+        *(
+            (figures.training(lines, name), f"Training loss: {label_of(name)}{_kind(run, name)}.")
+            for name, lines in curves.items()
+        ),
+        (
+            figures.recovery_loss(report["recovery"], report["models"]),
+            "Recovery: held-out loss of the saved checkpoints, by tokens.",
+        ),
+        *(
+            (figures.recovery_task(report["recovery"], task, report["models"]), f"Recovery: {task} by tokens.")
+            for task in report["tasks"]
+        ),
+    ]
+    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
+    if drawn:
+        yield Figures(drawn)
+        yield Note("Training losses of different kinds can't be compared with each other; held-out losses can.")
+    for name, stage in TRAINED.items():
+        if stage in run.stages and not curves[name]:
+            yield missing(run, stage, f"{label_of(name)}: no step has been told")
+    if not report["recovery"]:
+        yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
+
+
+def _kind(run: RunFolder, name: str) -> str:
+    """What a student's training minimised."""
+    if name != "student":
+        return ", cross-entropy on the data"
+    return f", {run.cfg.distill.loss_in_words}" if run.cfg is not None else ""
+
+
+def pruning(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
+    pruning = report["pruning"]
+    if pruning is None:
+        yield missing(run, "prune", "Nothing has been pruned")
+    else:
+        kept = pruning.get("kept_layers")
+        layers = f" Layers kept: {', '.join(map(str, kept))}." if isinstance(kept, list) else ""
+        yield Note(
+            f"{words.number(pruning.get('params_before'))} → {words.number(pruning.get('params'))} parameters.{layers}"
+        )
+    yield from _importance(run, clean)
+    yield from _candidates(run, clean)
+
+
+def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
+    table = run.read("importance", "importance.json")
+    if not isinstance(table, dict):
+        if "importance" in run.stages:
+            yield missing(run, "importance", "Importance has not been measured")
+        return
+    drawers = {
+        "Importance of layers: how much each changes what passes through it.": plots.layer_importance,
+        "Importance of attention heads, layer by layer.": plots.head_importance,
+        "Importance of FFN channels, layer by layer.": plots.ffn_importance,
+        "Importance of hidden channels.": plots.hidden_importance,
+    }
+    drawn = []
+    for caption, draw in drawers.items():
+        plot = Plot()
+        try:
+            draw(plot, table)
+        except (KeyError, TypeError, ValueError, IndexError):  # a table of another version
+            continue
+        drawn.append(figure(plot, caption, clean))
+    if drawn:
+        yield Figures(drawn)
+
+
+def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
+    stage = "tournament" if "tournament" in run.stages and run.stages["tournament"].complete else "search"
+    table = run.read(stage, "candidates.json")
+    if not isinstance(table, dict):
+        if stage in run.stages:
+            yield missing(run, stage, "No candidates have been scored")
+        return
+    choice, teacher = run.read(stage, "choice.json"), table.get("teacher")
+    drawn = []
+    for cost, caption in (
+        ("params", "Candidates: quality against size."),
+        ("latency_ms", "Candidates: quality against speed."),
+    ):
+        rows = figures.candidates(table.get("candidates", []), cost)
+        if rows and isinstance(teacher, dict) and finite(teacher.get("loss")) is not None:
+            drawn.append(figure(plots.pareto(rows, teacher, cost), caption, clean))
+    if drawn:
+        yield Figures(drawn)
+    rows = figures.candidates(table.get("candidates", []), "params")
+    if rows:
+        yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
+
+
+def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
+    scored = any("score" in entry for row in rows for entry in row["rounds"])
+    columns = [
+        Column("Candidate", text=True),
+        Column("Parameters"),
+        Column("Latency", "ms"),
+        Column("Loss", "just pruned"),
+        Column("KL", "to the teacher"),
+        Column("Loss", "after its last round"),
+        *([Column("Score", "after its last round")] if scored else []),
+        Column("Pareto", text=True),
+    ]
+    made = []
+    for row in rows[:CANDIDATES_SHOWN]:
+        ended = row["rounds"][-1] if row["rounds"] else {}
+        chosen = all(row.get(key) == choice.get(key) for key in ("params", "drop_layers", "hidden_size", "loss"))
+        made.append(
+            [
+                Cell(
+                    plots.shape_words(row),
+                    detail=", ".join(filter(None, (plots.without_words(row), "chosen" if chosen else ""))),
+                    tone="good" if chosen else "",
+                ),
+                number_cell(row["params"], words.count),
+                number_cell(row.get("latency_ms"), lambda value: words.number(value, 2)),
+                number_cell(row["loss"], lambda value: words.number(value, 4)),
+                number_cell(row.get("kl"), lambda value: words.number(value, 4)),
+                number_cell(
+                    ended.get("val_loss"),
+                    lambda value: words.number(value, 4),
+                    f"step {ended['step']}" if "step" in ended else "",
+                ),
+                *([_score_cell(ended.get("score"))] if scored else []),
+                Cell("front" if row.get("front") else ""),
+            ]
+        )
+    left = len(rows) - len(made)
+    return Table(
+        "Candidates" + (f" (the first {len(made)}; {left} more in candidates.json)" if left else ""), columns, made
+    )
+
+
+def _score_cell(score: Any) -> Cell:
+    if not isinstance(score, dict):
+        return Cell("")
+    error = finite(score.get("stderr"))
+    detail = "" if error is None else f"± {words.number(error, 3)}"
+    return number_cell(score.get("value"), lambda value: words.number(value, 3), detail)
+
+
+def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
+    plot = figures.timeline(run.stages)
+    if plot is not None:
+        yield Figures([figure(plot, "When each stage worked; hollow marks are earlier starts.", clean)])
+    columns = [
+        Column("Stage", text=True),
+        Column("State", text=True),
+        Column("Started", text=True),
+        Column("Time"),
+        Column("Starts"),
+    ]
+    rows = []
+    for name, stage in run.stages.items():
+        started = finite(stage.manifest.get("started")) or (stage.attempts[-1].started if stage.attempts else None)
+        seconds = finite(stage.manifest.get("seconds"))
+        rows.append(
+            [
+                Cell(name),
+                Cell(stage.state, tone="bad" if stage.state == "failed" else ""),
+                Cell(words.moment(started), started),
+                number_cell(seconds, words.duration),
+                number_cell(len(stage.attempts) or None, words.number),
+            ]
+        )
+    yield Table("Stages", columns, rows)
+    restarts = [f"{name} {len(stage.attempts)} times" for name, stage in run.stages.items() if len(stage.attempts) > 1]
+    if restarts:
+        yield Note(f"Started more than once: {', '.join(restarts)}. The time is that of the last process.")
+    planned = against_actual(run)
+    if planned:
+        columns = [Column("What", text=True), Column("Planned", text=True), Column("Actual", text=True)]
+        yield Table("Planned against actual", columns, [[Cell(cell) for cell in row] for row in planned])
+    else:
+        yield Note("What was planned was not kept with this run (plan.json).", "missing")
+
+
+def repeat(run: RunFolder, report: Report) -> Iterator[Block]:
+    commands = list(dict.fromkeys(str(launch.get("command")) for launch in run.launches if launch.get("command")))
+    if commands:
+        yield Code("The commands that launched it, the newest last", "\n".join(commands[-5:]), folded=False)
+    stages = "\n".join(
+        shlex.join(["python", "-m", _module(name), "--config", "RUN_DIR/resolved.yaml", "--stage", name])
+        for name in run.stages
+    )
+    yield Code("Any stage by itself, from the run's folder", stages)
+    yield Code("The whole config (resolved.yaml)", run.text or "resolved.yaml cannot be read")
+    yield Code("Versions", "\n".join(f"{name}=={version}" for name, version in sorted(report["versions"].items())))
+
+
+def _module(stage: str) -> str:
+    return next((row.module for row in STAGES if row.name == stage), f"recipes.{stage}")

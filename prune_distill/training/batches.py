@@ -1,0 +1,311 @@
+"""The batches of a training: which sequences each step takes, through all of its phases, and how they reach NeMo.
+
+A step's batch follows from the step's number alone. So a training resumes at the right place on any number of ranks,
+and a batch's documents can be named afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+from nemo.collections import llm
+from nemo.lightning.data import WrappedDataLoader, add_megatron_sampler
+from nemo.lightning.megatron_parallel import MegatronStep
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset
+
+from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.signal import SignalReader
+from prune_distill.distillation.signal_batch import with_signal
+from prune_distill.errors import InputError
+from prune_distill.nemo import backend, nemo_api
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.schema import Training
+from prune_distill.schema.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
+
+# A sequence: the number of its dataset among those of a training, and its own there.
+Place = tuple[int, int]
+
+
+class Batches(LightningDataModule):
+    """NeMo's data module for a training in phases.
+
+    The stock one (nemo/collections/llm/gpt/data/pre_training.py) has one sequence length and one global batch size, and
+    a resumed run that has others miscounts what was read.
+
+    Each phase has a dataset of its own, in an order of its own. Steps that pass over their batch (`cfg.skip_steps`)
+    take theirs from a further dataset, so that no other step's batch changes.
+
+    Args:
+        tokenizer: the model's, as NeMo wraps it.
+        out: the stage's folder; takes Megatron's index of sequences.
+        signal: the teacher's, on the sequences of the one phase, which its batches then carry.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        data: DataFolder,
+        out: Path,
+        cfg: Training,
+        seed: int,
+        signal: SignalReader | None = None,
+    ) -> None:
+        super().__init__()
+        self.signal = signal
+        self.tokenizer, self.data, self.out, self.cfg, self.seed = tokenizer, data, out, cfg, seed
+        self.phases = training_phases(cfg)
+        self.spares = spare_batches(cfg)
+        self.datasets: list[Any] = []
+        self.validation = self._module(data, seed, cfg.seq_length, cfg.micro_batch_size, cfg.global_batch_size)
+        self.data_sampler = StepSizes(self)
+
+    def setup(self, stage: str = "") -> None:
+        """Builds the datasets. Called by Lightning on every rank."""
+        _only(self.validation, Split.valid)
+        self.validation.trainer = self.trainer
+        self.validation.setup()
+        self.datasets = [self.sequences(number) for number in range(len(self.phases))]
+        for place, phase in enumerate(self.phases, start=len(self.phases)):
+            spare = [batch for where, batch in self.spares.values() if where == place]
+            # A seed that no phase has, or a spare batch might be the one that was passed over.
+            self.datasets.append(self._dataset(phase, max(spare) + 1, self.seed + place) if spare else None)
+
+    def sequences(self, number: int) -> Any:
+        """The dataset of a phase, its sequences in the order in which its steps take them."""
+        phase = self.phases[number]
+        return self._dataset(phase, phase.steps, self.seed + number)
+
+    def _dataset(self, phase: TrainingPhase, steps: int, seed: int) -> Any:
+        data = self.data if phase.weights is None else self.data.weighted(phase.weights)
+        module = self._module(data, seed, phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+        _only(module, Split.train)
+        module.build(steps, steps, 1, 0)
+        return module._train_ds
+
+    def _module(
+        self, data: DataFolder, seed: int, seq_length: int, micro_batch_size: int, global_batch_size: int
+    ) -> llm.PreTrainingDataModule:
+        return nemo_api.data_module(
+            self.tokenizer,
+            data,
+            self.out,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            num_workers=self.cfg.num_workers,
+            seed=seed,
+        )
+
+    def reconfigure_limit_batches(self) -> None:
+        """Counts `trainer.limit_val_batches` in micro batches, as NeMo's loops do; a training ends by its steps."""
+        self.validation.reconfigure_limit_batches()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro batches from the trainer's present step on."""
+        datasets = self.datasets
+        if self.signal is not None:
+            (phase,) = self.phases
+            datasets = [with_signal(datasets[0], self.signal, phase.seq_length, phase.steps * phase.global_batch_size)]
+        return WrappedDataLoader(
+            mode="train",
+            dataset=Places(datasets),
+            batch_sampler=MicroBatches(self, self.trainer.global_step),
+            num_workers=self.cfg.num_workers,
+            pin_memory=True,
+            persistent_workers=self.cfg.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The validation set's batches, in the training's own sizes whatever the phase."""
+        return self.validation.val_dataloader()
+
+    def first_validation(self) -> dict[str, torch.Tensor]:
+        """The first micro batch of the validation set, the same on all ranks: `[b, s]` of each column."""
+        dataset = self.validation._validation_ds
+        items = [dataset[n] for n in range(min(self.cfg.micro_batch_size, len(dataset)))]
+        return {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels", "position_ids")}
+
+    def places(self, step: int) -> list[Place]:
+        """The sequences of a step's global batch, steps counted from 0."""
+        number = phase_number(self.phases, step)
+        phase = self.phases[number]
+        where, batch = self.spares.get(step, (number, step - phase.first_step))
+        return [(where, batch * phase.global_batch_size + n) for n in range(phase.global_batch_size)]
+
+    def documents(self, step: int) -> list[int]:
+        """The training documents in a step's batch, by their numbers in the data folder, from 0."""
+        first, before = {}, 0
+        for part in self.data.train:
+            first[str(self.data.folder / part["prefix"])] = before
+            before += part["documents"]
+        found: set[int] = set()
+        for where, sample in self.places(step):
+            dataset = self.datasets[where]
+            if isinstance(dataset, BlendedDataset):
+                place = dataset.dataset_sample_index[sample]
+                dataset, sample = dataset.datasets[dataset.dataset_index[sample]], place
+            _, documents = dataset._query_document_sample_shuffle_indices(sample)
+            found.update(first[dataset.dataset_path] + int(document) for document in documents)
+        return sorted(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the data: how far they were read, and in which sizes."""
+        return {"consumed_samples": samples_before(self.phases, self.trainer.global_step), "sizes": self._sizes()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other sizes, which would be at another place in the data.
+
+        Raises:
+            InputError: names both.
+        """
+        if state_dict["sizes"] != self._sizes():
+            raise InputError(
+                f"the checkpoint in {self.out / 'checkpoints'} was made with steps, sequence length and global batch"
+                f" size of {state_dict['sizes']}, this training has {self._sizes()}: set them as they were, or take"
+                " the checkpoint away"
+            )
+
+    def _sizes(self) -> list[list[int]]:
+        return [[phase.steps, phase.seq_length, phase.global_batch_size] for phase in self.phases]
+
+
+def _only(module: llm.PreTrainingDataModule, split: Split) -> None:
+    """Has a data module build one split; the others are None (blended_megatron_dataset_builder.py:237)."""
+    blends = module.build_kwargs["blend_per_split"]
+    module.build_kwargs["blend_per_split"] = [blend if n == split.value else None for n, blend in enumerate(blends)]
+
+
+class Places(Dataset):  # type: ignore[type-arg]
+    """Several datasets as one, whose items are known by their `Place`."""
+
+    def __init__(self, datasets: list[Any]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, place: Place) -> dict[str, Any]:
+        where, sample = place
+        item: dict[str, Any] = self.datasets[where][sample]
+        return item
+
+
+class MicroBatches:
+    """A data-parallel rank's micro batches, shared out as by Megatron's sampler (nemo/lightning/data.py:349)."""
+
+    def __init__(self, batches: Batches, first_step: int) -> None:
+        self.batches, self.first_step = batches, first_step
+        self.rank = parallel_state.get_data_parallel_rank()
+        self.ranks = parallel_state.get_data_parallel_world_size()
+
+    def __len__(self) -> int:
+        """Of the whole training: Lightning counts what an earlier process took, too."""
+        sizes = [(phase.steps * phase.global_batch_size, phase.micro_batch_size) for phase in self.batches.phases]
+        return sum(sequences // (micro * self.ranks) for sequences, micro in sizes)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        phases = self.batches.phases
+        for step in range(self.first_step, phases[-1].end):
+            micro = phases[phase_number(phases, step)].micro_batch_size
+            places = self.batches.places(step)
+            for start in range(self.rank * micro, len(places), micro * self.ranks):
+                yield places[start : start + micro]
+
+
+class StepSizes(MegatronDataSampler):
+    """Tells NeMo and Megatron the sizes of the batch at hand: the phase's, or validation's."""
+
+    def __init__(self, batches: Batches) -> None:
+        cfg = batches.cfg
+        super().__init__(cfg.seq_length, cfg.micro_batch_size, cfg.global_batch_size)
+        self.batches = batches
+
+    def transform_dataloader(self, dataloader: DataLoader[Any], consumed_samples: int = 0) -> DataLoader[Any]:
+        """Gives validation batches Megatron's sampler; those of training have one."""
+        if dataloader.mode == "train":  # type: ignore[attr-defined]
+            return dataloader
+        cfg = self.batches.cfg
+        sampled: DataLoader[Any] = add_megatron_sampler(
+            dataloader,
+            micro_batch_size=cfg.micro_batch_size,
+            global_batch_size=cfg.global_batch_size,
+            dataloader_mode="validation",
+            rank=parallel_state.get_data_parallel_rank(),
+            world_size=parallel_state.get_data_parallel_world_size(),
+        )
+        return sampled
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """Sequences that the training has taken."""
+        return samples_before(self.batches.phases, self.trainer.global_step)
+
+    def on_megatron_step_start(self, step: MegatronStep[Any, Any]) -> MegatronStep[Any, Any]:
+        """Tells the loss of a training step the learned tokens of its global batch.
+
+        Masked batches are read ahead for it, the whole step's on each rank: a few MB of tokens.
+        """
+        step = super().on_megatron_step_start(step)
+        if step.forward_only:
+            return step
+        learned = float(self.micro_batch_size * self.seq_len)
+        if self.batches.data.masked:
+            micro_batches = [next(step.data) for _ in range(step.num_microbatches or 0)]
+            learned = _learned(micro_batches) / len(micro_batches)
+            step = dataclasses.replace(step, data=iter(micro_batches))
+        self.trainer.lightning_module.training_loss_reduction.learned = max(learned, 1.0)
+        return step
+
+    def use(self, seq_length: int, micro_batch_size: int, global_batch_size: int) -> None:
+        """Sets the sizes of what comes next, on every rank."""
+        if (seq_length, micro_batch_size, global_batch_size) == self._present():
+            return
+        self.seq_len, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
+        reconfigure_num_microbatches_calculator(
+            rank(), None, global_batch_size, micro_batch_size, parallel_state.get_data_parallel_world_size()
+        )
+
+    def _present(self) -> tuple[int, int, int]:
+        return self.seq_len, self.micro_batch_size, self.global_batch_size
+
+
+def _learned(micro_batches: list[Any]) -> float:
+    """Learned tokens of this rank's micro batches, as its loader gives them; the mean over data-parallel ranks."""
+    columns = [batch[0] if isinstance(batch, tuple) else batch for batch in micro_batches]
+    tokens = torch.stack([batch["loss_mask"].sum() for batch in columns]).sum().double()
+    tokens = tokens.to(backend.activate().device)
+    # Context-parallel ranks are given the same whole sequences.
+    torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+    return float(tokens) / parallel_state.get_data_parallel_world_size()
+
+
+class UsePhase(Callback):
+    """Sets the sizes of each training step's phase, and validation's own before a validation; tells Lightning which
+    batch is the last one, after which it validates.
+
+    By itself it knows that only in a training that was not resumed: it adds an earlier process's steps to a count of
+    micro batches (lightning/pytorch/loops/training_epoch_loop.py:182 and :266).
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        phases = self.batches.phases
+        phase = phases[phase_number(phases, trainer.global_step)]
+        self.batches.data_sampler.use(phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= self.batches.cfg.max_steps:
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        cfg = self.batches.cfg
+        self.batches.data_sampler.use(cfg.seq_length, cfg.micro_batch_size, cfg.global_batch_size)

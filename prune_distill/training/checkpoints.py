@@ -1,0 +1,199 @@
+"""Checkpoints of a training: how they are written whole while it goes on, which are kept, and from which it resumes.
+
+Each carries a record of its files (`prune_distill.pipeline.outputs`), which is verified before a training resumes
+from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from prune_distill.errors import InputError
+from prune_distill.nemo import ranks
+from prune_distill.pipeline.artifact import remove_folder, sync, write_json
+from prune_distill.pipeline.integrity import checkpoint_damage, checkpoints_in
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.outputs import OUTPUTS, Entries, digests
+from prune_distill.pipeline.stage_main import rank, world_size
+from prune_distill.schema import Training
+
+log = logging.getLogger("recipes.checkpoints")
+
+# Megatron names what a rank writes __RANK_NUMBER.distcp.
+_OF_RANK = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint of the highest step (`step=N` under `checkpoints`), or None; it may be damaged."""
+    return next(reversed(checkpoints_in(checkpoints).values()), None)
+
+
+def resume_point(checkpoints: Path) -> Path | None:
+    """The newest undamaged checkpoint, None where there is none at all; the same on all ranks, which share the reading.
+
+    Damaged ones that are newer are renamed to `.damaged.step=N`, so that their steps can be saved again.
+
+    Raises:
+        InputError: all checkpoints are damaged. To train from the start is for the user to decide.
+    """
+    # As rank 0 sees the disk; two nodes may see it differently.
+    (steps, *_) = ranks.exchange([*reversed(checkpoints_in(checkpoints))])
+    faults: dict[Path, str] = {}
+    for step in steps:
+        checkpoint = checkpoints / f"step={step}"
+        damage = checkpoint_damage(checkpoint, share=(rank(), world_size()))
+        found = [fault for fault in ranks.exchange(damage and str(damage)) if fault]
+        if not found:
+            _set_aside(faults, checkpoint)
+            return checkpoint
+        faults[checkpoint] = found[0]
+    if faults:
+        raise InputError(
+            f"no checkpoint is left to resume from: {'; '.join(faults.values())}; to train from the start, rm -r"
+            f" {checkpoints} and start the stage again"
+        )
+    return None
+
+
+def _set_aside(faults: dict[Path, str], fallback: Path) -> None:
+    for checkpoint, fault in faults.items():
+        aside = checkpoint.with_name(f".damaged.{checkpoint.name}")
+        if rank() == 0:
+            log.warning("%s; resuming from %s, and the damaged one is kept as %s", fault, fallback.name, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+
+
+def superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> list[Path]:
+    """The complete checkpoints that may go: all but the newest `keep` and the best of those that were validated.
+
+    Args:
+        val_losses: validation losses by step; empty: no best one is kept.
+    """
+    complete = checkpoints_in(checkpoints)
+    best = min(complete.keys() & val_losses.keys(), key=val_losses.__getitem__, default=None)
+    return [complete[step] for step in list(complete)[:-keep] if step != best]
+
+
+class Checkpoints(Callback):
+    """Saves NeMo checkpoints that are either whole or not there, and the final model.
+
+    NeMo's `ModelCheckpoint` writes under the final name with a marker file beside it, writes `-last` a second time, and
+    keeps none with `save_top_k=1, save_last=False` (nemo/lightning/pytorch/callbacks/model_checkpoint.py). Here a
+    checkpoint is written under a hidden name and renamed once every rank is done: with `cfg.async_save` a few steps
+    later, at most one being under way (NeMo's AsyncFinalizerCallback asks after every step whether it is).
+
+    Args:
+        folder: takes `step=N`, the newest `cfg.keep_checkpoints` of them and the best, with the optimizer's state.
+        final: takes the model after the last step and its validation, weights only.
+        metrics: the file with the validation losses.
+    """
+
+    def __init__(self, cfg: Training, folder: Path, final: Path, metrics: Path) -> None:
+        self.cfg = cfg
+        self.folder = folder
+        self.final = final
+        self.metrics = metrics
+        self.saved = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.saved = trainer.global_step
+        if rank() == 0:
+            for left in self.folder.glob(".partial.*"):
+                remove_folder(left)
+            for left in self.folder.glob(".removed.*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step % self.cfg.save_every_n_steps == 0 and step < self.cfg.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        """Has a checkpoint written of the step that has just ended."""
+        step = trainer.global_step
+        # Not by looking at the disk, which two nodes may see differently.
+        if step == self.saved:
+            return
+        self.saved = step
+        self._write(trainer, self.folder / f"step={step}", weights_only=False)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step >= self.cfg.max_steps:
+            with getattr(pl_module, "student_only", nullcontext)():
+                self._write(trainer, self.final, weights_only=True)
+        self._finish(trainer)
+
+    def _write(self, trainer: Any, target: Path, weights_only: bool) -> None:
+        from nemo.lightning.io.pl import TrainerContext
+
+        self._finish(trainer)
+        partial = target.with_name(f".partial.{target.name}")
+        if rank() == 0:
+            if partial.exists():
+                remove_folder(partial)
+            partial.mkdir(parents=True)
+        trainer.strategy.barrier()
+        if rank() == 0:
+            TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
+
+        def declare() -> None:
+            self._declare(trainer, partial, target, weights_only)
+
+        if self.cfg.async_save:
+            trainer.save_checkpoint(partial, weights_only, storage_options={"finalize_fn": declare})
+        else:
+            trainer.save_checkpoint(partial, weights_only)
+            declare()
+
+    def _finish(self, trainer: Any) -> None:
+        """Waits, on every rank, until nothing is being written any more."""
+        if self.cfg.async_save:
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
+
+    def _declare(self, trainer: Any, partial: Path, target: Path, weights_only: bool) -> None:
+        """Renames what every rank has written, and removes what is no longer kept."""
+        trainer.strategy.barrier()
+        # The stage's own record covers the final model.
+        record = None if weights_only else _record(partial)
+        if rank() == 0:
+            if record is not None:
+                write_json(partial / OUTPUTS, record)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            if os.path.lexists(target):  # nothing that this training saved: it resumed before that step
+                remove_folder(target)
+            os.replace(partial, target)
+            sync(target.parent)
+            self._prune()
+        trainer.strategy.barrier()
+
+    def _prune(self) -> None:
+        lines = read_metrics(self.metrics) if self.cfg.keep_best else []
+        val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        for old in superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
+            remove_folder(old)
+
+
+def _record(checkpoint: Path) -> Entries:
+    """Size and CRC-32 of a checkpoint's files, on every rank: each reads what it has just written itself."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    names = [path.relative_to(checkpoint).as_posix() for path in files]
+    entries: Entries = {}
+    for part in ranks.of_all(digests(checkpoint, [name for name in names if _writer_of(name) == rank()])):
+        entries |= part
+    return dict(sorted(entries.items()))
+
+
+def _writer_of(name: str) -> int:
+    """The rank that wrote a file of a checkpoint: rank 0 what no other did."""
+    found = _OF_RANK.fullmatch(name)
+    return int(found[1]) if found else 0

@@ -1,0 +1,207 @@
+"""One training run through NeMo: the demo's teacher, distillation and its controls all come through `train`.
+
+It resumes from the newest undamaged checkpoint under `OUT/checkpoints`, appends to `OUT/metrics.jsonl`, and ends with
+the model in `OUT/nemo`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.io.pl import ckpt_to_weights_subdir
+from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
+
+from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.signal import SignalReader
+from prune_distill.errors import ConfigError, InputError
+from prune_distill.model.flops import Meter
+from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo.start_check import StartCheck, check_resumed
+from prune_distill.nemo.token_loss import average_over_tokens
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.stage_main import PausedError, world_size
+from prune_distill.schema import Recompute, Training
+from prune_distill.schema.phases import spare_batches, training_phases, training_tokens
+from prune_distill.training.batches import Batches, UsePhase
+from prune_distill.training.checkpoints import Checkpoints, resume_point
+from prune_distill.training.loss_guard import GRADIENTS, LossGuard
+from prune_distill.training.optimizer import connect_optimizer
+from prune_distill.training.progress import Progress
+from prune_distill.training.stop_file import StopFile
+
+log = logging.getLogger("recipes.training")
+
+
+def train(
+    model: llm.GPTModel,
+    cfg: Training,
+    data: DataFolder,
+    out: Path,
+    *,
+    seed: int,
+    start: Path | None,
+    key: str = "distill",
+    meter: Meter | None = None,
+    signal: SignalReader | None = None,
+    validate_first: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, Any]:
+    """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
+
+    Args:
+        model: an unconfigured NeMo model with its tokenizer.
+        data: prepared documents, train and validation.
+        start: the NeMo checkpoint whose weights training starts from; None: from random ones.
+        key: where the config has `cfg`, for messages.
+        meter: what the speed is held against, where that is known.
+        signal: the teacher's stored signal on the training sequences, for a model whose `data_step` takes it.
+        callbacks: further ones of Lightning's.
+        validate_first: takes the validation loss before the first step as well.
+
+    Returns:
+        backend, steps, tokens, steps whose batch was passed over, the last training loss, the last and the best
+        validation loss (nats per token).
+
+    Raises:
+        ConfigError: the ranks do not fit the parallel layout or the batch.
+        InputError: too little data; a checkpoint that lacks a parameter, or is another model's; damage in every
+            checkpoint; a loss that is not finite, or far too high.
+        PausedError: a stop file ended it early; it goes on from there the next time.
+    """
+    check(cfg, data)
+    if not (out / "nemo").exists():
+        torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
+        _configure(model.config, cfg)
+        resumed = resume_point(out / "checkpoints")
+        if resumed is not None:
+            check_resumed(model.config, resumed)
+        batches = Batches(model.tokenizer, data, out, cfg, seed, signal)
+        guard = LossGuard(cfg, batches, out, key)
+        saver = Checkpoints(cfg, out / "checkpoints", out / "nemo", out / "metrics.jsonl")
+        # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
+        own: list[Callback] = [UsePhase(batches), guard, Progress(cfg, out, meter), saver]
+        own += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
+        trainer = _trainer(cfg, [*own, *callbacks])
+        if validate_first and resumed is None:
+            trainer.num_sanity_val_steps = math.inf
+        if resumed is None and start is not None:
+            trainer.strategy.restore_config = nl.RestoreConfig(path=str(start))
+        log.info("training from %s", resumed or start or "random weights")
+        average_over_tokens(model)
+        connect_optimizer(model, cfg)
+        # Without it a checkpoint's step would be validated once more after a restart, shifting the record.
+        configure_no_restart_validation_training_loop(trainer)
+        _fit(trainer, model, batches, resumed, guard)
+        if trainer.global_step < cfg.max_steps:
+            raise PausedError(f"paused at step {trainer.global_step} of {cfg.max_steps}")
+    return _summary(cfg, out / "metrics.jsonl")
+
+
+def _fit(trainer: nl.Trainer, model: llm.GPTModel, batches: Batches, resumed: Path | None, guard: LossGuard) -> None:
+    resume_from = str(ckpt_to_weights_subdir(resumed, is_saving=False)) if resumed else None
+    try:
+        trainer.fit(model, batches, ckpt_path=resume_from)
+    except RuntimeError as fault:
+        if GRADIENTS not in str(fault):
+            raise
+        raise guard.error(trainer.global_step, f"gradients that are no numbers ({fault})") from None
+
+
+def check(cfg: Training, data: DataFolder) -> None:
+    """What only the ranks and the data at hand can tell. Raises: ConfigError, InputError; see `train`."""
+    parallel = cfg.parallel
+    model_parallel = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    )
+    if world_size() % model_parallel:
+        raise ConfigError(
+            f"{world_size()} ranks cannot be split into TP x PP x CP = {model_parallel}; start a multiple"
+        )
+    sizes: Any
+    for sizes in (cfg, *training_phases(cfg)):
+        per_step = sizes.micro_batch_size * (world_size() // model_parallel)
+        if sizes.global_batch_size % per_step:
+            raise ConfigError(
+                f"global_batch_size {sizes.global_batch_size} is no multiple of micro_batch_size x data-parallel ranks"
+                f" = {per_step}; set it to a multiple"
+            )
+    for phase in training_phases(cfg):
+        parts = data if phase.weights is None else data.weighted(phase.weights)
+        _enough("train", data.folder, parts.train_tokens, phase.seq_length, 1)
+    needed = cfg.global_batch_size if cfg.val_batches is None else 1
+    _enough("validation", data.folder, data.validation_tokens, cfg.seq_length, needed)
+
+
+def _enough(split: str, folder: Path, tokens: int, seq_length: int, needed: int) -> None:
+    sequences = (tokens - 1) // seq_length
+    if sequences < needed:
+        raise InputError(
+            f"the {split} documents in {folder} hold {tokens} tokens, {sequences} sequences of {seq_length};"
+            f" {needed} are needed: bring more documents"
+            + (", or set val_batches to a number so that they are repeated" if needed > 1 else "")
+        )
+
+
+def _configure(config: Any, cfg: Training) -> None:
+    config.seq_length = cfg.seq_length
+    if config.num_moe_experts:
+        # Gradients are averaged over context-parallel ranks. For that the loss is multiplied with their number; the
+        # router's auxiliary loss, of which each has its share, is not (megatron/core/pipeline_parallel/schedules.py:247
+        # and :271).
+        config.moe_aux_loss_coeff *= cfg.parallel.context_parallel_size
+        if config.moe_router_load_balancing_type == "aux_loss":
+            # Of each sequence by itself. That of a micro batch depends on how many sequences it has; with one they are
+            # the same (megatron/core/transformer/moe/router.py:277 and :309).
+            config.moe_router_load_balancing_type = "seq_aux_loss"
+    if cfg.recompute is not Recompute.none:
+        config.recompute_granularity = cfg.recompute.value
+    if cfg.recompute is Recompute.full:
+        config.recompute_method, config.recompute_num_layers = "uniform", 1
+
+
+def _trainer(cfg: Training, callbacks: list[Callback]) -> nl.Trainer:
+    ddp = DistributedDataParallelConfig(
+        check_for_nan_in_grad=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=cfg.overlap_grad_reduce,
+        overlap_param_gather=cfg.overlap_param_gather,
+        average_in_collective=True,
+        use_distributed_optimizer=cfg.use_distributed_optimizer,
+    )
+    return nemo_api.make_trainer(
+        cfg.parallel,
+        cfg.precision,
+        ddp,
+        callbacks,
+        {"ckpt_async_save": cfg.async_save},
+        max_steps=cfg.max_steps,
+        val_check_interval=min(cfg.val_every_n_steps, cfg.max_steps),
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if cfg.val_batches is None else cfg.val_batches,
+        limit_test_batches=0,
+        log_every_n_steps=1,
+    )
+
+
+def _summary(cfg: Training, path: Path) -> dict[str, Any]:
+    lines = read_metrics(path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    val_losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    return {
+        "backend": backend.activate().name,
+        "steps": cfg.max_steps,
+        "tokens": training_tokens(cfg),
+        "skipped_steps": sorted(step + 1 for step in spare_batches(cfg)),
+        "train_loss": losses[-1] if losses else None,
+        "val_loss": val_losses[-1] if val_losses else None,
+        "best_val_loss": min(val_losses, default=None),
+    }

@@ -1,1 +1,0 @@
-"""Stand-ins for Transformer Engine and torch.cuda where there is no CUDA; `recipes.runtime.backend` alone uses them."""

@@ -1,0 +1,106 @@
+"""Claims: one holder at a time, and the items of the dead go to others."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_distill.data.worklist import Worklist, identity
+
+ITEMS = [f"{number:03d}" for number in range(200)]
+
+
+def draw_all(folder: Path, target: Path, barrier: Any) -> None:
+    """Claims items until there are none, leaving a line for each. Lives until the others have come to their end too."""
+    worklist = Worklist(folder, 60)
+    barrier.wait(60)
+    while (item := worklist.claim(ITEMS)) is not None:
+        with target.open("a") as file:
+            file.write(f"{item}\n")
+    barrier.wait(60)
+
+
+def claim_and_die(folder: Path) -> None:
+    assert Worklist(folder, 60).claim(["a"]) == "a"
+    os._exit(9)
+
+
+def test_several_processes_draw_each_item_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    targets = [tmp_path / f"{number}.txt" for number in range(3)]
+    barrier = context.Barrier(len(targets))
+    processes = [context.Process(target=draw_all, args=(tmp_path / "claims", target, barrier)) for target in targets]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    drawn = [item for target in targets if target.exists() for item in target.read_text().split()]
+    assert sorted(drawn) == ITEMS
+
+
+def test_what_one_holds_no_other_gets(tmp_path: Path) -> None:
+    one, two = Worklist(tmp_path, 60), Worklist(tmp_path, 60)
+    assert one.claim(["a", "b"]) == "a"
+    assert one.claim(["a", "b"]) == "b"
+    assert two.claim(["a", "b"]) is None
+    one.release("a")
+    assert two.claim(["a", "b"]) == "a"
+    assert one.claim(["a", "b"]) is None
+
+
+def test_the_claim_of_a_process_that_died_here_is_free_at_once(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=claim_and_die, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    one, two = Worklist(tmp_path, 60), Worklist(tmp_path, 60)
+    assert one.claim(["a"]) == "a"
+    assert two.claim(["a"]) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.1"]
+
+
+def elsewhere(claim: Path) -> None:
+    """Has a claim be that of a process on another machine."""
+    claim.write_text("another-node boot pid:[1] 1 1")
+
+
+def test_a_claim_from_elsewhere_is_dead_once_it_stays_untouched(tmp_path: Path) -> None:
+    one, two = Worklist(tmp_path, 0.3), Worklist(tmp_path, 0.3)
+    assert one.claim(["a"]) == "a"
+    elsewhere(tmp_path / "a.0")
+    until = time.monotonic() + 1
+    while time.monotonic() < until:  # it lives as long as it beats, for longer than the limit
+        one.beat()
+        assert two.claim(["a"]) is None
+        time.sleep(0.05)
+    assert two.claim(["a"]) is None
+    time.sleep(0.4)
+    assert two.claim(["a"]) == "a"
+    one.beat()  # it was taken for dead: nothing of the other's is touched
+    one.release("a")
+    assert two.claim(["a"]) is None
+    assert (tmp_path / "a.1").exists()
+
+
+def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
+    assert Worklist(tmp_path, 0.1).claim(["a"]) == "a"
+    elsewhere(tmp_path / "a.0")
+    observers = [Worklist(tmp_path, 0.1) for _ in range(5)]
+    assert [observer.claim(["a"]) for observer in observers] == [None] * 5
+    time.sleep(0.2)
+    assert [observer.claim(["a"]) for observer in observers] == ["a", None, None, None, None]
+
+
+@pytest.mark.parametrize("content", ["", "x", "another-node boot pid:[1] 1 1", None])
+def test_a_holder_that_may_live_is_given_its_time(tmp_path: Path, content: str | None) -> None:
+    (tmp_path / "a.0").write_text(identity(os.getpid()) if content is None else content)
+    assert Worklist(tmp_path, 60).claim(["a"]) is None
+
+
+def test_another_process_of_the_same_number_is_another(tmp_path: Path) -> None:
+    (tmp_path / "a.0").write_text(identity(os.getpid()).rpartition(" ")[0] + " 1")
+    assert Worklist(tmp_path, 60).claim(["a"]) == "a"

@@ -1,0 +1,223 @@
+"""The chunked loss against the same loss written plainly in float64, its gradient by autograd."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prune_distill.distillation.kd_loss import Head, LossSpec, TopK, Vocabulary, distillation_loss, top_k_of
+from prune_distill.schema import Divergence
+from tests.helpers.ranks import run_ranks
+
+# 37 tokens in chunks of 8: the last one is shorter. 61 entries: an odd vocabulary.
+TOKENS, STUDENT, TEACHER, VOCABULARY = 37, 12, 20, 61
+# Of the largest entry. A float32 logit of size 10 is off by up to 5e-7, which its exponential then is in proportion,
+# and reverse KL and Jensen-Shannon multiply it by a logarithm.
+CLOSE = 3e-6
+SPECS = [
+    *(LossSpec(divergence, temperature) for divergence, temperature in itertools.product(Divergence, (1.0, 2.5))),
+    LossSpec(lm_weight=0.3),
+    LossSpec(temperature=2.0, kd_weight=0.7, lm_weight=0.3),
+    LossSpec(Divergence.jensen_shannon, temperature=2.0, kd_weight=0.7, lm_weight=0.3),
+    LossSpec(kd_weight=0.0, lm_weight=1.0),
+    LossSpec(top_k=7),
+    LossSpec(top_k=7, temperature=1.5, lm_weight=0.2),
+    LossSpec(top_k=VOCABULARY - 1),
+]
+
+
+def ids(spec: LossSpec) -> str:
+    return "-".join(str(getattr(value, "value", value)) for value in dataclasses.astuple(spec)[:5])
+
+
+def tensors(seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    mask = torch.ones(TOKENS)
+    mask[5:11] = 0
+    mask[20] = 0.5
+    return {
+        "hidden": random(TOKENS, STUDENT),
+        "weight": random(vocabulary, STUDENT),
+        "teacher_hidden": random(TOKENS, TEACHER),
+        "teacher_weight": random(vocabulary, TEACHER) * 0.7,
+        "labels": torch.randint(vocabulary, (TOKENS,), generator=generator),
+        "mask": mask,
+    }
+
+
+def plain(given: dict[str, Tensor], spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and its gradients by hidden states and weight, in float64."""
+    hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
+    logits = hidden @ weight.t()
+    teacher = (given["teacher_hidden"].double() @ given["teacher_weight"].double().t()) / spec.temperature
+    log_q, log_p = torch.log_softmax(logits / spec.temperature, -1), torch.log_softmax(teacher, -1)
+    if spec.top_k is not None:
+        chosen = log_p.topk(spec.top_k, -1).indices
+        log_q, log_p = _in_part(log_q, chosen), _in_part(log_p, chosen)
+    log_m = torch.logaddexp(log_q, log_p) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+    divergence = {
+        Divergence.forward_kl: (log_p.exp() * (log_p - log_q)).sum(-1),
+        Divergence.reverse_kl: (log_q.exp() * (log_q - log_p)).sum(-1),
+        Divergence.jensen_shannon: (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2,
+    }[spec.divergence]
+    lm = torch.nn.functional.cross_entropy(logits, given["labels"], reduction="none")
+    loss = spec.kd_weight * spec.temperature**2 * divergence + spec.lm_weight * lm
+    total = (loss * given["mask"].double()).sum()
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return total.detach(), hidden.grad, weight.grad
+
+
+def _in_part(log_probs: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen tokens' log-probabilities, and that of all others together."""
+    rest = log_probs.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs.gather(-1, chosen), rest], -1)
+
+
+def chunked(given: dict[str, Tensor], spec: LossSpec, teacher: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
+    teacher = teacher or Head(given["teacher_hidden"], given["teacher_weight"])
+    total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec)
+    (total / 3).backward()  # the gradient that comes in is not 1
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return total.detach(), hidden.grad * 3, weight.grad * 3
+
+
+def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:
+    for mine, theirs in zip(ours, reference, strict=True):
+        scale = theirs.abs().max()
+        torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=ids)
+def test_loss_and_gradients_are_those_of_the_plain_one(spec: LossSpec) -> None:
+    given = tensors()
+    assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=8)), plain(given, spec))
+
+
+@pytest.mark.parametrize("chunk", [1, 36, 37, 1000])
+def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
+    given, spec = tensors(), LossSpec(lm_weight=0.5)
+    assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=chunk)), plain(given, spec))
+
+
+def test_large_logits_do_not_overflow() -> None:
+    given = tensors()
+    given = {**given, "hidden": given["hidden"] * 100, "teacher_hidden": given["teacher_hidden"] * 100}
+    for spec in SPECS:
+        total, *gradients = chunked(given, spec)
+        assert torch.isfinite(total)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_losses_of_tokens_are_not_masked_and_carry_no_gradient() -> None:
+    given, spec = tensors(), LossSpec(temperature=2.0, lm_weight=0.5, chunk_tokens=8)
+    student = Head(given["hidden"].requires_grad_(), given["weight"].requires_grad_())
+    teacher = Head(given["teacher_hidden"], given["teacher_weight"])
+    total, tokens = distillation_loss(student, teacher, given["labels"], given["mask"], spec)
+    assert not tokens.kd.requires_grad
+    assert not tokens.lm.requires_grad
+    assert (tokens.kd > 0).all()
+    torch.testing.assert_close(((tokens.kd + 0.5 * tokens.lm) * given["mask"]).sum(), total.detach())
+
+
+def test_without_gradients_the_losses_are_the_same() -> None:
+    given, spec = tensors(), LossSpec(lm_weight=0.5, chunk_tokens=8)
+    heads = Head(given["hidden"], given["weight"]), Head(given["teacher_hidden"], given["teacher_weight"])
+    with torch.no_grad():
+        total, _ = distillation_loss(*heads, given["labels"], given["mask"], spec)
+    assert not total.requires_grad
+    torch.testing.assert_close(total.double(), plain(given, spec)[0], rtol=1e-6, atol=0)
+
+
+def test_a_stored_signal_gives_what_the_live_teacher_gives() -> None:
+    given = tensors()
+    spec = LossSpec(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
+    logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
+    stored = top_k_of(logits - logits.amax(-1, keepdim=True), 9, Vocabulary(VOCABULARY))
+    assert_close(chunked(given, dataclasses.replace(spec, top_k=None), stored), plain(given, spec))
+
+
+def test_top_k_and_tail_are_the_whole_distribution() -> None:
+    logits = torch.randn(4, VOCABULARY)
+    log_probs = torch.log_softmax(logits, -1)
+    kept = top_k_of(logits - logits.amax(-1, keepdim=True), 5, Vocabulary(VOCABULARY))
+    torch.testing.assert_close(kept.log_probs, log_probs.gather(-1, kept.ids))
+    assert torch.equal(kept.ids, log_probs.topk(5, -1).indices)
+    torch.testing.assert_close(kept.log_probs.exp().sum(-1) + kept.tail.exp(), torch.ones(4))
+
+
+def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
+    given = tensors()
+    teacher = TopK(
+        torch.arange(3).repeat(TOKENS, 1), torch.full((TOKENS, 3), 1 / 3).log(), torch.full((TOKENS,), -torch.inf)
+    )
+    total, *gradients = chunked(given, LossSpec(), teacher)
+    logits = given["hidden"] @ given["weight"].t()
+    expected = (-torch.log_softmax(logits, -1)[:, :3].mean(-1) + torch.tensor(1 / 3).log()) * given["mask"]
+    torch.testing.assert_close(total, expected.sum())
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bf16_weights_give_gradients_of_their_type() -> None:
+    given = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors().items()}
+    spec = LossSpec(lm_weight=0.5, chunk_tokens=8)
+    total, of_hidden, of_weight = chunked(given, spec)
+    assert total.dtype is torch.float32
+    assert of_hidden.dtype is of_weight.dtype is torch.bfloat16
+    reference = plain(given, spec)
+    # Logits and their gradients are rounded to bf16's 8 bits, as the models' own output layers do.
+    for mine, theirs in zip((total, of_hidden, of_weight), reference, strict=True):
+        assert (mine.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
+    given, spec = tensors(), LossSpec()
+    weight = torch.nn.Parameter(given["weight"].clone())
+    weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    weight.zero_out_wgrad = tied  # type: ignore[attr-defined]
+    teacher = Head(given["teacher_hidden"], given["teacher_weight"])
+    total, _ = distillation_loss(Head(given["hidden"], weight), teacher, None, given["mask"], spec)
+    total.backward()
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert weight.grad is not None
+    if tied:  # what the embedding adds to it is added to the buffer once more
+        assert not weight.grad.any()
+    assert_close((weight.main_grad - 1,), plain(given, spec)[2:])  # type: ignore[attr-defined]
+
+
+def sliced(specs: list[LossSpec]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """On each rank: the loss, the gradient of the hidden states summed over ranks, and its slice of the weight's."""
+    group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
+    given = tensors(vocabulary=2 * 31)
+    results = []
+    for spec in specs:
+        hidden = given["hidden"].clone().requires_grad_()
+        weight = given["weight"].chunk(ranks)[rank].clone().requires_grad_()
+        teacher = Head(given["teacher_hidden"], given["teacher_weight"].chunk(ranks)[rank])
+        total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec, group)
+        total.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        torch.distributed.all_reduce(hidden.grad)
+        results.append((total.detach(), hidden.grad, weight.grad))
+    return results
+
+
+def test_a_vocabulary_in_slices_gives_the_same() -> None:
+    specs = [dataclasses.replace(spec, chunk_tokens=8) for spec in SPECS]
+    first, second = run_ranks(sliced, 2, specs)
+    given = tensors(vocabulary=2 * 31)
+    for spec, mine, other in zip(specs, first, second, strict=True):
+        assert torch.equal(mine[0], other[0])
+        assert_close((*mine[:2], torch.cat([mine[2], other[2]])), plain(given, spec))

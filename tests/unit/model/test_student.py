@@ -1,0 +1,231 @@
+"""What a budget allows: the shapes of a search, their costs, and the faults of a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prune_distill.config.load import compose
+from prune_distill.config.rules.prune import rounds
+from prune_distill.errors import ConfigError
+from prune_distill.model import student
+from prune_distill.model.model_size import parameters
+from prune_distill.model.student import AXES, candidates, space_of, student_shape, student_shapes
+from prune_distill.schema import Depth, PruneConfig, RunConfig, Shape
+
+DEMO = ("experiment=demo", "prune.num_layers=null", "prune.ffn_hidden_size=null")
+QWEN = ("experiment=qwen3_8b_to_6b_depth", "prune.num_layers=null")
+# The demo's teacher has 5,246,976 parameters.
+TWO_THIRDS = "prune.budget.params_share=0.667"
+
+
+def demo(*overrides: str) -> RunConfig:
+    return compose([*DEMO, *overrides])
+
+
+def sizes(shape: Shape) -> tuple[int, ...]:
+    return tuple(getattr(shape, axis) for axis in AXES)
+
+
+def test_candidates_meet_the_budget_and_the_bounds_and_none_is_inside_another() -> None:
+    cfg = demo(TWO_THIRDS)
+    found = candidates(space_of(cfg))
+    teacher = cfg.model.shape
+    assert teacher is not None
+    whole = parameters(teacher, cfg.model.family)
+    for shape in found:
+        assert parameters(shape, cfg.model.family) <= 0.667 * whole
+        assert shape.num_layers >= 4
+        assert shape.hidden_size >= 0.6 * 256
+        assert shape.hidden_size % 64 == shape.ffn_hidden_size % 64 == 0
+        assert shape.num_attention_heads % shape.num_query_groups == 0
+    for one in found:
+        inside = [other for other in found if all(a >= b for a, b in zip(sizes(other), sizes(one), strict=True))]
+        assert inside == [one]
+    # Depth alone and width alone are among them.
+    assert (4, 256, 704, 4, 2) in map(sizes, found)
+    assert any(shape.num_layers == 6 for shape in found)
+
+
+def test_what_distillation_cuts_divides_every_candidate() -> None:
+    cfg = compose([*QWEN, "prune.budget.params_share=0.7", "prune.budget.max_candidates=1000"])
+    found = student_shapes(cfg)
+    assert len(found) > 20
+    for shape in found:
+        assert shape.num_query_groups % 8 == shape.num_attention_heads % 8 == shape.ffn_hidden_size % 128 == 0
+        assert shape.hidden_size % 128 == 0
+    # The budget is used: the FFN's step is worth less than 3 % of the model.
+    limit = 0.7 * parameters(cfg.model.shape, cfg.model.family)  # type: ignore[arg-type]
+    assert all(0.97 * limit < parameters(shape, cfg.model.family) <= limit for shape in found)
+    pipelined = ("distill.parallel.pipeline_model_parallel_size=2", "distill.parallel.tensor_model_parallel_size=4")
+    halves = student_shapes(compose([*QWEN, "prune.budget.params_share=0.7", *pipelined]))
+    assert {shape.num_layers % 2 for shape in halves} == {0}
+
+
+def test_the_plan_reckons_with_the_largest_candidate() -> None:
+    cfg = demo(TWO_THIRDS)
+    most = max(parameters(shape, cfg.model.family) for shape in student_shapes(cfg))
+    assert parameters(student_shape(cfg), cfg.model.family) == most
+    assert len(candidates(space_of(demo(TWO_THIRDS, "prune.budget.max_candidates=2")))) == 2
+
+
+def test_memory_is_weights_and_cache() -> None:
+    cfg = demo("prune.budget.memory_share=0.7", "prune.budget.batch_size=8", "prune.budget.seq_length=1024")
+    space = space_of(cfg)
+    weights, cache = 4 * 5_246_976, 4 * 2 * 6 * 2 * 64 * 8 * 1024  # the demo exports in fp32
+    assert space.cost(space.shape).memory == weights + cache
+    for shape in candidates(space):
+        assert space.cost(shape).memory <= 0.7 * (weights + cache)
+    both = candidates(space_of(demo("prune.budget.memory_share=0.7", "prune.budget.params=3.4e6")))
+    assert all(space.cost(shape).params <= 3.4e6 for shape in both)
+
+
+def test_a_limit_on_latency_takes_what_was_measured() -> None:
+    space = space_of(demo("prune.budget.latency=4.5"))
+    # Until it is measured nothing is ruled out: a shape next to the teacher's is the largest.
+    assert sizes(student_shape(demo("prune.budget.latency_share=0.5"))) == (6, 256, 704, 4, 2)
+    found = candidates(space, lambda shape: shape.num_layers * shape.hidden_size / 256)
+    assert found
+    assert all(shape.num_layers * shape.hidden_size / 256 <= 4.5 for shape in found)
+
+
+def test_what_needs_importance() -> None:
+    assert not student.needs_importance(PruneConfig(drop_layers=[2]))
+    assert not student.needs_importance(PruneConfig(num_layers=2, depth=Depth.block))
+    for prune in (PruneConfig(num_layers=2), PruneConfig(drop_layers=[2], hidden_size=64)):
+        assert student.needs_importance(prune)
+        assert student.runs_teacher(prune)
+    assert not student.runs_teacher(PruneConfig(drop_layers=[2]))
+    assert student.runs_teacher(PruneConfig(num_layers=2, depth=Depth.block))
+
+
+def test_rounds_halve_the_field_and_double_the_steps() -> None:
+    cfg = demo(TWO_THIRDS, "prune.tournament.round_tokens=10000", "prune.tournament.candidates=5")
+    assert rounds(cfg) == [(5, 10), (3, 20), (2, 40)]
+
+
+SCORED = (TWO_THIRDS, "prune.tournament.round_tokens=10000")
+BUDGETS: list[tuple[list[str], list[str]]] = [
+    (["prune.budget.params=6e6"], ["prune.budget.params=6e+06 is no less than the teacher's 5.24698e+06", "below"]),
+    (["prune.budget.params=1e6"], ["prune.budget.params=1e+06 is below the 2.16", "num_layers 4", "or more"]),
+    (["prune.budget.params_share=0.1"], ["prune.budget.params_share=0.1 is below", "params_share to 0.4127"]),
+    (["prune.budget.params_share=1.5"], ["params_share=1.5 is no share of the teacher's", "between 0 and 1"]),
+    (["prune.budget.params_share=0"], ["prune.budget.params_share=0.0 must be above 0"]),
+    (["prune.budget.memory_gb=1"], ["prune.budget.memory_gb=1 is no less than the teacher's", "GB"]),
+    (["prune.budget.memory_gb=0.001"], ["prune.budget.memory_gb=0.001 is below"]),
+    (
+        ["prune.budget.params=3e6", "prune.budget.params_share=0.6"],
+        ["prune.budget.params=3000000.0 and prune.budget.params_share=0.6 both limit the same"],
+    ),
+    (["prune.budget.batch_size=2"], ["prune.budget limits nothing", "params_share=0.67"]),
+    ([TWO_THIRDS, "prune.num_layers=4"], ["prune.budget searches all sizes, but prune.num_layers=4 is set too"]),
+    ([TWO_THIRDS, "prune.drop_layers=[2]"], ["prune.drop_layers=[2] is set too", "set prune.budget=null"]),
+    ([TWO_THIRDS, "prune.budget.max_width_cut=1.2"], ["prune.budget.max_width_cut=1.2 is no share"]),
+    ([TWO_THIRDS, "prune.budget.seq_length=4096"], ["prune.budget.seq_length=4096 is longer", "at most 2048"]),
+    ([TWO_THIRDS, "prune.tournament.candidates=3"], ["prune.tournament.round_tokens is not set"]),
+    (
+        [TWO_THIRDS, "prune.tournament.round_tokens=1000000"],
+        ["prune.tournament takes the last to step 1954, but distill.max_steps=160", "lower prune.tournament"],
+    ),
+    (
+        [*SCORED, "evaluate.continuations=null", "prune.tournament.score.task=heldout_continuations"],
+        ["score.task=heldout_continuations is none of the tasks that evaluate asks, []", "evaluate.continuations={}"],
+    ),
+    ([*SCORED, "prune.tournament.score.task=mmlu"], ["score.task=mmlu is none", "set evaluate.tasks=[mmlu]"]),
+    (
+        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.metric=exact_match"],
+        ["prune.tournament.score.metric=exact_match is none of heldout_continuations's", "acc_norm"],
+    ),
+    (
+        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.margin=-1"],
+        ["prune.tournament.score.margin=-1.0 is below 0"],
+    ),
+    (
+        ["prune.num_layers=4", "prune.tournament.round_tokens=10000"],
+        ["prune.tournament chooses among the candidates of a search, but prune.budget=null"],
+    ),
+    (["prune.depth=block", "prune.hidden_size=192"], ["prune.depth=block chooses", "set prune.num_layers"]),
+    (
+        [
+            "prune.num_layers=4",
+            *("prune.tensor_model_parallel_size=2", "cluster.devices_per_node=2", "distill.micro_batch_size=2"),
+        ],
+        ["prune.tensor_model_parallel_size=2 works only where prune.drop_layers names the layers"],
+    ),
+    (
+        [
+            *("prune.budget.latency=5", "prune.pipeline_model_parallel_size=2"),
+            *("cluster.devices_per_node=2", "distill.micro_batch_size=2"),
+        ],
+        ["a budget of latency is measured on one rank", "set prune.pipeline_model_parallel_size=1"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), BUDGETS, ids=lambda value: " ".join(value))
+def test_a_budget_that_cannot_be_met_names_the_nearest(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        demo(*overrides)
+    (fault,) = caught.value.faults
+    for part in parts:
+        assert part in fault
+
+
+def test_the_value_that_is_offered_is_accepted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        demo("prune.budget.params_share=0.1")
+    offered = str(caught.value).partition("set prune.budget.params_share to ")[2].split()[0]
+    cfg: Any = demo(f"prune.budget.params_share={offered}")
+    assert candidates(space_of(cfg))
+
+
+def test_pipeline_stages_divide_the_layers_that_are_left() -> None:
+    pipeline = ("distill.parallel.pipeline_model_parallel_size=6", "cluster.devices_per_node=6")
+    cfg = demo("prune.budget.params_share=0.95", *pipeline)
+    assert {shape.num_layers for shape in student_shapes(cfg)} == {6}
+
+
+LLAMA = ("experiment=demo", "model.family=llama", "model.shape.hidden_size=192", "model.shape.num_attention_heads=6")
+LLAMA += ("model.shape.num_query_groups=2", "model.shape.kv_channels=32", "prune.num_layers=null")
+LLAMA += ("prune.ffn_hidden_size=null",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["prune.hidden_size=128"], "prune.hidden_size=128: "),
+        (["prune.rounds=[{hidden_size: 128, steps: 200}]", "prune.num_layers=4"], "prune.rounds[0]: prune.hidden_size"),
+        (["prune.rounds=[{num_layers: 5, steps: 200}]", "prune.hidden_size=128"], "prune.hidden_size=128: "),
+        (["prune.rounds=[{num_attention_heads: 4, steps: 200}]", "prune.hidden_size=128"], None),
+        (["prune.hidden_size=128", "prune.num_attention_heads=4"], None),
+        (["prune.hidden_size=128", "model.family=mistral"], None),
+        (["prune.num_layers=4"], None),
+        # What transformers 5 refuses of the teacher already, pruning makes no worse.
+        (["prune.hidden_size=128", "model.shape.hidden_size=256"], None),
+    ],
+)
+def test_widths_of_llama_that_transformers_refuses(overrides: list[str], key: str | None) -> None:
+    """transformers 5 wants the hidden size to be a multiple of the heads, whatever the size of a head."""
+    overrides = [*LLAMA, *overrides]
+    if key is None:
+        compose(overrides)
+        return
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    (fault,) = caught.value.faults
+    assert fault.startswith(key)
+    assert "6 attention heads" in fault
+    assert "prune.num_attention_heads to 2 or 4" in fault  # of 2 groups with 3 heads each, and 128 is no multiple of 6
+
+
+def test_a_search_considers_no_widths_that_transformers_refuses() -> None:
+    llama, mistral = (
+        space_of(compose([*LLAMA, f"model.family={family}", "prune.budget.params_share=0.7"]))
+        for family in ("llama", "mistral")
+    )
+    assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in candidates(llama))
+    assert candidates(llama)
+    assert any(shape.hidden_size % shape.num_attention_heads for shape in candidates(mistral))
+    least = student.smallest(llama)
+    assert (least.hidden_size, least.num_attention_heads) == (128, 4)

@@ -1,0 +1,282 @@
+"""Records of folders, what they catch, and from which checkpoint a training resumes. Expected values by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prune_distill.errors import InputError
+from prune_distill.pipeline import outputs
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again, write_json, write_manifest
+from prune_distill.pipeline.integrity import (
+    Damage,
+    checkpoint_damage,
+    checkpoints_in,
+    damage_of,
+    damaged_inputs,
+    refuse,
+    unrecorded,
+)
+from prune_distill.pipeline.outputs import OUTPUTS, digests, files_in, outputs_of, parse_record, select, share_of
+from prune_distill.schema import RunConfig
+from prune_distill.training.checkpoints import resume_point, superfluous
+from tests.helpers import corruption
+
+Compose = Callable[..., RunConfig]
+
+RESULTS = {
+    "nemo/weights/.metadata": b"index",
+    "nemo/weights/__0_0.distcp": b"0" * 9000,
+    "nemo/weights/__0_1.distcp": b"1" * 9000,
+    "nemo/context/model.yaml": b"a: 1",
+    "blocks.json": b"{}",
+    "winner/checkpoints/step=4/weights/__0_0.distcp": b"w",
+}
+OTHERS = (
+    *("log.txt", "log-node1.txt", "log.3.txt", "state.json", "stop", "stop.2", "began", ".lock", "measured/.lock"),
+    *("checkpoints/step=2/weights/__0_0.distcp", ".partial.step=4/weights/x", "tensorboard/events.out", "claims/3.1"),
+    *("a/tensorboard/events.out", "index_mapping/a.npy", "recovery/step=2/x", ".manifest.json.x7"),
+)
+
+
+def fill(folder: Path, files: dict[str, bytes] | tuple[str, ...]) -> None:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(files[name] if isinstance(files, dict) else b"x")
+
+
+@pytest.fixture
+def made(demo: Compose) -> dict[str, Located]:
+    """Stages of a run of which `prune` and `prepare_data` are complete."""
+    located = locate(demo())
+    fill(located["prune"].folder, {**RESULTS, **dict.fromkeys(OTHERS, b"x")})
+    fill(located["prepare_data"].folder, {"data.json": b"{}", "shards/0/train.bin": b"\1\2"})
+    for name in ("prune", "prepare_data"):
+        write_manifest(located[name], 1.0, 2.0, {"kept_layers": [1, 2], "by_layer": {2: 0.5, 10: (1, float("nan"))}})
+    return located
+
+
+def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    assert outputs_of(folder) == sorted(RESULTS)
+    record = json.loads((folder / OUTPUTS).read_text())
+    assert record == {
+        name: {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"} for name, content in RESULTS.items()
+    }
+    manifest = read_manifest(folder) or {}
+    assert (manifest["outputs"]["files"], manifest["outputs"]["bytes"]) == (6, sum(map(len, RESULTS.values())))
+    assert damage_of(folder) is None
+    # Metrics of a training are a result; those of work that processes share may still grow.
+    for name, recorded in (("prune", False), ("distill", True)):
+        fill(made[name].folder, {"metrics.jsonl": b"{}"})
+        write_manifest(made[name], 1.0, 2.0, {})
+        assert ("metrics.jsonl" in json.loads((made[name].folder / OUTPUTS).read_text())) is recorded
+    for name in OTHERS:
+        (folder / name).unlink()
+    assert damage_of(folder) is None
+
+
+@pytest.mark.parametrize("damage", corruption.DAMAGES)
+@pytest.mark.parametrize("name", [*RESULTS, "outputs.json", "manifest.json"])
+def test_every_damage_is_found_and_undone(made: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
+    folder = made["prune"].folder
+    with corruption.damaged(folder / name, damage, tmp_path / "aside"):
+        if made["prune"].complete:
+            found = damage_of(folder)
+            assert found is not None
+            assert list(found.files) == [name]
+        else:
+            assert name == "manifest.json"
+    assert damage_of(folder) is None
+
+
+def test_a_changed_figure_in_a_manifest_is_damage(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    path = folder / "manifest.json"
+    content = path.read_text()
+    path.write_text(content.replace('"kept_layers": [\n   1,', '"kept_layers": [\n   3,'))
+    assert path.read_text() != content
+    assert made["prune"].complete
+    assert "manifest.json has other content" in str(damage_of(folder))
+    # Neither key that vouches may be renamed.
+    for key in ("outputs", "crc32"):
+        path.write_text(content.replace(f'\n "{key}"', '\n "other"'))
+        assert made["prune"].complete
+        assert "manifest.json has other content" in str(damage_of(folder))
+
+
+def test_sizes_are_compared_without_reading(made: dict[str, Located], tmp_path: Path) -> None:
+    folder = made["prune"].folder
+    path = folder / "nemo/weights/__0_0.distcp"
+    with corruption.damaged(path, corruption.flip, tmp_path / "aside"):
+        assert damage_of(folder, contents=False) is None
+    with corruption.damaged(path, corruption.truncate, tmp_path / "aside"):
+        assert "__0_0.distcp has 4,500 bytes instead of 9,000" in str(damage_of(folder, contents=False))
+    path.unlink()
+    path.mkdir()
+    assert "__0_0.distcp is not a file" in str(damage_of(folder, contents=False))
+
+
+def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    for name in ("nemo/weights/__0_0.distcp", "nemo/weights/__0_1.distcp"):
+        corruption.flip(folder / name)
+    shares = [damage_of(folder, share=(rank, 2)) for rank in range(2)]
+    assert [len(share.files) for share in shares if share] == [1, 1]
+    entries = {str(size): {"size": size, "crc32": ""} for size in (1, 2, 3, 4, 5)}
+    assert [sorted(share_of(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
+
+
+def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]) -> None:
+    stages, folder = made, made["prune"].folder
+    corruption.flip(folder / "blocks.json")
+    assert damaged_inputs(stages["distill"], stages, contents=True) == []  # it reads nemo/ and the data
+    corruption.flip(folder / "nemo/context/model.yaml")
+    (found,) = damaged_inputs(stages["distill"], stages, contents=True)
+    assert list(found.files) == ["nemo/context/model.yaml"]
+    assert damaged_inputs(stages["distill"], stages, contents=False) == []
+    assert [damage.folder for damage in damaged_inputs(stages["report"], stages, contents=True)] == [folder]
+
+
+def test_what_was_not_recorded_is_no_input(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    assert "hf is not among what was written" in str(damage_of(folder, "hf"))
+    assert select({"nemo2/a": {}, "nemo/b": {}, "nemo": {}}, "nemo") == {"nemo/b": {}, "nemo": {}}
+    assert select({"a/b.json": {}, "a/c.bin": {}}, "a", ("*.json",)) == {"a/b.json": {}}
+
+
+def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], tmp_path: Path) -> None:
+    folder = made["prune"].folder
+    for name in RESULTS:
+        (folder / name).unlink()
+    damages = [damage_of(folder, part) for part in ("nemo", "winner", ".")]
+    with pytest.raises(InputError) as caught:
+        refuse(filter(None, damages), tmp_path)
+    told = str(caught.value)
+    assert "\n" not in told
+    assert told.startswith(f"{folder} is damaged: ")
+    assert "and 3 more files" in told
+    assert told.endswith(f"rm -r {folder} && the command that started the run")
+    (tmp_path / "launches.jsonl").write_text('{"command": "first"}\n{"command": "python -m launch.run a=1"}\n')
+    with pytest.raises(InputError, match=f"rm -r '/a b' {folder} && python -m launch.run a=1"):
+        refuse([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
+    refuse([], tmp_path)
+
+
+def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    manifest = read_manifest(folder) or {}
+    write_json(folder / "manifest.json", {key: manifest[key] for key in manifest if key not in ("outputs", "crc32")})
+    (folder / OUTPUTS).unlink()
+    corruption.flip(folder / "nemo/context/model.yaml")
+    assert made["prune"].complete
+    assert damage_of(folder) is None
+    told = unrecorded(made.values())
+    assert told is not None
+    assert told.startswith("prune: made before outputs were recorded")
+    assert unrecorded([made["prepare_data"], made["distill"]]) is None
+
+
+def test_a_file_rewritten_on_purpose_is_recorded_again_and_nothing_else(made: dict[str, Located]) -> None:
+    folder = made["prune"].folder
+    (folder / "blocks.json").write_text("[]")
+    corruption.flip(folder / "nemo/context/model.yaml")
+    record_again(folder, ("blocks.json",))
+    found = damage_of(folder)
+    assert found is not None
+    assert list(found.files) == ["nemo/context/model.yaml"]
+    record_again(made["distill"].folder, ("blocks.json",))  # not complete
+    assert not made["distill"].folder.exists()
+
+
+ODD_RECORDS = (
+    *("", "[]", "null", '{"a": 1}', '{"a": {"size": "1", "crc32": "0"}}', '{"a": {"size": 1}}', "[" * 9999),
+    *('{"../a": {"size": 1, "crc32": "0"}}', '{"/etc/passwd": {"size": 1, "crc32": "0"}}'),
+)
+
+
+@pytest.mark.parametrize("content", ODD_RECORDS)
+def test_what_is_no_record(made: dict[str, Located], content: str) -> None:
+    assert parse_record(content.encode()) is None
+    folder = made["prune"].folder
+    (folder / OUTPUTS).write_text(content)
+    assert "outputs.json has other content" in str(damage_of(folder))
+
+
+def test_large_and_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outputs, "_READ_BYTES", 1000)
+    content = os.urandom(2500)
+    fill(tmp_path, {"large": content, "empty": b"", "exact": content[:1000]})
+    assert digests(tmp_path, ["large", "empty", "exact"]) == {
+        "large": {"size": 2500, "crc32": f"{zlib.crc32(content):08x}"},
+        "empty": {"size": 0, "crc32": "00000000"},
+        "exact": {"size": 1000, "crc32": f"{zlib.crc32(content[:1000]):08x}"},
+    }
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    """As `Checkpoints` leaves one."""
+    path = folder / f"step={step}"
+    fill(path, {"weights/.metadata": b"m", "weights/__0_0.distcp": bytes([step]) * 5000, "context/model.yaml": b"a"})
+    write_json(path / OUTPUTS, digests(path, [*files_in(path)]))
+    return path
+
+
+def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert resume_point(tmp_path / "none") is None
+    older, newer = checkpoint(tmp_path, 2), checkpoint(tmp_path, 10)
+    assert resume_point(tmp_path) == newer
+    assert caplog.text == ""
+    corruption.hole(newer / "weights/__0_0.distcp")
+    assert resume_point(tmp_path) == older
+    assert "step=10 is damaged: weights/__0_0.distcp has other content" in caplog.text
+    assert "resuming from step=2, and the damaged one is kept as .damaged.step=10" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged.step=10", "step=2"]
+    # None is left: the work of a whole training is not thrown away without a word.
+    corruption.delete(older / "context/model.yaml")
+    with pytest.raises(InputError, match=rf"step=2 is damaged: context/model.yaml is missing.*rm -r {tmp_path}"):
+        resume_point(tmp_path)
+    assert older.exists()
+
+
+@pytest.mark.parametrize("damage", corruption.DAMAGES)
+@pytest.mark.parametrize("name", ["weights/.metadata", "weights/__0_0.distcp", "context/model.yaml"])
+def test_damage_to_a_checkpoint_is_found(tmp_path: Path, name: str, damage: Any) -> None:
+    path = checkpoint(tmp_path, 2)
+    with corruption.damaged(path / name, damage, tmp_path / "aside"):
+        assert checkpoint_damage(path) is not None
+    assert checkpoint_damage(path) is None
+    with corruption.damaged(path / OUTPUTS, corruption.truncate, tmp_path / "aside"):
+        assert checkpoint_damage(path) is not None
+
+
+def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = checkpoint(tmp_path, 4)
+    for name in ("step=abc", "step=-1", "step=", "step=007", "step=4.5", "step=4-last", ".partial.step=9", "4"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step=5").touch()
+    assert checkpoints_in(tmp_path) == {4: whole}
+    assert superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
+    assert resume_point(tmp_path) == whole
+    # A folder that is named like one, with nothing of one in it.
+    (tmp_path / "step=8" / "step=9").mkdir(parents=True)
+    assert resume_point(tmp_path) == whole
+    assert "step=8 is damaged: weights/ is missing" in caplog.text
+
+
+def test_checkpoints_that_were_written_before_records_are_used(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4)
+    (path / OUTPUTS).unlink()
+    assert resume_point(tmp_path) == path
+    shutil.rmtree(path / "context")
+    with pytest.raises(InputError, match="context/ is missing"):
+        resume_point(tmp_path)

@@ -1,0 +1,146 @@
+"""Helpers of a stage end with it, and what a shell has of another job's ranks does not reach it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launch.environment import ROOT
+from prune_distill.errors import InputError
+from prune_distill.pipeline import processes
+from prune_distill.pipeline.processes import drop_foreign_ranks, shorten_socket_paths
+from tests.helpers.launches import ends
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
+
+# Prints the pids of its helpers: each says its own, and waits. `HOW` starts them.
+PARENT = """
+import multiprocessing, os, sys, threading, time
+from prune_distill.pipeline import stage_main
+
+def wait():
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: helpers share the pipe
+    time.sleep(100)
+
+def fork_and_wait():
+    multiprocessing.get_context("fork").Process(target=wait).start()
+    wait()
+
+def start(kind, target):
+    multiprocessing.get_context(kind).Process(target=target).start()
+
+if __name__ == "__main__":
+    stage_main.end_with_parent()
+    HOW
+    time.sleep(100)
+"""
+
+
+@contextmanager
+def started(tmp_path: Path, how: str) -> Iterator[subprocess.Popen[str]]:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.replace("HOW", how))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            yield parent
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize(
+    ("how", "helpers"),
+    [
+        pytest.param('start("fork", wait)', 1, id="forked"),
+        pytest.param('start("fork", fork_and_wait)', 2, id="forked by a forked one"),
+        pytest.param('start("spawn", wait)', 1, id="spawned"),
+        pytest.param('start("spawn", fork_and_wait)', 2, id="forked by a spawned one"),
+        pytest.param('threading.Thread(target=start, args=("fork", wait)).start()', 1, id="forked by a thread"),
+    ],
+)
+def test_helpers_end_with_a_killed_parent(tmp_path: Path, how: str, helpers: int) -> None:
+    with started(tmp_path, how) as parent:
+        assert parent.stdout is not None
+        pids = [int(parent.stdout.readline()) for _ in range(helpers)]
+        parent.kill()
+    assert all(ends(pid) for pid in pids)
+
+
+def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
+    """The kernel's signal comes when the thread ends, long before the parent."""
+    how = 'thread = threading.Thread(target=start, args=("fork", wait)); thread.start(); thread.join()'
+    with started(tmp_path, f'{how}; os.write(1, b"joined\\n")') as parent:
+        assert parent.stdout is not None
+        lines = {parent.stdout.readline().strip() for _ in range(2)}
+        (pid,) = (int(line) for line in lines - {"joined"})
+        assert not ends(pid, seconds=1.5)
+        parent.kill()
+    assert ends(pid)
+
+
+def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PATH": "/bin"}
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=2 .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
+        drop_foreign_ranks(environment)
+    with pytest.raises(InputError, match="^WORLD_SIZE=two "):
+        drop_foreign_ranks({"WORLD_SIZE": "two"})
+
+
+@pytest.mark.parametrize(
+    "starter", [{"TORCHELASTIC_RUN_ID": "none"}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}]
+)
+def test_ranks_of_torchrun_and_srun_keep_their_variables(starter: dict[str, str]) -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "2", **starter}
+    drop_foreign_ranks(environment)
+    assert environment == {"RANK": "1", "WORLD_SIZE": "2", **starter}
+
+
+def test_a_job_script_of_another_size_did_not_start_this_rank() -> None:
+    """The shell of a Slurm allocation has its variables as well."""
+    with pytest.raises(InputError, match="WORLD_SIZE=2"):
+        drop_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+
+
+def test_a_single_process_forgets_its_rank() -> None:
+    environment = {"RANK": "3", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "PATH": "/bin"}
+    drop_foreign_ranks(environment)
+    assert environment == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize("length", [70, 75, 76, 110])
+def test_a_manager_starts_however_long_tmpdir_is(tmp_path: Path, length: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # pytest's own folders are longer
+        folder = Path(short, "x" * (length - 1 - len(short)))
+        folder.mkdir()
+        check_manager(tmp_path, folder)
+
+
+def check_manager(tmp_path: Path, folder: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, tempfile\nfrom prune_distill.pipeline import stage_main\n"
+        "if __name__ == '__main__':\n"
+        "    stage_main.shorten_socket_paths()\n"
+        "    queue = multiprocessing.get_context('spawn').Manager().Queue()\n"
+        "    queue.put(7)\n    assert queue.get() == 7\n"
+        "    print(tempfile.mkdtemp())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Everything else stays where the user wants it.
+    assert Path(done.stdout.strip()).parent == folder
+
+
+def test_a_long_tmpdir_without_a_short_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.tempfile, "tempdir", f"/{'x' * 75}")
+    monkeypatch.setattr(processes, "SHORT_FOLDERS", ("/none",))
+    with pytest.raises(InputError, match=r"^TMPDIR=/x+: .*set TMPDIR to a shorter path"):
+        shorten_socket_paths()

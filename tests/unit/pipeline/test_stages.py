@@ -1,0 +1,194 @@
+"""The stage table: whole, in order, and what configs ask of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+
+from prune_distill.config.composition import config_groups
+from prune_distill.config.load import compose
+from prune_distill.config.typed import schema_keys
+from prune_distill.model.student import student_shape
+from prune_distill.pipeline import stages
+from prune_distill.pipeline.artifact import locate
+from prune_distill.pipeline.stages import STAGES, External, Output, find, wanted
+from prune_distill.schema import Loss, RunConfig
+
+DROP = "prune.drop_layers=[2]"
+CONTROLS = "distill.controls=[ce,scratch]"
+ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
+CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
+
+
+def test_names_are_unique_and_modules_exist() -> None:
+    assert len({stage.name for stage in STAGES}) == len(STAGES)
+    for stage in STAGES:
+        assert importlib.util.find_spec(stage.module) is not None, stage.module
+
+
+def test_sections_and_settings_are_keys_of_the_schema() -> None:
+    known = set(schema_keys(RunConfig))
+    cfg = compose(["experiment=demo", *ROUNDS])
+    for stage in wanted(cfg):
+        assert {*stage.sections, *stage.settings(cfg)} <= known, stage.name
+
+
+@pytest.mark.parametrize("name", [name for name in config_groups()["experiment"] if name != "own"])
+def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
+    cfg = compose([f"experiment={name}"])
+    done: list[str] = []
+    for stage in wanted(cfg):
+        sources = stage.inputs(stage.configure(cfg)).values()
+        assert {source.stage for source in sources if isinstance(source, Output)} <= set(done), stage.name
+        done.append(stage.name)
+    assert done[-1] == "report"
+
+
+def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
+    every = [
+        stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name
+    ]
+    assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
+    plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
+    assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
+    few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
+    controls = {f"{stage}.{name}" for stage in ("distill", "nemo_to_hf", "evaluate") for name in ("ce", "scratch")}
+    left_out = {*controls, "verify_import", "verify"}
+    assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
+    published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
+    assert published[0].name == "prepare_data"
+
+
+def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable[..., RunConfig]) -> None:
+    assert find("hf_to_nemo").inputs(demo()) == {"hf_model": Output("demo_model", "hf")}
+    assert find("prepare_data").inputs(demo())["train"] == Output("demo_model", "corpus/train.jsonl")
+    own = compose(["experiment=qwen3_8b_to_6b_width", "data.train=[a.jsonl]", "data.validation=[v.jsonl]"])
+    assert find("prepare_data").inputs(own) == {
+        "tokenizer": External(("Qwen/Qwen3-8B",), hub=True),
+        "train": External(("a.jsonl",), documents=True),
+        "validation": External(("v.jsonl",), documents=True),
+    }
+
+
+def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> None:
+    named = [stage.name for stage in wanted(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
+    assert "importance" not in named
+    budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
+    searched = demo(*budget)
+    assert [stage.name for stage in wanted(searched)][4:7] == ["importance", "search", "prune"]
+    assert find("prune").inputs(searched)["choice"] == Output("search")
+    fought = demo(*budget, "prune.tournament.round_tokens=10000")
+    assert [stage.name for stage in wanted(fought)][4:8] == ["importance", "search", "tournament", "prune"]
+    assert find("prune").inputs(fought)["choice"] == Output("tournament")
+    assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
+    assert set(find("tournament").inputs(fought)) == {"teacher", "data", "search"}
+    assert find("tournament").more_sections(fought) == ()
+    task = ("prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
+    scored = demo(*budget, "prune.tournament.round_tokens=10000", *task)
+    assert set(find("tournament").inputs(scored)) == {"teacher", "data", "search", "teacher_hf", "task_folder"}
+    decided_by = {"evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype"}
+    assert set(find("tournament").more_sections(scored)) == decided_by
+    for name in ("distill.ce", "distill.scratch"):
+        control = find(name)
+        assert "begun" not in control.inputs(control.configure(fought))
+
+
+def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo()
+    control = find("distill.ce")
+    variant = control.configure(cfg)
+    assert variant.distill.loss is Loss.ce
+    assert cfg.distill.loss is Loss.kd
+    assert "teacher" not in control.inputs(variant)
+    assert "teacher" in find("distill").inputs(cfg)
+
+
+def test_a_stored_signal_takes_the_teachers_place(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo("distill.signal=stored")
+    inputs = find("distill").inputs(cfg)
+    assert inputs["signal"] == Output("teacher_signal")
+    assert "teacher" not in inputs
+    assert find("teacher_signal").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
+
+
+def test_a_corrected_teacher_teaches_and_is_not_what_is_pruned(demo: Callable[..., RunConfig]) -> None:
+    corrected = Output("correct_teacher", "nemo")
+    cfg = demo(*CORRECTED)
+    assert find("distill").inputs(cfg)["teacher"] == corrected
+    assert find("prune").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
+    assert find("nemo_to_hf").inputs(cfg)["corrected_teacher"] == corrected
+    assert find("teacher_signal").inputs(demo(*CORRECTED, "distill.signal=stored"))["teacher"] == corrected
+    swapped = find("distill").inputs(demo(*CORRECTED, "distill.swap_teacher_at_step=20"))
+    assert (swapped["teacher"], swapped["corrected_teacher"]) == (Output("hf_to_nemo", "nemo"), corrected)
+
+
+@pytest.mark.parametrize("change", ["distill.lr=3e-4", "distill.kd.temperature=2", "distill.warmup_steps=3"])
+def test_a_sweep_of_the_student_makes_no_signal_anew(demo: Callable[..., RunConfig], change: str) -> None:
+    made, changed = (_folders(demo("distill.signal=stored", *more)) for more in ([], [change]))
+    assert made["distill"] != changed["distill"]
+    assert (made["distill.ce"] == changed["distill.ce"]) == (".kd." in change)
+    assert (made["teacher_signal"] == changed["teacher_signal"]) == ("temperature" not in change)
+
+
+@pytest.mark.parametrize(
+    "change", ["distill.signal=stored", "distill.signal_top_k=8", CORRECTED[0], "distill.signal_shard_sequences=1"]
+)
+def test_a_control_does_not_depend_on_what_is_said_of_the_teacher(demo: Callable[..., RunConfig], change: str) -> None:
+    assert _folders(demo())["distill.ce"] == _folders(demo(change))["distill.ce"]
+
+
+def _folders(cfg: RunConfig) -> dict[str, str]:
+    return {name: stage.config_hash for name, stage in locate(cfg).items()}
+
+
+def test_ranks(demo: Callable[..., RunConfig]) -> None:
+    batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
+    cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
+    named = [stage for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name]
+    ranks = {stage.name: stage.ranks(cfg) for stage in named}
+    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
+    of_all_ranks |= {"evaluate", "evaluate.ce", "evaluate.scratch"}
+    assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
+
+
+def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[..., RunConfig]) -> None:
+    names = [stage.name for stage in wanted(demo(*CORRECTED, CONTROLS))]
+    assert names[names.index("hf_to_nemo") + 1] == "verify_import"
+    gates = [stage for stage in STAGES if stage.gate]
+    assert [stage.name for stage in gates] == ["verify_import"]
+    assert set(gates[0].inputs(demo())) == {"teacher_hf", "teacher_nemo", "data"}
+    assert set(find("verify").inputs(demo())) == {"student_hf", "student_nemo", "data"}
+
+
+def test_an_unknown_stage_is_named_with_those_there_are() -> None:
+    with pytest.raises(KeyError, match="no stage 'destil'; the stages are demo_model, prepare_data"):
+        find("destil")
+
+
+def test_world_size_counts_all_ranks() -> None:
+    assert stages.world_size(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
+
+
+def test_rounds_prune_what_the_one_before_distilled_and_learn_from_the_same_teacher(
+    demo: Callable[..., RunConfig],
+) -> None:
+    cfg = demo(*ROUNDS)
+    rows = {stage.name: stage for stage in wanted(cfg)}
+    # Layers that are named need no importance.
+    in_rounds = ("importance.round1", "prune.round1", "distill.round1", "prune.round2", "distill.round2", "importance")
+    assert [name for name in rows if ".round" in name or name == "importance"] == [*in_rounds]
+    inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}
+    teacher = Output("hf_to_nemo", "nemo")
+    of_round = {"prune.round1": teacher, "prune.round2": Output("distill.round1", "nemo")}
+    for name, pruned in {**of_round, "prune": Output("distill.round2", "nemo")}.items():
+        assert inputs[name]["teacher"] == pruned
+    for name in ("distill.round1", "distill.round2", "distill"):
+        assert inputs[name]["teacher"] == teacher
+        assert inputs[name]["student"] == Output(name.replace("distill", "prune"), "nemo")
+    assert inputs["prune"]["before"] == Output("prune.round2")
+    of_second = rows["distill.round2"].configure(cfg)
+    assert (of_second.distill.max_steps, of_second.prune.drop_layers, of_second.prune.num_layers) == (30, [2], None)
+    assert student_shape(of_second).num_layers == 4
+    assert student_shape(cfg).num_layers == 3

@@ -1,0 +1,141 @@
+"""The phases of a training: steps, tokens and sizes, and the faults that each of them may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launch.memory import Models, training_memory
+from prune_distill.config.load import compose
+from prune_distill.errors import ConfigError
+from prune_distill.model.flops import training_flops
+from prune_distill.model.student import student_shape
+from prune_distill.schema import Loss, Phase, Training
+from prune_distill.schema.phases import (
+    phase_number,
+    samples_before,
+    spare_batches,
+    tokens_before,
+    training_phases,
+    training_tokens,
+)
+
+DEMO = ("experiment=demo", "run_dir=runs/x")
+
+
+def training(**values: Any) -> Training:
+    sizes: dict[str, Any] = {"max_steps": 10, "seq_length": 8, "global_batch_size": 4, "lr": 1.0, "min_lr": 0.1}
+    return Training(**{**sizes, **values})
+
+
+def test_a_training_without_phases_is_one() -> None:
+    (phase,) = training_phases(training(warmup_steps=2))
+    assert (phase.first_step, phase.steps, phase.end, phase.tokens_a_step) == (0, 10, 10, 32)
+    assert phase.warmup_steps == 2
+    assert training_tokens(training()) == 320
+
+
+def test_tokens_stay_right_across_a_change() -> None:
+    run = training(max_steps=5, warmup_steps=1, phases=[Phase(max_steps=3, lr=0.5), Phase(tokens=100, seq_length=16)])
+    phases = training_phases(run)
+    # 100 tokens are one step of 64 and a part of another: two whole ones.
+    assert [(phase.first_step, phase.steps, phase.tokens_a_step) for phase in phases] == [(0, 3, 32), (3, 2, 64)]
+    assert [(phase.lr, phase.min_lr, phase.warmup_steps) for phase in phases] == [(0.5, 0.1, 1), (1.0, 0.1, 0)]
+    assert [tokens_before(phases, step) for step in range(7)] == [0, 32, 64, 96, 160, 224, 224]
+    assert [samples_before(phases, step) for step in (3, 5)] == [12, 20]
+    assert [phase_number(phases, step) for step in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert training_tokens(run) == 96 + 128
+
+
+def test_steps_that_pass_over_their_batch_take_another_and_no_other_step_does() -> None:
+    run = training(max_steps=6, phases=[Phase(max_steps=4), Phase(max_steps=2)], skip_steps=[[2, 3], [5, 5]])
+    assert spare_batches(run) == {1: (2, 0), 2: (2, 1), 4: (3, 0)}
+    # Added later, a span changes nothing of the others; a step that is named again takes a further batch.
+    run.skip_steps += [[3, 3]]
+    assert spare_batches(run) == {1: (2, 0), 2: (2, 2), 4: (3, 0)}
+    assert spare_batches(training()) == {}
+
+
+def test_the_plan_counts_every_phases_tokens_and_the_fullest_phases_memory() -> None:
+    lengths = "distill.phases=[{max_steps:10,seq_length:128},{max_steps:10,seq_length:512}]"
+    cfg = compose([*DEMO, "distill.max_steps=20", "distill.warmup_steps=5", lengths])
+    alone = [
+        compose([*DEMO, "distill.max_steps=10", "distill.warmup_steps=5", f"distill.seq_length={length}"])
+        for length in (128, 512)
+    ]
+    assert training_tokens(cfg.distill) == sum(training_tokens(one.distill) for one in alone)
+
+    def flops(one: Any) -> int:
+        models = (one.model.family, student_shape(one), one.model.shape)
+        return training_flops(one.distill, Loss.kd, *models).total * training_tokens(one.distill)
+
+    assert flops(cfg) == pytest.approx(sum(map(flops, alone)), rel=1e-3)  # the mean length is a whole number
+    models = Models(cfg.model.family, student_shape(cfg), cfg.model.shape)
+    memory = [training_memory(one.distill, Loss.kd, models, 1) for one in (cfg, *alone)]
+    assert memory[0] == memory[2] != memory[1]
+
+
+@pytest.mark.parametrize(
+    ("phases", "parts"),
+    [
+        ("[]", ["distill.phases=[] names no phase"]),
+        ("[{max_steps:100}]", ["distill.phases take 100 steps, but distill.max_steps=160; set distill.max_steps=100"]),
+        ("[{seq_length:8}]", ["distill.phases[0] must say how long it is", "max_steps or distill.phases[0].tokens"]),
+        ("[{max_steps:160,tokens:5}]", ["distill.phases[0] must say how long it is, once"]),
+        ("[{max_steps:0},{max_steps:160}]", ["distill.phases[0].max_steps=0 must be above 0"]),
+        ("[{max_steps:160,lrr:1}]", ["distill.phases[0].lrr is not a known key", "did you mean"]),
+        ("[{max_steps:160,seq_length:4096}]", ["distill.phases[0].seq_length=4096 is longer", "2048"]),
+        (
+            "[{max_steps:80},{max_steps:80,global_batch_size:6}]",
+            ["distill.phases[1].global_batch_size=6 is not divisible by 4", "set distill.phases[1].global_batch_size"],
+        ),
+        ("[{max_steps:160,min_lr:1.0}]", ["distill.phases[0].min_lr=1.0 is above distill.phases[0].lr=0.001"]),
+        ("[{max_steps:155},{max_steps:5,warmup_steps:5}]", ["distill.phases[1].warmup_steps=5 leaves nothing"]),
+        ("[{max_steps:160,weights:{web:1}}]", ["distill.phases[0].weights names ['web']", "['train']"]),
+        ("[{max_steps:160,weights:{train:0}}]", ["distill.phases[0].weights={'train': 0.0}", "one above 0"]),
+    ],
+)
+def test_faults_of_phases(phases: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose([*DEMO, f"distill.phases={phases}"])
+    for part in parts:
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("distill.schedule=wsd", ["distill.schedule=wsd does not go with distill.decay_steps=null"]),
+        ("distill.decay_steps=5", ["distill.schedule=cosine does not go with distill.decay_steps=5"]),
+        ("distill.schedule=square", ["distill.schedule=square", "cosine or linear or wsd"]),
+        ("distill.skip_steps=[[0,3]]", ["distill.skip_steps holds [0, 3], which is no span", "1 to 160"]),
+        ("distill.skip_steps=[[5]]", ["distill.skip_steps holds [5]"]),
+        ("distill.skip_steps=[[7,161]]", ["distill.skip_steps holds [7, 161]"]),
+        ("distill.max_loss_ratio=1.0", ["distill.max_loss_ratio=1.0 would stop at a usual loss"]),
+        ("distill.wandb={}", ["distill.wandb.project is not set"]),
+    ],
+)
+def test_faults_of_a_training(override: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose([*DEMO, override])
+    for part in parts:
+        assert part in str(raised.value)
+
+
+def test_warm_up_and_decay_have_to_fit() -> None:
+    with pytest.raises(ConfigError, match="leaves nothing of distill.max_steps=160"):
+        compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=151"])  # and 10 of warm-up
+    assert compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=150"]).distill.decay_steps == 150
+
+
+def test_a_tracker_whose_package_is_absent_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from prune_distill.config.rules import training as training_rules
+
+    monkeypatch.setattr(training_rules.importlib.util, "find_spec", lambda name: None)
+    asked = "distill.mlflow={tracking_uri:'http://localhost:5000',experiment:x}"
+    with pytest.raises(ConfigError, match="distill.mlflow needs the package mlflow, which is not installed"):
+        compose([*DEMO, asked], check_files=True)
+    assert compose([*DEMO, asked]).distill.mlflow is not None

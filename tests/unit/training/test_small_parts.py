@@ -1,0 +1,150 @@
+"""Metrics files, exported configs, the check of a teacher: no NeMo."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from launch.progress import training_status
+from prune_distill.errors import ConfigError, InputError
+from prune_distill.model.huggingface import local_folder
+from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
+from prune_distill.pipeline.stage_main import command_line
+from recipes import importance
+from recipes.correct_teacher import gain
+from recipes.prepare_data import repetition
+from tests.conftest import QWEN3
+
+
+def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.append(step=step, loss=1.0 / step)
+    file.append(step=2, val_loss=0.5)
+    with file.path.open("a") as cut:
+        cut.write('{"step": 4, "lo')
+    file.forget_after(2)
+    assert read_metrics(file.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "val_loss": 0.5}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+ODD_LINES = (
+    '{"step": 3, "loss": 1',  # cut by a kill
+    "\0\0\0\0",
+    "\x80\xff garbage",
+    "[1, 2]",
+    "7",
+    '{"loss": 1.0}',
+    '{"step": "3", "loss": 1.0}',
+    '{"step": -1, "loss": 1.0}',
+    '{"step": true}',
+    '{"step": 3, "loss": "low"}',
+    '{"step": 3, "loss": ' + "9" * 400 + "}",
+    "[" * 100_000,
+)
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_them(
+    tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = ['{"step": 2, "loss": 2.0}', '{"step": 2, "val_loss": 3.0}', '{"step": 3, "loss": 9.0}']
+    # Steps 2 and 3 twice, as two starts of one stage left them.
+    again = ['{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 1.0}']
+    path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
+    assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]
+    assert training_status(path, 0) == "step 3/?, loss 1.000, val loss 3.000"
+    MetricsFile(path).forget_after(2)
+    assert path.read_text().splitlines() == ['{"step": 2, "loss": 2.5}', good[1]]
+    assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text
+
+
+def test_a_missing_metrics_file_is_named_where_a_training_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.forget_after(0)
+    assert caplog.text == ""
+    file.path.unlink()
+    file.forget_after(7)
+    assert "metrics.jsonl is missing: the record starts after step 7" in caplog.text
+    assert gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
+
+
+def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        local_folder(tmp_path, None, weights=True)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(InputError, match="hidden_size: missing"):
+        local_folder(tmp_path, None, weights=False)
+    assert local_folder(tmp_path, None, weights=False, model=False) == tmp_path
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    with pytest.raises(InputError, match=r"holds no \*\.safetensors"):
+        local_folder(tmp_path, None, weights=True)
+    assert local_folder(tmp_path, None, weights=False) == tmp_path
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
+    with pytest.raises(InputError, match="asks for code of its own"):
+        local_folder(tmp_path, None, weights=False)
+
+
+def test_a_teacher_that_knows_nothing_is_refused() -> None:
+    data = SimpleNamespace(vocab_size=1000)
+    losses = SimpleNamespace(mean=lambda where: loss)
+    model = SimpleNamespace(validation_loss_reduction=losses)
+    loss = 3.2
+    assert importance._plausible(model, data) == 3.2
+    loss = math.log(1000) + 0.1
+    with pytest.raises(InputError, match="no better than chance"):
+        importance._plausible(model, data)
+    loss = math.nan
+    with pytest.raises(InputError, match="logits are not finite"):
+        importance._plausible(model, data)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConfigError("set x"), "error: 1 fault in the configuration:\n  - set x"),
+        (InputError("bring y"), "error: bring y"),
+        (
+            RuntimeError("inline_container.cc:672: unexpected pos 7 vs 5"),
+            "error: no space left (RuntimeError: inline_container.cc",
+        ),
+        (
+            RuntimeError("writer: No space left on device"),
+            "error: no space left (RuntimeError: writer: No space left on device)",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_ends_with_one_message(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, command_line():
+        raise error
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_full_disk_is_recognized_where_numpy_only_counts_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, command_line(), Path("/dev/full").open("wb") as file:
+        np.save(file, np.zeros(100_000))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no space left (OSError: ")
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), command_line():
+        _ = 1 / 0
+
+
+def test_documents_that_are_read_more_than_once_are_told() -> None:
+    assert repetition(there=1000, read=1000) is None
+    said = repetition(there=4_000, read=10_000)
+    assert said is not None
+    assert "10,000 tokens of 4,000: each document 2.5 times" in said
