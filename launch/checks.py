@@ -43,7 +43,7 @@ class Finding:
     name: str
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def libraries() -> Iterator[Finding]:
     installed = {name: installed_version(name) for name in (*RANGES, *OTHERS)}
     absent = [name for name, version in installed.items() if version is None]
     if "torch" in absent and "nemo_toolkit" in absent:
-        mend = "nothing on a login node whose jobs run in a container; elsewhere: make setup"
-        yield Finding("libraries", State.warn, "PyTorch and NeMo are not installed", mend)
+        fix = "nothing on a login node whose jobs run in a container; elsewhere: make setup"
+        yield Finding("libraries", State.warn, "PyTorch and NeMo are not installed", fix)
         return
     locked = _locked()
     for name, version in installed.items():
@@ -80,11 +80,11 @@ def libraries() -> Iterator[Finding]:
         if version is None:
             yield Finding(name, State.fail, "not installed", "make setup, or run in the container of the Dockerfile")
         elif known is not None and not _parts(known.least) <= _parts(version) < _parts(known.below):
-            mend = f"install {tested} ({known.reason})"
-            yield Finding(name, State.fail, f"{version} does not work here", mend)
+            fix = f"install {tested} ({known.reason})"
+            yield Finding(name, State.fail, f"{version} does not work here", fix)
         elif version.split("+")[0] != tested:
-            mend = "nothing if it is the container's own (requirements/cpu.lock says what is there)"
-            yield Finding(name, State.warn, f"{version}; tested with {tested}", mend)
+            fix = "nothing if it is the container's own (requirements/cpu.lock says what is there)"
+            yield Finding(name, State.warn, f"{version}; tested with {tested}", fix)
         else:
             yield Finding(name, State.ok, version)
 
@@ -146,8 +146,8 @@ def accelerator(cfg: RunConfig | None) -> Iterator[Finding]:
             "bf16", State.fail, "a GPU older than Ampere has no bf16", "use newer GPUs (compute capability 8)"
         )
     if not has_engine:
-        mend = "run in the container of the Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
-        yield Finding("Transformer Engine", State.fail, "not installed, though there are GPUs", mend)
+        fix = "run in the container of the Dockerfile, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        yield Finding("Transformer Engine", State.fail, "not installed, though there are GPUs", fix)
     if len(devices) > 1:
         if seen["nccl"]:
             yield Finding("NCCL", State.ok, seen["nccl"])
@@ -159,16 +159,16 @@ def accelerator(cfg: RunConfig | None) -> Iterator[Finding]:
 def _no_gpu(cfg: RunConfig | None, built_for_cuda: str | None, has_engine: bool) -> Iterator[Finding]:
     if _ask(["nvidia-smi", "-L"]):
         cause = "a driver too old for it" if built_for_cuda else "a build of PyTorch for the CPU"
-        mend = f"look for {cause}, CUDA_VISIBLE_DEVICES, and in a container for --gpus all"
-        yield Finding("GPUs", State.fail, "nvidia-smi lists some, PyTorch sees none", mend)
+        fix = f"look for {cause}, CUDA_VISIBLE_DEVICES, and in a container for --gpus all"
+        yield Finding("GPUs", State.fail, "nvidia-smi lists some, PyTorch sees none", fix)
     elif cfg is not None and cfg.cluster.gpu is not None and cfg.cluster.slurm is None:
         found = f"none, but cluster={cfg.cluster.name} is made of {cfg.cluster.gpu.name}"
         yield Finding("GPUs", State.warn, found, "start the run where they are, or set cluster=local to use the CPU")
     else:
         yield Finding("GPUs", State.ok, "none: stages run on the CPU")
     if has_engine:
-        mend = "uninstall it, or run where a GPU is visible"
-        yield Finding("Transformer Engine", State.fail, "installed, though there is no GPU", mend)
+        fix = "uninstall it, or run where a GPU is visible"
+        yield Finding("Transformer Engine", State.fail, "installed, though there is no GPU", fix)
 
 
 def links() -> Iterator[Finding]:
@@ -179,8 +179,8 @@ def links() -> Iterator[Finding]:
     if re.search(r"\bNV\d+\b", table):
         yield Finding("GPU links", State.ok, "NVLink")
     else:
-        mend = "prefer data and pipeline parallelism: set distill.parallel.tensor_model_parallel_size low"
-        yield Finding("GPU links", State.warn, "no NVLink: tensor parallelism will be slow", mend)
+        fix = "prefer data and pipeline parallelism: set distill.parallel.tensor_model_parallel_size low"
+        yield Finding("GPU links", State.warn, "no NVLink: tensor parallelism will be slow", fix)
 
 
 def numa(cfg: RunConfig | None, root: Path = Path("/")) -> Iterator[Finding]:
@@ -191,13 +191,13 @@ def numa(cfg: RunConfig | None, root: Path = Path("/")) -> Iterator[Finding]:
     if nothing is not None:
         yield Finding("NUMA", State.ok, f"{count} node{'s' * (count != 1)}; nothing to bind: {nothing}")
     elif cfg is not None and binding is None:
-        mend = "set cluster.numa_binding=node"
-        yield Finding("NUMA", State.warn, f"{count} nodes, and ranks run on the cores of any", mend)
+        fix = "set cluster.numa_binding=node"
+        yield Finding("NUMA", State.warn, f"{count} nodes, and ranks run on the cores of any", fix)
     elif (why_not := torchrun.prevented(root)) is not None:
-        mend = (
+        fix = (
             "install numactl; docker run --cap-add=SYS_NICE, which launch.docker adds; all cores of the node for a job"
         )
-        yield Finding("NUMA", State.warn, f"{count} nodes, but ranks cannot be bound: {why_not}", mend)
+        yield Finding("NUMA", State.warn, f"{count} nodes, but ranks cannot be bound: {why_not}", fix)
     else:
         asked = "can be bound" if binding is None else f"are bound (cluster.numa_binding={binding.value})"
         yield Finding("NUMA", State.ok, f"{count} nodes; ranks {asked}")
@@ -207,12 +207,12 @@ def limits(infiniband: Path = Path("/sys/class/infiniband")) -> Iterator[Finding
     """What the shell allows a process."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES
-    mend = "ulimit -n 65536 before the launch (data loaders and checkpoints open many files)" if few else ""
-    yield Finding("open files", State.warn if few else State.ok, str(files), mend)
+    fix = "ulimit -n 65536 before the launch (data loaders and checkpoints open many files)" if few else ""
+    yield Finding("open files", State.warn if few else State.ok, str(files), fix)
     memory, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if memory != resource.RLIM_INFINITY and infiniband.is_dir() and any(infiniband.iterdir()):
-        mend = "ulimit -l unlimited, or docker run --ulimit memlock=-1: NCCL registers memory with the network card"
-        yield Finding("locked memory", State.warn, f"{memory / GIB:.3f} GiB, with InfiniBand", mend)
+        fix = "ulimit -l unlimited, or docker run --ulimit memlock=-1: NCCL registers memory with the network card"
+        yield Finding("locked memory", State.warn, f"{memory / GIB:.3f} GiB, with InfiniBand", fix)
 
 
 def shared_memory(cfg: RunConfig | None, place: Path = Path("/dev/shm")) -> Iterator[Finding]:
@@ -224,8 +224,8 @@ def shared_memory(cfg: RunConfig | None, place: Path = Path("/dev/shm")) -> Iter
     if free >= LEAST_SHARED_MEMORY:
         yield Finding("shared memory", State.ok, f"{free / GIB:.1f} GiB free")
     else:
-        mend = "docker run --ipc=host or --shm-size=16g; launch.docker does so"
-        yield Finding("shared memory", State.fail if ranks > 1 else State.warn, f"{free / GIB:.2f} GiB free", mend)
+        fix = "docker run --ipc=host or --shm-size=16g; launch.docker does so"
+        yield Finding("shared memory", State.fail if ranks > 1 else State.warn, f"{free / GIB:.2f} GiB free", fix)
 
 
 def hub() -> Iterator[Finding]:
@@ -253,8 +253,8 @@ def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
     if absent and wanted is None:
         yield Finding("Slurm", State.ok, "not on this machine")
     elif absent:
-        mend = "submit from a login node, or set cluster=one_node"
-        yield Finding("Slurm", State.fail, f"{', '.join(absent)} cannot be found", mend)
+        fix = "submit from a login node, or set cluster=one_node"
+        yield Finding("Slurm", State.fail, f"{', '.join(absent)} cannot be found", fix)
     elif " UP" not in (answer := " ".join((_ask(["scontrol", "ping"]) or "").split())):
         yield Finding("Slurm", trouble, "its controller does not answer", "scontrol ping shows why")
     else:
@@ -267,8 +267,8 @@ def _pyxis(needed: bool) -> Iterator[Finding]:
     if "--container-image" in (_ask(["srun", "--help"]) or ""):
         yield Finding("pyxis", State.ok, "srun takes --container-image")
     else:
-        mend = "set cluster.slurm.container_image=null, to run in an environment of the nodes' own"
-        yield Finding("pyxis", State.fail if needed else State.warn, "srun knows no --container-image", mend)
+        fix = "set cluster.slurm.container_image=null, to run in an environment of the nodes' own"
+        yield Finding("pyxis", State.fail if needed else State.warn, "srun knows no --container-image", fix)
 
 
 def _ask(command: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What a run writes to disk, reckoned from shapes and steps, and what the disk has left."""
+"""What a run writes to disk, estimated from shapes and steps, and what the disk has left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prune_distill.schema.phases import training_tokens
 from prune_distill.units import GIB
 
 # Where there is too little room.
-MEND = "free some, or set run_dir to a larger disk"
+FIX = "free some, or set run_dir to a larger disk"
 # What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
 # shapes (ckpt_optim_fully_reshardable), in either precision.
 OPTIMIZER_BYTES = 12

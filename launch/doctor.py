@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a run's overrides, as for launch.run")
     add_config_dir(parser)
-    parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, mend")
+    parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, fix")
     args = parser.parse_intermixed_args(arguments)
     findings = list(examine(args.overrides, args.config_dir))
     print(as_json(findings) if args.json else as_table(findings))
@@ -62,7 +62,7 @@ def planned(cfg: RunConfig) -> Iterator[Finding]:
     """Whether the run's folder has room, and the GPU that the cluster section states enough memory."""
     plan = make(cfg)
     fits, found = disk.room(cfg.run_dir, plan["disk"])
-    yield Finding("disk", State.ok, found) if fits else Finding("disk", State.fail, found, disk.MEND)
+    yield Finding("disk", State.ok, found) if fits else Finding("disk", State.fail, found, disk.FIX)
     for fault in unshared(cfg) if cfg.cluster.nodes > 1 else []:
         yield Finding("shared disk", State.fail, fault)
     for stage, sentence in plan["impossible"].items():
@@ -70,19 +70,19 @@ def planned(cfg: RunConfig) -> Iterator[Finding]:
 
 
 def as_table(findings: Sequence[Finding]) -> str:
-    """A line a finding, its mend below it."""
+    """A line a finding, its fix below it."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
         lines.append(f"{finding.state.value:<4}  {finding.name:<{width}}  {finding.found}")
-        if finding.mend:
-            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.mend}")
+        if finding.fix:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
     counts = {state: sum(finding.state is state for finding in findings) for state in State}
     return "\n".join([*lines, "", ", ".join(f"{count} {state.value}" for state, count in counts.items())])
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """A list of objects with the keys name, state, found and mend."""
+    """A list of objects with the keys name, state, found and fix."""
     return json.dumps([{**vars(finding), "state": finding.state.value} for finding in findings], indent=1)
 
 

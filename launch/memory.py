@@ -1,4 +1,4 @@
-"""What distillation and pruning keep in the memory of one rank, part by part, reckoned from shapes alone.
+"""What distillation and pruning keep in the memory of one rank, part by part, estimated from shapes alone.
 
 The method is that of "Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198, section 4:
 count what each operation of a layer keeps for the backward pass) and, for weights and optimizer, of Megatron-LM's

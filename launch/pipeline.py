@@ -32,7 +32,7 @@ class StageFailedError(Exception):
 
     Attributes:
         message: for the person at the terminal: which stage, why, and where its log is.
-        exit_code: 2 where the user can mend it, otherwise 1.
+        exit_code: 2 where the user can fix it, otherwise 1.
     """
 
     message: str
@@ -167,5 +167,5 @@ def _failure(located: Located, code: int, reason: Reason, log: Path) -> StageFai
         parts += [reason.fault]
     elif reason.lines:
         parts += ["its last lines:", *(f"  {line}" for line in reason.lines)]
-    parts += [f"log: {log}", "what is complete is kept: once mended, the same command goes on from here"]
+    parts += [f"log: {log}", "what is complete is kept: once fixed, the same command goes on from here"]
     return StageFailedError("\n".join(parts), 2 if reason.fault is not None else 1)

@@ -22,7 +22,7 @@ disk            tokens, teacher, students, checkpoints, signal (if stored), tota
 warnings        sentences
 fits            true, false, or null where the GPU is not stated
 impossible      a sentence by stage: those whose tensors alone, without the reserve, are more than the GPU holds
-mend            what to set where it does not fit, else null
+fix            what to set where it does not fit, else null
 """
 
 from __future__ import annotations

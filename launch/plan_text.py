@@ -49,7 +49,7 @@ def short(plan: dict[str, Any]) -> list[str]:
         lines.append(f"plan: {_gib(peak)} of {_gib(limit)} GiB a GPU ({gpu['name']}), {_hours_in_all(plan)}")
     lines.append(f"plan: {_gib(disk['total'])} GiB on disk, {_gib(disk['free'])} GiB are free")
     if plan["fits"] is False:
-        lines.append(f"warning: the plan does not fit: {plan['mend']}")
+        lines.append(f"warning: the plan does not fit: {plan['fix']}")
     return lines + [f"warning: {warning}" for warning in plan["warnings"]]
 
 
@@ -202,7 +202,7 @@ def _verdict(plan: dict[str, Any]) -> str:
         return "whether it fits is not known: state cluster.gpu (name, memory_gib, bf16_tflops)"
     if plan["fits"]:
         return f"fits: {_gib(_peak(plan))} of {_gib(plan['cluster']['gpu']['memory_bytes'])} GiB"
-    return f"does not fit: {plan['mend']}"
+    return f"does not fit: {plan['fix']}"
 
 
 def _peak(plan: dict[str, Any]) -> int:

@@ -26,7 +26,7 @@ from prune_distill.units import GIB, seconds_of_time_limit
 LARGEST_CUT = 0.5
 SHORTEST_SEQUENCE = 256
 # Of stages whose layouts are not searched.
-MENDS = {
+FIXES = {
     "correct_teacher": "for correct_teacher raise the sizes of distill.correct_teacher.parallel, set "
     "distill.correct_teacher.recompute=full, or lower distill.correct_teacher.micro_batch_size",
     "teacher_signal": "for teacher_signal lower distill.micro_batch_size, or raise "
@@ -84,7 +84,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         "warnings": _warnings(cfg, cut, room),
         "fits": fits if gpu else None,
         "impossible": _impossible(peaks, gpu) if gpu else {},
-        "mend": None if fits else _mend(cfg, layouts, peaks, limit),
+        "fix": None if fits else _fix(cfg, layouts, peaks, limit),
     }
 
 
@@ -172,7 +172,7 @@ def _layout(layout: Layout) -> dict[str, Any]:
 
 
 def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[dict[str, Any]]:
-    """Every stage of the run, with hours where they can be reckoned."""
+    """Every stage of the run, with hours where they can be estimated."""
     calibrating = cfg.prune.pipeline_model_parallel_size
     flops: dict[str, tuple[float, int]] = {}
     if cfg.prune.budget is not None:
@@ -237,7 +237,7 @@ def _warnings(cfg: RunConfig, cut: float, room: dict[str, int]) -> list[str]:
             )
     fits, words = disk.room(cfg.run_dir, room)
     if not fits:
-        warnings.append(f"{words}; {disk.MEND}")
+        warnings.append(f"{words}; {disk.FIX}")
     return warnings
 
 
@@ -270,10 +270,10 @@ def refuse_impossible(plan: dict[str, Any], stages: Collection[str]) -> None:
     faults = [fault for stage, fault in plan["impossible"].items() if stage in stages]
     if faults:
         # The plan may be wrong: whoever knows better has a way past it.
-        raise ConfigError([f"{fault}; {plan['mend']}; or set cluster.gpu=null to go unchecked" for fault in faults])
+        raise ConfigError([f"{fault}; {plan['fix']}; or set cluster.gpu=null to go unchecked" for fault in faults])
 
 
-def _mend(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit: float) -> str:
+def _fix(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit: float) -> str:
     """What to set so that all fits: the best layout, or else a shorter sequence; for pruning more pipeline stages."""
     parts = []
     if peaks["distill"].total > limit:
@@ -282,7 +282,7 @@ def _mend(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit
         parts.append(
             "raise prune.pipeline_model_parallel_size, or lower prune.calibration_seq_length or prune.micro_batch_size"
         )
-    parts += [words for stage, words in MENDS.items() if stage in peaks and peaks[stage].total > limit]
+    parts += [words for stage, words in FIXES.items() if stage in peaks and peaks[stage].total > limit]
     return "; ".join(parts)
 
 

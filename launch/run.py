@@ -39,7 +39,7 @@ class _StoppedError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
-    """The command line; returns the exit status: 0, 1 (a stage failed), 2 (the user can mend it), 128 + signal."""
+    """The command line; returns the exit status: 0, 1 (a stage failed), 2 (the user can fix it), 128 + signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = read_arguments(words)

@@ -46,7 +46,7 @@ REFUSALS = (
         "to what sinfo -o '%P %D %c %m %G' shows",
     ),
     ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
-    ("option", "mend cluster.slurm.sbatch"),
+    ("option", "fix cluster.slurm.sbatch"),
 )
 
 
@@ -130,16 +130,16 @@ def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
                 folder.rmdir()
         if isinstance(error, subprocess.CalledProcessError):
             reason = " ".join((error.stderr or "").split()) or f"exit code {error.returncode}"
-            raise ConfigError(f"sbatch refused {job.script} ({reason}){outcome}; {_mend(reason)}") from error
+            raise ConfigError(f"sbatch refused {job.script} ({reason}){outcome}; {_fix(reason)}") from error
         if outcome:
             print(outcome.removeprefix("; "), file=sys.stderr)
         raise
 
 
-def _mend(reason: str) -> str:
+def _fix(reason: str) -> str:
     """What to do about a refusal of sbatch's."""
     return next(
-        (mend for pattern, mend in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks"
+        (fix for pattern, fix in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks"
     )
 
 

@@ -1,4 +1,4 @@
-"""The one error for what a user can mend: every fault found, each with its value and the mend."""
+"""The one error for what a user can fix: every fault found, each with its value and the fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class InputError(ValueError):
-    """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the mend."""
+    """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the fix."""
 
 
 @contextmanager

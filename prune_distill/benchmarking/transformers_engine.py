@@ -14,7 +14,7 @@ from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import backend, hf_models
 from prune_distill.schema import BenchmarkConfig
 
-MEND = (
+FIX = (
     "set benchmark.batch_size, benchmark.prompt_tokens (--batch-size, --prompt-tokens) lower, or benchmark.dtype=bf16"
 )
 
@@ -90,7 +90,7 @@ def check(folders: Mapping[str, Path], cfg: BenchmarkConfig) -> None:
     needs = [(name, hf_models.weight_bytes(folder, cfg.dtype)) for name, folder in folders.items()]
     # One of them generates at a time.
     needs.append(("KV cache", max(hf_models.kv_cache_bytes(folder, tokens, cfg.dtype) for folder in folders.values())))
-    hf_models.check_fits(needs, MEND)
+    hf_models.check_fits(needs, FIX)
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:

@@ -55,7 +55,7 @@ class Model:
         tokens = self.cfg.batch_size * (self.cfg.prompt_tokens + self.cfg.new_tokens)
         weights = hf_models.weight_bytes(self.folder, self.cfg.dtype)
         kv_cache = hf_models.kv_cache_bytes(self.folder, tokens, self.cfg.dtype)
-        # vLLM takes its whole share for the cache, so what the batch itself needs is reckoned.
+        # vLLM takes its whole share for the cache, so what the batch itself needs is estimated.
         return Memory(weights, kv_cache, weights + kv_cache)
 
     def generate(self) -> Timed:

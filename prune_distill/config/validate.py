@@ -92,7 +92,7 @@ def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]
 def meter(cfg: RunConfig) -> Meter | None:
     """What the distillation's speed is held against; None where the GPU or the model is not stated, or not in bf16.
 
-    With a budget it is reckoned for the largest candidate.
+    With a budget it is computed for the largest candidate.
     """
     gpu, teacher = cfg.cluster.gpu, cfg.model.shape
     if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
@@ -176,8 +176,8 @@ def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, 
         for key in keys:
             value = _value(cfg, key, unreadable)
             if value is not None and not holds(value):
-                mend = sentence.replace("1 or more", "a number above 0") if isinstance(value, float) else sentence
-                yield key, f"{key}={value!r} {mend.format(key=key)}"
+                fix = sentence.replace("1 or more", "a number above 0") if isinstance(value, float) else sentence
+                yield key, f"{key}={value!r} {fix.format(key=key)}"
 
 
 def _phase_keys(cfg: RunConfig, unreadable: Collection[str], names: tuple[str, ...]) -> list[str]:

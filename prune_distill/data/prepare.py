@@ -142,7 +142,7 @@ class _Crew:
                 " data.num_workers if memory was short"
             ) from error
         except BaseException:
-            # What they are at is begun anew next time; to wait for it would take minutes.
+            # What they are at is started again next time; to wait for it would take minutes.
             for process in list((pool._processes or {}).values()):
                 process.kill()
             raise
@@ -182,7 +182,7 @@ class _Crew:
             text = self.own.first_other(made.samples) if made.samples else None
             if text is not None:
                 note = f"fastokens gave other ids for {text[:40]!r}"
-                log.warning("shard %s is encoded anew with the model's own tokenizer: %s", name, note)
+                log.warning("shard %s is encoded again with the model's own tokenizer: %s", name, note)
                 again = pool.submit(make_shard, self.plan[name], self._partial(name), TokenizersEncoder.name, note)
                 running[again] = name
                 return
@@ -243,7 +243,7 @@ def _agree(path: Path, plan: list[dict[str, Any]]) -> None:
     if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
         raise InputError(
             f"the files or settings are not those that {path} was made for; they changed while the work was going on,"
-            f" or this is another data section's folder: remove {path.parent} to start anew"
+            f" or this is another data section's folder: remove {path.parent} to start again"
         )
 
 

@@ -40,7 +40,7 @@ class TokenizerSpec:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The backend parsed, anew each time: kept, it would be 70 MB in every worker."""
+        """The backend parsed, again each time: kept, it would be 70 MB in every worker."""
         content: dict[str, Any] = json.loads(self.backend or "{}")
         return content
 

@@ -1,7 +1,7 @@
 """Who does what, on a file system that several nodes share: claims are files, and nobody coordinates.
 
 Item I is claimed by creating `I.0`, which only one can (O_EXCL). Whoever holds a claim touches it now and then. Where
-one is not touched any more, its holder is dead, and the item is claimed anew by creating `I.1`, which again only one
+one is not touched any more, its holder is dead, and the item is claimed again by creating `I.1`, which again only one
 can. No clock is compared with another: a claim is dead once an observer has seen it unchanged for long enough by its
 own clock, or, on the holder's own machine, as soon as the process is gone.
 """

@@ -128,7 +128,7 @@ def _batch_order(values: Tensor, batch_size: int) -> Tensor:
 class LossReduction(TokenLoss):
     """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
 
-    Upstream's balancer scales the parts to each other anew in every step, whatever weights it is given
+    Upstream's balancer scales the parts to each other again in every step, whatever weights it is given
     (nemo/collections/llm/modelopt/distill/loss.py:LogitsAndIntermediatesLossBalancer).
 
     Attributes:

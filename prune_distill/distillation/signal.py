@@ -183,7 +183,7 @@ def read_table(shard: Path) -> np.ndarray:
 
 def damaged(shard: Path, why: str) -> InputError:
     return InputError(
-        f"{shard} is cut or damaged ({why}); remove it and the manifest.json beside it: the same command makes it anew"
+        f"{shard} is cut or damaged ({why}); remove it and the manifest.json beside it: the same command makes it again"
     )
 
 
@@ -253,7 +253,7 @@ class SignalReader:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} holds no teacher signal ({error!r}); run the stage teacher_signal") from error
         if version != FORMAT:
-            raise InputError(f"{folder} holds a signal of format {version}; this version reads {FORMAT}: make it anew")
+            raise InputError(f"{folder} holds a signal of format {version}; this version reads {FORMAT}: make it again")
 
     def require(self, **wanted: Any) -> None:
         """Compares values of the description. Raises: InputError, naming all in which it is not what is wanted."""

@@ -27,7 +27,7 @@ log = logging.getLogger("recipes.evaluate")
 TEACHER = "teacher"
 HELD_OUT = "held_out"
 SAMPLES = "samples"
-MEND = "use a machine with more memory, or bring it down with evaluate.micro_batch_size and evaluate.seq_length"
+FIX = "use a machine with more memory, or bring it down with evaluate.micro_batch_size and evaluate.seq_length"
 
 
 class Evaluator:
@@ -120,7 +120,7 @@ class Evaluator:
         evaluate = self.cfg.evaluate
         # Two models' logits of a batch, in two bytes each.
         logits = 2 * 2 * evaluate.micro_batch_size * evaluate.seq_length * self.data.vocab_size
-        hf_models.check_fits([("model", hf_models.weight_bytes(found)), ("logits", logits)], MEND)
+        hf_models.check_fits([("model", hf_models.weight_bytes(found)), ("logits", logits)], FIX)
         return hf_models.load(found)
 
     def _known(self, name: str, part: str) -> bool:

@@ -106,7 +106,7 @@ def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: b
         "tokens": tokens,
     }
     if not math.isfinite(loss):
-        log.warning("the held-out loss is no number: the model's weights are at fault")
+        log.warning("the held-out loss is not finite: check the model's weights")
     if len(names) > 1:
         result["per_source"] = {
             name: {"val_loss": (row[0] / row[1]).item(), "tokens": int(row[1])}

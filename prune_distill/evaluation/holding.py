@@ -1,7 +1,7 @@
 """Checkpoints of a training that goes on, which may take them away at any moment.
 
 They are held by hard links, which cost neither time nor room, and stay when a checkpoint's own names go. This imports
-little, so that it can begin at once, and go on while the process that measures them loads and reckons.
+little, so that it can begin at once, and go on while the process that measures them loads and computes.
 """
 
 from __future__ import annotations

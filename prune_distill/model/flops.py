@@ -1,4 +1,4 @@
-"""FLOPs of a training, reckoned from shapes.
+"""FLOPs of a training, computed from shapes.
 
 A multiplication and an addition count as two. Matrix products take 2 FLOP a parameter and token forward, 4 backward;
 causal attention 2 x seq_length x queries forward in each layer (scores and their use with the values, the masked half

@@ -46,7 +46,7 @@ class Space:
     Attributes:
         teacher: the fields of the teacher's `Shape`.
         tensor, pipeline: parallelism of the distillation; divides what it cuts.
-        sequences, tokens: the batch and its length that memory is reckoned for.
+        sequences, tokens: the batch and its length that memory is estimated for.
         width: bytes of a stored weight and of a cached key or value.
         limits: params, memory (bytes), latency (ms); infinite where there is none.
     """
@@ -242,7 +242,7 @@ def student_shape(cfg: RunConfig) -> Shape:
     """The student's shape: the teacher's with the sizes of the prune section. Needs `model.shape`.
 
     With a budget, the largest of the candidates by parameters, as which one it will be is not known yet: what is
-    reckoned from it is the most that the run will need. Where none is known, the teacher's own shape stands for it.
+    estimated from it is the most that the run will need. Where none is known, the teacher's own shape stands for it.
     """
     return max(student_shapes(cfg), key=lambda shape: parameters(shape, cfg.model.family))
 

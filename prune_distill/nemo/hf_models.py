@@ -111,12 +111,12 @@ def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.k
     return int(2 * layers * groups * head_size * size * tokens)
 
 
-def check_fits(needs: Sequence[tuple[str, int]], mend: str) -> None:
+def check_fits(needs: Sequence[tuple[str, int]], fix: str) -> None:
     """Raises: InputError, where what is needed, in bytes by name, is more than this process's device has left."""
     total, free = sum(size for _, size in needs), backend.free_memory_bytes()
     if total > free:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs)
         raise InputError(
             f"{total / GIB:.1f} GiB are needed ({parts}), but {backend.device_name()} has {free / GIB:.1f} GiB free;"
-            f" {mend}"
+            f" {fix}"
         )

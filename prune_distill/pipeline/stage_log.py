@@ -30,7 +30,7 @@ class Reason:
     """Why a stage failed.
 
     Attributes:
-        fault: the message that `stage_main` prints for what the user can mend; None for anything else.
+        fault: the message that `stage_main` prints for what the user can fix; None for anything else.
         death: which rank died of what, where torchrun says so.
         lines: the last lines that say something.
     """

@@ -1,6 +1,6 @@
 """How every stage starts and ends: `python -m MODULE --config RUN_DIR/resolved.yaml [--stage NAME]`, or by torchrun.
 
-Exit status: 0 with a manifest, or with a state file that says "paused"; 2 for what the user can mend (one `error:`
+Exit status: 0 with a manifest, or with a state file that says "paused"; 2 for what the user can fix (one `error:`
 line); 1 with a traceback for the rest.
 No NeMo here: a stage imports it inside `run`, because a process that saves a checkpoint spawns a helper which imports
 the top level of `__main__` again (that cost 15 to 30 s a process; see torch/distributed/checkpoint's and Megatron's

@@ -1,4 +1,4 @@
-"""What `launch.plan` reckoned before a run, beside what was measured in it."""
+"""What `launch.plan` estimated before a run, next to what was measured in it."""
 
 from __future__ import annotations
 

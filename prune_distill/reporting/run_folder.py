@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What `launch.plan` reckoned when the run was launched; empty where it was not kept."""
+        """What `launch.plan` estimated when the run was launched; empty where it was not kept."""
         plan = read_json(self.path / PLAN)
         return plan if isinstance(plan, dict) else {}
 
@@ -236,7 +236,7 @@ def _stage(name: str, folder: Path, complete: bool | None, working: bool, submit
 
 
 def _reason(log: Path) -> tuple[str | None, list[str]]:
-    """What a log says of the last attempt: a fault that the user can mend, or its last lines."""
+    """What a log says of the last attempt: a fault that the user can fix, or its last lines."""
     try:
         reason = read_reason(log, last_attempt(log))
     except OSError:

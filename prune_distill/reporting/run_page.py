@@ -158,7 +158,7 @@ def _code(commits: dict[str, list[str]]) -> str:
 def _opening(run: RunFolder, report: Report) -> Iterator[Block]:
     for name, stage in run.stages.items():
         if stage.state == "failed":
-            yield Note(f"Stage {name} failed. The same command goes on from there once its cause is mended.", "failure")
+            yield Note(f"Stage {name} failed. The same command goes on from there once its cause is fixed.", "failure")
             yield Code(f"Why {name} failed: the end of its log", stage.cause or "", folded=False)
         elif stage.state == "paused":
             at = f" at step {stage.step:,}" if stage.step is not None else ""

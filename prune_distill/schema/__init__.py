@@ -261,10 +261,10 @@ class Training:
     overlap_grad_reduce: bool = placement(True)
     overlap_param_gather: bool = placement(True)
     recompute: Recompute = placement(Recompute.none)  # noqa: RUF009
-    # A loss above so many times the median of the last ones stops the training, as one that is no number always does;
+    # A loss above so many times the median of the last ones stops the training, as a non-finite one always does;
     # null: however high it is.
     max_loss_ratio: float | None = placement(10.0)
-    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes one drawn anew instead. A
+    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes a newly drawn one instead. A
     # step that is named again takes a further one.
     skip_steps: list[list[int]] = recorded(list)  # noqa: RUF009
     save_every_n_steps: int = recorded(100)
@@ -651,7 +651,7 @@ class BenchmarkConfig:
 
 @dataclass
 class Gpu:
-    """One GPU, as `launch.plan` reckons with it."""
+    """One GPU, as `launch.plan` counts with it."""
 
     name: str = MISSING
     # GiB that PyTorch can use, as it names them in an out-of-memory error ("total capacity").
@@ -715,7 +715,7 @@ class ClusterConfig:
     threads_per_rank: int | None = None
     # Which cores near its GPU a rank is bound to, where a machine has several NUMA nodes; null: any.
     numa_binding: NumaBinding | None = None
-    # What launch.plan checks memory and reckons hours with; null: not stated, so neither is done.
+    # What launch.plan checks memory and estimates hours with; null: not stated, so neither is done.
     gpu: Gpu | None = None
     # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.
     time_limit: str | None = None

@@ -1,4 +1,4 @@
-"""A training ends at the first loss that is no number, or far too high, before anything of it is saved."""
+"""A training ends at the first loss that is not finite or far too high, before anything of it is saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOW = 50
 LEAST = 10
 # As many documents are named in a message.
 NAMED = 100
-# What Megatron raises in the backward pass, on the rank whose gradients are no numbers
+# What Megatron raises in the backward pass, on the rank whose gradients are not finite
 # (megatron/core/distributed/param_and_grad_buffer.py:188 and :197).
 GRADIENTS = "in local grad norm for bucket"
 

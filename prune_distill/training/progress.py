@@ -23,7 +23,7 @@ class Progress(Callback):
     on every rank: parts of the loss by name.
 
     Args:
-        meter: what the model-FLOPs utilisation (`mfu`) is reckoned with; without it, it is left out.
+        meter: what the model-FLOPs utilisation (`mfu`) is computed with; without it, `mfu` is omitted.
     """
 
     def __init__(self, cfg: Training, out: Path, meter: Meter | None) -> None:

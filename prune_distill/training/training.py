@@ -113,7 +113,7 @@ def _fit(trainer: nl.Trainer, model: llm.GPTModel, batches: Batches, resumed: Pa
     except RuntimeError as fault:
         if GRADIENTS not in str(fault):
             raise
-        raise guard.error(trainer.global_step, f"gradients that are no numbers ({fault})") from None
+        raise guard.error(trainer.global_step, f"non-finite gradients ({fault})") from None
 
 
 def check(cfg: Training, data: DataFolder) -> None:

@@ -6,7 +6,7 @@ rate is that of what the longer one has more, so that starting (imports, the tok
 fastokens is equal) cancels out. What a whole call takes is told beside it. Ours is too fast for the text at hand, and
 gets it many times over.
 
-fastokens remembers words, and is twice as fast on text that it has seen. So hours are reckoned from text that comes
+fastokens remembers words, and is twice as fast on text that it has seen. So hours are computed from text that comes
 once: what a worker makes shards of, in CPU time, after a quarter of the text to warm up. Encoders alone (fastokens, and
 tiktoken as it would be without it) get the same text in memory, and their ids are thrown away.
 

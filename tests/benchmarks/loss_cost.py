@@ -27,7 +27,7 @@ def main() -> None:
     weight.requires_grad_()
     loss = {"ours": _ours, "upstream": _upstream}[arm]()
     base = _resident_mb()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again (proc(5))
     started = time.perf_counter()
     total = loss((states, weight), (of_teacher, teacher_weight))
     total.backward()

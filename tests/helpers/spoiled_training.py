@@ -1,7 +1,7 @@
 """`recipes.distill` with weights that are spoiled before one batch: SPOILED="STEP FACTOR" of the environment.
 
 The batch is the one that the step, counted from 1, takes unless it is passed over. FACTOR multiplies the final norm's
-weights before that batch's forward pass: a large one makes the loss explode, `nan` makes it no number.
+weights before that batch's forward pass: a large one makes the loss explode, `nan` makes it NaN.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(
     finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed on one rank, it goes on with two, which share the work: the results are those of one. Of two tasks in the
-    user's folder one has no data, and of the models one has a weight that is no number."""
+    user's folder one has no data, and of the models one has a non-finite weight."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = _task_folder(tmp_path / "mine", finished)
     more = (*tiny.DEPTH, f"evaluate.task_folder={tasks}", "evaluate.tasks=[with_data, without_data]")

@@ -62,8 +62,8 @@ def documents_in(message: str) -> list[int]:
 @pytest.mark.parametrize(
     ("ranks", "spoiled", "fault"),
     [
-        ((), "4 nan", "gradients that are no numbers"),
-        (TWO_RANKS, "4 nan", "gradients that are no numbers"),
+        ((), "4 nan", "non-finite gradients"),
+        (TWO_RANKS, "4 nan", "non-finite gradients"),
         ((), "13 1e3", EXPLODED),
         (TWO_RANKS, "13 1e3", EXPLODED),
     ],

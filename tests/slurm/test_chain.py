@@ -62,7 +62,7 @@ def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> N
     }
     assert "ZeroDivisionError: nothing by nothing" in stages["second"]["cause"]
     assert "for lack of second" in stages["report"]["detail"]
-    # Mended: the same command submits what is left.
+    # Fixed: the same command submits what is left.
     done = chain.launch({})
     assert done.stdout.count("complete, skipped") == 2, done.stderr
     chain.wait_until_ended()
@@ -131,8 +131,8 @@ def test_what_the_partition_can_never_run_is_refused(chain: Chain) -> None:
     assert "cluster.time_limit=9:00:00 is more than the 04:00:00 that partition main allows; set" in done.stderr
     assert "cluster.nodes=3, but partition main gives a job 2 at most; set cluster.nodes=2" in done.stderr
     done = chain.launch({}, "cluster.slurm.partition=gpu")
-    mend = "cluster.slurm.partition=gpu does not exist; set cluster.slurm.partition to main or urgent"
-    assert mend in done.stderr
+    fix = "cluster.slurm.partition=gpu does not exist; set cluster.slurm.partition to main or urgent"
+    assert fix in done.stderr
     assert not chain.run_dir.exists()
 
 

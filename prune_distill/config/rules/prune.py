@@ -269,7 +269,7 @@ def _limits(cfg: RunConfig) -> Iterator[str]:
 
 
 def _reachable(cfg: RunConfig) -> Iterator[str]:
-    """That some shape meets the limits, as far as they can be reckoned without measuring."""
+    """That some shape meets the limits, as far as they can be computed without measuring."""
     if cfg.prune.budget is None or cfg.model.shape is None or list(_limits(cfg)) or cfg.model.shape.num_moe_experts:
         return
     space = student.space_of(cfg)
@@ -348,8 +348,8 @@ def _score(cfg: RunConfig) -> Iterator[str]:
     own = [] if cfg.evaluate.continuations is None else [OWN_TASK]
     asked = [*own, *cfg.evaluate.tasks]
     if score.task not in asked:
-        mend = "evaluate.continuations={}" if score.task == OWN_TASK else f"evaluate.tasks=[{score.task}]"
-        yield f"prune.tournament.score.task={score.task} is none of the tasks that evaluate asks, {asked}; set {mend}"
+        fix = "evaluate.continuations={}" if score.task == OWN_TASK else f"evaluate.tasks=[{score.task}]"
+        yield f"prune.tournament.score.task={score.task} is none of the tasks that evaluate asks, {asked}; set {fix}"
     elif score.task == OWN_TASK and score.metric not in OWN_METRICS:
         yield (
             f"prune.tournament.score.metric={score.metric} is none of {OWN_TASK}'s; set it to one of "

@@ -28,10 +28,10 @@ def _signal(cfg: RunConfig) -> Iterator[str]:
                 f"distill.{name} takes sequences of which distill.signal=stored keeps no signal; "
                 f"set distill.{name}={'null' if name == 'phases' else '[]'}, or distill.signal=live"
             )
-    for name, (asked, mend) in lacking.items():
+    for name, (asked, fix) in lacking.items():
         if asked:
             yield (
-                f"distill.kd.{name} asks for what distill.signal=stored does not keep; set distill.kd.{name}={mend}, "
+                f"distill.kd.{name} asks for what distill.signal=stored does not keep; set distill.kd.{name}={fix}, "
                 "or distill.signal=live"
             )
     if shape is not None and kept >= shape.vocab_size:

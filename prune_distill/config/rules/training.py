@@ -22,10 +22,10 @@ def phase_key(at: str, number: int) -> str:
 def schedule(training: Training, at: str) -> Iterator[str]:
     decay = training.decay_steps
     if (training.schedule is Schedule.wsd) == (decay is None):
-        mend = f"{at}.schedule=wsd" if decay is not None else f"{at}.decay_steps to a tenth of {at}.max_steps"
+        fix = f"{at}.schedule=wsd" if decay is not None else f"{at}.decay_steps to a tenth of {at}.max_steps"
         yield (
             f"{at}.schedule={training.schedule.value} does not go with {at}.decay_steps="
-            f"{'null' if decay is None else decay}, which wsd alone has, and must; set {mend}"
+            f"{'null' if decay is None else decay}, which wsd alone has, and must; set {fix}"
         )
     for number, phase in enumerate(training_phases(training)):
         key = at if training.phases is None else phase_key(at, number)

@@ -204,7 +204,7 @@ def test_chunks_that_are_not_rows_are_refused(tmp_path: Path, part: Any, told: s
 
 
 def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
-    """Its bytes are no numbers, though its size in the directory is right."""
+    """Its bytes are damaged, though its size in the directory is right."""
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="a part of key does not lie in rows of its own"):
@@ -244,7 +244,7 @@ def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> 
 
 
 def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """Writes the one chunk of a checkpoint anew, with other records."""
+    """Writes the one chunk of a checkpoint again, with other records."""
     path = weights / "__3_0.distcp"
     with zipfile.ZipFile(path) as saved:
         records = {name: saved.read(name) for name in saved.namelist()}

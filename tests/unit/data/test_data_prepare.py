@@ -392,7 +392,7 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
     # The workers are other processes, whose fastokens is right: here what it is held to finds fault with one shard.
     monkeypatch.setattr(TokenizersEncoder, "first_other", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
     made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
-    assert "is encoded anew with the model's own tokenizer: fastokens gave other ids for 'jumps'" in caplog.text
+    assert "is encoded again with the model's own tokenizer: fastokens gave other ids for 'jumps'" in caplog.text
     manifests = {shard: read_manifest(shard) for shard in (tmp_path / "out" / "shards").iterdir()}
     assert Counter(manifest["encoder"] for manifest in manifests.values()) == {"fastokens": 2, "tokenizers": 1}
     (again,) = (shard for shard, manifest in manifests.items() if manifest["encoder"] == "tokenizers")

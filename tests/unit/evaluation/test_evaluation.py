@@ -244,7 +244,7 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tmp_path: Path, m
     assert hf_models.weight_bytes(tmp_path) == 10_000
     assert hf_models.weight_bytes(tmp_path, ExportDtype.fp32) == 20_000
     monkeypatch.setattr(hf_models.backend, "free_memory_bytes", lambda: 2**30)
-    hf_models.check_fits([("model", 2**30)], "mend")
+    hf_models.check_fits([("model", 2**30)], "fix")
     with pytest.raises(InputError, match=r"3.5 GiB are needed \(teacher 2.0, student 1.5\), but .* 1.0 GiB free; buy"):
         hf_models.check_fits([("teacher", 2 * 2**30), ("student", 3 * 2**29)], "buy more")
 

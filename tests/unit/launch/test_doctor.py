@@ -63,7 +63,7 @@ def test_other_versions(
     monkeypatch.setattr(checks, "installed_version", lambda name: versions.get(name, locked.get(checks._normal(name))))
     findings = list(checks.libraries())
     assert state_of(findings, name) is state
-    assert all(finding.mend for finding in findings if finding.state is not State.ok)
+    assert all(finding.fix for finding in findings if finding.state is not State.ok)
 
 
 # What the probe prints: devices are [name, bytes, compute capability].
@@ -107,7 +107,7 @@ def test_fewer_gpus_than_the_run_asks_for(
     cfg = demo("cluster.devices_per_node=4", "distill.global_batch_size=16")
     (fault,) = [finding for finding in checks.accelerator(cfg) if finding.state is State.fail]
     assert "2 GPUs, but cluster.devices_per_node=4" in fault.found
-    assert fault.mend == "set cluster.devices_per_node=2"
+    assert fault.fix == "set cluster.devices_per_node=2"
 
 
 def test_a_run_for_gpus_where_there_are_none(
@@ -216,14 +216,14 @@ def test_a_full_disk_is_what_the_plan_warns_of(
     cfg = demo(f"run_dir={tmp_path}")
     (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
     assert finding.state is State.fail
-    assert f"{finding.found}; {finding.mend}" in doctor.make(cfg)["warnings"]
+    assert f"{finding.found}; {finding.fix}" in doctor.make(cfg)["warnings"]
     assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert doctor.main(["experiment=demo", f"run_dir={tmp_path}", "--json"]) in (0, 1)
     findings = json.loads(capsys.readouterr().out)
-    assert {"name", "state", "found", "mend"} == set(findings[0])
+    assert {"name", "state", "found", "fix"} == set(findings[0])
     assert [finding["state"] for finding in findings if finding["name"] == "disk"] == ["ok"]
     assert not os.listdir(tmp_path)
 

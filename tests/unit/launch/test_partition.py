@@ -85,4 +85,4 @@ def test_a_controller_that_does_not_answer(scontrol: Callable[[str], None], run:
     ],
 )
 def test_a_refusal_comes_with_its_mend(said: str, key: str) -> None:
-    assert key in slurm._mend(said)
+    assert key in slurm._fix(said)

@@ -71,7 +71,7 @@ def test_a_run_a_second_one_and_one_with_a_change(launcher: Launcher) -> None:
     assert launcher.run("distill.lr=2e-3")[0] == 0
     assert launcher.calls() == ["second", "report"]
     assert load_resolved(launcher.run_dir / "resolved.yaml").distill.lr == 2e-3
-    # Back again: what was made before is still there; only the report, which is one a run folder, is written anew.
+    # Back again: what was made before is still there; only the report, which is one a run folder, is written again.
     assert launcher.run("cluster.threads_per_rank=3")[0] == 0
     assert launcher.calls() == ["report"]
 

@@ -152,7 +152,7 @@ def test_a_corrected_teacher_by_hand() -> None:
 def test_a_correction_that_does_not_fit_is_told_with_its_mend() -> None:
     plan = planned(DEPTH, CORRECTION, "distill.correct_teacher.micro_batch_size=8", "cluster.gpu.memory_gib=40")
     assert plan["fits"] is False
-    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan["mend"]
+    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan["fix"]
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
@@ -246,7 +246,7 @@ def test_what_does_not_divide_is_named() -> None:
 def test_the_mend_mends(overrides: list[str]) -> None:
     of_plan = planned(*overrides)
     assert of_plan["fits"] is False
-    changes = re.findall(r"distill\.\S+=\S+", of_plan["mend"])
+    changes = re.findall(r"distill\.\S+=\S+", of_plan["fix"])
     assert changes
     assert planned(*overrides, *changes)["fits"] is True
 
@@ -254,8 +254,8 @@ def test_the_mend_mends(overrides: list[str]) -> None:
 def test_where_nothing_mends() -> None:
     of_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
     assert of_plan["fits"] is False
-    assert of_plan["mend"].startswith("no layout of 1 ranks fits: take more GPUs")
-    assert "raise prune.pipeline_model_parallel_size" in of_plan["mend"]
+    assert of_plan["fix"].startswith("no layout of 1 ranks fits: take more GPUs")
+    assert "raise prune.pipeline_model_parallel_size" in of_plan["fix"]
     with pytest.raises(ConfigError, match=r"distill needs .* GiB a GPU for its tensors alone") as caught:
         refuse_impossible(of_plan, ["prune", "distill"])
     assert len(caught.value.faults) == 1

@@ -86,7 +86,7 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
 def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text(
-        "--- 2030-01-01 00:00:00 +0000 job 1, restart 0, on n1\nerror: mended since\n"
+        "--- 2030-01-01 00:00:00 +0000 job 1, restart 0, on n1\nerror: fixed since\n"
         "--- 2030-01-02 00:00:00 +0000 job 2, restart 0, on n1\n--- no date\nValueError: x\n"
         "srun: error: n1: task 0: Exited with exit code 1\nsrun: Terminating StepId=2.0\n"
     )
