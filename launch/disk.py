@@ -34,7 +34,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     A corrected teacher counts among `teacher` (for NeMo and for Hugging Face), its training among `checkpoints`.
     """
     student = parameters(student_shape(cfg), cfg.model.family)
-    of_teacher = parameters(teacher, cfg.model.family)
+    teacher_params = parameters(teacher, cfg.model.family)
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
     trainings = 1 + len(cfg.distill.controls)
     between = [
@@ -42,15 +42,15 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     ]
     taking_part = 0 if cfg.prune.tournament is None else cfg.prune.tournament.candidates
     demo, correction = cfg.model.demo, cfg.distill.correct_teacher
-    of_correction = 0 if correction is None else 2 * weight_bytes(correction.precision) * of_teacher
+    correction_bytes = 0 if correction is None else 2 * weight_bytes(correction.precision) * teacher_params
     needed = {
         "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
-        "teacher": (1 if demo is None else 3) * stored * of_teacher + of_correction,
+        "teacher": (1 if demo is None else 3) * stored * teacher_params + correction_bytes,
         "students": (2 * (stored + trainings * trained) + taking_part * stored) * student
         + (stored + trained) * sum(between),
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
-        + (0 if demo is None else _checkpoints(demo.training, of_teacher))
-        + (0 if correction is None else _checkpoints(correction, of_teacher))
+        + (0 if demo is None else _checkpoints(demo.training, teacher_params))
+        + (0 if correction is None else _checkpoints(correction, teacher_params))
         + sum(_checkpoints(cfg.distill, model) for model in between),
     }
     if cfg.distill.reads_signal:
@@ -64,8 +64,8 @@ def signal_bytes(top_k: int, vocab_size: int) -> int:
     An id without its bytes that are always 0, a log-probability; and the tail's. Compression takes off 46 % at k = 64
     for the demo's teacher (vocabulary of 1,024), 41 % for Zipf-like logits over 151,936 entries.
     """
-    of_id = math.ceil((vocab_size - 1).bit_length() / 8)
-    return top_k * (of_id + 2) + 4
+    id_bytes = math.ceil((vocab_size - 1).bit_length() / 8)
+    return top_k * (id_bytes + 2) + 4
 
 
 def _checkpoints(training: Training, model: int) -> int:

@@ -105,7 +105,7 @@ def _folders(cfg: RunConfig, config_dir: str | None) -> dict[str, str]:
     return {
         folder: flags
         for folder, flags in folders.items()
-        if not any(_holds(other, folder) and flags in (of_other, ":ro") for other, of_other in folders.items())
+        if not any(_holds(other, folder) and flags in (other_flags, ":ro") for other, other_flags in folders.items())
     }
 
 

@@ -122,7 +122,7 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
         teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage, experts_over)
     tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
     kept = _kept(training, models, ranks, stage, tokens) * width
-    of_loss = _loss(training, loss, models, tokens, width) if stage == stages - 1 else 0
+    loss_memory = _loss(training, loss, models, tokens, width) if stage == stages - 1 else 0
     # The loss is behind when the backward pass comes to the layers: only the larger of the two counts.
     working = _working(training, models, tokens) * width
     return Memory(
@@ -130,8 +130,8 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
         gradients=FP32_BYTES * student,
         optimizer=state * (student - experts) // shares[0] + state * experts // shares[1],
         teacher=width * teacher,
-        activations=kept + max(0, working - of_loss),
-        loss=of_loss,
+        activations=kept + max(0, working - loss_memory),
+        loss=loss_memory,
     )
 
 
@@ -194,11 +194,11 @@ def _kept(training: Training, models: Models, ranks: int, stage: int, tokens: in
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
     shared = _sequence_share(training)
     if training.recompute is Recompute.full:
-        of_layer = tokens * student.hidden_size // shared
+        layer_elements = tokens * student.hidden_size // shared
     else:
         # `selective` recomputes the attention core, of which a kernel without stored scores keeps next to nothing.
-        of_layer = _layer_elements(training, models, tokens)
-    kept = student.num_layers // stages * of_layer
+        layer_elements = _layer_elements(training, models, tokens)
+    kept = student.num_layers // stages * layer_elements
     if stages > 1:
         # What the stages hand on, student and teacher side by side, and, where it is received, its gradient
         # (nemo/collections/llm/modelopt/distill/utils.py:223).
@@ -251,8 +251,10 @@ def _working(training: Training, models: Models, tokens: int) -> int:
     shape, tensor = models.student, training.parallel.tensor_model_parallel_size
     gradients = tokens * (2 * shape.ffn_hidden_size // tensor + shape.hidden_size)
     if shape.num_moe_experts:
-        of_expert = 2 * (shape.moe_ffn_hidden_size or 0) + 2 * shape.hidden_size
-        gradients = tokens * ((shape.moe_router_topk or 0) * of_expert + shape.hidden_size) // _sequence_share(training)
+        expert_elements = 2 * (shape.moe_ffn_hidden_size or 0) + 2 * shape.hidden_size
+        gradients = (
+            tokens * ((shape.moe_router_topk or 0) * expert_elements + shape.hidden_size) // _sequence_share(training)
+        )
     again = _layer_elements(training, models, tokens) if training.recompute is Recompute.full else 0
     return gradients + again
 

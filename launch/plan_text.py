@@ -103,7 +103,7 @@ def _signal(plan: dict[str, Any]) -> list[str]:
     if signal is None:
         return []
     text = (
-        f"the teacher runs once, {_giga(signal['flops_a_token'])} GFLOP a token, and leaves its {signal['top_k']} most "
+        f"the teacher runs once, {_giga(signal['flops_a_token'])} GFLOP a token, and keeps its {signal['top_k']} most "
         f"probable tokens, at most {_gib(signal['bytes'])} GiB; every further student on the same data (a sweep, a "
         f"tournament) is spared {signal['spared_share']:.0%} of the FLOP of a step with the teacher beside it"
     )
@@ -206,8 +206,8 @@ def _verdict(plan: dict[str, Any]) -> str:
 
 
 def _peak(plan: dict[str, Any]) -> int:
-    of_others = [memory for memories in _others(plan).values() for memory in memories]
-    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"], *of_others])
+    other_memories = [memory for memories in _others(plan).values() for memory in memories]
+    return max(memory["total"] for memory in [*plan["memory"]["distill"], plan["memory"]["prune"], *other_memories])
 
 
 def _others(plan: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
@@ -216,17 +216,17 @@ def _others(plan: dict[str, Any]) -> dict[str, list[dict[str, int]]]:
 
 
 def _fullest(memory: list[dict[str, int]]) -> dict[str, int]:
-    return max(memory, key=lambda of_rank: of_rank["total"])
+    return max(memory, key=lambda rank: rank["total"])
 
 
 def _hours_in_all(plan: dict[str, Any]) -> str:
     known = [stage for stage in plan["stages"] if stage["hours"] is not None]
     if not known:
         return "hours not estimated"
-    hours, of_gpus = (sum(stage[key] for stage in known) for key in ("hours", "gpu_hours"))
+    hours, gpu_hours = (sum(stage[key] for stage in known) for key in ("hours", "gpu_hours"))
     jobs = sum(stage["jobs"] or 0 for stage in known)
     return (
-        f"{_number(hours)} hours, {_number(of_gpus)} GPU-hours"
+        f"{_number(hours)} hours, {_number(gpu_hours)} GPU-hours"
         f" at an assumed {plan['cluster']['gpu']['utilisation']:.0%} of its peak"
         + (f", at least {jobs} jobs of {plan['cluster']['time_limit']}" if jobs else "")
     )

@@ -41,8 +41,8 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
     gpu = cfg.cluster.gpu
     models = _models(cfg)
-    of_distill = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
-    of_prune = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
+    distilling = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
+    pruning = prune_memory(cfg.prune, teacher, cfg.model.family, disk.teacher_weight_bytes(cfg))
     flops = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, models.teacher)
     sizes = disk.bytes_needed(cfg, teacher)
     total, run_dir = sum(sizes.values()), Path(cfg.run_dir)
@@ -50,9 +50,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     cut = 1 - parameters(student, cfg.model.family) / parameters(teacher, cfg.model.family)
     limit = gpu.memory_gib * GIB if gpu else math.inf
     layouts = fitting(cfg, models, ranks, limit) if gpu else []
-    of_others = _other_memory(cfg, teacher, ranks)
-    peaks = {"distill": _fullest(of_distill), "prune": of_prune}
-    peaks |= {stage: _fullest(memory) for stage, memory in of_others.items()}
+    others = _other_memory(cfg, teacher, ranks)
+    peaks = {"distill": _fullest(distilling), "prune": pruning}
+    peaks |= {stage: _fullest(memory) for stage, memory in others.items()}
     fits = all(memory.total <= limit for memory in peaks.values())
     return {
         "experiment": cfg.name,
@@ -73,9 +73,9 @@ def make(cfg: RunConfig) -> dict[str, Any]:
         "signal": _signal(cfg, teacher, flops.total, sizes),
         "stages": _stages(cfg, student, teacher, ranks),
         "memory": {
-            "distill": [_memory(memory) for memory in of_distill],
-            "prune": _memory(of_prune),
-            **{stage: [_memory(memory) for memory in memories] for stage, memories in of_others.items()},
+            "distill": [_memory(memory) for memory in distilling],
+            "prune": _memory(pruning),
+            **{stage: [_memory(memory) for memory in memories] for stage, memories in others.items()},
         },
         "layout": _layout(layout_of(cfg.distill, cfg, models, ranks)),
         "layouts": [_layout(layout) for layout in layouts],
@@ -114,7 +114,7 @@ def _other_memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[
 
 
 def _fullest(memory: list[Memory]) -> Memory:
-    return max(memory, key=lambda of_rank: of_rank.total)
+    return max(memory, key=lambda rank: rank.total)
 
 
 def _signal(cfg: RunConfig, teacher: Shape, student_flops: int, sizes: dict[str, int]) -> dict[str, Any] | None:
@@ -186,8 +186,8 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
     for stage in wanted(cfg):
         own = stage.configure(cfg)
         if stage.module == "recipes.importance":
-            of_round = compute.calibration_flops(own.prune, cfg.model.family, shape_to_prune(own))
-            flops[stage.name] = (of_round, calibrating)
+            round_flops = compute.calibration_flops(own.prune, cfg.model.family, shape_to_prune(own))
+            flops[stage.name] = (round_flops, calibrating)
         if stage.module == "recipes.distill":
             run = own.distill
             beside = teacher if run.runs_teacher else None

@@ -1,4 +1,4 @@
-"""What a launch leaves in the run's folder for whoever looks at it later: config, plan, command, and a report."""
+"""What a launch writes into the run folder for later: config, plan, command, and a report."""
 
 from __future__ import annotations
 

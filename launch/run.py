@@ -113,7 +113,7 @@ def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> N
 
 
 def _here(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
-    """A run, or this node's part of one. The first node leaves a report of one that fails or pauses as well."""
+    """A run, or this node's part of one. The first node also writes a report of a run that fails or pauses."""
     try:
         if cfg.cluster.nodes > 1:
             nodes.run(cfg, args.until, stages, args.command)

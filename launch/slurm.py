@@ -138,9 +138,7 @@ def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
 
 def _fix(reason: str) -> str:
     """What to do about a refusal of sbatch's."""
-    return next(
-        (fix for pattern, fix in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks"
-    )
+    return next((fix for pattern, fix in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks")
 
 
 def _sbatch(command: list[str]) -> str:

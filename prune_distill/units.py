@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 GIB = 1 << 30
-_TIME_LIMIT = re.compile(r"(?:(?P<days>\d+)-(?P<of_day>\d{1,2})|(?P<hours>\d+)):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
+_TIME_LIMIT = re.compile(
+    r"(?:(?P<days>\d+)-(?P<hours_of_day>\d{1,2})|(?P<hours>\d+)):(?P<minutes>\d{2}):(?P<seconds>\d{2})"
+)
 
 
 def seconds_of_time_limit(text: str) -> int:
@@ -19,10 +21,10 @@ def seconds_of_time_limit(text: str) -> int:
     found = _TIME_LIMIT.fullmatch(text)
     if found is None:
         raise ValueError(f"{text!r} is no time limit of the form H:MM:SS or D-HH:MM:SS")
-    days, of_day, hours, minutes, seconds = (int(found[name] or 0) for name in _TIME_LIMIT.groupindex)
-    if of_day > 23 or minutes > 59 or seconds > 59:
+    days, hours_of_day, hours, minutes, seconds = (int(found[name] or 0) for name in _TIME_LIMIT.groupindex)
+    if hours_of_day > 23 or minutes > 59 or seconds > 59:
         raise ValueError(f"{text!r} has more than 23 hours beside its days, or more than 59 minutes or seconds")
-    total = ((days * 24 + of_day + hours) * 60 + minutes) * 60 + seconds
+    total = ((days * 24 + hours_of_day + hours) * 60 + minutes) * 60 + seconds
     if total == 0:
         raise ValueError(f"{text!r} leaves no time")
     return total

@@ -93,7 +93,7 @@ def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Non
 def _write_config(shape: Shape, folder: Path) -> None:
     from transformers import GenerationConfig, Qwen3Config, Qwen3MoeConfig
 
-    kind, of_experts = (Qwen3MoeConfig, _hf_experts(shape)) if shape.num_moe_experts else (Qwen3Config, {})
+    kind, expert_sizes = (Qwen3MoeConfig, _hf_experts(shape)) if shape.num_moe_experts else (Qwen3Config, {})
     config = kind(
         architectures=[kind.__name__.replace("Config", "ForCausalLM")],
         vocab_size=shape.vocab_size,
@@ -110,7 +110,7 @@ def _write_config(shape: Shape, folder: Path) -> None:
         eos_token_id=0,
         pad_token_id=0,
         torch_dtype="float32",
-        **of_experts,
+        **expert_sizes,
     )
     config.save_pretrained(folder)
     GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)

@@ -19,14 +19,14 @@ from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import summarize
-from prune_distill.reporting.run_folder import RunFolder, of_stage, read_run, report_of, runs_in
+from prune_distill.reporting.run_folder import RunFolder, read_run, report_of, runs_in, stage_run_folder
 from prune_distill.reporting.words import strict
 from prune_distill.schema import RunConfig
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: the folder of every stage before. Output: `report.json`, `index.html`."""
-    report = write_report(of_stage(cfg, inputs), out)
+    report = write_report(stage_run_folder(cfg, inputs), out)
     return {name: model["val_loss"] for name, model in report["models"].items()}
 
 

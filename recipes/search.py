@@ -62,14 +62,14 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     dropped = _layer_sets(cfg, core, scores, data, {shape.num_layers for shape in shapes})
     pairs = [(shape, layers) for shape in shapes for layers in dropped[shape.num_layers]]
     held_out = held_out_batches(data, prune, budget.samples, device)
-    of_teacher, found = Subnets(model, scores, cfg.model.shape).scores(pairs, held_out)
+    teacher_loss, found = Subnets(model, scores, cfg.model.shape).scores(pairs, held_out)
     rows = [
         {**_row(space, shape, latency), "drop_layers": layers, "loss": loss, "kl": kl}
         for (shape, layers), (loss, kl) in zip(pairs, found, strict=True)
     ]
     evidence.mark_front(rows)
     rows = best_first(rows)
-    teacher = {**_row(space, cfg.model.shape, latency), "drop_layers": [], "loss": of_teacher, "kl": 0.0}
+    teacher = {**_row(space, cfg.model.shape, latency), "drop_layers": [], "loss": teacher_loss, "kl": 0.0}
     if rank() == 0:
         if latency is not None:
             write_json(out / "latency.json", latency.table())
@@ -86,7 +86,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By loss, in turns over the sets of dropped layers: the best without each set, then the second of each.
+    """By loss, round robin over the sets of dropped layers: the best without each set, then the second of each.
 
     Just after pruning, a loss says little of a deeper against a wider shape, or of one set of layers against another:
     rankings between them turn around within a few hundred steps of distillation. Among shapes that keep the same layers

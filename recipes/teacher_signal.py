@@ -139,7 +139,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
 
 
 def _plausible(losses: list[float], vocab_size: int) -> None:
-    """Raises: InputError, where the teacher knows no more of a shard's text than chance does, or its logits are not finite."""
+    """Raises: InputError, where the teacher knows no more of a shard than chance does, or its logits are not finite."""
     loss, chance = sum(losses) / len(losses), math.log(vocab_size)
     if not loss < chance:
         raise InputError(

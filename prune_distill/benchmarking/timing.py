@@ -46,7 +46,7 @@ class Contestant(Protocol):
 
 
 def race(models: Mapping[str, Contestant], rounds: int) -> tuple[dict[str, Memory], list[dict[str, Timed]]]:
-    """Has each model generate once a round, in turns, every other round in the opposite order."""
+    """Has each model generate once per round, interleaved; every other round is in the opposite order."""
     memory = {name: model.warm_up() for name, model in models.items()}
     names = list(models)
     timed = []

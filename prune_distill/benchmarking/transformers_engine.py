@@ -14,9 +14,7 @@ from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import backend, hf_models
 from prune_distill.schema import BenchmarkConfig
 
-FIX = (
-    "set benchmark.batch_size, benchmark.prompt_tokens (--batch-size, --prompt-tokens) lower, or benchmark.dtype=bf16"
-)
+FIX = "set benchmark.batch_size, benchmark.prompt_tokens (--batch-size, --prompt-tokens) lower, or benchmark.dtype=bf16"
 
 
 class Model:

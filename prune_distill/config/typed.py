@@ -90,10 +90,10 @@ class Reader:
 
     def _list(self, hint: Any, raw: Any, key: str) -> Any:
         (item,) = typing.get_args(hint)
-        of_lists = typing.get_origin(item) is list
+        lists_inside = typing.get_origin(item) is list
         if not isinstance(raw, list):
             return self._fault(key, f"{key}={raw!r} is not a list; set {override(key, _as_list(item, raw))}")
-        if of_lists and raw and all(type(value) is int for value in raw):
+        if lists_inside and raw and all(type(value) is int for value in raw):
             spans = [raw] if len(raw) == 2 else [[value, value] for value in raw]
             return self._fault(key, f"{key}={raw} is not a list of lists; set {override(key, spans)}")
         known = len(self.unreadable)

@@ -410,8 +410,8 @@ def _tensor(run: TrainingRun) -> Iterator[str]:
     # that nothing pads it (nemo/collections/llm/gpt/model/base.py:343, megatron/core/tensor_parallel/utils.py:108).
     size = training.parallel.tensor_model_parallel_size
     # Experts are not cut.
-    of_mlp = () if _experts_of(run) else ("ffn_hidden_size",)
-    names = ("num_attention_heads", "num_query_groups", *of_mlp, "vocab_size")
+    mlp_sizes = () if _experts_of(run) else ("ffn_hidden_size",)
+    names = ("num_attention_heads", "num_query_groups", *mlp_sizes, "vocab_size")
     uneven = [
         f"the {who}'s {name} {getattr(shape, name)}"
         for who, shape in run.shapes

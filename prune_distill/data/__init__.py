@@ -1,4 +1,4 @@
 """Documents to Megatron's indexed tokens: readers, encoder, work list, shards, blend. No NeMo, and no torch in workers.
 
-`prepare.prepare` is the way in, `folder.DataFolder` what it leaves for other stages.
+`prepare.prepare` is the way in, `folder.DataFolder` what other stages read.
 """

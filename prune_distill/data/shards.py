@@ -78,7 +78,7 @@ class SplitWriter:
         self.bytes += known[2]
 
     def finish(self) -> Written:
-        """Completes the files. A split without documents leaves none: Megatron cannot map an empty file."""
+        """Completes the files. A split without documents has none: Megatron cannot map an empty file."""
         self._flush()
         for file in (self._bin, self._lengths, self._known):
             _sync(file)

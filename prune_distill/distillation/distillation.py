@@ -59,14 +59,14 @@ class FusedHead:
     def __init__(self, student: Any, teacher: Any | None, spec: LossSpec) -> None:
         self.student, self.spec = student, spec
         self.batch: dict[str, Any] = {}
-        self.of_teacher: Head | None = None
+        self.teacher_head: Head | None = None
         if student.post_process:
             _end_with(student, self._student_losses)
         if teacher is not None and teacher.post_process:
             _end_with(teacher, self._keep_teacher)
 
     def _keep_teacher(self, labels: Tensor, head: Head) -> Tensor:
-        self.of_teacher = head
+        self.teacher_head = head
         return head.hidden
 
     def _student_losses(self, labels: Tensor, head: Head) -> Any:
@@ -85,7 +85,7 @@ class FusedHead:
         if "signal_ids" in self.batch:
             ids, log_probs, tail = (self.batch[f"signal_{name}"] for name in ("ids", "logprobs", "tail"))
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
-        teacher, self.of_teacher = self.of_teacher, None
+        teacher, self.teacher_head = self.teacher_head, None
         return teacher
 
 
@@ -143,26 +143,28 @@ class LossReduction(TokenLoss):
 
     def add_up(self, mask: Tensor, forward_out: Any) -> tuple[Tensor, list[Tensor]]:
         kd = self.kd
-        of_logits, hidden = self._of_hooks(mask)
+        logits_loss, hidden = self._hook_losses(mask)
         if self.fused:
             loss, kd_tokens, lm_tokens = forward_out
             divergence, lm = masked_sum(kd_tokens, mask), masked_sum(lm_tokens, mask)
         else:
-            divergence, lm = of_logits * kd.temperature**2, masked_sum(forward_out, mask)
+            divergence, lm = logits_loss * kd.temperature**2, masked_sum(forward_out, mask)
             loss = kd.kd_weight * divergence + kd.lm_weight * lm
         loss = loss + kd.intermediate_weight * hidden
         whole = kd.kd_weight * divergence + kd.lm_weight * lm + kd.intermediate_weight * hidden
         return loss, [whole, divergence, lm, hidden]
 
-    def _of_hooks(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _hook_losses(self, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs; both summed
         over this rank's learned tokens."""
         reduction = functools.partial(_sum_over_ranks, mask=mask)
         caught = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
         nothing = mask.new_zeros(())
-        of_logits = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
-        of_pairs = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
-        return of_logits[0] if of_logits else nothing, torch.stack(of_pairs).mean() if of_pairs else nothing
+        logits_losses = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
+        pair_losses = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
+        return logits_losses[0] if logits_losses else nothing, torch.stack(
+            pair_losses
+        ).mean() if pair_losses else nothing
 
     def report(self, means: Tensor) -> Tensor:
         self.parts = means[1:].float()
@@ -230,13 +232,13 @@ class DistilledModel(_OwnLosses, DistillationGPTModel):
         """As upstream's, which can't be told a temperature (nemo/collections/llm/modelopt/distill/model.py:142)."""
         if hasattr(self, "module"):
             return
-        student, of_teacher = self.config.configure_model(self.tokenizer), self._teacher_config
+        student, teacher_config = self.config.configure_model(self.tokenizer), self._teacher_config
         for name in _LAYOUT:
-            setattr(of_teacher, name, getattr(self.config, name))
+            setattr(teacher_config, name, getattr(self.config, name))
         options = {"tokenizer": self.tokenizer, "trainer": self.trainer}
         settings = {
-            "teacher_model": (teacher_provider, [of_teacher, self._teacher_ckpt_path], options),
-            "criterion": _criterion(self.kd, self.config, of_teacher),
+            "teacher_model": (teacher_provider, [teacher_config, self._teacher_ckpt_path], options),
+            "criterion": _criterion(self.kd, self.config, teacher_config),
             "loss_balancer": mtd.DistillationLossBalancer(),  # never asked; required where there are several losses
         }
         model = mtd.convert(student, mode=[("kd_loss", settings)])
@@ -270,8 +272,8 @@ class StudentModel(_OwnLosses):
 def _spare_logits(model: Any) -> None:
     """Megatron's cross-entropy turns fp32 logits into the softmax in place, before ModelOpt's loss comes to read them
     (megatron/core/tensor_parallel/cross_entropy.py:VocabParallelCrossEntropy.calculate_predicted_logits)."""
-    of_labels = model.compute_language_model_loss
-    model.compute_language_model_loss = lambda labels, logits: of_labels(labels, logits.clone())
+    compute_loss = model.compute_language_model_loss
+    model.compute_language_model_loss = lambda labels, logits: compute_loss(labels, logits.clone())
 
 
 # What a teacher's config takes over from the student's, as in upstream's `configure_model`.

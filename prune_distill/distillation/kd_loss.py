@@ -154,31 +154,31 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, hidden, weight, teacher, labels, mask, spec, group):  # type: ignore[no-untyped-def]
         wanted = ctx.needs_input_grad[:2]
         student = Head(hidden, weight)
-        losses, ctx.of_hidden, ctx.of_weight = _passes(student, teacher, labels, mask, spec, group, wanted)
+        losses, ctx.grad_hidden, ctx.grad_weight = _passes(student, teacher, labels, mask, spec, group, wanted)
         ctx.weight = weight
         ctx.mark_non_differentiable(losses.kd, losses.lm)
         return _total(losses, mask, spec), losses.kd, losses.lm
 
     @staticmethod
     def backward(ctx, gradient, *_):  # type: ignore[no-untyped-def]
-        of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
-        ctx.of_hidden = ctx.of_weight = None  # not to be held until the whole graph is gone
-        if of_hidden is not None:
-            of_hidden.mul_(gradient)
-        if of_weight is not None:
-            of_weight = _hand_over(ctx.weight, of_weight, gradient)
-        return of_hidden, of_weight, None, None, None, None, None
+        grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
+        ctx.grad_hidden = ctx.grad_weight = None  # not to be held until the whole graph is gone
+        if grad_hidden is not None:
+            grad_hidden.mul_(gradient)
+        if grad_weight is not None:
+            grad_weight = _hand_over(ctx.weight, grad_weight, gradient)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _hand_over(weight: Tensor, of_weight: Tensor, gradient: Tensor) -> Tensor:
+def _hand_over(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
     """The weight's gradient for autograd; where Megatron keeps an fp32 buffer for it, it is added there unrounded.
 
     Then what autograd gets is ignored, or added once more where the weight is an embedding too: as Megatron's own
     linear layer does it (megatron/core/tensor_parallel/layers.py:573-602).
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
-        return of_weight.mul_(gradient).to(weight.dtype)
-    weight.main_grad.add_(of_weight.mul_(gradient))
+        return grad_weight.mul_(gradient).to(weight.dtype)
+    weight.main_grad.add_(grad_weight.mul_(gradient))
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
@@ -200,18 +200,18 @@ def _passes(
     hidden, weight = student.hidden, student.weight
     tokens = hidden.shape[0]
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     chunk = _Chunk(student, teacher, labels, mask, spec, Vocabulary(weight.shape[0], group))
     for start in range(0, tokens, spec.chunk_tokens):
         rows = slice(start, min(start + spec.chunk_tokens, tokens))
         kd[rows], lm[rows], gradient = chunk.compute(rows)
         gradient = gradient.to(weight.dtype)
-        if of_hidden is not None:
-            torch.mm(gradient, weight, out=of_hidden[rows])
-        if of_weight is not None:
-            _add_product(of_weight, gradient.t(), hidden[rows])
-    return TokenLosses(kd.mul_(spec.temperature**2), lm), of_hidden, of_weight
+        if grad_hidden is not None:
+            torch.mm(gradient, weight, out=grad_hidden[rows])
+        if grad_weight is not None:
+            _add_product(grad_weight, gradient.t(), hidden[rows])
+    return TokenLosses(kd.mul_(spec.temperature**2), lm), grad_hidden, grad_weight
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -323,9 +323,9 @@ def _forward_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
     difference = torch.sub(t, s, out=spare)
     s.exp_()
     t.exp_()
-    of_student, of_teacher, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(t, difference)]
-    gradient = s.div_(of_student[:, None]).sub_(t.div_(of_teacher[:, None]))
-    return cross / of_teacher + of_student.log() - of_teacher.log(), gradient
+    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(t, difference)]
+    gradient = s.div_(student_sum[:, None]).sub_(t.div_(teacher_sum[:, None]))
+    return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
 
 
 def _reverse_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
@@ -333,17 +333,17 @@ def _reverse_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
     difference = torch.sub(s, t, out=spare)
     s.exp_()
     t.exp_()
-    of_student, of_teacher, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(s, difference)]
-    between = of_teacher.log() - of_student.log()
-    mean = cross / of_student
-    gradient = s.div_(of_student[:, None]).mul_(difference.sub_(mean[:, None]))
+    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(s, difference)]
+    between = teacher_sum.log() - student_sum.log()
+    mean = cross / student_sum
+    gradient = s.div_(student_sum[:, None]).mul_(difference.sub_(mean[:, None]))
     return mean + between, gradient
 
 
 def _jensen_shannon(s: Tensor, t: Tensor, spare: Tensor) -> Term:
     """Half of KL(p, m) + KL(q, m), m = (p + q) / 2; its gradient, in `s`, is q (log(q / m) - KL(q, m)) / 2."""
-    of_student, of_teacher = yield [torch.exp(s, out=spare).sum(-1), torch.exp(t, out=spare).sum(-1)]
-    log_q, log_p = s.sub_(of_student.log()[:, None]), t.sub_(of_teacher.log()[:, None])
+    student_sum, teacher_sum = yield [torch.exp(s, out=spare).sum(-1), torch.exp(t, out=spare).sum(-1)]
+    log_q, log_p = s.sub_(student_sum.log()[:, None]), t.sub_(teacher_sum.log()[:, None])
     log_m = torch.logaddexp(log_q, log_p, out=spare).sub_(math.log(2))
     log_p.sub_(log_m)  # log(p / m)
     log_q.sub_(log_m)  # log(q / m)
@@ -364,12 +364,12 @@ def _top_k_kl(s: Tensor, teacher: TopK, vocabulary: Vocabulary) -> Term:
     cross = (p * (teacher.log_probs - s.gather(-1, places))).sum(-1)
     s.exp_()
     kept = _take_out(s, places, here)
-    of_rest, of_kept, cross = yield [s.sum(-1), kept.sum(-1), cross]
-    total = of_rest + of_kept
+    rest_sum, kept_sum, cross = yield [s.sum(-1), kept.sum(-1), cross]
+    total = rest_sum + kept_sum
     r = teacher.tail.exp()
     # Where the k are all there is, or the student has no doubt left, there is no rest to pull at.
-    rest_term = torch.where((r > 0) & (of_rest > 0), r * (teacher.tail - of_rest.log()), 0.0)
-    scale = torch.where(of_rest > 0, 1 / total - r / of_rest, 0.0)
+    rest_term = torch.where((r > 0) & (rest_sum > 0), r * (teacher.tail - rest_sum.log()), 0.0)
+    scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
     s.mul_(scale[:, None]).scatter_add_(-1, places, kept / total[:, None] - p)
     return cross + total.log() + rest_term, s
 
@@ -393,9 +393,9 @@ def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
     values, chosen = values.topk(k, -1)
     ids = ids.gather(-1, chosen)
     _take_out(t.exp_(), *vocabulary.local(ids))
-    (of_rest,) = vocabulary.sum([t.sum(-1)])
-    log_total = (of_rest + values.exp().sum(-1)).log()
-    return TopK(ids, values - log_total[:, None], of_rest.log() - log_total)
+    (rest_sum,) = vocabulary.sum([t.sum(-1)])
+    log_total = (rest_sum + values.exp().sum(-1)).log()
+    return TopK(ids, values - log_total[:, None], rest_sum.log() - log_total)
 
 
 _DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor], Term]] = {

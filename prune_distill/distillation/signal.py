@@ -39,7 +39,7 @@ TABLE = np.dtype([("sequence", "<u8"), ("offset", "<u8"), ("size", "<u4"), ("crc
 # Number of rows of the table, its CRC-32, MAGIC.
 TRAILER = struct.Struct("<II4s")
 MAGIC = b"SIG1"
-# Level 1 leaves as much within 1 % and is no faster.
+# Level 1 compresses as well within 1 % and is no faster.
 CODEC = pyarrow.Codec("zstd", compression_level=3)
 # Sequences by whose tokens two packings of the data are compared before anything is read.
 SAMPLED_SEQUENCES = 16
@@ -117,9 +117,9 @@ def decode(frame: bytes, seq_length: int, top_k: int) -> Signal:
 def prediction_loss(signal: Signal, labels: np.ndarray, vocab_size: int) -> float:
     """Mean loss (nats per token) of a signal that predicts `labels` `[s]`, its tail shared out evenly."""
     chances = np.exp(signal.logprobs.astype(np.float64))
-    of_other = np.exp(signal.tail.astype(np.float64)) / (vocab_size - signal.ids.shape[1])
+    other_chance = np.exp(signal.tail.astype(np.float64)) / (vocab_size - signal.ids.shape[1])
     hit = signal.ids == labels[:, None]
-    chance = np.where(hit.any(1), (chances * hit).sum(1), of_other)
+    chance = np.where(hit.any(1), (chances * hit).sum(1), other_chance)
     return float(-np.log(np.maximum(chance, np.finfo(np.float64).tiny)).mean())
 
 

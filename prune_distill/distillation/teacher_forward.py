@@ -41,9 +41,9 @@ def most_probable(
 
     def collect(logits: torch.Tensor, non_loss_data: bool) -> None:
         nonlocal done
-        for of_sequence in logits:  # of [b, s, V / ranks]
+        for sequence_logits in logits:  # of [b, s, V / ranks]
             if done < len(sequences):  # the rest fills the last micro batch
-                take(_of_sequence(of_sequence, top_k, temperature, vocabulary))
+                take(_sequence_top_k(sequence_logits, top_k, temperature, vocabulary))
             done += 1
 
     def forward(source: Iterator[torch.Tensor], stage: Any) -> Any:
@@ -72,7 +72,7 @@ def _micro_batches(sequences: Sequence[torch.Tensor], size: int) -> Iterator[tor
         yield torch.stack(batch + [batch[-1]] * (size - len(batch)))
 
 
-def _of_sequence(logits: torch.Tensor, top_k: int, temperature: float, vocabulary: Vocabulary) -> TopK:
+def _sequence_top_k(logits: torch.Tensor, top_k: int, temperature: float, vocabulary: Vocabulary) -> TopK:
     parts = []
     for chunk in logits.split(CHUNK_TOKENS):
         scaled = chunk.float() / temperature

@@ -72,7 +72,7 @@ class Evaluator:
                     self._once(name, _part(task), lambda task=task: self._task(name, task, model.get()))  # type: ignore[misc]
             if samples and self.cfg.evaluate.samples:
                 self._once(name, SAMPLES, lambda: self._samples(model.get()))
-        known = ranks.of_first(self.recall(name))
+        known = ranks.broadcast(self.recall(name))
         return {**known, **({"tasks_failed": failed} if failed else {})}
 
     def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Evaluator:
         if fault is not None:
             raise InputError(f"task {task}: {fault}")
         self._once(name, _part(task), lambda: self._task(name, task, self._load(folder)))
-        found: dict[str, Any] = ranks.of_first(self.store.get(name, _part(task)))
+        found: dict[str, Any] = ranks.broadcast(self.store.get(name, _part(task)))
         return found
 
     def recall(self, name: str) -> dict[str, Any] | None:
@@ -124,7 +124,7 @@ class Evaluator:
         return hf_models.load(found)
 
     def _known(self, name: str, part: str) -> bool:
-        return bool(ranks.of_first(self.store.get(name, part) is not None))
+        return bool(ranks.broadcast(self.store.get(name, part) is not None))
 
     def _once(self, name: str, part: str, work: Callable[[], Any]) -> None:
         """Makes a measurement that is not there yet, on all ranks; the first one keeps it."""

@@ -50,7 +50,7 @@ class Harness:
     def fault(self, task: str) -> str | None:
         """Why a task cannot be measured, on any of the ranks: its data is not there, say; None where it can."""
         if task not in self._faults:
-            found = [fault for fault in ranks.of_all(self._fault(task)) if fault is not None]
+            found = [fault for fault in ranks.all_gather(self._fault(task)) if fault is not None]
             self._faults[task] = found[0] if found else None
             if found:
                 log.error("task %s is left out: %s", task, found[0])
@@ -140,10 +140,10 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
             self._rank, self._world_size = rank(), world_size()
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(ranks.of_all(tensor.item()))
+            return torch.tensor(ranks.all_gather(tensor.item()))
 
         def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
-            return ranks.of_all(obj)
+            return ranks.all_gather(obj)
 
         def barrier(self) -> None:
             if world_size() > 1:

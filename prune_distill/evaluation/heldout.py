@@ -46,14 +46,14 @@ def held_out(model: Any, teacher: Any | None, data: DataFolder, cfg: EvaluateCon
     device = model.device
     with torch.inference_mode():
         mine = slice(rank(), None, world_size())
-        for batch, of_batch in zip(
+        for batch, document_ids in zip(
             *(part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds)), strict=True
         ):
             ids = batch.to(device)
             logits = _logits(model, ids)
-            of_teacher = None if teacher is None else _logits(teacher, ids)
-            values = _by_token(logits, of_teacher, ids[:, 1:].flatten()).cpu()
-            sums.index_add_(0, of_batch.flatten(), values)
+            teacher_logits = None if teacher is None else _logits(teacher, ids)
+            values = _by_token(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
+            sums.index_add_(0, document_ids.flatten(), values)
     return _summary(ranks.added_up(sums), names, data, teacher is not None)
 
 
@@ -67,7 +67,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def _by_token(logits: torch.Tensor, of_teacher: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+def _by_token(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
     """`[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
     values = torch.zeros(len(targets), 4, dtype=torch.float64, device=logits.device)
     values[:, 1] = 1
@@ -76,8 +76,8 @@ def _by_token(logits: torch.Tensor, of_teacher: torch.Tensor | None, targets: to
         part = slice(start, start + chunk)
         log_probs = torch.log_softmax(logits[part].float(), -1)
         values[part, 0] = -log_probs.gather(-1, targets[part, None]).squeeze(-1).double()
-        if of_teacher is not None:
-            teacher = torch.log_softmax(of_teacher[part].float(), -1)
+        if teacher_logits is not None:
+            teacher = torch.log_softmax(teacher_logits[part].float(), -1)
             values[part, 2] = (teacher.argmax(-1) == log_probs.argmax(-1)).double()
             values[part, 3] = torch.nn.functional.kl_div(
                 log_probs, teacher, reduction="none", log_target=True

@@ -45,7 +45,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` leaves in a file's place."""
+    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` has in a file's place."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

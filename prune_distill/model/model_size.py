@@ -91,8 +91,8 @@ def rank_parameters(
 
 def rank_experts(shape: Shape, family: Family, pipeline_parallel: int = 1, expert_parallel: int = 1) -> int:
     """Of the parameters that one rank holds those of experts; 0 of a dense model."""
-    of_layer = (shape.num_moe_experts or 0) // expert_parallel * expert_weights(shape, family)
-    return shape.num_layers // pipeline_parallel * of_layer
+    layer_params = (shape.num_moe_experts or 0) // expert_parallel * expert_weights(shape, family)
+    return shape.num_layers // pipeline_parallel * layer_params
 
 
 def expert_weights(shape: Shape, family: Family) -> int:

@@ -245,11 +245,11 @@ def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
         "entries of the vocabulary": (data.vocab_size, model.config.vocab_size),
         "end-of-document id": (data.eod_token, model.tokenizer.eos_id),
     }
-    for what, (of_data, of_model) in pairs.items():
-        if of_data != of_model:
+    for what, (data_value, model_value) in pairs.items():
+        if data_value != model_value:
             raise InputError(
                 f"the documents in {data.folder} were made by another tokenizer than the model's: {what} "
-                f"{of_data}, not {of_model}; prepare them with the tokenizer of model.hf_path"
+                f"{data_value}, not {model_value}; prepare them with the tokenizer of model.hf_path"
             )
 
 

@@ -44,16 +44,16 @@ def added_up(values: torch.Tensor) -> torch.Tensor:
     return values.cpu()
 
 
-def of_first(value: Any) -> Any:
-    """What the first rank has, on every rank."""
+def broadcast(value: Any) -> Any:
+    """Returns the first rank's value on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]
 
 
-def of_all(value: Any) -> list[Any]:
-    """What each rank has, on every rank."""
+def all_gather(value: Any) -> list[Any]:
+    """Returns all ranks' values on every rank, in the order of ranks."""
     found = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, value)
@@ -61,7 +61,7 @@ def of_all(value: Any) -> list[Any]:
 
 
 def exchange(value: Any) -> list[Any]:
-    """What each rank has, on every rank, through torchrun's own store: before there is a process group.
+    """Like `all_gather`, through torchrun's own store: before there is a process group.
 
     Args:
         value: what JSON can hold. All ranks call this equally often, in the same order.
@@ -82,4 +82,4 @@ def _store() -> Any:
 
 def wait() -> None:
     """Returns once all ranks have come here."""
-    of_all(None)
+    all_gather(None)

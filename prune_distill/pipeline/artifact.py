@@ -43,7 +43,7 @@ STOP = "stop"
 RESOLVED = "resolved.yaml"
 PLAN = "plan.json"
 LAUNCHES = "launches.jsonl"
-# Also there: held by its launcher, and by the stages that it leaves.
+# Also there: held by its launcher, and by the stages that outlive it.
 LOCK = ".lock"
 # What readers of a manifest rely on.
 _MANIFEST_TYPES: dict[str, Any] = {
@@ -80,7 +80,7 @@ class Located:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Values by key that change what the stage leaves without being part of its identity."""
+        """Values by key that change what the stage writes without being part of its identity."""
         shown = {key: identity_view(_get(self.cfg, key)) for key in self.stage.shows}
         return {**shown, **dict(_recorded(self.stage.sections, self.cfg))}
 

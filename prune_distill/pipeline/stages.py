@@ -97,7 +97,7 @@ class Stage:
             there.
         more_sections: of `sections`, for a config that makes the stage heed them.
         libraries: distributions whose versions decide the result, besides those that decide all stages'.
-        shows: dotted keys whose values appear in what the stage leaves, without deciding it.
+        shows: dotted keys whose values appear in what the stage writes, without deciding it.
         limits: dotted keys whose values a metric of the complete stage may not exceed, and that metric's name.
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
         gate: whether all later stages wait for it, though they read nothing of it: a check whose failure makes their

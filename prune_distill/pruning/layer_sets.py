@@ -4,7 +4,7 @@ Scattered layers of least importance often leave a lower loss just after pruning
 (arXiv 2408.11796): a block's own loss is compared with that of other blocks only. Summed importance would not do: each
 layer's score is its effect with all its neighbours there.
 
-The set that leaves the lowest loss is not always the one to distil: on the demo's teacher without layers 3 and 4 it is
+The set with the lowest loss is not always the one to distil: on the demo's teacher without layers 3 and 4 it is
 3.77, without 2 and 4 it is 3.84, and after 160 steps of distillation the second is 0.005 ahead. So a search tries more
 than one (`make bench-prune`).
 """

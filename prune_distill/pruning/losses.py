@@ -57,8 +57,8 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> float:
     """The sum over all tokens of KL(teacher || student), in nats."""
     total = 0.0
     for part, wanted in zip(logits.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True):
-        of_student, of_teacher = part.float().log_softmax(-1), wanted.float().log_softmax(-1)
-        total += (of_teacher.exp() * (of_teacher - of_student)).sum().item()
+        student_log_probs, teacher_log_probs = part.float().log_softmax(-1), wanted.float().log_softmax(-1)
+        total += (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum().item()
     return total
 
 

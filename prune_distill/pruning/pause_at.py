@@ -12,7 +12,7 @@ from prune_distill.pipeline.stage_main import rank
 
 
 class PauseAt(Callback):
-    """Asks for a pause after a step, or as soon as one is asked of the stage: leaves the stop file in the training's
+    """Asks for a pause after a step, or as soon as one is asked of the stage: writes the stop file to the training's
     folder before a step begins, to be seen when it ends.
 
     Args:

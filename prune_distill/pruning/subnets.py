@@ -69,14 +69,14 @@ class Subnets:
         tokens = sum(batch[:, 1:].numel() for batch in batches)
         for batch in batches:
             ids, targets = batch[:, :-1].contiguous(), batch[:, 1:]
-            of_teacher = forward(self.core, ids)
-            if of_teacher is not None:
-                sums[0] += cross_entropy(of_teacher, targets)
+            teacher_logits = forward(self.core, ids)
+            if teacher_logits is not None:
+                sums[0] += cross_entropy(teacher_logits, targets)
             for index, (shape, drop_layers) in enumerate(shapes):
                 with self.cut_to(shape, drop_layers) as core:
                     logits = forward(core, ids)
-                if logits is not None and of_teacher is not None:
+                if logits is not None and teacher_logits is not None:
                     sums[1 + 2 * index] += cross_entropy(logits, targets)
-                    sums[2 + 2 * index] += divergence(logits, of_teacher)
+                    sums[2 + 2 * index] += divergence(logits, teacher_logits)
         whole, *pairs = [total / tokens for total in from_last_stage(sums)]
         return whole, list(zip(pairs[::2], pairs[1::2], strict=True))

@@ -22,12 +22,12 @@ def number_cell(value: Any, shown: Callable[[Any], str], detail: str = "") -> Ce
     return Cell(words.NOTHING) if found is None else Cell(shown(value), found, detail)
 
 
-def score_cell(scores: Any, of_teacher: Any) -> Cell:
+def score_cell(scores: Any, teacher_scores: Any) -> Cell:
     found = headline(scores) if isinstance(scores, dict) else None
     if found is None:
         return Cell(words.NOTHING)
     _, value, error = found
-    base = headline(of_teacher) if isinstance(of_teacher, dict) else None
+    base = headline(teacher_scores) if isinstance(teacher_scores, dict) else None
     apart = words.signed(value - base[1], 3) if base is not None else ""
     return Cell(
         f"{words.number(value, 3)}" + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart
@@ -51,7 +51,7 @@ def median(spread: Any) -> float | None:
 
 
 def mean_score(tasks: Report, name: str) -> float | None:
-    found = [headline(of_task[name]) if name in of_task else None for of_task in tasks.values()]
+    found = [headline(task_scores[name]) if name in task_scores else None for task_scores in tasks.values()]
     values = [score[1] for score in found if score is not None]
     return sum(values) / len(values) if values and len(values) == len(found) else None
 

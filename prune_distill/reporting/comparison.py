@@ -82,8 +82,8 @@ def _table(reports: Mapping[str, dict[str, Any]]) -> Table:
     rows = []
     for name, report in reports.items():
         student, teacher = (report["models"].get(model, {}) for model in ("student", "teacher"))
-        loss, of_teacher = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
-        apart = loss - of_teacher if loss is not None and of_teacher is not None else None
+        loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
+        apart = loss - teacher_loss if loss is not None and teacher_loss is not None else None
         ratios = ratios_of(report, "student")
         smaller = words.change(student.get("params"), teacher.get("params"))
         rows.append(
@@ -91,7 +91,7 @@ def _table(reports: Mapping[str, dict[str, Any]]) -> Table:
                 Cell(name),
                 number_cell(student.get("params"), words.count, smaller),
                 number_cell(loss, lambda value: words.number(value, 4)),
-                number_cell(of_teacher, lambda value: words.number(value, 4)),
+                number_cell(teacher_loss, lambda value: words.number(value, 4)),
                 number_cell(apart, lambda value: words.signed(value, 4)),
                 number_cell(agreement(student, "top1"), lambda value: words.percent(value, 1)),
                 number_cell(mean_score(report["tasks"], "student"), lambda value: words.number(value, 3)),

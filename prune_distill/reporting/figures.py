@@ -131,7 +131,9 @@ def _line(plot: Plot, points: Points, name: str, index: int, unit: str) -> None:
 
 def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     """Every model's score of every task, with its standard error."""
-    rows = [(task, name, headline(scores)) for task, of_task in tasks.items() for name, scores in of_task.items()]
+    rows = [
+        (task, name, headline(scores)) for task, task_scores in tasks.items() for name, scores in task_scores.items()
+    ]
     found = [(task, name, score) for task, name, score in rows if score is not None]
     if not found:
         return None
@@ -139,14 +141,14 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     plot = Plot(size=(4.8, max(2.2, 0.9 + len(shown_tasks) * (0.22 + 0.14 * len(names)))))
     for index, name in enumerate(names):
         shift = 0.16 * (index - (len(names) - 1) / 2)
-        of_model = [(score[1], shown_tasks.index(task) + shift, score[2]) for task, n, score in found if n == name]
-        xs, ys, errors = zip(*of_model, strict=True)
+        model_scores = [(score[1], shown_tasks.index(task) + shift, score[2]) for task, n, score in found if n == name]
+        xs, ys, errors = zip(*model_scores, strict=True)
         colour = colour_of(name, index)
         bars = {"fmt": "none", "ecolor": colour, "elinewidth": 1.2, "capsize": 2}
         plot.axes[0].errorbar(xs, ys, xerr=[error or 0 for error in errors], **bars)
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
         points = plot.axes[0].scatter(xs, ys, color=colour, **marks)
-        plot.tell(points, [f"{label_of(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in of_model])
+        plot.tell(points, [f"{label_of(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores])
     plot.axes[0].set_yticks(range(len(shown_tasks)), shown_tasks)
     plot.axes[0].invert_yaxis()
     plot.label("score, with one standard error", "")

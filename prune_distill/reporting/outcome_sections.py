@@ -74,8 +74,8 @@ def _overview(report: Report) -> Table:
     rows = []
     for name, model in models.items():
         base = {} if name == "teacher" else teacher
-        loss, of_teacher = finite(model.get("val_loss")), finite(base.get("val_loss"))
-        apart = words.signed(loss - of_teacher, 3) if loss is not None and of_teacher is not None else ""
+        loss, teacher_loss = finite(model.get("val_loss")), finite(base.get("val_loss"))
+        apart = words.signed(loss - teacher_loss, 3) if loss is not None and teacher_loss is not None else ""
         row = [
             Cell(label_of(name)),
             number_cell(model.get("params"), words.count, words.change(model.get("params"), base.get("params"))),
@@ -99,8 +99,8 @@ def _overview(report: Report) -> Table:
 
 
 def _speed_cells(report: Report, name: str) -> list[Cell]:
-    of_model, ratios = benchmarked(report).get(name, {}), ratios_of(report, name)
-    decode, memory = median(of_model.get("decode_tokens_per_second")), finite(of_model.get("peak_memory_bytes"))
+    measured, ratios = benchmarked(report).get(name, {}), ratios_of(report, name)
+    decode, memory = median(measured.get("decode_tokens_per_second")), finite(measured.get("peak_memory_bytes"))
     return [
         number_cell(
             decode,
@@ -165,7 +165,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
 
 
 def _task_table(models: Report, tasks: Report) -> Table:
-    names = [name for name in models if any(name in of_task for of_task in tasks.values())]
+    names = [name for name in models if any(name in task_scores for task_scores in tasks.values())]
     columns = [
         Column("Task", text=True),
         Column("Metric", text=True),
@@ -173,12 +173,15 @@ def _task_table(models: Report, tasks: Report) -> Table:
         *(Column(label_of(name)) for name in names),
     ]
     rows = []
-    for task, of_task in tasks.items():
-        some = next(iter(of_task.values()))
+    for task, task_scores in tasks.items():
+        some = next(iter(task_scores.values()))
         metric = next(
-            (found[0] for scores in of_task.values() if (found := headline(scores)) is not None), words.NOTHING
+            (found[0] for scores in task_scores.values() if (found := headline(scores)) is not None), words.NOTHING
         )
-        cells = [score_cell(of_task.get(name), of_task.get("teacher") if name != "teacher" else None) for name in names]
+        cells = [
+            score_cell(task_scores.get(name), task_scores.get("teacher") if name != "teacher" else None)
+            for name in names
+        ]
         rows.append([Cell(task), Cell(metric), number_cell(samples_of(some), words.number), *cells])
     return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
 
@@ -244,7 +247,7 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         f"{benchmark.get('dtype', '?')}",
         f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} tokens of prompt,"
         f" {benchmark.get('new_tokens', '?')} new ones",
-        f"{benchmark.get('rounds', '?')} rounds in turns",
+        f"{benchmark.get('rounds', '?')} interleaved rounds",
         *([f"{benchmark['threads']} threads"] if benchmark.get("threads") else []),
     ]
     yield Note(", ".join(facts) + ".")

@@ -46,8 +46,8 @@ def _memory(run: RunFolder, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     memory = plan.get("memory")
     for name, planned in memory.items() if isinstance(memory, dict) else ():
-        of_ranks = planned if isinstance(planned, list) else [planned]
-        totals = [finite(rank.get("total")) for rank in of_ranks if isinstance(rank, dict)]
+        ranks = planned if isinstance(planned, list) else [planned]
+        totals = [finite(rank.get("total")) for rank in ranks if isinstance(rank, dict)]
         found = run.stages.get(name)
         if found is None or not totals or None in totals:
             continue

@@ -134,8 +134,8 @@ def _tasks(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Scores by task, then by model."""
     tasks: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        of_model = model.get("tasks")
-        for task, scores in of_model.items() if isinstance(of_model, dict) else ():
+        model_tasks = model.get("tasks")
+        for task, scores in model_tasks.items() if isinstance(model_tasks, dict) else ():
             if isinstance(scores, dict):
                 tasks.setdefault(task, {})[name] = scores
     return tasks

@@ -162,7 +162,7 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(path, cfg, tree, text, _stages(path, folders, complete), tuple(notes))
 
 
-def of_stage(cfg: RunConfig, inputs: Mapping[str, Path]) -> RunFolder:
+def stage_run_folder(cfg: RunConfig, inputs: Mapping[str, Path]) -> RunFolder:
     """The run that stage `report` belongs to: exactly the folders that it was given, which are complete."""
     path = Path(cfg.run_dir)
     text, tree = _config(path / RESOLVED)

@@ -196,9 +196,9 @@ def _tiles(report: Report) -> Iterator[Tile]:
             words.count(student["params"]),
             f"{words.change(student['params'], teacher.get('params'))} against {words.count(teacher.get('params'))}",
         )
-    loss, of_teacher = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
+    loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
     if loss is not None:
-        against = f"{words.signed(loss - of_teacher, 3)} against the teacher" if of_teacher is not None else ""
+        against = f"{words.signed(loss - teacher_loss, 3)} against the teacher" if teacher_loss is not None else ""
         yield Tile("Held-out loss", words.number(loss, 3), against)
     top1 = agreement(student, "top1")
     if top1 is not None:

@@ -75,9 +75,9 @@ def size(value: Any) -> str:
     found = finite(value)
     if found is None:
         return NOTHING
-    for unit, of_unit in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(found) >= of_unit:
-            return f"{significant(found / of_unit)} {unit}"
+    for unit, unit_bytes in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(found) >= unit_bytes:
+            return f"{significant(found / unit_bytes)} {unit}"
     return f"{found:.0f} B"
 
 

@@ -26,7 +26,7 @@ def placement(default: Any) -> Any:
 
 
 def recorded(default: Any) -> Any:
-    """A field that changes what a stage leaves, but not which stage it is, so that an unfinished stage continues with a
+    """A field that changes what a stage writes, but not which stage it is, so that an unfinished stage continues with a
     new value. A complete stage keeps the value that it was made with: its manifest records it, and a launch with
     another one says that this has no effect."""
     if callable(default):
@@ -41,7 +41,7 @@ def matters(default: Any, where: Callable[[Any], bool]) -> Any:
     return field(default=default, metadata={"identity": where})
 
 
-def of_site(wanted: str) -> Any:
+def site_specific(wanted: str) -> Any:
     """A field without a default, as it differs from site to site; `wanted` says what to set it to."""
     return field(default=MISSING, metadata={"wanted": wanted})
 
@@ -264,7 +264,7 @@ class Training:
     # A loss above so many times the median of the last ones stops the training, as a non-finite one always does;
     # null: however high it is.
     max_loss_ratio: float | None = placement(10.0)
-    # Spans of steps, [first, last] counted from 1, whose batches are passed over: each takes a newly drawn one instead. A
+    # Spans of steps, [first, last] counted from 1, whose batches are skipped: each takes a newly drawn one instead. A
     # step that is named again takes a further one.
     skip_steps: list[list[int]] = recorded(list)  # noqa: RUF009
     save_every_n_steps: int = recorded(100)
@@ -425,7 +425,7 @@ class Budget:
 @dataclass
 class TaskScore:
     """A task that has a say in who is left: after each round, a candidate whose score is clearly worse than the best
-    one's goes behind all that are not, whatever its loss."""
+    one ranks below all that are not, whatever its loss."""
 
     # heldout_continuations, or one of evaluate.tasks; asked as the stage evaluate asks it.
     task: str = MISSING
@@ -447,7 +447,7 @@ class Tournament:
 
 @dataclass
 class TargetSizes:
-    """What a round of pruning leaves, null keeping what there was."""
+    """The sizes after a round of pruning; null keeps the size before it."""
 
     num_layers: int | None = None
     hidden_size: int | None = None
@@ -641,7 +641,7 @@ class BenchmarkConfig:
     batch_size: int = 1
     prompt_tokens: int = 512
     new_tokens: int = 128
-    # Each model once a round, in turns; a round before them is not counted.
+    # Each model once per round, interleaved; a first round is not counted.
     rounds: int = 5
     # Threads of a CPU; null: as many as PyTorch takes.
     threads: int | None = None
@@ -668,8 +668,8 @@ class Gpu:
 class SlurmConfig:
     """How stages become Slurm jobs. What has no default differs from site to site; null says that a site has none."""
 
-    partition: str | None = of_site("one that sinfo lists, or null for the site's default")
-    account: str | None = of_site("the account that pays, or null where the site has none")
+    partition: str | None = site_specific("one that sinfo lists, or null for the site's default")
+    account: str | None = site_specific("the account that pays, or null where the site has none")
     qos: str | None = None
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
     # The type of GPU to ask for, as in --gpus-per-node=h100:8; null: any.
@@ -686,7 +686,7 @@ class SlurmConfig:
     # Names of environment variables that jobs are given as they are where they are submitted, such as HF_TOKEN.
     secrets: list[str] = field(default_factory=list)
     # An image, or a squash file on a disk that all nodes see (pyxis); null: jobs use this very Python.
-    container_image: str | None = of_site(
+    container_image: str | None = site_specific(
         "an image built from the Dockerfile (registry#name:tag or a .sqsh file), or null"
     )
     # SOURCE:TARGET[:FLAGS], further to the run folder, which is always there.

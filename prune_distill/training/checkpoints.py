@@ -188,7 +188,7 @@ def _record(checkpoint: Path) -> Entries:
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     names = [path.relative_to(checkpoint).as_posix() for path in files]
     entries: Entries = {}
-    for part in ranks.of_all(digests(checkpoint, [name for name in names if _writer_of(name) == rank()])):
+    for part in ranks.all_gather(digests(checkpoint, [name for name in names if _writer_of(name) == rank()])):
         entries |= part
     return dict(sorted(entries.items()))
 

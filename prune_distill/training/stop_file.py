@@ -28,7 +28,7 @@ class StopFile(Callback):
     Args:
         folder: the stage's folder; takes `state.json`.
         max_steps: at which training ends by itself.
-        save: leaves a checkpoint of the step that has just ended, on every rank.
+        save: writes a checkpoint of the step that has just ended, on every rank.
     """
 
     def __init__(self, folder: Path, max_steps: int, save: Callable[[Any], None]) -> None:

@@ -55,7 +55,7 @@ def train(
     validate_first: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Trains a model for `cfg.max_steps` optimizer steps and leaves it in `out/nemo`.
+    """Trains a model for `cfg.max_steps` optimizer steps and saves it in `out/nemo`.
 
     Args:
         model: an unconfigured NeMo model with its tokenizer.

@@ -1,7 +1,7 @@
 """python -m tests.benchmarks.bench_convert [--layers 24] [--rounds 3] [--nemo-rounds 1]
 
 Both conversions of a random bf16 model of 3.2 B parameters beside `cp` and fsync of the same bytes, and beside NeMo's
-own importer: whole processes, imports included, one after the other in turns; medians. Writes runs/bench/convert.json.
+own importer: whole processes, imports included, interleaved; medians. Writes runs/bench/convert.json.
 Wants about 30 GB of disk, and 20 GB of memory for NeMo's importer (--nemo-rounds 0 leaves it out).
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = defaultdict(list)
     peak: dict[str, float] = defaultdict(float)
     for number in range(args.rounds):
-        for name, (command, leaves) in runs.items():
+        for name, (command, written) in runs.items():
             if name == "nemo_import" and number >= args.nemo_rounds:
                 continue
             took, gigabytes = run(command)
@@ -71,8 +71,8 @@ def main() -> None:
             print(f"round {number + 1} {name:12} {took:7.2f} s {gigabytes:6.2f} GB", flush=True)
             if name == "export" and number == 0:
                 compare(hf, back)
-            if leaves is not None:
-                shutil.rmtree(leaves)
+            if written is not None:
+                shutil.rmtree(written)
     shutil.rmtree(folder)
 
     result = {

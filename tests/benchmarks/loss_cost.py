@@ -21,7 +21,7 @@ def main() -> None:
 
     arm, tokens = sys.argv[1], int(sys.argv[2])
     torch.manual_seed(0)
-    states, of_teacher = (torch.randn(tokens // BATCH, BATCH, HIDDEN) for _ in range(2))
+    states, teacher_states = (torch.randn(tokens // BATCH, BATCH, HIDDEN) for _ in range(2))
     weight, teacher_weight = (0.05 * torch.randn(VOCABULARY, HIDDEN) for _ in range(2))
     states.requires_grad_()
     weight.requires_grad_()
@@ -29,7 +29,7 @@ def main() -> None:
     base = _resident_mb()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again (proc(5))
     started = time.perf_counter()
-    total = loss((states, weight), (of_teacher, teacher_weight))
+    total = loss((states, weight), (teacher_states, teacher_weight))
     total.backward()
     seconds = time.perf_counter() - started
     peak = _of_status("VmHWM") - base
@@ -62,8 +62,8 @@ def _upstream() -> Any:
 
     def loss(student: Any, teacher: Any) -> Any:
         with torch.no_grad():
-            of_teacher = torch.nn.functional.linear(*teacher)
-        losses, *_ = criterion(torch.nn.functional.linear(*student), of_teacher)
+            teacher_states = torch.nn.functional.linear(*teacher)
+        losses, *_ = criterion(torch.nn.functional.linear(*student), teacher_states)
         return losses.mean()
 
     return loss

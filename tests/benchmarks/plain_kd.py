@@ -40,9 +40,9 @@ def main() -> None:
         started = time.perf_counter()
         ids = rows[step]
         with torch.no_grad():
-            of_teacher = log_softmax(teacher(ids, use_cache=False).logits.float(), -1)
-        of_student = log_softmax(student(ids, use_cache=False).logits.float(), -1)
-        loss = kl_div(of_student, of_teacher, reduction="none", log_target=True).sum(-1).mean()
+            teacher_log_probs = log_softmax(teacher(ids, use_cache=False).logits.float(), -1)
+        student_log_probs = log_softmax(student(ids, use_cache=False).logits.float(), -1)
+        loss = kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Programs timed beside each other in turns of a few seconds, so that all meet the same state of the machine."""
+"""Programs timed in interleaved runs of a few seconds, so that all meet the same state of the machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Losses of candidates that are really cut: python -m tests.helpers.candidate_losses RESOLVED.YAML
 
 For each row of the search's table, prints a JSON line: the loss that the search found, and that of the model which
-ModelOpt leaves, on the same held-out sequences (nats per token).
+ModelOpt returns, on the same held-out sequences (nats per token).
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _run(case: Case, loss: Callable[..., Any]) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     hidden = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator).requires_grad_()
-    of_teacher = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
+    teacher_states = torch.randn(SEQUENCE, BATCH, HIDDEN, generator=generator)
     weight, teacher_weight = (
         (0.3 * torch.randn(case.vocabulary, HIDDEN, generator=generator)).chunk(ranks)[rank].clone() for _ in range(2)
     )
@@ -77,7 +77,7 @@ def _run(case: Case, loss: Callable[..., Any]) -> tuple[Any, ...]:
     if case.tied:
         ids = torch.randint(case.vocabulary, (SEQUENCE, BATCH), generator=generator)
         states = hidden + torch.nn.functional.embedding(ids, weight)
-    total = loss(case, (states, weight), (of_teacher, teacher_weight), mask)
+    total = loss(case, (states, weight), (teacher_states, teacher_weight), mask)
     total.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -94,8 +94,8 @@ def _upstream(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     config: Any = SimpleNamespace(tensor_model_parallel_size=ranks, sequence_parallel=False)
     criterion = LogitsKLLoss(config, case.temperature, case.reverse)
     with torch.no_grad():
-        of_teacher = torch.nn.functional.linear(*teacher)
-    losses, *_ = criterion(torch.nn.functional.linear(*student), of_teacher)
+        teacher_states = torch.nn.functional.linear(*teacher)
+    losses, *_ = criterion(torch.nn.functional.linear(*student), teacher_states)
     total = (losses * mask.t()).sum() / mask.sum()
     if ranks > 1:
         torch.distributed.all_reduce(total)

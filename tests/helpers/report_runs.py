@@ -164,8 +164,8 @@ def begin(run_dir: Path, *overrides: str) -> None:
     (run_dir / LAUNCHES).write_text(json.dumps({"time": STARTED, "command": command}) + "\n")
 
 
-def complete(run_dir: Path, stage: str, of_stage: dict[str, Any] | None = None, **more: Any) -> Path:
-    """A stage's folder with its log and manifest; `of_stage` are its metrics."""
+def complete(run_dir: Path, stage: str, stage_run_folder: dict[str, Any] | None = None, **more: Any) -> Path:
+    """A stage's folder with its log and manifest; `stage_run_folder` are its metrics."""
     folder = folder_of(run_dir, stage)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(STAGES)
@@ -181,7 +181,7 @@ def complete(run_dir: Path, stage: str, of_stage: dict[str, Any] | None = None, 
         "started": started,
         "ended": started + STAGES[stage],
         "seconds": STAGES[stage],
-        "metrics": of_stage or {},
+        "metrics": stage_run_folder or {},
         **more,
     }
     write_json(folder / "manifest.json", manifest)
@@ -200,8 +200,10 @@ def finished(run_dir: Path, *overrides: str, losses: dict[str, float] = MODELS) 
         write_json(folder / "choice.json", candidates(stage == "tournament")["candidates"][1])
     complete(run_dir, "prune", {"params_before": 5_246_976, "params": 3_279_616, "kept_layers": [1, 2, 5, 6]})
     for stage, name in (("distill", "student"), ("distill.ce", "ce")):
-        of_stage = {"backend": "cpu", "steps": 160, "tokens": 163_840, "val_loss": losses[name]}
-        folder = complete(run_dir, stage, of_stage, peak_memory={"host_bytes": 1_500_000_000, "gpu_bytes": None})
+        stage_run_folder = {"backend": "cpu", "steps": 160, "tokens": 163_840, "val_loss": losses[name]}
+        folder = complete(
+            run_dir, stage, stage_run_folder, peak_memory={"host_bytes": 1_500_000_000, "gpu_bytes": None}
+        )
         (folder / "metrics.jsonl").write_text(metrics(losses[name]))
     complete(run_dir, "verify_import", {"tokens": 256, "import_max_abs_logit_diff": 6.7e-6})
     complete(run_dir, "verify", {"tokens": 256, "export_max_abs_logit_diff": 7.6e-6})

@@ -91,30 +91,30 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *live, "--until", "distill")
     tiny.launch(run_dir, *stored, "--until", "distill")
-    of_teacher, of_signal = (tiny.stages(run_dir, *settings)["distill"] for settings in (live, stored))
+    live_stage, cached_stage = (tiny.stages(run_dir, *settings)["distill"] for settings in (live, stored))
     # fp16 moves a log-probability by 5e-4 nats in the mean, to both sides.
-    assert tiny.losses(of_signal.folder) == pytest.approx(tiny.losses(of_teacher.folder), rel=0, abs=1e-4)
-    assert "teacher" not in of_signal.inputs
-    signal = of_signal.inputs["signal"]
+    assert tiny.losses(cached_stage.folder) == pytest.approx(tiny.losses(live_stage.folder), rel=0, abs=1e-4)
+    assert "teacher" not in cached_stage.inputs
+    signal = cached_stage.inputs["signal"]
     for layout in (
         ("distill.parallel.tensor_model_parallel_size=2",),
         ("distill.parallel.pipeline_model_parallel_size=2", "distill.num_workers=0"),
         ("distill.parallel.context_parallel_size=2",),
     ):
-        one_rank = tiny.losses(of_signal.folder)
-        aside = of_signal.folder.with_name("one_rank")
-        of_signal.folder.rename(aside)
+        one_rank = tiny.losses(cached_stage.folder)
+        aside = cached_stage.folder.with_name("one_rank")
+        cached_stage.folder.rename(aside)
         tiny.launch(run_dir, *stored, "cluster.devices_per_node=2", *layout, "--until", "distill")
-        assert tiny.losses(of_signal.folder) == pytest.approx(one_rank, abs=tolerance.LOSS), layout
-        shutil.rmtree(of_signal.folder)
-        aside.rename(of_signal.folder)
+        assert tiny.losses(cached_stage.folder) == pytest.approx(one_rank, abs=tolerance.LOSS), layout
+        shutil.rmtree(cached_stage.folder)
+        aside.rename(cached_stage.folder)
 
     # A signal of other data is refused before a step is made.
     index = json.loads((signal / "signal.json").read_text())
     (signal / "signal.json").write_text(json.dumps({**index, "packing": "00000000"}))
     record_again(signal, ["signal.json"])
-    shutil.rmtree(of_signal.folder)
+    shutil.rmtree(cached_stage.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr
     assert f"was made for other data or settings: packing {'0' * 8}, not {index['packing']}" in refused.stderr
-    assert not list(of_signal.folder.glob("checkpoints/*"))
+    assert not list(cached_stage.folder.glob("checkpoints/*"))

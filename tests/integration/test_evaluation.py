@@ -205,10 +205,10 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
     done = benchmark(*sizes, "--cost-per-hour", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     by_itself = strict(tmp_path / "out" / "benchmark.json")
-    of_stage = strict(tiny.stages(finished, *tiny.DEPTH)["benchmark"].folder / "benchmark.json")
-    assert set(by_itself) == set(of_stage)
-    assert str(finished) not in json.dumps(of_stage)
-    for result in (by_itself, of_stage):
+    stage_run_folder = strict(tiny.stages(finished, *tiny.DEPTH)["benchmark"].folder / "benchmark.json")
+    assert set(by_itself) == set(stage_run_folder)
+    assert str(finished) not in json.dumps(stage_run_folder)
+    for result in (by_itself, stage_run_folder):
         assert list(result["models"]) == ["teacher", "student"]
         for layers, model in zip((4, 2), result["models"].values(), strict=True):
             spreads = [value for value in model.values() if isinstance(value, dict)]
@@ -222,8 +222,8 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
         assert ratio["prefill"]["median"] > 0
     cost = by_itself["models"]["teacher"]["cost_per_million_tokens"]
     assert cost > 0
-    assert of_stage["models"]["teacher"]["cost_per_million_tokens"] is None
-    assert of_stage["models"]["teacher"]["weights_bytes"] == by_itself["models"]["teacher"]["weights_bytes"]
+    assert stage_run_folder["models"]["teacher"]["cost_per_million_tokens"] is None
+    assert stage_run_folder["models"]["teacher"]["weights_bytes"] == by_itself["models"]["teacher"]["weights_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,11 @@ RULES_OF_FILES: tuple[Rule, ...] = (missing, readable, leaks)
 
 def _sources(cfg: RunConfig) -> dict[str, DataSource]:
     """The training sources and validation, by the key that names their files."""
-    of_training = {
+    training_sources = {
         "data.train" if cfg.data.sources is None else f"data.sources.{name}.files": source
         for name, source in sources(cfg.data).items()
     }
-    return {**of_training, VALIDATION: DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)}
+    return {**training_sources, VALIDATION: DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)}
 
 
 def _files(source: DataSource) -> list[str]:

@@ -45,7 +45,7 @@ def _choice(cfg: RunConfig) -> Iterator[str]:
     kept = shape is not None and all(value in (None, getattr(shape, name)) for name, value in targets.items())
     if not prune.drop_layers and (kept or not asked):
         yield (
-            "the prune section leaves the student as large as the teacher; set one of prune.num_layers, "
+            "the prune section keeps the student as large as the teacher; set one of prune.num_layers, "
             f"prune.drop_layers, {', '.join(f'prune.{name}' for name in WIDTHS)}, or a limit such as "
             "prune.budget.params_share=0.67"
         )
@@ -81,15 +81,15 @@ def _sizes(cfg: RunConfig) -> Iterator[str]:
     if shape is None:
         return
     for name in ("num_layers", *WIDTHS):
-        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and of_teacher is not None and target > of_teacher:
+        target, teacher_value = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and teacher_value is not None and target > teacher_value:
             yield (
-                f"prune.{name}={target} is larger than the teacher's {of_teacher}; "
-                f"set prune.{name} to at most {of_teacher}"
+                f"prune.{name}={target} is larger than the teacher's {teacher_value}; "
+                f"set prune.{name} to at most {teacher_value}"
             )
     for name in ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size"):
-        target, of_teacher = getattr(cfg.prune, name), getattr(shape, name)
-        if target is not None and target < (of_teacher or 0) and target % WIDTH_STEP:
+        target, teacher_value = getattr(cfg.prune, name), getattr(shape, name)
+        if target is not None and target < (teacher_value or 0) and target % WIDTH_STEP:
             yield (
                 f"prune.{name}={target} is not a multiple of {WIDTH_STEP}, the step in which Minitron prunes; "
                 f"set prune.{name} to {any_of(around(target, WIDTH_STEP))}"
@@ -291,22 +291,22 @@ def _unreachable(budget: Budget, space: Space) -> Iterator[str]:
         ("params", 1.0, "parameters", space.limits[0], whole.params, least.params),
         ("memory_gb", GB, "GB", space.limits[1], whole.memory, least.memory),
     )
-    for (name, unit, words, limit, of_teacher, of_least), share in zip(limits, SHARES, strict=False):
+    for (name, unit, words, limit, teacher_value, smallest), share in zip(limits, SHARES, strict=False):
         if math.isinf(limit):
             continue
         key = name if getattr(budget, name) is not None else share
-        scale = unit if key == name else of_teacher
+        scale = unit if key == name else teacher_value
         said = f"prune.budget.{key}={getattr(budget, key):g}"
-        if limit >= of_teacher:
+        if limit >= teacher_value:
             yield (
-                f"{said} is no less than the teacher's {of_teacher / unit:g} {words}; "
-                f"set prune.budget.{key} below {of_teacher / scale:.6g}"
+                f"{said} is no less than the teacher's {teacher_value / unit:g} {words}; "
+                f"set prune.budget.{key} below {teacher_value / scale:.6g}"
             )
-        elif limit < of_least:
+        elif limit < smallest:
             sizes = ", ".join(f"{axis} {getattr(student.smallest(space), axis)}" for axis in student.AXES)
             yield (
-                f"{said} is below the {of_least / unit:g} {words} of the smallest shape within max_depth_cut and "
-                f"max_width_cut ({sizes}); set prune.budget.{key} to {_up(of_least / scale)} or more, or raise those"
+                f"{said} is below the {smallest / unit:g} {words} of the smallest shape within max_depth_cut and "
+                f"max_width_cut ({sizes}); set prune.budget.{key} to {_up(smallest / scale)} or more, or raise those"
             )
 
 
@@ -407,13 +407,13 @@ def _rounds(cfg: RunConfig) -> Iterator[str]:
 def _last(rule: Rule) -> Rule:
     """A rule of the last round: its sizes are those of `prune` itself."""
 
-    def of_last(cfg: RunConfig) -> Iterator[str]:
+    def check_last_round(cfg: RunConfig) -> Iterator[str]:
         earlier = cfg.prune.rounds
         # With a budget as well, `_rounds` has said that one of them has to go.
         in_rounds = earlier and cfg.prune.budget is None
         return rule(_of_round(cfg, cfg.prune, len(earlier)) if in_rounds else cfg)
 
-    return of_last
+    return check_last_round
 
 
 def _of_round(cfg: RunConfig, sizes: TargetSizes, earlier: int) -> RunConfig:

@@ -275,9 +275,9 @@ def _to_numpy(tensor: Any, as_numpy: bool = False, **_: object) -> Any:
 def _swiglu_back(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     gate, linear = y.chunk(2, -1)
     out = torch.empty_like(y)
-    of_gate, of_linear = out.chunk(2, -1)
-    torch.mul(grad, torch.nn.functional.silu(gate), out=of_linear)
-    torch.ops.aten.silu_backward.grad_input(grad * linear, gate, grad_input=of_gate)
+    grad_gate, grad_linear = out.chunk(2, -1)
+    torch.mul(grad, torch.nn.functional.silu(gate), out=grad_linear)
+    torch.ops.aten.silu_backward.grad_input(grad * linear, gate, grad_input=grad_gate)
     return out
 
 

@@ -28,7 +28,7 @@ STUDENT = dataclasses.replace(TEACHER, num_layers=2)
 EP_OF_2 = Parallel(expert_model_parallel_size=2)
 QWEN3 = Models(Family.qwen3, STUDENT, TEACHER)
 # Parameters: 600 a layer (test_model_size.py), 520 in embeddings and the final norm.
-OF_STUDENT, OF_TEACHER = 1720, 2920
+STUDENT_PARAMS, TEACHER_PARAMS = 1720, 2920
 TRAINING = Training(
     max_steps=1, seq_length=16, global_batch_size=8, micro_batch_size=1, precision=Precision.bf16, parallel=Parallel()
 )
@@ -45,21 +45,25 @@ def one(training: Training, ranks: int = 1, models: Models = QWEN3, loss: Loss =
 
 def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
     assert one(TRAINING, ranks=2) == Memory(
-        weights=2 * OF_STUDENT,
-        gradients=4 * OF_STUDENT,
-        optimizer=12 * OF_STUDENT // 2,
-        teacher=2 * OF_TEACHER,
+        weights=2 * STUDENT_PARAMS,
+        gradients=4 * STUDENT_PARAMS,
+        optimizer=12 * STUDENT_PARAMS // 2,
+        teacher=2 * TEACHER_PARAMS,
         activations=2 * 16 * (2 * LAYER + NORM),
         # Two logits in bf16 and seven fp32 tensors.
         loss=16 * 32 * (2 * 2 + 7 * 4),
     )
     whole = dataclasses.replace(TRAINING, use_distributed_optimizer=False)
-    assert one(whole, ranks=2) == dataclasses.replace(one(TRAINING, ranks=2), optimizer=12 * OF_STUDENT)
+    assert one(whole, ranks=2) == dataclasses.replace(one(TRAINING, ranks=2), optimizer=12 * STUDENT_PARAMS)
 
 
 def test_fp32_has_no_master_weights() -> None:
     memory = one(dataclasses.replace(TRAINING, precision=Precision.fp32))
-    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * OF_STUDENT, 4 * OF_STUDENT, 8 * OF_STUDENT)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (
+        4 * STUDENT_PARAMS,
+        4 * STUDENT_PARAMS,
+        8 * STUDENT_PARAMS,
+    )
     assert memory.activations == 2 * one(TRAINING).activations
     assert memory.loss == 16 * 32 * (2 * 4 + 7 * 4)
 
@@ -122,7 +126,7 @@ def test_without_a_teacher() -> None:
 def test_pruning() -> None:
     prune = PruneConfig(calibration_seq_length=16, micro_batch_size=2)
     memory = prune_memory(prune, TEACHER, Family.qwen3, 2)
-    assert memory == Memory(weights=2 * OF_TEACHER, activations=2 * 32 * LAYER, loss=32 * 32 * 6)
+    assert memory == Memory(weights=2 * TEACHER_PARAMS, activations=2 * 32 * LAYER, loss=32 * 32 * 6)
     prune.pipeline_model_parallel_size = 2
     assert prune_memory(prune, TEACHER, Family.qwen3, 2).weights == 2 * (2 * 600 + 8 + 256)
     prune.drop_layers = [2]

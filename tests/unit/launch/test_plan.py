@@ -111,10 +111,10 @@ def test_a_stored_signal_by_hand() -> None:
     # Three bytes of an id below 2^24 and two of a log-probability, four of the tail.
     assert stored["disk"]["signal"] == stored["signal"]["bytes"] == 28_600 * 768 * 4096 * (10 * 5 + 4)
     assert stored["disk"]["total"] == live["disk"]["total"] + stored["signal"]["bytes"]
-    of_teacher = live["training"]["flops_a_token"]["teacher"]
-    assert stored["signal"]["flops_a_token"] == of_teacher
+    teacher_flops = live["training"]["flops_a_token"]["teacher"]
+    assert stored["signal"]["flops_a_token"] == teacher_flops
     assert stored["training"]["flops_a_token"]["teacher"] == 0
-    assert stored["signal"]["spared_share"] == of_teacher / live["training"]["flops_a_token"]["total"]
+    assert stored["signal"]["spared_share"] == teacher_flops / live["training"]["flops_a_token"]["total"]
     hours = {stage["stage"]: stage["hours"] for plan in (live, stored) for stage in plan["stages"]}
     before = {stage["stage"]: stage["hours"] for stage in live["stages"]}["distill"]
     assert hours["teacher_signal"] + hours["distill"] == pytest.approx(before)
