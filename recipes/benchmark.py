@@ -2,8 +2,8 @@
 python -m recipes.benchmark --models teacher=FOLDER student=FOLDER --out FOLDER [--batch-size 8 ...]
 
 How fast models are and how much memory they take: prefill, decoding and the time to the first token, with the same
-tokens, interleaved on one machine, so that what slows one down slows the other. The first model is what the others are set
-against. Nothing else should run meanwhile.
+tokens, interleaved on one machine, so that what slows one down slows the other too. The first model is the baseline of
+the others. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
