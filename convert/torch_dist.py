@@ -203,7 +203,7 @@ def _data_record(chunk: Chunk, size: int, whole: ChunkedTensor) -> Record:
         ) from error
     if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
         raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")
-    return Record(chunk.file, chunk.offset + begin, record.file_size, record.CRC, whole.key)
+    return Record(chunk.file, chunk.offset + begin, record.file_size, record.CRC, whole.key, whole.dtype)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.stage_main import command_line, stage_main
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
@@ -51,6 +52,7 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     Raises:
         InputError: models that do not fit beside each other, or a prompt that none of them takes.
     """
+    import_libraries("torch", "transformers.models.auto.modeling_auto")
     import torch
 
     from prune_distill.benchmarking import timing

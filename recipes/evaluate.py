@@ -13,6 +13,7 @@ from typing import Any
 
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import RunConfig
 
@@ -27,6 +28,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from prune_distill.data.folder import DataFolder
     from prune_distill.evaluation.evaluator import TEACHER, Evaluator
     from prune_distill.model.huggingface import local_folder
+
+    import_libraries("torch", "transformers.models.auto.modeling_auto")
     from prune_distill.nemo import ranks
 
     models = {

@@ -8,7 +8,6 @@ trainer = nl.Trainer(accelerator=chosen.accelerator, ...)
 from __future__ import annotations
 
 import fcntl
-import gc
 import importlib.util
 import itertools
 import logging
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.errors import ConfigError
+from prune_distill.pipeline.processes import import_libraries
 
 _LOG = logging.getLogger(__name__)
 _SITE = Path(__file__).resolve().parent / "cpu" / "site"
@@ -141,7 +141,7 @@ def activate() -> Backend:
         raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
     _lock_builds_by_flock()
     chosen = _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
-    _import_libraries()
+    import_libraries("nemo.collections.llm")
     return chosen
 
 
@@ -176,20 +176,6 @@ class FlockBaton:
 
     def release(self) -> None:
         self.file.close()
-
-
-def _import_libraries() -> None:
-    """Import what the stages use, and have the garbage collector leave alone what was made: it lives to the end.
-
-    Gone through again and again while they are made, and once more at the end, those objects took 3.5 of a process's
-    12 seconds (medians of two, 2 cores).
-    """
-    gc.disable()
-    try:
-        importlib.import_module("nemo.collections.llm")
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _activate_gpu() -> Backend:

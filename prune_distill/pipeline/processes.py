@@ -9,6 +9,8 @@ filesystem_async.py:54) import the top level of `__main__`, which imports `prune
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import multiprocessing.util
 import os
 import signal
@@ -33,6 +35,21 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _fork = threading.local()
+
+
+def import_libraries(*modules: str) -> None:
+    """Imports modules with the garbage collector off, and excludes from later collections what exists by then.
+
+    The collector goes through a library's objects again and again while they are created, and once more when the
+    process ends: 3.5 of 12 s with NeMo, 0.6 of 3.7 s with transformers and lm_eval (medians, 2 cores).
+    """
+    gc.disable()
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @cache

@@ -7,6 +7,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 from convert import stored
-from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, is_finite, report_nonfinite, stack
+from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, report_nonfinite, stack
 from prune_distill.errors import InputError
-from prune_distill.nemo.saved_records import Record
+from prune_distill.nemo.saved_records import Record, is_finite
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Store = Callable[..., StoredTensor]
@@ -195,7 +196,7 @@ def test_whatever_is_no_number_is_finite() -> None:
     assert is_finite(b"", "F32")
 
 
-@pytest.mark.parametrize("spans", ["one", "several"])
+@pytest.mark.parametrize("spans", ["one", "several", "in a record"])
 @pytest.mark.parametrize("checksum", [False, True])
 def test_copying_tells_whether_all_is_finite(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: str, checksum: bool
@@ -215,6 +216,10 @@ def test_copying_tells_whether_all_is_finite(
             tensor = StoredTensor(
                 "weight", "F32", (10, 7), (Rows(10, (left.rows[0].spans[0], right.rows[0].spans[0])),)
             )
+        if spans == "in a record":
+            (span,) = tensor.rows[0].spans
+            record = Record(span.file, span.offset, changed.nbytes, zlib.crc32(changed.tobytes()), "weight", "F32")
+            tensor = StoredTensor("weight", "F32", (10, 7), (Rows(10, (replace(span, record=record),)),))
         content, found = copied_and_found(tensor, tmp_path, checksum=checksum)
         assert content == changed.tobytes()
         assert found.finite == finite
