@@ -16,7 +16,7 @@ from prune_distill.errors import InputError
 from prune_distill.evaluation.continuations import write_task
 from prune_distill.evaluation.generation import Prompts, continuations, table
 from prune_distill.evaluation.harness import Harness, versions
-from prune_distill.evaluation.heldout import comparable, held_out
+from prune_distill.evaluation.heldout import Logits, comparable, held_out
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
 from prune_distill.pipeline.stage_main import rank
@@ -112,6 +112,10 @@ class Evaluator:
         return self._load(self.teacher_folder)
 
     @cached_property
+    def _teacher_logits(self) -> Logits:
+        return Logits(self.teacher, keep=True)
+
+    @cached_property
     def _prompts(self) -> Prompts:
         return Prompts.read(self.data, self.cfg.evaluate)
 
@@ -134,11 +138,12 @@ class Evaluator:
                 self.store.put(name, part, result)
 
     def _held_out(self, name: str, model: Any) -> dict[str, Any]:
-        teacher = None if name == TEACHER else self.teacher
-        if teacher is not None and not comparable(model, teacher):
+        teacher = None if name == TEACHER else self._teacher_logits
+        if teacher is not None and not comparable(model, teacher.model):
             log.warning("%s has another vocabulary than the teacher; they are not compared", name)
             teacher = None
-        result = held_out(model, teacher, self.data, self.cfg.evaluate)
+        logits = self._teacher_logits if name == TEACHER else Logits(model)
+        result = held_out(logits, teacher, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])
         return {**hf_models.describe(model.config, model.num_parameters()), **result}
 

@@ -18,9 +18,37 @@ log = logging.getLogger("recipes.evaluate")
 
 # Tokens whose logits are held in fp32 at a time, times the vocabulary: 128 MiB a buffer.
 CHUNK_LOGITS = 2**25
+# Of a model's logits, the bytes of host memory that are kept for comparisons.
+KEPT_BYTES = 2**30
 
 
-def held_out(model: Any, teacher: Any | None, data: DataFolder, cfg: EvaluateConfig) -> dict[str, Any]:
+class Logits:
+    """A model's logits for the held-out sequences, batch by batch.
+
+    Args:
+        keep: whether to keep them, up to `KEPT_BYTES`: several models are then compared with this one, which runs once.
+    """
+
+    def __init__(self, model: Any, *, keep: bool = False) -> None:
+        self.model, self._room = model, KEPT_BYTES if keep else 0
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def of(self, batch: int, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch `[b, s + 1]` of tokens for all but the last one: `[b * s, V]` in the model's type.
+
+        Args:
+            batch: its number, the same in each comparison.
+        """
+        if batch in self._kept:
+            return self._kept[batch].to(ids.device)
+        logits: torch.Tensor = self.model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+        if logits.nbytes <= self._room:
+            self._room -= logits.nbytes
+            self._kept[batch] = logits.cpu()
+        return logits
+
+
+def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> dict[str, Any]:
     """A model's held-out loss; `teacher`: what it is compared with.
 
     The loss is the mean over all tokens of the validation documents laid end to end and cut into sequences of
@@ -43,28 +71,22 @@ def held_out(model: Any, teacher: Any | None, data: DataFolder, cfg: EvaluateCon
     names, kinds = _kinds(data, sequences)
     # By kind of document: loss, tokens, teacher's agreement, divergence.
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
-    device = model.device
+    device = model.model.device
     with torch.inference_mode():
         mine = slice(rank(), None, world_size())
-        for batch, document_ids in zip(
-            *(part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds)), strict=True
-        ):
-            ids = batch.to(device)
-            logits = _logits(model, ids)
-            teacher_logits = None if teacher is None else _logits(teacher, ids)
+        batches = (part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds))
+        for number, (tokens, token_kinds) in enumerate(zip(*batches, strict=True)):
+            ids = tokens.to(device)
+            logits = model.of(number, ids)
+            teacher_logits = None if teacher is None else teacher.of(number, ids)
             values = _by_token(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
-            sums.index_add_(0, document_ids.flatten(), values)
+            sums.index_add_(0, token_kinds.flatten(), values)
     return _summary(ranks.added_up(sums), names, data, teacher is not None)
 
 
 def comparable(model: Any, teacher: Any) -> bool:
     """Whether two models' logits are of the same vocabulary."""
     return bool(model.config.vocab_size == teacher.config.vocab_size)
-
-
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """`[b * s, V]` in the model's type."""
-    return model(ids[:, :-1], use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
 
 
 def _by_token(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ import yaml
 from prune_distill.config.rules.evaluation import OWN_TASK
 from prune_distill.data.folder import _kinds
 from prune_distill.errors import InputError
-from prune_distill.evaluation import continuations, recovery
+from prune_distill.evaluation import continuations, heldout, recovery
 from prune_distill.evaluation.generation import Prompts
 from prune_distill.evaluation.harness import scores
-from prune_distill.evaluation.heldout import _by_token
+from prune_distill.evaluation.heldout import Logits, _by_token
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models
@@ -86,6 +87,31 @@ def test_losses_and_agreement_of_tokens() -> None:
     p, q = teacher.softmax(-1), logits.softmax(-1)
     assert torch.allclose(values[:, 3], (p * (p / q).log()).sum(-1).double(), atol=1e-5)
     assert _by_token(logits, None, targets)[:, 2:].abs().sum() == 0
+
+
+class CountingModel:
+    """Logits that are the tokens themselves, and how often they were computed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
+        self.calls += 1
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(ids, 8).float())
+
+
+def test_kept_logits_are_those_of_their_batch_and_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 0, 1], [2, 3, 4]])
+    expected = [torch.nn.functional.one_hot(ids[:, :-1], 8).float().flatten(0, 1) for ids in (first, second)]
+    # Room for the first batch only: 4 tokens, 8 logits of 4 bytes each.
+    monkeypatch.setattr(heldout, "KEPT_BYTES", 4 * 8 * 4)
+    for keep, calls in ((False, 4), (True, 3)):
+        logits = Logits(CountingModel(), keep=keep)
+        for _ in range(2):
+            for number, ids in enumerate((first, second)):
+                assert torch.equal(logits.of(number, ids), expected[number])
+        assert logits.model.calls == calls
 
 
 def test_documents_are_told_apart_by_source_or_else_by_cluster() -> None:
