@@ -61,7 +61,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "params_before": teacher_params,
         "params": nemo_api.count_parameters(core),
-        "kept_layers": _of_teacher(nemo_api.kept_layers(core), inputs.get("before")),
+        "kept_layers": _in_teacher_numbering(nemo_api.kept_layers(core), inputs.get("before")),
     }
     if rank() == 0:
         shutil.rmtree(out / "nemo", ignore_errors=True)
@@ -70,7 +70,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return metrics
 
 
-def _of_teacher(layers: list[int], before: Path | None) -> list[int]:
+def _in_teacher_numbering(layers: list[int], before: Path | None) -> list[int]:
     """Layers of what the round before left, by their numbers in the teacher."""
     if before is None:
         return layers

@@ -54,7 +54,7 @@ def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> l
     draw.shuffle(numbers)
     left = {number: draw.sample(found, len(found)) for number, found in places.items()}
     questions: list[dict[str, Any]] = []
-    # Document by document in turns, so that long ones do not have all questions.
+    # Round robin over documents, so that long ones do not have all questions.
     while len(questions) < cfg.questions and any(left.values()):
         for number in numbers:
             if left[number] and len(questions) < cfg.questions:
