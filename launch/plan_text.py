@@ -104,8 +104,8 @@ def _signal(plan: dict[str, Any]) -> list[str]:
         return []
     text = (
         f"the teacher runs once, {_giga(signal['flops_a_token'])} GFLOP a token, and keeps its {signal['top_k']} most "
-        f"probable tokens, at most {_gib(signal['bytes'])} GiB; every further student on the same data in this "
-        f"run (a tournament's candidates) saves {signal['spared_share']:.0%} of the FLOP of a step with the teacher beside it"
+        f"probable tokens, at most {_gib(signal['bytes'])} GiB; every further student of this run (a "
+        f"tournament's candidates) saves {signal['spared_share']:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
 
