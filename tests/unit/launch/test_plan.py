@@ -123,7 +123,7 @@ def test_a_stored_signal_by_hand() -> None:
     assert signal["weights"] == live["memory"]["distill"][0]["teacher"]
     # Whole bf16 logits of a micro batch of 2 x 4096, 3 copies in fp32 of 256 tokens; an eighth of the vocabulary.
     assert signal["loss"] == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
-    assert "every further student on the same data" in table(stored)
+    assert "every further student of this run" in table(stored)
     assert "teacher_signal" not in live["memory"]
 
 
