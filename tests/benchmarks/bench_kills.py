@@ -40,8 +40,8 @@ SECONDS_A_RUN = 900.0
 SHARE_TO_WAIT = 0.2
 VICTIMS = ("launcher", "torchrun", "rank", "helper")
 SAID = "said.txt"
-# Kept for a resume, or written next to the results.
-NOT_COMPARED = ("checkpoints", "tensorboard", "index_mapping", "claims")
+# Kept for a resume, written next to the results, or (outputs.json) a record of files that are compared themselves.
+NOT_COMPARED = ("checkpoints", "tensorboard", "index_mapping", "claims", "outputs.json")
 # In the names of times and speeds, two of which may be equal by chance.
 TIMES = ("second", "mfu")
 
