@@ -34,7 +34,7 @@ from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import signal_batch
-from prune_distill.distillation.kd_loss import Head, LossSpec, TopK, distillation_loss
+from prune_distill.distillation.kd_loss import Head, TopK, distillation_loss
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
@@ -56,8 +56,8 @@ class FusedHead:
             pass, as neither is among what NeMo hands to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
     """
 
-    def __init__(self, student: Any, teacher: Any | None, spec: LossSpec) -> None:
-        self.student, self.spec = student, spec
+    def __init__(self, student: Any, teacher: Any | None, config: KdConfig) -> None:
+        self.student, self.config = student, config
         self.batch: dict[str, Any] = {}
         self.teacher_head: Head | None = None
         if student.post_process:
@@ -74,11 +74,11 @@ class FusedHead:
         batch_size, tokens = labels.shape[0], _token_order(labels)
         group = parallel_state.get_tensor_model_parallel_group()
         if not self.student.training:
-            lm_only = LossSpec(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.spec.chunk_tokens)
+            lm_only = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.config.chunk_tokens)
             _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
             return _batch_order(losses.lm, batch_size)
         mask = _token_order(self.batch["loss_mask"])
-        total, losses = distillation_loss(head, self._teacher(), tokens, mask, self.spec, group)
+        total, losses = distillation_loss(head, self._teacher(), tokens, mask, self.config, group)
         return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
 
     def _teacher(self) -> Head | TopK | None:
@@ -244,7 +244,7 @@ class DistilledModel(_OwnLosses, DistillationGPTModel):
         model = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(model, SimpleNamespace(skip_lm_loss=not self.kd.lm_weight))
         if self.kd.implementation is LossImplementation.chunked:
-            self.head = FusedHead(model, model.teacher_model, loss_spec(self.kd))
+            self.head = FusedHead(model, model.teacher_model, self.kd)
         else:
             _spare_logits(model)
         self.module = model
@@ -263,7 +263,7 @@ class StudentModel(_OwnLosses):
         if hasattr(self, "module"):
             return
         super().configure_model()
-        self.head = FusedHead(core_model(self), None, loss_spec(self.kd))
+        self.head = FusedHead(core_model(self), None, self.kd)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
         return signal_batch.data_step(dataloader_iter)
@@ -281,17 +281,6 @@ _LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype"),
 )
-
-
-def loss_spec(kd: KdConfig) -> LossSpec:
-    return LossSpec(
-        divergence=kd.divergence,
-        temperature=kd.temperature,
-        kd_weight=kd.kd_weight,
-        lm_weight=kd.lm_weight,
-        top_k=kd.top_k,
-        chunk_tokens=kd.chunk_tokens,
-    )
 
 
 def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str], Any]:

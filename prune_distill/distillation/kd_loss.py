@@ -15,18 +15,15 @@ PyTorch alone: no Megatron here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from prune_distill.schema import Divergence
-
-# A term of the loss over one chunk: yields its sums over this rank's slice of the vocabulary, `[c]` each, is sent them
-# summed over all slices, and ends with the loss `[c]` and its gradient by the logits `[c, v]`.
-Term = Generator[list[Tensor], Tensor, tuple[Tensor, Tensor]]
+from prune_distill.schema import Divergence, KdConfig
 
 
 @dataclass(frozen=True)
@@ -93,25 +90,6 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class LossSpec:
-    """What is minimised: `kd_weight` x divergence x temperature² + `lm_weight` x cross-entropy of the labels.
-
-    Attributes:
-        divergence: of the student's distribution from the teacher's; of the top k only forward KL.
-        temperature: both models' logits are divided by it, in the divergence only.
-        top_k: takes of a teacher's logits the k largest and the tail's mass; None: all of them.
-        chunk_tokens: tokens whose logits are in memory at a time.
-    """
-
-    divergence: Divergence = Divergence.forward_kl
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    lm_weight: float = 0.0
-    top_k: int | None = None
-    chunk_tokens: int = 256
-
-
-@dataclass(frozen=True)
 class TokenLosses:
     """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy (0 if not asked)."""
 
@@ -124,7 +102,7 @@ def distillation_loss(
     teacher: Head | TopK | None,
     labels: Tensor | None,
     mask: Tensor,
-    spec: LossSpec,
+    config: KdConfig,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """The loss summed over tokens, and its parts token by token.
@@ -132,8 +110,8 @@ def distillation_loss(
     Args:
         student: its tensors get gradients where they require them. With a `group` the gradient of `hidden` is this
             slice's share, to be summed over the group (Megatron's mappings do).
-        teacher: None where `spec.kd_weight` is 0.
-        labels: `[n]` ids over the whole vocabulary; None where `spec.lm_weight` is 0.
+        teacher: None where `config.kd_weight` is 0.
+        labels: `[n]` ids over the whole vocabulary; None where `config.lm_weight` is 0.
         mask: `[n]`, a token's weight in the sum.
         group: the ranks among which the vocabulary is cut, in order of rank; None: it is whole.
 
@@ -141,9 +119,9 @@ def distillation_loss(
         a float32 scalar, the same on all ranks of the group; and `TokenLosses`, not masked.
     """
     if not torch.is_grad_enabled():
-        losses, _, _ = _passes(student, teacher, labels, mask, spec, group, (False, False))
-        return _total(losses, mask, spec), losses
-    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, spec, group)
+        losses, _, _ = _passes(student, teacher, labels, mask, config, group, (False, False))
+        return _total(losses, mask, config), losses
+    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, config, group)
     return total, TokenLosses(kd, lm)
 
 
@@ -151,13 +129,13 @@ class _Fused(torch.autograd.Function):
     """`_passes` with its gradients handed to autograd."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, labels, mask, spec, group):  # type: ignore[no-untyped-def]
-        wanted = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, teacher, labels, mask, config, group):  # type: ignore[no-untyped-def]
+        needs_grad = ctx.needs_input_grad[:2]
         student = Head(hidden, weight)
-        losses, ctx.grad_hidden, ctx.grad_weight = _passes(student, teacher, labels, mask, spec, group, wanted)
+        losses, ctx.grad_hidden, ctx.grad_weight = _passes(student, teacher, labels, mask, config, group, needs_grad)
         ctx.weight = weight
         ctx.mark_non_differentiable(losses.kd, losses.lm)
-        return _total(losses, mask, spec), losses.kd, losses.lm
+        return _total(losses, mask, config), losses.kd, losses.lm
 
     @staticmethod
     def backward(ctx, gradient, *_):  # type: ignore[no-untyped-def]
@@ -183,8 +161,8 @@ def _hand_over(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _total(losses: TokenLosses, mask: Tensor, spec: LossSpec) -> Tensor:
-    return ((spec.kd_weight * losses.kd + spec.lm_weight * losses.lm) * mask.float()).sum()
+def _total(losses: TokenLosses, mask: Tensor, config: KdConfig) -> Tensor:
+    return ((config.kd_weight * losses.kd + config.lm_weight * losses.lm) * mask.float()).sum()
 
 
 def _passes(
@@ -192,26 +170,26 @@ def _passes(
     teacher: Head | TopK | None,
     labels: Tensor | None,
     mask: Tensor,
-    spec: LossSpec,
+    config: KdConfig,
     group: ProcessGroup | None,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
     """Goes over the tokens once. Returns their losses, and the sum's gradients: `[n, h]` and, float32, `[v, h]`."""
     hidden, weight = student.hidden, student.weight
     tokens = hidden.shape[0]
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-    chunk = _Chunk(student, teacher, labels, mask, spec, Vocabulary(weight.shape[0], group))
-    for start in range(0, tokens, spec.chunk_tokens):
-        rows = slice(start, min(start + spec.chunk_tokens, tokens))
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
+    chunk = _Chunk(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group))
+    for start in range(0, tokens, config.chunk_tokens):
+        rows = slice(start, min(start + config.chunk_tokens, tokens))
         kd[rows], lm[rows], gradient = chunk.compute(rows)
         gradient = gradient.to(weight.dtype)
         if grad_hidden is not None:
             torch.mm(gradient, weight, out=grad_hidden[rows])
         if grad_weight is not None:
             _add_product(grad_weight, gradient.t(), hidden[rows])
-    return TokenLosses(kd.mul_(spec.temperature**2), lm), grad_hidden, grad_weight
+    return TokenLosses(kd.mul_(config.temperature**2), lm), grad_hidden, grad_weight
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -231,48 +209,56 @@ class _Chunk:
         teacher: Head | TopK | None,
         labels: Tensor | None,
         mask: Tensor,
-        spec: LossSpec,
+        config: KdConfig,
         vocabulary: Vocabulary,
     ) -> None:
         self.student, self.teacher, self.labels, self.mask = student, teacher, labels, mask
-        self.spec, self.vocabulary = spec, vocabulary
+        self.config, self.vocabulary = config, vocabulary
         self.buffers: dict[str, Tensor] = {}
 
     def compute(self, rows: slice) -> tuple[Tensor | float, Tensor | float, Tensor]:
         """Divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
-        spec = self.spec
+        config = self.config
         s = self._logits("student", self.student, rows)
         t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
         both = [s] if t is None else [s, t]
         for logits, most in zip(both, self.vocabulary.maximum([x.amax(-1) for x in both]), strict=True):
             logits.sub_(most[:, None])
-        terms: dict[str, Term] = {}
-        if spec.lm_weight:  # before the divergence, which overwrites the logits
+        terms: dict[str, _Term] = {}
+        partial_sums: list[Tensor] = []
+        if config.lm_weight:  # before the divergence, which overwrites the logits
             assert self.labels is not None
-            spare = self._buffer("exponentials", rows)
-            terms["lm"] = _cross_entropy(s, self.labels[rows], self.vocabulary, spare)
-        if spec.kd_weight:
+            exponentials = self._buffer("exponentials", rows)
+            terms["lm"] = _CrossEntropy(s, self.labels[rows], self.vocabulary, exponentials)
+            partial_sums += terms["lm"].partial_sums()
+        if config.kd_weight:
             terms["kd"] = self._divergence(s, t, rows)
-        losses, gradients = _settle(terms, self.vocabulary)
-        factors = {"lm": spec.lm_weight, "kd": spec.kd_weight * spec.temperature}
-        for name, gradient in gradients.items():
-            gradient.mul_((factors[name] * self.mask[rows])[:, None])
-        total, *others = gradients.values()
+            partial_sums += terms["kd"].partial_sums()
+        # One exchange for both terms.
+        sums = self.vocabulary.sum(partial_sums)
+        losses: dict[str, Tensor] = {}
+        gradients: list[Tensor] = []
+        factors = {"lm": config.lm_weight, "kd": config.kd_weight * config.temperature}
+        for name, term in terms.items():
+            losses[name], gradient = term.finish(sums[: term.SUMS])
+            sums = sums[term.SUMS :]
+            gradients.append(gradient.mul_((factors[name] * self.mask[rows])[:, None]))
+        total, *others = gradients
         for other in others:
             total.add_(other)
         return losses.get("kd", 0.0), losses.get("lm", 0.0), total
 
-    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> Term:
+    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> _Term:
         """The term of both models' logits, less their maxima, which it overwrites."""
-        spec = self.spec
-        s.div_(spec.temperature)
+        config = self.config
+        s.div_(config.temperature)
         if t is None:
             assert isinstance(self.teacher, TopK)
-            return (yield from _top_k_kl(s, self.teacher[rows], self.vocabulary))
-        t.div_(spec.temperature)
-        if spec.top_k is not None:
-            return (yield from _top_k_kl(s, top_k_of(t, spec.top_k, self.vocabulary), self.vocabulary))
-        return (yield from _DIVERGENCES[spec.divergence](s, t, self._buffer("difference", rows)))
+            return _TopKKL(s, self.teacher[rows], self.vocabulary)
+        t.div_(config.temperature)
+        if config.top_k is not None:
+            return _TopKKL(s, top_k_of(t, config.top_k, self.vocabulary), self.vocabulary)
+        return _DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)
 
     def _logits(self, name: str, head: Head, rows: slice) -> Tensor:
         logits = self._buffer(name, rows)
@@ -287,91 +273,155 @@ class _Chunk:
         return self.buffers[name][:count]
 
 
-def _settle(terms: dict[str, Term], vocabulary: Vocabulary) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the terms side by side, so that one exchange sums for all of them. Returns losses and gradients by name."""
-    losses, gradients = {}, {}
-    waiting = {name: next(term) for name, term in terms.items()}
-    while waiting:
-        sums = vocabulary.sum([row for rows in waiting.values() for row in rows])
-        for name, rows in list(waiting.items()):
-            mine, sums = sums[: len(rows)], sums[len(rows) :]
-            try:
-                waiting[name] = terms[name].send(mine)
-            except StopIteration as end:
-                del waiting[name]
-                losses[name], gradients[name] = end.value
-    return losses, gradients
+class _Term(ABC):
+    """A term of the loss over one chunk, computed in two steps with an exchange between the ranks in between.
+
+    `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole vocabulary, over
+    the temperature. Gradients are by `s`. In the formulas, q = softmax(s) and p = softmax(t). Terms compute in place:
+    `s`, `t` and `spare`, a buffer `[c, v]`, are overwritten.
+    """
+
+    SUMS: int  # how many sums the term needs
+
+    @abstractmethod
+    def partial_sums(self) -> list[Tensor]:
+        """Sums over this rank's slice of the vocabulary, `[c]` each."""
+
+    @abstractmethod
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss `[c]`, and its gradient by the logits `[c, v]`.
+
+        Args:
+            sums: `[SUMS, c]`, `partial_sums` summed over all slices of the vocabulary.
+        """
 
 
-# The terms. `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole
-# vocabulary, over the temperature. Gradients are by `s`. With q = softmax(s), p = softmax(t):
+@dataclass
+class _CrossEntropy(_Term):
+    """-log q[label]; its gradient, in `spare`, is q less 1 at the label.
+
+    Only `partial_sums` reads `s`, and it doesn't change it: `s` may be overwritten afterwards.
+    """
+
+    SUMS = 2
+
+    s: Tensor
+    labels: Tensor
+    vocabulary: Vocabulary
+    spare: Tensor
+
+    def partial_sums(self) -> list[Tensor]:
+        self.places, self.here = self.vocabulary.local(self.labels)
+        at_label = self.s.gather(-1, self.places[:, None])[:, 0] * self.here
+        torch.exp(self.s, out=self.spare)
+        return [self.spare.sum(-1), at_label]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        total, at_label = sums
+        q = self.spare.div_(total[:, None])
+        q.scatter_add_(-1, self.places[:, None], -self.here[:, None].float())
+        return total.log() - at_label, q
 
 
-def _cross_entropy(s: Tensor, labels: Tensor, vocabulary: Vocabulary, spare: Tensor) -> Term:
-    """-log q[label]; its gradient, in `spare`, is q less 1 at the label. `s` may be overwritten once it has yielded."""
-    places, here = vocabulary.local(labels)
-    at_label = s.gather(-1, places[:, None])[:, 0] * here
-    torch.exp(s, out=spare)
-    total, at_label = yield [spare.sum(-1), at_label]
-    q = spare.div_(total[:, None])
-    q.scatter_add_(-1, places[:, None], -here[:, None].float())
-    return total.log() - at_label, q
+@dataclass
+class _Divergence(_Term):
+    """A divergence between two distributions that are known in full."""
+
+    s: Tensor
+    t: Tensor
+    spare: Tensor
+    vocabulary: Vocabulary
 
 
-def _forward_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _ForwardKL(_Divergence):
     """Sum of p log(p / q); its gradient, in `s`, is q - p."""
-    difference = torch.sub(t, s, out=spare)
-    s.exp_()
-    t.exp_()
-    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(t, difference)]
-    gradient = s.div_(student_sum[:, None]).sub_(t.div_(teacher_sum[:, None]))
-    return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
+
+    SUMS = 3
+
+    def partial_sums(self) -> list[Tensor]:
+        difference = torch.sub(self.t, self.s, out=self.spare)
+        self.s.exp_()
+        self.t.exp_()
+        return [self.s.sum(-1), self.t.sum(-1), torch.linalg.vecdot(self.t, difference)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum, cross = sums
+        gradient = self.s.div_(student_sum[:, None]).sub_(self.t.div_(teacher_sum[:, None]))
+        return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
 
 
-def _reverse_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _ReverseKL(_Divergence):
     """Sum of q log(q / p) = d; its gradient, in `s`, is q (log(q / p) - d)."""
-    difference = torch.sub(s, t, out=spare)
-    s.exp_()
-    t.exp_()
-    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(s, difference)]
-    between = teacher_sum.log() - student_sum.log()
-    mean = cross / student_sum
-    gradient = s.div_(student_sum[:, None]).mul_(difference.sub_(mean[:, None]))
-    return mean + between, gradient
+
+    SUMS = 3
+
+    def partial_sums(self) -> list[Tensor]:
+        difference = torch.sub(self.s, self.t, out=self.spare)
+        self.s.exp_()
+        self.t.exp_()
+        return [self.s.sum(-1), self.t.sum(-1), torch.linalg.vecdot(self.s, difference)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum, cross = sums
+        log_ratio = teacher_sum.log() - student_sum.log()
+        mean = cross / student_sum
+        gradient = self.s.div_(student_sum[:, None]).mul_(self.spare.sub_(mean[:, None]))
+        return mean + log_ratio, gradient
 
 
-def _jensen_shannon(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _JensenShannon(_Divergence):
     """Half of KL(p, m) + KL(q, m), m = (p + q) / 2; its gradient, in `s`, is q (log(q / m) - KL(q, m)) / 2."""
-    student_sum, teacher_sum = yield [torch.exp(s, out=spare).sum(-1), torch.exp(t, out=spare).sum(-1)]
-    log_q, log_p = s.sub_(student_sum.log()[:, None]), t.sub_(teacher_sum.log()[:, None])
-    log_m = torch.logaddexp(log_q, log_p, out=spare).sub_(math.log(2))
-    log_p.sub_(log_m)  # log(p / m)
-    log_q.sub_(log_m)  # log(q / m)
-    kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
-    q = torch.exp(log_m.add_(log_q), out=spare)
-    kl_p, kl_q = yield [kl_p, torch.linalg.vecdot(q, log_q)]
-    return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
+
+    SUMS = 2
+
+    def partial_sums(self) -> list[Tensor]:
+        return [torch.exp(self.s, out=self.spare).sum(-1), torch.exp(self.t, out=self.spare).sum(-1)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum = sums
+        log_q, log_p = self.s.sub_(student_sum.log()[:, None]), self.t.sub_(teacher_sum.log()[:, None])
+        log_m = torch.logaddexp(log_q, log_p, out=self.spare).sub_(math.log(2))
+        log_p.sub_(log_m)  # log(p / m)
+        log_q.sub_(log_m)  # log(q / m)
+        kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
+        q = torch.exp(log_m.add_(log_q), out=self.spare)
+        # m mixes the normalized distributions, so its logarithm needs an exchange of its own.
+        kl_p, kl_q = self.vocabulary.sum([kl_p, torch.linalg.vecdot(q, log_q)])
+        return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
 
 
-def _top_k_kl(s: Tensor, teacher: TopK, vocabulary: Vocabulary) -> Term:
-    """Forward KL with all tokens outside the top k, of probability r by the teacher, taken for one.
+@dataclass
+class _TopKKL(_Term):
+    """Forward KL in which all tokens outside the top k count as one token, of probability r by the teacher.
 
-    The student gives that one 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
+    The student gives that token 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
     q (1 - r / u) elsewhere.
     """
-    places, here = vocabulary.local(teacher.ids)
-    p = teacher.log_probs.exp() * here
-    cross = (p * (teacher.log_probs - s.gather(-1, places))).sum(-1)
-    s.exp_()
-    kept = _take_out(s, places, here)
-    rest_sum, kept_sum, cross = yield [s.sum(-1), kept.sum(-1), cross]
-    total = rest_sum + kept_sum
-    r = teacher.tail.exp()
-    # Where the k are all there is, or the student has no doubt left, there is no rest to pull at.
-    rest_term = torch.where((r > 0) & (rest_sum > 0), r * (teacher.tail - rest_sum.log()), 0.0)
-    scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
-    s.mul_(scale[:, None]).scatter_add_(-1, places, kept / total[:, None] - p)
-    return cross + total.log() + rest_term, s
+
+    SUMS = 3
+
+    s: Tensor
+    teacher: TopK
+    vocabulary: Vocabulary
+
+    def partial_sums(self) -> list[Tensor]:
+        self.places, here = self.vocabulary.local(self.teacher.ids)
+        self.p = self.teacher.log_probs.exp() * here
+        cross = (self.p * (self.teacher.log_probs - self.s.gather(-1, self.places))).sum(-1)
+        self.s.exp_()
+        self.kept = _take_out(self.s, self.places, here)
+        return [self.s.sum(-1), self.kept.sum(-1), cross]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        rest_sum, kept_sum, cross = sums
+        total = rest_sum + kept_sum
+        tail = self.teacher.tail
+        r = tail.exp()
+        # The rest has no gradient where the k are all tokens, or where the student gives it no probability.
+        rest_term = torch.where((r > 0) & (rest_sum > 0), r * (tail - rest_sum.log()), 0.0)
+        scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
+        self.s.mul_(scale[:, None]).scatter_add_(-1, self.places, self.kept / total[:, None] - self.p)
+        return cross + total.log() + rest_term, self.s
 
 
 def _take_out(values: Tensor, places: Tensor, here: Tensor) -> Tensor:
@@ -398,8 +448,8 @@ def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
     return TopK(ids, values - log_total[:, None], rest_sum.log() - log_total)
 
 
-_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor], Term]] = {
-    Divergence.forward_kl: _forward_kl,
-    Divergence.reverse_kl: _reverse_kl,
-    Divergence.jensen_shannon: _jensen_shannon,
+_DIVERGENCES: dict[Divergence, type[_Divergence]] = {
+    Divergence.forward_kl: _ForwardKL,
+    Divergence.reverse_kl: _ReverseKL,
+    Divergence.jensen_shannon: _JensenShannon,
 }
