@@ -6,13 +6,12 @@ The teacher's signal, once: the teacher runs over the sequences that distillatio
 
 from __future__ import annotations
 
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from prune_distill.errors import InputError
+from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
 from prune_distill.schema import DistillConfig, RunConfig
 
@@ -105,7 +104,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
     from megatron.core import parallel_state
 
     from prune_distill.distillation.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
-    from prune_distill.distillation.teacher_forward import most_probable
+    from prune_distill.distillation.teacher_forward import compute_top_k
 
     first = number * distill.signal_shard_sequences
     items = [sequences[first + place] for place in range(size)]
@@ -122,30 +121,25 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
                 losses.append(prediction_loss(signal, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
                 frames.append(compressors.submit(encode, signal))
 
-        most_probable(
+        compute_top_k(
             teacher,
             tokens,
             micro_batch_size=distill.micro_batch_size,
             top_k=distill.signal_top_k,
             temperature=distill.kd.temperature,
-            take=take,
+            receive=take,
         )
         if writes:
-            _plausible(losses, teacher.vocab_size)
+            require_better_than_chance(
+                sum(losses) / len(losses),
+                teacher.vocab_size,
+                "the distillation data",
+                "check that model.hf_path holds trained weights and their own tokenizer",
+            )
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):
                 writer.add(frame.result(), tokens_crc(ids.numpy()))
             writer.close()
-
-
-def _plausible(losses: list[float], vocab_size: int) -> None:
-    """Raises: InputError, where the teacher knows no more of a shard than chance does, or its logits are not finite."""
-    loss, chance = sum(losses) / len(losses), math.log(vocab_size)
-    if not loss < chance:
-        raise InputError(
-            f"the teacher's loss is {loss:.3f} nats per token, no better than chance ({chance:.3f}); check that"
-            " model.hf_path holds trained weights and their own tokenizer"
-        )
 
 
 class Progress:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prune_distill.pruning.losses import without_layers
+from prune_distill.pruning.losses import skip_layers
 from prune_distill.schema import Shape
 
 LAYERS = 2
@@ -57,7 +57,7 @@ class LatencyTable:
         key = (shape.hidden_size, shape.num_attention_heads, shape.num_query_groups, ffn)
         if key not in self.measured:
             core = self._build(dataclasses.replace(shape, ffn_hidden_size=ffn))
-            with without_layers(core, range(1, LAYERS + 1)):
+            with skip_layers(core, range(1, LAYERS + 1)):
                 around = _milliseconds(core, self.ids)
             self.measured[key] = (max(0.0, _milliseconds(core, self.ids) - around) / LAYERS, around)
         return self.measured[key]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from prune_distill.pruning.losses import cross_entropy, forward, from_last_stage, without_layers
+from prune_distill.pruning.losses import broadcast_from_last_stage, compute_logits, cross_entropy, skip_layers
 
 
 def losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
@@ -29,11 +29,11 @@ def losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Se
     sums = [0.0] * len(sets)
     for batch in batches:
         for index, layers in enumerate(sets):
-            with without_layers(core, layers):
-                logits = forward(core, batch[:, :-1].contiguous())
+            with skip_layers(core, layers):
+                logits = compute_logits(core, batch[:, :-1].contiguous())
             if logits is not None:
                 sums[index] += cross_entropy(logits, batch[:, 1:])
-    return [total / tokens for total in from_last_stage(sums)]
+    return [total / tokens for total in broadcast_from_last_stage(sums)]
 
 
 def blocks(num_layers: int, length: int) -> list[list[int]]:

@@ -14,7 +14,13 @@ from modelopt.torch.nas.utils import sort_parameters
 from modelopt.torch.opt.utils import named_hparams
 
 from prune_distill.pruning.importance import Importance
-from prune_distill.pruning.losses import cross_entropy, divergence, forward, from_last_stage, without_layers
+from prune_distill.pruning.losses import (
+    broadcast_from_last_stage,
+    compute_logits,
+    cross_entropy,
+    divergence,
+    skip_layers,
+)
 from prune_distill.pruning.search_space import give, to_search_space
 from prune_distill.schema import Shape
 
@@ -38,7 +44,7 @@ class Subnets:
         """The core as if it were pruned to a shape."""
         self._set(shape)
         try:
-            with without_layers(self.core, drop_layers):
+            with skip_layers(self.core, drop_layers):
                 yield self.core
         finally:
             self._set(self.teacher)
@@ -69,14 +75,14 @@ class Subnets:
         tokens = sum(batch[:, 1:].numel() for batch in batches)
         for batch in batches:
             ids, targets = batch[:, :-1].contiguous(), batch[:, 1:]
-            teacher_logits = forward(self.core, ids)
+            teacher_logits = compute_logits(self.core, ids)
             if teacher_logits is not None:
                 sums[0] += cross_entropy(teacher_logits, targets)
             for index, (shape, drop_layers) in enumerate(shapes):
                 with self.cut_to(shape, drop_layers) as core:
-                    logits = forward(core, ids)
+                    logits = compute_logits(core, ids)
                 if logits is not None and teacher_logits is not None:
                     sums[1 + 2 * index] += cross_entropy(logits, targets)
                     sums[2 + 2 * index] += divergence(logits, teacher_logits)
-        whole, *pairs = [total / tokens for total in from_last_stage(sums)]
+        whole, *pairs = [total / tokens for total in broadcast_from_last_stage(sums)]
         return whole, list(zip(pairs[::2], pairs[1::2], strict=True))

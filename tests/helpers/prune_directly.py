@@ -47,9 +47,9 @@ def compare(teacher: Path, importance: Path, out: Path, jobs: list[dict[str, Any
         state = {name: value.clone() for name, value in core.state_dict().items() if torch.is_tensor(value)}
         kept = nemo_api.kept_layers(core)
         # A pruned model still runs.
-        from prune_distill.pruning.losses import forward
+        from prune_distill.pruning.losses import compute_logits
 
-        logits = forward(core.eval(), ids)
+        logits = compute_logits(core.eval(), ids)
         assert logits is None or torch.isfinite(logits).all()
         del trainer
         return state, kept
