@@ -13,6 +13,7 @@ from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
 from launch.memory import Memory, Models, prune_memory, signal_memory, training_memory
 from prune_distill.config.rules.prune import rounds, steps_of_rounds
+from prune_distill.config.values import count_ranks
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -38,7 +39,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     """The plan of a run whose config was checked, as the object that `--json` prints."""
     teacher = _teacher(cfg)
     student = student_shape(cfg)
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     gpu = cfg.cluster.gpu
     models = _models(cfg)
     distilling = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
@@ -287,13 +288,13 @@ def _fix(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit:
 
 
 def _changes(cfg: RunConfig, layout: Layout) -> str:
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     present = layout_of(cfg.distill, cfg, _models(cfg), ranks).overrides
     return "set " + " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
 
 
 def _shorter(cfg: RunConfig, limit: float) -> str:
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     cfg = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill))
     present = cfg.distill.seq_length
     while cfg.distill.seq_length // 2 >= SHORTEST_SEQUENCE:

@@ -26,6 +26,7 @@ from typing import Any
 
 from prune_distill.config.data_files import distinct, document_files, existing, files_below, on_hub
 from prune_distill.config.load import write_atomically
+from prune_distill.config.values import get_value
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import input_digests
@@ -75,13 +76,13 @@ class Located:
         """Whether the folder holds this stage's whole result, within the limits that the config sets for it."""
         manifest = read_manifest(self.folder, self.config_hash)
         return manifest is not None and all(
-            manifest.get("metrics", {}).get(metric, 0) <= _get(self.cfg, key)
+            manifest.get("metrics", {}).get(metric, 0) <= get_value(self.cfg, key)
             for key, metric in self.stage.limits.items()
         )
 
     def settings(self) -> dict[str, Any]:
         """Values by key that change what the stage writes without being part of its identity."""
-        shown = {key: identity_view(_get(self.cfg, key)) for key in self.stage.shows}
+        shown = {key: identity_view(get_value(self.cfg, key)) for key in self.stage.shows}
         return {**shown, **dict(_recorded(self.stage.sections, self.cfg))}
 
     def without_effect(self) -> list[str]:
@@ -124,7 +125,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
             {
                 "stage": stage.name.split(".")[0],
                 "config": {
-                    key: identity_view(_get(stage_cfg, key))
+                    key: identity_view(get_value(stage_cfg, key))
                     for key in (*stage.sections, *stage.more_sections(stage_cfg), "seed")
                 },
                 "inputs": hashes,
@@ -221,7 +222,7 @@ def _identifies(field: dataclasses.Field[Any], owner: Any) -> bool:
 def _recorded(keys: Iterable[str], cfg: RunConfig) -> Iterator[tuple[str, Any]]:
     """The fields that `prune_distill.schema.recorded` marks under some sections, by dotted key."""
     for key in keys:
-        section = _get(cfg, key)
+        section = get_value(cfg, key)
         for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
             if field.metadata.get("recorded"):
                 yield f"{key}.{field.name}", identity_view(getattr(section, field.name))
@@ -404,13 +405,6 @@ def _relative(path: Any, run_dir: Path) -> Any:
 def _word(value: Any) -> str:
     """A value as a command line takes it."""
     return json.dumps(value).replace(" ", "").replace('"', "")
-
-
-def _get(cfg: RunConfig, key: str) -> Any:
-    value: Any = cfg
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _hash(value: Any) -> str:

@@ -7,13 +7,13 @@ something of the user's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from prune_distill.config.data_files import sources
+from prune_distill.config.values import count_ranks, replace_values
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
 from prune_distill.schema import DocumentFormat, Engine, Init, Loss, RunConfig, TeacherSignal
 
@@ -75,11 +75,6 @@ def _none(_: RunConfig) -> tuple[str, ...]:
     return ()
 
 
-def world_size(cfg: RunConfig) -> int:
-    """Ranks of a distributed stage: all that the cluster section names."""
-    return cfg.cluster.nodes * cfg.cluster.devices_per_node
-
-
 @dataclass(frozen=True)
 class Stage:
     """One row of the table.
@@ -127,18 +122,7 @@ class Stage:
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
-        return _changed(cfg, self.settings(cfg))
-
-
-def _changed(cfg: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    cfg = copy.deepcopy(cfg)
-    for key, value in settings.items():
-        *parents, leaf = key.split(".")
-        node: Any = cfg
-        for parent in parents:
-            node = getattr(node, parent)
-        setattr(node, leaf, value)
-    return cfg
+        return replace_values(cfg, self.settings(cfg))
 
 
 def _teacher_hf(cfg: RunConfig) -> Source:
@@ -272,7 +256,7 @@ def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
         "recipes.distill",
         ("distill",),
         _distill_inputs,
-        world_size,
+        count_ranks,
         wanted=partial(_is_control, name=name),
         settings=lambda cfg: settings,
         trains=True,
@@ -300,7 +284,7 @@ def _evaluate_control(name: str) -> Stage:
         "recipes.evaluate",
         ("evaluate",),
         inputs,
-        world_size,
+        count_ranks,
         wanted=partial(_is_control, name=name),
         settings=lambda cfg: {"evaluate.recovery": False},
         libraries=_scoring_libraries,
@@ -331,7 +315,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             CALIBRATION,
             _importance_inputs,
             _calibration_ranks,
-            wanted=lambda cfg: is_wanted(cfg) and needs_importance(_changed(cfg, settings(cfg)).prune),
+            wanted=lambda cfg: is_wanted(cfg) and needs_importance(replace_values(cfg, settings(cfg)).prune),
             settings=settings,
         ),
         Stage(
@@ -348,7 +332,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             "recipes.distill",
             ("distill",),
             distill_inputs,
-            world_size,
+            count_ranks,
             wanted=is_wanted,
             settings=settings,
             trains=True,
@@ -406,7 +390,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.correct_teacher",
         ("distill.correct_teacher",),
         lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
-        world_size,
+        count_ranks,
         wanted=lambda cfg: cfg.distill.correct_teacher is not None,
         trains=True,
     ),
@@ -433,7 +417,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.tournament",
         ("prune", "distill"),
         _tournament_inputs,
-        world_size,
+        count_ranks,
         wanted=lambda cfg: cfg.prune.tournament is not None,
         trains=True,
         more_sections=lambda cfg: SCORING if _is_scored(cfg) else (),
@@ -448,11 +432,11 @@ STAGES: tuple[Stage, ...] = (
             *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.signal_top_k"),
         ),
         lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data")},
-        world_size,
+        count_ranks,
         wanted=lambda cfg: cfg.distill.reads_signal,
         trains=True,
     ),
-    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, count_ranks, trains=True),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     Stage(
         "nemo_to_hf",
@@ -478,7 +462,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.evaluate",
         ("evaluate",),
         _evaluate_inputs,
-        world_size,
+        count_ranks,
         libraries=_scoring_libraries,
     ),
     *(_evaluate_control(name) for name in CONTROLS),

@@ -10,8 +10,8 @@ import pytest
 from prune_distill.config.composition import config_groups
 from prune_distill.config.load import compose
 from prune_distill.config.typed import schema_keys
+from prune_distill.config.values import count_ranks
 from prune_distill.model.student import student_shape
-from prune_distill.pipeline import stages
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.stages import STAGES, External, Output, find, wanted
 from prune_distill.schema import Loss, RunConfig
@@ -167,8 +167,8 @@ def test_an_unknown_stage_is_named_with_those_there_are() -> None:
         find("destil")
 
 
-def test_world_size_counts_all_ranks() -> None:
-    assert stages.world_size(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
+def test_ranks_are_counted_over_all_nodes() -> None:
+    assert count_ranks(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
 
 
 def test_rounds_prune_what_the_one_before_distilled_and_learn_from_the_same_teacher(
