@@ -16,7 +16,8 @@ from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.config.data_files import on_hub
 from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
-from prune_distill.pipeline.artifact import RESOLVED, Located
+from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.names import LOG, RESOLVED
 from prune_distill.pipeline.stages import Output
 from prune_distill.schema import RunConfig, SlurmConfig
 
@@ -108,7 +109,7 @@ def _script(located: Located, script: Path, chained: bool) -> str:
         "script": script,
         "chained": chained,
         "job_name": f"{cfg.name}/{located.stage.name}",
-        "log": str(located.folder / "log.txt"),
+        "log": str(located.folder / LOG),
         "nodes": nodes,
         "ranks": ranks,
         "ranks_per_node": ranks_per_node,

@@ -21,7 +21,8 @@ from launch.filesystem import unshared
 from launch.pipeline import StageFailedError
 from launch.progress import Progress
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import RESOLVED, Located, locate, write_json
+from prune_distill.pipeline.artifact import Located, locate, write_json
+from prune_distill.pipeline.names import RESOLVED
 from prune_distill.pipeline.stages import STAGES, Stage
 from prune_distill.schema import RunConfig
 

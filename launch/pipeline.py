@@ -18,7 +18,8 @@ from launch.summary import summary
 from launch.verification import damage_in, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
-from prune_distill.pipeline.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
+from prune_distill.pipeline.artifact import Located, locate, read_state
+from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
 from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
 from prune_distill.pipeline.stages import STAGES, Stage
 from prune_distill.schema import RunConfig
@@ -132,7 +133,7 @@ def _run_stage(
     located.folder.mkdir(parents=True, exist_ok=True)
     for left_over in (STOP, STATE):
         (located.folder / left_over).unlink(missing_ok=True)
-    log = located.folder / "log.txt"
+    log = located.folder / LOG
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
         begin = file.tell()
@@ -143,7 +144,7 @@ def _run_stage(
         try:
             while process.poll() is None:
                 beat(located.stage.name)
-                detail = training_status(located.folder / "metrics.jsonl", started)
+                detail = training_status(located.folder / METRICS, started)
                 progress.status(", ".join(filter(None, [f"{label}: {duration(time.time() - started)}", detail])))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:

@@ -12,7 +12,8 @@ from typing import Any
 
 from launch.environment import ROOT
 from prune_distill.config.load import save_resolved
-from prune_distill.pipeline.artifact import LAUNCHES, PLAN, RESOLVED, remember_inputs, write_json
+from prune_distill.pipeline.artifact import remember_inputs, write_json
+from prune_distill.pipeline.names import LAUNCHES, PLAN, RESOLVED
 from prune_distill.schema import RunConfig
 
 SECONDS_FOR_A_REPORT = 120.0

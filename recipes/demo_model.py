@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.model.model_size import EXPERT_SIZES
+from prune_distill.pipeline.names import HF, NEMO
 from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.schema import DataConfig, RunConfig, Shape
 
@@ -55,7 +56,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
     metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None, key="model.demo.training")
     title = "The demo's teacher"
-    export_model(out / "nemo", reference, out / "hf", "keep", title=title, base="random weights")
+    export_model(out / NEMO, reference, out / HF, "keep", title=title, base="random weights")
     return {"bigram_loss": bigram_loss(data), **metrics}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import RunConfig
@@ -57,7 +57,7 @@ def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teac
     from prune_distill.evaluation.holding import ROOM
 
     export = exporter(cfg, teacher)
-    for step, checkpoint in checkpoints_in(checkpoints).items():
+    for step, checkpoint in find_checkpoints(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)

@@ -13,6 +13,7 @@ from typing import Any
 
 from prune_distill.model.student import AXES, EXPERT_AXES
 from prune_distill.pipeline.artifact import read_manifest, write_json
+from prune_distill.pipeline.names import NEMO
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import Depth, RunConfig
 
@@ -64,9 +65,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         "kept_layers": _in_teacher_numbering(nemo_api.kept_layers(core), inputs.get("before")),
     }
     if rank() == 0:
-        shutil.rmtree(out / "nemo", ignore_errors=True)
+        shutil.rmtree(out / NEMO, ignore_errors=True)
     trainer.strategy.barrier()
-    cutting.save(trainer, out / "nemo")
+    cutting.save(trainer, out / NEMO)
     return metrics
 
 

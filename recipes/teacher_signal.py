@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.nemo.chance import require_better_than_chance
+from prune_distill.pipeline.names import METRICS
 from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
 from prune_distill.schema import DistillConfig, RunConfig
 
@@ -153,7 +154,7 @@ class Progress:
         from prune_distill.pipeline.metrics_file import MetricsFile
 
         self.out, self.seq_length, self.done, self.count = out, distill.seq_length, done, count
-        self.file = MetricsFile(out / "metrics.jsonl")
+        self.file = MetricsFile(out / METRICS)
         self.before, self.started = done, time.perf_counter()
         if rank() == 0:
             self.file.forget_after(done)
@@ -172,7 +173,8 @@ class Progress:
         )
 
     def end(self, state: str) -> None:
-        from prune_distill.pipeline.artifact import STATE, STOP, write_json
+        from prune_distill.pipeline.artifact import write_json
+        from prune_distill.pipeline.names import STATE, STOP
 
         if rank() == 0:
             write_json(self.out / STATE, {"state": state, "step": self.done})

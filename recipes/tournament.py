@@ -15,6 +15,7 @@ from typing import Any
 
 from prune_distill.config.rules.prune import rounds
 from prune_distill.pipeline.artifact import remove_folder, write_json
+from prune_distill.pipeline.names import CHECKPOINTS, checkpoint_name
 from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
 from prune_distill.schema import Loss, RunConfig, TaskScore
 
@@ -52,8 +53,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             finalists.release()
             ended[name] = {"step": step, "val_loss": tournament.val_loss(out / name, step)}
             if scores_of is not None:
-                checkpoint = out / name / tournament.CHECKPOINTS / f"step={step}"
-                ended[name]["score"] = scores_of(f"{name}/step={step}", checkpoint)
+                checkpoint = out / name / CHECKPOINTS / checkpoint_name(step)
+                ended[name]["score"] = scores_of(f"{name}/{checkpoint_name(step)}", checkpoint)
                 finalists.release()
             rows[name].setdefault("rounds", []).append(ended[name])
         log.info("round %d: %s", number, ended)
@@ -68,8 +69,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         tournament.keep_winner(out / winner, out / "winner")
         for name in rows:
             # All that is left to do of the others is to be looked at.
-            if (out / name / tournament.CHECKPOINTS).exists():
-                remove_folder(out / name / tournament.CHECKPOINTS)
+            if (out / name / CHECKPOINTS).exists():
+                remove_folder(out / name / CHECKPOINTS)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
         write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
         plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
@@ -85,7 +86,7 @@ def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path,
 
     teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
     scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
-    scores.of(f"{first}/step=0", inputs["search"] / first)
+    scores.of(f"{first}/{checkpoint_name(0)}", inputs["search"] / first)
     return scores.of
 
 

@@ -29,8 +29,9 @@ from prune_distill.data.tokenizer import read_tokenizer
 from prune_distill.data.work import Made, Settings, check_lines, make_shard, start_worker
 from prune_distill.data.worklist import Worklist
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import STATE, STOP, write_json
+from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.names import METRICS, STATE, STOP
 from prune_distill.pipeline.stage_main import PausedError
 from prune_distill.schema import DataConfig
 
@@ -210,7 +211,7 @@ class _Progress:
         self.tokens = 0
         # Array tasks would write over each other's lines.
         first = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
-        self.metrics = MetricsFile(out / "metrics.jsonl") if first else None
+        self.metrics = MetricsFile(out / METRICS) if first else None
 
     def show(self, done: set[str]) -> None:
         now, every = time.monotonic(), SECONDS_BETWEEN_LINES

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import find_checkpoints
 
 log = logging.getLogger("recipes.recovery")
 
@@ -63,7 +63,7 @@ def hold(checkpoints: Path, pen: Path, seen: set[int]) -> list[int]:
     A checkpoint that goes meanwhile is left out.
     """
     held = []
-    for step, checkpoint in checkpoints_in(checkpoints).items():
+    for step, checkpoint in find_checkpoints(checkpoints).items():
         target = pen / checkpoint.name
         if step not in seen and not target.exists() and _link(checkpoint, target):
             held.append(step)

@@ -12,7 +12,7 @@ from typing import Any
 from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import checkpoint_name, find_checkpoints
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import DistillConfig, Init
 from prune_distill.schema.phases import tokens_before, training_phases
@@ -24,7 +24,7 @@ FILE = "recovery.json"
 
 def name_of(step: int) -> str:
     """Under what name a checkpoint is measured."""
-    return f"recovery/step={step}"
+    return f"recovery/{checkpoint_name(step)}"
 
 
 def measure_checkpoint(evaluator: Evaluator, name: str, checkpoint: Path, room: Path, export: Export) -> None:
@@ -54,7 +54,7 @@ def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterato
 
 def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     """Writes `recovery.json` of all that was measured so far; without any checkpoint there is none."""
-    names = {step: name_of(step) for step in checkpoints_in(out / "measured" / "recovery")}
+    names = {step: name_of(step) for step in find_checkpoints(out / "measured" / "recovery")}
     if not names:
         return
     names[distill.max_steps] = "student"

@@ -30,22 +30,11 @@ from prune_distill.config.values import get_value
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import input_digests
-from prune_distill.pipeline.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
+from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, STATE
+from prune_distill.pipeline.outputs import Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
 from prune_distill.pipeline.stages import STAGES, Output, Source, Stage
 from prune_distill.schema import RunConfig
 
-MANIFEST = "manifest.json"
-# Of a stage that trains, left by its last attempt: {"state": "paused" or "done", "step": N}. A paused one goes on when
-# it is started again; that a stage is complete only the manifest says.
-STATE = "state.json"
-# A file of this name in its folder asks a stage that trains to save and pause. Whoever starts a stage takes both away.
-STOP = "stop"
-# In a run's folder: its config; what it was planned to need; a line a launch (time, command).
-RESOLVED = "resolved.yaml"
-PLAN = "plan.json"
-LAUNCHES = "launches.jsonl"
-# Also there: held by its launcher, and by the stages that outlive it.
-LOCK = ".lock"
 # What readers of a manifest rely on.
 _MANIFEST_TYPES: dict[str, Any] = {
     **dict.fromkeys(("inputs", "versions", "metrics", "outputs"), dict),
@@ -306,7 +295,7 @@ def write_manifest(
     """
     run_dir = located.folder.parent
     # Other processes of an array may still add to the metrics of work that they share.
-    names = outputs_of(located.folder, () if located.stage.trains else ("metrics.jsonl",))
+    names = outputs_of(located.folder, () if located.stage.trains else (METRICS,))
     manifest = {
         "stage": located.stage.name,
         "status": "complete",

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import LAUNCHES, MANIFEST, Located, is_as_written, read_manifest
-from prune_distill.pipeline.outputs import (
-    CHECKPOINTS,
-    OUTPUTS,
-    Entries,
-    crc32_of,
-    differences,
-    parse_record,
-    select,
-    share_of,
-)
+from prune_distill.pipeline.artifact import Located, is_as_written, read_manifest
+from prune_distill.pipeline.names import CHECKPOINTS, CONTEXT, LAUNCHES, MANIFEST, OUTPUTS, WEIGHTS, find_checkpoints
+from prune_distill.pipeline.outputs import Entries, crc32_of, differences, parse_record, select, share_of
 from prune_distill.pipeline.stages import Output
 
-_CHECKPOINT = re.compile(r"step=(0|[1-9]\d*)")
 # As many files of a folder are named.
 MOST_FILES = 3
 
@@ -108,16 +98,6 @@ def _faults(folder: Path, entries: Entries, contents: bool, share: tuple[int, in
     return {**faults, **differences(folder, readable)}
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The folders `step=N` of a folder by step, in order; none where it does not exist. Other names are passed over."""
-    found = {}
-    for path in folder.glob("step=*"):
-        step = _CHECKPOINT.fullmatch(path.name)
-        if step is not None and path.is_dir():
-            found[int(step[1])] = path
-    return dict(sorted(found.items()))
-
-
 def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Damage | None:
     """What is wrong with a training checkpoint, by the record that it carries; see `damage_of`.
 
@@ -125,7 +105,7 @@ def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int,
     """
     record = checkpoint / OUTPUTS
     if not record.exists():
-        missing = [name for name in ("weights", "context") if not (checkpoint / name).is_dir()]
+        missing = [name for name in (WEIGHTS, CONTEXT) if not (checkpoint / name).is_dir()]
         return Damage(checkpoint, {f"{name}/": "is missing" for name in missing}) if missing else None
     entries = parse_record(record.read_bytes())
     if entries is None:
@@ -143,7 +123,7 @@ def damaged_inputs(
         folder = stages[source.stage].folder
         found.append(damage_of(folder, source.path, source.files, contents, share))
         if source.path == CHECKPOINTS:
-            checkpoints = checkpoints_in(folder / CHECKPOINTS).values()
+            checkpoints = find_checkpoints(folder / CHECKPOINTS).values()
             found += [checkpoint_damage(checkpoint, contents, share) for checkpoint in checkpoints]
     return [damage for damage in found if damage is not None]
 

@@ -15,6 +15,7 @@ from typing import Any
 from prune_distill.config.data_files import sources
 from prune_distill.config.values import count_ranks, replace_values
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
+from prune_distill.pipeline.names import CHECKPOINTS, HF, NEMO
 from prune_distill.schema import DocumentFormat, Engine, Init, Loss, RunConfig, TeacherSignal
 
 
@@ -127,7 +128,7 @@ class Stage:
 
 def _teacher_hf(cfg: RunConfig) -> Source:
     if cfg.model.demo is not None:
-        return Output("demo_model", "hf")
+        return Output("demo_model", HF)
     return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
 
 
@@ -150,7 +151,7 @@ def _documents(cfg: RunConfig) -> dict[str, Source]:
 
 def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {
-        "teacher": Output("hf_to_nemo", "nemo"),
+        "teacher": Output("hf_to_nemo", NEMO),
         "data": Output("prepare_data"),
         "importance": Output("importance"),
     }
@@ -179,7 +180,7 @@ def _task_folder(cfg: RunConfig) -> dict[str, Source]:
 def _to_prune(cfg: RunConfig) -> Source:
     """What the last round prunes: the teacher, or what the round before it left."""
     rounds = len(cfg.prune.rounds)
-    return Output(f"distill.round{rounds}" if rounds else "hf_to_nemo", "nemo")
+    return Output(f"distill.round{rounds}" if rounds else "hf_to_nemo", NEMO)
 
 
 def _importance_inputs(cfg: RunConfig) -> dict[str, Source]:
@@ -207,7 +208,7 @@ def _prune_ranks(cfg: RunConfig) -> int:
 
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     distill = cfg.distill
-    inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
+    inputs: dict[str, Source] = {"student": Output("prune", NEMO), "data": Output("prepare_data")}
     # As the tournament trained: from the pruned student, with a teacher that runs beside it and stays the same.
     as_in_tournament = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
     if cfg.prune.tournament is not None and as_in_tournament:
@@ -215,8 +216,8 @@ def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     if distill.reads_signal:
         inputs["signal"] = Output("teacher_signal")
     elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
-        inputs["teacher"] = Output("hf_to_nemo", "nemo")
-        inputs["corrected_teacher"] = Output("correct_teacher", "nemo")
+        inputs["teacher"] = Output("hf_to_nemo", NEMO)
+        inputs["corrected_teacher"] = Output("correct_teacher", NEMO)
     elif distill.runs_teacher:
         inputs["teacher"] = _teacher(cfg)
     return inputs
@@ -225,23 +226,23 @@ def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
 def _teacher(cfg: RunConfig) -> Source:
     """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
     (Minitron in practice, arXiv 2408.11796)."""
-    return Output("hf_to_nemo" if cfg.distill.correct_teacher is None else "correct_teacher", "nemo")
+    return Output("hf_to_nemo" if cfg.distill.correct_teacher is None else "correct_teacher", NEMO)
 
 
 def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
     """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
     which have stages of their own."""
     corrected: dict[str, Source] = (
-        {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", "nemo")}
+        {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", NEMO)}
     )
-    return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo")}
+    return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
 
 
 def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"teacher": _teacher_hf(cfg), "data": Output("prepare_data")}
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
     if cfg.evaluate.recovery:
-        inputs["checkpoints"] = Output("distill", "checkpoints")
+        inputs["checkpoints"] = Output("distill", CHECKPOINTS)
     return inputs | _task_folder(cfg)
 
 
@@ -268,7 +269,7 @@ def _export_control(name: str) -> Stage:
         f"nemo_to_hf.{name}",
         "convert.nemo_to_hf",
         EXPORT,
-        lambda cfg: {"hf_model": _teacher_hf(cfg), name: Output(f"distill.{name}", "nemo")},
+        lambda cfg: {"hf_model": _teacher_hf(cfg), name: Output(f"distill.{name}", NEMO)},
         wanted=partial(_is_control, name=name),
         shows=ON_CARDS,
     )
@@ -306,7 +307,7 @@ def _round(number: int) -> tuple[Stage, ...]:
         return len(cfg.prune.rounds) >= number
 
     def distill_inputs(cfg: RunConfig) -> dict[str, Source]:
-        return {**_distill_inputs(cfg), "student": Output(f"prune{suffix}", "nemo")}
+        return {**_distill_inputs(cfg), "student": Output(f"prune{suffix}", NEMO)}
 
     return (
         Stage(
@@ -379,7 +380,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluate.verify_tokens",),
         lambda cfg: {
             "teacher_hf": _teacher_hf(cfg),
-            "teacher_nemo": Output("hf_to_nemo", "nemo"),
+            "teacher_nemo": Output("hf_to_nemo", NEMO),
             "data": Output("prepare_data"),
         },
         wanted=_is_verified,
@@ -389,7 +390,7 @@ STAGES: tuple[Stage, ...] = (
         "correct_teacher",
         "recipes.correct_teacher",
         ("distill.correct_teacher",),
-        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
+        lambda cfg: {"teacher": Output("hf_to_nemo", NEMO), "data": Output("prepare_data")},
         count_ranks,
         wanted=lambda cfg: cfg.distill.correct_teacher is not None,
         trains=True,
@@ -452,7 +453,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluate.verify_tokens",),
         lambda cfg: {
             "student_hf": Output("nemo_to_hf", "student"),
-            "student_nemo": Output("distill", "nemo"),
+            "student_nemo": Output("distill", NEMO),
             "data": Output("prepare_data"),
         },
         wanted=_is_verified,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from prune_distill.pipeline.artifact import STOP
+from prune_distill.pipeline.names import STOP
 from prune_distill.pipeline.stage_main import rank
 
 

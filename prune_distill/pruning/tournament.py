@@ -14,14 +14,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.artifact import STATE, STOP, read_state, write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.artifact import read_state, write_json
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import CHECKPOINTS, METRICS, NEMO, STATE, STOP, find_checkpoints
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.training.checkpoints import resume_point
 
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -30,7 +28,7 @@ def reached(folder: Path, step: int) -> bool:
     if read_state(folder).get("step", 0) < step:
         return False
     saved = resume_point(folder / CHECKPOINTS)
-    late_enough = [path for at, path in checkpoints_in(folder / CHECKPOINTS).items() if at >= step]
+    late_enough = [path for at, path in find_checkpoints(folder / CHECKPOINTS).items() if at >= step]
     validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS))
     return validated and saved in late_enough
 
@@ -38,7 +36,7 @@ def reached(folder: Path, step: int) -> bool:
 def begin_again(folder: Path, step: int) -> None:
     """Removes what a kill left: a stop file, and a checkpoint of the round's last step that was not validated."""
     (folder / STOP).unlink(missing_ok=True)
-    for saved, checkpoint in checkpoints_in(folder / CHECKPOINTS).items():
+    for saved, checkpoint in find_checkpoints(folder / CHECKPOINTS).items():
         if saved >= step:
             shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".removed.{checkpoint.name}")))
 
@@ -106,7 +104,7 @@ def go_on_from(begun: Path, out: Path) -> None:
 
 
 def _has_begun(out: Path) -> bool:
-    return (out / CHECKPOINTS).exists() or (out / "nemo").exists()
+    return (out / CHECKPOINTS).exists() or (out / NEMO).exists()
 
 
 def _link(source: str, target: str) -> None:

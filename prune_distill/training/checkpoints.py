@@ -19,9 +19,10 @@ from lightning.pytorch.callbacks import Callback
 from prune_distill.errors import InputError
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import remove_folder, sync, write_json
-from prune_distill.pipeline.integrity import checkpoint_damage, checkpoints_in
+from prune_distill.pipeline.integrity import checkpoint_damage
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.pipeline.outputs import OUTPUTS, Entries, digests
+from prune_distill.pipeline.names import CONTEXT, OUTPUTS, checkpoint_name, find_checkpoints
+from prune_distill.pipeline.outputs import Entries, digests
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import Training
 
@@ -33,7 +34,7 @@ _OF_RANK = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step (`step=N` under `checkpoints`), or None; it may be damaged."""
-    return next(reversed(checkpoints_in(checkpoints).values()), None)
+    return next(reversed(find_checkpoints(checkpoints).values()), None)
 
 
 def resume_point(checkpoints: Path) -> Path | None:
@@ -45,10 +46,10 @@ def resume_point(checkpoints: Path) -> Path | None:
         InputError: all checkpoints are damaged. To train from the start is for the user to decide.
     """
     # As rank 0 sees the disk; two nodes may see it differently.
-    (steps, *_) = ranks.exchange([*reversed(checkpoints_in(checkpoints))])
+    (steps, *_) = ranks.exchange([*reversed(find_checkpoints(checkpoints))])
     faults: dict[Path, str] = {}
     for step in steps:
-        checkpoint = checkpoints / f"step={step}"
+        checkpoint = checkpoints / checkpoint_name(step)
         damage = checkpoint_damage(checkpoint, share=(rank(), world_size()))
         found = [fault for fault in ranks.exchange(damage and str(damage)) if fault]
         if not found:
@@ -78,7 +79,7 @@ def superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> l
     Args:
         val_losses: validation losses by step; empty: no best one is kept.
     """
-    complete = checkpoints_in(checkpoints)
+    complete = find_checkpoints(checkpoints)
     best = min(complete.keys() & val_losses.keys(), key=val_losses.__getitem__, default=None)
     return [complete[step] for step in list(complete)[:-keep] if step != best]
 
@@ -124,7 +125,7 @@ class Checkpoints(Callback):
         if step == self.saved:
             return
         self.saved = step
-        self._write(trainer, self.folder / f"step={step}", weights_only=False)
+        self._write(trainer, self.folder / checkpoint_name(step), weights_only=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step >= self.cfg.max_steps:
@@ -143,7 +144,7 @@ class Checkpoints(Callback):
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         if rank() == 0:
-            TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
+            TrainerContext.from_trainer(trainer).io_dump(partial / CONTEXT, yaml_attrs=["model"])
 
         def declare() -> None:
             self._declare(trainer, partial, target, weights_only)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import Callback
 
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import CHECKPOINTS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.training.checkpoints import newest_checkpoint
@@ -66,7 +67,7 @@ class LossGuard(Callback):
         named = ", ".join(map(str, documents[:NAMED])) + (" and more" if len(documents) > NAMED else "")
         spans = [*self.cfg.skip_steps, [number, number]]
         skip = f"{self.key}.skip_steps='{spans}'".replace(" ", "")
-        newest = newest_checkpoint(self.out / "checkpoints")
+        newest = newest_checkpoint(self.out / CHECKPOINTS)
         resumes = "the start" if newest is None else newest.name
         return InputError(
             f"step {number}: {fault}. Nothing of it was saved. Its batch is made of {len(documents)} training documents"

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from prune_distill.model.flops import Meter
 from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.names import METRICS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.schema.phases import phase_number, tokens_before, training_phases
@@ -29,7 +30,7 @@ class Progress(Callback):
     def __init__(self, cfg: Training, out: Path, meter: Meter | None) -> None:
         self.cfg, self.out, self.meter = cfg, out, meter
         self.phases = training_phases(cfg)
-        self.file = MetricsFile(out / "metrics.jsonl")
+        self.file = MetricsFile(out / METRICS)
         self.since = (0, 0.0)
         self.trackers: Trackers | None = None
 

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from prune_distill.nemo import backend
-from prune_distill.pipeline.artifact import STATE, STOP, write_json
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import STATE, STOP
 from prune_distill.pipeline.stage_main import rank
 
 

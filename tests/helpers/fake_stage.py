@@ -17,8 +17,9 @@ from pathlib import Path
 
 from prune_distill.config.load import load_resolved
 from prune_distill.config.values import count_ranks
-from prune_distill.pipeline.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
+from prune_distill.pipeline.artifact import locate, read_state, write_json, write_manifest
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
+from prune_distill.pipeline.names import STATE, STOP
 from prune_distill.pipeline.processes import end_with_torchrun
 from prune_distill.pipeline.stages import Output, Source, Stage
 

@@ -10,7 +10,8 @@ import pytest
 
 from launch.records import leave_report
 from launch.status import main, status
-from prune_distill.pipeline.artifact import LAUNCHES, PLAN, read_state
+from prune_distill.pipeline.artifact import read_state
+from prune_distill.pipeline.names import LAUNCHES, PLAN
 from tests.helpers.fake_stage import TABLE
 from tests.helpers.launches import launched, wait_for
 
