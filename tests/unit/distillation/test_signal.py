@@ -172,7 +172,7 @@ def test_another_format_is_refused(folder: Path) -> None:
 
 def test_a_writer_that_is_killed_leaves_whole_shards_only(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from tests.unit.runtime import test_signal as t;"
+        "import os, signal, sys; from pathlib import Path; from tests.unit.distillation import test_signal as t;"
         "folder = Path(sys.argv[1]); t.write(folder, (0,)); writer = t.ShardWriter(folder, 1, 3);"
         "writer.add(t.signal.encode(t.made(3)), 0); writer.file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
