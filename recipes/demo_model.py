@@ -8,11 +8,11 @@ same code as the rest.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import write_text
 from prune_distill.model.model_size import EXPERT_SIZES
 from prune_distill.pipeline.names import HF, NEMO
 from prune_distill.pipeline.stage_main import stage_main
@@ -62,9 +62,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

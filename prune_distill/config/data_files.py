@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 
 from prune_distill.errors import ConfigError
+from prune_distill.regular_files import HEAD_BYTES, starts_lfs_pointer
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
 # Where a record has its document, by format, unless the config names another key.
@@ -39,7 +40,6 @@ _MAGIC = {
     Packing.zst: re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     Packing.parquet: re.compile(rb"PAR1"),
 }
-HEAD_BYTES = 64
 
 
 def packing(path: str) -> Packing | None:
@@ -175,7 +175,7 @@ def unreadable(path: str) -> str | None:
             head = file.read(HEAD_BYTES)
     except OSError as error:
         return f"cannot be read ({error.strerror}); repair the link or the permissions, or remove it"
-    if head.startswith(b"version https://git-lfs"):
+    if starts_lfs_pointer(head):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     if kind is Packing.plain and head.lstrip().startswith(b"["):
         return f"holds a JSON array, not one object per line; convert it with: jq -c '.[]' {shlex.quote(path)}"

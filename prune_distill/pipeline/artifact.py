@@ -24,8 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import write_text
 from prune_distill.config.data_files import distinct, document_files, existing, files_below, on_hub
-from prune_distill.config.load import write_atomically
 from prune_distill.config.values import get_value
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
@@ -372,7 +372,7 @@ def write_json(path: Path, value: Any) -> None:
     Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 @cache
@@ -413,12 +413,3 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
     else:
         removed.unlink()
-
-
-def sync(path: Path) -> None:
-    """Has the disk keep a file's content, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

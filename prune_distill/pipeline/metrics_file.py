@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import write_text
 from prune_distill.pipeline.stage_log import parse_metrics
 
 log = logging.getLogger("recipes.metrics")
@@ -42,11 +42,9 @@ class MetricsFile:
             "that were repeated": len(earlier) - len(kept),
             "that are not metrics": len(parsed) - len(lines),
         }
-        if told := ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count):
-            log.warning("%s: lines removed: %s", self.path, told)
-        temporary = self.path.with_name(f".{self.path.name}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        if words := ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count):
+            log.warning("%s: lines removed: %s", self.path, words)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

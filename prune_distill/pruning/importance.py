@@ -7,7 +7,6 @@ by layer number, which any layout takes; that they belong to the model and the d
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from prune_distill.atomic_files import replace_file
 from prune_distill.errors import InputError
 
 FILE = "importance.safetensors"
@@ -54,9 +54,8 @@ class Importance:
             tensors |= {f"{n}.ffn": self.ffn[n], f"{n}.heads": self.heads[n]}
             tensors |= {f"{n}.experts": self.experts[n]} if self.experts else {}
             tensors |= {f"{n}.hidden.{index}": norm for index, norm in enumerate(self.hidden[n])}
-        partial = folder / f".{FILE}"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / FILE)
+        with replace_file(folder / FILE) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
     @classmethod
     def load(cls, folder: Path, device: Any = "cpu") -> Importance:

@@ -16,9 +16,10 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
 from prune_distill.nemo import ranks
-from prune_distill.pipeline.artifact import remove_folder, sync, write_json
+from prune_distill.pipeline.artifact import remove_folder, write_json
 from prune_distill.pipeline.integrity import checkpoint_damage
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import CONTEXT, OUTPUTS, checkpoint_name, find_checkpoints
