@@ -13,7 +13,7 @@ from pathlib import Path
 from launch import local, records
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
-from launch.progress import Progress, duration, training_status
+from launch.progress import StatusLine, duration, training_status
 from launch.summary import summary
 from launch.verification import damage_in, refuse_damaged
 from prune_distill.errors import ConfigError
@@ -64,7 +64,7 @@ def run(
         InputError: a run folder in use, or a complete stage whose files are missing or differ.
         StageFailedError: a stage failed; what was complete stays.
     """
-    progress = Progress(sys.stdout)
+    progress = StatusLine(sys.stdout)
     run_dir = Path(cfg.run_dir)
     located = up_to(locate(cfg, stages), until)
     to_do = [stage.stage.name for stage in located if not stage.complete]
@@ -124,7 +124,7 @@ def _run_stage(
     located: Located,
     resolved: Path,
     label: str,
-    progress: Progress,
+    progress: StatusLine,
     lock_file: int,
     beat: Callable[[str], None],
 ) -> None:

@@ -26,9 +26,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     backend.activate()
     from prune_distill.data.folder import DataFolder
-    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.distillation.distillation import TeacherSwap, student_to_train
     from prune_distill.distillation.signal import SignalReader
-    from prune_distill.distillation.teacher_swap import TeacherSwap
     from prune_distill.pruning.tournament import go_on_from
     from prune_distill.training.training import train
 

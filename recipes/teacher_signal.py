@@ -64,7 +64,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     sizes = shard_sizes(count, distill.signal_shard_sequences)
     missing = _missing(out, sizes)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    progress = Progress(out, distill, count - sum(sizes[number] for number in missing), count)
+    progress = SignalProgress(out, distill, count - sum(sizes[number] for number in missing), count)
     for start in range(0, len(missing), replicas):
         shards = missing[start : start + replicas]
         if replica < len(shards):
@@ -143,11 +143,11 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             writer.close()
 
 
-class Progress:
-    """Tells what is done in `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
+class SignalProgress:
+    """Writes `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
 
     Args:
-        done: sequences that earlier attempts have left.
+        done: sequences that earlier attempts have completed.
     """
 
     def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:

@@ -112,7 +112,6 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     from prune_distill.data.folder import DataFolder
     from prune_distill.distillation.distillation import student_to_train
     from prune_distill.pruning import tournament
-    from prune_distill.pruning.pause_at import PauseAt
     from prune_distill.training.stop_file import asked
     from prune_distill.training.training import train
 
@@ -126,7 +125,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step, out)
+    data, pause = DataFolder.read(inputs["data"]), tournament.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:

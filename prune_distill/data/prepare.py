@@ -108,7 +108,7 @@ class _Crew:
         (out / "shards").mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
         self._look()
-        self.progress = _Progress(self.plan, self.done, out)
+        self.progress = _ShardProgress(self.plan, self.done, out)
 
     def work(self) -> None:
         """Returns once all shards are complete."""
@@ -199,8 +199,8 @@ class _Crew:
         self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}
 
 
-class _Progress:
-    """Says how far the work has come, in the log and in `metrics.jsonl`, whoever did it."""
+class _ShardProgress:
+    """Logs how many shards are complete, whichever process made them, and writes it to `metrics.jsonl`."""
 
     def __init__(self, plan: Mapping[str, Shard], done: set[str], out: Path) -> None:
         self.plan, self.out = plan, out

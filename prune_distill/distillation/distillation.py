@@ -12,6 +12,7 @@ Import this module inside a stage's `run`, after `backend.activate()`.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import modelopt.torch.distill as mtd
 import torch
+from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -39,6 +41,8 @@ from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
 from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+
+log = logging.getLogger("recipes.distillation")
 
 # What a training step reports besides the loss itself.
 PARTS = ("kd_loss", "lm_loss", "hidden_loss")
@@ -329,3 +333,27 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
     # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]
+
+
+class TeacherSwap(Callback):
+    """Replaces the weights of the teacher by those of a corrected one after a number of steps.
+
+    Checkpoints of a training hold no teacher, so a resumed training starts with the original one; this callback then
+    replaces it before the first step where it had been replaced.
+
+    Args:
+        checkpoint: the NeMo checkpoint of the corrected teacher, of the original's shape.
+        step: how many steps the student learns from the original teacher.
+    """
+
+    def __init__(self, checkpoint: Path, step: int) -> None:
+        self.checkpoint, self.step = checkpoint, step
+        self.done = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.done or trainer.global_step < self.step:
+            return
+        self.done = True
+        teacher = nemo_api.core_model(pl_module).teacher_model
+        nemo_api.load_parameters(teacher, self.checkpoint, trainer)
+        log.info("from step %d on %s teaches", trainer.global_step + 1, self.checkpoint)

@@ -14,6 +14,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback
+
 from prune_distill.pipeline.artifact import read_state, write_json
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import CHECKPOINTS, METRICS, NEMO, STATE, STOP, find_checkpoints
@@ -45,6 +47,25 @@ def pause(stage: Path, candidate: Path) -> None:
     """Notes that the stage was paused as it was asked to, after a step of a candidate."""
     (stage / STOP).unlink(missing_ok=True)
     write_json(stage / STATE, read_state(candidate))
+
+
+class PauseAt(Callback):
+    """Pauses a candidate's training after a step, or as soon as the stage is asked to pause.
+
+    It writes the stop file to the training's folder before a step begins; the training looks for it after the step.
+
+    Args:
+        folder: the training's.
+        step: the step after which the training pauses.
+        stage: the folder of the stage that the training is a part of.
+    """
+
+    def __init__(self, folder: Path, step: int, stage: Path) -> None:
+        self.folder, self.step, self.stage = folder, step, stage
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if rank() == 0 and (trainer.global_step >= self.step - 1 or (self.stage / STOP).exists()):
+            (self.folder / STOP).touch()
 
 
 def val_loss(folder: Path, step: int) -> float:

@@ -35,8 +35,8 @@ from prune_distill.schema.phases import spare_batches, training_phases, training
 from prune_distill.training.batches import Batches, UsePhase
 from prune_distill.training.checkpoints import Checkpoints, resume_point
 from prune_distill.training.loss_guard import GRADIENTS, LossGuard
+from prune_distill.training.metrics import MetricsWriter
 from prune_distill.training.optimizer import connect_optimizer
-from prune_distill.training.progress import Progress
 from prune_distill.training.stop_file import StopFile
 
 log = logging.getLogger("recipes.training")
@@ -89,7 +89,7 @@ def train(
         guard = LossGuard(cfg, batches, out, key)
         saver = Checkpoints(cfg, out / CHECKPOINTS, out / NEMO, out / METRICS)
         # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
-        own: list[Callback] = [UsePhase(batches), guard, Progress(cfg, out, meter), saver]
+        own: list[Callback] = [UsePhase(batches), guard, MetricsWriter(cfg, out, meter), saver]
         own += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
         trainer = _trainer(cfg, [*own, *callbacks])
         if validate_first and resumed is None:

@@ -1,4 +1,4 @@
-"""What a training tells of itself: `metrics.jsonl`, and the trackers."""
+"""The metrics of a training: `metrics.jsonl`, and the trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_distill.schema.phases import phase_number, tokens_before, training_ph
 from prune_distill.training.trackers import Trackers
 
 
-class Progress(Callback):
+class MetricsWriter(Callback):
     """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps and one a validation (rank 0).
 
     A step's line has its learning rate, tokens so far and a second, and whatever the model's `loss_parts()` returns
