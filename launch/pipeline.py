@@ -72,7 +72,7 @@ def run(
     plan = make(cfg)
     refuse_impossible(plan, to_do)
     with lock.held(run_dir) as lock_file:
-        records.keep(cfg, plan, command)
+        records.write_records(cfg, plan, command)
         for line in short(plan) if to_do else []:
             progress.event(line)
         progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")

@@ -37,7 +37,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         for name, source in inputs.items()
         if name not in NO_MODELS
     }
-    with ranks.together():
+    with ranks.join_process_group():
         data = DataFolder.read(inputs["data"])
         evaluator = Evaluator(cfg, data, models["teacher"], out, inputs.get("task_folder"))
         # The stage of a control needs the teacher for the agreement alone; the student's measures it.

@@ -51,8 +51,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if prune.depth is Depth.block and sizes.get("num_layers"):
         length = core.config.num_layers - sizes.pop("num_layers")
         batches = calibration_batches(DataFolder.read(inputs["data"]), prune, prune.block_samples, cfg.seed, device)
-        blocks = layer_sets.blocks(core.config.num_layers, length)
-        losses = layer_sets.losses_without(core.eval(), batches, blocks)
+        blocks = layer_sets.list_blocks(core.config.num_layers, length)
+        losses = layer_sets.compute_losses_without(core.eval(), batches, blocks)
         drop_layers = blocks[losses.index(min(losses))]
         if rank() == 0:
             by_first = {block[0]: loss for block, loss in zip(blocks, losses, strict=True)}

@@ -37,7 +37,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from prune_distill.distillation.signal import Description, packing_digest, shard_sizes, write_index
     from prune_distill.nemo import nemo_api
     from prune_distill.training.batches import Batches
-    from prune_distill.training.stop_file import asked
+    from prune_distill.training.stop_file import is_pause_requested
     from prune_distill.training.training import check
 
     distill, data = cfg.distill, DataFolder.read(inputs["data"])
@@ -71,7 +71,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill)
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
-        if progress.done < count and asked(out):
+        if progress.done < count and is_pause_requested(out):
             progress.end("paused")
             raise PausedError(f"paused at sequence {progress.done} of {count}")
     if rank() == 0:

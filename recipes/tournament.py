@@ -51,7 +51,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         for name in taking_part:
             _distil(cfg, inputs, name, out, step)
             finalists.release()
-            ended[name] = {"step": step, "val_loss": tournament.val_loss(out / name, step)}
+            ended[name] = {"step": step, "val_loss": tournament.read_val_loss(out / name, step)}
             if scores_of is not None:
                 checkpoint = out / name / CHECKPOINTS / checkpoint_name(step)
                 ended[name]["score"] = scores_of(f"{name}/{checkpoint_name(step)}", checkpoint)
@@ -61,9 +61,11 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         left = plan[number][0] if number < len(plan) else 1
         losses = {name: entry["val_loss"] for name, entry in ended.items()}
         behind = (
-            [] if asked is None else tournament.clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
+            []
+            if asked is None
+            else tournament.find_clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
         )
-        taking_part = tournament.survivors(losses, left, behind)
+        taking_part = tournament.select_survivors(losses, left, behind)
     (winner,) = taking_part
     if rank() == 0:
         tournament.keep_winner(out / winner, out / "winner")
@@ -112,16 +114,16 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     from prune_distill.data.folder import DataFolder
     from prune_distill.distillation.distillation import student_to_train
     from prune_distill.pruning import tournament
-    from prune_distill.training.stop_file import asked
+    from prune_distill.training.stop_file import is_pause_requested
     from prune_distill.training.training import train
 
     pruned, folder = inputs["search"] / name, out / name
-    if tournament.reached(folder, step):
+    if tournament.has_reached(folder, step):
         return
     teacher = inputs["teacher"] if cfg.distill.loss is Loss.kd else None
     model = student_to_train(cfg.distill, pruned, teacher)
     if rank() == 0:
-        tournament.begin_again(folder, step)
+        tournament.discard_unfinished(folder, step)
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
@@ -131,7 +133,7 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
     torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
-    if asked(out):
+    if is_pause_requested(out):
         if rank() == 0:
             tournament.pause(out, folder)
         raise PausedError(f"paused in {folder.name}")

@@ -59,7 +59,7 @@ def key_of(source: DataSource) -> str:
     return source.key or KEYS[source.format]
 
 
-def existing(pattern: str) -> list[str]:
+def find_existing(pattern: str) -> list[str]:
     """List the files or folders that a pattern names on this machine, in order of name.
 
     Whatever exists literally is taken literally, brackets and all; the rest of the pattern is a glob. Wildcards skip
@@ -146,7 +146,7 @@ def document_files(paths: Iterable[str]) -> list[str]:
     return found
 
 
-def distinct(files: Iterable[str]) -> list[str]:
+def drop_duplicates(files: Iterable[str]) -> list[str]:
     """Drop the files that an earlier path, or a link, already names."""
     first: dict[tuple[int, int] | str, str] = {}
     for file in files:
@@ -154,7 +154,7 @@ def distinct(files: Iterable[str]) -> list[str]:
     return list(first.values())
 
 
-def on_hub(pattern: str) -> bool:
+def is_on_hub(pattern: str) -> bool:
     """Whether a name is that of files in a dataset on the Hub: hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
     return pattern.startswith("hf://")
 

@@ -1,15 +1,15 @@
-"""Distillation losses from final hidden states, in chunks of tokens: whole logits of neither model are ever held.
+"""Distillation losses from final hidden states, in chunks of tokens: neither model's logits exist as a whole.
 
-Both output layers belong to the loss. A chunk's logits become its loss and, at once, the gradients of the student's
-hidden states and output weight; then their memory serves the next chunk. So the peak does not grow with the number of
-tokens, and the backward pass is one multiplication by the gradient that comes in. Under tensor parallelism each rank
-holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
+The loss includes both output layers. The forward pass computes the logits of a chunk, their loss, and at once the
+gradients of the student's hidden states and output weight; the next chunk reuses the memory. So the peak does not grow
+with the number of tokens, and the backward pass only multiplies by the incoming gradient. Under tensor parallelism each
+rank holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
 
-The method of gradients formed in the forward pass is that of Liger Kernel's fused linear losses (arXiv 2410.10989).
-The definitions: Hinton et al., arXiv 1503.02531 (temperature, with its square as a factor, so that gradients keep their
-size); Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
+Computing gradients in the forward pass is the method of Liger Kernel's fused linear losses (arXiv 2410.10989). The
+losses are defined in Hinton et al., arXiv 1503.02531 (temperature; its square is a factor, so that gradients keep their
+size) and Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
 
-PyTorch alone: no Megatron here.
+This module uses PyTorch alone, no Megatron.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Head:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's distribution, kept in part.
+    """A teacher's distribution, reduced to its most probable tokens.
 
     Attributes:
-        ids: `[n, k]`, the k most probable tokens; each row's all different.
+        ids: `[n, k]`, the k most probable tokens; no token is twice in a row.
         log_probs: `[n, k]` float32, their log-probabilities at the loss's temperature.
-        tail: `[n]` float32, log of the probability of all other tokens together; -inf where there are none.
+        tail: `[n]` float32, log of the summed probability of all other tokens; -inf where there are none.
     """
 
     ids: Tensor
@@ -53,7 +53,8 @@ class TopK:
 
 
 class Vocabulary:
-    """The slice of the vocabulary whose logits this rank holds: as many entries on each rank of a group, in order."""
+    """The slice of the vocabulary whose logits this rank holds. The ranks of a group have slices of equal size, in
+    order of rank."""
 
     def __init__(self, size: int, group: ProcessGroup | None = None) -> None:
         self.size, self.group = size, group
@@ -61,11 +62,11 @@ class Vocabulary:
         self.first = 0 if group is None else size * torch.distributed.get_rank(group)
 
     def maximum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The largest of every rank's values: `[rows, c]`, in one exchange."""
+        """The maximum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
         return self._exchange(rows, ReduceOp.MAX)
 
     def sum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The sum of every rank's values: `[rows, c]`, in one exchange."""
+        """The sum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
         return self._exchange(rows, ReduceOp.SUM)
 
     def _exchange(self, rows: Sequence[Tensor], op: ReduceOp.RedOpType) -> Tensor:
@@ -75,7 +76,7 @@ class Vocabulary:
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every rank's `[c, k]` side by side: `[c, ranks x k]`."""
+        """Concatenates every rank's `[c, k]`: `[c, ranks x k]`."""
         if self.ranks == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
@@ -83,15 +84,18 @@ class Vocabulary:
         return torch.cat(parts, -1)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of token ids in this slice, 0 where they are in another; and whether they are in this one."""
-        places = ids.long() - self.first
-        here = (places >= 0) & (places < self.size)
-        return places.where(here, 0), here
+        """Positions of token ids in this slice, 0 for ids of another slice; and whether each is in this slice."""
+        positions = ids.long() - self.first
+        is_local = (positions >= 0) & (positions < self.size)
+        return positions.where(is_local, 0), is_local
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy (0 if not asked)."""
+    """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy.
+
+    A term of weight 0 is not computed and 0 here.
+    """
 
     kd: Tensor
     lm: Tensor
@@ -108,31 +112,31 @@ def distillation_loss(
     """The loss summed over tokens, and its parts token by token.
 
     Args:
-        student: its tensors get gradients where they require them. With a `group` the gradient of `hidden` is this
-            slice's share, to be summed over the group (Megatron's mappings do).
+        student: its tensors get gradients where they require them. With a `group`, the gradient of `hidden` is this
+            slice's share; the caller sums it over the group (as Megatron's mappings do).
         teacher: None where `config.kd_weight` is 0.
         labels: `[n]` ids over the whole vocabulary; None where `config.lm_weight` is 0.
         mask: `[n]`, a token's weight in the sum.
-        group: the ranks among which the vocabulary is cut, in order of rank; None: it is whole.
+        group: the ranks that hold the slices of the vocabulary, in order of rank; None: this rank holds all of it.
 
     Returns:
-        a float32 scalar, the same on all ranks of the group; and `TokenLosses`, not masked.
+        A float32 scalar, the same on all ranks of the group; and `TokenLosses`, without the mask.
     """
     if not torch.is_grad_enabled():
-        losses, _, _ = _passes(student, teacher, labels, mask, config, group, (False, False))
+        losses, _, _ = _compute(student, teacher, labels, mask, config, group, (False, False))
         return _total(losses, mask, config), losses
     total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, config, group)
     return total, TokenLosses(kd, lm)
 
 
 class _Fused(torch.autograd.Function):
-    """`_passes` with its gradients handed to autograd."""
+    """`_compute` as a function of autograd, with the gradients that it returns."""
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher, labels, mask, config, group):  # type: ignore[no-untyped-def]
         needs_grad = ctx.needs_input_grad[:2]
         student = Head(hidden, weight)
-        losses, ctx.grad_hidden, ctx.grad_weight = _passes(student, teacher, labels, mask, config, group, needs_grad)
+        losses, ctx.grad_hidden, ctx.grad_weight = _compute(student, teacher, labels, mask, config, group, needs_grad)
         ctx.weight = weight
         ctx.mark_non_differentiable(losses.kd, losses.lm)
         return _total(losses, mask, config), losses.kd, losses.lm
@@ -140,19 +144,19 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, *_):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        ctx.grad_hidden = ctx.grad_weight = None  # not to be held until the whole graph is gone
+        ctx.grad_hidden = ctx.grad_weight = None  # free them before the graph is
         if grad_hidden is not None:
             grad_hidden.mul_(gradient)
         if grad_weight is not None:
-            grad_weight = _hand_over(ctx.weight, grad_weight, gradient)
+            grad_weight = _weight_gradient(ctx.weight, grad_weight, gradient)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _hand_over(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
-    """The weight's gradient for autograd; where Megatron keeps an fp32 buffer for it, it is added there unrounded.
+def _weight_gradient(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
+    """The weight's gradient for autograd. Where Megatron has an fp32 buffer for it, adds it there without rounding.
 
-    Then what autograd gets is ignored, or added once more where the weight is an embedding too: as Megatron's own
-    linear layer does it (megatron/core/tensor_parallel/layers.py:573-602).
+    Autograd's copy is then ignored, or added again where the weight is also the embedding, so it is zero there; as in
+    Megatron's linear layer (megatron/core/tensor_parallel/layers.py:573-602).
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return grad_weight.mul_(gradient).to(weight.dtype)
@@ -165,7 +169,7 @@ def _total(losses: TokenLosses, mask: Tensor, config: KdConfig) -> Tensor:
     return ((config.kd_weight * losses.kd + config.lm_weight * losses.lm) * mask.float()).sum()
 
 
-def _passes(
+def _compute(
     student: Head,
     teacher: Head | TopK | None,
     labels: Tensor | None,
@@ -174,7 +178,7 @@ def _passes(
     group: ProcessGroup | None,
     needs_grad: Sequence[bool],
 ) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
-    """Goes over the tokens once. Returns their losses, and the sum's gradients: `[n, h]` and, float32, `[v, h]`."""
+    """Computes the losses of all tokens, and the gradients of their sum: `[n, h]`, and `[v, h]` in float32."""
     hidden, weight = student.hidden, student.weight
     tokens = hidden.shape[0]
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
@@ -201,7 +205,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Chunk:
-    """The loss of some tokens and its gradient by their logits, in buffers that serve one chunk after the other."""
+    """The loss of a chunk of tokens and its gradient by the logits. All chunks use the same buffers."""
 
     def __init__(
         self,
@@ -249,7 +253,7 @@ class _Chunk:
         return losses.get("kd", 0.0), losses.get("lm", 0.0), total
 
     def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> _Term:
-        """The term of both models' logits, less their maxima, which it overwrites."""
+        """The divergence term from both models' logits, less their maxima; it overwrites them."""
         config = self.config
         s.div_(config.temperature)
         if t is None:
@@ -268,7 +272,7 @@ class _Chunk:
 
     def _buffer(self, name: str, rows: slice) -> Tensor:
         count = rows.stop - rows.start
-        if name not in self.buffers:  # by the first chunk, which is the largest
+        if name not in self.buffers:  # allocated for the first chunk, which is the largest
             self.buffers[name] = self.student.weight.new_empty(count, self.vocabulary.size, dtype=torch.float32)
         return self.buffers[name][:count]
 
@@ -276,9 +280,9 @@ class _Chunk:
 class _Term(ABC):
     """A term of the loss over one chunk, computed in two steps with an exchange between the ranks in between.
 
-    `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole vocabulary, over
-    the temperature. Gradients are by `s`. In the formulas, q = softmax(s) and p = softmax(t). Terms compute in place:
-    `s`, `t` and `spare`, a buffer `[c, v]`, are overwritten.
+    `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole vocabulary,
+    divided by the temperature. Gradients are by `s`. In the formulas, q = softmax(s) and p = softmax(t). Terms compute
+    in place: they overwrite `s`, `t` and `spare`, a buffer `[c, v]`.
     """
 
     SUMS: int  # how many sums the term needs
@@ -311,15 +315,15 @@ class _CrossEntropy(_Term):
     spare: Tensor
 
     def partial_sums(self) -> list[Tensor]:
-        self.places, self.here = self.vocabulary.local(self.labels)
-        at_label = self.s.gather(-1, self.places[:, None])[:, 0] * self.here
+        self.positions, self.is_local = self.vocabulary.local(self.labels)
+        at_label = self.s.gather(-1, self.positions[:, None])[:, 0] * self.is_local
         torch.exp(self.s, out=self.spare)
         return [self.spare.sum(-1), at_label]
 
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         total, at_label = sums
         q = self.spare.div_(total[:, None])
-        q.scatter_add_(-1, self.places[:, None], -self.here[:, None].float())
+        q.scatter_add_(-1, self.positions[:, None], -self.is_local[:, None].float())
         return total.log() - at_label, q
 
 
@@ -405,11 +409,11 @@ class _TopKKL(_Term):
     vocabulary: Vocabulary
 
     def partial_sums(self) -> list[Tensor]:
-        self.places, here = self.vocabulary.local(self.teacher.ids)
-        self.p = self.teacher.log_probs.exp() * here
-        cross = (self.p * (self.teacher.log_probs - self.s.gather(-1, self.places))).sum(-1)
+        self.positions, is_local = self.vocabulary.local(self.teacher.ids)
+        self.p = self.teacher.log_probs.exp() * is_local
+        cross = (self.p * (self.teacher.log_probs - self.s.gather(-1, self.positions))).sum(-1)
         self.s.exp_()
-        self.kept = _take_out(self.s, self.places, here)
+        self.kept = _take_out(self.s, self.positions, is_local)
         return [self.s.sum(-1), self.kept.sum(-1), cross]
 
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -420,26 +424,26 @@ class _TopKKL(_Term):
         # The rest has no gradient where the k are all tokens, or where the student gives it no probability.
         rest_term = torch.where((r > 0) & (rest_sum > 0), r * (tail - rest_sum.log()), 0.0)
         scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
-        self.s.mul_(scale[:, None]).scatter_add_(-1, self.places, self.kept / total[:, None] - self.p)
+        self.s.mul_(scale[:, None]).scatter_add_(-1, self.positions, self.kept / total[:, None] - self.p)
         return cross + total.log() + rest_term, self.s
 
 
-def _take_out(values: Tensor, places: Tensor, here: Tensor) -> Tensor:
-    """The values `[c, k]` at those places, 0 where they are not in this slice; they are 0 in `values` afterwards."""
-    taken = values.gather(-1, places) * here
-    values.scatter_add_(-1, places, -taken)  # x - x is exactly 0
+def _take_out(values: Tensor, positions: Tensor, is_local: Tensor) -> Tensor:
+    """Returns the values `[c, k]` at some positions, 0 for those of another slice, and sets them to 0 in `values`."""
+    taken = values.gather(-1, positions) * is_local
+    values.scatter_add_(-1, positions, -taken)  # x - x is exactly 0
     return taken
 
 
 def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
-    """The `k` largest of a distribution over the whole vocabulary, and the mass of the rest.
+    """The `k` most probable tokens of a distribution over the whole vocabulary, and the probability of the rest.
 
     Args:
-        t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, over the temperature;
-            overwritten.
+        t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, divided by the
+            temperature; overwritten.
     """
-    values, places = t.topk(min(k, vocabulary.size), -1)
-    values, ids = vocabulary.gather(values), vocabulary.gather(places + vocabulary.first)
+    values, positions = t.topk(min(k, vocabulary.size), -1)
+    values, ids = vocabulary.gather(values), vocabulary.gather(positions + vocabulary.first)
     values, chosen = values.topk(k, -1)
     ids = ids.gather(-1, chosen)
     _take_out(t.exp_(), *vocabulary.local(ids))

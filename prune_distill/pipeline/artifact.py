@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.atomic_files import write_text
-from prune_distill.config.data_files import distinct, document_files, existing, files_below, on_hub
+from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, is_on_hub
 from prune_distill.config.values import get_value
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
@@ -136,19 +136,19 @@ def _resolve(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
         return made.folder / source.path, f"{made.config_hash}/{source.path}"
     found: list[str] = []
     for pattern in source.paths:
-        matches = existing(pattern)
-        if not matches and not on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
+        matches = find_existing(pattern)
+        if not matches and not is_on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
             raise FileNotFoundError(f"{pattern!r} does not exist; set the path of what is to be read")
         found += matches or [pattern]
     if len(found) == 1 and not os.path.exists(found[0]):
         return found[0], _hash(["hub", found[0], source.revision])
     # What is named twice is read once.
-    paths = distinct(found)
-    local = iter(fingerprints([Path(path) for path in paths if not on_hub(path)], source.documents))
-    identities = [_hash(["hub", path]) if on_hub(path) else next(local) for path in paths]
+    paths = drop_duplicates(found)
+    local = iter(fingerprints([Path(path) for path in paths if not is_on_hub(path)], source.documents))
+    identities = [_hash(["hub", path]) if is_on_hub(path) else next(local) for path in paths]
     if len(source.paths) == 1 and found == [os.path.expanduser(source.paths[0])]:
         return Path(found[0]), identities[0]
-    return tuple(path if on_hub(path) else Path(path) for path in found), _hash(identities)
+    return tuple(path if is_on_hub(path) else Path(path) for path in found), _hash(identities)
 
 
 def fingerprints(paths: Sequence[Path], documents: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, appended while a stage trains; a person can `tail -f` it. No torch."""
+"""`metrics.jsonl`: one JSON object per line, appended while a stage trains; `tail -f` shows it. No torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class MetricsFile:
             file.write(json.dumps(values) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops what a training that resumes after `step` must not keep, and says so.
+        """Removes the lines that a training that resumes after `step` must not keep, and logs how many.
 
-        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and, of
-        several lines on the same step, all but the last.
+        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and all but
+        the last of several lines on the same step.
         """
         if step and not self.path.exists():
             log.warning("%s is missing: the record starts after step %d", self.path, step)
@@ -48,7 +48,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, each with its integer `step`; none where it does not exist. Others are left out."""
+    """The lines of a metrics file, each with its integer `step`; none if it does not exist. Skips other lines."""
     return [line for line in map(parse_metrics, _lines(path)) if line is not None]
 
 

@@ -295,7 +295,7 @@ def _evaluate_control(name: str) -> Stage:
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     # Figures, not weights.
     read = ("*.json", "*.jsonl")
-    return {stage.name: Output(stage.name, files=read) for stage in wanted(cfg) if stage.name != "report"}
+    return {stage.name: Output(stage.name, files=read) for stage in select_stages(cfg) if stage.name != "report"}
 
 
 def _round(number: int) -> tuple[Stage, ...]:
@@ -479,7 +479,7 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def wanted(cfg: RunConfig) -> list[Stage]:
+def select_stages(cfg: RunConfig) -> list[Stage]:
     """The stages that a config asks for, in the order in which they can run."""
     return [stage for stage in STAGES if stage.wanted(cfg)]
 

@@ -27,18 +27,18 @@ def compute_logits(core: Any, ids: torch.Tensor) -> torch.Tensor | None:
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """The sum over all tokens, in nats."""
+    """The cross-entropy summed over all tokens, in nats."""
     total = 0.0
-    for part, wanted in zip(logits.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True):
-        total += torch.nn.functional.cross_entropy(part.float(), wanted, reduction="sum").item()
+    for part, reference in zip(logits.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True):
+        total += torch.nn.functional.cross_entropy(part.float(), reference, reduction="sum").item()
     return total
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> float:
-    """The sum over all tokens of KL(teacher || student), in nats."""
+    """KL(teacher || student) summed over all tokens, in nats."""
     total = 0.0
-    for part, wanted in zip(logits.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True):
-        student_log_probs, teacher_log_probs = part.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    for part, reference in zip(logits.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True):
+        student_log_probs, teacher_log_probs = part.float().log_softmax(-1), reference.float().log_softmax(-1)
         total += (teacher_log_probs.exp() * (teacher_log_probs - student_log_probs)).sum().item()
     return total
 
@@ -64,12 +64,12 @@ def skip_layers(core: Any, numbers: Sequence[int]) -> Iterator[None]:
 
 
 def calibration_batches(data: DataFolder, prune: PruneConfig, count: int, seed: int, device: Any) -> list[torch.Tensor]:
-    """`count` sequences of training documents, drawn at random: batches of `[b, s + 1]`."""
+    """Random sequences of training documents, `count` of them, in batches `[b, s + 1]`."""
     return _batches(data.tokens("train"), prune, count, device, np.random.default_rng(seed))
 
 
 def held_out_batches(data: DataFolder, prune: PruneConfig, count: int, device: Any) -> list[torch.Tensor]:
-    """The first `count` sequences of validation documents, as batches of `[b, s + 1]`."""
+    """The first `count` sequences of validation documents, in batches `[b, s + 1]`."""
     return _batches(data.tokens("validation"), prune, count, device, None)
 
 

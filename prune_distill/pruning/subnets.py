@@ -1,6 +1,7 @@
-"""Scores of many shapes from one model: ModelOpt's search space runs any of them forward without being cut.
+"""Scores of many shapes from one model: ModelOpt's search space runs the forward pass of any of them without pruning.
 
-All axes are sorted by importance once; a shape is then the first channels and heads of each, as ModelOpt would cut it.
+All axes are sorted by importance once. A shape then takes the first channels and heads of each axis, as ModelOpt's
+pruning does.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from prune_distill.pruning.losses import (
     divergence,
     skip_layers,
 )
-from prune_distill.pruning.search_space import give, to_search_space
+from prune_distill.pruning.search_space import restore_scores, to_search_space
 from prune_distill.schema import Shape
 
 
 class Subnets:
-    """A teacher as a search space. Converts the model: it can no longer be saved or pruned."""
+    """A teacher as a search space. It converts the model, which can no longer be saved or pruned."""
 
     def __init__(self, model: Any, importance: Importance, teacher: Shape) -> None:
         self.core = to_search_space(model).eval()
         self.teacher = teacher
-        give(importance, self.core)
+        restore_scores(importance, self.core)
         sort_parameters(self.core, {"hidden_size", "ffn_hidden_size", "num_query_groups", "num_heads_per_group"})
-        # Or what is run from here on would be added to the importance, by which heads are still looked up.
+        # Otherwise further forward passes would add to the importance, which still decides the order of heads.
         for module in self.core.modules():
             for handle in [*getattr(module, "hook_handles", ()), getattr(module, "hook_handle", None)]:
                 if handle is not None:
@@ -41,7 +42,7 @@ class Subnets:
 
     @contextmanager
     def cut_to(self, shape: Shape, drop_layers: list[int]) -> Iterator[Any]:
-        """The core as if it were pruned to a shape."""
+        """Yields the core as if it were pruned to a shape."""
         self._set(shape)
         try:
             with skip_layers(self.core, drop_layers):
@@ -59,17 +60,17 @@ class Subnets:
         for name, size in named_hparams(self.core, configurable=True):
             if name.rpartition(".")[2] in sizes:
                 size.active = sizes[name.rpartition(".")[2]]
-        # What pipeline stages hand on is allocated by it (megatron/core/pipeline_parallel/schedules.py).
+        # Its size decides the buffers that pipeline stages exchange (megatron/core/pipeline_parallel/schedules.py).
         self.core.config.hidden_size = shape.hidden_size
 
     def scores(
         self, shapes: list[tuple[Shape, list[int]]], batches: list[torch.Tensor]
     ) -> tuple[float, list[tuple[float, float]]]:
-        """The teacher's loss, and of each shape its loss and KL(teacher || shape), in nats per token.
+        """The teacher's loss, and the loss and KL(teacher || shape) of each shape, in nats per token.
 
         Args:
-            shapes: each with the layers that it drops.
-            batches: sequences `[b, s + 1]`. The teacher runs once over each, and its logits are kept no longer.
+            shapes: shapes and the layers that each of them drops.
+            batches: sequences `[b, s + 1]`. The teacher runs once over each batch; its logits are freed after it.
         """
         sums = [0.0] * (1 + 2 * len(shapes))
         tokens = sum(batch[:, 1:].numel() for batch in batches)

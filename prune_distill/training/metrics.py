@@ -18,13 +18,13 @@ from prune_distill.training.trackers import Trackers
 
 
 class MetricsWriter(Callback):
-    """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps and one a validation (rank 0).
+    """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps, and one per validation (rank 0).
 
-    A step's line has its learning rate, tokens so far and a second, and whatever the model's `loss_parts()` returns
-    on every rank: parts of the loss by name.
+    A step's line has the loss, its parts by name if the model has `loss_parts()`, the learning rate, and the tokens in
+    total and per second.
 
     Args:
-        meter: what the model-FLOPs utilisation (`mfu`) is computed with; without it, `mfu` is omitted.
+        meter: computes the model-FLOPs utilization (`mfu`); None: `mfu` is omitted.
     """
 
     def __init__(self, cfg: Training, out: Path, meter: Meter | None) -> None:
@@ -44,7 +44,7 @@ class MetricsWriter(Callback):
         step = trainer.global_step
         if step % self.cfg.log_every_n_steps and step != self.cfg.max_steps:
             return
-        # On all ranks: what the last pipeline stage knows is sent around.
+        # Called on all ranks: the last pipeline stage broadcasts them.
         parts = pl_module.loss_parts() if hasattr(pl_module, "loss_parts") else {}
         if rank() != 0:
             return
@@ -59,7 +59,7 @@ class MetricsWriter(Callback):
             tokens=tokens,
             loss=float(trainer.callback_metrics["reduced_train_loss"]),
             **parts,
-            # The scheduler is a step ahead, for the next one.
+            # The scheduler is already at the next step.
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             tokens_per_second=round(tokens_per_second, 1),
             **self._utilisation(step, tokens_per_second),

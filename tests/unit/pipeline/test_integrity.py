@@ -19,7 +19,7 @@ from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damage_o
 from prune_distill.pipeline.names import OUTPUTS, find_checkpoints
 from prune_distill.pipeline.outputs import digests, files_in, outputs_of, parse_record, select, share_of
 from prune_distill.schema import RunConfig
-from prune_distill.training.checkpoints import resume_point, superfluous
+from prune_distill.training.checkpoints import resume_point, select_superfluous
 from tests.helpers import corruption
 
 Compose = Callable[..., RunConfig]
@@ -258,7 +258,7 @@ def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCapt
         (tmp_path / name).mkdir()
     (tmp_path / "step=5").touch()
     assert find_checkpoints(tmp_path) == {4: whole}
-    assert superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
+    assert select_superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
     assert resume_point(tmp_path) == whole
     # A folder that is named like one, with nothing of one in it.
     (tmp_path / "step=8" / "step=9").mkdir(parents=True)
