@@ -18,6 +18,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.hf_config import with_both_forms
 from prune_distill.model.huggingface import copy_side_files
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import CONTEXT, WEIGHTS
 from prune_distill.schema import RunConfig
 
 # `--dtype` and `convert.export_dtype`, by safetensors' names; `keep` is the checkpoint's own.
@@ -51,7 +52,7 @@ def export_model(
         InputError: the checkpoint is damaged, is of another family than the reference, or holds what transformers has
             no architecture for.
     """
-    reader = TorchDistReader(checkpoint / "weights")
+    reader = TorchDistReader(checkpoint / WEIGHTS)
     config = config_of(checkpoint, reader, reference)
     tensors = list(families.hf_tensors(reader, config))
     stored = DTYPES[dtype] or tensors[0].dtype
@@ -144,14 +145,14 @@ def tensors_of(folder: Path, reference: Path | None = None) -> dict[str, StoredT
         if not (tensors := read_folder(folder)):
             raise InputError(f"{folder} is no model: it holds neither *.safetensors nor a NeMo checkpoint's weights/")
         return tensors
-    reader = TorchDistReader(folder / "weights")
+    reader = TorchDistReader(folder / WEIGHTS)
     config = config_of(folder, reader, reference or carried_files(folder))
     return {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a NeMo checkpoint."""
-    return (folder / "weights").is_dir()
+    return (folder / WEIGHTS).is_dir()
 
 
 def carried_files(checkpoint: Path) -> Path:
@@ -160,7 +161,7 @@ def carried_files(checkpoint: Path) -> Path:
     Raises:
         InputError: there is no `config.json` in it.
     """
-    folder = checkpoint / "context" / "tokenizer"
+    folder = checkpoint / CONTEXT / "tokenizer"
     if not (folder / "config.json").exists():
         raise InputError(f"{checkpoint} carries no config.json of its model; name the Hugging Face model it comes from")
     return folder

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import remove_folder, sync
+from prune_distill.pipeline.artifact import remove_folder
 
 
 @contextmanager

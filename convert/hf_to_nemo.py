@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import CONTEXT, NEMO, WEIGHTS
 from prune_distill.pipeline.stage_main import command_line, stage_main
 from prune_distill.schema import RunConfig
 
@@ -24,7 +25,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return convert(
         inputs["hf_model"],
         cfg.model.revision,
-        out / "nemo",
+        out / NEMO,
         allow_pickle=cfg.convert.allow_pickle,
         allow_nonfinite=cfg.convert.allow_nonfinite,
         checksum=cfg.convert.checksum,
@@ -76,10 +77,10 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
     tensors = (safetensors_files if safe else pickled_files).read_folder(source)
     dtype = check(tensors, config, source)
 
-    context = checkpoint / "context"
+    context = checkpoint / CONTEXT
     copy_side_files(source, context / "tokenizer")
     write_context(context, model_call(family.model, families.nemo_config(config, dtype)))
-    if not write_weights(tensors, config, checkpoint / "weights", checksum=checksum):
+    if not write_weights(tensors, config, checkpoint / WEIGHTS, checksum=checksum):
         report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)
 
 

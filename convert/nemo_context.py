@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import CONTEXT
 
 # NeMo looks for a part of the model under its path in the whole.
 ROOT = "<root>"
@@ -92,7 +93,7 @@ def read_context(checkpoint: Path) -> ModelRecord:
     Raises:
         InputError: there is no context, or it describes no model.
     """
-    path = checkpoint / "context" / "io.json"
+    path = checkpoint / CONTEXT / "io.json"
     if not path.is_file():
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
     content = _read(path)
@@ -115,7 +116,7 @@ def references(checkpoint: Path) -> set[str]:
         InputError: there is no context that could be read.
     """
     # Whatever it says that it is: NeMo imports an object's type unseen (nemo/lightning/io/mixin.py:846).
-    nodes = (node for node in _nodes(_read(checkpoint / "context" / "io.json")) if "module" in node)
+    nodes = (node for node in _nodes(_read(checkpoint / CONTEXT / "io.json")) if "module" in node)
     return {f"{node['module']}.{node.get('name')}" for node in nodes}
 
 
@@ -125,7 +126,7 @@ def trusts_remote_code(checkpoint: Path) -> bool:
     Raises:
         InputError: there is no context that could be read.
     """
-    path = checkpoint / "context" / "io.json"
+    path = checkpoint / CONTEXT / "io.json"
     content = _read(path)
     try:
         asked = (
@@ -144,7 +145,7 @@ def pickled_files(checkpoint: Path) -> set[str]:
     Raises:
         InputError: there is no context that could be read.
     """
-    path = checkpoint / "context" / "io.json"
+    path = checkpoint / CONTEXT / "io.json"
     nodes = _nodes(_read(path))
     try:
         return {str(_leaf(node["items"][0][1])) for node in nodes if _is_pickled(node)}

@@ -16,6 +16,7 @@ from convert.dcp_metadata import names_in_pickle
 from convert.nemo_context import pickled_files, references, trusts_remote_code
 from convert.torch_dist import TorchDistReader
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import CONTEXT, WEIGHTS
 
 # What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
 _CONTEXT = re.compile(
@@ -73,7 +74,7 @@ def refuse_code(checkpoint: Path) -> None:
         found.append("context/io.json asks for trust_remote_code")
     found += _pickled_context(checkpoint)
     # ModelOpt keeps its own state as a checkpoint within the weights.
-    for folder, _, names in os.walk(checkpoint / "weights", followlinks=True):
+    for folder, _, names in os.walk(checkpoint / WEIGHTS, followlinks=True):
         if ".metadata" in names:
             found += _pickled_tensors(Path(folder))
         for path in sorted(Path(folder, name) for name in names if name.endswith(".pt")):
@@ -92,7 +93,7 @@ def _pickled_context(checkpoint: Path) -> list[str]:
         f"context/{file} names {name}"
         for file in files
         if Path(file).name == file
-        for name in sorted(names_in_pickle(checkpoint / "context" / file))
+        for name in sorted(names_in_pickle(checkpoint / CONTEXT / file))
         if not _PLUGIN.fullmatch(name)
     ]
 

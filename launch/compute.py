@@ -10,10 +10,11 @@ from prune_distill.schema import Depth, Family, Gpu, Precision, PruneConfig, Sha
 
 
 def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates: Sequence[Shape]) -> int:
-    """FLOP of a search: the most that choosing layers and scoring candidates take.
+    """FLOPs of a search: an upper bound on choosing layers and scoring candidates.
 
-    Forward over calibration text: the teacher without each block, and without each set that `shifted` gives, of each
-    depth. Forward over the held-out sequences: the teacher, and every candidate without each set that is kept.
+    Forward passes over calibration text: for each depth, the teacher without each block, and without each set that
+    `layer_sets.list_shifted` returns. Forward passes over the held-out sequences: the teacher, and every candidate
+    without each set of layers that is kept.
     """
     assert prune.budget is not None
     length = prune.calibration_seq_length

@@ -14,9 +14,10 @@ import jinja2
 
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
-from prune_distill.config.data_files import on_hub
+from prune_distill.config.data_files import is_on_hub
 from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
-from prune_distill.pipeline.artifact import RESOLVED, Located
+from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.names import LOG, RESOLVED
 from prune_distill.pipeline.stages import Output
 from prune_distill.schema import RunConfig, SlurmConfig
 
@@ -46,8 +47,8 @@ class Job:
         return self.located.stage.name
 
 
-def everywhere(cfg: RunConfig) -> RunConfig:
-    """A copy whose paths mean the same on every node: absolute."""
+def make_paths_absolute(cfg: RunConfig) -> RunConfig:
+    """A copy with absolute paths, which mean the same on every node."""
     cfg = copy.deepcopy(cfg)
     cfg.run_dir = absolute(cfg.run_dir)
     path = cfg.model.hf_path
@@ -56,9 +57,9 @@ def everywhere(cfg: RunConfig) -> RunConfig:
     for key in ("train", "validation"):
         files = getattr(cfg.data, key)
         if files is not None:
-            setattr(cfg.data, key, _everywhere(files))
+            setattr(cfg.data, key, _make_absolute(files))
     for source in (cfg.data.sources or {}).values():
-        source.files = _everywhere(source.files)
+        source.files = _make_absolute(source.files)
     if cfg.evaluate.task_folder is not None:
         cfg.evaluate.task_folder = absolute(cfg.evaluate.task_folder)
     if Path(absolute(cfg.data.source_tokenizer)).exists():
@@ -66,13 +67,13 @@ def everywhere(cfg: RunConfig) -> RunConfig:
     return cfg
 
 
-def _everywhere(files: Sequence[str]) -> list[str]:
-    return [file if on_hub(file) else absolute(file) for file in files]
+def _make_absolute(files: Sequence[str]) -> list[str]:
+    return [file if is_on_hub(file) else absolute(file) for file in files]
 
 
-def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
+def list_jobs(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
     """The jobs of the stages that are not complete, in the order in which they are submitted."""
-    to_do = {stage.stage.name for stage in located if not stage.complete}
+    incomplete = {stage.stage.name for stage in located if not stage.complete}
     gates: set[str] = set()
     jobs = []
     for number, stage in enumerate(located, 1):
@@ -80,7 +81,7 @@ def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
             continue
         script = Path(cfg.run_dir) / "slurm" / f"{number:02d}-{stage.stage.name}.sbatch"
         sources = stage.stage.inputs(stage.cfg).values()
-        after = sorted(({source.stage for source in sources if isinstance(source, Output)} & to_do) | gates)
+        after = sorted(({source.stage for source in sources if isinstance(source, Output)} & incomplete) | gates)
         if stage.stage.gate:
             gates.add(stage.stage.name)
         chained = stage.stage.trains and not _slurm(cfg).requeue
@@ -90,7 +91,7 @@ def needed(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
 
 
 def _script(located: Located, script: Path, chained: bool) -> str:
-    """What sbatch is given for a stage; `chained`: as one of several jobs that go on from one another."""
+    """The sbatch script of a stage; `chained`: as one of several jobs that resume one another."""
     cfg, ranks = located.cfg, located.stage.ranks(located.cfg)
     slurm, run_dir = _slurm(located.cfg), Path(located.cfg.run_dir)
     nodes, ranks_per_node = nodes_and_ranks(located)
@@ -108,7 +109,7 @@ def _script(located: Located, script: Path, chained: bool) -> str:
         "script": script,
         "chained": chained,
         "job_name": f"{cfg.name}/{located.stage.name}",
-        "log": str(located.folder / "log.txt"),
+        "log": str(located.folder / LOG),
         "nodes": nodes,
         "ranks": ranks,
         "ranks_per_node": ranks_per_node,

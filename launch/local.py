@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -11,16 +10,17 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.pipeline.artifact import Located
+from prune_distill.pipeline.processes import signal_at_parents_death
 from prune_distill.pipeline.stages import RANK_VARIABLES
 
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # In the environment of everything that a stage starts: whose it is, also after its parents have ended.
 MARK = "PRUNE_DISTILL_STAGE_PROCESS"
 # torchrun takes these for its options (torch/distributed/argparse_util.py), which the launcher gives it itself; an
@@ -77,7 +77,7 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
         start_new_session=True,
         pass_fds=keep_open,
         # Safe here: the launcher has one thread.
-        preexec_fn=_end_with(os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=partial(signal_at_parents_death, signal.SIGTERM, os.getpid()) if sys.platform == "linux" else None,
     )
     process.mark = env[MARK]
     return process
@@ -137,15 +137,3 @@ def _marked(mark: str) -> Iterator[int]:
 def _signal_group(process: StageProcess, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
-
-
-def _end_with(launcher: int) -> Callable[[], None]:
-    """What a child does before it starts: have Linux end it when the launcher dies, however it dies."""
-    libc = ctypes.CDLL(None)
-
-    def prepare() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != launcher:
-            os._exit(1)
-
-    return prepare

@@ -19,9 +19,10 @@ from launch import local, pipeline
 from launch.environment import nodes_and_ranks
 from launch.filesystem import unshared
 from launch.pipeline import StageFailedError
-from launch.progress import Progress
+from launch.progress import StatusLine
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import RESOLVED, Located, locate, write_json
+from prune_distill.pipeline.artifact import Located, locate, write_json
+from prune_distill.pipeline.names import RESOLVED
 from prune_distill.pipeline.stages import STAGES, Stage
 from prune_distill.schema import RunConfig
 
@@ -122,7 +123,7 @@ class _FirstNode:
 
 
 def _follow(cfg: RunConfig, until: str | None, stages: Sequence[Stage]) -> None:
-    progress, run_dir = Progress(sys.stdout), Path(cfg.run_dir)
+    progress, run_dir = StatusLine(sys.stdout), Path(cfg.run_dir)
     first = _FirstNode(run_dir / PULSE)
     located = pipeline.up_to(locate(cfg, stages), until)
     for number, stage in enumerate(located, 1):

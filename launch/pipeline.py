@@ -13,12 +13,13 @@ from pathlib import Path
 from launch import local, records
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
-from launch.progress import Progress, duration, training_status
+from launch.progress import StatusLine, duration, training_status
 from launch.summary import summary
 from launch.verification import damage_in, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
-from prune_distill.pipeline.artifact import RESOLVED, STATE, STOP, Located, locate, read_state
+from prune_distill.pipeline.artifact import Located, locate, read_state
+from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
 from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
 from prune_distill.pipeline.stages import STAGES, Stage
 from prune_distill.schema import RunConfig
@@ -63,7 +64,7 @@ def run(
         InputError: a run folder in use, or a complete stage whose files are missing or differ.
         StageFailedError: a stage failed; what was complete stays.
     """
-    progress = Progress(sys.stdout)
+    progress = StatusLine(sys.stdout)
     run_dir = Path(cfg.run_dir)
     located = up_to(locate(cfg, stages), until)
     to_do = [stage.stage.name for stage in located if not stage.complete]
@@ -71,7 +72,7 @@ def run(
     plan = make(cfg)
     refuse_impossible(plan, to_do)
     with lock.held(run_dir) as lock_file:
-        records.keep(cfg, plan, command)
+        records.write_records(cfg, plan, command)
         for line in short(plan) if to_do else []:
             progress.event(line)
         progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")
@@ -123,7 +124,7 @@ def _run_stage(
     located: Located,
     resolved: Path,
     label: str,
-    progress: Progress,
+    progress: StatusLine,
     lock_file: int,
     beat: Callable[[str], None],
 ) -> None:
@@ -132,7 +133,7 @@ def _run_stage(
     located.folder.mkdir(parents=True, exist_ok=True)
     for left_over in (STOP, STATE):
         (located.folder / left_over).unlink(missing_ok=True)
-    log = located.folder / "log.txt"
+    log = located.folder / LOG
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
         begin = file.tell()
@@ -143,7 +144,7 @@ def _run_stage(
         try:
             while process.poll() is None:
                 beat(located.stage.name)
-                detail = training_status(located.folder / "metrics.jsonl", started)
+                detail = training_status(located.folder / METRICS, started)
                 progress.status(", ".join(filter(None, [f"{label}: {duration(time.time() - started)}", detail])))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:

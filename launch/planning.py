@@ -13,11 +13,12 @@ from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
 from launch.memory import Memory, Models, prune_memory, signal_memory, training_memory
 from prune_distill.config.rules.prune import rounds, steps_of_rounds
+from prune_distill.config.values import count_ranks
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
-from prune_distill.pipeline.stages import wanted
+from prune_distill.pipeline.stages import select_stages
 from prune_distill.schema import Gpu, Loss, RunConfig, Shape
 from prune_distill.schema.phases import training_tokens
 from prune_distill.units import GIB, seconds_of_time_limit
@@ -38,7 +39,7 @@ def make(cfg: RunConfig) -> dict[str, Any]:
     """The plan of a run whose config was checked, as the object that `--json` prints."""
     teacher = _teacher(cfg)
     student = student_shape(cfg)
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     gpu = cfg.cluster.gpu
     models = _models(cfg)
     distilling = training_memory(cfg.distill, cfg.distill.loss, models, ranks)
@@ -101,7 +102,7 @@ def _other_memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[
     """The memory of a rank of each pipeline stage, by stages of the run that have the teacher alone, and the
     distillations of rounds before the last, whose students are larger."""
     memory: dict[str, list[Memory]] = {}
-    for stage in wanted(cfg):
+    for stage in select_stages(cfg):
         if stage.module == "recipes.distill" and ".round" in stage.name:
             own = stage.configure(cfg)
             memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own), ranks)
@@ -183,7 +184,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
         a_token = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, beside).total
         share = steps_of_rounds(cfg) / cfg.distill.max_steps
         flops["tournament"] = (training_tokens(cfg.distill) * share * a_token, ranks)
-    for stage in wanted(cfg):
+    for stage in select_stages(cfg):
         own = stage.configure(cfg)
         if stage.module == "recipes.importance":
             round_flops = compute.calibration_flops(own.prune, cfg.model.family, shape_to_prune(own))
@@ -202,7 +203,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
         a_token = training_flops(correction, Loss.ce, cfg.model.family, teacher, None).total
         flops["correct_teacher"] = (training_tokens(correction) * a_token, ranks)
     rows = []
-    for stage in wanted(cfg):
+    for stage in select_stages(cfg):
         # Pipeline stages of the calibration wait for one another: no faster than one rank.
         amount, held = flops.get(stage.name, (0.0, stage.ranks(cfg)))
         working = 1 if stage.module in ("recipes.importance", "recipes.search") else held
@@ -287,13 +288,13 @@ def _fix(cfg: RunConfig, layouts: list[Layout], peaks: dict[str, Memory], limit:
 
 
 def _changes(cfg: RunConfig, layout: Layout) -> str:
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     present = layout_of(cfg.distill, cfg, _models(cfg), ranks).overrides
     return "set " + " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
 
 
 def _shorter(cfg: RunConfig, limit: float) -> str:
-    ranks = cfg.cluster.nodes * cfg.cluster.devices_per_node
+    ranks = count_ranks(cfg)
     cfg = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill))
     present = cfg.distill.seq_length
     while cfg.distill.seq_length // 2 >= SHORTEST_SEQUENCE:

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: one line, rewritten in place on a terminal, added to elsewhere."""
+"""What a terminal shows while a stage runs: one line that is rewritten in place; elsewhere, lines now and then."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SECONDS_BETWEEN_LINES = 15.0
 TAIL_BYTES = 8192
 
 
-class Progress:
-    """Writes a status line to a stream."""
+class StatusLine:
+    """A line of a stream that shows the current state."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -26,13 +26,13 @@ class Progress:
         self._open = False
 
     def event(self, text: str) -> None:
-        """A line that stays."""
+        """Writes a line that stays."""
         self._write(("\r\x1b[2K" if self._open else "") + text + "\n")
         self._open = False
         self._last = time.monotonic()
 
     def status(self, text: str) -> None:
-        """The state of things: replaces the last one on a terminal, and is left out elsewhere if it comes too soon."""
+        """Shows a state: on a terminal it replaces the last one; elsewhere it is omitted if the last one is recent."""
         if self._terminal:
             self._write("\r\x1b[2K" + text[: shutil.get_terminal_size().columns - 1])
             self._open = True

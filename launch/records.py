@@ -1,4 +1,4 @@
-"""What a launch writes into the run folder for later: config, plan, command, and a report."""
+"""What a launch writes to the run folder: config, plan, command, and a report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 
 from launch.environment import ROOT
 from prune_distill.config.load import save_resolved
-from prune_distill.pipeline.artifact import LAUNCHES, PLAN, RESOLVED, remember_inputs, write_json
+from prune_distill.pipeline.artifact import remember_inputs, write_json
+from prune_distill.pipeline.names import LAUNCHES, PLAN, RESOLVED
 from prune_distill.schema import RunConfig
 
 SECONDS_FOR_A_REPORT = 120.0
 
 
-def keep(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
-    """Writes what the run is (`resolved.yaml`) and was planned to need (`plan.json`), and notes the command."""
+def write_records(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
+    """Writes the config (`resolved.yaml`) and the plan (`plan.json`) of a run, and records the command."""
     run_dir = Path(cfg.run_dir)
     save_resolved(cfg, run_dir / RESOLVED)
     write_json(run_dir / PLAN, plan)
@@ -28,15 +29,15 @@ def keep(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
         file.write(json.dumps({"time": time.time(), "command": command}) + "\n")
 
 
-def leave_report(run_dir: Path) -> None:
-    """Builds the report of a run that did not come to its end; where that fails, it says so and no more: the run's own
-    error is what matters."""
+def write_interim_report(run_dir: Path) -> None:
+    """Builds the report of a run that did not complete. If that fails, it prints why and doesn't raise: the run's own
+    error matters more."""
     command = [sys.executable, "-m", "recipes.report", str(run_dir)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         env = {**os.environ, "PYTHONPATH": path}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS_FOR_A_REPORT)
-        said = done.stdout if done.returncode == 0 else f"no report could be made: {done.stderr[-500:]}"
+        message = done.stdout if done.returncode == 0 else f"no report could be made: {done.stderr[-500:]}"
     except (OSError, subprocess.SubprocessError) as error:
-        said = f"no report could be made: {error}"
-    print(said.strip(), flush=True)
+        message = f"no report could be made: {error}"
+    print(message.strip(), flush=True)

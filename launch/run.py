@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import nodes, pipeline, records, slurm
-from launch.jobs import everywhere
+from launch.jobs import make_paths_absolute
 from launch.verification import verify
 from prune_distill.config.composition import config_groups, sweep
 from prune_distill.config.load import compose, show, to_yaml
@@ -96,7 +96,7 @@ def _fix(error: OSError) -> str:
 
 def _one(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> None:
     if cfg.cluster.slurm is not None:
-        cfg = everywhere(cfg)
+        cfg = make_paths_absolute(cfg)
     if args.cfg:
         print(to_yaml(cfg), end="")
     elif args.list:
@@ -121,7 +121,7 @@ def _here(cfg: RunConfig, args: argparse.Namespace, stages: Sequence[Stage]) -> 
             pipeline.run(cfg, args.until, stages, command=args.command)
     except pipeline.StageFailedError:
         if cfg.cluster.node_rank == 0:
-            records.leave_report(Path(cfg.run_dir))
+            records.write_interim_report(Path(cfg.run_dir))
         raise
 
 

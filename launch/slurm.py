@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch import partition, records
 from launch.filesystem import unshared
-from launch.jobs import Job, needed, shown, submission
+from launch.jobs import Job, list_jobs, shown, submission
 from launch.pipeline import up_to, without_effect
 from launch.plan_text import short
 from launch.planning import make, refuse_impossible
@@ -57,7 +57,7 @@ def run(
     dry_run: bool = False,
     command: str = "",
 ) -> None:
-    """Submits what a run still needs, or prints it. `cfg` has absolute paths (see `launch.jobs.everywhere`).
+    """Submits what a run still needs, or prints it. `cfg` has absolute paths (see `launch.jobs.make_paths_absolute`).
 
     Raises:
         ConfigError: no Slurm here, a run folder on this machine's own disk, a stage that cannot fit the GPU, jobs of
@@ -69,7 +69,7 @@ def run(
     located = up_to(locate(cfg, stages), until)
     if not dry_run:
         refuse_damaged(located, run_dir)
-    jobs = needed(cfg, located)
+    jobs = list_jobs(cfg, located)
     plan = make(cfg)
     refuse_impossible(plan, [job.name for job in jobs])
     for warning in warnings(cfg) if jobs else []:
@@ -81,7 +81,7 @@ def run(
         return
     with lock.held(run_dir):
         _refuse_twice(run_dir)
-        records.keep(cfg, plan, command)
+        records.write_records(cfg, plan, command)
         for line in short(plan) if jobs else []:
             print(line)
         for stage in located:

@@ -22,7 +22,8 @@ from launch.verification import damage_in, verify
 from prune_distill.config.load import load_resolved
 from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import RESOLVED, Located, in_use, locate, read_manifest, read_state
+from prune_distill.pipeline.artifact import Located, in_use, locate, read_manifest, read_state
+from prune_distill.pipeline.names import LOG, METRICS, RESOLVED
 from prune_distill.pipeline.stage_log import last_attempt, read_reason
 from prune_distill.pipeline.stages import STAGES, Output, Stage
 
@@ -78,11 +79,11 @@ def _stage(
     stage: Located, jobs: list[str], queue: Mapping[str, Queued], running_here: bool, located: Mapping[str, Located]
 ) -> StageStatus:
     found = StageStatus(stage.stage.name, "to do", str(stage.folder), jobs)
-    metrics = stage.folder / "metrics.jsonl"
+    metrics = stage.folder / METRICS
     found.figures = newest(metrics, since=0)
     paused = read_state(stage.folder)
     alive = [queue[job] for job in jobs if job in queue and queue[job].state not in ENDED]
-    log = stage.folder / "log.txt"
+    log = stage.folder / LOG
     damage = damage_in(stage)
     if damage is not None:
         found.state, found.cause = "damaged", str(damage)

@@ -8,16 +8,9 @@ from pathlib import Path
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.integrity import (
-    Damage,
-    checkpoint_damage,
-    checkpoints_in,
-    damage_of,
-    read_record,
-    refuse,
-    unrecorded,
-)
-from prune_distill.pipeline.outputs import CHECKPOINTS, total_bytes
+from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damage_of, read_record, refuse, unrecorded
+from prune_distill.pipeline.names import CHECKPOINTS, find_checkpoints
+from prune_distill.pipeline.outputs import total_bytes
 
 
 def damage_in(stage: Located) -> Damage | None:
@@ -55,7 +48,7 @@ def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
 
 def _all_damage(folder: Path) -> Iterable[Damage]:
     yield from filter(None, [damage_of(folder)])
-    yield from filter(None, map(checkpoint_damage, checkpoints_in(folder / CHECKPOINTS).values()))
+    yield from filter(None, map(checkpoint_damage, find_checkpoints(folder / CHECKPOINTS).values()))
 
 
 def _words(folder: Path, found: Sequence[Damage]) -> str:

@@ -1,8 +1,9 @@
-"""Which entries of a model's folder may be read: regular files, and links that stay inside it."""
+"""Which files may be read: regular files with their content, and links that stay inside a model's folder."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,22 @@ _SPECIAL = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
+# The first line of a Git LFS pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host is of 2014).
+_LFS_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
+HEAD_BYTES = 64  # enough to recognize a pointer
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` has in a file's place."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return starts_lfs_pointer(file.read(HEAD_BYTES))
+
+
+def starts_lfs_pointer(head: bytes) -> bool:
+    """Whether the first `HEAD_BYTES` of a file are those of a Git LFS pointer."""
+    return _LFS_POINTER.match(head) is not None
 
 
 def folder_faults(folder: Path, *, allow_outside_links: bool = False) -> list[str]:

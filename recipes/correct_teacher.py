@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import METRICS
 from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.schema import RunConfig
 
@@ -35,7 +36,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics = train(
         teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], key=key, validate_first=True
     )
-    return {**metrics, **gain(out / "metrics.jsonl")}
+    return {**metrics, **gain(out / METRICS)}
 
 
 def gain(metrics: Path) -> dict[str, float | None]:

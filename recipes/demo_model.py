@@ -8,12 +8,13 @@ same code as the rest.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import write_text
 from prune_distill.model.model_size import EXPERT_SIZES
+from prune_distill.pipeline.names import HF, NEMO
 from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.schema import DataConfig, RunConfig, Shape
 
@@ -55,15 +56,13 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     model = llm.Qwen3Model(config, tokenizer=AutoTokenizer(str(reference)))
     metrics = train(model, cfg.model.demo.training, data, out, seed=cfg.seed, start=None, key="model.demo.training")
     title = "The demo's teacher"
-    export_model(out / "nemo", reference, out / "hf", "keep", title=title, base="random weights")
+    export_model(out / NEMO, reference, out / HF, "keep", title=title, base="random weights")
     return {"bigram_loss": bigram_loss(data), **metrics}
 
 
 def _write_jsonl(path: Path, texts: Sequence[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    os.replace(partial, path)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

@@ -26,10 +26,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     backend.activate()
     from prune_distill.data.folder import DataFolder
-    from prune_distill.distillation.distillation import student_to_train
+    from prune_distill.distillation.distillation import TeacherSwap, student_to_train
     from prune_distill.distillation.signal import SignalReader
-    from prune_distill.distillation.teacher_swap import TeacherSwap
-    from prune_distill.pruning.tournament import go_on_from
+    from prune_distill.pruning.tournament import resume_from
     from prune_distill.training.training import train
 
     model = student_to_train(cfg.distill, inputs["student"], inputs.get("teacher"))
@@ -41,7 +40,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if "corrected_teacher" in inputs and cfg.distill.swap_teacher_at_step is not None:
         callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
     if "begun" in inputs:
-        go_on_from(inputs["begun"], out)
+        resume_from(inputs["begun"], out)
     data = DataFolder.read(inputs["data"])
     start = inputs["student"] if cfg.distill.init is Init.pruned else None
     return train(

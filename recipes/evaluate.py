@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import RunConfig
@@ -37,7 +37,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         for name, source in inputs.items()
         if name not in NO_MODELS
     }
-    with ranks.together():
+    with ranks.join_process_group():
         data = DataFolder.read(inputs["data"])
         evaluator = Evaluator(cfg, data, models["teacher"], out, inputs.get("task_folder"))
         # The stage of a control needs the teacher for the agreement alone; the student's measures it.
@@ -57,7 +57,7 @@ def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teac
     from prune_distill.evaluation.holding import ROOM
 
     export = exporter(cfg, teacher)
-    for step, checkpoint in checkpoints_in(checkpoints).items():
+    for step, checkpoint in find_checkpoints(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_distill.errors import InputError
+from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import PruneConfig, RunConfig
@@ -109,12 +110,12 @@ def _plausible(model: Any, data: DataFolder) -> float:
             f"the teacher's loss on the calibration text is {loss}: its logits are not finite; check that the output"
             " layer's weights in model.hf_path are finite"
         )
-    chance = math.log(data.vocab_size)
-    if not loss < chance:
-        raise InputError(
-            f"the teacher's loss on the calibration text is {loss:.3f} nats per token, no better than chance"
-            f" ({chance:.3f}); check that model.hf_path holds trained weights and their own tokenizer"
-        )
+    require_better_than_chance(
+        loss,
+        data.vocab_size,
+        "the calibration text",
+        "check that model.hf_path holds trained weights and their own tokenizer",
+    )
     return loss
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from prune_distill.model.student import AXES, EXPERT_AXES
 from prune_distill.pipeline.artifact import read_manifest, write_json
+from prune_distill.pipeline.names import NEMO
 from prune_distill.pipeline.stage_main import rank, stage_main
 from prune_distill.schema import Depth, RunConfig
 
@@ -50,8 +51,8 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if prune.depth is Depth.block and sizes.get("num_layers"):
         length = core.config.num_layers - sizes.pop("num_layers")
         batches = calibration_batches(DataFolder.read(inputs["data"]), prune, prune.block_samples, cfg.seed, device)
-        blocks = layer_sets.blocks(core.config.num_layers, length)
-        losses = layer_sets.losses_without(core.eval(), batches, blocks)
+        blocks = layer_sets.list_blocks(core.config.num_layers, length)
+        losses = layer_sets.compute_losses_without(core.eval(), batches, blocks)
         drop_layers = blocks[losses.index(min(losses))]
         if rank() == 0:
             by_first = {block[0]: loss for block, loss in zip(blocks, losses, strict=True)}
@@ -64,9 +65,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         "kept_layers": _in_teacher_numbering(nemo_api.kept_layers(core), inputs.get("before")),
     }
     if rank() == 0:
-        shutil.rmtree(out / "nemo", ignore_errors=True)
+        shutil.rmtree(out / NEMO, ignore_errors=True)
     trainer.strategy.barrier()
-    cutting.save(trainer, out / "nemo")
+    cutting.save(trainer, out / NEMO)
     return metrics
 
 

@@ -21,14 +21,14 @@ from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.evaluation.holding import ROOM, hold, holding
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
-from prune_distill.pipeline.integrity import checkpoint_damage, checkpoints_in, damage_of, refuse
+from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
+from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RESOLVED, find_checkpoints
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.pipeline.stages import Output
 from prune_distill.schema import Init, RunConfig
 
 log = logging.getLogger("recipes.recovery")
 
-RESOLVED = "resolved.yaml"
 NEEDED = ("data", "teacher")
 
 
@@ -49,7 +49,7 @@ class Follower:
 
     @property
     def checkpoints(self) -> Path:
-        return self.stages["distill"].folder / "checkpoints"
+        return self.stages["distill"].folder / CHECKPOINTS
 
     @cached_property
     def teacher(self) -> Path:
@@ -73,7 +73,7 @@ class Follower:
         """Measures what is held, and the models before and after the training where they are there."""
         from prune_distill.evaluation import recovery
 
-        for step, checkpoint in checkpoints_in(self.room).items():
+        for step, checkpoint in find_checkpoints(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
                 log.warning("%s; step %d is left out of the curve", damage, step)
             else:
@@ -84,7 +84,7 @@ class Follower:
             ends["pruned"] = self.stages["prune"]
         for name, stage in ends.items():
             if stage.complete:
-                self._measure(name, stage.folder / "nemo")
+                self._measure(name, stage.folder / NEMO)
         recovery.write(self.evaluator, self.cfg.distill, self.out)
         if self.stages["evaluate"].complete:
             record_again(self.out, (recovery.FILE,))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import MANIFEST, read_manifest, record_again, write_json
+from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
+from prune_distill.pipeline.names import MANIFEST
 from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy

@@ -114,11 +114,11 @@ def _layer_sets(
     for depth in sorted(depths):
         cut = whole - depth
         if prune.depth is Depth.block and cut:
-            (named,) = layer_sets.best(core, batches, layer_sets.blocks(whole, cut), 1)
+            (named,) = layer_sets.find_best(core, batches, layer_sets.list_blocks(whole, cut), 1)
         else:
             named = scores.least_important(cut)
-        others = layer_sets.shifted(named, whole)
-        found[depth] = [named, *layer_sets.best(core, batches, others, budget.layer_sets - 1)]
+        others = layer_sets.list_shifted(named, whole)
+        found[depth] = [named, *layer_sets.find_best(core, batches, others, budget.layer_sets - 1)]
     return found
 
 

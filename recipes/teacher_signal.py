@@ -6,13 +6,13 @@ The teacher's signal, once: the teacher runs over the sequences that distillatio
 
 from __future__ import annotations
 
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from prune_distill.errors import InputError
+from prune_distill.nemo.chance import require_better_than_chance
+from prune_distill.pipeline.names import METRICS
 from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
 from prune_distill.schema import DistillConfig, RunConfig
 
@@ -37,7 +37,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     from prune_distill.distillation.signal import Description, packing_digest, shard_sizes, write_index
     from prune_distill.nemo import nemo_api
     from prune_distill.training.batches import Batches
-    from prune_distill.training.stop_file import asked
+    from prune_distill.training.stop_file import is_pause_requested
     from prune_distill.training.training import check
 
     distill, data = cfg.distill, DataFolder.read(inputs["data"])
@@ -64,14 +64,14 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     sizes = shard_sizes(count, distill.signal_shard_sequences)
     missing = _missing(out, sizes)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    progress = Progress(out, distill, count - sum(sizes[number] for number in missing), count)
+    progress = SignalProgress(out, distill, count - sum(sizes[number] for number in missing), count)
     for start in range(0, len(missing), replicas):
         shards = missing[start : start + replicas]
         if replica < len(shards):
             _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill)
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
-        if progress.done < count and asked(out):
+        if progress.done < count and is_pause_requested(out):
             progress.end("paused")
             raise PausedError(f"paused at sequence {progress.done} of {count}")
     if rank() == 0:
@@ -105,7 +105,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
     from megatron.core import parallel_state
 
     from prune_distill.distillation.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
-    from prune_distill.distillation.teacher_forward import most_probable
+    from prune_distill.distillation.teacher_forward import compute_top_k
 
     first = number * distill.signal_shard_sequences
     items = [sequences[first + place] for place in range(size)]
@@ -122,44 +122,39 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
                 losses.append(prediction_loss(signal, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
                 frames.append(compressors.submit(encode, signal))
 
-        most_probable(
+        compute_top_k(
             teacher,
             tokens,
             micro_batch_size=distill.micro_batch_size,
             top_k=distill.signal_top_k,
             temperature=distill.kd.temperature,
-            take=take,
+            receive=take,
         )
         if writes:
-            _plausible(losses, teacher.vocab_size)
+            require_better_than_chance(
+                sum(losses) / len(losses),
+                teacher.vocab_size,
+                "the distillation data",
+                "check that model.hf_path holds trained weights and their own tokenizer",
+            )
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):
                 writer.add(frame.result(), tokens_crc(ids.numpy()))
             writer.close()
 
 
-def _plausible(losses: list[float], vocab_size: int) -> None:
-    """Raises: InputError, where the teacher knows no more of a shard than chance does, or its logits are not finite."""
-    loss, chance = sum(losses) / len(losses), math.log(vocab_size)
-    if not loss < chance:
-        raise InputError(
-            f"the teacher's loss is {loss:.3f} nats per token, no better than chance ({chance:.3f}); check that"
-            " model.hf_path holds trained weights and their own tokenizer"
-        )
-
-
-class Progress:
-    """Tells what is done in `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
+class SignalProgress:
+    """Writes `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
 
     Args:
-        done: sequences that earlier attempts have left.
+        done: sequences that earlier attempts have completed.
     """
 
     def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:
         from prune_distill.pipeline.metrics_file import MetricsFile
 
         self.out, self.seq_length, self.done, self.count = out, distill.seq_length, done, count
-        self.file = MetricsFile(out / "metrics.jsonl")
+        self.file = MetricsFile(out / METRICS)
         self.before, self.started = done, time.perf_counter()
         if rank() == 0:
             self.file.forget_after(done)
@@ -178,7 +173,8 @@ class Progress:
         )
 
     def end(self, state: str) -> None:
-        from prune_distill.pipeline.artifact import STATE, STOP, write_json
+        from prune_distill.pipeline.artifact import write_json
+        from prune_distill.pipeline.names import STATE, STOP
 
         if rank() == 0:
             write_json(self.out / STATE, {"state": state, "step": self.done})

@@ -15,6 +15,7 @@ from typing import Any
 
 from prune_distill.config.rules.prune import rounds
 from prune_distill.pipeline.artifact import remove_folder, write_json
+from prune_distill.pipeline.names import CHECKPOINTS, checkpoint_name
 from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
 from prune_distill.schema import Loss, RunConfig, TaskScore
 
@@ -50,26 +51,28 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         for name in taking_part:
             _distil(cfg, inputs, name, out, step)
             finalists.release()
-            ended[name] = {"step": step, "val_loss": tournament.val_loss(out / name, step)}
+            ended[name] = {"step": step, "val_loss": tournament.read_val_loss(out / name, step)}
             if scores_of is not None:
-                checkpoint = out / name / tournament.CHECKPOINTS / f"step={step}"
-                ended[name]["score"] = scores_of(f"{name}/step={step}", checkpoint)
+                checkpoint = out / name / CHECKPOINTS / checkpoint_name(step)
+                ended[name]["score"] = scores_of(f"{name}/{checkpoint_name(step)}", checkpoint)
                 finalists.release()
             rows[name].setdefault("rounds", []).append(ended[name])
         log.info("round %d: %s", number, ended)
         left = plan[number][0] if number < len(plan) else 1
         losses = {name: entry["val_loss"] for name, entry in ended.items()}
         behind = (
-            [] if asked is None else tournament.clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
+            []
+            if asked is None
+            else tournament.find_clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
         )
-        taking_part = tournament.survivors(losses, left, behind)
+        taking_part = tournament.select_survivors(losses, left, behind)
     (winner,) = taking_part
     if rank() == 0:
         tournament.keep_winner(out / winner, out / "winner")
         for name in rows:
             # All that is left to do of the others is to be looked at.
-            if (out / name / tournament.CHECKPOINTS).exists():
-                remove_folder(out / name / tournament.CHECKPOINTS)
+            if (out / name / CHECKPOINTS).exists():
+                remove_folder(out / name / CHECKPOINTS)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
         write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
         plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
@@ -85,7 +88,7 @@ def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path,
 
     teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
     scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
-    scores.of(f"{first}/step=0", inputs["search"] / first)
+    scores.of(f"{first}/{checkpoint_name(0)}", inputs["search"] / first)
     return scores.of
 
 
@@ -111,27 +114,26 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
     from prune_distill.data.folder import DataFolder
     from prune_distill.distillation.distillation import student_to_train
     from prune_distill.pruning import tournament
-    from prune_distill.pruning.pause_at import PauseAt
-    from prune_distill.training.stop_file import asked
+    from prune_distill.training.stop_file import is_pause_requested
     from prune_distill.training.training import train
 
     pruned, folder = inputs["search"] / name, out / name
-    if tournament.reached(folder, step):
+    if tournament.has_reached(folder, step):
         return
     teacher = inputs["teacher"] if cfg.distill.loss is Loss.kd else None
     model = student_to_train(cfg.distill, pruned, teacher)
     if rank() == 0:
-        tournament.begin_again(folder, step)
+        tournament.discard_unfinished(folder, step)
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs["data"]), PauseAt(folder, step, out)
+    data, pause = DataFolder.read(inputs["data"]), tournament.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
     torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
-    if asked(out):
+    if is_pause_requested(out):
         if rank() == 0:
             tournament.pause(out, folder)
         raise PausedError(f"paused in {folder.name}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from enum import Enum
 
 from prune_distill.errors import ConfigError
+from prune_distill.regular_files import HEAD_BYTES, starts_lfs_pointer
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
 # Where a record has its document, by format, unless the config names another key.
@@ -39,7 +40,6 @@ _MAGIC = {
     Packing.zst: re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     Packing.parquet: re.compile(rb"PAR1"),
 }
-HEAD_BYTES = 64
 
 
 def packing(path: str) -> Packing | None:
@@ -59,7 +59,7 @@ def key_of(source: DataSource) -> str:
     return source.key or KEYS[source.format]
 
 
-def existing(pattern: str) -> list[str]:
+def find_existing(pattern: str) -> list[str]:
     """List the files or folders that a pattern names on this machine, in order of name.
 
     Whatever exists literally is taken literally, brackets and all; the rest of the pattern is a glob. Wildcards skip
@@ -146,7 +146,7 @@ def document_files(paths: Iterable[str]) -> list[str]:
     return found
 
 
-def distinct(files: Iterable[str]) -> list[str]:
+def drop_duplicates(files: Iterable[str]) -> list[str]:
     """Drop the files that an earlier path, or a link, already names."""
     first: dict[tuple[int, int] | str, str] = {}
     for file in files:
@@ -154,7 +154,7 @@ def distinct(files: Iterable[str]) -> list[str]:
     return list(first.values())
 
 
-def on_hub(pattern: str) -> bool:
+def is_on_hub(pattern: str) -> bool:
     """Whether a name is that of files in a dataset on the Hub: hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
     return pattern.startswith("hf://")
 
@@ -175,7 +175,7 @@ def unreadable(path: str) -> str | None:
             head = file.read(HEAD_BYTES)
     except OSError as error:
         return f"cannot be read ({error.strerror}); repair the link or the permissions, or remove it"
-    if head.startswith(b"version https://git-lfs"):
+    if starts_lfs_pointer(head):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     if kind is Packing.plain and head.lstrip().startswith(b"["):
         return f"holds a JSON array, not one object per line; convert it with: jq -c '.[]' {shlex.quote(path)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from prune_distill.atomic_files import write_text
 from prune_distill.config.typed import UNRESOLVED, Reader, plain
 from prune_distill.config.validate import missing_files, validate
 from prune_distill.credentials import redact
@@ -85,21 +85,7 @@ def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, to_yaml(cfg))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader sees the old content or the new. Its mode follows the umask."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(target, to_yaml(cfg))
 
 
 def to_yaml(cfg: RunConfig) -> str:

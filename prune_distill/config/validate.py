@@ -20,6 +20,7 @@ from prune_distill.config.rules import prune as prune_rules
 from prune_distill.config.rules import slurm as slurm_rules
 from prune_distill.config.rules import teacher as teacher_rules
 from prune_distill.config.rules import training as training_rules
+from prune_distill.config.values import count_ranks, get_value
 from prune_distill.config.wording import any_of, around, divisors, too_long
 from prune_distill.model import model_folder
 from prune_distill.model.flops import Meter
@@ -80,7 +81,7 @@ def validate(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
 
 def layout_faults(cfg: RunConfig, training: Training) -> list[str]:
     """The faults that `cfg` would have with `training` in the place of its distillation."""
-    run = TrainingRun(training, "distill", _shapes(cfg), _world_size(cfg))
+    run = TrainingRun(training, "distill", _shapes(cfg), count_ranks(cfg))
     return [fault for rule in TRAINING_RULES for fault in rule(run)]
 
 
@@ -97,7 +98,7 @@ def meter(cfg: RunConfig) -> Meter | None:
     gpu, teacher = cfg.cluster.gpu, cfg.model.shape
     if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
         return None
-    peak = gpu.bf16_tflops * 1e12 * _world_size(cfg)
+    peak = gpu.bf16_tflops * 1e12 * count_ranks(cfg)
     beside = teacher if cfg.distill.runs_teacher else None
     return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), beside, peak)
 
@@ -174,7 +175,7 @@ def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, 
     ]
     for keys, holds, sentence in limits:
         for key in keys:
-            value = _value(cfg, key, unreadable)
+            value = get_value(cfg, key, unreadable)
             if value is not None and not holds(value):
                 fix = sentence.replace("1 or more", "a number above 0") if isinstance(value, float) else sentence
                 yield key, f"{key}={value!r} {fix.format(key=key)}"
@@ -184,23 +185,9 @@ def _phase_keys(cfg: RunConfig, unreadable: Collection[str], names: tuple[str, .
     return [
         f"{training_rules.phase_key(part, number)}.{name}"
         for part in _TRAININGS
-        for number in range(len(_value(cfg, f"{part}.phases", unreadable) or ()))
+        for number in range(len(get_value(cfg, f"{part}.phases", unreadable) or ()))
         for name in names
     ]
-
-
-def _value(cfg: RunConfig, key: str, unreadable: Collection[str]) -> Any:
-    """The value of a dotted key; None where it or a group above it is null or unreadable."""
-    value: Any = cfg
-    path = ""
-    for part in key.split("."):
-        path = f"{path}.{part}".lstrip(".")
-        if value is None or path in unreadable:
-            return None
-        name, _, item = part.partition("[")
-        value = getattr(value, name)
-        value = value[int(item.rstrip("]"))] if item else value
-    return value
 
 
 # Contradictions.
@@ -481,7 +468,7 @@ TRAINING_RULES: tuple[TrainingRule, ...] = (
 
 def _of_distillation(rule: TrainingRule) -> Rule:
     def apply(cfg: RunConfig) -> Iterator[str]:
-        yield from rule(TrainingRun(cfg.distill, "distill", _shapes(cfg), _world_size(cfg)))
+        yield from rule(TrainingRun(cfg.distill, "distill", _shapes(cfg), count_ranks(cfg)))
 
     return apply
 
@@ -498,7 +485,7 @@ def _of_correction(rule: TrainingRule) -> Rule:
     def apply(cfg: RunConfig) -> Iterator[str]:
         training = cfg.distill.correct_teacher
         if training is not None:
-            yield from rule(TrainingRun(training, "distill.correct_teacher", _shapes(cfg)[:1], _world_size(cfg)))
+            yield from rule(TrainingRun(training, "distill.correct_teacher", _shapes(cfg)[:1], count_ranks(cfg)))
 
     return apply
 
@@ -553,10 +540,6 @@ def _source_tokenizer(cfg: RunConfig) -> Iterator[str]:
 
 def _home(path: str) -> str:
     return os.path.expanduser(path)
-
-
-def _world_size(cfg: RunConfig) -> int:
-    return cfg.cluster.nodes * cfg.cluster.devices_per_node
 
 
 def _model_parallel(run: Training) -> int:

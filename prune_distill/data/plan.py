@@ -15,11 +15,11 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
-    distinct,
     document_files,
-    existing,
+    drop_duplicates,
+    find_existing,
+    is_on_hub,
     key_of,
-    on_hub,
     packing,
     sources,
     unreadable,
@@ -133,9 +133,9 @@ def local_files(paths: Any) -> list[str]:
     """
     several = [paths] if isinstance(paths, (str, Path)) else list(paths)
     found = [
-        file for path in map(str, several) for file in (_from_hub(path) if on_hub(path) else document_files([path]))
+        file for path in map(str, several) for file in (_from_hub(path) if is_on_hub(path) else document_files([path]))
     ]
-    files = distinct(found)
+    files = drop_duplicates(found)
     if repeated := list(Counter(found) - Counter(files)):
         log.warning("%d files are named twice (the first: %s); each is read once", len(repeated), repeated[0])
     if empty := [file for file in files if os.path.exists(file) and os.path.getsize(file) == 0]:
@@ -158,7 +158,7 @@ def _from_hub(url: str) -> list[str]:
             f"{url} can't be had from the Hub ({type(error).__name__}: {error}); download it where there is a network"
             " and name its folder"
         ) from error
-    found = list(filter(os.path.isfile, existing(os.path.join(folder, match["pattern"]))))
+    found = list(filter(os.path.isfile, find_existing(os.path.join(folder, match["pattern"]))))
     if not found:
         raise InputError(f"{url} names no file of that dataset; look at its list of files")
     return found

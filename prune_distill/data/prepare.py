@@ -29,8 +29,9 @@ from prune_distill.data.tokenizer import read_tokenizer
 from prune_distill.data.work import Made, Settings, check_lines, make_shard, start_worker
 from prune_distill.data.worklist import Worklist
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import STATE, STOP, write_json
+from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.names import METRICS, STATE, STOP
 from prune_distill.pipeline.stage_main import PausedError
 from prune_distill.schema import DataConfig
 
@@ -107,7 +108,7 @@ class _Crew:
         (out / "shards").mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
         self._look()
-        self.progress = _Progress(self.plan, self.done, out)
+        self.progress = _ShardProgress(self.plan, self.done, out)
 
     def work(self) -> None:
         """Returns once all shards are complete."""
@@ -198,8 +199,8 @@ class _Crew:
         self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}
 
 
-class _Progress:
-    """Says how far the work has come, in the log and in `metrics.jsonl`, whoever did it."""
+class _ShardProgress:
+    """Logs how many shards are complete, whichever process made them, and writes it to `metrics.jsonl`."""
 
     def __init__(self, plan: Mapping[str, Shard], done: set[str], out: Path) -> None:
         self.plan, self.out = plan, out
@@ -210,7 +211,7 @@ class _Progress:
         self.tokens = 0
         # Array tasks would write over each other's lines.
         first = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
-        self.metrics = MetricsFile(out / "metrics.jsonl") if first else None
+        self.metrics = MetricsFile(out / METRICS) if first else None
 
     def show(self, done: set[str]) -> None:
         now, every = time.monotonic(), SECONDS_BETWEEN_LINES

@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import sync, write_json
+from prune_distill.pipeline.artifact import write_json
 
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"

@@ -1,10 +1,10 @@
-"""NeMo's models for distillation, with the losses of `kd_loss` in the place of ModelOpt's.
+"""NeMo's models for distillation, with the losses of `kd_loss` instead of ModelOpt's.
 
-Teacher, pipeline and checkpoints are NeMo's and ModelOpt's own (nemo/collections/llm/modelopt/distill). What is ours is
-the end of both models: `FusedHead` takes over where the last layer's hidden states would become logits. The auxiliary
-loss of a mixture's router is Megatron's and stays as its family has it: it joins the student's gradients where autograd
-passes the router (megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
-`distill.kd.implementation=upstream` that end, too, is upstream's, for reference.
+Teacher, pipeline and checkpoints are NeMo's and ModelOpt's own (nemo/collections/llm/modelopt/distill). `FusedHead`
+replaces the end of both models, where the last layer's hidden states would become logits. The auxiliary loss of a
+mixture's router is Megatron's, with the family's settings: autograd adds it to the student's gradients at the router
+(megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
+`distill.kd.implementation=upstream` the end of the models is upstream's as well, for reference.
 
 Import this module inside a stage's `run`, after `backend.activate()`.
 """
@@ -12,6 +12,7 @@ Import this module inside a stage's `run`, after `backend.activate()`.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import modelopt.torch.distill as mtd
 import torch
+from lightning.pytorch.callbacks import Callback
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -34,36 +36,38 @@ from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import signal_batch
-from prune_distill.distillation.kd_loss import Head, LossSpec, TopK, distillation_loss
+from prune_distill.distillation.kd_loss import Head, TopK, distillation_loss
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
 from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+
+log = logging.getLogger("recipes.distillation")
 
 # What a training step reports besides the loss itself.
 PARTS = ("kd_loss", "lm_loss", "hidden_loss")
 
 
 class FusedHead:
-    """The end of a student and, if there is one, of its teacher: hidden states become losses, never whole logits.
+    """The end of a student, and of its teacher if there is one: computes losses from hidden states in chunks.
 
-    Megatron's model calls its output layer, and a function for the loss of the logits (gpt_model.py:_postprocess). Both
-    are replaced: what goes from the one to the other is a `Head`. The output layer is still called as a module, since
+    Megatron's model calls its output layer, and then a function for the loss of the logits (gpt_model.py:_postprocess).
+    Both are replaced, and a `Head` is passed between them. The output layer is still called as a module, because
     Megatron's hooks wait there for its gathered weight (distributed_data_parallel.py:_make_forward_pre_hook).
 
     Attributes:
-        batch: the micro batch at hand, of which it takes the loss mask and a stored signal; set before each forward
-            pass, as neither is among what NeMo hands to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
+        batch: the current micro batch, which has the loss mask and a stored signal. It is set before each forward pass,
+            because NeMo passes neither to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
     """
 
-    def __init__(self, student: Any, teacher: Any | None, spec: LossSpec) -> None:
-        self.student, self.spec = student, spec
+    def __init__(self, student: Any, teacher: Any | None, config: KdConfig) -> None:
+        self.student, self.config = student, config
         self.batch: dict[str, Any] = {}
         self.teacher_head: Head | None = None
         if student.post_process:
-            _end_with(student, self._student_losses)
+            _replace_end(student, self._student_losses)
         if teacher is not None and teacher.post_process:
-            _end_with(teacher, self._keep_teacher)
+            _replace_end(teacher, self._keep_teacher)
 
     def _keep_teacher(self, labels: Tensor, head: Head) -> Tensor:
         self.teacher_head = head
@@ -74,14 +78,14 @@ class FusedHead:
         batch_size, tokens = labels.shape[0], _token_order(labels)
         group = parallel_state.get_tensor_model_parallel_group()
         if not self.student.training:
-            lm_only = LossSpec(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.spec.chunk_tokens)
+            lm_only = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.config.chunk_tokens)
             _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
             return _batch_order(losses.lm, batch_size)
         mask = _token_order(self.batch["loss_mask"])
-        total, losses = distillation_loss(head, self._teacher(), tokens, mask, self.spec, group)
+        total, losses = distillation_loss(head, self._take_teacher(), tokens, mask, self.config, group)
         return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
 
-    def _teacher(self) -> Head | TopK | None:
+    def _take_teacher(self) -> Head | TopK | None:
         if "signal_ids" in self.batch:
             ids, log_probs, tail = (self.batch[f"signal_{name}"] for name in ("ids", "logprobs", "tail"))
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
@@ -89,8 +93,8 @@ class FusedHead:
         return teacher
 
 
-def _end_with(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
-    """Has a Megatron `GPTModel` end with `loss(labels, head)`."""
+def _replace_end(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
+    """Makes a Megatron `GPTModel` return `loss(labels, head)`."""
     layer = model.output_layer
     if layer.bias is not None or model.mtp_process:
         raise NotImplementedError("an output layer with a bias, or multi-token prediction")
@@ -103,7 +107,7 @@ def _end_with(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
 
 
 def _head(hidden: Tensor, weight: Tensor, config: Any) -> Head:
-    """The whole sequence's hidden states, as the output layer would see them, and this rank's rows of its weight.
+    """The hidden states of the whole sequence, as the output layer reads them, and this rank's rows of its weight.
 
     The mappings' backward passes sum the ranks' shares of the gradient, as ColumnParallelLinear does
     (megatron/core/tensor_parallel/layers.py:497-531).
@@ -128,11 +132,11 @@ def _batch_order(values: Tensor, batch_size: int) -> Tensor:
 class LossReduction(TokenLoss):
     """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
 
-    Upstream's balancer scales the parts to each other again in every step, whatever weights it is given
+    Upstream's balancer is not used: it scales the parts to each other in every step, whatever their weights are
     (nemo/collections/llm/modelopt/distill/loss.py:LogitsAndIntermediatesLossBalancer).
 
     Attributes:
-        parts: of the last step, on the last pipeline stage: means over its learned tokens, in the order of `PARTS`.
+        parts: means over the learned tokens of the last step, in the order of `PARTS`; on the last pipeline stage.
     """
 
     def __init__(self, kd: KdConfig, core: Any, fused: bool) -> None:
@@ -155,16 +159,17 @@ class LossReduction(TokenLoss):
         return loss, [whole, divergence, lm, hidden]
 
     def _hook_losses(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What ModelOpt's hooks caught: upstream's loss of the logits, and the mean over the layer pairs; both summed
-        over this rank's learned tokens."""
+        """The losses of ModelOpt's hooks: upstream's loss of the logits, and the mean over the layer pairs.
+
+        Both are summed over this rank's learned tokens.
+        """
         reduction = functools.partial(_sum_over_ranks, mask=mask)
-        caught = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
-        nothing = mask.new_zeros(())
-        logits_losses = [loss for name, loss in caught.items() if name.startswith(LogitsKLLoss.__name__)]
-        pair_losses = [loss for name, loss in caught.items() if not name.startswith(LogitsKLLoss.__name__)]
-        return logits_losses[0] if logits_losses else nothing, torch.stack(
-            pair_losses
-        ).mean() if pair_losses else nothing
+        hook_losses = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
+        zero = mask.new_zeros(())
+        logits_losses = [loss for name, loss in hook_losses.items() if name.startswith(LogitsKLLoss.__name__)]
+        pair_losses = [loss for name, loss in hook_losses.items() if not name.startswith(LogitsKLLoss.__name__)]
+        pairs_mean = torch.stack(pair_losses).mean() if pair_losses else zero
+        return logits_losses[0] if logits_losses else zero, pairs_mean
 
     def report(self, means: Tensor) -> Tensor:
         self.parts = means[1:].float()
@@ -174,12 +179,12 @@ class LossReduction(TokenLoss):
 def _sum_over_ranks(loss_output: tuple[Tensor, bool, bool], mask: Tensor) -> Tensor:
     """The sum over a micro batch's learned tokens on all tensor-parallel ranks.
 
-    The value is that of all ranks, the gradient that of this one's share, as upstream's
+    The value covers all ranks and the gradient this rank's share, as upstream's
     (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss).
 
     Args:
-        loss_output: from ModelOpt: `[b, s]`, whether it is this rank's share of each token's loss, and whether it
-            covers its share of the tokens only.
+        loss_output: from ModelOpt: losses `[b, s]`, whether they are this rank's share of each token's loss, and
+            whether they cover only this rank's share of the tokens.
     """
     losses, summed, cut = loss_output
     if cut:
@@ -192,11 +197,11 @@ def _sum_over_ranks(loss_output: tuple[Tensor, bool, bool], mask: Tensor) -> Ten
 
 
 class _OwnLosses(llm.GPTModel):
-    """What both models below share: the fused head, and the losses by fixed weights.
+    """Base class of both models below: the fused head, and losses with fixed weights.
 
     Attributes:
-        kd: set right after construction: NeMo records a constructor's arguments for the checkpoint's context.
-        head: None where the end is upstream's.
+        kd: set right after construction, because NeMo records a constructor's arguments in the checkpoint's context.
+        head: None where the end of the model is upstream's.
     """
 
     kd: KdConfig
@@ -216,7 +221,7 @@ class _OwnLosses(llm.GPTModel):
         return LossReduction(self.kd, core_model(self), self.head is not None)
 
     def loss_parts(self) -> dict[str, float]:
-        """The last training step's `PARTS` that have a weight, nats per token or as they come; on all ranks."""
+        """Those `PARTS` of the last training step's loss that have a weight, by name; on all ranks."""
         parts = self.training_loss_reduction.parts.to(backend.activate().device)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -226,10 +231,10 @@ class _OwnLosses(llm.GPTModel):
 
 
 class DistilledModel(_OwnLosses, DistillationGPTModel):
-    """A student that learns from a teacher which runs beside it."""
+    """A student that learns from a teacher that runs next to it."""
 
     def configure_model(self) -> None:
-        """As upstream's, which can't be told a temperature (nemo/collections/llm/modelopt/distill/model.py:142)."""
+        """Like upstream's, which has no temperature (nemo/collections/llm/modelopt/distill/model.py:142)."""
         if hasattr(self, "module"):
             return
         student, teacher_config = self.config.configure_model(self.tokenizer), self._teacher_config
@@ -239,19 +244,19 @@ class DistilledModel(_OwnLosses, DistillationGPTModel):
         settings = {
             "teacher_model": (teacher_provider, [teacher_config, self._teacher_ckpt_path], options),
             "criterion": _criterion(self.kd, self.config, teacher_config),
-            "loss_balancer": mtd.DistillationLossBalancer(),  # never asked; required where there are several losses
+            "loss_balancer": mtd.DistillationLossBalancer(),  # never used, but required for several losses
         }
         model = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(model, SimpleNamespace(skip_lm_loss=not self.kd.lm_weight))
         if self.kd.implementation is LossImplementation.chunked:
-            self.head = FusedHead(model, model.teacher_model, loss_spec(self.kd))
+            self.head = FusedHead(model, model.teacher_model, self.kd)
         else:
-            _spare_logits(model)
+            _copy_logits_for_loss(model)
         self.module = model
 
     @contextmanager
     def student_only(self) -> Iterator[None]:
-        """Leaves out of what is saved the projections that only training needed."""
+        """Excludes the projections, which only training needs, from what is saved."""
         with core_model(self).hide_loss_modules():
             yield
 
@@ -263,39 +268,28 @@ class StudentModel(_OwnLosses):
         if hasattr(self, "module"):
             return
         super().configure_model()
-        self.head = FusedHead(core_model(self), None, loss_spec(self.kd))
+        self.head = FusedHead(core_model(self), None, self.kd)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
         return signal_batch.data_step(dataloader_iter)
 
 
-def _spare_logits(model: Any) -> None:
-    """Megatron's cross-entropy turns fp32 logits into the softmax in place, before ModelOpt's loss comes to read them
+def _copy_logits_for_loss(model: Any) -> None:
+    """Gives Megatron's cross-entropy a copy of the logits: it overwrites fp32 logits before ModelOpt's loss reads them
     (megatron/core/tensor_parallel/cross_entropy.py:VocabParallelCrossEntropy.calculate_predicted_logits)."""
     compute_loss = model.compute_language_model_loss
     model.compute_language_model_loss = lambda labels, logits: compute_loss(labels, logits.clone())
 
 
-# What a teacher's config takes over from the student's, as in upstream's `configure_model`.
+# Fields of the teacher's config that are copied from the student's, as in upstream's `configure_model`.
 _LAYOUT = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel", "pipeline_dtype"),
 )
 
 
-def loss_spec(kd: KdConfig) -> LossSpec:
-    return LossSpec(
-        divergence=kd.divergence,
-        temperature=kd.temperature,
-        kd_weight=kd.kd_weight,
-        lm_weight=kd.lm_weight,
-        top_k=kd.top_k,
-        chunk_tokens=kd.chunk_tokens,
-    )
-
-
 def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str], Any]:
-    """ModelOpt's losses between layers by name; its hooks sit on this pipeline stage's layers, so only on the last."""
+    """ModelOpt's losses by the names of the layers that they compare; only on the last pipeline stage."""
     if not parallel_state.is_pipeline_last_stage():
         return {}
     criterion: dict[tuple[str, str], Any] = {}
@@ -312,18 +306,19 @@ def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str]
 
 
 def _layer_name(number: int, config: Any) -> str:
-    """The name on this pipeline stage of a layer that is counted from 1 over all stages."""
+    """The name on this pipeline stage of a layer, counted from 1 over all stages."""
     return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
 
 
 def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
-    """The model by which a student is trained: beside its teacher, or alone on the data or a stored signal.
+    """Builds the model that trains a student: next to its teacher, or alone on the data or a stored signal.
 
     Args:
-        checkpoint: the student, and `teacher` its teacher: NeMo checkpoints.
+        checkpoint: the student's NeMo checkpoint.
+        teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
 
     Raises:
-        InputError: no NeMo checkpoint; tokenizers or vocabularies that are not the same.
+        InputError: no NeMo checkpoint; tokenizers or vocabularies that differ.
     """
     student = nemo_api.load_model(checkpoint)
     if teacher is None:
@@ -340,3 +335,27 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
     # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]
+
+
+class TeacherSwap(Callback):
+    """Replaces the weights of the teacher by those of a corrected one after a number of steps.
+
+    Checkpoints of a training hold no teacher, so a resumed training starts with the original one; this callback then
+    replaces it before the first step where it had been replaced.
+
+    Args:
+        checkpoint: the NeMo checkpoint of the corrected teacher, of the original's shape.
+        step: how many steps the student learns from the original teacher.
+    """
+
+    def __init__(self, checkpoint: Path, step: int) -> None:
+        self.checkpoint, self.step = checkpoint, step
+        self.done = False
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.done or trainer.global_step < self.step:
+            return
+        self.done = True
+        teacher = nemo_api.core_model(pl_module).teacher_model
+        nemo_api.load_parameters(teacher, self.checkpoint, trainer)
+        log.info("from step %d on %s teaches", trainer.global_step + 1, self.checkpoint)

@@ -1,32 +1,29 @@
-"""Distillation losses from final hidden states, in chunks of tokens: whole logits of neither model are ever held.
+"""Distillation losses from final hidden states, in chunks of tokens: neither model's logits exist as a whole.
 
-Both output layers belong to the loss. A chunk's logits become its loss and, at once, the gradients of the student's
-hidden states and output weight; then their memory serves the next chunk. So the peak does not grow with the number of
-tokens, and the backward pass is one multiplication by the gradient that comes in. Under tensor parallelism each rank
-holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
+The loss includes both output layers. The forward pass computes the logits of a chunk, their loss, and at once the
+gradients of the student's hidden states and output weight; the next chunk reuses the memory. So the peak does not grow
+with the number of tokens, and the backward pass only multiplies by the incoming gradient. Under tensor parallelism each
+rank holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
 
-The method of gradients formed in the forward pass is that of Liger Kernel's fused linear losses (arXiv 2410.10989).
-The definitions: Hinton et al., arXiv 1503.02531 (temperature, with its square as a factor, so that gradients keep their
-size); Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
+Computing gradients in the forward pass is the method of Liger Kernel's fused linear losses (arXiv 2410.10989). The
+losses are defined in Hinton et al., arXiv 1503.02531 (temperature; its square is a factor, so that gradients keep their
+size) and Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
 
-PyTorch alone: no Megatron here.
+This module uses PyTorch alone, no Megatron.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-from prune_distill.schema import Divergence
-
-# A term of the loss over one chunk: yields its sums over this rank's slice of the vocabulary, `[c]` each, is sent them
-# summed over all slices, and ends with the loss `[c]` and its gradient by the logits `[c, v]`.
-Term = Generator[list[Tensor], Tensor, tuple[Tensor, Tensor]]
+from prune_distill.schema import Divergence, KdConfig
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,12 @@ class Head:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's distribution, kept in part.
+    """A teacher's distribution, reduced to its most probable tokens.
 
     Attributes:
-        ids: `[n, k]`, the k most probable tokens; each row's all different.
+        ids: `[n, k]`, the k most probable tokens; no token is twice in a row.
         log_probs: `[n, k]` float32, their log-probabilities at the loss's temperature.
-        tail: `[n]` float32, log of the probability of all other tokens together; -inf where there are none.
+        tail: `[n]` float32, log of the summed probability of all other tokens; -inf where there are none.
     """
 
     ids: Tensor
@@ -56,7 +53,8 @@ class TopK:
 
 
 class Vocabulary:
-    """The slice of the vocabulary whose logits this rank holds: as many entries on each rank of a group, in order."""
+    """The slice of the vocabulary whose logits this rank holds. The ranks of a group have slices of equal size, in
+    order of rank."""
 
     def __init__(self, size: int, group: ProcessGroup | None = None) -> None:
         self.size, self.group = size, group
@@ -64,11 +62,11 @@ class Vocabulary:
         self.first = 0 if group is None else size * torch.distributed.get_rank(group)
 
     def maximum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The largest of every rank's values: `[rows, c]`, in one exchange."""
+        """The maximum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
         return self._exchange(rows, ReduceOp.MAX)
 
     def sum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The sum of every rank's values: `[rows, c]`, in one exchange."""
+        """The sum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
         return self._exchange(rows, ReduceOp.SUM)
 
     def _exchange(self, rows: Sequence[Tensor], op: ReduceOp.RedOpType) -> Tensor:
@@ -78,7 +76,7 @@ class Vocabulary:
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every rank's `[c, k]` side by side: `[c, ranks x k]`."""
+        """Concatenates every rank's `[c, k]`: `[c, ranks x k]`."""
         if self.ranks == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
@@ -86,34 +84,18 @@ class Vocabulary:
         return torch.cat(parts, -1)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of token ids in this slice, 0 where they are in another; and whether they are in this one."""
-        places = ids.long() - self.first
-        here = (places >= 0) & (places < self.size)
-        return places.where(here, 0), here
-
-
-@dataclass(frozen=True)
-class LossSpec:
-    """What is minimised: `kd_weight` x divergence x temperature² + `lm_weight` x cross-entropy of the labels.
-
-    Attributes:
-        divergence: of the student's distribution from the teacher's; of the top k only forward KL.
-        temperature: both models' logits are divided by it, in the divergence only.
-        top_k: takes of a teacher's logits the k largest and the tail's mass; None: all of them.
-        chunk_tokens: tokens whose logits are in memory at a time.
-    """
-
-    divergence: Divergence = Divergence.forward_kl
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    lm_weight: float = 0.0
-    top_k: int | None = None
-    chunk_tokens: int = 256
+        """Positions of token ids in this slice, 0 for ids of another slice; and whether each is in this slice."""
+        positions = ids.long() - self.first
+        is_local = (positions >= 0) & (positions < self.size)
+        return positions.where(is_local, 0), is_local
 
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy (0 if not asked)."""
+    """Losses of every token, `[n]` float32, detached: divergence x temperature², and cross-entropy.
+
+    A term of weight 0 is not computed and 0 here.
+    """
 
     kd: Tensor
     lm: Tensor
@@ -124,57 +106,57 @@ def distillation_loss(
     teacher: Head | TopK | None,
     labels: Tensor | None,
     mask: Tensor,
-    spec: LossSpec,
+    config: KdConfig,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """The loss summed over tokens, and its parts token by token.
 
     Args:
-        student: its tensors get gradients where they require them. With a `group` the gradient of `hidden` is this
-            slice's share, to be summed over the group (Megatron's mappings do).
-        teacher: None where `spec.kd_weight` is 0.
-        labels: `[n]` ids over the whole vocabulary; None where `spec.lm_weight` is 0.
+        student: its tensors get gradients where they require them. With a `group`, the gradient of `hidden` is this
+            slice's share; the caller sums it over the group (as Megatron's mappings do).
+        teacher: None where `config.kd_weight` is 0.
+        labels: `[n]` ids over the whole vocabulary; None where `config.lm_weight` is 0.
         mask: `[n]`, a token's weight in the sum.
-        group: the ranks among which the vocabulary is cut, in order of rank; None: it is whole.
+        group: the ranks that hold the slices of the vocabulary, in order of rank; None: this rank holds all of it.
 
     Returns:
-        a float32 scalar, the same on all ranks of the group; and `TokenLosses`, not masked.
+        A float32 scalar, the same on all ranks of the group; and `TokenLosses`, without the mask.
     """
     if not torch.is_grad_enabled():
-        losses, _, _ = _passes(student, teacher, labels, mask, spec, group, (False, False))
-        return _total(losses, mask, spec), losses
-    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, spec, group)
+        losses, _, _ = _compute(student, teacher, labels, mask, config, group, (False, False))
+        return _total(losses, mask, config), losses
+    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, config, group)
     return total, TokenLosses(kd, lm)
 
 
 class _Fused(torch.autograd.Function):
-    """`_passes` with its gradients handed to autograd."""
+    """`_compute` as a function of autograd, with the gradients that it returns."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, labels, mask, spec, group):  # type: ignore[no-untyped-def]
-        wanted = ctx.needs_input_grad[:2]
+    def forward(ctx, hidden, weight, teacher, labels, mask, config, group):  # type: ignore[no-untyped-def]
+        needs_grad = ctx.needs_input_grad[:2]
         student = Head(hidden, weight)
-        losses, ctx.grad_hidden, ctx.grad_weight = _passes(student, teacher, labels, mask, spec, group, wanted)
+        losses, ctx.grad_hidden, ctx.grad_weight = _compute(student, teacher, labels, mask, config, group, needs_grad)
         ctx.weight = weight
         ctx.mark_non_differentiable(losses.kd, losses.lm)
-        return _total(losses, mask, spec), losses.kd, losses.lm
+        return _total(losses, mask, config), losses.kd, losses.lm
 
     @staticmethod
     def backward(ctx, gradient, *_):  # type: ignore[no-untyped-def]
         grad_hidden, grad_weight = ctx.grad_hidden, ctx.grad_weight
-        ctx.grad_hidden = ctx.grad_weight = None  # not to be held until the whole graph is gone
+        ctx.grad_hidden = ctx.grad_weight = None  # free them before the graph is
         if grad_hidden is not None:
             grad_hidden.mul_(gradient)
         if grad_weight is not None:
-            grad_weight = _hand_over(ctx.weight, grad_weight, gradient)
+            grad_weight = _weight_gradient(ctx.weight, grad_weight, gradient)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _hand_over(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
-    """The weight's gradient for autograd; where Megatron keeps an fp32 buffer for it, it is added there unrounded.
+def _weight_gradient(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
+    """The weight's gradient for autograd. Where Megatron has an fp32 buffer for it, adds it there without rounding.
 
-    Then what autograd gets is ignored, or added once more where the weight is an embedding too: as Megatron's own
-    linear layer does it (megatron/core/tensor_parallel/layers.py:573-602).
+    Autograd's copy is then ignored, or added again where the weight is also the embedding, so it is zero there; as in
+    Megatron's linear layer (megatron/core/tensor_parallel/layers.py:573-602).
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return grad_weight.mul_(gradient).to(weight.dtype)
@@ -183,35 +165,35 @@ def _hand_over(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
 
-def _total(losses: TokenLosses, mask: Tensor, spec: LossSpec) -> Tensor:
-    return ((spec.kd_weight * losses.kd + spec.lm_weight * losses.lm) * mask.float()).sum()
+def _total(losses: TokenLosses, mask: Tensor, config: KdConfig) -> Tensor:
+    return ((config.kd_weight * losses.kd + config.lm_weight * losses.lm) * mask.float()).sum()
 
 
-def _passes(
+def _compute(
     student: Head,
     teacher: Head | TopK | None,
     labels: Tensor | None,
     mask: Tensor,
-    spec: LossSpec,
+    config: KdConfig,
     group: ProcessGroup | None,
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
-    """Goes over the tokens once. Returns their losses, and the sum's gradients: `[n, h]` and, float32, `[v, h]`."""
+    """Computes the losses of all tokens, and the gradients of their sum: `[n, h]`, and `[v, h]` in float32."""
     hidden, weight = student.hidden, student.weight
     tokens = hidden.shape[0]
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-    chunk = _Chunk(student, teacher, labels, mask, spec, Vocabulary(weight.shape[0], group))
-    for start in range(0, tokens, spec.chunk_tokens):
-        rows = slice(start, min(start + spec.chunk_tokens, tokens))
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
+    chunk = _Chunk(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group))
+    for start in range(0, tokens, config.chunk_tokens):
+        rows = slice(start, min(start + config.chunk_tokens, tokens))
         kd[rows], lm[rows], gradient = chunk.compute(rows)
         gradient = gradient.to(weight.dtype)
         if grad_hidden is not None:
             torch.mm(gradient, weight, out=grad_hidden[rows])
         if grad_weight is not None:
             _add_product(grad_weight, gradient.t(), hidden[rows])
-    return TokenLosses(kd.mul_(spec.temperature**2), lm), grad_hidden, grad_weight
+    return TokenLosses(kd.mul_(config.temperature**2), lm), grad_hidden, grad_weight
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -223,7 +205,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Chunk:
-    """The loss of some tokens and its gradient by their logits, in buffers that serve one chunk after the other."""
+    """The loss of a chunk of tokens and its gradient by the logits. All chunks use the same buffers."""
 
     def __init__(
         self,
@@ -231,48 +213,56 @@ class _Chunk:
         teacher: Head | TopK | None,
         labels: Tensor | None,
         mask: Tensor,
-        spec: LossSpec,
+        config: KdConfig,
         vocabulary: Vocabulary,
     ) -> None:
         self.student, self.teacher, self.labels, self.mask = student, teacher, labels, mask
-        self.spec, self.vocabulary = spec, vocabulary
+        self.config, self.vocabulary = config, vocabulary
         self.buffers: dict[str, Tensor] = {}
 
     def compute(self, rows: slice) -> tuple[Tensor | float, Tensor | float, Tensor]:
         """Divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
-        spec = self.spec
+        config = self.config
         s = self._logits("student", self.student, rows)
         t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
         both = [s] if t is None else [s, t]
         for logits, most in zip(both, self.vocabulary.maximum([x.amax(-1) for x in both]), strict=True):
             logits.sub_(most[:, None])
-        terms: dict[str, Term] = {}
-        if spec.lm_weight:  # before the divergence, which overwrites the logits
+        terms: dict[str, _Term] = {}
+        partial_sums: list[Tensor] = []
+        if config.lm_weight:  # before the divergence, which overwrites the logits
             assert self.labels is not None
-            spare = self._buffer("exponentials", rows)
-            terms["lm"] = _cross_entropy(s, self.labels[rows], self.vocabulary, spare)
-        if spec.kd_weight:
+            exponentials = self._buffer("exponentials", rows)
+            terms["lm"] = _CrossEntropy(s, self.labels[rows], self.vocabulary, exponentials)
+            partial_sums += terms["lm"].partial_sums()
+        if config.kd_weight:
             terms["kd"] = self._divergence(s, t, rows)
-        losses, gradients = _settle(terms, self.vocabulary)
-        factors = {"lm": spec.lm_weight, "kd": spec.kd_weight * spec.temperature}
-        for name, gradient in gradients.items():
-            gradient.mul_((factors[name] * self.mask[rows])[:, None])
-        total, *others = gradients.values()
+            partial_sums += terms["kd"].partial_sums()
+        # One exchange for both terms.
+        sums = self.vocabulary.sum(partial_sums)
+        losses: dict[str, Tensor] = {}
+        gradients: list[Tensor] = []
+        factors = {"lm": config.lm_weight, "kd": config.kd_weight * config.temperature}
+        for name, term in terms.items():
+            losses[name], gradient = term.finish(sums[: term.SUMS])
+            sums = sums[term.SUMS :]
+            gradients.append(gradient.mul_((factors[name] * self.mask[rows])[:, None]))
+        total, *others = gradients
         for other in others:
             total.add_(other)
         return losses.get("kd", 0.0), losses.get("lm", 0.0), total
 
-    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> Term:
-        """The term of both models' logits, less their maxima, which it overwrites."""
-        spec = self.spec
-        s.div_(spec.temperature)
+    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> _Term:
+        """The divergence term from both models' logits, less their maxima; it overwrites them."""
+        config = self.config
+        s.div_(config.temperature)
         if t is None:
             assert isinstance(self.teacher, TopK)
-            return (yield from _top_k_kl(s, self.teacher[rows], self.vocabulary))
-        t.div_(spec.temperature)
-        if spec.top_k is not None:
-            return (yield from _top_k_kl(s, top_k_of(t, spec.top_k, self.vocabulary), self.vocabulary))
-        return (yield from _DIVERGENCES[spec.divergence](s, t, self._buffer("difference", rows)))
+            return _TopKKL(s, self.teacher[rows], self.vocabulary)
+        t.div_(config.temperature)
+        if config.top_k is not None:
+            return _TopKKL(s, top_k_of(t, config.top_k, self.vocabulary), self.vocabulary)
+        return _DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)
 
     def _logits(self, name: str, head: Head, rows: slice) -> Tensor:
         logits = self._buffer(name, rows)
@@ -282,114 +272,178 @@ class _Chunk:
 
     def _buffer(self, name: str, rows: slice) -> Tensor:
         count = rows.stop - rows.start
-        if name not in self.buffers:  # by the first chunk, which is the largest
+        if name not in self.buffers:  # allocated for the first chunk, which is the largest
             self.buffers[name] = self.student.weight.new_empty(count, self.vocabulary.size, dtype=torch.float32)
         return self.buffers[name][:count]
 
 
-def _settle(terms: dict[str, Term], vocabulary: Vocabulary) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Runs the terms side by side, so that one exchange sums for all of them. Returns losses and gradients by name."""
-    losses, gradients = {}, {}
-    waiting = {name: next(term) for name, term in terms.items()}
-    while waiting:
-        sums = vocabulary.sum([row for rows in waiting.values() for row in rows])
-        for name, rows in list(waiting.items()):
-            mine, sums = sums[: len(rows)], sums[len(rows) :]
-            try:
-                waiting[name] = terms[name].send(mine)
-            except StopIteration as end:
-                del waiting[name]
-                losses[name], gradients[name] = end.value
-    return losses, gradients
+class _Term(ABC):
+    """A term of the loss over one chunk, computed in two steps with an exchange between the ranks in between.
+
+    `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole vocabulary,
+    divided by the temperature. Gradients are by `s`. In the formulas, q = softmax(s) and p = softmax(t). Terms compute
+    in place: they overwrite `s`, `t` and `spare`, a buffer `[c, v]`.
+    """
+
+    SUMS: int  # how many sums the term needs
+
+    @abstractmethod
+    def partial_sums(self) -> list[Tensor]:
+        """Sums over this rank's slice of the vocabulary, `[c]` each."""
+
+    @abstractmethod
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss `[c]`, and its gradient by the logits `[c, v]`.
+
+        Args:
+            sums: `[SUMS, c]`, `partial_sums` summed over all slices of the vocabulary.
+        """
 
 
-# The terms. `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole
-# vocabulary, over the temperature. Gradients are by `s`. With q = softmax(s), p = softmax(t):
+@dataclass
+class _CrossEntropy(_Term):
+    """-log q[label]; its gradient, in `spare`, is q less 1 at the label.
+
+    Only `partial_sums` reads `s`, and it doesn't change it: `s` may be overwritten afterwards.
+    """
+
+    SUMS = 2
+
+    s: Tensor
+    labels: Tensor
+    vocabulary: Vocabulary
+    spare: Tensor
+
+    def partial_sums(self) -> list[Tensor]:
+        self.positions, self.is_local = self.vocabulary.local(self.labels)
+        at_label = self.s.gather(-1, self.positions[:, None])[:, 0] * self.is_local
+        torch.exp(self.s, out=self.spare)
+        return [self.spare.sum(-1), at_label]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        total, at_label = sums
+        q = self.spare.div_(total[:, None])
+        q.scatter_add_(-1, self.positions[:, None], -self.is_local[:, None].float())
+        return total.log() - at_label, q
 
 
-def _cross_entropy(s: Tensor, labels: Tensor, vocabulary: Vocabulary, spare: Tensor) -> Term:
-    """-log q[label]; its gradient, in `spare`, is q less 1 at the label. `s` may be overwritten once it has yielded."""
-    places, here = vocabulary.local(labels)
-    at_label = s.gather(-1, places[:, None])[:, 0] * here
-    torch.exp(s, out=spare)
-    total, at_label = yield [spare.sum(-1), at_label]
-    q = spare.div_(total[:, None])
-    q.scatter_add_(-1, places[:, None], -here[:, None].float())
-    return total.log() - at_label, q
+@dataclass
+class _Divergence(_Term):
+    """A divergence between two distributions that are known in full."""
+
+    s: Tensor
+    t: Tensor
+    spare: Tensor
+    vocabulary: Vocabulary
 
 
-def _forward_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _ForwardKL(_Divergence):
     """Sum of p log(p / q); its gradient, in `s`, is q - p."""
-    difference = torch.sub(t, s, out=spare)
-    s.exp_()
-    t.exp_()
-    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(t, difference)]
-    gradient = s.div_(student_sum[:, None]).sub_(t.div_(teacher_sum[:, None]))
-    return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
+
+    SUMS = 3
+
+    def partial_sums(self) -> list[Tensor]:
+        difference = torch.sub(self.t, self.s, out=self.spare)
+        self.s.exp_()
+        self.t.exp_()
+        return [self.s.sum(-1), self.t.sum(-1), torch.linalg.vecdot(self.t, difference)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum, cross = sums
+        gradient = self.s.div_(student_sum[:, None]).sub_(self.t.div_(teacher_sum[:, None]))
+        return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
 
 
-def _reverse_kl(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _ReverseKL(_Divergence):
     """Sum of q log(q / p) = d; its gradient, in `s`, is q (log(q / p) - d)."""
-    difference = torch.sub(s, t, out=spare)
-    s.exp_()
-    t.exp_()
-    student_sum, teacher_sum, cross = yield [s.sum(-1), t.sum(-1), torch.linalg.vecdot(s, difference)]
-    between = teacher_sum.log() - student_sum.log()
-    mean = cross / student_sum
-    gradient = s.div_(student_sum[:, None]).mul_(difference.sub_(mean[:, None]))
-    return mean + between, gradient
+
+    SUMS = 3
+
+    def partial_sums(self) -> list[Tensor]:
+        difference = torch.sub(self.s, self.t, out=self.spare)
+        self.s.exp_()
+        self.t.exp_()
+        return [self.s.sum(-1), self.t.sum(-1), torch.linalg.vecdot(self.s, difference)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum, cross = sums
+        log_ratio = teacher_sum.log() - student_sum.log()
+        mean = cross / student_sum
+        gradient = self.s.div_(student_sum[:, None]).mul_(self.spare.sub_(mean[:, None]))
+        return mean + log_ratio, gradient
 
 
-def _jensen_shannon(s: Tensor, t: Tensor, spare: Tensor) -> Term:
+class _JensenShannon(_Divergence):
     """Half of KL(p, m) + KL(q, m), m = (p + q) / 2; its gradient, in `s`, is q (log(q / m) - KL(q, m)) / 2."""
-    student_sum, teacher_sum = yield [torch.exp(s, out=spare).sum(-1), torch.exp(t, out=spare).sum(-1)]
-    log_q, log_p = s.sub_(student_sum.log()[:, None]), t.sub_(teacher_sum.log()[:, None])
-    log_m = torch.logaddexp(log_q, log_p, out=spare).sub_(math.log(2))
-    log_p.sub_(log_m)  # log(p / m)
-    log_q.sub_(log_m)  # log(q / m)
-    kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
-    q = torch.exp(log_m.add_(log_q), out=spare)
-    kl_p, kl_q = yield [kl_p, torch.linalg.vecdot(q, log_q)]
-    return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
+
+    SUMS = 2
+
+    def partial_sums(self) -> list[Tensor]:
+        return [torch.exp(self.s, out=self.spare).sum(-1), torch.exp(self.t, out=self.spare).sum(-1)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        student_sum, teacher_sum = sums
+        log_q, log_p = self.s.sub_(student_sum.log()[:, None]), self.t.sub_(teacher_sum.log()[:, None])
+        log_m = torch.logaddexp(log_q, log_p, out=self.spare).sub_(math.log(2))
+        log_p.sub_(log_m)  # log(p / m)
+        log_q.sub_(log_m)  # log(q / m)
+        kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
+        q = torch.exp(log_m.add_(log_q), out=self.spare)
+        # m mixes the normalized distributions, so its logarithm needs an exchange of its own.
+        kl_p, kl_q = self.vocabulary.sum([kl_p, torch.linalg.vecdot(q, log_q)])
+        return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
 
 
-def _top_k_kl(s: Tensor, teacher: TopK, vocabulary: Vocabulary) -> Term:
-    """Forward KL with all tokens outside the top k, of probability r by the teacher, taken for one.
+@dataclass
+class _TopKKL(_Term):
+    """Forward KL in which all tokens outside the top k count as one token, of probability r by the teacher.
 
-    The student gives that one 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
+    The student gives that token 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
     q (1 - r / u) elsewhere.
     """
-    places, here = vocabulary.local(teacher.ids)
-    p = teacher.log_probs.exp() * here
-    cross = (p * (teacher.log_probs - s.gather(-1, places))).sum(-1)
-    s.exp_()
-    kept = _take_out(s, places, here)
-    rest_sum, kept_sum, cross = yield [s.sum(-1), kept.sum(-1), cross]
-    total = rest_sum + kept_sum
-    r = teacher.tail.exp()
-    # Where the k are all there is, or the student has no doubt left, there is no rest to pull at.
-    rest_term = torch.where((r > 0) & (rest_sum > 0), r * (teacher.tail - rest_sum.log()), 0.0)
-    scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
-    s.mul_(scale[:, None]).scatter_add_(-1, places, kept / total[:, None] - p)
-    return cross + total.log() + rest_term, s
+
+    SUMS = 3
+
+    s: Tensor
+    teacher: TopK
+    vocabulary: Vocabulary
+
+    def partial_sums(self) -> list[Tensor]:
+        self.positions, is_local = self.vocabulary.local(self.teacher.ids)
+        self.p = self.teacher.log_probs.exp() * is_local
+        cross = (self.p * (self.teacher.log_probs - self.s.gather(-1, self.positions))).sum(-1)
+        self.s.exp_()
+        self.kept = _take_out(self.s, self.positions, is_local)
+        return [self.s.sum(-1), self.kept.sum(-1), cross]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        rest_sum, kept_sum, cross = sums
+        total = rest_sum + kept_sum
+        tail = self.teacher.tail
+        r = tail.exp()
+        # The rest has no gradient where the k are all tokens, or where the student gives it no probability.
+        rest_term = torch.where((r > 0) & (rest_sum > 0), r * (tail - rest_sum.log()), 0.0)
+        scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
+        self.s.mul_(scale[:, None]).scatter_add_(-1, self.positions, self.kept / total[:, None] - self.p)
+        return cross + total.log() + rest_term, self.s
 
 
-def _take_out(values: Tensor, places: Tensor, here: Tensor) -> Tensor:
-    """The values `[c, k]` at those places, 0 where they are not in this slice; they are 0 in `values` afterwards."""
-    taken = values.gather(-1, places) * here
-    values.scatter_add_(-1, places, -taken)  # x - x is exactly 0
+def _take_out(values: Tensor, positions: Tensor, is_local: Tensor) -> Tensor:
+    """Returns the values `[c, k]` at some positions, 0 for those of another slice, and sets them to 0 in `values`."""
+    taken = values.gather(-1, positions) * is_local
+    values.scatter_add_(-1, positions, -taken)  # x - x is exactly 0
     return taken
 
 
 def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
-    """The `k` largest of a distribution over the whole vocabulary, and the mass of the rest.
+    """The `k` most probable tokens of a distribution over the whole vocabulary, and the probability of the rest.
 
     Args:
-        t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, over the temperature;
-            overwritten.
+        t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, divided by the
+            temperature; overwritten.
     """
-    values, places = t.topk(min(k, vocabulary.size), -1)
-    values, ids = vocabulary.gather(values), vocabulary.gather(places + vocabulary.first)
+    values, positions = t.topk(min(k, vocabulary.size), -1)
+    values, ids = vocabulary.gather(values), vocabulary.gather(positions + vocabulary.first)
     values, chosen = values.topk(k, -1)
     ids = ids.gather(-1, chosen)
     _take_out(t.exp_(), *vocabulary.local(ids))
@@ -398,8 +452,8 @@ def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
     return TopK(ids, values - log_total[:, None], rest_sum.log() - log_total)
 
 
-_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor], Term]] = {
-    Divergence.forward_kl: _forward_kl,
-    Divergence.reverse_kl: _reverse_kl,
-    Divergence.jensen_shannon: _jensen_shannon,
+_DIVERGENCES: dict[Divergence, type[_Divergence]] = {
+    Divergence.forward_kl: _ForwardKL,
+    Divergence.reverse_kl: _ReverseKL,
+    Divergence.jensen_shannon: _JensenShannon,
 }

@@ -28,8 +28,9 @@ import numpy as np
 import pyarrow
 from isal import isal_zlib
 
+from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import sync, write_json
+from prune_distill.pipeline.artifact import write_json
 
 INDEX = "signal.json"
 FORMAT = 1

@@ -1,5 +1,4 @@
-"""The teacher run forward over sequences, as Megatron's schedule does it over a pipeline; its distributions cut to the
-most probable tokens at once."""
+"""The teacher's forward pass over sequences; its distributions are reduced to the most probable tokens at once."""
 
 from __future__ import annotations
 
@@ -8,30 +7,29 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from prune_distill.distillation.kd_loss import TopK, Vocabulary, top_k_of
-from prune_distill.nemo import backend
+from prune_distill.nemo.forward import run_forward
 
 # Tokens whose logits are in memory in fp32 at a time.
 CHUNK_TOKENS = 256
 
 
-def most_probable(
+def compute_top_k(
     model: Any,
     sequences: Sequence[torch.Tensor],
     *,
     micro_batch_size: int,
     top_k: int,
     temperature: float,
-    take: Callable[[TopK], None],
+    receive: Callable[[TopK], None],
 ) -> None:
-    """Runs a model over sequences; all ranks of a replica call it with the same ones.
+    """Runs a model over sequences. All ranks of a replica call it with the same ones.
 
     Args:
-        model: Megatron's, or this rank's stage of it.
-        sequences: `[s]` ids each, all as long.
-        take: called on the last pipeline stage for each sequence in order, with the most probable tokens of
+        model: a Megatron model, or this rank's pipeline stage of it.
+        sequences: `[s]` ids each, all of the same length.
+        receive: called on the last pipeline stage for each sequence in order, with the most probable tokens of
             `softmax(logits / temperature)` at each position, `[s, top_k]`; on every tensor-parallel rank.
     """
     batches = list(_micro_batches(sequences, micro_batch_size))
@@ -39,34 +37,20 @@ def most_probable(
     vocabulary = Vocabulary(size, parallel_state.get_tensor_model_parallel_group())
     done = 0
 
-    def collect(logits: torch.Tensor, non_loss_data: bool) -> None:
+    def collect(logits: torch.Tensor) -> None:
         nonlocal done
         for sequence_logits in logits:  # of [b, s, V / ranks]
-            if done < len(sequences):  # the rest fills the last micro batch
-                take(_sequence_top_k(sequence_logits, top_k, temperature, vocabulary))
+            if done < len(sequences):  # the rest is padding of the last micro batch
+                receive(_sequence_top_k(sequence_logits, top_k, temperature, vocabulary))
             done += 1
 
-    def forward(source: Iterator[torch.Tensor], stage: Any) -> Any:
-        tokens = next(source).to(backend.activate().device)
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return stage(tokens, positions, None), collect
-
     model.eval()
-    with torch.no_grad():
-        get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(batches),
-            model=model,
-            num_microbatches=len(batches),
-            seq_length=len(sequences[0]),
-            micro_batch_size=micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+    run_forward(model, batches, collect)
 
 
 def _micro_batches(sequences: Sequence[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Micro batches `[size, s]`: all as large, as pipeline stages expect; the last sequence fills the last one up."""
+    """Micro batches `[size, s]`, all of the same size, as pipeline stages expect; copies of the last sequence pad the
+    last one."""
     for start in range(0, len(sequences), size):
         batch = list(sequences[start : start + size])
         yield torch.stack(batch + [batch[-1]] * (size - len(batch)))

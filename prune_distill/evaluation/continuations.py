@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from prune_distill.atomic_files import write_text
 from prune_distill.config.rules.evaluation import OWN_TASK
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import sync
 from prune_distill.schema import Continuations
 
 CHOICES = 4
@@ -36,8 +36,8 @@ def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: 
     """
     questions = make_questions(documents, cfg, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{OWN_TASK}.jsonl", "".join(json.dumps(question) + "\n" for question in questions))
-    _write(folder / f"{OWN_TASK}.yaml", yaml.safe_dump(_definition(), sort_keys=False))
+    write_text(folder / f"{OWN_TASK}.jsonl", "".join(json.dumps(question) + "\n" for question in questions))
+    write_text(folder / f"{OWN_TASK}.yaml", yaml.safe_dump(_definition(), sort_keys=False))
 
 
 def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> list[dict[str, Any]]:
@@ -120,10 +120,3 @@ def _definition() -> dict[str, Any]:
         "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in METRICS],
         "metadata": {"version": 1.0},
     }
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)

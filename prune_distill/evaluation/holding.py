@@ -1,7 +1,7 @@
-"""Checkpoints of a training that goes on, which may take them away at any moment.
+"""Holds checkpoints of a running training, which may delete them at any moment.
 
-They are held by hard links, which cost neither time nor room, and stay when a checkpoint's own names go. This imports
-little, so that it can begin at once, and go on while the process that measures them loads and computes.
+Hard links hold them: they take neither time nor space, and stay when the training deletes its own names. This module
+imports little, so that it starts at once, and works while the process that measures them loads and computes.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import find_checkpoints
 
 log = logging.getLogger("recipes.recovery")
 
-# In the folder of the stage evaluate: checkpoints that are held, and models exported from them.
+# In the folder of the stage evaluate: held checkpoints, and models exported from them.
 ROOM = "recovery"
 
 
 @contextmanager
 def holding(checkpoints: Path, pen: Path, seconds: float) -> Iterator[None]:
-    """Holds in `pen` every checkpoint that appears meanwhile, by a process of its own: this one may be busy for long.
+    """Holds in `pen` every checkpoint that appears inside the block, in a process of its own.
 
-    Looked for at once, every so many seconds, and once more at the end. Call it before what must not be forked.
+    That process looks for checkpoints at once, every `seconds`, and a last time at the end. It is forked: enter the
+    block before there is anything that must not be forked.
     """
     fork = multiprocessing.get_context("fork")
     reader, writer = fork.Pipe(duplex=False)
@@ -43,7 +44,7 @@ def holding(checkpoints: Path, pen: Path, seconds: float) -> Iterator[None]:
 
 
 def _keep_holding(checkpoints: Path, pen: Path, seconds: float, reader: Connection, writer: Connection) -> None:
-    # Ctrl-C ends the parent, whose end is seen in the pipe, as is its being killed.
+    # Ctrl-C ends the parent. The pipe shows that the parent ended, also if it was killed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     writer.close()
     seen: set[int] = set()
@@ -58,12 +59,12 @@ def _keep_holding(checkpoints: Path, pen: Path, seconds: float, reader: Connecti
 
 
 def hold(checkpoints: Path, pen: Path, seen: set[int]) -> list[int]:
-    """Links into `pen` the checkpoints whose steps have not been seen, and notes these; gives what it linked.
+    """Links to `pen` the checkpoints whose steps are not in `seen`, adds them to it, and returns the linked steps.
 
-    A checkpoint that goes meanwhile is left out.
+    A checkpoint that is deleted meanwhile is skipped.
     """
     held = []
-    for step, checkpoint in checkpoints_in(checkpoints).items():
+    for step, checkpoint in find_checkpoints(checkpoints).items():
         target = pen / checkpoint.name
         if step not in seen and not target.exists() and _link(checkpoint, target):
             held.append(step)
@@ -72,7 +73,7 @@ def hold(checkpoints: Path, pen: Path, seen: set[int]) -> list[int]:
 
 
 def _link(folder: Path, target: Path) -> bool:
-    """Whether all of a folder could be linked under another name, which then appears as a whole."""
+    """Links a folder under another name, all at once; returns whether that succeeded."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -84,7 +85,7 @@ def _link(folder: Path, target: Path) -> bool:
             else:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(folder / name, partial / name)
-        # Renamed away while it was gone through, it would look as if it had fewer files.
+        # A folder that was renamed while it was read looks as if it had fewer files.
         if not names or not folder.exists():
             raise FileNotFoundError(folder)
         os.replace(partial, target)

@@ -12,7 +12,7 @@ from typing import Any
 from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import checkpoint_name, find_checkpoints
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import DistillConfig, Init
 from prune_distill.schema.phases import tokens_before, training_phases
@@ -23,20 +23,20 @@ FILE = "recovery.json"
 
 
 def name_of(step: int) -> str:
-    """Under what name a checkpoint is measured."""
-    return f"recovery/step={step}"
+    """The name under which a checkpoint is measured."""
+    return f"recovery/{checkpoint_name(step)}"
 
 
 def measure_checkpoint(evaluator: Evaluator, name: str, checkpoint: Path, room: Path, export: Export) -> None:
-    """Measures a NeMo checkpoint, unless that is done; on all ranks. `room` takes the exported model meanwhile."""
+    """Measures a NeMo checkpoint unless that is done; on all ranks. `room` holds the exported model meanwhile."""
     with exported(name, checkpoint, room, export) as make:
         evaluator.measure(name, make, samples=False)
 
 
 @contextmanager
 def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterator[Callable[[], Path]]:
-    """What makes the Hugging Face folder of a checkpoint once it is needed; it is in `room`, until the end."""
-    # Transformers warns of names that could be no module's.
+    """Yields a function that exports a checkpoint to a Hugging Face folder in `room`; it is removed at the end."""
+    # Transformers warns about names that are not valid module names.
     folder = room / re.sub(r"\W", "_", f"exported_{name}")
 
     def make() -> Path:
@@ -53,8 +53,8 @@ def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterato
 
 
 def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
-    """Writes `recovery.json` of all that was measured so far; without any checkpoint there is none."""
-    names = {step: name_of(step) for step in checkpoints_in(out / "measured" / "recovery")}
+    """Writes `recovery.json` from the measurements so far; nothing without any checkpoint."""
+    names = {step: name_of(step) for step in find_checkpoints(out / "measured" / "recovery")}
     if not names:
         return
     names[distill.max_steps] = "student"
@@ -64,7 +64,7 @@ def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
 
 
 def curve(measured: dict[int, dict[str, Any] | None], distill: DistillConfig) -> list[dict[str, Any]]:
-    """The content of `recovery.json`, of measurements by step; None: there is none."""
+    """The content of `recovery.json` from measurements by step (None: not measured)."""
     phases = training_phases(distill)
     return [
         {

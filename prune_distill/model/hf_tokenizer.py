@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from prune_distill.errors import InputError, reading
+from prune_distill.regular_files import is_lfs_pointer
 
 # Everything in a model's folder that is neither weights nor code nor prose: it goes along with the model unchanged.
 SIDE_FILES = (
@@ -29,8 +30,6 @@ SIDE_FILES = (
 # Those of them that transformers reads as JSON objects.
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 FETCH = "download the file again"
-# The first line of a pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host is of 2014).
-_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
 # A line of a vocabulary in tiktoken's format, which Llama 3 also calls tokenizer.model.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
@@ -42,14 +41,6 @@ def faults(folder: Path) -> list[str]:
             return [*_pointer_faults(folder), *_object_faults(folder), *_tokenizer_faults(folder)]
     except InputError as fault:  # permissions
         return [str(fault)]
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` has in a file's place."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return _POINTER.match(file.read(64)) is not None
 
 
 def _pointer_faults(folder: Path) -> Iterator[str]:

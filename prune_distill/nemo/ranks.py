@@ -1,4 +1,4 @@
-"""Ranks that share a stage's work with PyTorch alone: each takes a part, the first one writes."""
+"""Communication between ranks that share a stage's work, with PyTorch alone."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _exchanges = itertools.count()
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """A process group of what torchrun started, each rank on its own GPU; nothing for a single process."""
+def join_process_group() -> Iterator[None]:
+    """Joins the process group of torchrun's ranks, each rank on its own GPU; does nothing for a single process."""
     if world_size() == 1:
         yield
         return
@@ -36,7 +36,7 @@ def together() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def added_up(values: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all ranks."""
     if world_size() > 1:
         values = values.to(backend.torch_device())
@@ -61,16 +61,16 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def exchange(value: Any) -> list[Any]:
-    """Like `all_gather`, through torchrun's own store: before there is a process group.
+    """Like `all_gather`, through torchrun's store: it works before there is a process group.
 
     Args:
-        value: what JSON can hold. All ranks call this equally often, in the same order.
+        value: plain JSON data. All ranks make the same calls in the same order.
     """
     if world_size() == 1:
         return [value]
     number = next(_exchanges)
     _store().set(f"{number}/{rank()}", json.dumps(value))
-    # `get` waits until a rank has come here; what ranks do before may be the reading of a large checkpoint.
+    # `get` waits until that rank has called `set`; before it, a rank may read a large checkpoint for minutes.
     return [json.loads(_store().get(f"{number}/{other}")) for other in range(world_size())]
 
 
@@ -81,5 +81,5 @@ def _store() -> Any:
 
 
 def wait() -> None:
-    """Returns once all ranks have come here."""
+    """Returns once all ranks have called it."""
     all_gather(None)

@@ -24,27 +24,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prune_distill.config.data_files import distinct, document_files, existing, files_below, on_hub
-from prune_distill.config.load import write_atomically
+from prune_distill.atomic_files import write_text
+from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, is_on_hub
+from prune_distill.config.values import get_value
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import input_digests
-from prune_distill.pipeline.outputs import OUTPUTS, Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
+from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, STATE
+from prune_distill.pipeline.outputs import Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
 from prune_distill.pipeline.stages import STAGES, Output, Source, Stage
 from prune_distill.schema import RunConfig
 
-MANIFEST = "manifest.json"
-# Of a stage that trains, left by its last attempt: {"state": "paused" or "done", "step": N}. A paused one goes on when
-# it is started again; that a stage is complete only the manifest says.
-STATE = "state.json"
-# A file of this name in its folder asks a stage that trains to save and pause. Whoever starts a stage takes both away.
-STOP = "stop"
-# In a run's folder: its config; what it was planned to need; a line a launch (time, command).
-RESOLVED = "resolved.yaml"
-PLAN = "plan.json"
-LAUNCHES = "launches.jsonl"
-# Also there: held by its launcher, and by the stages that outlive it.
-LOCK = ".lock"
 # What readers of a manifest rely on.
 _MANIFEST_TYPES: dict[str, Any] = {
     **dict.fromkeys(("inputs", "versions", "metrics", "outputs"), dict),
@@ -75,13 +65,13 @@ class Located:
         """Whether the folder holds this stage's whole result, within the limits that the config sets for it."""
         manifest = read_manifest(self.folder, self.config_hash)
         return manifest is not None and all(
-            manifest.get("metrics", {}).get(metric, 0) <= _get(self.cfg, key)
+            manifest.get("metrics", {}).get(metric, 0) <= get_value(self.cfg, key)
             for key, metric in self.stage.limits.items()
         )
 
     def settings(self) -> dict[str, Any]:
         """Values by key that change what the stage writes without being part of its identity."""
-        shown = {key: identity_view(_get(self.cfg, key)) for key in self.stage.shows}
+        shown = {key: identity_view(get_value(self.cfg, key)) for key in self.stage.shows}
         return {**shown, **dict(_recorded(self.stage.sections, self.cfg))}
 
     def without_effect(self) -> list[str]:
@@ -124,7 +114,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
             {
                 "stage": stage.name.split(".")[0],
                 "config": {
-                    key: identity_view(_get(stage_cfg, key))
+                    key: identity_view(get_value(stage_cfg, key))
                     for key in (*stage.sections, *stage.more_sections(stage_cfg), "seed")
                 },
                 "inputs": hashes,
@@ -146,19 +136,19 @@ def _resolve(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
         return made.folder / source.path, f"{made.config_hash}/{source.path}"
     found: list[str] = []
     for pattern in source.paths:
-        matches = existing(pattern)
-        if not matches and not on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
+        matches = find_existing(pattern)
+        if not matches and not is_on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
             raise FileNotFoundError(f"{pattern!r} does not exist; set the path of what is to be read")
         found += matches or [pattern]
     if len(found) == 1 and not os.path.exists(found[0]):
         return found[0], _hash(["hub", found[0], source.revision])
     # What is named twice is read once.
-    paths = distinct(found)
-    local = iter(fingerprints([Path(path) for path in paths if not on_hub(path)], source.documents))
-    identities = [_hash(["hub", path]) if on_hub(path) else next(local) for path in paths]
+    paths = drop_duplicates(found)
+    local = iter(fingerprints([Path(path) for path in paths if not is_on_hub(path)], source.documents))
+    identities = [_hash(["hub", path]) if is_on_hub(path) else next(local) for path in paths]
     if len(source.paths) == 1 and found == [os.path.expanduser(source.paths[0])]:
         return Path(found[0]), identities[0]
-    return tuple(path if on_hub(path) else Path(path) for path in found), _hash(identities)
+    return tuple(path if is_on_hub(path) else Path(path) for path in found), _hash(identities)
 
 
 def fingerprints(paths: Sequence[Path], documents: bool = False) -> list[str]:
@@ -221,7 +211,7 @@ def _identifies(field: dataclasses.Field[Any], owner: Any) -> bool:
 def _recorded(keys: Iterable[str], cfg: RunConfig) -> Iterator[tuple[str, Any]]:
     """The fields that `prune_distill.schema.recorded` marks under some sections, by dotted key."""
     for key in keys:
-        section = _get(cfg, key)
+        section = get_value(cfg, key)
         for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
             if field.metadata.get("recorded"):
                 yield f"{key}.{field.name}", identity_view(getattr(section, field.name))
@@ -305,7 +295,7 @@ def write_manifest(
     """
     run_dir = located.folder.parent
     # Other processes of an array may still add to the metrics of work that they share.
-    names = outputs_of(located.folder, () if located.stage.trains else ("metrics.jsonl",))
+    names = outputs_of(located.folder, () if located.stage.trains else (METRICS,))
     manifest = {
         "stage": located.stage.name,
         "status": "complete",
@@ -382,7 +372,7 @@ def write_json(path: Path, value: Any) -> None:
     Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 @cache
@@ -406,13 +396,6 @@ def _word(value: Any) -> str:
     return json.dumps(value).replace(" ", "").replace('"', "")
 
 
-def _get(cfg: RunConfig, key: str) -> Any:
-    value: Any = cfg
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -430,12 +413,3 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
     else:
         removed.unlink()
-
-
-def sync(path: Path) -> None:
-    """Has the disk keep a file's content, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,30 +1,20 @@
-"""Whether complete folders still hold what their stages wrote, and what to do where they do not. No torch."""
+"""Checks that complete folders still hold what their stages wrote, and says what to do if not. No torch."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import LAUNCHES, MANIFEST, Located, is_as_written, read_manifest
-from prune_distill.pipeline.outputs import (
-    CHECKPOINTS,
-    OUTPUTS,
-    Entries,
-    crc32_of,
-    differences,
-    parse_record,
-    select,
-    share_of,
-)
+from prune_distill.pipeline.artifact import Located, is_as_written, read_manifest
+from prune_distill.pipeline.names import CHECKPOINTS, CONTEXT, LAUNCHES, MANIFEST, OUTPUTS, WEIGHTS, find_checkpoints
+from prune_distill.pipeline.outputs import Entries, crc32_of, differences, parse_record, select, share_of
 from prune_distill.pipeline.stages import Output
 
-_CHECKPOINT = re.compile(r"step=(0|[1-9]\d*)")
-# As many files of a folder are named.
+# The most files of a folder that a message names.
 MOST_FILES = 3
 
 
@@ -33,7 +23,7 @@ class Damage:
     """A folder that no longer holds what was written.
 
     Attributes:
-        folder: what has to be removed before it can be made again.
+        folder: the folder to remove before its stage can run again.
         files: what is wrong, by file.
     """
 
@@ -48,10 +38,10 @@ class Damage:
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded of a complete folder.
+    """The record of a complete folder.
 
     Attributes:
-        entries: size and CRC-32 by file; None: made before outputs were recorded.
+        entries: size and CRC-32 by file; None: the folder was made before outputs were recorded.
         faults: what is wrong with the record itself, by file.
     """
 
@@ -83,12 +73,13 @@ def damage_of(
     contents: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> Damage | None:
-    """What is wrong with a stage's complete folder; None: nothing, or nothing was recorded of it.
+    """What is wrong with a stage's complete folder; None if nothing is, or the folder has no record.
 
     Args:
-        part: the path in the folder at which is looked; `files`: patterns of the names.
-        contents: whether files are read; otherwise only presence and sizes are compared.
-        share: of several processes that share the reading, this one's number and how many there are.
+        part: the path in the folder to check.
+        files: patterns of the file names to check.
+        contents: whether to read the files; otherwise only presence and sizes are compared.
+        share: this process's number and the number of processes, if several share the reading.
     """
     record = read_record(folder)
     if record.entries is None:
@@ -102,30 +93,20 @@ def damage_of(
 
 
 def _faults(folder: Path, entries: Entries, contents: bool, share: tuple[int, int]) -> dict[str, str]:
-    """Sizes are compared by every process, contents by one."""
+    """Every process compares the sizes, one process the content of each file."""
     faults = differences(folder, entries, contents=False)
     readable = {name: entry for name, entry in share_of(entries, *share).items() if contents and name not in faults}
     return {**faults, **differences(folder, readable)}
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The folders `step=N` of a folder by step, in order; none where it does not exist. Other names are passed over."""
-    found = {}
-    for path in folder.glob("step=*"):
-        step = _CHECKPOINT.fullmatch(path.name)
-        if step is not None and path.is_dir():
-            found[int(step[1])] = path
-    return dict(sorted(found.items()))
-
-
 def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Damage | None:
-    """What is wrong with a training checkpoint, by the record that it carries; see `damage_of`.
+    """What is wrong with a training checkpoint by its own record; see `damage_of`.
 
-    One without a record was written before there were any: it has to hold weights and their context.
+    A checkpoint without a record is older than records; it must hold weights and their context.
     """
     record = checkpoint / OUTPUTS
     if not record.exists():
-        missing = [name for name in ("weights", "context") if not (checkpoint / name).is_dir()]
+        missing = [name for name in (WEIGHTS, CONTEXT) if not (checkpoint / name).is_dir()]
         return Damage(checkpoint, {f"{name}/": "is missing" for name in missing}) if missing else None
     entries = parse_record(record.read_bytes())
     if entries is None:
@@ -137,19 +118,19 @@ def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int,
 def damaged_inputs(
     located: Located, stages: Mapping[str, Located], contents: bool, share: tuple[int, int] = (0, 1)
 ) -> list[Damage]:
-    """What is wrong with that which a stage reads of the stages before it; see `damage_of`."""
+    """What is wrong with the outputs of earlier stages that a stage reads; see `damage_of`."""
     found = []
     for source in _outputs_read(located):
         folder = stages[source.stage].folder
         found.append(damage_of(folder, source.path, source.files, contents, share))
         if source.path == CHECKPOINTS:
-            checkpoints = checkpoints_in(folder / CHECKPOINTS).values()
+            checkpoints = find_checkpoints(folder / CHECKPOINTS).values()
             found += [checkpoint_damage(checkpoint, contents, share) for checkpoint in checkpoints]
     return [damage for damage in found if damage is not None]
 
 
 def refuse(damages: Iterable[Damage], run_dir: Path) -> None:
-    """Raises: InputError, where there is damage: what and where, and the command that makes it good."""
+    """Raises: InputError, if there is any damage: what, where, and the command that repairs it."""
     by_folder: dict[Path, Damage] = {}
     for damage in damages:
         before = by_folder.get(damage.folder)
@@ -161,14 +142,14 @@ def refuse(damages: Iterable[Damage], run_dir: Path) -> None:
 
 
 def unrecorded(stages: Iterable[Located]) -> str | None:
-    """A sentence on the complete stages that cannot be checked, None where there are none."""
+    """A sentence that names the complete stages that cannot be checked; None if there are none."""
     complete = [stage for stage in stages if stage.complete]
     names = sorted({stage.stage.name for stage in complete if read_record(stage.folder).entries is None})
     return f"{', '.join(names)}: made before outputs were recorded, so not checked" if names else None
 
 
 def inputs_of(located: Located, stages: Mapping[str, Located]) -> list[Located]:
-    """The stages of which a stage reads something."""
+    """The stages whose outputs a stage reads."""
     return [stages[name] for name in sorted({source.stage for source in _outputs_read(located)})]
 
 
@@ -178,7 +159,7 @@ def _outputs_read(located: Located) -> Iterator[Output]:
 
 
 def _relaunch(run_dir: Path) -> str:
-    """The command that last launched a run; without one, what to do in words."""
+    """The command that last launched a run, or a description if none is recorded."""
     try:
         last = json.loads((run_dir / LAUNCHES).read_text().splitlines()[-1])["command"]
     except (OSError, ValueError, IndexError, KeyError, TypeError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import LOCK
+from prune_distill.pipeline.names import LOCK
 
 log = logging.getLogger("prune_distill.pipeline.lock")
 

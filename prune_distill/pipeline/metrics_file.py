@@ -1,13 +1,13 @@
-"""`metrics.jsonl`: one JSON object a line, appended while a stage trains; a person can `tail -f` it. No torch."""
+"""`metrics.jsonl`: one JSON object per line, appended while a stage trains; `tail -f` shows it. No torch."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import write_text
 from prune_distill.pipeline.stage_log import parse_metrics
 
 log = logging.getLogger("recipes.metrics")
@@ -25,10 +25,10 @@ class MetricsFile:
             file.write(json.dumps(values) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drops what a training that resumes after `step` must not keep, and says so.
+        """Removes the lines that a training that resumes after `step` must not keep, and logs how many.
 
-        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and, of
-        several lines on the same step, all but the last.
+        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and all but
+        the last of several lines on the same step.
         """
         if step and not self.path.exists():
             log.warning("%s is missing: the record starts after step %d", self.path, step)
@@ -42,15 +42,13 @@ class MetricsFile:
             "that were repeated": len(earlier) - len(kept),
             "that are not metrics": len(parsed) - len(lines),
         }
-        if told := ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count):
-            log.warning("%s: lines removed: %s", self.path, told)
-        temporary = self.path.with_name(f".{self.path.name}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        if words := ", ".join(f"{count} {kind}" for kind, count in dropped.items() if count):
+            log.warning("%s: lines removed: %s", self.path, words)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, each with its integer `step`; none where it does not exist. Others are left out."""
+    """The lines of a metrics file, each with its integer `step`; none if it does not exist. Skips other lines."""
     return [line for line in map(parse_metrics, _lines(path)) if line is not None]
 
 

@@ -86,8 +86,19 @@ def _follow_parent() -> None:
     if _libc is None or not _fork.by_main_thread:
         _start_watch(lambda: os.getppid() == parent)
         return
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
+    signal_at_parents_death(signal.SIGKILL, parent)
+
+
+def signal_at_parents_death(signum: int, parent: int | None = None) -> None:
+    """Asks Linux to send this process a signal when its parent dies, however it dies. Does nothing on other systems.
+
+    Args:
+        parent: the process that is the parent; if it has died before this call, this process is killed.
+    """
+    if _libc is None:
+        return
+    _libc.prctl(PR_SET_PDEATHSIG, signum)
+    if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -104,8 +115,7 @@ def _start_watch(parent_alive: Callable[[], bool]) -> None:
 
 def end_with_torchrun() -> None:
     """Asks Linux to kill this rank when the torchrun that started it dies: no rank outlives a killed launcher."""
-    if _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_parents_death(signal.SIGKILL)
 
 
 def drop_foreign_ranks(environment: dict[str, str] | os._Environ[str]) -> None:

@@ -7,14 +7,15 @@ something of the user's.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from prune_distill.config.data_files import sources
+from prune_distill.config.values import count_ranks, replace_values
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
+from prune_distill.pipeline.names import CHECKPOINTS, HF, NEMO
 from prune_distill.schema import DocumentFormat, Engine, Init, Loss, RunConfig, TeacherSignal
 
 
@@ -75,11 +76,6 @@ def _none(_: RunConfig) -> tuple[str, ...]:
     return ()
 
 
-def world_size(cfg: RunConfig) -> int:
-    """Ranks of a distributed stage: all that the cluster section names."""
-    return cfg.cluster.nodes * cfg.cluster.devices_per_node
-
-
 @dataclass(frozen=True)
 class Stage:
     """One row of the table.
@@ -127,23 +123,12 @@ class Stage:
 
     def configure(self, cfg: RunConfig) -> RunConfig:
         """The config as this stage sees it: a copy with the variant's settings."""
-        return _changed(cfg, self.settings(cfg))
-
-
-def _changed(cfg: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    cfg = copy.deepcopy(cfg)
-    for key, value in settings.items():
-        *parents, leaf = key.split(".")
-        node: Any = cfg
-        for parent in parents:
-            node = getattr(node, parent)
-        setattr(node, leaf, value)
-    return cfg
+        return replace_values(cfg, self.settings(cfg))
 
 
 def _teacher_hf(cfg: RunConfig) -> Source:
     if cfg.model.demo is not None:
-        return Output("demo_model", "hf")
+        return Output("demo_model", HF)
     return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
 
 
@@ -166,7 +151,7 @@ def _documents(cfg: RunConfig) -> dict[str, Source]:
 
 def _search_inputs(cfg: RunConfig) -> dict[str, Source]:
     return {
-        "teacher": Output("hf_to_nemo", "nemo"),
+        "teacher": Output("hf_to_nemo", NEMO),
         "data": Output("prepare_data"),
         "importance": Output("importance"),
     }
@@ -195,7 +180,7 @@ def _task_folder(cfg: RunConfig) -> dict[str, Source]:
 def _to_prune(cfg: RunConfig) -> Source:
     """What the last round prunes: the teacher, or what the round before it left."""
     rounds = len(cfg.prune.rounds)
-    return Output(f"distill.round{rounds}" if rounds else "hf_to_nemo", "nemo")
+    return Output(f"distill.round{rounds}" if rounds else "hf_to_nemo", NEMO)
 
 
 def _importance_inputs(cfg: RunConfig) -> dict[str, Source]:
@@ -223,7 +208,7 @@ def _prune_ranks(cfg: RunConfig) -> int:
 
 def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     distill = cfg.distill
-    inputs: dict[str, Source] = {"student": Output("prune", "nemo"), "data": Output("prepare_data")}
+    inputs: dict[str, Source] = {"student": Output("prune", NEMO), "data": Output("prepare_data")}
     # As the tournament trained: from the pruned student, with a teacher that runs beside it and stays the same.
     as_in_tournament = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
     if cfg.prune.tournament is not None and as_in_tournament:
@@ -231,8 +216,8 @@ def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
     if distill.reads_signal:
         inputs["signal"] = Output("teacher_signal")
     elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
-        inputs["teacher"] = Output("hf_to_nemo", "nemo")
-        inputs["corrected_teacher"] = Output("correct_teacher", "nemo")
+        inputs["teacher"] = Output("hf_to_nemo", NEMO)
+        inputs["corrected_teacher"] = Output("correct_teacher", NEMO)
     elif distill.runs_teacher:
         inputs["teacher"] = _teacher(cfg)
     return inputs
@@ -241,23 +226,23 @@ def _distill_inputs(cfg: RunConfig) -> dict[str, Source]:
 def _teacher(cfg: RunConfig) -> Source:
     """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
     (Minitron in practice, arXiv 2408.11796)."""
-    return Output("hf_to_nemo" if cfg.distill.correct_teacher is None else "correct_teacher", "nemo")
+    return Output("hf_to_nemo" if cfg.distill.correct_teacher is None else "correct_teacher", NEMO)
 
 
 def _nemo_models(cfg: RunConfig) -> dict[str, Source]:
     """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
     which have stages of their own."""
     corrected: dict[str, Source] = (
-        {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", "nemo")}
+        {} if cfg.distill.correct_teacher is None else {"corrected_teacher": Output("correct_teacher", NEMO)}
     )
-    return {**corrected, "pruned": Output("prune", "nemo"), "student": Output("distill", "nemo")}
+    return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
 
 
 def _evaluate_inputs(cfg: RunConfig) -> dict[str, Source]:
     inputs: dict[str, Source] = {"teacher": _teacher_hf(cfg), "data": Output("prepare_data")}
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
     if cfg.evaluate.recovery:
-        inputs["checkpoints"] = Output("distill", "checkpoints")
+        inputs["checkpoints"] = Output("distill", CHECKPOINTS)
     return inputs | _task_folder(cfg)
 
 
@@ -272,7 +257,7 @@ def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
         "recipes.distill",
         ("distill",),
         _distill_inputs,
-        world_size,
+        count_ranks,
         wanted=partial(_is_control, name=name),
         settings=lambda cfg: settings,
         trains=True,
@@ -284,7 +269,7 @@ def _export_control(name: str) -> Stage:
         f"nemo_to_hf.{name}",
         "convert.nemo_to_hf",
         EXPORT,
-        lambda cfg: {"hf_model": _teacher_hf(cfg), name: Output(f"distill.{name}", "nemo")},
+        lambda cfg: {"hf_model": _teacher_hf(cfg), name: Output(f"distill.{name}", NEMO)},
         wanted=partial(_is_control, name=name),
         shows=ON_CARDS,
     )
@@ -300,7 +285,7 @@ def _evaluate_control(name: str) -> Stage:
         "recipes.evaluate",
         ("evaluate",),
         inputs,
-        world_size,
+        count_ranks,
         wanted=partial(_is_control, name=name),
         settings=lambda cfg: {"evaluate.recovery": False},
         libraries=_scoring_libraries,
@@ -310,7 +295,7 @@ def _evaluate_control(name: str) -> Stage:
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     # Figures, not weights.
     read = ("*.json", "*.jsonl")
-    return {stage.name: Output(stage.name, files=read) for stage in wanted(cfg) if stage.name != "report"}
+    return {stage.name: Output(stage.name, files=read) for stage in select_stages(cfg) if stage.name != "report"}
 
 
 def _round(number: int) -> tuple[Stage, ...]:
@@ -322,7 +307,7 @@ def _round(number: int) -> tuple[Stage, ...]:
         return len(cfg.prune.rounds) >= number
 
     def distill_inputs(cfg: RunConfig) -> dict[str, Source]:
-        return {**_distill_inputs(cfg), "student": Output(f"prune{suffix}", "nemo")}
+        return {**_distill_inputs(cfg), "student": Output(f"prune{suffix}", NEMO)}
 
     return (
         Stage(
@@ -331,7 +316,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             CALIBRATION,
             _importance_inputs,
             _calibration_ranks,
-            wanted=lambda cfg: is_wanted(cfg) and needs_importance(_changed(cfg, settings(cfg)).prune),
+            wanted=lambda cfg: is_wanted(cfg) and needs_importance(replace_values(cfg, settings(cfg)).prune),
             settings=settings,
         ),
         Stage(
@@ -348,7 +333,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             "recipes.distill",
             ("distill",),
             distill_inputs,
-            world_size,
+            count_ranks,
             wanted=is_wanted,
             settings=settings,
             trains=True,
@@ -395,7 +380,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluate.verify_tokens",),
         lambda cfg: {
             "teacher_hf": _teacher_hf(cfg),
-            "teacher_nemo": Output("hf_to_nemo", "nemo"),
+            "teacher_nemo": Output("hf_to_nemo", NEMO),
             "data": Output("prepare_data"),
         },
         wanted=_is_verified,
@@ -405,8 +390,8 @@ STAGES: tuple[Stage, ...] = (
         "correct_teacher",
         "recipes.correct_teacher",
         ("distill.correct_teacher",),
-        lambda cfg: {"teacher": Output("hf_to_nemo", "nemo"), "data": Output("prepare_data")},
-        world_size,
+        lambda cfg: {"teacher": Output("hf_to_nemo", NEMO), "data": Output("prepare_data")},
+        count_ranks,
         wanted=lambda cfg: cfg.distill.correct_teacher is not None,
         trains=True,
     ),
@@ -433,7 +418,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.tournament",
         ("prune", "distill"),
         _tournament_inputs,
-        world_size,
+        count_ranks,
         wanted=lambda cfg: cfg.prune.tournament is not None,
         trains=True,
         more_sections=lambda cfg: SCORING if _is_scored(cfg) else (),
@@ -448,11 +433,11 @@ STAGES: tuple[Stage, ...] = (
             *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.signal_top_k"),
         ),
         lambda cfg: {"teacher": _teacher(cfg), "data": Output("prepare_data")},
-        world_size,
+        count_ranks,
         wanted=lambda cfg: cfg.distill.reads_signal,
         trains=True,
     ),
-    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, world_size, trains=True),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, count_ranks, trains=True),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     Stage(
         "nemo_to_hf",
@@ -468,7 +453,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluate.verify_tokens",),
         lambda cfg: {
             "student_hf": Output("nemo_to_hf", "student"),
-            "student_nemo": Output("distill", "nemo"),
+            "student_nemo": Output("distill", NEMO),
             "data": Output("prepare_data"),
         },
         wanted=_is_verified,
@@ -478,7 +463,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.evaluate",
         ("evaluate",),
         _evaluate_inputs,
-        world_size,
+        count_ranks,
         libraries=_scoring_libraries,
     ),
     *(_evaluate_control(name) for name in CONTROLS),
@@ -494,7 +479,7 @@ STAGES: tuple[Stage, ...] = (
 )
 
 
-def wanted(cfg: RunConfig) -> list[Stage]:
+def select_stages(cfg: RunConfig) -> list[Stage]:
     """The stages that a config asks for, in the order in which they can run."""
     return [stage for stage in STAGES if stage.wanted(cfg)]
 

@@ -11,7 +11,7 @@ from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
 
 from prune_distill.model.student import AXES, EXPERT_AXES
 from prune_distill.pruning.importance import Importance
-from prune_distill.pruning.search_space import dynamic_core, give
+from prune_distill.pruning.search_space import dynamic_core, restore_scores
 
 
 def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
@@ -42,7 +42,7 @@ def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], import
             constraints={"export_config": dict(sizes)},
             dummy_input=None,
             # In the place of the forward passes over calibration text, which left these scores.
-            config={"forward_loop": lambda space: give(importance, dynamic_core(space))},
+            config={"forward_loop": lambda space: restore_scores(importance, dynamic_core(space))},
         )
     if drop_layers:
         mtp.plugins.drop_mcore_language_model_layers(model, layers_to_drop=list(drop_layers))

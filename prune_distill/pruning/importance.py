@@ -1,13 +1,12 @@
-"""Importance of layers, channels and heads, kept as safetensors.
+"""Importance of layers, channels and heads, saved as safetensors.
 
-ModelOpt keeps its scores as a pickle of one pipeline layout (modelopt/torch/opt/searcher.py:242 and
-modelopt/torch/nas/plugins/megatron.py:1576), and takes whatever a file of that name holds. Here they are plain tensors
-by layer number, which any layout takes; that they belong to the model and the data is known from the stage's folder.
+ModelOpt saves its scores as a pickle for one pipeline layout (modelopt/torch/opt/searcher.py:242 and
+modelopt/torch/nas/plugins/megatron.py:1576), and does not check whether a file belongs to the model. Here they are
+plain tensors by layer number, which any layout can load; the stage's folder ties them to the model and the data.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from prune_distill.atomic_files import replace_file
 from prune_distill.errors import InputError
 
 FILE = "importance.safetensors"
@@ -22,7 +22,7 @@ FILE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class Importance:
-    """What the forward passes of calibration left, by layer number (from 1).
+    """Scores from the forward passes of calibration, by layer number (from 1).
 
     Activations are squared means over a sequence, summed over sequences (Minitron: L2 over the batch, mean over the
     sequence); the scores are their square roots.
@@ -31,10 +31,10 @@ class Importance:
         layers: 1 - cosine similarity of a layer's input and output, summed over batches; higher is more important.
         hidden: activations of the two norms' outputs, each `[hidden_size]`.
         ffn: activations of the down projection's inputs, `[ffn_hidden_size]`; of a mixture `[experts,
-            moe_ffn_hidden_size]`, 0 of an expert that no token was sent to.
+            moe_ffn_hidden_size]`, 0 for an expert that received no token.
         heads: activations of the output projection's inputs, `[num_attention_heads * kv_channels]`.
-        experts: of a mixture, `[2, experts]`: the norms of each expert's outputs summed over its tokens, and how many
-            these were.
+        experts: of a mixture, `[2, experts]`: the norms of each expert's outputs summed over its tokens, and the number
+            of these tokens.
     """
 
     layers: dict[int, float]
@@ -54,9 +54,8 @@ class Importance:
             tensors |= {f"{n}.ffn": self.ffn[n], f"{n}.heads": self.heads[n]}
             tensors |= {f"{n}.experts": self.experts[n]} if self.experts else {}
             tensors |= {f"{n}.hidden.{index}": norm for index, norm in enumerate(self.hidden[n])}
-        partial = folder / f".{FILE}"
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / FILE)
+        with replace_file(folder / FILE) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
     @classmethod
     def load(cls, folder: Path, device: Any = "cpu") -> Importance:

@@ -1,7 +1,7 @@
-"""How long a shape takes for a forward pass on this machine: a table of measured layers, and sums from it.
+"""Estimates the time of a shape's forward pass on this machine from a table of measured layers.
 
-Every layer of a model is alike, so that a shape takes as long as its layers by themselves, and embedding and output
-layer. Between the smallest and the largest FFN a layer's time is taken to grow evenly, as its matrix products do.
+All layers of a model have the same shape, so the estimate is the sum of its layers, embedding and output layer. Between
+the smallest and the largest FFN, a layer's time is interpolated linearly, as its matrix products grow.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prune_distill.pruning.losses import without_layers
+from prune_distill.pruning.losses import skip_layers
 from prune_distill.schema import Shape
 
 LAYERS = 2
@@ -22,10 +22,10 @@ ROUNDS = 7
 
 
 class LatencyTable:
-    """Milliseconds of layers, and of what is around them, by hidden size, heads, groups and FFN; measured when asked.
+    """Milliseconds of layers, and of all else, by hidden size, heads, groups and FFN; measured on first use.
 
     Args:
-        model: a NeMo model at work on one rank, whose config and tokenizer the layers are built from.
+        model: a NeMo model on one rank; the layers are built from its config and tokenizer.
         ffns: the smallest and the largest FFN of interest.
         ids: the batch that is timed, `[b, s]`.
     """
@@ -44,7 +44,7 @@ class LatencyTable:
         return around + shape.num_layers * (layer_low + share * (layer_high - layer_low))
 
     def table(self) -> dict[str, Any]:
-        """What was measured, as plain data."""
+        """The measurements as plain data."""
         names = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         rows = [
             {**dict(zip(names, key, strict=True)), "layer_ms": layer, "around_ms": around}
@@ -57,7 +57,7 @@ class LatencyTable:
         key = (shape.hidden_size, shape.num_attention_heads, shape.num_query_groups, ffn)
         if key not in self.measured:
             core = self._build(dataclasses.replace(shape, ffn_hidden_size=ffn))
-            with without_layers(core, range(1, LAYERS + 1)):
+            with skip_layers(core, range(1, LAYERS + 1)):
                 around = _milliseconds(core, self.ids)
             self.measured[key] = (max(0.0, _milliseconds(core, self.ids) - around) / LAYERS, around)
         return self.measured[key]
@@ -72,7 +72,7 @@ class LatencyTable:
 
 
 def _milliseconds(core: Any, ids: torch.Tensor) -> float:
-    """The least of some forward passes: what else the machine does only adds to it."""
+    """The minimum over several forward passes: other work of the machine only adds to it."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     seconds = []
     with torch.no_grad():

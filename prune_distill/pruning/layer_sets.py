@@ -1,12 +1,13 @@
-"""Which layers to drop, by the loss of the model without them: a block of neighbours, or others than those at hand.
+"""Which layers to drop, by the loss of the model without them: a block of neighbors, or sets close to a given one.
 
-Scattered layers of least importance often leave a lower loss just after pruning, and lose to a block after training
-(arXiv 2408.11796): a block's own loss is compared with that of other blocks only. Summed importance would not do: each
-layer's score is its effect with all its neighbours there.
+Dropping the least important layers, wherever they are, often leaves a lower loss right after pruning, and a higher one
+after training than dropping a block (arXiv 2408.11796). So the loss of a block is only compared with that of other
+blocks. The sum of importance scores does not replace the loss: each score is the effect of one layer while all others
+are there.
 
-The set with the lowest loss is not always the one to distil: on the demo's teacher without layers 3 and 4 it is
-3.77, without 2 and 4 it is 3.84, and after 160 steps of distillation the second is 0.005 ahead. So a search tries more
-than one (`make bench-prune`).
+The set with the lowest loss is not always the best one to distill. The loss of the demo's teacher is 3.77 without
+layers 3 and 4, and 3.84 without 2 and 4; after 160 steps of distillation the second is 0.005 lower. So a search tries
+more than one set (`make bench-prune`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from prune_distill.pruning.losses import cross_entropy, forward, from_last_stage, without_layers
+from prune_distill.pruning.losses import broadcast_from_last_stage, compute_logits, cross_entropy, skip_layers
 
 
-def losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
-    """The model's loss without each set of layers; nats per token.
+def compute_losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
+    """The loss of the model without each set of layers, in nats per token.
 
     Args:
         batches: sequences `[b, s + 1]`.
@@ -29,32 +30,32 @@ def losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Se
     sums = [0.0] * len(sets)
     for batch in batches:
         for index, layers in enumerate(sets):
-            with without_layers(core, layers):
-                logits = forward(core, batch[:, :-1].contiguous())
+            with skip_layers(core, layers):
+                logits = compute_logits(core, batch[:, :-1].contiguous())
             if logits is not None:
                 sums[index] += cross_entropy(logits, batch[:, 1:])
-    return [total / tokens for total in from_last_stage(sums)]
+    return [total / tokens for total in broadcast_from_last_stage(sums)]
 
 
-def blocks(num_layers: int, length: int) -> list[list[int]]:
-    """All sets of `length` neighbours, by their first layer."""
+def list_blocks(num_layers: int, length: int) -> list[list[int]]:
+    """All sets of `length` neighboring layers, in order of their first layer."""
     return [list(range(start, start + length)) for start in range(1, num_layers - length + 2)]
 
 
-def shifted(layers: Sequence[int], num_layers: int) -> list[list[int]]:
-    """The sets in which one of the layers gives its place to a neighbour that is not among them."""
+def list_shifted(layers: Sequence[int], num_layers: int) -> list[list[int]]:
+    """The sets in which a neighbor that is not in the set replaces one of the layers."""
     found = {
         tuple(sorted({*layers, other} - {layer}))
         for layer in layers
         for other in (layer - 1, layer + 1)
         if 1 <= other <= num_layers and other not in layers
     }
-    return [list(one) for one in sorted(found)]
+    return [list(layers) for layers in sorted(found)]
 
 
-def best(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[list[int]], count: int) -> list[list[int]]:
-    """The `count` sets without which the loss is lowest, best first."""
+def find_best(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[list[int]], count: int) -> list[list[int]]:
+    """The `count` sets whose removal leaves the lowest loss, best first."""
     if not count or not sets:
         return []
-    losses = losses_without(core, batches, sets)
+    losses = compute_losses_without(core, batches, sets)
     return [layers for _, layers in sorted(zip(losses, sets, strict=True))[:count]]

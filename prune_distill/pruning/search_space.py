@@ -58,8 +58,8 @@ def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
     return importance
 
 
-def give(importance: Importance, core: Any) -> None:
-    """Sets a search space's scores to what was measured before, on this rank's layers."""
+def restore_scores(importance: Importance, core: Any) -> None:
+    """Sets the scores of a search space to those measured earlier, on this rank's layers."""
     core._activations = {}
     for layer in core.decoder.layers:
         number = layer.layer_number

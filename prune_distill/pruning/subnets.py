@@ -1,6 +1,7 @@
-"""Scores of many shapes from one model: ModelOpt's search space runs any of them forward without being cut.
+"""Scores of many shapes from one model: ModelOpt's search space runs the forward pass of any of them without pruning.
 
-All axes are sorted by importance once; a shape is then the first channels and heads of each, as ModelOpt would cut it.
+All axes are sorted by importance once. A shape then takes the first channels and heads of each axis, as ModelOpt's
+pruning does.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from modelopt.torch.nas.utils import sort_parameters
 from modelopt.torch.opt.utils import named_hparams
 
 from prune_distill.pruning.importance import Importance
-from prune_distill.pruning.losses import cross_entropy, divergence, forward, from_last_stage, without_layers
-from prune_distill.pruning.search_space import give, to_search_space
+from prune_distill.pruning.losses import (
+    broadcast_from_last_stage,
+    compute_logits,
+    cross_entropy,
+    divergence,
+    skip_layers,
+)
+from prune_distill.pruning.search_space import restore_scores, to_search_space
 from prune_distill.schema import Shape
 
 
 class Subnets:
-    """A teacher as a search space. Converts the model: it can no longer be saved or pruned."""
+    """A teacher as a search space. It converts the model, which can no longer be saved or pruned."""
 
     def __init__(self, model: Any, importance: Importance, teacher: Shape) -> None:
         self.core = to_search_space(model).eval()
         self.teacher = teacher
-        give(importance, self.core)
+        restore_scores(importance, self.core)
         sort_parameters(self.core, {"hidden_size", "ffn_hidden_size", "num_query_groups", "num_heads_per_group"})
-        # Or what is run from here on would be added to the importance, by which heads are still looked up.
+        # Otherwise further forward passes would add to the importance, which still decides the order of heads.
         for module in self.core.modules():
             for handle in [*getattr(module, "hook_handles", ()), getattr(module, "hook_handle", None)]:
                 if handle is not None:
@@ -35,10 +42,10 @@ class Subnets:
 
     @contextmanager
     def cut_to(self, shape: Shape, drop_layers: list[int]) -> Iterator[Any]:
-        """The core as if it were pruned to a shape."""
+        """Yields the core as if it were pruned to a shape."""
         self._set(shape)
         try:
-            with without_layers(self.core, drop_layers):
+            with skip_layers(self.core, drop_layers):
                 yield self.core
         finally:
             self._set(self.teacher)
@@ -53,30 +60,30 @@ class Subnets:
         for name, size in named_hparams(self.core, configurable=True):
             if name.rpartition(".")[2] in sizes:
                 size.active = sizes[name.rpartition(".")[2]]
-        # What pipeline stages hand on is allocated by it (megatron/core/pipeline_parallel/schedules.py).
+        # Its size decides the buffers that pipeline stages exchange (megatron/core/pipeline_parallel/schedules.py).
         self.core.config.hidden_size = shape.hidden_size
 
     def scores(
         self, shapes: list[tuple[Shape, list[int]]], batches: list[torch.Tensor]
     ) -> tuple[float, list[tuple[float, float]]]:
-        """The teacher's loss, and of each shape its loss and KL(teacher || shape), in nats per token.
+        """The teacher's loss, and the loss and KL(teacher || shape) of each shape, in nats per token.
 
         Args:
-            shapes: each with the layers that it drops.
-            batches: sequences `[b, s + 1]`. The teacher runs once over each, and its logits are kept no longer.
+            shapes: shapes and the layers that each of them drops.
+            batches: sequences `[b, s + 1]`. The teacher runs once over each batch; its logits are freed after it.
         """
         sums = [0.0] * (1 + 2 * len(shapes))
         tokens = sum(batch[:, 1:].numel() for batch in batches)
         for batch in batches:
             ids, targets = batch[:, :-1].contiguous(), batch[:, 1:]
-            teacher_logits = forward(self.core, ids)
+            teacher_logits = compute_logits(self.core, ids)
             if teacher_logits is not None:
                 sums[0] += cross_entropy(teacher_logits, targets)
             for index, (shape, drop_layers) in enumerate(shapes):
                 with self.cut_to(shape, drop_layers) as core:
-                    logits = forward(core, ids)
+                    logits = compute_logits(core, ids)
                 if logits is not None and teacher_logits is not None:
                     sums[1 + 2 * index] += cross_entropy(logits, targets)
                     sums[2 + 2 * index] += divergence(logits, teacher_logits)
-        whole, *pairs = [total / tokens for total in from_last_stage(sums)]
+        whole, *pairs = [total / tokens for total in broadcast_from_last_stage(sums)]
         return whole, list(zip(pairs[::2], pairs[1::2], strict=True))

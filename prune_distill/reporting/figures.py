@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prune_distill.pipeline.names import LOG
 from prune_distill.reporting.plots import COLOURS, GREY, MARKERS, SERIES, Plot
 from prune_distill.reporting.results import LABELS, headline
 from prune_distill.reporting.run_folder import StageFolder
@@ -217,7 +218,7 @@ def _span(stage: StageFolder) -> tuple[float, float] | None:
     if not stage.attempts:
         return None
     try:
-        end = (stage.folder / "log.txt").stat().st_mtime
+        end = (stage.folder / LOG).stat().st_mtime
     except OSError:
         end = stage.attempts[-1].started
     return stage.attempts[-1].started, max(end, stage.attempts[-1].started)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from prune_distill.atomic_files import write_text
 from prune_distill.reporting.blocks import Page
 from prune_distill.reporting.privacy import Privacy
 
@@ -35,12 +35,4 @@ def render(page: Page, privacy: Privacy) -> str:
 def write(page: Page, path: Path, privacy: Privacy) -> None:
     """Writes a page so that a reader sees the old one or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(render(page, privacy))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, render(page, privacy))

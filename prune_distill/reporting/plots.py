@@ -3,11 +3,11 @@ drawn. No torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prune_distill.atomic_files import replace_file
 from prune_distill.config.wording import ranges
 
 # Reads on white and on black, so that a file needs a single picture; a page has colours of its own for it.
@@ -73,9 +73,8 @@ class Plot:
 
     def save(self, path: Path) -> None:
         """Writes a file so that a reader sees the old one or the new."""
-        partial = path.with_name(f".{path.name}")
-        self.write(partial)
-        os.replace(partial, path)
+        with replace_file(path) as temporary:
+            self.write(temporary)
 
 
 def importance(table: dict[str, Any]) -> Plot:

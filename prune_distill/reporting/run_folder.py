@@ -13,13 +13,13 @@ import yaml  # type: ignore[import-untyped]
 
 from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import LAUNCHES, MANIFEST, PLAN, RESOLVED, Located, in_use, locate, read_state
+from prune_distill.pipeline.artifact import Located, in_use, locate, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import LAUNCHES, LOG, MANIFEST, METRICS, PLAN, RESOLVED
 from prune_distill.pipeline.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
-LOG = "log.txt"
 # Lines of a failed stage's log that are shown; its log has the rest.
 LINES = 8
 _STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)-[0-9a-f]{8}")
@@ -61,7 +61,7 @@ class StageFolder:
     def lines(self) -> list[dict[str, Any]]:
         """Its `metrics.jsonl`."""
         try:
-            return read_metrics(self.folder / "metrics.jsonl")
+            return read_metrics(self.folder / METRICS)
         except OSError:
             return []
 

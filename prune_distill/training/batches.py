@@ -134,7 +134,7 @@ class Batches(LightningDataModule):
         """The first micro batch of the validation set, the same on all ranks: `[b, s]` of each column."""
         dataset = self.validation._validation_ds
         items = [dataset[n] for n in range(min(self.cfg.micro_batch_size, len(dataset)))]
-        return {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels", "position_ids")}
+        return {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels")}
 
     def places(self, step: int) -> list[Place]:
         """The sequences of a step's global batch, steps counted from 0."""

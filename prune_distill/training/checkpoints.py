@@ -1,7 +1,6 @@
-"""Checkpoints of a training: how they are written whole while it goes on, which are kept, and from which it resumes.
+"""Checkpoints of a training: how they are written, which are kept, and from which one a training resumes.
 
-Each carries a record of its files (`prune_distill.pipeline.outputs`), which is verified before a training resumes
-from it.
+Each has a record of its files (`prune_distill.pipeline.outputs`), which is verified before a training resumes from it.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
 from prune_distill.nemo import ranks
-from prune_distill.pipeline.artifact import remove_folder, sync, write_json
-from prune_distill.pipeline.integrity import checkpoint_damage, checkpoints_in
+from prune_distill.pipeline.artifact import remove_folder, write_json
+from prune_distill.pipeline.integrity import checkpoint_damage
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.pipeline.outputs import OUTPUTS, Entries, digests
+from prune_distill.pipeline.names import CONTEXT, OUTPUTS, checkpoint_name, find_checkpoints
+from prune_distill.pipeline.outputs import Entries, digests
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import Training
 
@@ -33,22 +34,22 @@ _OF_RANK = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The checkpoint of the highest step (`step=N` under `checkpoints`), or None; it may be damaged."""
-    return next(reversed(checkpoints_in(checkpoints).values()), None)
+    return next(reversed(find_checkpoints(checkpoints).values()), None)
 
 
 def resume_point(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint, None where there is none at all; the same on all ranks, which share the reading.
+    """The newest undamaged checkpoint, None if there is none at all; the same on all ranks, which share the reading.
 
-    Damaged ones that are newer are renamed to `.damaged.step=N`, so that their steps can be saved again.
+    Newer checkpoints, which are damaged, are renamed to `.damaged.step=N`, so that their steps can be saved again.
 
     Raises:
-        InputError: all checkpoints are damaged. To train from the start is for the user to decide.
+        InputError: all checkpoints are damaged. Whether to train from the start is the user's decision.
     """
     # As rank 0 sees the disk; two nodes may see it differently.
-    (steps, *_) = ranks.exchange([*reversed(checkpoints_in(checkpoints))])
+    (steps, *_) = ranks.exchange([*reversed(find_checkpoints(checkpoints))])
     faults: dict[Path, str] = {}
     for step in steps:
-        checkpoint = checkpoints / f"step={step}"
+        checkpoint = checkpoints / checkpoint_name(step)
         damage = checkpoint_damage(checkpoint, share=(rank(), world_size()))
         found = [fault for fault in ranks.exchange(damage and str(damage)) if fault]
         if not found:
@@ -72,29 +73,30 @@ def _set_aside(faults: dict[Path, str], fallback: Path) -> None:
             checkpoint.rename(aside)
 
 
-def superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> list[Path]:
-    """The complete checkpoints that may go: all but the newest `keep` and the best of those that were validated.
+def select_superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> list[Path]:
+    """The complete checkpoints to delete: all but the newest `keep` and the best of those that were validated.
 
     Args:
-        val_losses: validation losses by step; empty: no best one is kept.
+        val_losses: validation losses by step; empty: the best one is not kept.
     """
-    complete = checkpoints_in(checkpoints)
+    complete = find_checkpoints(checkpoints)
     best = min(complete.keys() & val_losses.keys(), key=val_losses.__getitem__, default=None)
     return [complete[step] for step in list(complete)[:-keep] if step != best]
 
 
 class Checkpoints(Callback):
-    """Saves NeMo checkpoints that are either whole or not there, and the final model.
+    """Saves NeMo checkpoints that are either complete or absent, and the final model.
 
-    NeMo's `ModelCheckpoint` writes under the final name with a marker file beside it, writes `-last` a second time, and
-    keeps none with `save_top_k=1, save_last=False` (nemo/lightning/pytorch/callbacks/model_checkpoint.py). Here a
-    checkpoint is written under a hidden name and renamed once every rank is done: with `cfg.async_save` a few steps
-    later, at most one being under way (NeMo's AsyncFinalizerCallback asks after every step whether it is).
+    NeMo's `ModelCheckpoint` writes under the final name next to a marker file, writes `-last` a second time, and keeps
+    none with `save_top_k=1, save_last=False` (nemo/lightning/pytorch/callbacks/model_checkpoint.py). Here a checkpoint
+    is written under a hidden name and renamed when every rank is done. With `cfg.async_save` this is a few steps later;
+    at most one checkpoint is being written (NeMo's AsyncFinalizerCallback checks after every step whether it is done).
 
     Args:
-        folder: takes `step=N`, the newest `cfg.keep_checkpoints` of them and the best, with the optimizer's state.
-        final: takes the model after the last step and its validation, weights only.
-        metrics: the file with the validation losses.
+        folder: where `step=N` are written, with the optimizer's state; the newest `cfg.keep_checkpoints` and the best
+            are kept.
+        final: where the model after the last step and its validation is written, weights only.
+        metrics: the file that has the validation losses.
     """
 
     def __init__(self, cfg: Training, folder: Path, final: Path, metrics: Path) -> None:
@@ -118,13 +120,13 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def save(self, trainer: Any) -> None:
-        """Has a checkpoint written of the step that has just ended."""
+        """Writes a checkpoint of the step that has just ended."""
         step = trainer.global_step
-        # Not by looking at the disk, which two nodes may see differently.
+        # The disk does not tell: two nodes may see it differently.
         if step == self.saved:
             return
         self.saved = step
-        self._write(trainer, self.folder / f"step={step}", weights_only=False)
+        self._write(trainer, self.folder / checkpoint_name(step), weights_only=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.global_step >= self.cfg.max_steps:
@@ -143,7 +145,7 @@ class Checkpoints(Callback):
             partial.mkdir(parents=True)
         trainer.strategy.barrier()
         if rank() == 0:
-            TrainerContext.from_trainer(trainer).io_dump(partial / "context", yaml_attrs=["model"])
+            TrainerContext.from_trainer(trainer).io_dump(partial / CONTEXT, yaml_attrs=["model"])
 
         def declare() -> None:
             self._declare(trainer, partial, target, weights_only)
@@ -155,12 +157,12 @@ class Checkpoints(Callback):
             declare()
 
     def _finish(self, trainer: Any) -> None:
-        """Waits, on every rank, until nothing is being written any more."""
+        """Waits, on every rank, until no checkpoint is being written."""
         if self.cfg.async_save:
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
     def _declare(self, trainer: Any, partial: Path, target: Path, weights_only: bool) -> None:
-        """Renames what every rank has written, and removes what is no longer kept."""
+        """Renames the checkpoint that every rank has written, and removes those that are no longer kept."""
         trainer.strategy.barrier()
         # The stage's own record covers the final model.
         record = None if weights_only else _record(partial)
@@ -169,7 +171,7 @@ class Checkpoints(Callback):
                 write_json(partial / OUTPUTS, record)
             for path in (*partial.rglob("*"), partial):
                 sync(path)
-            if os.path.lexists(target):  # nothing that this training saved: it resumed before that step
+            if os.path.lexists(target):  # not from this training, which resumed before that step
                 remove_folder(target)
             os.replace(partial, target)
             sync(target.parent)
@@ -179,12 +181,12 @@ class Checkpoints(Callback):
     def _prune(self) -> None:
         lines = read_metrics(self.metrics) if self.cfg.keep_best else []
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-        for old in superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
+        for old in select_superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
             remove_folder(old)
 
 
 def _record(checkpoint: Path) -> Entries:
-    """Size and CRC-32 of a checkpoint's files, on every rank: each reads what it has just written itself."""
+    """Size and CRC-32 of a checkpoint's files, on every rank; each rank reads the files that it has just written."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     names = [path.relative_to(checkpoint).as_posix() for path in files]
     entries: Entries = {}
@@ -194,6 +196,6 @@ def _record(checkpoint: Path) -> Entries:
 
 
 def _writer_of(name: str) -> int:
-    """The rank that wrote a file of a checkpoint: rank 0 what no other did."""
+    """The rank that wrote a file of a checkpoint; rank 0 unless the name tells another."""
     found = _OF_RANK.fullmatch(name)
     return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""A training ends at the first loss that is not finite or far too high, before anything of it is saved."""
+"""Ends a training at the first loss that is not finite or far too high, before anything of that step is saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import Callback
 
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import CHECKPOINTS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.training.checkpoints import newest_checkpoint
@@ -18,10 +19,10 @@ from prune_distill.training.checkpoints import newest_checkpoint
 if TYPE_CHECKING:
     from prune_distill.training.batches import Batches
 
-# Losses that the median is taken of, and how many there have to be before a loss is held against it.
+# Losses in the median, and how many are needed before a loss is compared with it.
 WINDOW = 50
 LEAST = 10
-# As many documents are named in a message.
+# The most documents that a message names.
 NAMED = 100
 # What Megatron raises in the backward pass, on the rank whose gradients are not finite
 # (megatron/core/distributed/param_and_grad_buffer.py:188 and :197).
@@ -29,11 +30,11 @@ GRADIENTS = "in local grad norm for bucket"
 
 
 class LossGuard(Callback):
-    """Looks at every step's loss before it is recorded or saved.
+    """Checks the loss of every step before it is recorded or saved.
 
-    Rank 0 alone does: it has the loss (nemo/lightning/pytorch/strategies/megatron_strategy.py:846 sends it there from
-    the last pipeline stage) and reads a number back from the device at each step anyway (`StopFile`), and it alone
-    declares checkpoints whole. Where it ends, torchrun ends the others.
+    Only rank 0 checks it: it has the loss (nemo/lightning/pytorch/strategies/megatron_strategy.py:846 sends it there
+    from the last pipeline stage), reads a number back from the device at each step anyway (`StopFile`), and is the rank
+    that declares checkpoints complete. When it ends, torchrun ends the others.
 
     Args:
         out: the stage's folder.
@@ -48,25 +49,25 @@ class LossGuard(Callback):
         if rank() != 0:
             return
         loss = float(trainer.callback_metrics["reduced_train_loss"])
-        if fault := fault_of(loss, self.losses, self.cfg.max_loss_ratio):
+        if fault := find_loss_fault(loss, self.losses, self.cfg.max_loss_ratio):
             raise self.error(trainer.global_step - 1, fault)
         self.losses.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last losses go with the checkpoint, so that a resumed run judges as an unbroken one does."""
+        """The last losses are saved in checkpoints, so that a resumed run decides as an uninterrupted one does."""
         return {"losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.losses.extend(state_dict["losses"])
 
     def error(self, step: int, fault: str) -> InputError:
-        """The message on a step, counted from 0: what is wrong, with which documents, and how to go on."""
+        """The error of a step, counted from 0: what is wrong, in which documents, and how to continue."""
         number = step + 1
         documents = self.batches.documents(step)
         named = ", ".join(map(str, documents[:NAMED])) + (" and more" if len(documents) > NAMED else "")
         spans = [*self.cfg.skip_steps, [number, number]]
         skip = f"{self.key}.skip_steps='{spans}'".replace(" ", "")
-        newest = newest_checkpoint(self.out / "checkpoints")
+        newest = newest_checkpoint(self.out / CHECKPOINTS)
         resumes = "the start" if newest is None else newest.name
         return InputError(
             f"step {number}: {fault}. Nothing of it was saved. Its batch is made of {len(documents)} training documents"
@@ -76,12 +77,12 @@ class LossGuard(Callback):
         )
 
 
-def fault_of(loss: float, losses: deque[float], max_ratio: float | None) -> str | None:
-    """What is wrong with a loss, None where nothing is.
+def find_loss_fault(loss: float, losses: deque[float], max_ratio: float | None) -> str | None:
+    """What is wrong with a loss; None if nothing is.
 
     Args:
-        losses: those of the steps before it.
-        max_ratio: how many times their median it may be; None: any.
+        losses: the losses of the steps before it.
+        max_ratio: the largest ratio to their median; None: no limit.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"

@@ -28,14 +28,15 @@ from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.start_check import StartCheck, check_resumed
 from prune_distill.nemo.token_loss import average_over_tokens
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import CHECKPOINTS, METRICS, NEMO
 from prune_distill.pipeline.stage_main import PausedError, world_size
 from prune_distill.schema import Recompute, Training
 from prune_distill.schema.phases import spare_batches, training_phases, training_tokens
 from prune_distill.training.batches import Batches, UsePhase
 from prune_distill.training.checkpoints import Checkpoints, resume_point
 from prune_distill.training.loss_guard import GRADIENTS, LossGuard
+from prune_distill.training.metrics import MetricsWriter
 from prune_distill.training.optimizer import connect_optimizer
-from prune_distill.training.progress import Progress
 from prune_distill.training.stop_file import StopFile
 
 log = logging.getLogger("recipes.training")
@@ -78,17 +79,17 @@ def train(
         PausedError: a stop file ended it early; it goes on from there the next time.
     """
     check(cfg, data)
-    if not (out / "nemo").exists():
+    if not (out / NEMO).exists():
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
-        resumed = resume_point(out / "checkpoints")
+        resumed = resume_point(out / CHECKPOINTS)
         if resumed is not None:
             check_resumed(model.config, resumed)
         batches = Batches(model.tokenizer, data, out, cfg, seed, signal)
         guard = LossGuard(cfg, batches, out, key)
-        saver = Checkpoints(cfg, out / "checkpoints", out / "nemo", out / "metrics.jsonl")
+        saver = Checkpoints(cfg, out / CHECKPOINTS, out / NEMO, out / METRICS)
         # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
-        own: list[Callback] = [UsePhase(batches), guard, Progress(cfg, out, meter), saver]
+        own: list[Callback] = [UsePhase(batches), guard, MetricsWriter(cfg, out, meter), saver]
         own += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
         trainer = _trainer(cfg, [*own, *callbacks])
         if validate_first and resumed is None:
@@ -103,7 +104,7 @@ def train(
         _fit(trainer, model, batches, resumed, guard)
         if trainer.global_step < cfg.max_steps:
             raise PausedError(f"paused at step {trainer.global_step} of {cfg.max_steps}")
-    return _summary(cfg, out / "metrics.jsonl")
+    return _summary(cfg, out / METRICS)
 
 
 def _fit(trainer: nl.Trainer, model: llm.GPTModel, batches: Batches, resumed: Path | None, guard: LossGuard) -> None:

@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.artifact import LOCK, Located, read_manifest, write_json
+from prune_distill.pipeline.artifact import Located, read_manifest, write_json
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import LOCK
 from prune_distill.pipeline.stage_log import attempts
 from tests.helpers import tiny
 

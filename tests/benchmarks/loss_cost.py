@@ -39,12 +39,13 @@ def main() -> None:
 def _ours() -> Any:
     import torch
 
-    from prune_distill.distillation.kd_loss import Head, LossSpec, distillation_loss
+    from prune_distill.distillation.kd_loss import Head, distillation_loss
+    from prune_distill.schema import KdConfig
 
     def loss(student: Any, teacher: Any) -> Any:
         heads = [Head(states.flatten(0, 1), weight) for states, weight in (student, teacher)]
         tokens = heads[0].hidden.shape[0]
-        total, _ = distillation_loss(*heads, None, torch.ones(tokens), LossSpec())
+        total, _ = distillation_loss(*heads, None, torch.ones(tokens), KdConfig())
         return total / tokens
 
     return loss

@@ -22,7 +22,7 @@ def main(config: Path) -> None:
     from prune_distill.pipeline.artifact import locate
     from prune_distill.pruning.cutting import cut, sizes_for_modelopt
     from prune_distill.pruning.importance import Importance
-    from prune_distill.pruning.losses import cross_entropy, forward, held_out_batches
+    from prune_distill.pruning.losses import compute_logits, cross_entropy, held_out_batches
 
     cfg = load_resolved(config)
     located = locate(cfg)
@@ -37,7 +37,7 @@ def main(config: Path) -> None:
         core = nemo_api.core_model(model).eval()
         total = 0.0
         for batch in batches:
-            logits = forward(core, batch[:, :-1].contiguous())
+            logits = compute_logits(core, batch[:, :-1].contiguous())
             assert logits is not None
             total += cross_entropy(logits, batch[:, 1:])
         tokens = sum(batch[:, 1:].numel() for batch in batches)

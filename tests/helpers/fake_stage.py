@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 from prune_distill.config.load import load_resolved
-from prune_distill.pipeline.artifact import STATE, STOP, locate, read_state, write_json, write_manifest
+from prune_distill.config.values import count_ranks
+from prune_distill.pipeline.artifact import locate, read_state, write_json, write_manifest
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
+from prune_distill.pipeline.names import STATE, STOP
 from prune_distill.pipeline.processes import end_with_torchrun
-from prune_distill.pipeline.stages import Output, Source, Stage, world_size
+from prune_distill.pipeline.stages import Output, Source, Stage
 
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"
@@ -37,7 +39,7 @@ TABLE = (
     Stage("aside", MODULE, ("prune",), lambda cfg: _after("first")),
     Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report"),
 )
-DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, world_size, trains=True),)
+DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, count_ranks, trains=True),)
 
 
 def _act(action: str, folder: Path) -> None:

@@ -106,11 +106,11 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     """Without the factor of the temperature's square, which upstream leaves out."""
     import torch
 
-    from prune_distill.distillation.kd_loss import Head, LossSpec, distillation_loss
-    from prune_distill.schema import Divergence
+    from prune_distill.distillation.kd_loss import Head, distillation_loss
+    from prune_distill.schema import Divergence, KdConfig
 
     divergence = Divergence.reverse_kl if case.reverse else Divergence.forward_kl
-    spec = LossSpec(divergence, case.temperature, kd_weight=case.temperature**-2, chunk_tokens=20)
+    spec = KdConfig(divergence, case.temperature, kd_weight=case.temperature**-2, chunk_tokens=20)
     heads = [Head(states.flatten(0, 1), weight) for states, weight in (student, teacher)]
     total, _ = distillation_loss(*heads, None, mask.flatten(), spec, torch.distributed.group.WORLD)
     return total / mask.sum()

@@ -47,9 +47,9 @@ def compare(teacher: Path, importance: Path, out: Path, jobs: list[dict[str, Any
         state = {name: value.clone() for name, value in core.state_dict().items() if torch.is_tensor(value)}
         kept = nemo_api.kept_layers(core)
         # A pruned model still runs.
-        from prune_distill.pruning.losses import forward
+        from prune_distill.pruning.losses import compute_logits
 
-        logits = forward(core.eval(), ids)
+        logits = compute_logits(core.eval(), ids)
         assert logits is None or torch.isfinite(logits).all()
         del trainer
         return state, kept
@@ -70,11 +70,11 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
 
     from prune_distill.nemo import nemo_api
     from prune_distill.pipeline.stage_main import rank, world_size
-    from prune_distill.pruning.search_space import dynamic_core, give, to_search_space
+    from prune_distill.pruning.search_space import dynamic_core, restore_scores, to_search_space
 
     model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=world_size(), modelopt_spec=True)
     to_search_space(model)
-    give(scores, dynamic_core(model))
+    restore_scores(scores, dynamic_core(model))
     activations, layers = dynamic_core(model).get_activations_and_layer_scores()
     if rank() == 0:
         torch.save({"activations_per_rank": activations, "layer_scores": layers}, path)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.config.load import compose, save_resolved
-from prune_distill.pipeline.artifact import LAUNCHES, PLAN, RESOLVED, write_json
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import LAUNCHES, PLAN, RESOLVED
 
 STARTED = 1_795_506_164.0
 MODELS = {"teacher": 3.58, "pruned": 3.72, "student": 3.547, "ce": 3.581}

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from prune_distill.model.student import AXES
-from prune_distill.pipeline.artifact import STOP, Located, read_manifest
+from prune_distill.pipeline.artifact import Located, read_manifest
+from prune_distill.pipeline.names import STOP
 from prune_distill.pruning.finalists import name_of
 from tests.helpers import corruption, tiny, tolerance
 

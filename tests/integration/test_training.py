@@ -236,7 +236,7 @@ def test_a_teacher_that_does_no_better_than_chance_is_refused(
     record_again(stage.inputs["data"], ["validation.bin"])
     failed = train(stage)
     assert failed.returncode == (1 if layout else 2), failed.stderr[-4000:]
-    found = re.search(r"error: the teacher's loss .* is ([\d.]+) nats a token, no better than chance", failed.stderr)
+    found = re.search(r"error: the teacher's loss .* is ([\d.]+) nats per token, no better than chance", failed.stderr)
     assert found, failed.stderr[-4000:]
     assert float(found[1]) > math.log(tiny.SHAPE["vocab_size"])
 

@@ -16,7 +16,7 @@ import pytest
 
 from launch.environment import ROOT
 from launch.queue import active, submitted
-from prune_distill.pipeline.artifact import STATE
+from prune_distill.pipeline.names import STATE
 from tests.helpers import slurm_cluster
 from tests.helpers.fake_stage import PLAN
 

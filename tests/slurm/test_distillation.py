@@ -13,7 +13,7 @@ from launch.status import status
 from prune_distill.config.load import load_resolved
 from prune_distill.pipeline.artifact import read_state
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.pipeline.stages import wanted
+from prune_distill.pipeline.stages import select_stages
 from tests.helpers import tiny
 from tests.slurm.conftest import PATIENCE, SITE, WARNED_EARLY, Chain, slurm
 
@@ -53,7 +53,7 @@ def unbroken(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_of_the_demo_as_a_job_down_to_the_report(unbroken: Path) -> None:
     stages = status(unbroken)
-    of_run = [stage.name for stage in wanted(load_resolved(unbroken / "resolved.yaml"))]
+    of_run = [stage.name for stage in select_stages(load_resolved(unbroken / "resolved.yaml"))]
     assert [stage.stage for stage in stages] == of_run
     assert {stage.state for stage in stages} == {"complete"}, Chain(unbroken).told()
     # A job each, and none that was started twice.

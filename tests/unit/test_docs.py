@@ -28,7 +28,7 @@ from launch.run import read_arguments
 from prune_distill.config.composition import sweep
 from prune_distill.config.load import compose
 from prune_distill.config.rules.slurm import HUB_FOLDERS
-from prune_distill.pipeline.stages import STAGES, find, wanted
+from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import RunConfig
 from tests.conftest import QWEN3
 from tests.helpers.hf_folders import complete
@@ -189,7 +189,7 @@ class Checker:
         jobs = sweep(args.overrides, args.config_dir) if args.multirun else [args.overrides]
         for job in jobs:
             cfg = compose(job, check_files=args.cfg is None, config_dir=args.config_dir)
-            assert args.until in {None, *(stage.name for stage in wanted(cfg))}
+            assert args.until in {None, *(stage.name for stage in select_stages(cfg))}
 
     def parse(self, module: str, arguments: list[str]) -> argparse.Namespace:
         """Parses a command line with the module's own parser: runs the module until it has parsed its arguments."""

@@ -13,11 +13,11 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
-    distinct,
     document_files,
-    existing,
+    drop_duplicates,
+    find_existing,
+    is_on_hub,
     key_of,
-    on_hub,
     packing,
     sources,
     unreadable,
@@ -91,7 +91,7 @@ def formats(cfg: RunConfig) -> Iterator[str]:
     if cfg.data.mask_prompts and DocumentFormat.chat not in kinds:
         yield "data.mask_prompts=True needs data of format=chat; set data.mask_prompts=false, or data.format=chat"
     for key, pattern in _patterns(cfg):
-        if on_hub(pattern) and not HUB.fullmatch(pattern):
+        if is_on_hub(pattern) and not HUB.fullmatch(pattern):
             yield f"{key} holds {pattern!r}; write hf://datasets/OWNER/NAME[@REVISION]/GLOB"
 
 
@@ -101,7 +101,7 @@ RULES: tuple[Rule, ...] = (which, each, weights, formats)
 def missing(cfg: RunConfig) -> Iterator[str]:
     absent: dict[str, list[str]] = {}
     for key, pattern in _patterns(cfg):
-        if not on_hub(pattern) and not existing(pattern):
+        if not is_on_hub(pattern) and not find_existing(pattern):
             absent.setdefault(key, []).append(pattern)
     for key, names in absent.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -125,7 +125,11 @@ def leaks(cfg: RunConfig) -> Iterator[str]:
     validation = _files(known.pop(VALIDATION))
     for key, source in known.items():
         trained = _files(source)
-        shared = len(distinct(trained)) + len(distinct(validation)) - len(distinct([*trained, *validation]))
+        shared = (
+            len(drop_duplicates(trained))
+            + len(drop_duplicates(validation))
+            - len(drop_duplicates([*trained, *validation]))
+        )
         # What both name by the same pattern is reported from the config alone.
         if shared and not set(source.files) & set(cfg.data.validation or ()):
             yield (
@@ -148,7 +152,7 @@ def _sources(cfg: RunConfig) -> dict[str, DataSource]:
 
 def _files(source: DataSource) -> list[str]:
     """The local files that a source names; a folder itself if nothing in it can hold documents."""
-    paths = [path for pattern in source.files if not on_hub(pattern) for path in existing(pattern)]
+    paths = [path for pattern in source.files if not is_on_hub(pattern) for path in find_existing(pattern)]
     return [file for path in paths for file in document_files([path]) or [path]]
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import cast
 
-from prune_distill.config.data_files import existing, on_hub
+from prune_distill.config.data_files import find_existing, is_on_hub
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.schema import RunConfig, SlurmConfig
 from prune_distill.units import seconds_of_time_limit
@@ -227,7 +227,7 @@ def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     patterns = {f"data.{key}": getattr(cfg.data, key) or [] for key in ("train", "validation")}
     patterns |= {f"data.sources.{name}.files": source.files for name, source in (cfg.data.sources or {}).items()}
     for key, names in patterns.items():
-        files = [absolute(file) for name in names if not on_hub(name) for file in existing(name)]
+        files = [absolute(file) for name in names if not is_on_hub(name) for file in find_existing(name)]
         found = sorted({*files, *(target for file in files for target in _link_targets(file))})
         for path in {os.path.dirname(file): file for file in reversed(found)}.values():
             yield key, path

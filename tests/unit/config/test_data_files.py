@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.data_files import distinct, document_files, existing, files_below, unreadable
+from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, unreadable
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 
@@ -34,15 +34,15 @@ HIDDEN = ("._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "sub/.b.jsonl", 
 @pytest.mark.parametrize("pattern", [".", "*.jsonl", "**/*.jsonl", "**", "*", "{}"])
 def test_hidden_files_are_not_data(data: Path, pattern: str) -> None:
     make(data, "a.jsonl", "sub/b.jsonl", *HIDDEN)
-    found = distinct(document_files(existing(str(data) if pattern == "{}" else str(data / pattern))))
+    found = drop_duplicates(document_files(find_existing(str(data) if pattern == "{}" else str(data / pattern))))
     expected = ["a.jsonl"] if pattern == "*.jsonl" else ["a.jsonl", "sub/b.jsonl"]
     assert sorted(map(os.path.realpath, found)) == [str(data / name) for name in expected]
 
 
 def test_hidden_names_that_are_spelled_out_are_read(data: Path) -> None:
     make(data, *HIDDEN)
-    assert existing(str(data / ".ipynb_checkpoints" / "*.jsonl")) == [str(data / HIDDEN[1])]
-    assert document_files(existing(str(data / HIDDEN[0]))) == [str(data / HIDDEN[0])]
+    assert find_existing(str(data / ".ipynb_checkpoints" / "*.jsonl")) == [str(data / HIDDEN[1])]
+    assert document_files(find_existing(str(data / HIDDEN[0]))) == [str(data / HIDDEN[0])]
     assert document_files([str(data / "sub" / ".cache")]) == [str(data / HIDDEN[3])]
 
 
@@ -57,15 +57,15 @@ def test_what_exists_is_taken_literally(data: Path) -> None:
         "[v1]/**/a.jsonl": ["[v1]/a.jsonl"],
         "[v2]/*.jsonl": [],
     }.items():
-        assert names(existing(str(data / pattern)), data) == expected
+        assert names(find_existing(str(data / pattern)), data) == expected
 
 
 def test_relative_patterns(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(data, "a.jsonl", "sub/b.jsonl")
     monkeypatch.chdir(data)
-    assert existing("*.jsonl") == ["a.jsonl"]
-    assert existing("sub/*") == ["sub/b.jsonl"]
-    assert names(existing("**/*.jsonl"), Path()) == ["a.jsonl", "sub/b.jsonl"]
+    assert find_existing("*.jsonl") == ["a.jsonl"]
+    assert find_existing("sub/*") == ["sub/b.jsonl"]
+    assert names(find_existing("**/*.jsonl"), Path()) == ["a.jsonl", "sub/b.jsonl"]
     assert names(document_files(["."]), Path()) == ["a.jsonl", "sub/b.jsonl"]
 
 
@@ -79,7 +79,7 @@ def test_linked_folders_are_followed_and_read_once(data: Path, tmp_path: Path) -
     (data / "sub" / "loop").symlink_to(data)
     expected = ["a.jsonl", "linked/c.jsonl", "sub/b.jsonl"]
     assert names(files_below(str(data)), data) == expected
-    assert names(existing(str(data / "**" / "*.jsonl")), data) == expected
+    assert names(find_existing(str(data / "**" / "*.jsonl")), data) == expected
 
 
 def test_a_file_that_is_named_twice_is_kept_once(data: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_file_that_is_named_twice_is_kept_once(data: Path) -> None:
     (data / "link.jsonl").symlink_to("a.jsonl")
     os.link(data / "b.jsonl", data / "hard.jsonl")
     paths = [str(data / name) for name in ("link.jsonl", "b.jsonl", "a.jsonl", "hard.jsonl", "b.jsonl")]
-    assert distinct([*paths, f"{data}/../data/a.jsonl", "absent"]) == [paths[0], paths[1], "absent"]
+    assert drop_duplicates([*paths, f"{data}/../data/a.jsonl", "absent"]) == [paths[0], paths[1], "absent"]
 
 
 def test_a_folder_that_cannot_be_listed_is_not_skipped(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

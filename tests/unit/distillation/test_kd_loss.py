@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_distill.distillation.kd_loss import Head, LossSpec, TopK, Vocabulary, distillation_loss, top_k_of
-from prune_distill.schema import Divergence
+from prune_distill.distillation.kd_loss import Head, TopK, Vocabulary, distillation_loss, top_k_of
+from prune_distill.schema import Divergence, KdConfig
 from tests.helpers.ranks import run_ranks
 
 # 37 tokens in chunks of 8: the last one is shorter. 61 entries: an odd vocabulary.
@@ -20,18 +20,18 @@ TOKENS, STUDENT, TEACHER, VOCABULARY = 37, 12, 20, 61
 # and reverse KL and Jensen-Shannon multiply it by a logarithm.
 CLOSE = 3e-6
 SPECS = [
-    *(LossSpec(divergence, temperature) for divergence, temperature in itertools.product(Divergence, (1.0, 2.5))),
-    LossSpec(lm_weight=0.3),
-    LossSpec(temperature=2.0, kd_weight=0.7, lm_weight=0.3),
-    LossSpec(Divergence.jensen_shannon, temperature=2.0, kd_weight=0.7, lm_weight=0.3),
-    LossSpec(kd_weight=0.0, lm_weight=1.0),
-    LossSpec(top_k=7),
-    LossSpec(top_k=7, temperature=1.5, lm_weight=0.2),
-    LossSpec(top_k=VOCABULARY - 1),
+    *(KdConfig(divergence, temperature) for divergence, temperature in itertools.product(Divergence, (1.0, 2.5))),
+    KdConfig(lm_weight=0.3),
+    KdConfig(temperature=2.0, kd_weight=0.7, lm_weight=0.3),
+    KdConfig(Divergence.jensen_shannon, temperature=2.0, kd_weight=0.7, lm_weight=0.3),
+    KdConfig(kd_weight=0.0, lm_weight=1.0),
+    KdConfig(top_k=7),
+    KdConfig(top_k=7, temperature=1.5, lm_weight=0.2),
+    KdConfig(top_k=VOCABULARY - 1),
 ]
 
 
-def ids(spec: LossSpec) -> str:
+def ids(spec: KdConfig) -> str:
     return "-".join(str(getattr(value, "value", value)) for value in dataclasses.astuple(spec)[:5])
 
 
@@ -51,7 +51,7 @@ def tensors(seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
     }
 
 
-def plain(given: dict[str, Tensor], spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+def plain(given: dict[str, Tensor], spec: KdConfig) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss and its gradients by hidden states and weight, in float64."""
     hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
     logits = hidden @ weight.t()
@@ -81,7 +81,7 @@ def _in_part(log_probs: Tensor, chosen: Tensor) -> Tensor:
     return torch.cat([log_probs.gather(-1, chosen), rest], -1)
 
 
-def chunked(given: dict[str, Tensor], spec: LossSpec, teacher: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def chunked(given: dict[str, Tensor], spec: KdConfig, teacher: Any = None) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = teacher or Head(given["teacher_hidden"], given["teacher_weight"])
     total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec)
@@ -98,14 +98,14 @@ def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_loss_and_gradients_are_those_of_the_plain_one(spec: LossSpec) -> None:
+def test_loss_and_gradients_are_those_of_the_plain_one(spec: KdConfig) -> None:
     given = tensors()
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=8)), plain(given, spec))
 
 
 @pytest.mark.parametrize("chunk", [1, 36, 37, 1000])
 def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
-    given, spec = tensors(), LossSpec(lm_weight=0.5)
+    given, spec = tensors(), KdConfig(lm_weight=0.5)
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=chunk)), plain(given, spec))
 
 
@@ -119,7 +119,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_losses_of_tokens_are_not_masked_and_carry_no_gradient() -> None:
-    given, spec = tensors(), LossSpec(temperature=2.0, lm_weight=0.5, chunk_tokens=8)
+    given, spec = tensors(), KdConfig(temperature=2.0, lm_weight=0.5, chunk_tokens=8)
     student = Head(given["hidden"].requires_grad_(), given["weight"].requires_grad_())
     teacher = Head(given["teacher_hidden"], given["teacher_weight"])
     total, tokens = distillation_loss(student, teacher, given["labels"], given["mask"], spec)
@@ -130,7 +130,7 @@ def test_losses_of_tokens_are_not_masked_and_carry_no_gradient() -> None:
 
 
 def test_without_gradients_the_losses_are_the_same() -> None:
-    given, spec = tensors(), LossSpec(lm_weight=0.5, chunk_tokens=8)
+    given, spec = tensors(), KdConfig(lm_weight=0.5, chunk_tokens=8)
     heads = Head(given["hidden"], given["weight"]), Head(given["teacher_hidden"], given["teacher_weight"])
     with torch.no_grad():
         total, _ = distillation_loss(*heads, given["labels"], given["mask"], spec)
@@ -140,7 +140,7 @@ def test_without_gradients_the_losses_are_the_same() -> None:
 
 def test_a_stored_signal_gives_what_the_live_teacher_gives() -> None:
     given = tensors()
-    spec = LossSpec(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
+    spec = KdConfig(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
     logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
     stored = top_k_of(logits - logits.amax(-1, keepdim=True), 9, Vocabulary(VOCABULARY))
     assert_close(chunked(given, dataclasses.replace(spec, top_k=None), stored), plain(given, spec))
@@ -160,7 +160,7 @@ def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
     teacher = TopK(
         torch.arange(3).repeat(TOKENS, 1), torch.full((TOKENS, 3), 1 / 3).log(), torch.full((TOKENS,), -torch.inf)
     )
-    total, *gradients = chunked(given, LossSpec(), teacher)
+    total, *gradients = chunked(given, KdConfig(), teacher)
     logits = given["hidden"] @ given["weight"].t()
     expected = (-torch.log_softmax(logits, -1)[:, :3].mean(-1) + torch.tensor(1 / 3).log()) * given["mask"]
     torch.testing.assert_close(total, expected.sum())
@@ -169,7 +169,7 @@ def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
 
 def test_bf16_weights_give_gradients_of_their_type() -> None:
     given = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors().items()}
-    spec = LossSpec(lm_weight=0.5, chunk_tokens=8)
+    spec = KdConfig(lm_weight=0.5, chunk_tokens=8)
     total, of_hidden, of_weight = chunked(given, spec)
     assert total.dtype is torch.float32
     assert of_hidden.dtype is of_weight.dtype is torch.bfloat16
@@ -181,7 +181,7 @@ def test_bf16_weights_give_gradients_of_their_type() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
-    given, spec = tensors(), LossSpec()
+    given, spec = tensors(), KdConfig()
     weight = torch.nn.Parameter(given["weight"].clone())
     weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
     assert_close((weight.main_grad - 1,), plain(given, spec)[2:])  # type: ignore[attr-defined]
 
 
-def sliced(specs: list[LossSpec]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """On each rank: the loss, the gradient of the hidden states summed over ranks, and its slice of the weight's."""
     group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
     given = tensors(vocabulary=2 * 31)

@@ -30,7 +30,7 @@ from prune_distill.evaluation.holding import hold, holding
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.integrity import checkpoints_in
+from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.schema import Continuations, DistillConfig, ExportDtype
 
 SMALL = Continuations(questions=20, context_words=4, choice_words=2)
@@ -185,7 +185,7 @@ def test_a_held_checkpoint_outlives_its_names(tmp_path: Path) -> None:
     assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == [2]
     assert hold(tmp_path / "checkpoints", tmp_path / "pen", set()) == []
     shutil.rmtree(checkpoint)
-    held = checkpoints_in(tmp_path / "pen")
+    held = find_checkpoints(tmp_path / "pen")
     assert list(held) == [2]
     assert len(list(held[2].glob("weights/*"))) == 20
     assert hold(tmp_path / "absent", tmp_path / "pen", set()) == []
@@ -198,11 +198,11 @@ def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
     with holding(checkpoints, pen, seconds=0.01):
         for step in (1, 2):
             deadline = time.monotonic() + 60
-            while step not in checkpoints_in(pen):
+            while step not in find_checkpoints(pen):
                 assert time.monotonic() < deadline
             shutil.rmtree(checkpoints / f"step={step}")
             _checkpoint(checkpoints, step + 1)
-    assert list(checkpoints_in(pen)) == [1, 2, 3]
+    assert list(find_checkpoints(pen)) == [1, 2, 3]
 
 
 def test_nothing_is_held_once_the_process_was_killed(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Pa
     while training.is_alive():
         hold(gone, pen, set())
     training.join()
-    for step, checkpoint in checkpoints_in(pen).items():
+    for step, checkpoint in find_checkpoints(pen).items():
         files = list(checkpoint.glob("weights/*"))
         assert len(files) == 20, step
         assert all(file.read_bytes() == bytes([step]) * 100 for file in files)

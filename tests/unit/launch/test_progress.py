@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import progress
-from launch.progress import Progress, duration, training_status
+from launch.progress import StatusLine, duration, training_status
 from prune_distill.pipeline.stage_log import exit_words, last_attempt, read_reason
 
 
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 def test_a_terminals_line_is_rewritten() -> None:
     stream = Terminal()
-    shown = Progress(stream)
+    shown = StatusLine(stream)
     shown.status("one")
     shown.status("two" * 200)
     shown.event("done")
@@ -38,7 +38,7 @@ def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    shown = Progress(stream)
+    shown = StatusLine(stream)
     for second in range(40):
         now[0] = 100.0 + second
         shown.status(str(second))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.filesystem import local_type
-from launch.jobs import everywhere
+from launch.jobs import make_paths_absolute
 from launch.run import main
 from prune_distill.config.load import compose
 from prune_distill.pipeline.artifact import locate, write_manifest
@@ -168,7 +168,7 @@ def test_scripts_are_bash_whatever_the_names(dry_run: DryRun, tmp_path: Path) ->
 
 
 def test_complete_stages_are_left_out(dry_run: DryRun) -> None:
-    cfg = everywhere(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
+    cfg = make_paths_absolute(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
     located = locate(cfg, TABLE)
     write_manifest(located["first"], 0.0, 1.0, {})
     assert set(dry_run.scripts()) == {"second", "aside", "report"}
@@ -213,7 +213,7 @@ def test_relative_paths_are_those_of_the_place_of_submission(tmp_path: Path, mon
     (tmp_path / "docs.jsonl").write_text("")
     own = ("cluster.devices_per_node=8", "run_dir=runs/x", "data.train=[docs.jsonl]")
     cfg = compose(["experiment=qwen3_8b_to_6b_depth", *SITE, *own])
-    placed = everywhere(cfg)
+    placed = make_paths_absolute(cfg)
     assert placed.run_dir == f"{tmp_path}/runs/x"
     assert placed.data.train == [f"{tmp_path}/docs.jsonl"]
     assert placed.model.hf_path == "Qwen/Qwen3-8B"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.records import leave_report
+from launch.records import write_interim_report
 from launch.status import main, status
-from prune_distill.pipeline.artifact import LAUNCHES, PLAN, read_state
+from prune_distill.pipeline.artifact import read_state
+from prune_distill.pipeline.names import LAUNCHES, PLAN
 from tests.helpers.fake_stage import TABLE
 from tests.helpers.launches import launched, wait_for
 
@@ -56,7 +57,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_report_that_cannot_be_made_is_no_error_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    leave_report(tmp_path)
+    write_interim_report(tmp_path)
     assert capsys.readouterr().out.startswith("no report could be made: error: ")
 
 

@@ -12,7 +12,8 @@ import pytest
 from launch import status
 from launch.run import main
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.outputs import OUTPUTS, digests
+from prune_distill.pipeline.names import OUTPUTS
+from prune_distill.pipeline.outputs import digests
 from tests.helpers import corruption
 from tests.helpers.fake_stage import TABLE
 

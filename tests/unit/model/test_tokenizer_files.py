@@ -13,7 +13,8 @@ import pytest
 
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError, InputError, reading
-from prune_distill.model.hf_tokenizer import faults, is_lfs_pointer
+from prune_distill.model.hf_tokenizer import faults
+from prune_distill.regular_files import is_lfs_pointer
 from tests.helpers.hf_folders import complete
 from tests.helpers.tokenizers import byte_level, sentencepiece_model
 

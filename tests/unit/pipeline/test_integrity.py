@@ -15,18 +15,11 @@ import pytest
 from prune_distill.errors import InputError
 from prune_distill.pipeline import outputs
 from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again, write_json, write_manifest
-from prune_distill.pipeline.integrity import (
-    Damage,
-    checkpoint_damage,
-    checkpoints_in,
-    damage_of,
-    damaged_inputs,
-    refuse,
-    unrecorded,
-)
-from prune_distill.pipeline.outputs import OUTPUTS, digests, files_in, outputs_of, parse_record, select, share_of
+from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damage_of, damaged_inputs, refuse, unrecorded
+from prune_distill.pipeline.names import OUTPUTS, find_checkpoints
+from prune_distill.pipeline.outputs import digests, files_in, outputs_of, parse_record, select, share_of
 from prune_distill.schema import RunConfig
-from prune_distill.training.checkpoints import resume_point, superfluous
+from prune_distill.training.checkpoints import resume_point, select_superfluous
 from tests.helpers import corruption
 
 Compose = Callable[..., RunConfig]
@@ -264,8 +257,8 @@ def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCapt
     for name in ("step=abc", "step=-1", "step=", "step=007", "step=4.5", "step=4-last", ".partial.step=9", "4"):
         (tmp_path / name).mkdir()
     (tmp_path / "step=5").touch()
-    assert checkpoints_in(tmp_path) == {4: whole}
-    assert superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
+    assert find_checkpoints(tmp_path) == {4: whole}
+    assert select_superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
     assert resume_point(tmp_path) == whole
     # A folder that is named like one, with nothing of one in it.
     (tmp_path / "step=8" / "step=9").mkdir(parents=True)

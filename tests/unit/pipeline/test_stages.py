@@ -10,10 +10,10 @@ import pytest
 from prune_distill.config.composition import config_groups
 from prune_distill.config.load import compose
 from prune_distill.config.typed import schema_keys
+from prune_distill.config.values import count_ranks
 from prune_distill.model.student import student_shape
-from prune_distill.pipeline import stages
 from prune_distill.pipeline.artifact import locate
-from prune_distill.pipeline.stages import STAGES, External, Output, find, wanted
+from prune_distill.pipeline.stages import STAGES, External, Output, find, select_stages
 from prune_distill.schema import Loss, RunConfig
 
 DROP = "prune.drop_layers=[2]"
@@ -31,7 +31,7 @@ def test_names_are_unique_and_modules_exist() -> None:
 def test_sections_and_settings_are_keys_of_the_schema() -> None:
     known = set(schema_keys(RunConfig))
     cfg = compose(["experiment=demo", *ROUNDS])
-    for stage in wanted(cfg):
+    for stage in select_stages(cfg):
         assert {*stage.sections, *stage.settings(cfg)} <= known, stage.name
 
 
@@ -39,7 +39,7 @@ def test_sections_and_settings_are_keys_of_the_schema() -> None:
 def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
     cfg = compose([f"experiment={name}"])
     done: list[str] = []
-    for stage in wanted(cfg):
+    for stage in select_stages(cfg):
         sources = stage.inputs(stage.configure(cfg)).values()
         assert {source.stage for source in sources if isinstance(source, Output)} <= set(done), stage.name
         done.append(stage.name)
@@ -50,14 +50,14 @@ def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [
         stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name
     ]
-    assert [stage.name for stage in wanted(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
+    assert [stage.name for stage in select_stages(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
     plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
-    assert [stage.name for stage in wanted(demo(CONTROLS))] == plain
-    few = wanted(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
+    assert [stage.name for stage in select_stages(demo(CONTROLS))] == plain
+    few = select_stages(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
     controls = {f"{stage}.{name}" for stage in ("distill", "nemo_to_hf", "evaluate") for name in ("ce", "scratch")}
     left_out = {*controls, "verify_import", "verify"}
     assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
-    published = wanted(compose(["experiment=qwen3_8b_to_6b_depth"]))
+    published = select_stages(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
 
 
@@ -73,14 +73,14 @@ def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable
 
 
 def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> None:
-    named = [stage.name for stage in wanted(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
+    named = [stage.name for stage in select_stages(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
     assert "importance" not in named
     budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
     searched = demo(*budget)
-    assert [stage.name for stage in wanted(searched)][4:7] == ["importance", "search", "prune"]
+    assert [stage.name for stage in select_stages(searched)][4:7] == ["importance", "search", "prune"]
     assert find("prune").inputs(searched)["choice"] == Output("search")
     fought = demo(*budget, "prune.tournament.round_tokens=10000")
-    assert [stage.name for stage in wanted(fought)][4:8] == ["importance", "search", "tournament", "prune"]
+    assert [stage.name for stage in select_stages(fought)][4:8] == ["importance", "search", "tournament", "prune"]
     assert find("prune").inputs(fought)["choice"] == Output("tournament")
     assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
     assert set(find("tournament").inputs(fought)) == {"teacher", "data", "search"}
@@ -154,7 +154,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
 
 
 def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[..., RunConfig]) -> None:
-    names = [stage.name for stage in wanted(demo(*CORRECTED, CONTROLS))]
+    names = [stage.name for stage in select_stages(demo(*CORRECTED, CONTROLS))]
     assert names[names.index("hf_to_nemo") + 1] == "verify_import"
     gates = [stage for stage in STAGES if stage.gate]
     assert [stage.name for stage in gates] == ["verify_import"]
@@ -167,15 +167,15 @@ def test_an_unknown_stage_is_named_with_those_there_are() -> None:
         find("destil")
 
 
-def test_world_size_counts_all_ranks() -> None:
-    assert stages.world_size(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
+def test_ranks_are_counted_over_all_nodes() -> None:
+    assert count_ranks(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
 
 
 def test_rounds_prune_what_the_one_before_distilled_and_learn_from_the_same_teacher(
     demo: Callable[..., RunConfig],
 ) -> None:
     cfg = demo(*ROUNDS)
-    rows = {stage.name: stage for stage in wanted(cfg)}
+    rows = {stage.name: stage for stage in select_stages(cfg)}
     # Layers that are named need no importance.
     in_rounds = ("importance.round1", "prune.round1", "distill.round1", "prune.round2", "distill.round2", "importance")
     assert [name for name in rows if ".round" in name or name == "importance"] == [*in_rounds]

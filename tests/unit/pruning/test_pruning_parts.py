@@ -114,10 +114,10 @@ def test_a_layer_gives_its_place_to_a_neighbour_that_is_kept() -> None:
     backend.activate()
     from prune_distill.pruning import layer_sets
 
-    assert layer_sets.shifted([3, 4], 6) == [[2, 4], [3, 5]]
-    assert layer_sets.shifted([1, 3], 6) == [[1, 2], [1, 4], [2, 3]]
-    assert layer_sets.shifted([6], 6) == [[5]]
-    assert layer_sets.shifted([], 6) == layer_sets.shifted([1, 2], 2) == []
+    assert layer_sets.list_shifted([3, 4], 6) == [[2, 4], [3, 5]]
+    assert layer_sets.list_shifted([1, 3], 6) == [[1, 2], [1, 4], [2, 3]]
+    assert layer_sets.list_shifted([6], 6) == [[5]]
+    assert layer_sets.list_shifted([], 6) == layer_sets.list_shifted([1, 2], 2) == []
 
 
 def test_a_candidate_is_named_by_all_that_makes_it() -> None:
@@ -137,11 +137,11 @@ def test_scores_that_are_clearly_worse() -> None:
         "near": {"value": 0.52, "stderr": 0.04},  # 1.6 standard errors of the difference
         "far": {"value": 0.45, "stderr": 0.04},  # 3
     }
-    assert tournament.clearly_worse(scores, 2.0) == ["far"]
-    assert tournament.clearly_worse(scores, 1.5) == ["near", "far"]
-    assert tournament.clearly_worse(scores, 0.0) == ["near", "far"]
+    assert tournament.find_clearly_worse(scores, 2.0) == ["far"]
+    assert tournament.find_clearly_worse(scores, 1.5) == ["near", "far"]
+    assert tournament.find_clearly_worse(scores, 0.0) == ["near", "far"]
     exact = {name: {**score, "stderr": None} for name, score in scores.items()}
-    assert tournament.clearly_worse(exact, 2.0) == ["near", "far"]
+    assert tournament.find_clearly_worse(exact, 2.0) == ["near", "far"]
 
 
 def test_what_a_round_leaves(tmp_path: Path) -> None:
@@ -152,43 +152,43 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     (candidate / "checkpoints" / ".damaged.step=6").mkdir()
     lines = [{"step": 2, "val_loss": 3.0}, {"step": 4, "loss": 0.1}, {"step": 4, "val_loss": 2.0}]
     (candidate / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert not tournament.reached(candidate, 4)
+    assert not tournament.has_reached(candidate, 4)
     write_json(candidate / "state.json", {"state": "paused", "step": 4})
-    assert tournament.reached(candidate, 4)
-    assert not tournament.reached(candidate, 8)
+    assert tournament.has_reached(candidate, 4)
+    assert not tournament.has_reached(candidate, 8)
     # Saved, but its validation was lost, or its checkpoint damaged: it is trained to that step again.
     (candidate / "metrics.jsonl").rename(tmp_path / "aside.jsonl")
-    assert not tournament.reached(candidate, 4)
+    assert not tournament.has_reached(candidate, 4)
     (tmp_path / "aside.jsonl").rename(candidate / "metrics.jsonl")
     (candidate / "checkpoints" / "step=4" / "context").rename(tmp_path / "context")
     with pytest.raises(InputError, match="context/ is missing"):
-        tournament.reached(candidate, 4)
+        tournament.has_reached(candidate, 4)
     (tmp_path / "context").rename(candidate / "checkpoints" / "step=4" / "context")
-    assert tournament.val_loss(candidate, 4) == 2.0
-    assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
-    assert tournament.survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, behind=["b"]) == ["a", "c"]
-    assert tournament.survivors({"a": 2.0, "b": 1.0}, 2, behind=["a", "b"]) == ["b", "a"]
+    assert tournament.read_val_loss(candidate, 4) == 2.0
+    assert tournament.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
+    assert tournament.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, worse=["b"]) == ["a", "c"]
+    assert tournament.select_survivors({"a": 2.0, "b": 1.0}, 2, worse=["a", "b"]) == ["b", "a"]
 
     (candidate / "stop").touch()
-    tournament.begin_again(candidate, 5)
-    assert tournament.reached(candidate, 4)
+    tournament.discard_unfinished(candidate, 5)
+    assert tournament.has_reached(candidate, 4)
     assert not (candidate / "stop").exists()
 
     tournament.keep_winner(candidate, tmp_path / "winner")
     out = tmp_path / "distill"
     out.mkdir()
-    tournament.go_on_from(tmp_path / "winner", out)
+    tournament.resume_from(tmp_path / "winner", out)
     assert (out / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=4"]
     assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
     # A training that has begun goes on from its own.
     (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
     (out / "metrics.jsonl").write_text("")
-    tournament.go_on_from(tmp_path / "winner", out)
+    tournament.resume_from(tmp_path / "winner", out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=6"]
     assert (out / "metrics.jsonl").read_text() == ""
     # A checkpoint that was saved, but not validated, before a kill.
-    tournament.begin_again(candidate, 4)
+    tournament.discard_unfinished(candidate, 4)
     assert not list((candidate / "checkpoints").glob("step=*"))
     assert (tmp_path / "winner" / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
 

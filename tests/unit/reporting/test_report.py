@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from prune_distill.pipeline.artifact import LOCK, MANIFEST, PLAN, RESOLVED, write_json
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import LOCK, MANIFEST, PLAN, RESOLVED
 from prune_distill.reporting import words
 from prune_distill.reporting.comparison import named
 from prune_distill.reporting.privacy import Privacy

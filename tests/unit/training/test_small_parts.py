@@ -13,6 +13,7 @@ import pytest
 from launch.progress import training_status
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import local_folder
+from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
 from prune_distill.pipeline.stage_main import command_line
 from recipes import importance
@@ -105,6 +106,8 @@ def test_a_teacher_that_knows_nothing_is_refused() -> None:
     loss = math.nan
     with pytest.raises(InputError, match="logits are not finite"):
         importance._plausible(model, data)
+    with pytest.raises(InputError, match="on the data is nan .* no better than chance"):
+        require_better_than_chance(math.nan, 1000, "the data", "check the weights")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.errors import InputError
 from prune_distill.model.flops import Meter, sequence_flops
 from prune_distill.schema import Family, Loss, Mlflow, Phase, Recompute, Schedule, Shape, Training, WeightsAndBiases
-from prune_distill.training.checkpoints import newest_checkpoint, superfluous
-from prune_distill.training.loss_guard import LEAST, fault_of
+from prune_distill.training.checkpoints import newest_checkpoint, select_superfluous
+from prune_distill.training.loss_guard import LEAST, find_loss_fault
 from prune_distill.training.schedules import learning_rate
 from prune_distill.training.trackers import Trackers
 
@@ -56,12 +56,12 @@ def test_a_phase_has_a_schedule_of_its_own() -> None:
 
 def test_losses_that_end_a_training() -> None:
     usual = deque([2.0, 1.0, *[1.5] * LEAST])
-    assert fault_of(14.9, usual, 10.0) is None
-    assert fault_of(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times 1.5, the median of the last 12"
-    assert fault_of(1e9, usual, None) is None
-    assert fault_of(1e9, deque([1.5] * (LEAST - 1)), 10.0) is None  # too few to tell
+    assert find_loss_fault(14.9, usual, 10.0) is None
+    assert find_loss_fault(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times 1.5, the median of the last 12"
+    assert find_loss_fault(1e9, usual, None) is None
+    assert find_loss_fault(1e9, deque([1.5] * (LEAST - 1)), 10.0) is None  # too few to tell
     for loss in (math.nan, math.inf):
-        assert fault_of(loss, deque(), None) == f"the loss is {loss}"
+        assert find_loss_fault(loss, deque(), None) == f"the loss is {loss}"
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     (tmp_path / "step=99").touch()
 
     def kept(keep: int, val_losses: dict[int, float]) -> set[int]:
-        gone = superfluous(tmp_path, keep, val_losses)
+        gone = select_superfluous(tmp_path, keep, val_losses)
         return {2, 4, 6, 8, 10} - {int(folder.name[5:]) for folder in gone}
 
     assert newest_checkpoint(tmp_path) == tmp_path / "step=10"

@@ -1,4 +1,4 @@
-"""What a training tells of itself: `metrics.jsonl`, and the trackers."""
+"""The metrics of a training: `metrics.jsonl`, and the trackers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from lightning.pytorch.callbacks import Callback
 
 from prune_distill.model.flops import Meter
 from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.names import METRICS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.schema.phases import phase_number, tokens_before, training_phases
 from prune_distill.training.trackers import Trackers
 
 
-class Progress(Callback):
-    """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps and one a validation (rank 0).
+class MetricsWriter(Callback):
+    """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps, and one per validation (rank 0).
 
-    A step's line has its learning rate, tokens so far and a second, and whatever the model's `loss_parts()` returns
-    on every rank: parts of the loss by name.
+    A step's line has the loss, its parts by name if the model has `loss_parts()`, the learning rate, and the tokens in
+    total and per second.
 
     Args:
-        meter: what the model-FLOPs utilisation (`mfu`) is computed with; without it, `mfu` is omitted.
+        meter: computes the model-FLOPs utilization (`mfu`); None: `mfu` is omitted.
     """
 
     def __init__(self, cfg: Training, out: Path, meter: Meter | None) -> None:
         self.cfg, self.out, self.meter = cfg, out, meter
         self.phases = training_phases(cfg)
-        self.file = MetricsFile(out / "metrics.jsonl")
+        self.file = MetricsFile(out / METRICS)
         self.since = (0, 0.0)
         self.trackers: Trackers | None = None
 
@@ -43,7 +44,7 @@ class Progress(Callback):
         step = trainer.global_step
         if step % self.cfg.log_every_n_steps and step != self.cfg.max_steps:
             return
-        # On all ranks: what the last pipeline stage knows is sent around.
+        # Called on all ranks: the last pipeline stage broadcasts them.
         parts = pl_module.loss_parts() if hasattr(pl_module, "loss_parts") else {}
         if rank() != 0:
             return
@@ -58,7 +59,7 @@ class Progress(Callback):
             tokens=tokens,
             loss=float(trainer.callback_metrics["reduced_train_loss"]),
             **parts,
-            # The scheduler is a step ahead, for the next one.
+            # The scheduler is already at the next step.
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             tokens_per_second=round(tokens_per_second, 1),
             **self._utilisation(step, tokens_per_second),

@@ -1,0 +1,44 @@
+"""Forward passes of Megatron models without gradients, through Megatron's own schedule, so that every layout works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from prune_distill.nemo import backend
+
+
+def run_forward(model: Any, batches: Sequence[torch.Tensor], receive: Callable[[torch.Tensor], None]) -> None:
+    """Runs a model over micro batches of token ids. All ranks of a replica call it with the same ones.
+
+    Args:
+        model: a Megatron model, or this rank's pipeline stage of it. It stays in training or evaluation mode.
+        batches: `[b, s]` each, all of the same shape. Under context parallelism each rank runs its part of `s`.
+        receive: called on the last pipeline stage with the logits of each micro batch in order,
+            `[b, s / context-parallel ranks, v / tensor-parallel ranks]`.
+    """
+
+    def step(source: Iterator[torch.Tensor], stage: Any) -> Any:
+        tokens = next(source).to(backend.activate().device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        batch = get_batch_on_this_cp_rank({"tokens": tokens, "position_ids": positions})
+        logits = stage(batch["tokens"], batch["position_ids"], None)
+        return logits, lambda output, non_loss_data: receive(output)
+
+    micro_batch_size, seq_length = batches[0].shape
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=True,
+            # Otherwise the schedule expects a loss.
+            collect_non_loss_data=True,
+        )
