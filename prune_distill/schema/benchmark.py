@@ -11,7 +11,7 @@ from prune_distill.schema.fields import PositiveFloat, PositiveInt, Range, place
 
 
 class Engine(Enum):
-    """What runs the models in a benchmark."""
+    """The library that generates text in a benchmark."""
 
     transformers = "transformers"
     vllm = "vllm"
@@ -24,7 +24,7 @@ class BenchmarkConfig:
     # Whether the run has the stage benchmark.
     enabled: bool = placement(False)
     engine: Engine = Engine.transformers
-    # The type in which the models compute; `keep`: the type of their weights.
+    # Type in which the models compute.
     dtype: ExportDtype = ExportDtype.keep
     # Sequences that are generated at the same time.
     batch_size: PositiveInt = 1

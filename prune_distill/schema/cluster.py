@@ -21,9 +21,9 @@ class GpuRequest(Enum):
 
 
 class NumaBinding(Enum):
-    """The cores that a rank is bound to, by the names of torchrun's `--numa-binding`: all cores of its GPU's NUMA node
-    (`node`), all cores of the socket (`socket`), a part of the node's cores that no other rank uses (`exclusive`), or
-    the cores that share a cache (`core-complex`)."""
+    """The choices of torchrun's `--numa-binding`: all cores of the GPU's NUMA node (`node`), all cores of the socket
+    (`socket`), a part of the node's cores that no other rank uses (`exclusive`), or the cores that share a cache
+    (`core_complex`)."""
 
     node = "node"
     socket = "socket"
@@ -41,9 +41,11 @@ class Gpu:
     memory_gib: PositiveFloat = MISSING
     # Peak TFLOP/s of bf16 products with fp32 sums, without sparsity.
     bf16_tflops: PositiveFloat = MISSING
-    # Share of the peak that training reaches (MFU). The default is that of the one published run, Qwen3-8B to 6B by
-    # depth: 90 B tokens x 50.3 GFLOP per token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000 H100-hours,
-    # and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
+    # The default below: 90 B tokens x 50.3 GFLOP per token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000
+    # H100-hours, and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
+
+    # Share of the peak that training reaches (MFU). The default is computed from the one published run, Qwen3-8B to 6B
+    # by depth.
     utilisation: ShareAboveZero = 0.21
 
 
@@ -87,7 +89,7 @@ class SlurmConfig:
     # Seconds before the time limit at which a training stage is told to save and pause. They must cover one step, one
     # save, and up to a minute until a shared disk shows the stop file.
     warn_seconds: PositiveInt = 600
-    # How often a paused stage is started again.
+    # Largest number of times that a paused stage is started again.
     max_restarts: NonNegativeInt = 20
 
 
@@ -103,7 +105,7 @@ class ClusterConfig:
     devices_per_node: Annotated[PositiveInt, Range(at_most=1024)] = 1
     # CPU threads per rank; null: the node's cores divided by its ranks.
     threads_per_rank: PositiveInt | None = None
-    # The cores near its GPU that a rank is bound to, on machines with several NUMA nodes; null: no binding.
+    # Cores near its GPU that a rank is bound to, on machines with several NUMA nodes; null: no binding.
     numa_binding: NumaBinding | None = None
     # The GPU of the nodes; null: launch.plan checks no memory and estimates no hours.
     gpu: Gpu | None = None

@@ -9,7 +9,7 @@ from prune_distill.schema.fields import placement
 
 
 class ExportDtype(Enum):
-    """The type of weights; `keep`: the type that they have."""
+    """`keep`: the type that the weights have."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -21,7 +21,7 @@ class ExportDtype(Enum):
 class ConvertConfig:
     """Both conversions between Hugging Face and NeMo."""
 
-    # The type of an exported model's weights; `keep`: the type in the checkpoint.
+    # Type of an exported model's weights.
     export_dtype: ExportDtype = ExportDtype.bf16
     # Reads a model's pytorch_model*.bin where it has no safetensors. Only tensors are read from them; no code that a
     # pickle names is run.

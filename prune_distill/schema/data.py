@@ -72,7 +72,7 @@ class DataConfig:
     # Holds out one in so many documents; null: the largest of 10, 100, 1000 and 10,000 that holds out 1 MB of the
     # sources' files, or else 10.
     holdout_every: Annotated[int, Range(at_least=2, problem="would hold out every document")] | None = None
-    # Format of `train` and `validation`; each of `sources` has its own.
+    # Format of `train` and `validation`; each of `sources` has its own format.
     format: DocumentFormat = DocumentFormat.text
     # Field of the document in a record of `train` and `validation`.
     text_key: Text = "text"

@@ -12,7 +12,7 @@ from prune_distill.schema.training import Training
 
 
 class Family(Enum):
-    """Model families, named as `model_type` in a Hugging Face `config.json`."""
+    """The supported model families, by their `model_type` in a Hugging Face `config.json`."""
 
     qwen3 = "qwen3"
     qwen2 = "qwen2"
@@ -24,7 +24,7 @@ class Family(Enum):
 
 @dataclass
 class Shape:
-    """Sizes of the model, as in its `config.json`, under Megatron's names."""
+    """Sizes of a model as in its `config.json`, under Megatron's names."""
 
     # Number of layers.
     num_layers: PositiveInt = MISSING
@@ -56,6 +56,7 @@ class Shape:
 class DemoModel:
     """The teacher that stage `demo_model` trains, in the shape `model.shape`."""
 
+    # Settings of its training.
     training: Training = field(default_factory=Training)
 
 
@@ -65,13 +66,13 @@ class ModelConfig:
 
     # Name of the teacher, for reports.
     name: str = MISSING
-    # Not needed with `hf_path`: it is then read from the model's config.json.
+    # Family of the model; with `hf_path` it may be left out, and is then read from config.json.
     family: Family = MISSING
     # A Hugging Face folder, or a Hub id such as Qwen/Qwen3-8B; null: `demo` trains the model.
     hf_path: str | None = None
     # Revision on the Hub: a commit, branch or tag; null: the default branch.
     revision: str | None = None
-    # Null: read from config.json, which must be available when the run is composed.
+    # Sizes of the teacher; null: they are read from config.json, which must be available when the run is composed.
     shape: Shape | None = None
-    # Null: the teacher is at `hf_path`.
+    # Trains a teacher instead of reading one; null: the teacher is at `hf_path`.
     demo: DemoModel | None = None

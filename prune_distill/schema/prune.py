@@ -71,10 +71,10 @@ class Budget:
 
 @dataclass
 class TaskScore:
-    """A task that takes part in the ranking: after each round, candidates whose score is clearly worse than the best
-    one rank below all others, whatever their loss."""
+    """The score on a task. After each round, candidates whose score is clearly worse than the best one rank below all
+    others, whatever their loss."""
 
-    # heldout_continuations or one of evaluate.tasks, with the settings of the stage evaluate.
+    # Name of the task: heldout_continuations, or one of evaluate.tasks, with the settings of the stage evaluate.
     task: str = MISSING
     # Metric of the task, under the name that lm-evaluation-harness gives it.
     metric: str = "acc"
@@ -91,7 +91,7 @@ class Tournament:
     candidates: Annotated[int, Range(at_least=2, problem="leaves nothing to choose")] = 4
     # Tokens of the first round, rounded up to whole steps of the distillation.
     round_tokens: PositiveInt = MISSING
-    # Null: the loss alone decides.
+    # A task that takes part in the ranking; null: the loss alone decides.
     score: TaskScore | None = None
 
 
@@ -134,9 +134,9 @@ class PruneConfig(TargetSizes):
     # in all rounds.
     rounds: list[PruneRound] = field(default_factory=list)
     depth: Depth = Depth.importance
-    # Null: the sizes are set by hand.
+    # Limits within which the search finds the sizes; null: the sizes are set by hand.
     budget: Budget | None = None
-    # Null: the best candidate of the search is distilled.
+    # Distillations that choose among the best candidates; null: the best candidate of the search is the student.
     tournament: Tournament | None = None
     # Sequences of calibration text by which importance is measured.
     calibration_samples: PositiveInt = 1024

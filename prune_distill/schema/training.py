@@ -120,7 +120,7 @@ class Mlflow:
 
 @dataclass
 class Training:
-    """A training through `prune_distill.training.training`. A step is one optimizer step on one global batch."""
+    """A training run. A step is one optimizer step on one global batch."""
 
     # Number of optimizer steps.
     max_steps: Steps = MISSING
@@ -154,7 +154,7 @@ class Training:
     # Norm to which gradients are clipped.
     clip_grad: PositiveFloat = 1.0
     precision: Precision = Precision.bf16
-    # Takes effect with precision=fp32.
+    # Takes effect with precision=fp32 only.
     float32_matmul_precision: MatmulPrecision = MatmulPrecision.highest
     parallel: Parallel = placement(Parallel)
     # Whether data-parallel ranks share the optimizer's state.
@@ -184,9 +184,9 @@ class Training:
     val_batches: PositiveInt | None = recorded(8)
     # Steps between lines of metrics.
     log_every_n_steps: PositiveInt = recorded(10)
-    # Null: nothing is logged to Weights & Biases.
+    # Logging to Weights & Biases; null: none.
     wandb: WeightsAndBiases | None = placement(None)
-    # Null: nothing is logged to MLflow.
+    # Logging to MLflow; null: none.
     mlflow: Mlflow | None = placement(None)
     # Processes per rank that load data; 0: the training process loads it itself.
     num_workers: NonNegativeInt = placement(2)
