@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test bench-convert bench-data bench-distill bench-prune kills screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -47,6 +47,10 @@ bench-distill: setup ## the loss beside ModelOpt's, a step beside a bare loop (1
 
 kills: setup ## kills tiny runs at random moments and runs them again, 200 times (2 hours and more; goes on where it was stopped); writes runs/bench/kills.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_kills $(ARGS)
+
+docs: setup ## writes docs/configuration.md from the schema and conf/
+	$(BIN)/python -m launch.run --help-config --markdown > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 screenshots: setup ## the README's pictures of a report, by Debian's chromium: make screenshots [RUN=runs/demo]
 	$(BIN)/python -m tests.helpers.screenshots $(RUN)

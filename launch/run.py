@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import signal
 import sys
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from launch import nodes, pipeline, records, slurm
+from launch import help_config, nodes, pipeline, records, slurm
 from launch.jobs import make_paths_absolute
 from launch.verification import verify
 from prune_distill.config.composition import config_groups, sweep
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         args = read_arguments(words)
+        if args.help_config is not None:
+            _print_reference(args)
+            return 0
         with _signals_raised():
             for cfg in _jobs(args):
                 _one(cfg, args, stages)
@@ -68,7 +72,7 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line as `overrides`, flags, and `command`, which repeats it.
 
     Raises:
-        ConfigError: `--config-dir` names a folder that cannot be used.
+        ConfigError: `--config-dir` names a folder that cannot be used, or options do not go together.
     """
     # Before the rest, as the help lists the folder's files too.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -80,7 +84,21 @@ def read_arguments(words: Sequence[str]) -> argparse.Namespace:
         args.overrides.remove("dry_run=true")
         args.dry_run = True
     args.damaged = False
+    if args.help_config is not None and args.overrides:
+        raise ConfigError(f"--help-config describes keys, not a run; remove {shlex.join(args.overrides)}")
+    if args.markdown and args.help_config is None:
+        raise ConfigError("--markdown is an option of --help-config; add --help-config")
+    if args.markdown and args.help_config:
+        raise ConfigError(f"--markdown writes all keys; remove {args.help_config}")
     return args
+
+
+def _print_reference(args: argparse.Namespace) -> None:
+    try:
+        print(help_config.to_markdown() if args.markdown else help_config.to_text(args.help_config), end="", flush=True)
+    except BrokenPipeError:
+        # A reader such as `head` has ended; Python would report it once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fix(error: OSError) -> str:
@@ -163,6 +181,15 @@ def _parser(config_dir: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config groups and values, as Hydra has them")
     add_config_dir(parser)
+    parser.add_argument(
+        "--help-config",
+        nargs="?",
+        const="",
+        metavar="GROUP",
+        help="print every key, or those of a group such as distill or distill.kd, with its type, bounds, default and "
+        "meaning, and stop",
+    )
+    parser.add_argument("--markdown", action="store_true", help="with --help-config: print docs/configuration.md")
     parser.add_argument("--cfg", "-c", choices=["job"], help="print the composed config and stop; faults follow")
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2, one by one")
     parser.add_argument("--list", action="store_true", help="print the stages and their folders and stop")

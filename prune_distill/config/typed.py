@@ -6,8 +6,6 @@ import dataclasses
 import difflib
 import math
 import re
-import types
-import typing
 import unicodedata
 from collections.abc import Iterator
 from enum import Enum
@@ -15,8 +13,10 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
+from prune_distill.config.hints import Hint, field_hints, split_hint
 from prune_distill.config.wording import override, result_of_change
 from prune_distill.credentials import find_credential
+from prune_distill.schema.fields import Range
 
 # What a tree holds where a value could not be worked out and that fault is already known.
 UNRESOLVED = object()
@@ -24,8 +24,6 @@ UNRESOLVED = object()
 T = TypeVar("T")
 # What Megatron's data index and PyTorch count with.
 LARGEST_COUNT = 2**63 - 1
-# By a key's last part: NumPy's largest seed, a 32-bit step counter, and what no cluster has.
-_MOST = {"seed": 2**32 - 1, "max_steps": 2**31 - 1, "devices_per_node": 1024, "nodes": 2**20}
 # Control characters, surrogates (of undecodable file names), and separators of lines and paragraphs.
 _CONTROL = {"Cc", "Cs", "Zl", "Zp"}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "some text"}
@@ -55,42 +53,40 @@ class Reader:
         for name in tree:
             if name not in fields:
                 self._unknown(prefix, str(name), list(fields))
-        hints = typing.get_type_hints(cls)
+        hints = field_hints(cls)
         return cls(**{name: self._field(field, hints[name], tree, prefix + name) for name, field in fields.items()})
 
-    def _field(self, field: dataclasses.Field[Any], hint: Any, tree: dict[Any, Any], key: str) -> Any:
+    def _field(self, field: dataclasses.Field[Any], hint: Hint, tree: dict[Any, Any], key: str) -> Any:
         if field.name in tree:
             return self._value(hint, tree[field.name], key, field.metadata.get("wanted"))
-        if _is_group(hint):
-            return self.group(hint, {}, f"{key}.")
+        if hint.is_group and not hint.optional:
+            return self.group(hint.kind, {}, f"{key}.")
         if field.default_factory is not dataclasses.MISSING:
             return field.default_factory()
         missing = field.default == MISSING
         return self._value(hint, MISSING, key, field.metadata.get("wanted")) if missing else field.default
 
-    def _value(self, hint: Any, raw: Any, key: str, wanted: str | None = None) -> Any:
+    def _value(self, hint: Hint, raw: Any, key: str, wanted: str | None = None) -> Any:
         """`wanted`: what a missing value should be, where its type does not say enough."""
-        hint, optional = _unwrap(hint)
         if raw is UNRESOLVED:
             return self._unusable(key)
         if raw == MISSING:
-            wanted = wanted or _describe(hint) + (" or null" if optional else "")
+            wanted = wanted or _describe(hint.kind) + (" or null" if hint.optional else "")
             return self._fault(key, f"{key} is not set; set {key} to {wanted}")
         if raw is None:
-            return None if optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint)}")
-        if _is_group(hint):
-            return self.group(hint, raw, f"{key}.")
-        if typing.get_origin(hint) is list:
-            return self._list(hint, raw, key)
-        if typing.get_origin(hint) is dict:
-            return self._mapping(hint, raw, key)
-        if issubclass(hint, Enum):
-            return self._member(hint, raw, key)
+            return None if hint.optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint.kind)}")
+        if hint.is_group:
+            return self.group(hint.kind, raw, f"{key}.")
+        if hint.origin is list:
+            return self._list(hint.item, raw, key)
+        if hint.origin is dict:
+            return self._mapping(hint.item, raw, key)
+        if issubclass(hint.kind, Enum):
+            return self._member(hint.kind, raw, key)
         return self._scalar(hint, raw, key)
 
-    def _list(self, hint: Any, raw: Any, key: str) -> Any:
-        (item,) = typing.get_args(hint)
-        lists_inside = typing.get_origin(item) is list
+    def _list(self, item: Hint, raw: Any, key: str) -> Any:
+        lists_inside = item.origin is list
         if not isinstance(raw, list):
             return self._fault(key, f"{key}={raw!r} is not a list; set {override(key, _as_list(item, raw))}")
         if lists_inside and raw and all(type(value) is int for value in raw):
@@ -100,14 +96,13 @@ class Reader:
         values = [self._value(item, value, f"{key}[{index}]") for index, value in enumerate(raw)]
         return values if len(self.unreadable) == known else self._unusable(key)
 
-    def _mapping(self, hint: Any, raw: Any, key: str) -> Any:
-        """Groups by names that the user chooses."""
-        _, group = typing.get_args(hint)
+    def _mapping(self, item: Hint, raw: Any, key: str) -> Any:
+        """Groups or values by names that the user chooses."""
         if not isinstance(raw, dict):
             return self._fault(key, f"{key}={raw!r} is a value; set {key}.NAME.KEY=VALUE")
         for name in raw:
             self._text(str(name), f"{key}.NAME")
-        return {str(name): self._value(group, value, f"{key}.{name}") for name, value in raw.items()}
+        return {str(name): self._value(item, value, f"{key}.{name}") for name, value in raw.items()}
 
     def _member(self, hint: type[Enum], raw: Any, key: str) -> Any:
         if isinstance(raw, str) and raw in hint.__members__:
@@ -115,20 +110,22 @@ class Reader:
         guess = did_you_mean(str(raw), list(hint.__members__))
         return self._fault(key, f"{key}={raw} is not known{guess}; set {key} to {_describe(hint)}")
 
-    def _scalar(self, hint: type, raw: Any, key: str) -> Any:
-        if hint is str and type(raw) is str:
+    def _scalar(self, hint: Hint, raw: Any, key: str) -> Any:
+        kind, most = hint.kind, _largest(hint)
+        if kind is str and type(raw) is str:
             return self._text(raw, key)
-        if hint is int and type(raw) in (int, float) and abs(raw) > _most(key):
-            return self._fault(key, f"{key}={raw} is too large; set {key} to at most {_most(key)}")
-        if type(raw) is hint and not (isinstance(raw, float) and not math.isfinite(raw)):
+        # Before the bounds of the schema are checked, as these numbers are mostly floats such as 1e22.
+        if kind is int and type(raw) in (int, float) and abs(raw) > most:
+            return self._fault(key, f"{key}={raw} is too large; set {key} to at most {most}")
+        if type(raw) is kind and not (isinstance(raw, float) and not math.isfinite(raw)):
             return raw
         # A name or a revision may be made of digits only.
-        if type(raw) is int and hint in (float, str):
-            return hint(raw)
-        fix = f"{int(raw)}" if type(raw) is float and raw.is_integer() and hint is int else _KINDS[hint]
-        if hint is int and isinstance(raw, str):
+        if type(raw) is int and kind in (float, str):
+            return kind(raw)
+        fix = f"{int(raw)}" if type(raw) is float and raw.is_integer() and kind is int else _KINDS[kind]
+        if kind is int and isinstance(raw, str):
             fix = result_of_change(raw) or fix
-        return self._fault(key, f"{key}={raw!r} is not {_KINDS[hint]}; set {key} to {fix}")
+        return self._fault(key, f"{key}={raw!r} is not {_KINDS[kind]}; set {key} to {fix}")
 
     def _text(self, raw: str, key: str) -> Any:
         """A text without what would end a line of a job script, or be a secret in every file of the run."""
@@ -175,13 +172,12 @@ def plain(value: Any) -> Any:
 
 def schema_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a dataclass, groups included."""
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in field_hints(cls).items():
         yield prefix + name
-        inner, _ = _unwrap(hint)
-        if typing.get_origin(inner) is dict:
-            yield from schema_keys(typing.get_args(inner)[1], f"{prefix}{name}.NAME.")
-        if _is_group(inner):
-            yield from schema_keys(inner, f"{prefix}{name}.")
+        if hint.origin is dict and hint.item.is_group:
+            yield from schema_keys(hint.item.kind, f"{prefix}{name}.NAME.")
+        if hint.is_group:
+            yield from schema_keys(hint.kind, f"{prefix}{name}.")
 
 
 def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
@@ -190,29 +186,18 @@ def did_you_mean(name: str, known: list[str], prefix: str = "") -> str:
     return f" (did you mean {prefix}{close[0]}?)" if close else ""
 
 
-def _unwrap(hint: Any) -> tuple[Any, bool]:
-    """The type inside `X | None`, and whether null is allowed."""
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return hint, False
-    (inner,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    return inner, True
+def _largest(hint: Hint) -> int:
+    limits = [bound.at_most for bound in hint.bounds if isinstance(bound, Range) and bound.at_most is not None]
+    return int(min([*limits, LARGEST_COUNT]))
 
 
-def _is_group(hint: Any) -> bool:
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
-
-
-def _most(key: str) -> int:
-    return _MOST.get(key.rpartition(".")[2], LARGEST_COUNT)
-
-
-def _as_list(item: Any, raw: Any) -> Any:
+def _as_list(item: Hint, raw: Any) -> Any:
     """The list that a lone value was probably meant to be: `20-24` is a range, or a span where lists are wanted."""
     span = re.fullmatch(r"(\d{1,6})-(\d{1,6})", raw) if isinstance(raw, str) else None
     first, last = map(int, span.groups()) if span else (raw, raw)
-    if typing.get_origin(item) is list:
+    if item.origin is list:
         return [[first, last]]
-    return list(range(first, last + 1)) if span and item is int and last - first < 1000 else [raw]
+    return list(range(first, last + 1)) if span and item.kind is int and last - first < 1000 else [raw]
 
 
 def _elsewhere(key: str) -> str:
@@ -226,12 +211,12 @@ def _elsewhere(key: str) -> str:
     return "set HF_TOKEN in the environment, or the variable that the service reads"
 
 
-def _describe(hint: Any) -> str:
-    hint, _ = _unwrap(hint)
-    if typing.get_origin(hint) is list:
+def _describe(kind: Any) -> str:
+    hint = split_hint(kind)
+    if hint.origin is list:
         return "a list"
-    if typing.get_origin(hint) is dict:
+    if hint.origin is dict:
         return "groups by name"
-    if issubclass(hint, Enum):
-        return " or ".join(hint.__members__)
-    return _KINDS.get(hint, "a group of settings")
+    if issubclass(kind, Enum):
+        return " or ".join(kind.__members__)
+    return _KINDS.get(kind, "a group of settings")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from prune_distill.config.bounds import out_of_bounds
 from prune_distill.config.data_files import sources
 from prune_distill.config.rules import data as data_rules
 from prune_distill.config.rules import evaluation as evaluation_rules
@@ -20,7 +21,7 @@ from prune_distill.config.rules import prune as prune_rules
 from prune_distill.config.rules import slurm as slurm_rules
 from prune_distill.config.rules import teacher as teacher_rules
 from prune_distill.config.rules import training as training_rules
-from prune_distill.config.values import count_ranks, get_value
+from prune_distill.config.values import count_ranks
 from prune_distill.config.wording import any_of, around, divisors, too_long
 from prune_distill.model import model_folder
 from prune_distill.model.flops import Meter
@@ -71,7 +72,7 @@ def validate(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[str]:
     """
     bad = set(unreadable)
     faults = []
-    for key, sentence in _bounds(cfg, bad):
+    for key, sentence in out_of_bounds(cfg, bad):
         faults.append(sentence)
         bad.add(key)
     for rule in RULES:
@@ -108,86 +109,6 @@ def _apply(rule: Rule, cfg: RunConfig, unreadable: Collection[str]) -> list[str]
         return list(rule(cast(RunConfig, _View(cfg, unreadable))))
     except _UnreadableError:
         return []
-
-
-# Single values.
-
-_ABOVE_ZERO = (
-    *("cluster.nodes", "cluster.devices_per_node", "cluster.threads_per_rank", "data.max_document_tokens"),
-    *("data.shard_bytes", "data.num_workers", "data.array_tasks", "data.stale_seconds"),
-    *("cluster.slurm.warn_seconds", "cluster.slurm.cpus_per_gpu"),
-    *("prune.num_layers", "prune.hidden_size", "prune.ffn_hidden_size", "prune.num_attention_heads"),
-    *("prune.num_moe_experts", "prune.moe_ffn_hidden_size"),
-    *("prune.num_query_groups", "prune.calibration_samples", "prune.calibration_seq_length"),
-    *("prune.micro_batch_size", "prune.pipeline_model_parallel_size", "cluster.gpu.memory_gib"),
-    *("prune.tensor_model_parallel_size", "prune.block_samples"),
-    *(f"prune.budget.{key}" for key in ("params", "memory_gb", "latency", "params_share", "memory_share")),
-    *(f"prune.budget.{key}" for key in ("latency_share", "batch_size", "seq_length", "max_candidates", "samples")),
-    "prune.budget.layer_sets",
-    *("cluster.gpu.bf16_tflops", "cluster.gpu.utilisation"),
-    *(
-        "distill.kd.kd_weight",
-        "distill.kd.temperature",
-        "distill.kd.top_k",
-        "distill.kd.chunk_tokens",
-        "distill.kd.intermediate_weight",
-    ),
-    *("evaluate.seq_length", "evaluate.micro_batch_size", "evaluate.max_sequences", "evaluate.task_limit"),
-    *("evaluate.task_batch_size", "evaluate.sample_prompt_tokens", "evaluate.sample_new_tokens"),
-    *(f"evaluate.continuations.{key}" for key in ("questions", "context_words", "choice_words")),
-    *(f"benchmark.{key}" for key in ("batch_size", "prompt_tokens", "rounds", "threads", "cost_per_hour")),
-    *("distill.signal_top_k", "distill.signal_shard_sequences", "distill.swap_teacher_at_step"),
-    *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
-)
-_FROM_ZERO = (
-    *(
-        "evaluate.verify_tokens",
-        "evaluate.samples",
-        "evaluate.num_fewshot",
-        "seed",
-        "cluster.node_rank",
-        "cluster.slurm.max_restarts",
-        "distill.kd.lm_weight",
-    ),
-)
-_TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
-_TRAINING_ABOVE_ZERO = (
-    *("max_steps", "seq_length", "global_batch_size", "micro_batch_size", "lr", "clip_grad"),
-    *("save_every_n_steps", "keep_checkpoints", "val_every_n_steps", "val_batches", "log_every_n_steps", "decay_steps"),
-    *(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context", "expert_model")),
-)
-_TRAINING_FROM_ZERO = ("min_lr", "warmup_steps", "weight_decay", "num_workers")
-
-
-def _bounds(cfg: RunConfig, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Values out of range on their own, each with its key."""
-    above_zero = [*_ABOVE_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_ABOVE_ZERO)]
-    above_zero += _phase_keys(cfg, unreadable, training_rules.PHASE_ABOVE_ZERO)
-    from_zero = [*_FROM_ZERO, *(f"{part}.{key}" for part in _TRAININGS for key in _TRAINING_FROM_ZERO)]
-    from_zero += _phase_keys(cfg, unreadable, training_rules.PHASE_FROM_ZERO)
-    shares = [f"{part}.{key}" for part in _TRAININGS for key in ("adam_beta1", "adam_beta2")]
-    limits: list[tuple[list[str], Callable[[Any], bool], str]] = [
-        (above_zero, lambda value: value > 0, "must be above 0; set {key} to 1 or more"),
-        (from_zero, lambda value: value >= 0, "must not be negative; set {key} to 0 or more"),
-        (["data.holdout_every"], lambda value: value > 1, "would hold out every document; set {key} to 2 or more"),
-        ([*shares, "data.max_bad_share"], lambda value: 0 <= value < 1, "is no share; set {key} within 0 and 1"),
-        (["name", "run_dir", "data.text_key"], lambda value: bool(value.strip()), "is empty; set {key} to a text"),
-    ]
-    for keys, holds, sentence in limits:
-        for key in keys:
-            value = get_value(cfg, key, unreadable)
-            if value is not None and not holds(value):
-                fix = sentence.replace("1 or more", "a number above 0") if isinstance(value, float) else sentence
-                yield key, f"{key}={value!r} {fix.format(key=key)}"
-
-
-def _phase_keys(cfg: RunConfig, unreadable: Collection[str], names: tuple[str, ...]) -> list[str]:
-    return [
-        f"{training_rules.phase_key(part, number)}.{name}"
-        for part in _TRAININGS
-        for number in range(len(get_value(cfg, f"{part}.phases", unreadable) or ()))
-        for name in names
-    ]
 
 
 # Contradictions.
@@ -252,12 +173,7 @@ def _mixture(family: Family, shape: Shape) -> Iterator[str]:
 
 
 def _cluster(cfg: RunConfig) -> Iterator[str]:
-    gpu, limit = cfg.cluster.gpu, cfg.cluster.time_limit
-    if gpu is not None and gpu.utilisation > 1:
-        yield (
-            f"cluster.gpu.utilisation={gpu.utilisation} is more than all of the peak; set cluster.gpu.utilisation to a "
-            "share, such as 0.21"
-        )
+    limit = cfg.cluster.time_limit
     if limit is not None:
         try:
             seconds_of_time_limit(limit)
@@ -453,7 +369,6 @@ TRAINING_RULES: tuple[TrainingRule, ...] = (
             training_rules.schedule,
             training_rules.phases,
             training_rules.skip_steps,
-            training_rules.loss_ratio,
         )
     ),
     _overlaps,

@@ -1,11 +1,13 @@
-"""Typed configuration of a run: one dataclass a config group, `RunConfig` at the root.
+"""Typed configuration of a run: one dataclass per config group, `RunConfig` at the root.
 
 The values are in the YAML files in `conf/`; `prune_distill.config.load` merges them into these classes, so that an
-unknown key or a wrong type is refused. Sizes are in tokens, sequences or layers as their names say; paths may be
-relative to the working directory. Fields marked with `placement()` say how the work is laid out or watched, not what
-comes out of it: they are left out of a stage's identity (see `prune_distill.pipeline.artifact`), so that a run can
-resume on another layout. Fields marked with `recorded()` are left out as well, though they change what a stage writes;
-those marked with `matters()` are part of it only where they have an effect.
+unknown key or a wrong type is refused. Paths may be relative to the working directory. Each field has its bounds in its
+type and its description in the comment above it (see `prune_distill.schema.fields`).
+
+Fields marked with `placement()` decide how the work is laid out or watched, not its result: they are not part of a
+stage's identity (see `prune_distill.pipeline.artifact`), so that a run can resume on another layout. Fields marked
+with `recorded()` are not part of it either, though they change what a stage writes; those marked with `matters()` are
+part of it only where they have an effect.
 """
 
 from prune_distill.schema.benchmark import BenchmarkConfig, Engine

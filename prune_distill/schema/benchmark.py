@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from prune_distill.schema.convert import ExportDtype
-from prune_distill.schema.fields import placement
+from prune_distill.schema.fields import PositiveFloat, PositiveInt, Range, placement
 
 
 class Engine(Enum):
-    """What runs the models in a benchmark."""
+    """The library that generates text in a benchmark."""
 
     transformers = "transformers"
     vllm = "vllm"
@@ -18,18 +19,22 @@ class Engine(Enum):
 
 @dataclass
 class BenchmarkConfig:
-    """How fast teacher and student are beside each other, with how much memory."""
+    """Generation speed and memory of the teacher and the student, measured side by side."""
 
+    # Whether the run has the stage benchmark.
     enabled: bool = placement(False)
     engine: Engine = Engine.transformers
-    # The type in which the models compute; keep: that of their weights.
+    # Type in which the models compute.
     dtype: ExportDtype = ExportDtype.keep
-    batch_size: int = 1
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    # Each model once per round, interleaved; a first round is not counted.
-    rounds: int = 5
-    # Threads of a CPU; null: as many as PyTorch takes.
-    threads: int | None = None
-    # Price of the machine that is measured, in any currency; null: the report shows no costs.
-    cost_per_hour: float | None = placement(None)
+    # Sequences that are generated at the same time.
+    batch_size: PositiveInt = 1
+    # Tokens of each prompt.
+    prompt_tokens: PositiveInt = 512
+    # Tokens that are generated after each prompt. Decoding is timed between the first one and the last.
+    new_tokens: Annotated[int, Range(at_least=2, problem="leaves nothing to time")] = 128
+    # Measured rounds. Every round runs each model once, interleaved; a warm-up round before them is not counted.
+    rounds: PositiveInt = 5
+    # Threads on a CPU; null: PyTorch's default.
+    threads: PositiveInt | None = None
+    # Price of the machine per hour, in any currency; null: the report shows no costs.
+    cost_per_hour: PositiveFloat | None = placement(None)

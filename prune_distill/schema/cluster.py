@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import site_specific
+from prune_distill.schema.fields import NonNegativeInt, PositiveFloat, PositiveInt, Range, ShareAboveZero, site_specific
 
 
 class GpuRequest(Enum):
-    """How a job asks for GPUs: `--gpus-per-node=N`, `--gres=gpu:N`, or not at all, where a node comes with its own."""
+    """How a job requests GPUs: `--gpus-per-node=N`, `--gres=gpu:N`, or (`none`) not at all, where a node comes with
+    its GPUs."""
 
     gpus_per_node = "gpus_per_node"
     gres = "gres"
@@ -19,8 +21,9 @@ class GpuRequest(Enum):
 
 
 class NumaBinding(Enum):
-    """Which cores a rank is bound to, as torchrun's --numa-binding names them: all of its GPU's NUMA node, all of the
-    socket, a share of the node's that no other rank has, or those that share a cache."""
+    """The choices of torchrun's `--numa-binding`: all cores of the GPU's NUMA node (`node`), all cores of the socket
+    (`socket`), a part of the node's cores that no other rank uses (`exclusive`), or the cores that share a cache
+    (`core_complex`)."""
 
     node = "node"
     socket = "socket"
@@ -30,79 +33,90 @@ class NumaBinding(Enum):
 
 @dataclass
 class Gpu:
-    """One GPU, as `launch.plan` counts with it."""
+    """The GPU that `launch.plan` computes memory and hours for."""
 
+    # Name of the GPU, for reports.
     name: str = MISSING
-    # GiB that PyTorch can use, as it names them in an out-of-memory error ("total capacity").
-    memory_gib: float = MISSING
+    # GiB that PyTorch can use: the "total capacity" in its out-of-memory errors.
+    memory_gib: PositiveFloat = MISSING
     # Peak TFLOP/s of bf16 products with fp32 sums, without sparsity.
-    bf16_tflops: float = MISSING
-    # Share of the peak that training reaches (MFU). The default is that of the one published run, Qwen3-8B to 6B by
-    # depth: 90 B tokens x 50.3 GFLOP a token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000 H100-hours,
-    # and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
-    utilisation: float = 0.21
+    bf16_tflops: PositiveFloat = MISSING
+    # The default below: 90 B tokens x 50.3 GFLOP per token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000
+    # H100-hours, and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
+
+    # Share of the peak that training reaches (MFU). The default is computed from the one published run, Qwen3-8B to 6B
+    # by depth.
+    utilisation: ShareAboveZero = 0.21
 
 
 @dataclass
 class SlurmConfig:
-    """How stages become Slurm jobs. What has no default differs from site to site; null says that a site has none."""
+    """How stages become Slurm jobs. Keys without a default differ from site to site and must be set."""
 
+    # Partition; null: the site's default.
     partition: str | None = site_specific("one that sinfo lists, or null for the site's default")
+    # Account that is charged; null: the site has no accounts.
     account: str | None = site_specific("the account that pays, or null where the site has none")
+    # Quality of service; null: the site's default.
     qos: str | None = None
     gpu_request: GpuRequest = GpuRequest.gpus_per_node
-    # The type of GPU to ask for, as in --gpus-per-node=h100:8; null: any.
+    # Type of GPU to request, as in `--gpus-per-node=h100:8`; null: any type.
     gpu_type: str | None = None
-    # CPU cores for each rank (--cpus-per-task, times the ranks on a node; data preparation asks for those of a whole
-    # node); null: the site's default, which may be a single core for all ranks.
-    cpus_per_gpu: int | None = None
-    # Memory of each node as sbatch's --mem takes it: 200G, or 0 for all; null: the site's default.
+    # CPU cores per rank. A job requests as many for each of its ranks, and data preparation those of a whole node;
+    # null: the site's default, which may be a single core for all ranks.
+    cpus_per_gpu: PositiveInt | None = None
+    # Memory per node in the form of sbatch's `--mem`, such as 200G; 0: all of the node's memory; null: the site's
+    # default.
     mem: str | None = None
-    # Further lines for sbatch, such as --exclusive or --constraint=h100.
+    # Further options for sbatch, such as --exclusive or --constraint=h100.
     sbatch: list[str] = field(default_factory=list)
-    # Shell lines that go before the stage, such as `module load cuda`.
+    # Shell lines that run before the stage, such as `module load cuda`.
     setup: list[str] = field(default_factory=list)
-    # Names of environment variables that jobs are given as they are where they are submitted, such as HF_TOKEN.
+    # Names of environment variables, such as HF_TOKEN, that jobs receive from the environment of launch.run.
     secrets: list[str] = field(default_factory=list)
-    # An image, or a squash file on a disk that all nodes see (pyxis); null: jobs use this very Python.
+    # Container image for pyxis: registry#name:tag, or a .sqsh file on a disk that all nodes see; null: no container,
+    # jobs use the Python that runs launch.run.
     container_image: str | None = site_specific(
         "an image built from the Dockerfile (registry#name:tag or a .sqsh file), or null"
     )
-    # SOURCE:TARGET[:FLAGS], further to the run folder, which is always there.
+    # Mounts as SOURCE:TARGET[:FLAGS], in addition to the run folder, which is always mounted.
     container_mounts: list[str] = field(default_factory=list)
-    # Where the image has this repository.
+    # Folder of this repository inside the image.
     container_workdir: str = "/opt/nemo-prune-distill"
-    # Whether jobs may be requeued; false: a training stage becomes a chain of jobs, each going on from the last, also
-    # where that one was killed, as long as it left a newer checkpoint.
+    # Whether jobs may be requeued. If false, a training stage becomes a chain of jobs, each of which continues from the
+    # last checkpoint, also after a job that was killed, provided that it saved a newer checkpoint.
     requeue: bool = True
-    # Seconds before its time limit at which a training stage is told to save and pause: one step, one save, and up to a
-    # minute until a shared disk shows the stop file.
-    warn_seconds: int = 600
-    # How often a paused stage is started again.
-    max_restarts: int = 20
+    # Seconds before the time limit at which a training stage is told to save and pause. They must cover one step, one
+    # save, and up to a minute until a shared disk shows the stop file.
+    warn_seconds: PositiveInt = 600
+    # Largest number of times that a paused stage is started again.
+    max_restarts: NonNegativeInt = 20
 
 
 @dataclass
 class ClusterConfig:
     """Where the stages run."""
 
+    # Name of the cluster, for reports.
     name: str = MISSING
-    nodes: int = 1
-    # Ranks a node: GPUs, or processes on a machine without CUDA.
-    devices_per_node: int = 1
-    # CPU threads a rank; null: the node's cores shared out among its ranks.
-    threads_per_rank: int | None = None
-    # Which cores near its GPU a rank is bound to, where a machine has several NUMA nodes; null: any.
+    # Number of nodes.
+    nodes: Annotated[PositiveInt, Range(at_most=2**20)] = 1
+    # Ranks per node: GPUs, or processes on a machine without CUDA.
+    devices_per_node: Annotated[PositiveInt, Range(at_most=1024)] = 1
+    # CPU threads per rank; null: the node's cores divided by its ranks.
+    threads_per_rank: PositiveInt | None = None
+    # Cores near its GPU that a rank is bound to, on machines with several NUMA nodes; null: no binding.
     numa_binding: NumaBinding | None = None
-    # What launch.plan checks memory and estimates hours with; null: not stated, so neither is done.
+    # The GPU of the nodes; null: launch.plan checks no memory and estimates no hours.
     gpu: Gpu | None = None
-    # The longest that a job may run, H:MM:SS or D-HH:MM:SS; null: no limit. YAML wants quotes around it.
+    # Longest time that a job may run, as H:MM:SS or D-HH:MM:SS, in quotes in YAML; null: no limit.
     time_limit: str | None = None
-    # Says that all nodes see the run's folder, where its file system looks like a disk of this machine only.
+    # Declares that all nodes see the run folder, where its file system looks like a local disk.
     run_dir_is_shared: bool = False
-    # For several nodes without Slurm, on each of which the same command is started: HOST:PORT of the first one, a port
-    # that is free there, and which of them this is, from 0.
+    # HOST:PORT of the first node, with a free port, for several nodes without Slurm; the same command is started on
+    # each of them. Null: one node, or Slurm.
     rdzv_endpoint: str | None = None
-    node_rank: int = 0
-    # Null: launch.run starts the stages itself.
+    # Number of this node, from 0, for several nodes without Slurm.
+    node_rank: NonNegativeInt = 0
+    # Settings of Slurm; null: launch.run starts the stages itself.
     slurm: SlurmConfig | None = None

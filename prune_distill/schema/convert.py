@@ -9,7 +9,7 @@ from prune_distill.schema.fields import placement
 
 
 class ExportDtype(Enum):
-    """The type of an exported model's weights; `keep`: that of the checkpoint."""
+    """`keep`: the type that the weights have."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -21,12 +21,13 @@ class ExportDtype(Enum):
 class ConvertConfig:
     """Both conversions between Hugging Face and NeMo."""
 
+    # Type of an exported model's weights.
     export_dtype: ExportDtype = ExportDtype.bf16
-    # Reads a model's pytorch_model*.bin where it has no safetensors. Only their tensors are taken; nothing is unpickled
-    # that could run code.
+    # Reads a model's pytorch_model*.bin where it has no safetensors. Only tensors are read from them; no code that a
+    # pickle names is run.
     allow_pickle: bool = False
-    # Accepts weights that are NaN or infinite, and those that become infinite in the type of an export (above 65504 in
-    # fp16); they are named in the log. A model with them has no logits to compare: set evaluate.verify_tokens=0.
+    # Accepts weights that are NaN or infinite, or that become infinite in the export's type (above 65504 in fp16), and
+    # names them in the log. Logits of such a model cannot be compared: set evaluate.verify_tokens=0 as well.
     allow_nonfinite: bool = placement(False)
-    # Whether the chunks of NeMo checkpoints carry their CRC-32, which is checked when they are read.
+    # Whether NeMo checkpoints store a CRC-32 of each chunk, which readers check.
     checksum: bool = placement(True)

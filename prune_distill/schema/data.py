@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import placement
+from prune_distill.schema.fields import (
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ShareAboveZero,
+    ShareBelowOne,
+    Text,
+    placement,
+)
 
 
 class DocumentFormat(Enum):
-    """What a record holds.
+    """The content of a record.
 
-    `text`: a text. `tokens`: ids of `data.source_tokenizer`, as in nvidia/ClimbMix. `chat`: a list of messages with
-    `role` and `content`, which the model's chat template renders.
+    `text`: a text. `tokens`: token ids of `data.source_tokenizer`, as in nvidia/ClimbMix. `chat`: a list of messages
+    with `role` and `content`, which the model's chat template renders.
     """
 
     text = "text"
@@ -23,7 +32,8 @@ class DocumentFormat(Enum):
 
 
 class LongDocuments(Enum):
-    """What becomes of what is beyond `max_document_tokens`: it is cut off, or makes further documents."""
+    """What happens to the tokens after `max_document_tokens`: they are dropped (`cut`), or become further documents
+    (`split`)."""
 
     cut = "cut"
     split = "split"
@@ -31,57 +41,63 @@ class LongDocuments(Enum):
 
 @dataclass
 class DataSource:
-    """One source of training documents, and its share. All sources have a `weight`, or none has."""
+    """One source of training documents. Either all sources have a `weight`, or none has one."""
 
-    # Files, folders or globs; or files in a dataset on the Hub: hf://datasets/OWNER/NAME[@REVISION]/GLOB.
+    # Files, folders, globs, or files of a dataset on the Hub as hf://datasets/OWNER/NAME[@REVISION]/GLOB.
     files: list[str] = MISSING
     format: DocumentFormat = DocumentFormat.text
-    # Field of the document; null: text, tokens or messages, as the format is.
+    # Field of the document in a record; null: `text`, `tokens` or `messages`, by the format.
     key: str | None = None
-    # Share of the tokens that training reads, in proportion to the others'; null: as many as there are.
-    weight: float | None = None
-    # Tokens to take at most, chosen at random among all of the source's documents; null: all. The whole source is
-    # tokenised first: of a much larger one take a `sample` as well.
-    max_tokens: int | None = None
-    # Share of the documents that is taken, chosen at random, before they are tokenised.
-    sample: float = 1.0
+    # Share of the training tokens, relative to the weights of the other sources; null: every source is read once.
+    weight: PositiveFloat | None = None
+    # Upper limit of tokens, drawn at random from all documents of the source; null: all tokens. The whole source is
+    # tokenized first, so set `sample` as well for a much larger source.
+    max_tokens: PositiveInt | None = None
+    # Share of the documents to use, drawn at random before they are tokenized.
+    sample: ShareAboveZero = 1.0
 
 
 @dataclass
 class DataConfig:
     """Documents for calibration, distillation and validation: JSON lines (also .gz, .zst) or parquet."""
 
-    # One source: files, folders, globs or hf://datasets/...; null where the demo's corpus or `sources` is used.
+    # Training documents: files, folders, globs or hf://datasets/OWNER/NAME[@REVISION]/GLOB; null: `sources` or the
+    # demo's corpus is used.
     train: list[str] | None = None
-    # Several sources by name, instead of `train`.
+    # Several sources of training documents by name, instead of `train`.
     sources: dict[str, DataSource] | None = None
-    # As `train`; null: one in `holdout_every` documents of the sources, chosen by a hash of its text.
+    # Validation documents, in the same forms as `train`; null: one in `holdout_every` training documents is held out,
+    # chosen by a hash of its text.
     validation: list[str] | None = None
-    # Null: 10, 100, 1000 or 10,000, the largest of them that holds out 1 MB of the sources' files, or else 10.
-    holdout_every: int | None = None
-    # Of `train` and `validation`; a source of `sources` says its own.
+    # Holds out one in so many documents; null: the largest of 10, 100, 1000 and 10,000 that holds out 1 MB of the
+    # sources' files, or else 10.
+    holdout_every: Annotated[int, Range(at_least=2, problem="would hold out every document")] | None = None
+    # Format of `train` and `validation`; each of `sources` has its own format.
     format: DocumentFormat = DocumentFormat.text
-    text_key: str = "text"
-    sample: float = 1.0
-    # Hugging Face folder or Hub id of the tokenizer whose ids documents of the format `tokens` hold.
+    # Field of the document in a record of `train` and `validation`.
+    text_key: Text = "text"
+    # Share of the documents of `train` to use, drawn at random before they are tokenized.
+    sample: ShareAboveZero = 1.0
+    # Hugging Face folder or Hub id of the tokenizer of documents in the format `tokens`.
     source_tokenizer: str = "openai-community/gpt2"
-    # Field with a whole number by which tokens are counted, such as ClimbMix's topic.
+    # Field with an integer, such as ClimbMix's topic, by which tokens are counted and held-out losses reported.
     cluster_key: str = "cluster_id"
-    # Longer documents are cut, or split, at this many tokens, end-of-document not counted.
-    max_document_tokens: int = 32000
+    # Longest document in tokens, without the end-of-document token.
+    max_document_tokens: PositiveInt = 32000
     long_documents: LongDocuments = LongDocuments.cut
-    # Of chat: whether loss is taken on what the assistant says only.
+    # Whether only the assistant's messages of chat documents are learned.
     mask_prompts: bool = False
-    # Leaves out documents whose text was there before, in all sources together.
+    # Drops documents whose text occurred before in any source.
     deduplicate: bool = False
-    # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails. Not part of the identity:
-    # a complete stage is redone only where a shard of it has more.
-    max_bad_share: float = placement(0.001)
-    # Bytes of files that are worked on at a time and make one pair of .bin/.idx; a compressed file is never divided.
-    shard_bytes: int = 512 * 2**20
-    # Processes of a node; null: one a core.
-    num_workers: int | None = placement(None)
+    # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails. It is not part of the
+    # identity: a complete stage is redone only where one of its shards has more.
+    max_bad_share: ShareBelowOne = placement(0.001)
+    # Bytes of input files that are processed as one unit and become one pair of .bin and .idx files. A compressed file
+    # is never divided.
+    shard_bytes: PositiveInt = 512 * 2**20
+    # Processes per node; null: one per core.
+    num_workers: PositiveInt | None = placement(None)
     # Nodes that share the work under Slurm, each a task of a job array.
-    array_tasks: int = placement(1)
-    # Seconds without a sign of life after which another node takes over what a node was working on.
-    stale_seconds: int = placement(300)
+    array_tasks: PositiveInt = placement(1)
+    # Seconds without a sign of life after which another node takes over a node's shard.
+    stale_seconds: PositiveInt = placement(300)

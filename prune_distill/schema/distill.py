@@ -7,20 +7,22 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import matters, placement, recorded
+from prune_distill.schema.fields import NonNegativeFloat, PositiveFloat, PositiveInt, matters, placement, recorded
 from prune_distill.schema.training import Training
 
 
 class Loss(Enum):
-    """`kd`: from the teacher, as `distill.kd` says. `ce`: cross-entropy on the data, no teacher."""
+    """`kd`: knowledge distillation from the teacher, with the loss of `distill.kd`. `ce`: cross-entropy on the data,
+    without a teacher."""
 
     kd = "kd"
     ce = "ce"
 
 
 class Divergence(Enum):
-    """How far the student's distribution is from the teacher's: `forward_kl` weighs by the teacher's probabilities,
-    `reverse_kl` by the student's, `jensen_shannon` is the mean of both models' KL divergences to their mean."""
+    """The divergence between the student's and the teacher's distributions: KL weighted by the teacher's probabilities
+    (`forward_kl`) or by the student's (`reverse_kl`), or the mean of both models' KL divergences from their mean
+    (`jensen_shannon`)."""
 
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
@@ -28,29 +30,32 @@ class Divergence(Enum):
 
 
 class TeacherSignal(Enum):
-    """Where distillation has the teacher's distributions from. `live`: the teacher runs beside the student. `stored`:
-    it ran once before, in a stage of its own, which kept the most probable tokens of each distribution."""
+    """Where distillation gets the teacher's distributions. `live`: the teacher runs next to the student. `stored`: the
+    teacher runs once in an earlier stage, which keeps the most probable tokens of each distribution (offline
+    distillation)."""
 
     live = "live"
     stored = "stored"
 
 
 class HiddenLoss(Enum):
-    """Between hidden states of student and teacher: 1 - cosine, or the mean of squared differences."""
+    """The loss between hidden states of student and teacher: 1 - cosine similarity (`cosine`), or the mean of squared
+    differences (`mse`)."""
 
     cosine = "cosine"
     mse = "mse"
 
 
 class LossImplementation(Enum):
-    """`chunked`: from hidden states, never holding whole logits. `upstream`: NeMo's LogitsKLLoss, for reference."""
+    """`chunked`: computed from hidden states in chunks, without ever storing all logits. `upstream`: NeMo's
+    LogitsKLLoss, for reference."""
 
     chunked = "chunked"
     upstream = "upstream"
 
 
 class Init(Enum):
-    """What a student starts from: the pruned teacher's weights, or random ones."""
+    """The student's initial weights: those of the pruned teacher (`pruned`), or random ones (`random`)."""
 
     pruned = "pruned"
     random = "random"
@@ -58,52 +63,60 @@ class Init(Enum):
 
 @dataclass
 class LayerPair:
-    """A layer of the student and the one of the teacher whose output it learns, counted from 1."""
+    """A layer of the student and the layer of the teacher whose output it learns."""
 
-    student: int = MISSING
-    teacher: int = MISSING
+    # Number of the student's layer, counted from 1.
+    student: PositiveInt = MISSING
+    # Number of the teacher's layer, counted from 1.
+    teacher: PositiveInt = MISSING
 
 
 @dataclass
 class KdConfig:
-    """The loss of distillation: kd_weight x temperature² x divergence + lm_weight x cross-entropy of the data
-    + intermediate_weight x mean over the pairs. The weights are fixed: nothing is scaled behind them."""
+    """The loss of distillation: kd_weight x temperature² x divergence + lm_weight x cross-entropy on the data
+    + intermediate_weight x mean loss of the layer pairs. The weights are fixed; none is rescaled during training."""
 
     divergence: Divergence = Divergence.forward_kl
-    # Both models' logits are divided by it, in the divergence only.
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    lm_weight: float = 0.0
-    # Takes of the teacher's distribution its k most probable tokens and the rest as one; null: the whole vocabulary.
-    top_k: int | None = None
+    # Divides both models' logits, in the divergence only.
+    temperature: PositiveFloat = 1.0
+    # Weight of the divergence from the teacher.
+    kd_weight: PositiveFloat = 1.0
+    # Weight of the cross-entropy on the data.
+    lm_weight: NonNegativeFloat = 0.0
+    # Keeps the k most probable tokens of the teacher's distribution and merges the rest into one; null: the whole
+    # vocabulary.
+    top_k: PositiveInt | None = None
+    # Layers of the student that learn the outputs of layers of the teacher.
     intermediate_pairs: list[LayerPair] = field(default_factory=list)
-    intermediate_loss: HiddenLoss = matters(HiddenLoss.cosine, lambda kd: bool(kd.intermediate_pairs))  # noqa: RUF009
-    intermediate_weight: float = matters(1.0, lambda kd: bool(kd.intermediate_pairs))
-    implementation: LossImplementation = placement(LossImplementation.chunked)  # noqa: RUF009
-    # Tokens whose logits are in memory at a time (`chunked`).
-    chunk_tokens: int = placement(256)
+    intermediate_loss: HiddenLoss = matters(HiddenLoss.cosine, lambda kd: bool(kd.intermediate_pairs))
+    # Weight of the mean loss of the layer pairs.
+    intermediate_weight: PositiveFloat = matters(1.0, lambda kd: bool(kd.intermediate_pairs))
+    implementation: LossImplementation = placement(LossImplementation.chunked)
+    # Tokens whose logits are in memory at the same time, for implementation=chunked.
+    chunk_tokens: PositiveInt = placement(256)
 
 
 @dataclass
 class DistillConfig(Training):
-    """Distillation of the pruned student from the teacher."""
+    """Distillation of the pruned student from the teacher: a training, with a loss and a teacher."""
 
     loss: Loss = Loss.kd
     init: Init = Init.pruned
-    kd: KdConfig = matters(KdConfig, lambda distill: distill.loss is Loss.kd)  # noqa: RUF009
-    signal: TeacherSignal = matters(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)  # noqa: RUF009
-    # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and of
-    # what reads it through that.
-    signal_top_k: int = recorded(64)
-    # Sequences that a file of a stored signal holds: what is lost at most when the stage is killed, a rank.
-    signal_shard_sequences: int = placement(256)
-    # Trains the teacher on the distillation data first, as language models are trained; null: it stays as it is. Its
-    # learning rate is best low, that of the end of its pretraining. Part of the identity of the stage correct_teacher.
-    correct_teacher: Training | None = placement(None)  # noqa: RUF009
-    # The step at which the corrected teacher takes the original one's place; null: it is the teacher from the start.
-    swap_teacher_at_step: int | None = matters(None, lambda distill: distill.loss is Loss.kd)
-    # Further students of the same steps and data that the report sets beside it: "ce" (no teacher), "scratch" (no
-    # teacher, and random weights to begin with).
+    kd: KdConfig = matters(KdConfig, lambda distill: distill.loss is Loss.kd)
+    signal: TeacherSignal = matters(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)
+    # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and
+    # through its output of the stages that read it.
+    signal_top_k: PositiveInt = recorded(64)
+    # Sequences per file of a stored signal: the most that a rank loses when the stage is killed.
+    signal_shard_sequences: PositiveInt = placement(256)
+    # Trains the teacher on the distillation data first, with the language-modeling loss; null: the teacher is not
+    # trained. A low learning rate is best, such as that at the end of its pretraining. Part of the identity of the
+    # stage correct_teacher.
+    correct_teacher: Training | None = placement(None)
+    # The step at which the corrected teacher replaces the original one; null: it is the teacher from the start.
+    swap_teacher_at_step: PositiveInt | None = matters(None, lambda distill: distill.loss is Loss.kd)
+    # Further students, trained for the same steps on the same data, for comparison in the report: "ce" (no teacher),
+    # "scratch" (no teacher and random initial weights).
     controls: list[str] = field(default_factory=list, metadata={"identity": False})
 
     @property

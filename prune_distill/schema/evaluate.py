@@ -4,44 +4,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prune_distill.schema.fields import placement
+from prune_distill.schema.fields import NonNegativeInt, PositiveInt, placement
 
 
 @dataclass
 class Continuations:
-    """A multiple-choice task that is made of the run's own held-out documents, in the harness's format: which of four
-    continuations follows a text? The wrong ones are taken from other documents."""
+    """A multiple-choice task made of the run's own held-out documents, in the format of lm-evaluation-harness: which of
+    four continuations follows a text? The wrong ones come from other documents."""
 
-    questions: int = 150
-    context_words: int = 20
-    choice_words: int = 10
+    # Number of questions.
+    questions: PositiveInt = 150
+    # Words of the text before the continuation.
+    context_words: PositiveInt = 20
+    # Words of each continuation.
+    choice_words: PositiveInt = 10
 
 
 @dataclass
 class EvaluateConfig:
-    """What is measured of the Hugging Face models, and the checks of both conversions."""
+    """What is measured on the Hugging Face models, and the checks of both conversions."""
 
-    seq_length: int = 2048
-    micro_batch_size: int = placement(1)
-    # Sequences of held-out text at most; null: all.
-    max_sequences: int | None = None
-    # Held-out tokens on which NeMo's and Hugging Face's logits are compared; 0 skips the check. Part of the identity of
-    # the stages verify_import and verify.
-    verify_tokens: int = placement(512)
+    # Tokens per sequence of held-out text.
+    seq_length: PositiveInt = 2048
+    # Sequences per forward pass.
+    micro_batch_size: PositiveInt = placement(1)
+    # Largest number of held-out sequences; null: all.
+    max_sequences: PositiveInt | None = None
+    # Held-out tokens on which the logits of NeMo and Hugging Face are compared; 0: no comparison. Part of the identity
+    # of the stages verify_import and verify.
+    verify_tokens: NonNegativeInt = placement(512)
     # Tasks, groups or tags of EleutherAI's lm-evaluation-harness, such as mmlu or gsm8k.
     tasks: list[str] = field(default_factory=list)
-    # Of all tasks that allow examples; null: each task's own number.
-    num_fewshot: int | None = None
-    # Questions of each task at most, for a first look; null: all.
-    task_limit: int | None = None
-    task_batch_size: int = placement(8)
-    # A folder with task definitions (*.yaml; functions that they name are run) and with data sets as they are on the
-    # Hub, OWNER/NAME; it is then not asked for any. Its content is an input of the stage.
+    # Number of examples before each question, for all tasks that allow examples; null: each task's own number.
+    num_fewshot: NonNegativeInt | None = None
+    # Largest number of questions per task, for a quick look; null: all questions.
+    task_limit: PositiveInt | None = None
+    # Batch size of the tasks.
+    task_batch_size: PositiveInt = placement(8)
+    # Folder with task definitions (*.yaml; functions that they name are run) and data sets in the Hub's layout,
+    # OWNER/NAME, which are then not downloaded. Its content is an input of the stage. Null: the harness's own tasks.
     task_folder: str | None = placement(None)
+    # Adds the task heldout_continuations; {} uses its defaults; null: no such task.
     continuations: Continuations | None = None
-    # Held-out documents whose beginnings all models continue, for people to read; 0: none.
-    samples: int = 4
-    sample_prompt_tokens: int = 32
-    sample_new_tokens: int = 64
-    # Also measures the checkpoints that distillation kept: the curve of its recovery.
+    # Number of held-out documents whose beginnings all models continue, as samples for people to read; 0: none.
+    samples: NonNegativeInt = 4
+    # Tokens of each sample's beginning.
+    sample_prompt_tokens: PositiveInt = 32
+    # Tokens that are generated for each sample.
+    sample_new_tokens: PositiveInt = 64
+    # Also evaluates the checkpoints that distillation kept, for a curve of the recovery.
     recovery: bool = False

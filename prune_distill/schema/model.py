@@ -7,11 +7,12 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from prune_distill.schema.fields import PositiveInt
 from prune_distill.schema.training import Training
 
 
 class Family(Enum):
-    """Model families, named as `model_type` in a Hugging Face `config.json`."""
+    """The supported model families, by their `model_type` in a Hugging Face `config.json`."""
 
     qwen3 = "qwen3"
     qwen2 = "qwen2"
@@ -23,41 +24,55 @@ class Family(Enum):
 
 @dataclass
 class Shape:
-    """What a Hugging Face `config.json` says of the model's size, in Megatron's terms."""
+    """Sizes of a model as in its `config.json`, under Megatron's names."""
 
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING
-    kv_channels: int = MISSING
-    vocab_size: int = MISSING
-    max_position_embeddings: int = MISSING
+    # Number of layers.
+    num_layers: PositiveInt = MISSING
+    # Width of the hidden states.
+    hidden_size: PositiveInt = MISSING
+    # Width of the FFN of a dense layer.
+    ffn_hidden_size: PositiveInt = MISSING
+    # Attention heads per layer.
+    num_attention_heads: PositiveInt = MISSING
+    # Key-value heads per layer (grouped-query attention).
+    num_query_groups: PositiveInt = MISSING
+    # Width of an attention head.
+    kv_channels: PositiveInt = MISSING
+    # Entries of the vocabulary.
+    vocab_size: PositiveInt = MISSING
+    # Longest sequence in tokens.
+    max_position_embeddings: PositiveInt = MISSING
+    # Whether the output layer uses the weights of the input embedding.
     tie_word_embeddings: bool = False
-    # Of a mixture of experts: how many a layer has, the FFN of each, and how many a token goes through; null: a dense
-    # model. All layers of a mixture are of experts, and none has an FFN of `ffn_hidden_size`.
-    num_moe_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    moe_router_topk: int | None = None
+    # Experts per layer of a mixture of experts, all of whose layers then have experts; null: a dense model.
+    num_moe_experts: PositiveInt | None = None
+    # Width of the FFN of an expert; null: a dense model.
+    moe_ffn_hidden_size: PositiveInt | None = None
+    # Experts that process each token; null: a dense model.
+    moe_router_topk: PositiveInt | None = None
 
 
 @dataclass
 class DemoModel:
-    """The teacher that stage `demo_model` makes, its shape being `model.shape`."""
+    """The teacher that stage `demo_model` trains, in the shape `model.shape`."""
 
+    # Settings of its training.
     training: Training = field(default_factory=Training)
 
 
 @dataclass
 class ModelConfig:
-    """The teacher: a Hugging Face folder or Hub id, or (`demo`) one made on the spot."""
+    """The teacher: a Hugging Face folder or Hub id, or (`demo`) a model that the run trains first."""
 
+    # Name of the teacher, for reports.
     name: str = MISSING
+    # Family of the model; with `hf_path` it may be left out, and is then read from config.json.
     family: Family = MISSING
-    # A folder, or a Hub id such as Qwen/Qwen3-8B; null where `demo` makes the model.
+    # A Hugging Face folder, or a Hub id such as Qwen/Qwen3-8B; null: `demo` trains the model.
     hf_path: str | None = None
-    # Hub revision (commit, branch or tag); null: the default branch.
+    # Revision on the Hub: a commit, branch or tag; null: the default branch.
     revision: str | None = None
-    # Null: read from config.json, which then has to be at hand when the run is composed.
+    # Sizes of the teacher; null: they are read from config.json, which must be available when the run is composed.
     shape: Shape | None = None
+    # Trains a teacher instead of reading one; null: the teacher is at `hf_path`.
     demo: DemoModel | None = None

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import placement
+from prune_distill.schema.fields import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ProperShare,
+    Range,
+    ShareBelowOne,
+    Steps,
+    placement,
+)
 
 
 class Depth(Enum):
-    """Which layers go where only their number is known.
+    """How the layers to drop are chosen where only their number is set.
 
-    `importance`: those that change the hidden states the least (Minitron). `block`: neighbours, namely the block
+    `importance`: the layers that change the hidden states the least (Minitron). `block`: the block of adjacent layers
     without which the model's loss on calibration text is lowest.
     """
 
@@ -23,97 +33,120 @@ class Depth(Enum):
 
 @dataclass
 class Budget:
-    """What the student may cost: the search finds its sizes. Limits hold together; null sets none.
+    """Limits on the cost of the student; the search finds its sizes. All limits that are set hold together.
 
-    Each is a number, or (`_share`) a share of what the teacher costs.
+    Each limit is an absolute number, or (`_share`) a share of the teacher's cost.
     """
 
-    params: float | None = None
-    params_share: float | None = None
-    # Weights, in convert.export_dtype, and KV cache of `batch_size` sequences of `seq_length` tokens; 10^9 bytes.
-    memory_gb: float | None = None
-    memory_share: float | None = None
-    # Milliseconds of a forward pass over that batch, on the machine that searches: measured there.
-    latency: float | None = None
-    latency_share: float | None = None
-    batch_size: int = 1
-    # Null: prune.calibration_seq_length.
-    seq_length: int | None = None
-    # The most that may go of the layers, and of each width.
-    max_depth_cut: float = 1 / 3
-    max_width_cut: float = 0.4
-    # Shapes that are scored at most; of more, as many are taken evenly.
-    max_candidates: int = 64
-    # Sets of layers that each shape is tried without: the one that `depth` names and, of those in which one layer gives
-    # its place to a neighbour, the best by loss on `block_samples` sequences of calibration text.
-    layer_sets: int = 2
-    # Held-out sequences of `prune.calibration_seq_length` tokens that each is scored on.
-    samples: int = 64
+    # Largest number of parameters; null: no limit.
+    params: PositiveFloat | None = None
+    # Largest number of parameters, as a share of the teacher's; null: no limit.
+    params_share: ProperShare | None = None
+    # Largest memory in GB (10^9 bytes) of the weights, in convert.export_dtype, and the KV cache of `batch_size`
+    # sequences of `seq_length` tokens; null: no limit.
+    memory_gb: PositiveFloat | None = None
+    # The same memory, as a share of the teacher's; null: no limit.
+    memory_share: ProperShare | None = None
+    # Longest time in milliseconds of a forward pass over `batch_size` sequences of `seq_length` tokens, measured on
+    # the machine that searches; null: no limit.
+    latency: PositiveFloat | None = None
+    # The same time, as a share of the teacher's; null: no limit.
+    latency_share: ProperShare | None = None
+    # Sequences for memory and latency.
+    batch_size: PositiveInt = 1
+    # Tokens per sequence for memory and latency; null: prune.calibration_seq_length.
+    seq_length: PositiveInt | None = None
+    # Largest share of the layers that may be dropped.
+    max_depth_cut: ShareBelowOne = 1 / 3
+    # Largest share by which each width may be cut.
+    max_width_cut: ShareBelowOne = 0.4
+    # Largest number of shapes that are scored. If more fit the budget, they are sampled evenly.
+    max_candidates: PositiveInt = 64
+    # Number of layer sets to drop that are tried with each shape: the one that `prune.depth` chooses, and the best of
+    # its variations that swap one dropped layer with a neighbor, by loss on `prune.block_samples` sequences.
+    layer_sets: PositiveInt = 2
+    # Held-out sequences of `prune.calibration_seq_length` tokens on which each candidate is scored.
+    samples: PositiveInt = 64
 
 
 @dataclass
 class TaskScore:
-    """A task that has a say in who is left: after each round, a candidate whose score is clearly worse than the best
-    one ranks below all that are not, whatever its loss."""
+    """The score on a task. After each round, candidates whose score is clearly worse than the best one rank below all
+    others, whatever their loss."""
 
-    # heldout_continuations, or one of evaluate.tasks; asked as the stage evaluate asks it.
+    # Name of the task: heldout_continuations, or one of evaluate.tasks, with the settings of the stage evaluate.
     task: str = MISSING
+    # Metric of the task, under the name that lm-evaluation-harness gives it.
     metric: str = "acc"
-    # How many standard errors of their difference two scores are apart for one to be clearly worse.
-    margin: float = 2.0
+    # A score is clearly worse if the difference exceeds so many of its standard errors.
+    margin: NonNegativeFloat = 2.0
 
 
 @dataclass
 class Tournament:
-    """Short distillations of the best candidates. After a round the worse half is dropped, and the next is as long as
-    all before it."""
+    """Short distillations of the best candidates. Each round drops the worse half, and is as long as all earlier rounds
+    together."""
 
-    candidates: int = 4
-    # Tokens of the first round; rounded up to whole steps of the distillation.
-    round_tokens: int = MISSING
+    # Number of candidates in the first round.
+    candidates: Annotated[int, Range(at_least=2, problem="leaves nothing to choose")] = 4
+    # Tokens of the first round, rounded up to whole steps of the distillation.
+    round_tokens: PositiveInt = MISSING
+    # A task that takes part in the ranking; null: the loss alone decides.
     score: TaskScore | None = None
 
 
 @dataclass
 class TargetSizes:
-    """The sizes after a round of pruning; null keeps the size before it."""
+    """Sizes after a round of pruning; null keeps the current size."""
 
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    # Of a mixture: experts of each layer, and the FFN of each.
-    num_moe_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    # Layers to drop, counted from 1; instead of num_layers, which chooses them by `depth`.
+    # Number of layers, chosen by `depth`; null: all layers, or those that `drop_layers` keeps.
+    num_layers: PositiveInt | None = None
+    # Width of the hidden states, in steps of 64; null: unchanged.
+    hidden_size: PositiveInt | None = None
+    # Width of the FFN of a dense layer, in steps of 64; null: unchanged.
+    ffn_hidden_size: PositiveInt | None = None
+    # Attention heads per layer; null: unchanged.
+    num_attention_heads: PositiveInt | None = None
+    # Key-value heads per layer; null: unchanged.
+    num_query_groups: PositiveInt | None = None
+    # Experts per layer of a mixture of experts; null: unchanged.
+    num_moe_experts: PositiveInt | None = None
+    # Width of the FFN of an expert, in steps of 64; null: unchanged.
+    moe_ffn_hidden_size: PositiveInt | None = None
+    # Numbers of the layers to drop, counted from 1, instead of num_layers; null: none are named.
     drop_layers: list[int] | None = None
 
 
 @dataclass
 class PruneRound(TargetSizes):
-    """A round before the last: what the model in between is pruned to, and for how many steps it is distilled before it
-    is pruned in its turn. All else is said by `prune` and `distill`."""
+    """A round of pruning before the last one: the sizes of the intermediate model, which is distilled and then pruned
+    again. All other settings are those of `prune` and `distill`."""
 
-    steps: int = MISSING
+    # Optimizer steps for which the intermediate model is distilled; more than distill.warmup_steps.
+    steps: Steps = MISSING
 
 
 @dataclass
 class PruneConfig(TargetSizes):
-    """Target sizes of the student (Minitron), null keeping the teacher's; or a budget, for which they are searched."""
+    """Target sizes of the student (Minitron), null keeping the teacher's; or a budget, for which sizes are searched."""
 
-    # Rounds of pruning and distillation before the one that the sizes are of; the teacher stays the same.
+    # Rounds of pruning and distillation before the last one, whose sizes are those of `prune`. The teacher is the same
+    # in all rounds.
     rounds: list[PruneRound] = field(default_factory=list)
     depth: Depth = Depth.importance
+    # Limits within which the search finds the sizes; null: the sizes are set by hand.
     budget: Budget | None = None
+    # Distillations that choose among the best candidates; null: the best candidate of the search is the student.
     tournament: Tournament | None = None
-    calibration_samples: int = 1024
-    calibration_seq_length: int = 4096
-    # Sequences of calibration text by which a block of layers, or another set than the least important, is chosen.
-    block_samples: int = 32
-    # Of sequences whose loss is compared; importance is measured one sequence at a time.
-    micro_batch_size: int = placement(1)
-    # Uneven where it does not divide the layers: the last stage then has fewer of them, or more.
-    pipeline_model_parallel_size: int = placement(1)
-    # Above 1 only where the layers to drop are named, and nothing else is pruned.
-    tensor_model_parallel_size: int = placement(1)
+    # Sequences of calibration text by which importance is measured.
+    calibration_samples: PositiveInt = 1024
+    # Tokens per sequence of calibration text.
+    calibration_seq_length: PositiveInt = 4096
+    # Sequences of calibration text by which a block of layers, or a variation of the least important ones, is chosen.
+    block_samples: PositiveInt = 32
+    # Sequences per forward pass where losses are compared. Importance is measured one sequence at a time.
+    micro_batch_size: PositiveInt = placement(1)
+    # Pipeline stages. Where they do not divide the layers, the last stage has fewer or more layers than the others.
+    pipeline_model_parallel_size: PositiveInt = placement(1)
+    # Tensor-parallel ranks; above 1 only if the layers to drop are named and nothing else is pruned.
+    tensor_model_parallel_size: PositiveInt = placement(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from omegaconf import MISSING
 
@@ -12,19 +13,22 @@ from prune_distill.schema.convert import ConvertConfig
 from prune_distill.schema.data import DataConfig
 from prune_distill.schema.distill import DistillConfig
 from prune_distill.schema.evaluate import EvaluateConfig
-from prune_distill.schema.fields import placement
+from prune_distill.schema.fields import NonNegativeInt, Range, Text, placement
 from prune_distill.schema.model import ModelConfig
 from prune_distill.schema.prune import PruneConfig
 
 
 @dataclass
 class RunConfig:
-    """A whole run. `name` is what the report calls it; `run_dir` holds everything that it writes."""
+    """A whole run."""
 
-    name: str = MISSING
-    run_dir: str = MISSING
-    seed: int = 1234
-    # Whether a stage reads its inputs once before it starts, and compares them with what was written; false: only
+    # Name of the run in reports.
+    name: Text = MISSING
+    # Folder for everything that the run writes.
+    run_dir: Text = MISSING
+    # Seed of all random choices. The limit is NumPy's.
+    seed: Annotated[NonNegativeInt, Range(at_most=2**32 - 1)] = 1234
+    # Whether a stage compares the content of its inputs with what their stages wrote, before it starts; false: only
     # their sizes.
     verify_inputs: bool = placement(True)
     model: ModelConfig = field(default_factory=ModelConfig)

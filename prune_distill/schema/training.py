@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import placement, recorded
+from prune_distill.schema.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    ShareBelowOne,
+    Steps,
+    placement,
+    recorded,
+)
 
 
 class Precision(Enum):
-    """Training precision. `bf16`: NeMo's bf16-mixed, weights in bf16 with fp32 master weights; `fp32`: all in fp32."""
+    """Training precision. `bf16`: NeMo's bf16-mixed, weights in bf16 with fp32 master weights. `fp32`: all in fp32."""
 
     bf16 = "bf16"
     fp32 = "fp32"
 
 
 class MatmulPrecision(Enum):
-    """How fp32 matrix products are computed, in torch's terms: `medium` may go through bf16, `high` through TF32."""
+    """How fp32 matrix products are computed, by the names of torch.set_float32_matmul_precision: in fp32 (`highest`),
+    or with TF32 (`high`) or bf16 (`medium`) allowed."""
 
     highest = "highest"
     high = "high"
@@ -26,7 +38,8 @@ class MatmulPrecision(Enum):
 
 
 class Recompute(Enum):
-    """Activation recomputation: nothing, the attention core, or whole layers."""
+    """What the backward pass computes again instead of storing it: nothing (`none`), the attention core (`selective`),
+    or whole layers (`full`)."""
 
     none = "none"
     selective = "selective"
@@ -35,21 +48,25 @@ class Recompute(Enum):
 
 @dataclass
 class Parallel:
-    """Megatron's parallel layout; data parallelism is what is left of the ranks."""
+    """Megatron's parallel layout. The ranks that it leaves are used for data parallelism."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    # Takes effect where tensor_model_parallel_size > 1.
+    # Ranks that share each layer's matrices.
+    tensor_model_parallel_size: PositiveInt = 1
+    # Pipeline stages, among which the layers are divided.
+    pipeline_model_parallel_size: PositiveInt = 1
+    # Ranks that share each sequence.
+    context_parallel_size: PositiveInt = 1
+    # Whether tensor-parallel ranks also share the activations between matrices, along the sequence; has no effect with
+    # tensor_model_parallel_size=1.
     sequence_parallel: bool = True
-    # Ranks among which each layer's experts are shared out; taken from the others of a pipeline stage, so that it needs
-    # no more of them. An expert is never cut (expert tensor parallelism is 1).
-    expert_model_parallel_size: int = 1
+    # Ranks that share the experts of each layer. They are among the other ranks of a pipeline stage, so that no more
+    # ranks are needed. An expert itself is never divided (expert tensor parallelism is 1).
+    expert_model_parallel_size: PositiveInt = 1
 
 
 class Schedule(Enum):
-    """How the learning rate falls from `lr` to `min_lr` after the warm-up: in half a cosine wave, in a line, or (`wsd`)
-    not before the last `decay_steps`, then in a line."""
+    """How the learning rate falls from `lr` to `min_lr` after the warm-up: along half a cosine wave (`cosine`),
+    linearly (`linear`), or linearly in the last `decay_steps` only (`wsd`, warmup-stable-decay)."""
 
     cosine = "cosine"
     linear = "linear"
@@ -58,86 +75,118 @@ class Schedule(Enum):
 
 @dataclass
 class Phase:
-    """A stretch of a training with settings of its own; null: the training's."""
+    """A part of a training with its own settings; null takes the training's."""
 
-    # How long it is: optimizer steps, or tokens, of which it takes as many as make whole steps. One of the two.
-    max_steps: int | None = None
-    tokens: int | None = None
-    seq_length: int | None = None
-    global_batch_size: int | None = None
-    micro_batch_size: int | None = placement(None)
-    # The schedule runs over the phase's own steps, from this lr to this min_lr.
-    lr: float | None = None
-    min_lr: float | None = None
-    # Null: the training's in the first phase, none in the later ones.
-    warmup_steps: int | None = None
-    # Of the data's sources by name, instead of those that `data.sources` gives; those left out are not read.
+    # Length in optimizer steps; null: the length is given in tokens. Exactly one of the two is set.
+    max_steps: Steps | None = None
+    # Length in tokens, rounded up to whole steps; null: the length is given in steps.
+    tokens: PositiveInt | None = None
+    # Tokens per sequence; null: the training's.
+    seq_length: PositiveInt | None = None
+    # Sequences per step; null: the training's.
+    global_batch_size: PositiveInt | None = None
+    # Sequences per forward pass on a rank; null: the training's.
+    micro_batch_size: PositiveInt | None = placement(None)
+    # Learning rate after the warm-up; null: the training's. The schedule runs over the steps of the phase.
+    lr: PositiveFloat | None = None
+    # Learning rate at the end of the phase; null: the training's.
+    min_lr: NonNegativeFloat | None = None
+    # Steps of warm-up; null: the training's in the first phase, and none in later ones.
+    warmup_steps: NonNegativeInt | None = None
+    # Weights of the data's sources by name, instead of those in `data.sources`; a source that is not named is not read.
+    # Null: the weights in `data.sources`.
     weights: dict[str, float] | None = None
 
 
 @dataclass
 class WeightsAndBiases:
-    """Also writes a training's figures to Weights & Biases. Its key comes from WANDB_API_KEY alone."""
+    """Also logs a training's metrics to Weights & Biases. The API key comes from WANDB_API_KEY only."""
 
+    # Project that receives the run.
     project: str = MISSING
+    # User or team that owns the project; null: the default of the API key.
     entity: str | None = None
 
 
 @dataclass
 class Mlflow:
-    """Also writes a training's figures to MLflow. Its credentials come from MLflow's own environment variables."""
+    """Also logs a training's metrics to MLflow. Credentials come from MLflow's environment variables."""
 
+    # URI of the tracking server, or a local folder.
     tracking_uri: str = MISSING
+    # Name of the experiment that receives the run.
     experiment: str = MISSING
 
 
 @dataclass
 class Training:
-    """One training run through `prune_distill.training.training`. A step is one optimizer step of one global batch."""
+    """A training run. A step is one optimizer step on one global batch."""
 
-    max_steps: int = MISSING
-    seq_length: int = MISSING
-    global_batch_size: int = MISSING
-    micro_batch_size: int = placement(1)
-    lr: float = MISSING
-    min_lr: float = MISSING
+    # Number of optimizer steps.
+    max_steps: Steps = MISSING
+    # Tokens per sequence.
+    seq_length: PositiveInt = MISSING
+    # Sequences per step, over all ranks.
+    global_batch_size: PositiveInt = MISSING
+    # Sequences per forward pass on a rank.
+    micro_batch_size: PositiveInt = placement(1)
+    # Learning rate after the warm-up.
+    lr: PositiveFloat = MISSING
+    # Learning rate at the end.
+    min_lr: NonNegativeFloat = MISSING
     schedule: Schedule = Schedule.cosine
-    warmup_steps: int = 0
-    # Of schedule=wsd: the steps at the end, of each phase, in which the learning rate falls.
-    decay_steps: int | None = None
-    # Consecutive phases that together take max_steps. Each reads the data in its own order, so that a document may
-    # come in several. Validation keeps to the training's own sizes throughout.
+    # Steps in which the learning rate rises linearly to `lr`.
+    warmup_steps: NonNegativeInt = 0
+    # Steps at the end of each phase in which the learning rate falls, for schedule=wsd; null: another schedule.
+    decay_steps: PositiveInt | None = None
+    # Consecutive phases that together take max_steps; null: one phase with the training's settings. Each phase reads
+    # the data in its own order, so that a document may occur in several phases. Validation always uses the training's
+    # sizes.
     phases: list[Phase] | None = None
-    # Norms and biases have none.
-    weight_decay: float = 0.1
+    # Weight decay (AdamW). Norms and biases have none.
+    weight_decay: NonNegativeFloat = 0.1
+    # Whether the embedding has weight decay.
     decay_embeddings: bool = True
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    clip_grad: float = 1.0
+    # Decay of Adam's running mean of gradients.
+    adam_beta1: ShareBelowOne = 0.9
+    # Decay of Adam's running mean of squared gradients.
+    adam_beta2: ShareBelowOne = 0.95
+    # Norm to which gradients are clipped.
+    clip_grad: PositiveFloat = 1.0
     precision: Precision = Precision.bf16
-    # Matters where precision is fp32; see torch.set_float32_matmul_precision.
+    # Takes effect with precision=fp32 only.
     float32_matmul_precision: MatmulPrecision = MatmulPrecision.highest
-    parallel: Parallel = placement(Parallel)  # noqa: RUF009
+    parallel: Parallel = placement(Parallel)
+    # Whether data-parallel ranks share the optimizer's state.
     use_distributed_optimizer: bool = placement(True)
+    # Whether gradients are reduced while the backward pass still runs.
     overlap_grad_reduce: bool = placement(True)
+    # Whether parameters are gathered while the forward pass already runs; needs use_distributed_optimizer.
     overlap_param_gather: bool = placement(True)
-    recompute: Recompute = placement(Recompute.none)  # noqa: RUF009
-    # A loss above so many times the median of the last ones stops the training, as a non-finite one always does;
-    # null: however high it is.
-    max_loss_ratio: float | None = placement(10.0)
-    # Spans of steps, [first, last] counted from 1, whose batches are skipped: each takes a newly drawn one instead. A
-    # step that is named again takes a further one.
-    skip_steps: list[list[int]] = recorded(list)  # noqa: RUF009
-    save_every_n_steps: int = recorded(100)
-    # The newest ones, and, of those whose step was validated, the one with the lowest loss.
-    keep_checkpoints: int = recorded(2)
+    recompute: Recompute = placement(Recompute.none)
+    # Stops the training at a loss above so many times the median of the latest losses; null: no limit. A non-finite
+    # loss always stops it.
+    max_loss_ratio: Annotated[float, Range(above=1, problem="would stop at a usual loss")] | None = placement(10.0)
+    # Spans of steps, [first, last] counted from 1, whose batches are replaced by newly drawn ones. A step that is named
+    # twice takes a further new batch.
+    skip_steps: list[list[int]] = recorded(list)
+    # Steps between checkpoints.
+    save_every_n_steps: PositiveInt = recorded(100)
+    # Number of newest checkpoints to keep.
+    keep_checkpoints: PositiveInt = recorded(2)
+    # Whether the checkpoint with the lowest validation loss is kept as well, among those whose step was validated.
     keep_best: bool = recorded(True)
-    # Goes on training while a checkpoint is written.
+    # Whether training continues while a checkpoint is written.
     async_save: bool = placement(True)
-    val_every_n_steps: int = recorded(100)
-    # Global batches a validation takes, always the same ones; null: the whole validation set, once.
-    val_batches: int | None = recorded(8)
-    log_every_n_steps: int = recorded(10)
-    wandb: WeightsAndBiases | None = placement(None)  # noqa: RUF009
-    mlflow: Mlflow | None = placement(None)  # noqa: RUF009
-    num_workers: int = placement(2)
+    # Steps between validations.
+    val_every_n_steps: PositiveInt = recorded(100)
+    # Global batches per validation, always the same ones; null: the whole validation set once.
+    val_batches: PositiveInt | None = recorded(8)
+    # Steps between lines of metrics.
+    log_every_n_steps: PositiveInt = recorded(10)
+    # Logging to Weights & Biases; null: none.
+    wandb: WeightsAndBiases | None = placement(None)
+    # Logging to MLflow; null: none.
+    mlflow: Mlflow | None = placement(None)
+    # Processes per rank that load data; 0: the training process loads it itself.
+    num_workers: NonNegativeInt = placement(2)

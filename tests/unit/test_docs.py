@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.help_config import to_markdown, to_text
 from launch.plan_text import table
 from launch.planning import make
 from launch.run import read_arguments
@@ -186,6 +187,9 @@ class Checker:
     def launch(self, arguments: list[str]) -> None:
         """Composes the runs of `launch.run`."""
         args = read_arguments(arguments)
+        if args.help_config is not None:
+            assert to_text(args.help_config)
+            return
         jobs = sweep(args.overrides, args.config_dir) if args.multirun else [args.overrides]
         for job in jobs:
             cfg = compose(job, check_files=args.cfg is None, config_dir=args.config_dir)
@@ -311,6 +315,7 @@ def test_commands(block: Block, checker: Checker) -> None:
         ("python -m launch.run experiment=demo distill.lrr=1", "distill.lrr is not a known key"),
         ("python -m launch.run experiment=demo --until prun", "assert"),
         ("python -m launch.run experiment=demo -m prune.num_layers=4,7", "prune.num_layers=7"),
+        ("python -m launch.run --help-config distil", "did you mean distill"),
         ("python -m launch.plan experiment=dmo", "did you mean demo"),
         ("python -m launch.docker -- experiment=demo seed=x", "seed='x'"),
         ("python -m launch.status RUN_DIR --wacth", "--wacth"),
@@ -364,6 +369,13 @@ def test_the_excerpt_of_a_plan() -> None:
     ((*_, experiment, cluster),) = split_commands(command.text)
     planned = {read_numbers(line) for line in table(make(compose([experiment, cluster]))).splitlines()}
     assert [line for line in excerpt.text.splitlines() if read_numbers(line) not in planned] == []
+
+
+def test_the_configuration_page_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == to_markdown(), (
+        "docs/configuration.md is out of date; run make docs, or "
+        "python -m launch.run --help-config --markdown > docs/configuration.md"
+    )
 
 
 def read_numbers(line: str) -> tuple[str, ...]:

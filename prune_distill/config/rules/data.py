@@ -63,17 +63,6 @@ def each(cfg: RunConfig) -> Iterator[str]:
             yield f"{at} is no name for a source; use letters and digits, and none of {', '.join(RESERVED)}"
         if not source.files:
             yield f"{at}.files=[] names no file; set {at}.files=[FILE.jsonl]"
-        if source.weight is not None and source.weight <= 0:
-            yield f"{at}.weight={source.weight} must be above 0; set {at}.weight to a share, or take the source out"
-        if source.max_tokens is not None and source.max_tokens <= 0:
-            yield f"{at}.max_tokens={source.max_tokens} must be above 0; set {at}.max_tokens to 1 or more, or null"
-        yield from _sample(f"{at}.sample", source.sample)
-    yield from _sample("data.sample", cfg.data.sample)
-
-
-def _sample(key: str, value: float) -> Iterator[str]:
-    if not 0 < value <= 1:
-        yield f"{key}={value} is no share of the documents; set {key} above 0 and to 1 at most"
 
 
 def weights(cfg: RunConfig) -> Iterator[str]:

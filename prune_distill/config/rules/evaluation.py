@@ -54,12 +54,6 @@ def tasks(cfg: RunConfig) -> Iterator[str]:
         )
 
 
-def decoding(cfg: RunConfig) -> Iterator[str]:
-    # Speed of decoding is taken between the first new token and the last.
-    if cfg.benchmark.new_tokens < 2:
-        yield f"benchmark.new_tokens={cfg.benchmark.new_tokens} leaves nothing to time; set it to 2 or more"
-
-
 def installed(cfg: RunConfig) -> Iterator[str]:
     """Packages that the config asks for and this Python lacks; what a container has is not to be seen from here."""
     if _in_container(cfg):
@@ -112,5 +106,5 @@ def _in_container(cfg: RunConfig) -> bool:
     return cfg.cluster.slurm is not None and cfg.cluster.slurm.container_image is not None
 
 
-RULES: tuple[Rule, ...] = (lengths, tasks, decoding)
+RULES: tuple[Rule, ...] = (lengths, tasks)
 RULES_OF_FILES: tuple[Rule, ...] = (installed, known_tasks)

@@ -254,13 +254,6 @@ def _limits(cfg: RunConfig) -> Iterator[str]:
                 f"prune.budget.{limit}={given[limit]} and prune.budget.{share}={given[share]} both limit the same; "
                 "set one of them to null"
             )
-        value = given[share]
-        if value is not None and not 0 < value < 1:
-            yield f"prune.budget.{share}={value} is no share of the teacher's; set prune.budget.{share} between 0 and 1"
-    for name in ("max_depth_cut", "max_width_cut"):
-        value = getattr(budget, name)
-        if not 0 <= value < 1:
-            yield f"prune.budget.{name}={value} is no share; set prune.budget.{name} from 0 to below 1"
     if (budget.latency is not None or budget.latency_share is not None) and cfg.prune.pipeline_model_parallel_size > 1:
         yield (
             "a budget of latency is measured on one rank, but prune.pipeline_model_parallel_size="
@@ -327,12 +320,6 @@ def _tournament(cfg: RunConfig) -> Iterator[str]:
             "prune.tournament chooses among the candidates of a search, but prune.budget=null; set a limit such as "
             "prune.budget.params_share=0.67, or prune.tournament=null"
         )
-    if tournament.candidates < 2:
-        yield f"prune.tournament.candidates={tournament.candidates} leaves nothing to choose; set it to 2 or more"
-        return
-    if tournament.round_tokens < 1:
-        yield f"prune.tournament.round_tokens={tournament.round_tokens} must be above 0; set it to 1 or more"
-        return
     steps = rounds(cfg)[-1][1]
     if steps >= cfg.distill.max_steps:
         yield (
@@ -355,8 +342,6 @@ def _score(cfg: RunConfig) -> Iterator[str]:
             f"prune.tournament.score.metric={score.metric} is none of {OWN_TASK}'s; set it to one of "
             f"{', '.join(OWN_METRICS)}"
         )
-    if score.margin < 0:
-        yield f"prune.tournament.score.margin={score.margin} is below 0; set it to 0 or more"
 
 
 def rounds(cfg: RunConfig) -> list[tuple[int, int]]:

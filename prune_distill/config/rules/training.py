@@ -11,9 +11,6 @@ from collections.abc import Collection, Iterator
 from prune_distill.schema import Phase, Schedule, Training
 from prune_distill.schema.phases import training_phases
 
-PHASE_ABOVE_ZERO = ("max_steps", "tokens", "seq_length", "global_batch_size", "micro_batch_size", "lr")
-PHASE_FROM_ZERO = ("min_lr", "warmup_steps")
-
 
 def phase_key(at: str, number: int) -> str:
     return f"{at}.phases[{number}]"
@@ -79,15 +76,6 @@ def skip_steps(training: Training, at: str) -> Iterator[str]:
                 f"{at}.skip_steps holds {span}, which is no span [first, last] of steps 1 to {training.max_steps}; "
                 f"set {at}.skip_steps=[[FIRST,LAST]]"
             )
-
-
-def loss_ratio(training: Training, at: str) -> Iterator[str]:
-    ratio = training.max_loss_ratio
-    if ratio is not None and ratio <= 1:
-        yield (
-            f"{at}.max_loss_ratio={ratio} would stop at a usual loss; set {at}.max_loss_ratio to a number above 1, "
-            "or to null"
-        )
 
 
 def tracker_packages(training: Training, at: str) -> Iterator[str]:

@@ -110,8 +110,8 @@ BUDGETS: list[tuple[list[str], list[str]]] = [
     (["prune.budget.params=6e6"], ["prune.budget.params=6e+06 is no less than the teacher's 5.24698e+06", "below"]),
     (["prune.budget.params=1e6"], ["prune.budget.params=1e+06 is below the 2.16", "num_layers 4", "or more"]),
     (["prune.budget.params_share=0.1"], ["prune.budget.params_share=0.1 is below", "params_share to 0.4127"]),
-    (["prune.budget.params_share=1.5"], ["params_share=1.5 is no share of the teacher's", "between 0 and 1"]),
-    (["prune.budget.params_share=0"], ["prune.budget.params_share=0.0 must be above 0"]),
+    (["prune.budget.params_share=1.5"], ["params_share=1.5 must be between 0 and 1"]),
+    (["prune.budget.params_share=0"], ["prune.budget.params_share=0.0 must be between 0 and 1", "above 0"]),
     (["prune.budget.memory_gb=1"], ["prune.budget.memory_gb=1 is no less than the teacher's", "GB"]),
     (["prune.budget.memory_gb=0.001"], ["prune.budget.memory_gb=0.001 is below"]),
     (
@@ -121,7 +121,7 @@ BUDGETS: list[tuple[list[str], list[str]]] = [
     (["prune.budget.batch_size=2"], ["prune.budget limits nothing", "params_share=0.67"]),
     ([TWO_THIRDS, "prune.num_layers=4"], ["prune.budget searches all sizes, but prune.num_layers=4 is set too"]),
     ([TWO_THIRDS, "prune.drop_layers=[2]"], ["prune.drop_layers=[2] is set too", "set prune.budget=null"]),
-    ([TWO_THIRDS, "prune.budget.max_width_cut=1.2"], ["prune.budget.max_width_cut=1.2 is no share"]),
+    ([TWO_THIRDS, "prune.budget.max_width_cut=1.2"], ["prune.budget.max_width_cut=1.2 must be between 0 and 1"]),
     ([TWO_THIRDS, "prune.budget.seq_length=4096"], ["prune.budget.seq_length=4096 is longer", "at most 2048"]),
     ([TWO_THIRDS, "prune.tournament.candidates=3"], ["prune.tournament.round_tokens is not set"]),
     (
@@ -139,7 +139,7 @@ BUDGETS: list[tuple[list[str], list[str]]] = [
     ),
     (
         [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.margin=-1"],
-        ["prune.tournament.score.margin=-1.0 is below 0"],
+        ["prune.tournament.score.margin=-1.0 must not be negative"],
     ),
     (
         ["prune.num_layers=4", "prune.tournament.round_tokens=10000"],
