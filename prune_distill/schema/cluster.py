@@ -35,7 +35,7 @@ class NumaBinding(Enum):
 class Gpu:
     """The GPU that `launch.plan` computes memory and hours for."""
 
-    # Name of the GPU, for reports.
+    # Name of the GPU in plans and messages.
     name: str = MISSING
     # GiB that PyTorch can use: the "total capacity" in its out-of-memory errors.
     memory_gib: PositiveFloat = MISSING
@@ -97,7 +97,7 @@ class SlurmConfig:
 class ClusterConfig:
     """Where the stages run."""
 
-    # Name of the cluster, for reports.
+    # Name of the cluster in plans and messages.
     name: str = MISSING
     # Number of nodes.
     nodes: Annotated[PositiveInt, Range(at_most=2**20)] = 1

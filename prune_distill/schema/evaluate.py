@@ -42,7 +42,8 @@ class EvaluateConfig:
     # Batch size of the tasks.
     task_batch_size: PositiveInt = placement(8)
     # Folder with task definitions (*.yaml; functions that they name are run) and data sets in the Hub's layout,
-    # OWNER/NAME, which are then not downloaded. Its content is an input of the stage. Null: the harness's own tasks.
+    # OWNER/NAME; no data set is downloaded then. Its content is an input of the stage. Null: only the harness's tasks,
+    # with data sets from the Hub.
     task_folder: str | None = placement(None)
     # Adds the task heldout_continuations; {} uses its defaults; null: no such task.
     continuations: Continuations | None = None

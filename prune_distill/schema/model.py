@@ -64,7 +64,7 @@ class DemoModel:
 class ModelConfig:
     """The teacher: a Hugging Face folder or Hub id, or (`demo`) a model that the run trains first."""
 
-    # Name of the teacher, for reports.
+    # Name of the teacher in reports and model cards.
     name: str = MISSING
     # Family of the model; with `hf_path` it may be left out, and is then read from config.json.
     family: Family = MISSING

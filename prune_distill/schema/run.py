@@ -22,7 +22,7 @@ from prune_distill.schema.prune import PruneConfig
 class RunConfig:
     """A whole run."""
 
-    # Name of the run in reports.
+    # Name of the run in reports and model cards.
     name: Text = MISSING
     # Folder for everything that the run writes.
     run_dir: Text = MISSING

@@ -48,7 +48,7 @@ class Recompute(Enum):
 
 @dataclass
 class Parallel:
-    """Megatron's parallel layout. The ranks that it leaves are used for data parallelism."""
+    """Megatron's parallel layout. The remaining ranks are used for data parallelism."""
 
     # Ranks that share each layer's matrices.
     tensor_model_parallel_size: PositiveInt = 1
