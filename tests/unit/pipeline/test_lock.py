@@ -102,7 +102,7 @@ def test_odd_content_names_no_holder(content: bytes, tmp_path: Path, monkeypatch
 
 def test_a_killed_holders_lock_is_free(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from recipes import lock\n"
+        "import sys, time; from pathlib import Path; from prune_distill.pipeline import lock\n"
         "with lock.held(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE) as holder:
