@@ -6,7 +6,7 @@ loss of a mixture's router is Megatron's and stays as its family has it: it join
 passes the router (megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
 `distill.kd.implementation=upstream` that end, too, is upstream's, for reference.
 
-Import this module inside a stage's `run`, after `backend.activate()`.
+Import this module after `backend.activate()`; the runner calls that before it imports a stage.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ by layer number, which any layout takes; that they belong to the model and the d
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prune_distill.errors import InputError
+from prune_distill.schema import PruneConfig
+
+log = logging.getLogger("recipes.importance")
 
 FILE = "importance.safetensors"
 
@@ -87,3 +92,36 @@ def refuse_infinite(importance: Importance) -> None:
                     f"layer {number}: activations of its {name} are not finite on the calibration text; the model's "
                     "weights are damaged, or its precision is too narrow for them: check model.hf_path"
                 )
+
+
+def warn_if_few_sequences(prune: PruneConfig, train_tokens: int) -> None:
+    """Warns where the training documents hold fewer sequences than the calibration reads."""
+    there_are = (train_tokens - 1) // prune.calibration_seq_length
+    if there_are < prune.calibration_samples:
+        log.warning(
+            "the training documents hold %d sequences of %d tokens, fewer than prune.calibration_samples=%d: text is "
+            "repeated, which adds nothing; bring more documents, or set it lower",
+            there_are,
+            prune.calibration_seq_length,
+            prune.calibration_samples,
+        )
+
+
+def check_loss(loss: float, vocab_size: int) -> None:
+    """Checks the teacher's loss on the calibration text, nats per learned token.
+
+    Raises:
+        InputError: the teacher knows no more than chance. Its weights or its tokenizer are not what they should be, and
+            distilling from it would teach nothing.
+    """
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the teacher's loss on the calibration text is {loss}: its logits are not finite; check that the output"
+            " layer's weights in model.hf_path are finite"
+        )
+    chance = math.log(vocab_size)
+    if not loss < chance:
+        raise InputError(
+            f"the teacher's loss on the calibration text is {loss:.3f} nats per token, no better than chance"
+            f" ({chance:.3f}); check that model.hf_path holds trained weights and their own tokenizer"
+        )
