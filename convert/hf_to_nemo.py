@@ -1,4 +1,4 @@
-"""python -m convert.hf_to_nemo --config RUN_DIR/resolved.yaml
+"""python -m recipes hf_to_nemo --config RUN_DIR/resolved.yaml
 python -m convert.hf_to_nemo --hf-model FOLDER_OR_HUB_ID --out FOLDER
 
 The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. No model is built.
@@ -7,17 +7,21 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from convert import families, pickled_files, safetensors_files
+from convert.files import replaced
+from convert.nemo_context import model_call, write_context
+from convert.stored import StoredTensor, blocks, copy_threads, report_nonfinite
+from convert.torch_dist import TorchDistWriter
+from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
+from prune_distill.model.hf_weights import expected_shapes, tensor_faults
+from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
 from prune_distill.pipeline.names import CONTEXT, NEMO, WEIGHTS
-from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
-
-if TYPE_CHECKING:
-    from convert.stored import StoredTensor
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -54,9 +58,6 @@ def convert(
     Raises:
         InputError: the model cannot be had, is damaged, or cannot be represented in NeMo.
     """
-    from convert.files import replaced
-    from prune_distill.model.huggingface import hub_commit, local_folder
-
     source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
     with replaced(checkpoint, source) as partial:
         write_checkpoint(source, partial, allow_nonfinite=allow_nonfinite, checksum=checksum)
@@ -65,12 +66,6 @@ def convert(
 
 def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, checksum: bool) -> None:
     """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
-    from convert import families, pickled_files, safetensors_files
-    from convert.nemo_context import model_call, write_context
-    from convert.stored import report_nonfinite
-    from prune_distill.model.hf_weights import expected_shapes
-    from prune_distill.model.huggingface import copy_side_files
-
     config = families.read_config(source)
     family = families.FAMILIES[config["model_type"]]
     safe = any(source.glob("*.safetensors"))
@@ -90,9 +85,6 @@ def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path
     Raises:
         InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
     """
-    from convert.torch_save import TORCH_TYPES
-    from prune_distill.model.hf_weights import tensor_faults
-
     faults = tensor_faults(tensors, config)
     output, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.get("tie_word_embeddings", False) and output is not None and not _equal(output, embedding):
@@ -103,8 +95,6 @@ def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path
 
 
 def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:
-    from convert.stored import blocks
-
     if second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return all(ours == theirs for ours, theirs in zip(blocks(first), blocks(second), strict=True))
@@ -116,10 +106,6 @@ def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path
     Returns:
         whether all weights are finite.
     """
-    from convert import families
-    from convert.stored import copy_threads
-    from convert.torch_dist import TorchDistWriter
-
     heads = families.heads_of(config)
     writer = TorchDistWriter()
     for rule, index, names in families.parts(config):
@@ -181,7 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--config" in sys.argv:
-        stage_main(run, "hf_to_nemo")
-    else:
-        main()
+    main()

@@ -1,4 +1,4 @@
-"""python -m convert.nemo_to_hf --config RUN_DIR/resolved.yaml
+"""python -m recipes nemo_to_hf --config RUN_DIR/resolved.yaml
 python -m convert.nemo_to_hf --checkpoint FOLDER --out FOLDER [--hf-model FOLDER_OR_HUB_ID] [--dtype bf16]
 
 The run's NeMo checkpoints (pruned and student, or a control) become Hugging Face folders that plain transformers loads,
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.stage_main import command_line, stage_main
+from convert.exporting import carried_files, export_model
+from prune_distill.model.huggingface import local_folder
+from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
 
 # Trained on the data alone, whatever the student learns from.
@@ -22,9 +23,6 @@ TEACHERLESS = ("ce", "scratch", "corrected_teacher")
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: hf_model (the model they descend from) and a checkpoint a name. Output: a folder a name."""
-    from convert.exporting import export_model
-    from prune_distill.model.huggingface import local_folder
-
     source = local_folder(inputs["hf_model"], cfg.model.revision, weights=False)
     base = cfg.model.hf_path or cfg.model.name
     checkpoints = {name: path for name, path in inputs.items() if name != "hf_model"}
@@ -67,9 +65,6 @@ def main() -> None:
     parser.add_argument("--allow-nonfinite", action="store_true", help=help_text)
     args = parser.parse_args()
     with command_line():
-        from convert.exporting import carried_files, export_model
-        from prune_distill.model.huggingface import local_folder
-
         if args.hf_model is None:
             source = carried_files(args.checkpoint)
         else:
@@ -81,7 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "--config" in sys.argv:
-        stage_main(run, "nemo_to_hf")
-    else:
-        main()
+    main()

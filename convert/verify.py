@@ -1,4 +1,4 @@
-"""python -m convert.verify --config RUN_DIR/resolved.yaml
+"""python -m recipes verify --config RUN_DIR/resolved.yaml
 python -m convert.verify FOLDER FOLDER [--text FILE] [--no-logits] [--digests]
 
 Whether two folders hold the same model, each a Hugging Face model or a NeMo checkpoint: tensor by tensor, and by their
@@ -16,11 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert import families
+from convert.exporting import carried_files, is_checkpoint, tensors_of
+from convert.stored import blocks, copy_threads
+from convert.trust import refuse_code
+from prune_distill.data.folder import DataFolder
+from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
-from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.model.huggingface import local_folder
+from prune_distill.nemo import backend, hf_models
+from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import ExportDtype, RunConfig
 
 log = logging.getLogger("convert.verify")
+# torch and NeMo are imported in functions: comparing the tensors alone needs neither.
 
 # Share of the largest logit by which twins may differ. On a CPU they differ by the order of their sums alone (1e-6 of
 # it); on a GPU Transformer Engine multiplies fp32 as TF32, whose step is 1e-3. A wrong tensor costs more than a tenth.
@@ -35,13 +44,7 @@ CHECKED = {"import": "teacher", "export": "student"}
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: data, and of the teacher (stage verify_import) or the student (stage verify) both formats, as `_hf` and
     `_nemo`. Metrics: the largest differences."""
-    from prune_distill.nemo import backend
-
-    backend.activate()
     import torch
-
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.model.huggingface import local_folder
 
     data = DataFolder.read(inputs["data"])
     tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
@@ -113,9 +116,6 @@ def logits(folder: Path, ids: Any) -> Any:
     """A model's fp32 logits `[b, s, v]`: through transformers, or, of a checkpoint, through NeMo."""
     import torch
 
-    from convert.exporting import is_checkpoint
-    from prune_distill.nemo import backend, hf_models
-
     device = backend.activate().device
     if not is_checkpoint(folder):
         model = hf_models.load(folder, ExportDtype.fp32)
@@ -140,8 +140,6 @@ def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str
     Returns:
         the digest of every tensor of the first, and what differs, by name.
     """
-    from convert.exporting import is_checkpoint, tensors_of
-
     # What a checkpoint is a checkpoint of, the other folder says, where it is one of Hugging Face.
     references = [other if not is_checkpoint(other) else None for other in (second, first)]
     ours, theirs = (tensors_of(folder, of) for folder, of in zip((first, second), references, strict=True))
@@ -163,7 +161,6 @@ def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str
 
 def digest(tensors: dict[str, Any]) -> dict[str, str]:
     """The BLAKE2b digest of every tensor's bytes, row by row."""
-    from convert.stored import blocks, copy_threads
 
     def of(tensor: Any) -> str:
         total = hashlib.blake2b(digest_size=16)
@@ -182,10 +179,6 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
         InputError: no text, or no tokenizer or configuration that would load.
     """
     import torch
-
-    from convert import families
-    from convert.exporting import carried_files, is_checkpoint
-    from prune_distill.data.hf_tokenizer import load_tokenizer
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:
@@ -219,9 +212,6 @@ def main() -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Prints what was found. Returns the exit status: 2 where the models differ."""
-    from convert.exporting import is_checkpoint
-    from convert.trust import refuse_code
-
     first, second = args.folders
     if args.tokens < 1:
         raise InputError(f"--tokens {args.tokens}: at least one is needed to compare logits")
@@ -237,8 +227,6 @@ def verify(args: argparse.Namespace) -> int:
     for difference in differences:
         print(f"  {difference}")
     if not args.no_logits:
-        from prune_distill.nemo import backend
-
         backend.activate()
         parity = compare_logits(first, second, token_ids(args.folders, args.text, args.tokens))
         print(
@@ -249,7 +237,4 @@ def verify(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    if "--config" in sys.argv:
-        stage_main(run, "verify")
-    else:
-        main()
+    main()

@@ -49,4 +49,4 @@ def nodes_and_ranks(located: Located) -> tuple[int, int]:
 
 def stage_arguments(located: Located, resolved: Path) -> list[str]:
     """What follows `python -m` or `torchrun ... -m` for a stage."""
-    return [located.stage.module, "--config", str(resolved), "--stage", located.stage.name]
+    return [located.stage.runner, located.stage.name, "--config", str(resolved)]

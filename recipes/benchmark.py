@@ -1,4 +1,4 @@
-"""python -m recipes.benchmark --config RUN_DIR/resolved.yaml
+"""python -m recipes benchmark --config RUN_DIR/resolved.yaml
 python -m recipes.benchmark --models teacher=FOLDER student=FOLDER --out FOLDER [--batch-size 8 ...]
 
 How fast models are and how much memory they take: prefill, decoding and the time to the first token, with the same
@@ -12,15 +12,19 @@ import argparse
 import dataclasses
 import os
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from prune_distill.benchmarking import prompts, timing, transformers_engine, vllm_engine
 from prune_distill.errors import ConfigError
+from prune_distill.model.huggingface import local_folder
+from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.processes import import_libraries
-from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
 FILE = "benchmark.json"
@@ -30,8 +34,6 @@ NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Inputs: Hugging Face folders (or a Hub id) of teacher and student. Output: `benchmark.json`."""
-    from prune_distill.model.huggingface import local_folder
-
     folders = {
         name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
         for name, source in inputs.items()
@@ -52,12 +54,7 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     Raises:
         InputError: models that do not fit beside each other, or a prompt that none of them takes.
     """
-    import_libraries("torch", "transformers.models.auto.modeling_auto")
-    import torch
-
-    from prune_distill.benchmarking import timing
-    from prune_distill.nemo import backend
-
+    import_libraries("transformers.models.auto.modeling_auto")  # or a first model imports it, and more slowly
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     models, dtype = _load(folders, cfg, seed)
@@ -80,20 +77,14 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
 
 def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple[dict[str, Any], str]:
     """The models by name, and the type in which they compute."""
-    from prune_distill.benchmarking import prompts
-
     prompts.check(folders, cfg)
     if cfg.engine is Engine.vllm:
-        from prune_distill.benchmarking import vllm_engine
-
         ids = prompts.draw(folders, cfg, seed)
         share = vllm_engine.SHARE / len(folders)
         return (
             {name: vllm_engine.Model(folder, ids, cfg, share) for name, folder in folders.items()},
             vllm_engine.TYPES[cfg.dtype],
         )
-    from prune_distill.benchmarking import transformers_engine
-
     transformers_engine.check(folders, cfg)
     ids = prompts.draw(folders, cfg, seed)
     models = {name: transformers_engine.Model(folder, ids, cfg) for name, folder in folders.items()}
@@ -116,9 +107,6 @@ def _within(folder: Path, run_dir: Path) -> str:
 
 
 def main() -> None:
-    if any(argument.partition("=")[0] == "--config" for argument in sys.argv[1:]):
-        stage_main(run, "benchmark")
-        return
     default = BenchmarkConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", required=True, nargs="+", metavar="NAME=FOLDER", help="Hugging Face folders")
@@ -136,8 +124,6 @@ def main() -> None:
 
 
 def _by_itself(arguments: argparse.Namespace) -> str:
-    from prune_distill.model.huggingface import local_folder
-
     values = {name: getattr(arguments, name) for name in (*NUMBERS, "cost_per_hour")}
     faults = [f"--{name.replace('_', '-')}={value} must be above 0" for name, value in values.items() if value == 0]
     faults += [f"--models {model} is no NAME=FOLDER" for model in arguments.models if not all(model.partition("="))]

@@ -1,4 +1,4 @@
-"""torchrun --nproc_per_node 8 -m recipes.correct_teacher --config RUN_DIR/resolved.yaml
+"""torchrun --nproc_per_node 8 -m recipes correct_teacher --config RUN_DIR/resolved.yaml
 
 Teacher correction: the teacher is trained on the distillation data as language models are, so that what it then teaches
 fits these data (Minitron in practice, arXiv 2408.11796, section 2). The student is pruned from the original.
@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.data.folder import DataFolder
+from prune_distill.nemo import nemo_api
+from prune_distill.pipeline.metrics_file import loss_gain
 from prune_distill.pipeline.names import METRICS
-from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.schema import RunConfig
+from prune_distill.training.training import train
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -21,13 +23,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`. Its gain is in the metrics: held-out loss
     (nats per token) before and after, on the same batches.
     """
-    from prune_distill.nemo import backend
-
-    backend.activate()
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.nemo import nemo_api
-    from prune_distill.training.training import train
-
     correction = cfg.distill.correct_teacher
     assert correction is not None  # or the stage is not wanted
     teacher = nemo_api.load_model(inputs["teacher"])
@@ -36,16 +31,4 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     metrics = train(
         teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], key=key, validate_first=True
     )
-    return {**metrics, **gain(out / METRICS)}
-
-
-def gain(metrics: Path) -> dict[str, float | None]:
-    """Held-out loss before and after a training, from its `metrics.jsonl`; None: lost with lines of that file."""
-    losses = {line["step"]: line["val_loss"] for line in read_metrics(metrics) if "val_loss" in line}
-    before, after = losses.get(0), losses[max(losses)] if losses else None
-    gained = None if before is None or after is None else before - after
-    return {"val_loss_before": before, "val_loss_after": after, "val_loss_gain": gained}
-
-
-if __name__ == "__main__":
-    stage_main(run, "correct_teacher")
+    return {**metrics, **loss_gain(out / METRICS)}

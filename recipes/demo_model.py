@@ -1,4 +1,4 @@
-"""torchrun -m recipes.demo_model --config RUN_DIR/resolved.yaml
+"""torchrun -m recipes demo_model --config RUN_DIR/resolved.yaml
 
 A small real teacher for a first try, made on the spot with no download: text from the standard library's
 documentation, a byte-level BPE tokenizer, and a Qwen3-style model, dense or of experts, that NeMo trains through the
@@ -12,11 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from nemo.collections import llm
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
+
+from convert.exporting import export_model
 from prune_distill.atomic_files import write_text
+from prune_distill.data import demo_corpus
+from prune_distill.data.prepare import prepare
 from prune_distill.model.model_size import EXPERT_SIZES
+from prune_distill.nemo import nemo_api
 from prune_distill.pipeline.names import HF, NEMO
-from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.schema import DataConfig, RunConfig, Shape
+from prune_distill.training.training import train
 
 # Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, and it bears twice the learning rate.
 INIT_STD = 0.05
@@ -25,19 +36,6 @@ END_OF_TEXT = "<|endoftext|>"
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """No inputs. Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
-    from prune_distill.nemo import backend
-
-    backend.activate()
-    from nemo.collections import llm
-    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-    from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
-
-    from convert.exporting import export_model
-    from prune_distill.data import demo_corpus
-    from prune_distill.data.prepare import prepare
-    from prune_distill.nemo import nemo_api
-    from prune_distill.training.training import train
-
     assert cfg.model.demo is not None  # the stage is wanted only then
     assert cfg.model.shape is not None  # prune_distill.config.validate has seen to it
     texts, validation_texts = demo_corpus.documents()
@@ -67,9 +65,6 @@ def _write_jsonl(path: Path, texts: Sequence[str]) -> Path:
 
 
 def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,8 +85,6 @@ def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Non
 
 
 def _write_config(shape: Shape, folder: Path) -> None:
-    from transformers import GenerationConfig, Qwen3Config, Qwen3MoeConfig
-
     kind, expert_sizes = (Qwen3MoeConfig, _hf_experts(shape)) if shape.num_moe_experts else (Qwen3Config, {})
     config = kind(
         architectures=[kind.__name__.replace("Config", "ForCausalLM")],
@@ -153,8 +146,6 @@ def bigram_loss(data: Any) -> float:
 
     Each row of counts is topped up with `strength` pseudo-counts of the unigram distribution (Dirichlet prior).
     """
-    import numpy as np
-
     train, validation = data.tokens("train"), data.tokens("validation")
     vocab_size, strength = data.vocab_size, 10.0
     unigram = np.bincount(train, minlength=vocab_size) + 1.0
@@ -164,7 +155,3 @@ def bigram_loss(data: Any) -> float:
     previous, following = validation[:-1], validation[1:]
     total = pairs[previous].sum(1)
     return float(-np.log((pairs[previous, following] + strength * unigram[following]) / (total + strength)).mean())
-
-
-if __name__ == "__main__":
-    stage_main(run, "demo_model")

@@ -1,8 +1,8 @@
-"""torchrun --nproc_per_node 8 -m recipes.distill --config RUN_DIR/resolved.yaml [--stage distill.ce]
+"""torchrun --nproc_per_node 8 -m recipes distill --config RUN_DIR/resolved.yaml
 
 Distillation: the pruned student learns the teacher's next-token distribution (`distill.kd` says by which loss). The
-controls train the same shape on the same tokens without a teacher: `distill.ce` from the pruned weights,
-`distill.scratch` from random ones.
+controls are stages of their own that train the same shape on the same tokens without a teacher: `distill.ce` from the
+pruned weights, `distill.scratch` from random ones.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.config.validate import meter
-from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.distillation import TeacherSwap, student_to_train
+from prune_distill.distillation.signal import SignalReader
+from prune_distill.pruning.tournament import resume_from
 from prune_distill.schema import Init, RunConfig
+from prune_distill.training.training import train
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -22,15 +26,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
     """
-    from prune_distill.nemo import backend
-
-    backend.activate()
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.distillation.distillation import TeacherSwap, student_to_train
-    from prune_distill.distillation.signal import SignalReader
-    from prune_distill.pruning.tournament import resume_from
-    from prune_distill.training.training import train
-
     model = student_to_train(cfg.distill, inputs["student"], inputs.get("teacher"))
     signal = None
     if cfg.distill.reads_signal:
@@ -51,7 +46,3 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         signal=signal,
         callbacks=callbacks,
     )
-
-
-if __name__ == "__main__":
-    stage_main(run, "distill")

@@ -1,5 +1,5 @@
-"""python -m recipes.evaluate --config RUN_DIR/resolved.yaml
-torchrun --nproc_per_node 8 -m recipes.evaluate --config RUN_DIR/resolved.yaml
+"""python -m recipes evaluate --config RUN_DIR/resolved.yaml
+torchrun --nproc_per_node 8 -m recipes evaluate --config RUN_DIR/resolved.yaml
 
 Quality of the Hugging Face models of a run, which are what users will deploy, in plain transformers: held-out loss,
 agreement with the teacher, tasks of EleutherAI's lm-evaluation-harness, samples of text, and the checkpoints of the
@@ -11,10 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from convert.exporting import exporter
+from prune_distill.data.folder import DataFolder
+from prune_distill.evaluation import recovery
+from prune_distill.evaluation.evaluator import TEACHER, Evaluator
+from prune_distill.evaluation.holding import ROOM
+from prune_distill.model.huggingface import local_folder
+from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.pipeline.processes import import_libraries
-from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
 
 NO_MODELS = ("data", "checkpoints", "task_folder")
@@ -25,13 +32,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part.
     """
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.evaluation.evaluator import TEACHER, Evaluator
-    from prune_distill.model.huggingface import local_folder
-
-    import_libraries("torch", "transformers.models.auto.modeling_auto")
-    from prune_distill.nemo import ranks
-
+    import_libraries("transformers.models.auto.modeling_auto")  # or a first model imports it, and more slowly
     models = {
         name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
         for name, source in inputs.items()
@@ -51,17 +52,9 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return results
 
 
-def _measure_checkpoints(evaluator: Any, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
-    from convert.exporting import exporter
-    from prune_distill.evaluation import recovery
-    from prune_distill.evaluation.holding import ROOM
-
+def _measure_checkpoints(evaluator: Evaluator, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
     export = exporter(cfg, teacher)
     for step, checkpoint in find_checkpoints(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)
-
-
-if __name__ == "__main__":
-    stage_main(run, "evaluate")

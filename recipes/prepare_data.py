@@ -1,5 +1,5 @@
-"""python -m recipes.prepare_data --config RUN_DIR/resolved.yaml
-   python -m recipes.prepare_data --check FOLDER [--document N [--split validation]]
+"""python -m recipes prepare_data --config RUN_DIR/resolved.yaml
+python -m recipes.prepare_data --check FOLDER [--document N [--split validation]]
 
 Documents become Megatron's indexed tokens, with the teacher's tokenizer. Started several times at once, on one node or
 on many, the processes share the work; started again, it goes on with what is missing. `--check` reads all of a prepared
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
+from prune_distill.data.check import check_folder, document_text
+from prune_distill.data.plan import local_files
+from prune_distill.data.prepare import prepare
 from prune_distill.errors import InputError
-from prune_distill.pipeline.stage_main import command_line, stage_main
+from prune_distill.model.huggingface import local_folder
+from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
 from prune_distill.schema.phases import training_tokens
 
@@ -30,10 +33,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `shards/`, `validation.{bin,idx}`, and `data.json`, which lists them.
     """
-    from prune_distill.data.plan import local_files
-    from prune_distill.data.prepare import prepare
-    from prune_distill.model.huggingface import local_folder
-
     tokenizer = local_folder(inputs["tokenizer"], cfg.model.revision, weights=False)
     folder = prepare(
         cfg.data,
@@ -71,8 +70,6 @@ def repetition(there: int, read: int) -> str | None:
 
 
 def _source_tokenizer(source: Path | str | None) -> Path | None:
-    from prune_distill.model.huggingface import local_folder
-
     try:
         return None if source is None else local_folder(source, None, weights=False, model=False)
     except InputError as fault:
@@ -81,8 +78,6 @@ def _source_tokenizer(source: Path | str | None) -> Path | None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Says what a prepared folder holds. Raises: InputError, with all that is wrong with it."""
-    from prune_distill.data.check import check_folder, document_text
-
     if arguments.document is None:
         print(check_folder(arguments.check))
     else:
@@ -90,9 +85,6 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    if not any(argument.partition("=")[0] == "--check" for argument in sys.argv[1:]):
-        stage_main(run, "prepare_data")
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, type=Path, metavar="FOLDER", help="RUN_DIR/prepare_data-*")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")

@@ -1,4 +1,4 @@
-"""torchrun -m recipes.prune --config RUN_DIR/resolved.yaml
+"""torchrun -m recipes prune --config RUN_DIR/resolved.yaml
 
 Minitron pruning with ModelOpt: the channels, heads and layers that matter least are cut from the teacher. Which do was
 measured by stage `importance`; where the config gives a budget, the sizes were found by `search`, or by `tournament`.
@@ -11,10 +11,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from prune_distill.data.folder import DataFolder
 from prune_distill.model.student import AXES, EXPERT_AXES
+from prune_distill.nemo import backend, nemo_api
 from prune_distill.pipeline.artifact import read_manifest, write_json
 from prune_distill.pipeline.names import NEMO
-from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.pruning import cutting, layer_sets
+from prune_distill.pruning.importance import Importance
+from prune_distill.pruning.losses import calibration_batches
 from prune_distill.schema import Depth, RunConfig
 
 
@@ -24,16 +29,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
     Output: `nemo/`, the student before distillation; `blocks.json` where a block of layers was chosen.
     """
-    from prune_distill.nemo import backend
-
-    device = backend.activate().device
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.nemo import nemo_api
-    from prune_distill.pruning import cutting, layer_sets
-    from prune_distill.pruning.importance import Importance
-    from prune_distill.pruning.losses import calibration_batches
-
-    prune = cfg.prune
+    prune, device = cfg.prune, backend.activate().device
     sizes: dict[str, Any] = {name: getattr(prune, name) for name in (*AXES, *EXPERT_AXES)}
     drop_layers = list(prune.drop_layers or ())
     if "choice" in inputs:
@@ -78,7 +74,3 @@ def _in_teacher_numbering(layers: list[int], before: Path | None) -> list[int]:
     manifest = read_manifest(before)
     assert manifest is not None  # stages start when their inputs are whole
     return [manifest["metrics"]["kept_layers"][layer - 1] for layer in layers]
-
-
-if __name__ == "__main__":
-    stage_main(run, "prune")

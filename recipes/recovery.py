@@ -15,11 +15,15 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from convert.exporting import exporter
 from prune_distill.config.load import load_resolved
+from prune_distill.data.folder import DataFolder
 from prune_distill.errors import ConfigError
+from prune_distill.evaluation import recovery
+from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.evaluation.holding import ROOM, hold, holding
+from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
 from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RESOLVED, find_checkpoints
@@ -53,15 +57,10 @@ class Follower:
 
     @cached_property
     def teacher(self) -> Path:
-        from prune_distill.model.huggingface import local_folder
-
         return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
 
     @cached_property
-    def evaluator(self) -> Any:
-        from prune_distill.data.folder import DataFolder
-        from prune_distill.evaluation.evaluator import Evaluator
-
+    def evaluator(self) -> Evaluator:
         inputs = self.stages["evaluate"].inputs
         return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
 
@@ -71,8 +70,6 @@ class Follower:
 
     def measure(self) -> None:
         """Measures what is held, and the models before and after the training where they are there."""
-        from prune_distill.evaluation import recovery
-
         for step, checkpoint in find_checkpoints(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
                 log.warning("%s; step %d is left out of the curve", damage, step)
@@ -90,9 +87,6 @@ class Follower:
             record_again(self.out, (recovery.FILE,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
-        from convert.exporting import exporter
-        from prune_distill.evaluation import recovery
-
         recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
 
 

@@ -2,7 +2,7 @@
 
 What came out of a run, for people (`report/index.html`, one file that needs no network) and programs (`report.json`),
 at any time of the run: it shows what there is, and says what is missing or failed. Of several runs, or of a sweep's
-folder, a comparison. As the run's last stage: python -m recipes.report --config RUN_DIR/resolved.yaml
+folder, a comparison. As the run's last stage: python -m recipes report --config RUN_DIR/resolved.yaml
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
 from prune_distill.pipeline.names import MANIFEST
-from prune_distill.pipeline.stage_main import stage_main
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import summarize
@@ -89,8 +88,4 @@ def _withdraw(found: RunFolder, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    # A stage is started with --config, as every other one; --help is this file's.
-    if any(argument.startswith("--config") for argument in sys.argv[1:]):
-        stage_main(run, "report")
-    else:
-        sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""torchrun -m recipes.search --config RUN_DIR/resolved.yaml
+"""torchrun -m recipes search --config RUN_DIR/resolved.yaml
 
 The shapes that meet the budget (`prune.budget`), and a cheap score of each: loss on held-out documents just after
 pruning, and divergence from the teacher.
@@ -11,17 +11,23 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from prune_distill.data.folder import DataFolder
 from prune_distill.errors import InputError
 from prune_distill.model import student
+from prune_distill.nemo import backend, nemo_api
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.pruning import evidence, finalists, layer_sets
+from prune_distill.pruning.importance import Importance
+from prune_distill.pruning.latency import LatencyTable
+from prune_distill.pruning.losses import calibration_batches, held_out_batches
+from prune_distill.pruning.subnets import Subnets
+from prune_distill.reporting import plots
 from prune_distill.schema import Depth, RunConfig, Shape
-
-if TYPE_CHECKING:
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.pruning.importance import Importance
 
 log = logging.getLogger("recipes.search")
 
@@ -32,18 +38,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
     tournament a NeMo checkpoint a candidate that takes part.
     """
-    from prune_distill.nemo import backend
-
-    device = backend.activate().device
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.nemo import nemo_api
-    from prune_distill.pruning import evidence, finalists
-    from prune_distill.pruning.importance import Importance
-    from prune_distill.pruning.losses import held_out_batches
-    from prune_distill.pruning.subnets import Subnets
-    from prune_distill.reporting import plots
-
-    prune, budget = cfg.prune, cfg.prune.budget
+    prune, budget, device = cfg.prune, cfg.prune.budget, backend.activate().device
     assert budget is not None
     assert cfg.model.shape is not None
     data = DataFolder.read(inputs["data"])
@@ -68,7 +63,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         for (shape, layers), (loss, kl) in zip(pairs, found, strict=True)
     ]
     evidence.mark_front(rows)
-    rows = best_first(rows)
+    rows = evidence.best_first(rows)
     teacher = {**_row(space, cfg.model.shape, latency), "drop_layers": [], "loss": teacher_loss, "kl": 0.0}
     if rank() == 0:
         if latency is not None:
@@ -85,27 +80,10 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
 
 
-def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By loss, round robin over the sets of dropped layers: the best without each set, then the second of each.
-
-    Just after pruning, a loss says little of a deeper against a wider shape, or of one set of layers against another:
-    rankings between them turn around within a few hundred steps of distillation. Among shapes that keep the same layers
-    it says more.
-    """
-    by_layers: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["loss"]):
-        by_layers.setdefault(tuple(row["drop_layers"]), []).append(row)
-    turns = {id(row): turn for same in by_layers.values() for turn, row in enumerate(same)}
-    return sorted(rows, key=lambda row: (turns[id(row)], row["loss"]))
-
-
 def _layer_sets(
     cfg: RunConfig, core: Any, scores: Importance, data: DataFolder, depths: set[int]
 ) -> dict[int, list[list[int]]]:
     """The sets of layers that are dropped for each depth: the one that `prune.depth` names, and its best neighbours."""
-    from prune_distill.pruning import layer_sets
-    from prune_distill.pruning.losses import calibration_batches
-
     prune, budget, whole = cfg.prune, cfg.prune.budget, core.config.num_layers
     assert budget is not None
     device = next(core.parameters()).device
@@ -127,10 +105,6 @@ def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]
 
     With pipeline stages it isn't measured: a layer's time is that of one rank.
     """
-    import torch
-
-    from prune_distill.pruning.latency import LatencyTable
-
     budget = cfg.prune.budget
     assert budget is not None
     space = student.space_of(cfg)
@@ -158,7 +132,3 @@ def _nearest(space: student.Space, latency: Any) -> str:
         f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, and the limit is "
         f"{space.limits[2]:.4g} ms; raise prune.budget.latency, or prune.budget.max_depth_cut and max_width_cut"
     )
-
-
-if __name__ == "__main__":
-    stage_main(run, "search")

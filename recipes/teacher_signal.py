@@ -1,4 +1,4 @@
-"""torchrun --nproc_per_node 8 -m recipes.teacher_signal --config RUN_DIR/resolved.yaml
+"""torchrun --nproc_per_node 8 -m recipes teacher_signal --config RUN_DIR/resolved.yaml
 
 The teacher's signal, once: the teacher runs over the sequences that distillation will read, in its order, and the
 `distill.signal_top_k` most probable next tokens at each position are kept. Students then learn without it.
@@ -11,10 +11,34 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.signal import (
+    Description,
+    ShardWriter,
+    Signal,
+    encode,
+    packing_digest,
+    prediction_loss,
+    shard_sizes,
+    tokens_crc,
+    whole_shards,
+    write_index,
+)
+from prune_distill.distillation.teacher_forward import compute_top_k
+from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.chance import require_better_than_chance
-from prune_distill.pipeline.names import METRICS
-from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
+from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.metrics_file import MetricsFile
+from prune_distill.pipeline.names import METRICS, STATE, STOP
+from prune_distill.pipeline.stage_main import PausedError, rank
 from prune_distill.schema import DistillConfig, RunConfig
+from prune_distill.training.batches import Batches
+from prune_distill.training.stop_file import is_pause_requested
+from prune_distill.training.training import check
 
 # Threads of a writing rank that compress while the teacher goes on.
 COMPRESSORS = 2
@@ -27,19 +51,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
     further replicas here. A stage that was killed or paused goes on with the shards that are missing.
     """
-    from prune_distill.nemo import backend
-
-    backend.activate()
-    import torch
-    from megatron.core import parallel_state
-
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.distillation.signal import Description, packing_digest, shard_sizes, write_index
-    from prune_distill.nemo import nemo_api
-    from prune_distill.training.batches import Batches
-    from prune_distill.training.stop_file import is_pause_requested
-    from prune_distill.training.training import check
-
     distill, data = cfg.distill, DataFolder.read(inputs["data"])
     check(distill, data)
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
@@ -87,10 +98,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _missing(out: Path, sizes: list[int]) -> list[int]:
     """The shards that are still to be made, as rank 0 sees the disk; two nodes may see it differently."""
-    import torch
-
-    from prune_distill.distillation.signal import whole_shards
-
     missing: list[Any] = [None]
     if rank() == 0:
         whole = set(whole_shards(out, sizes))
@@ -101,12 +108,6 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
 
 def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
     """Makes one shard, by all ranks of a replica; the first tensor-parallel rank of the last stage writes it."""
-    import numpy as np
-    from megatron.core import parallel_state
-
-    from prune_distill.distillation.signal import ShardWriter, Signal, encode, prediction_loss, tokens_crc
-    from prune_distill.distillation.teacher_forward import compute_top_k
-
     first = number * distill.signal_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
@@ -151,8 +152,6 @@ class SignalProgress:
     """
 
     def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:
-        from prune_distill.pipeline.metrics_file import MetricsFile
-
         self.out, self.seq_length, self.done, self.count = out, distill.seq_length, done, count
         self.file = MetricsFile(out / METRICS)
         self.before, self.started = done, time.perf_counter()
@@ -173,13 +172,6 @@ class SignalProgress:
         )
 
     def end(self, state: str) -> None:
-        from prune_distill.pipeline.artifact import write_json
-        from prune_distill.pipeline.names import STATE, STOP
-
         if rank() == 0:
             write_json(self.out / STATE, {"state": state, "step": self.done})
             (self.out / STOP).unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    stage_main(run, "teacher_signal")

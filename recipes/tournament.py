@@ -1,4 +1,4 @@
-"""torchrun --nproc_per_node 8 -m recipes.tournament --config RUN_DIR/resolved.yaml
+"""torchrun --nproc_per_node 8 -m recipes tournament --config RUN_DIR/resolved.yaml
 
 The best candidates of the search, distilled shortly, the worse half of them dropped round by round
 (`prune.tournament`): a loss just after pruning says little of what becomes of a shape.
@@ -13,11 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from convert.exporting import exporter
 from prune_distill.config.rules.prune import rounds
+from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.distillation import student_to_train
+from prune_distill.model.huggingface import local_folder
+from prune_distill.nemo import nemo_api
 from prune_distill.pipeline.artifact import remove_folder, write_json
 from prune_distill.pipeline.names import CHECKPOINTS, checkpoint_name
-from prune_distill.pipeline.stage_main import PausedError, rank, stage_main
+from prune_distill.pipeline.stage_main import PausedError, rank
+from prune_distill.pruning import finalists, tournament
+from prune_distill.pruning.scoring import Scores
+from prune_distill.reporting import plots
 from prune_distill.schema import Loss, RunConfig, TaskScore
+from prune_distill.training.stop_file import is_pause_requested
+from prune_distill.training.training import train
 
 log = logging.getLogger("recipes.tournament")
 # name, checkpoint -> `value`, `stderr`
@@ -32,12 +44,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
-    from prune_distill.nemo import backend
-
-    backend.activate()
-    from prune_distill.pruning import finalists, tournament
-    from prune_distill.reporting import plots
-
     table = json.loads((inputs["search"] / "candidates.json").read_text())
     plan = rounds(cfg)
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
@@ -82,10 +88,6 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path, first: str) -> Scored:
     """What scores a candidate; tried before anything is trained, on the first of them."""
-    from convert.exporting import exporter
-    from prune_distill.model.huggingface import local_folder
-    from prune_distill.pruning.scoring import Scores
-
     teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
     scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
     scores.of(f"{first}/{checkpoint_name(0)}", inputs["search"] / first)
@@ -94,8 +96,6 @@ def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path,
 
 def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:
     """Starts what lets ranks wait for one another, as NeMo does with a model at hand."""
-    from prune_distill.nemo import nemo_api
-
     parallel = cfg.distill.parallel
     nemo_api.restore(
         inputs["teacher"],
@@ -109,14 +109,6 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
 
     Raises: PausedError, where a stop file in the stage's folder asked for it.
     """
-    import torch
-
-    from prune_distill.data.folder import DataFolder
-    from prune_distill.distillation.distillation import student_to_train
-    from prune_distill.pruning import tournament
-    from prune_distill.training.stop_file import is_pause_requested
-    from prune_distill.training.training import train
-
     pruned, folder = inputs["search"] / name, out / name
     if tournament.has_reached(folder, step):
         return
@@ -137,7 +129,3 @@ def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: 
         if rank() == 0:
             tournament.pause(out, folder)
         raise PausedError(f"paused in {folder.name}")
-
-
-if __name__ == "__main__":
-    stage_main(run, "tournament")

@@ -6,7 +6,7 @@ mixture's router is Megatron's, with the family's settings: autograd adds it to 
 (megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
 `distill.kd.implementation=upstream` the end of the models is upstream's as well, for reference.
 
-Import this module inside a stage's `run`, after `backend.activate()`.
+Import this module after `backend.activate()`; the runner calls that before it imports a stage.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NeMo, Megatron-Core and ModelOpt as the stages use them: models from checkpoints, trainers, restoring.
 
-Upstream's quirks are met here and nowhere else, each with the place that shows it. Import this module inside a
-stage's `run`, after `backend.activate()`.
+Upstream's quirks are met here and nowhere else, each with the place that shows it. Import this module after
+`backend.activate()`; the runner calls that before it imports a stage.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ auxiliary loss of a mixture of experts by them as well, which covers all tokens,
 (megatron/core/transformer/moe/router.py:400-409). Here each micro batch is divided by the learned tokens of the global
 batch at once, which `batches.StepSizes` counts before the step.
 
-Import this module inside a stage's `run`, after `backend.activate()`.
+Import this module after `backend.activate()`; the runner calls that before it imports a stage.
 """
 
 from __future__ import annotations

@@ -58,3 +58,11 @@ def _lines(path: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return [line for line in content.split("\n") if line]
+
+
+def loss_gain(path: Path) -> dict[str, float | None]:
+    """The held-out loss before and after a training, and their difference (nats per token); None if unknown."""
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(path) if "val_loss" in line}
+    before, after = losses.get(0), losses[max(losses)] if losses else None
+    gained = None if before is None or after is None else before - after
+    return {"val_loss_before": before, "val_loss_after": after, "val_loss_gain": gained}

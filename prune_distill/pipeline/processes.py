@@ -3,7 +3,8 @@
 Python and the libraries start helpers in two ways. Forked ones (the data loader's workers, the asynchronous checkpoint
 writer of megatron/core/dist_checkpointing/strategies/async_utils.py:214 and its own writers) pass a hook of `os`.
 Spawned ones (the workers of `prepare_data`, the manager of megatron/core/dist_checkpointing/strategies/
-filesystem_async.py:54) import the top level of `__main__`, which imports `prune_distill.pipeline.stage_main`.
+filesystem_async.py:54) import the top level of `__main__`, the runner `recipes/__main__.py`, which imports
+`prune_distill.pipeline.stage_main`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""How every stage starts and ends: `python -m MODULE --config RUN_DIR/resolved.yaml [--stage NAME]`, or by torchrun.
+"""How every stage starts and ends, in the process that the runner (`recipes/__main__.py`) or torchrun started for it.
 
 Exit status: 0 with a manifest, or with a state file that says "paused"; 2 for what the user can fix (one `error:`
 line); 1 with a traceback for the rest.
-No NeMo here: a stage imports it inside `run`, because a process that saves a checkpoint spawns a helper which imports
-the top level of `__main__` again (that cost 15 to 30 s a process; see torch/distributed/checkpoint's and Megatron's
-use of `multiprocessing`).
+No NeMo and no torch here: the runner imports this module at the top, and a process that saves a checkpoint spawns a
+helper which imports `__main__` again (with NeMo that cost 15 to 30 s per process; see the use of `multiprocessing` in
+torch/distributed/checkpoint and in Megatron).
 """
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import errno
 import gc
@@ -40,7 +39,7 @@ from prune_distill.pipeline.processes import (
     is_spawned,
     shorten_socket_paths,
 )
-from prune_distill.pipeline.stages import TORCHRUN_ID
+from prune_distill.pipeline.stages import STAGES, TORCHRUN_ID, Stage
 from prune_distill.schema import RunConfig
 
 log = logging.getLogger("recipes.stage")
@@ -69,17 +68,15 @@ SECONDS_FOR_A_LOST_NODE = 180.0
 Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
 
-def stage_main(run: Run, default_stage: str) -> None:
+def stage_main(name: str, config: Path, load: Callable[[Stage], Run]) -> None:
     """Runs one stage of a resolved config and declares its folder complete.
 
     Args:
-        run: `run(cfg, inputs, out) -> metrics`; called on every rank, its metrics are those of rank 0.
-        default_stage: the stage's name in the table where `--stage` does not name a variant.
+        name: the stage's name in the stage table.
+        config: the run's `resolved.yaml`.
+        load: imports what the stage needs and returns its `run(cfg, inputs, out) -> metrics`. Called once the inputs
+            are checked. `run` is called on every rank; its metrics are those of rank 0.
     """
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--config", required=True, type=Path, help="RUN_DIR/resolved.yaml")
-    parser.add_argument("--stage", default=default_stage, help="the stage, or a variant of it")
-    args = parser.parse_args()
     if TORCHRUN_ID in os.environ:
         end_with_torchrun()
     else:
@@ -88,16 +85,17 @@ def stage_main(run: Run, default_stage: str) -> None:
         os.environ["SLURM_JOB_NAME"] = "interactive"
     stay_guarded()
     with command_line():
-        located = _ready(args.config, args.stage)
+        located = _ready(config, name)
         if located.complete:
-            log.info("%s is complete in %s", args.stage, located.folder)
+            log.info("%s is complete in %s", name, located.folder)
             return
         started = time.time()
         located.folder.mkdir(parents=True, exist_ok=True)
         with _only_one(located):
             if rank() == 0 and located.complete:  # not just returned from: the other ranks have started
-                raise InputError(f"{args.stage} was completed in {located.folder} by the process that held its lock")
+                raise InputError(f"{name} was completed in {located.folder} by the process that held its lock")
             try:
+                run = load(located.stage)
                 metrics = run(located.cfg, located.inputs, located.folder)
             except PausedError as paused:
                 log.info("%s", paused)
@@ -166,6 +164,9 @@ def _ready(config: Path, stage: str) -> Located:
 
     Ranks share the reading: one that finds damage ends the stage for all of them.
     """
+    known = [row.name for row in STAGES]
+    if stage not in known:
+        raise InputError(f"there is no stage {stage!r}; the stages are {', '.join(known)}")
     if not config.is_file():
         raise ConfigError(f"--config {config} does not exist; give a run folder's resolved.yaml")
     everything = locate(load_resolved(config))
@@ -239,5 +240,5 @@ def stay_guarded() -> None:
     atexit.register(kill)
 
 
-if is_spawned():  # a helper of a stage, which imports its `__main__` again
+if is_spawned():  # a helper of a stage, which imports `__main__` again and so this module
     end_with_parent()

@@ -1,8 +1,8 @@
 """The stage table: what a run consists of, and what each stage is given. No torch, no NeMo.
 
-A stage is a module with `run(cfg, inputs, out) -> metrics`, started as `python -m MODULE --config RUN_DIR/resolved.yaml
---stage NAME`. Stages know each other only through this table: an input is a folder that another stage completed, or
-something of the user's.
+A stage is a module with `run(cfg, inputs, out) -> metrics`, which the runner imports and calls: `python -m recipes NAME
+--config RUN_DIR/resolved.yaml`. Stages know each other only through this table: an input is a folder that another stage
+completed, or something of the user's.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Stage:
 
     Attributes:
         name: the stage's name, unique in the table; a variant of a stage is named `<stage>.<variant>`.
-        module: what `python -m` runs.
+        module: the module that holds its `run`.
         sections: dotted config keys that decide the result, besides the inputs and `seed`.
         inputs: the stage's inputs by name, for a config.
         ranks: how many processes it wants; above 1, torchrun starts them.
@@ -98,6 +98,9 @@ class Stage:
         tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
         gate: whether all later stages wait for it, though they read nothing of it: a check whose failure makes their
             work useless.
+        needs_nemo: whether its module imports NeMo, Megatron-Core or ModelOpt: the runner then activates the backend
+            before it imports the module.
+        runner: the module that `python -m` starts, with the stage's name.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Stage:
     limits: Mapping[str, str] = field(default_factory=dict)
     tasks: Callable[[RunConfig], int] = _one
     gate: bool = False
+    needs_nemo: bool = False
+    runner: str = "recipes"
 
     @property
     def shares_work(self) -> bool:
@@ -261,6 +266,7 @@ def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
         wanted=partial(_is_control, name=name),
         settings=lambda cfg: settings,
         trains=True,
+        needs_nemo=True,
     )
 
 
@@ -318,6 +324,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             _calibration_ranks,
             wanted=lambda cfg: is_wanted(cfg) and needs_importance(replace_values(cfg, settings(cfg)).prune),
             settings=settings,
+            needs_nemo=True,
         ),
         Stage(
             f"prune{suffix}",
@@ -327,6 +334,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             _prune_ranks,
             wanted=is_wanted,
             settings=settings,
+            needs_nemo=True,
         ),
         Stage(
             f"distill{suffix}",
@@ -337,6 +345,7 @@ def _round(number: int) -> tuple[Stage, ...]:
             wanted=is_wanted,
             settings=settings,
             trains=True,
+            needs_nemo=True,
         ),
     )
 
@@ -359,6 +368,7 @@ STAGES: tuple[Stage, ...] = (
         lambda cfg: {},
         wanted=lambda cfg: cfg.model.demo is not None,
         trains=True,
+        needs_nemo=True,
     ),
     Stage(
         "prepare_data",
@@ -385,6 +395,7 @@ STAGES: tuple[Stage, ...] = (
         },
         wanted=_is_verified,
         gate=True,
+        needs_nemo=True,
     ),
     Stage(
         "correct_teacher",
@@ -394,6 +405,7 @@ STAGES: tuple[Stage, ...] = (
         count_ranks,
         wanted=lambda cfg: cfg.distill.correct_teacher is not None,
         trains=True,
+        needs_nemo=True,
     ),
     *(stage for number in range(1, MOST_ROUNDS + 1) for stage in _round(number)),
     Stage(
@@ -403,6 +415,7 @@ STAGES: tuple[Stage, ...] = (
         _importance_inputs,
         _calibration_ranks,
         wanted=lambda cfg: needs_importance(cfg.prune),
+        needs_nemo=True,
     ),
     Stage(
         "search",
@@ -412,6 +425,7 @@ STAGES: tuple[Stage, ...] = (
         _search_inputs,
         lambda cfg: cfg.prune.pipeline_model_parallel_size,
         wanted=lambda cfg: cfg.prune.budget is not None,
+        needs_nemo=True,
     ),
     Stage(
         "tournament",
@@ -423,8 +437,9 @@ STAGES: tuple[Stage, ...] = (
         trains=True,
         more_sections=lambda cfg: SCORING if _is_scored(cfg) else (),
         libraries=lambda cfg: ("lm_eval",) if _is_scored(cfg) else (),
+        needs_nemo=True,
     ),
-    Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks),
+    Stage("prune", "recipes.prune", ("prune",), _prune_inputs, _prune_ranks, needs_nemo=True),
     Stage(
         "teacher_signal",
         "recipes.teacher_signal",
@@ -436,8 +451,9 @@ STAGES: tuple[Stage, ...] = (
         count_ranks,
         wanted=lambda cfg: cfg.distill.reads_signal,
         trains=True,
+        needs_nemo=True,
     ),
-    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, count_ranks, trains=True),
+    Stage("distill", "recipes.distill", ("distill",), _distill_inputs, count_ranks, trains=True, needs_nemo=True),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     Stage(
         "nemo_to_hf",
@@ -457,6 +473,7 @@ STAGES: tuple[Stage, ...] = (
             "data": Output("prepare_data"),
         },
         wanted=_is_verified,
+        needs_nemo=True,
     ),
     Stage(
         "evaluate",

@@ -51,3 +51,17 @@ def mark_front(rows: list[dict[str, Any]]) -> None:
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
     pairs = [(one[key], other[key]) for key in ("params", "loss", "latency_ms") if one.get(key) is not None]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def best_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By loss, round robin over the sets of dropped layers: the best without each set, then the second of each.
+
+    Just after pruning, a loss says little of a deeper against a wider shape, or of one set of layers against another:
+    rankings between them turn around within a few hundred steps of distillation. Among shapes that keep the same layers
+    it says more.
+    """
+    by_layers: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["loss"]):
+        by_layers.setdefault(tuple(row["drop_layers"]), []).append(row)
+    turns = {id(row): turn for same in by_layers.values() for turn, row in enumerate(same)}
+    return sorted(rows, key=lambda row: (turns[id(row)], row["loss"]))

@@ -7,6 +7,8 @@ plain tensors by layer number, which any layout can load; the stage's folder tie
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from prune_distill.atomic_files import replace_file
 from prune_distill.errors import InputError
+from prune_distill.nemo.chance import require_better_than_chance
+from prune_distill.schema import PruneConfig
+
+log = logging.getLogger("recipes.importance")
 
 FILE = "importance.safetensors"
 
@@ -86,3 +92,32 @@ def refuse_infinite(importance: Importance) -> None:
                     f"layer {number}: activations of its {name} are not finite on the calibration text; the model's "
                     "weights are damaged, or its precision is too narrow for them: check model.hf_path"
                 )
+
+
+def warn_if_few_sequences(prune: PruneConfig, train_tokens: int) -> None:
+    """Warns where the training documents hold fewer sequences than the calibration reads."""
+    there_are = (train_tokens - 1) // prune.calibration_seq_length
+    if there_are < prune.calibration_samples:
+        log.warning(
+            "the training documents hold %d sequences of %d tokens, fewer than prune.calibration_samples=%d: text is "
+            "repeated, which adds nothing; bring more documents, or set it lower",
+            there_are,
+            prune.calibration_seq_length,
+            prune.calibration_samples,
+        )
+
+
+def check_loss(loss: float, vocab_size: int) -> None:
+    """Checks the teacher's loss on the calibration text, nats per learned token.
+
+    Raises:
+        InputError: the teacher knows no more than chance. Its weights or its tokenizer are not what they should be, and
+            distilling from it would teach nothing.
+    """
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the teacher's loss on the calibration text is {loss}: its logits are not finite; check that the output"
+            " layer's weights in model.hf_path are finite"
+        )
+    fix = "check that model.hf_path holds trained weights and their own tokenizer"
+    require_better_than_chance(loss, vocab_size, "the calibration text", fix)

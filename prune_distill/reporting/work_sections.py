@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from prune_distill.pipeline.stages import STAGES
 from prune_distill.reporting import figures, plots, words
 from prune_distill.reporting.blocks import (
     Block,
@@ -221,13 +220,8 @@ def repeat(run: RunFolder, report: Report) -> Iterator[Block]:
     if commands:
         yield Code("The commands that launched it, the newest last", "\n".join(commands[-5:]), folded=False)
     stages = "\n".join(
-        shlex.join(["python", "-m", _module(name), "--config", "RUN_DIR/resolved.yaml", "--stage", name])
-        for name in run.stages
+        shlex.join(["python", "-m", "recipes", name, "--config", "RUN_DIR/resolved.yaml"]) for name in run.stages
     )
     yield Code("Any stage by itself, from the run's folder", stages)
     yield Code("The whole config (resolved.yaml)", run.text or "resolved.yaml cannot be read")
     yield Code("Versions", "\n".join(f"{name}=={version}" for name, version in sorted(report["versions"].items())))
-
-
-def _module(stage: str) -> str:
-    return next((row.module for row in STAGES if row.name == stage), f"recipes.{stage}")

@@ -337,7 +337,7 @@ def _kind(pid: int, launcher: int) -> str:
     if "torch.distributed.run" in words:
         return "torchrun"
     started = parent == launcher or "torch.distributed.run" in _command(parent)
-    return "rank" if started and "--stage" in words else "helper"
+    return "rank" if started and "recipes" in words else "helper"
 
 
 def _wait_for_all(mark: str) -> float:

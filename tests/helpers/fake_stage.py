@@ -34,12 +34,12 @@ def _after(*names: str) -> dict[str, Source]:
 
 
 TABLE = (
-    Stage("first", MODULE, ("data",), lambda cfg: {}),
-    Stage("second", MODULE, ("distill",), lambda cfg: _after("first"), trains=True),
-    Stage("aside", MODULE, ("prune",), lambda cfg: _after("first")),
-    Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report"),
+    Stage("first", MODULE, ("data",), lambda cfg: {}, runner=MODULE),
+    Stage("second", MODULE, ("distill",), lambda cfg: _after("first"), trains=True, runner=MODULE),
+    Stage("aside", MODULE, ("prune",), lambda cfg: _after("first"), runner=MODULE),
+    Stage("report", MODULE, ("name",), lambda cfg: _after("first", "second", "aside"), folder="report", runner=MODULE),
 )
-DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, count_ranks, trains=True),)
+DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, count_ranks, trains=True, runner=MODULE),)
 
 
 def _act(action: str, folder: Path) -> None:
@@ -127,8 +127,8 @@ def _join(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("stage")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--stage")
     args = parser.parse_args()
     end_with_torchrun()
     table = DISTRIBUTED if args.stage == "ranks" else TABLE

@@ -31,9 +31,7 @@ def main() -> None:
     from prune_distill.nemo import backend
 
     backend.activate()
-    from nemo.collections.llm.modelopt.distill import model  # noqa: F401
-
-    from prune_distill.training import training  # noqa: F401
+    from recipes import distill  # noqa: F401 (once, before the attempts are forked)
 
     chance = random.Random(arguments.seed)
     targets = sorted(chance.choices(range(1, stage.cfg.distill.max_steps), k=arguments.times))

@@ -9,8 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.nemo import backend
 from prune_distill.schema import DistillConfig, LossImplementation, RunConfig
+from recipes.__main__ import main
 
 # By whose loss: ours of distillation, upstream's, and that of a model which learns from the data alone.
 KINDS = ("distilled", "upstream", "plain")
@@ -19,8 +20,6 @@ MICRO_BATCHES = (1, 4)
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Leaves `checkpoints/` and `metrics.jsonl` of each training in `out/<kind>/<micro batch size>`."""
-    from prune_distill.nemo import backend
-
     backend.activate()
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
@@ -53,4 +52,4 @@ def _train(kind: str, training: DistillConfig, inputs: dict[str, Any], out: Path
 
 
 if __name__ == "__main__":
-    stage_main(run, "distill")
+    main(lambda stage: run)

@@ -16,17 +16,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.stage_main import rank, stage_main
+from prune_distill.nemo import backend
+from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
+from recipes.__main__ import main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """As `recipes.distill.run`, with one more callback."""
-    from prune_distill.nemo import backend
-    from recipes import distill
-
     backend.activate()
     from prune_distill.training import training
+    from recipes import distill
 
     make_trainer = training._trainer
     training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _probe(out / f"memory-{rank()}.json")])
@@ -147,4 +147,4 @@ def _peak(profiler: Any, left_out: set[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    stage_main(run, "distill")
+    main(lambda stage: run)

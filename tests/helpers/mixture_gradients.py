@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.nemo import backend
 from prune_distill.schema import LossImplementation, RunConfig
+from recipes.__main__ import main
 
 # By name: whose loss, and the weight of the router's auxiliary loss (None: as the checkpoint has it).
 VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
@@ -26,8 +27,6 @@ VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """Writes `gradients.json`: the coefficient, and of each variant the largest difference from `ours`, over its
     largest value, of all gradients and of the routers' alone."""
-    from prune_distill.nemo import backend
-
     backend.activate()
     from prune_distill.pruning import finalists
 
@@ -85,4 +84,4 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any], part: str) -> floa
 
 
 if __name__ == "__main__":
-    stage_main(run, "distill")
+    main(lambda stage: run)

@@ -84,7 +84,7 @@ def benchmark() -> dict[str, Any]:
     ratios = {"prefill": spread(1.44), "decode": spread(1.43), "time_to_first_token": spread(0.7), "memory": 0.66}
     return {
         "engine": "transformers",
-        "command": "python -m recipes.benchmark --config /home/alice/run/resolved.yaml",
+        "command": "python -m recipes benchmark --config /home/alice/run/resolved.yaml",
         "device": "a processor",
         "dtype": "float32",
         "threads": 2,
@@ -171,7 +171,7 @@ def complete(run_dir: Path, stage: str, stage_run_folder: dict[str, Any] | None 
     folder.mkdir(parents=True, exist_ok=True)
     names = list(STAGES)
     started = STARTED + sum(STAGES[name] + 2 for name in names[: names.index(stage)])
-    (folder / "log.txt").write_text(f"--- 2026-11-24 07:42:44 +0000 python -m recipes.{stage}\nworking\n")
+    (folder / "log.txt").write_text(f"--- 2026-11-24 07:42:44 +0000 python -m recipes {stage}\nworking\n")
     manifest = {
         "stage": stage,
         "status": "complete",
@@ -235,9 +235,9 @@ def failed(run_dir: Path) -> Path:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(metrics(3.6, steps=80) + '{"step": 90, "loss": NaN}\n{"step": 100, "lo')
     (folder / "log.txt").write_text(
-        "--- 2026-11-24 07:47:00 +0000 python -m recipes.distill\nworking\n"
-        "--- 2026-11-24 07:57:00 +0000 python -m recipes.distill\nworking\n"
-        "--- 2026-11-24 08:07:00 +0000 python -m recipes.distill\nworking\n"
+        "--- 2026-11-24 07:47:00 +0000 python -m recipes distill\nworking\n"
+        "--- 2026-11-24 07:57:00 +0000 python -m recipes distill\nworking\n"
+        "--- 2026-11-24 08:07:00 +0000 python -m recipes distill\nworking\n"
         f"error: step 91: the loss is nan in {HOSTILE}\n"
         "  - HF_TOKEN=hf_AbCdEfGhIjKlMnOpQrSt, documents in /home/alice/data/part_0.jsonl\n"
     )

@@ -10,17 +10,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.nemo import backend
 from prune_distill.schema import RunConfig
+from recipes.__main__ import main
 
 
 def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     """As `recipes.distill.run`, with one more callback."""
-    from prune_distill.nemo import backend
-    from recipes import distill
-
     backend.activate()
     from prune_distill.training import training
+    from recipes import distill
 
     make_trainer = training._trainer
     training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _spoil()])
@@ -50,4 +49,4 @@ def _spoil() -> Any:
 
 
 if __name__ == "__main__":
-    stage_main(run, "distill")
+    main(lambda stage: run)

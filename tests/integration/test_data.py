@@ -88,7 +88,7 @@ def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tm
     for _ in range(4):
         before = claims(folder)
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "recipes.prepare_data", "--config", str(resolved(arguments))],
+            [sys.executable, "-m", "recipes", "prepare_data", "--config", str(resolved(arguments))],
             env=tiny.environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -116,7 +116,7 @@ def claims(folder: Path) -> set[str]:
 def test_several_processes_share_the_shards_and_one_declares_them(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(20_000))
     arguments = command(model, tmp_path / "run", f"data.train=[{source}]", "data.shard_bytes=300000")
-    stage = [sys.executable, "-m", "recipes.prepare_data", "--config", str(resolved(arguments))]
+    stage = [sys.executable, "-m", "recipes", "prepare_data", "--config", str(resolved(arguments))]
     processes = [
         subprocess.Popen(stage, env=tiny.environment(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
         for _ in range(2)

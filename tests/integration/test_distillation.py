@@ -93,6 +93,6 @@ def _ranks(run_dir: Path) -> list[int]:
             command = (process / "cmdline").read_text().split("\0")
         except (OSError, UnicodeDecodeError):
             continue
-        if "RANK" in variables and "recipes.distill" in command and str(run_dir / "resolved.yaml") in command:
+        if "RANK" in variables and {"recipes", "distill"} <= set(command) and str(run_dir / "resolved.yaml") in command:
             found[int(variables["RANK"])] = int(process.name)
     return [found[rank] for rank in sorted(found)]

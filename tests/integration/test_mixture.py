@@ -86,7 +86,7 @@ def test_the_routers_auxiliary_loss_is_added_once(finished: Path, tmp_path: Path
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     cfg = compose(tiny.overrides(run_dir, *MIXTURE))
     save_resolved(cfg, run_dir / "resolved.yaml")
-    probe = ["tests.helpers.mixture_gradients", "--config", str(run_dir / "resolved.yaml"), "--stage", "distill"]
+    probe = ["tests.helpers.mixture_gradients", "distill", "--config", str(run_dir / "resolved.yaml")]
     done = subprocess.run(
         [sys.executable, "-m", *probe], env=tiny.environment(), capture_output=True, text=True, timeout=600
     )

@@ -104,7 +104,7 @@ def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_pat
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["hf_to_nemo"].folder
     (folder / "manifest.json").unlink()
-    command = [sys.executable, "-m", "convert.hf_to_nemo", "--config", str(run_dir / "resolved.yaml")]
+    command = [sys.executable, "-m", "recipes", "hf_to_nemo", "--config", str(run_dir / "resolved.yaml")]
 
     def start(**more: str) -> subprocess.CompletedProcess[str]:
         environment = {**tiny.environment(), **more}

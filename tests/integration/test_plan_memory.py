@@ -52,7 +52,7 @@ def measured(finished: Path, run_dir: Path, ranks: int, *more: str) -> tuple[Run
     cfg = compose(tiny.overrides(run_dir, *SETTINGS, f"cluster.devices_per_node={ranks}", *more))
     save_resolved(cfg, run_dir / "resolved.yaml")
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"] if ranks > 1 else []
-    probe = ["tests.helpers.memory_probe", "--config", str(run_dir / "resolved.yaml"), "--stage", "distill"]
+    probe = ["tests.helpers.memory_probe", "distill", "--config", str(run_dir / "resolved.yaml")]
     command = [sys.executable, "-m", *launcher, *probe]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,10 +35,10 @@ def located(run_dir: Path, *overrides: str) -> Located:
     return locate(cfg)["distill"]
 
 
-def train(stage: Located, module: str = "recipes.distill", **environment: str) -> subprocess.CompletedProcess[str]:
+def train(stage: Located, runner: str = "recipes", **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a distillation by itself."""
     command = local.command(stage, stage.folder.parent / "resolved.yaml")
-    command = [module if word == "recipes.distill" else word for word in command]
+    command = [runner if word == "recipes" else word for word in command]
     return subprocess.run(
         command, env={**tiny.environment(), **environment}, capture_output=True, text=True, timeout=600
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+import recipes
 from launch.help_config import to_markdown, to_text
 from launch.plan_text import table
 from launch.planning import make
@@ -180,9 +181,11 @@ class Checker:
             if args.overrides:
                 compose(args.overrides, check_files=module == "launch.doctor", config_dir=args.config_dir)
         else:
+            package, _, name = module.partition(".")
+            assert package != "recipes" or name in ("", *recipes.COMMANDS), f"python -m {module} is no command"
             args = self.parse(module, arguments)
-            if "--config" in arguments:
-                assert find(args.stage).module == module
+            if module == "recipes":
+                find(args.stage)
 
     def launch(self, arguments: list[str]) -> None:
         """Composes the runs of `launch.run`."""
@@ -218,12 +221,12 @@ class Checker:
         settings = dict(word.split("=", 1) for word in words if "=" in word)
         targets = [word for word in words if "=" not in word]
         assert targets, "name a target"
-        recipes = {target: find_recipe(target) for target in targets}
+        rules = {target: find_recipe(target) for target in targets}
         for name, value in settings.items():
             assert f"$({name})" in MAKEFILE, f"the Makefile has no {name}"
-            for recipe in recipes.values() if name == "ARGS" else ():
-                assert "$(ARGS)" in recipe, "the target takes no ARGS"
-                self.parse(re.findall(r"-m (\S+) \$\(ARGS\)", recipe)[0], shlex.split(value))
+            for rule in rules.values() if name == "ARGS" else ():
+                assert "$(ARGS)" in rule, "the target takes no ARGS"
+                self.parse(re.findall(r"-m (\S+) \$\(ARGS\)", rule)[0], shlex.split(value))
 
     def export(self, words: list[str]) -> None:
         (setting,) = words
@@ -306,6 +309,7 @@ def test_commands(block: Block, checker: Checker) -> None:
             pytest.fail(f"{block.place}: {shlex.join(words)}\n{error}")
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize(
     ("command", "part"),
     [
@@ -321,7 +325,9 @@ def test_commands(block: Block, checker: Checker) -> None:
         ("python -m launch.status RUN_DIR --wacth", "--wacth"),
         ("python -m convert.hf_to_nemo --hf-model /models/mine", "--out"),
         ("python -m recipes.report", "RUN_DIR"),
-        ("python -m recipes.prune --config RUN_DIR/resolved.yaml --stage distill", "assert"),
+        ("python -m recipes.prune --config RUN_DIR/resolved.yaml", "python -m recipes.prune is no command"),
+        ("python -m recipes distil --config RUN_DIR/resolved.yaml", "no stage 'distil'"),
+        ("python -m recipes prune", "--config"),
         ("python -m launch.status /srv/run", "names a path that no test provides"),
         ("touch RUN_DIR/distil-1a2b3c4d/stop", "no stage 'distil'"),
         ("make dem", "no target dem"),

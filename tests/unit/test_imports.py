@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import tomllib
 
+import recipes
 from prune_distill.pipeline.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("prune_distill", "convert", "recipes", "launch")
 STAGE_MODULES = {stage.module for stage in STAGES}
+NEED_NEMO = {stage.module for stage in STAGES if stage.needs_nemo}
+RUNNER = "recipes.__main__"
+CONVERT_COMMANDS = ("convert.hf_to_nemo", "convert.nemo_to_hf", "convert.verify")
 # Folders of the library: each may import those before it. Modules next to the folders come before all of them.
 FOLDERS = (
     *("schema", "model", "config", "pipeline", "data", "nemo", "distillation", "training", "evaluation", "pruning"),
@@ -71,7 +75,19 @@ def imports_of(name: str, source: str) -> Iterator[Import]:
     yield from walk(ast.parse(source), True)
 
 
+MODULES = {name for name, _ in modules()}
 IMPORTS = [found for name, path in modules() for found in imports_of(name, path.read_text())]
+# Modules of ours by the module that imports them; `from a import b` may name a module or something in it.
+IMPORTED_AT_THE_TOP = {
+    by: {
+        name
+        for found in IMPORTS
+        if found.by == by and found.top_level
+        for name in (found.name, found.name.rpartition(".")[0])
+        if name in MODULES
+    }
+    for by in MODULES
+}
 
 
 def within(name: str, *places: str) -> bool:
@@ -127,27 +143,60 @@ def test_configs_and_launchers_know_nothing_heavy() -> None:
     assert not broken, report(broken)
 
 
-def test_upstream_is_imported_by_the_library_or_inside_functions() -> None:
-    elsewhere = [found for found in IMPORTS if not within(found.by, "prune_distill.")]
+def test_upstream_is_imported_by_the_library_or_stages_that_need_it_or_inside_functions() -> None:
+    """Anything else could import it before the backend is activated."""
+    elsewhere = [found for found in IMPORTS if not within(found.by, "prune_distill.", *NEED_NEMO)]
     broken = [found for found in elsewhere if found.package in UPSTREAM and found.top_level]
     assert not broken, report(broken)
 
 
-def test_modules_that_run_as_main_import_nothing_heavy_at_the_top() -> None:
+def upstream_imports(module: str) -> list[Import]:
+    """The imports of NeMo's libraries that importing a module makes, in it and in ours that it imports at the top."""
+    closure, new = {module}, {module}
+    while new:
+        new = {name for by in new for name in IMPORTED_AT_THE_TOP[by]} - closure
+        closure |= new
+    return [found for found in IMPORTS if found.by in closure and found.top_level and found.package in UPSTREAM]
+
+
+def test_the_stage_table_says_which_modules_need_nemo() -> None:
+    """The others are imported with no backend activated."""
+    for module in STAGE_MODULES - NEED_NEMO:
+        assert not upstream_imports(module), report(upstream_imports(module))
+    # The same module in a command that may need no NeMo.
+    assert {module for module in NEED_NEMO if not upstream_imports(module)} == {"convert.verify"}
+
+
+@pytest.mark.parametrize("module", [RUNNER, *(f"recipes.{name}" for name in recipes.COMMANDS), *CONVERT_COMMANDS])
+def test_modules_that_run_as_main_import_nothing_heavy_at_the_top(module: str) -> None:
     """A process that saves a checkpoint spawns one that imports its `__main__` again."""
-    closure = set(STAGE_MODULES)
-    while True:
-        more = {
-            name
-            for name, _ in modules()
-            for found in IMPORTS
-            if found.by in closure and found.top_level and named(found, name)
-        }
-        if more <= closure:
-            break
-        closure |= more
-    broken = [found for found in IMPORTS if found.by in closure and found.top_level and found.package in UPSTREAM]
+    assert not upstream_imports(module), report(upstream_imports(module))
+
+
+@pytest.mark.parametrize("module", [RUNNER, *CONVERT_COMMANDS])
+def test_importing_a_command_imports_no_torch(module: str) -> None:
+    """The runner's helpers import it again, and the conversions copy bytes."""
+    code = f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_recipes_import_at_the_top() -> None:
+    broken = [found for found in IMPORTS if within(found.by, "recipes.") and not found.top_level]
     assert not broken, report(broken)
+
+
+def test_the_runner_alone_names_the_module_of_a_stage_to_import_it() -> None:
+    importers = {"import_module", "import_libraries", "run_module", "__import__"}
+    found = [
+        (name, ast.unparse(node))
+        for name, path in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in importers
+        if any(isinstance(leaf, ast.Attribute) and leaf.attr == "module" for leaf in ast.walk(node))
+        if not within(name, "prune_distill.nemo.cpu.")  # its patches have a module, too
+    ]
+    assert found == [(RUNNER, "import_libraries(stage.module)")]
 
 
 def test_workers_of_the_data_stage_import_no_torch() -> None:

@@ -62,7 +62,7 @@ def test_a_run_a_second_one_and_one_with_a_change(launcher: Launcher) -> None:
     assert launcher.calls() == ALL
     assert load_resolved(launcher.run_dir / "resolved.yaml").name == "demo"
     log = (launcher.folder("second") / "log.txt").read_text()
-    assert "-m tests.helpers.fake_stage --config" in log.splitlines()[0]
+    assert "-m tests.helpers.fake_stage second --config" in log.splitlines()[0]
 
     code, out, err = launcher.run()
     assert (code, err) == (0, "")

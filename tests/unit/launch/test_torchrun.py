@@ -70,9 +70,11 @@ def test_torchrun_is_started_with_or_without(
     monkeypatch.setattr(torchrun, "prevented", lambda: reason)
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, words: started.append(words))
-    torchrun.main(["--numa-binding=node", "--standalone", "-m", "recipes.distill"])
+    torchrun.main(["--numa-binding=node", "--standalone", "-m", "recipes", "distill"])
     bound = ["--numa-binding=node"] if reason is None else []
-    assert started == [[sys.executable, "-m", "torch.distributed.run", *bound, "--standalone", "-m", "recipes.distill"]]
+    assert started == [
+        [sys.executable, "-m", "torch.distributed.run", *bound, "--standalone", "-m", "recipes", "distill"]
+    ]
     told = "" if reason is None else f"numa-binding=node is left out: {reason}\n"
     assert capsys.readouterr().out == told
 

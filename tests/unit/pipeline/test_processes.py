@@ -85,6 +85,36 @@ def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     assert ends(pid)
 
 
+# As `python -m recipes` does, with a stage that prints the pid of a helper which needs nothing of ours, and waits.
+RUNNER = """
+import multiprocessing, runpy, sys, time
+from prune_distill.pipeline import stage_main
+
+def run_stage(name, config, load):
+    stage_main.end_with_parent()
+    manager = multiprocessing.get_context("spawn").Manager()
+    print(manager._process.pid, flush=True)
+    time.sleep(100)
+
+stage_main.stage_main = run_stage
+sys.argv = ["recipes", "distill", "--config", "resolved.yaml"]
+runpy.run_module("recipes", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
+    """Multiprocessing by itself imports no `__main__.py` of a package in a helper (multiprocessing/spawn.py)."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", RUNNER]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as runner:
+        assert runner.stdout is not None
+        try:
+            pid = int(runner.stdout.readline())
+        finally:
+            runner.kill()
+    assert ends(pid)
+
+
 def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PATH": "/bin"}
     with pytest.raises(InputError, match=r"^WORLD_SIZE=2 .* `unset RANK WORLD_SIZE MASTER_ADDR`"):

@@ -18,11 +18,10 @@ from prune_distill.model.student import AXES
 from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pruning import evidence, finalists, tournament
-from prune_distill.pruning.importance import Importance, refuse_infinite
+from prune_distill.pruning.evidence import best_first
+from prune_distill.pruning.importance import Importance, refuse_infinite, warn_if_few_sequences
 from prune_distill.reporting import plots
 from prune_distill.schema import PruneConfig
-from recipes import importance as stage
-from recipes.search import best_first
 
 
 def scores() -> Importance:
@@ -65,9 +64,9 @@ def test_activations_that_are_not_finite_are_refused_by_their_layer(part: str, w
 def test_too_few_calibration_samples_are_told_by_number(caplog: pytest.LogCaptureFixture) -> None:
     prune = PruneConfig(calibration_samples=10, calibration_seq_length=100)
     with caplog.at_level(logging.WARNING):
-        stage._enough(prune, SimpleNamespace(train_tokens=1001))
+        warn_if_few_sequences(prune, train_tokens=1001)
         assert not caplog.records
-        stage._enough(prune, SimpleNamespace(train_tokens=900))
+        warn_if_few_sequences(prune, train_tokens=900)
     assert "hold 8 sequences of 100 tokens, fewer than prune.calibration_samples=10" in caplog.text
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,9 @@ from launch.progress import training_status
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo.chance import require_better_than_chance
-from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
+from prune_distill.pipeline.metrics_file import MetricsFile, loss_gain, read_metrics
 from prune_distill.pipeline.stage_main import command_line
-from recipes import importance
-from recipes.correct_teacher import gain
+from prune_distill.pruning.importance import check_loss
 from recipes.prepare_data import repetition
 from tests.conftest import QWEN3
 
@@ -75,7 +73,7 @@ def test_a_missing_metrics_file_is_named_where_a_training_resumes(
     file.path.unlink()
     file.forget_after(7)
     assert "metrics.jsonl is missing: the record starts after step 7" in caplog.text
-    assert gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
+    assert loss_gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
 
 
 def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
@@ -95,17 +93,11 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_teacher_that_knows_nothing_is_refused() -> None:
-    data = SimpleNamespace(vocab_size=1000)
-    losses = SimpleNamespace(mean=lambda where: loss)
-    model = SimpleNamespace(validation_loss_reduction=losses)
-    loss = 3.2
-    assert importance._plausible(model, data) == 3.2
-    loss = math.log(1000) + 0.1
+    check_loss(3.2, vocab_size=1000)
     with pytest.raises(InputError, match="no better than chance"):
-        importance._plausible(model, data)
-    loss = math.nan
+        check_loss(math.log(1000) + 0.1, vocab_size=1000)
     with pytest.raises(InputError, match="logits are not finite"):
-        importance._plausible(model, data)
+        check_loss(math.nan, vocab_size=1000)
     with pytest.raises(InputError, match="on the data is nan .* no better than chance"):
         require_better_than_chance(math.nan, 1000, "the data", "check the weights")
 

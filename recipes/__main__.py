@@ -1,0 +1,59 @@
+"""python -m recipes STAGE --config RUN_DIR/resolved.yaml
+torchrun --nproc_per_node 8 -m recipes STAGE --config RUN_DIR/resolved.yaml
+
+Runs one stage of a run from its resolved config. The stage's inputs must be complete.
+
+Only light modules are imported here, because helpers that multiprocessing spawns import this module again. A stage's
+own module, and NeMo with it, is imported once the stage is known to be ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from prune_distill.nemo import backend
+from prune_distill.pipeline.processes import import_libraries
+from prune_distill.pipeline.stage_main import Run, stage_main
+from prune_distill.pipeline.stages import STAGES, Stage
+
+
+def load_run(stage: Stage) -> Run:
+    """Imports a stage's module, after it has activated the backend if the module needs NeMo."""
+    if stage.needs_nemo:
+        backend.activate()
+    import_libraries(stage.module)
+    run: Run = sys.modules[stage.module].run
+    return run
+
+
+def main(load: Callable[[Stage], Run] = load_run) -> None:
+    """Runs the stage that the command line names.
+
+    Args:
+        load: returns the function that does the stage's work.
+    """
+    command, _, description = (__doc__ or "").partition("\n\n")
+    names = textwrap.fill(", ".join(stage.name for stage in STAGES), 100, break_on_hyphens=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes",
+        usage=command.replace("\n", "\n       "),
+        description=description.partition("\n\n")[0],
+        epilog=f"stages:\n{textwrap.indent(names, '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", metavar="STAGE", help="the stage's name; a variant has its own, such as distill.ce")
+    parser.add_argument("--config", required=True, type=Path, help="the run's resolved config")
+    args = parser.parse_args()
+    stage_main(args.stage, args.config, load)
+
+
+if __name__ == "__main__":
+    # multiprocessing skips a package's `__main__.py` in the helpers that it spawns, unless it knows it by its path
+    # (multiprocessing/spawn.py: get_preparation_data, _fixup_main_from_name). They must import it: that makes them end
+    # with this process (the last lines of `prune_distill/pipeline/stage_main.py`).
+    __spec__ = None
+    main()
