@@ -220,7 +220,7 @@ def test_verify_asks_unless_the_source_is_trusted(
 ) -> None:
     checkpoint = write(tmp_path / "nemo")
     seen: list[Path] = []
-    monkeypatch.setattr("convert.trust.refuse_code", seen.append)
+    monkeypatch.setattr(verify, "refuse_code", seen.append)
     monkeypatch.setattr(verify, "compare_tensors", lambda *_: (_ for _ in ()).throw(InputError("far enough")))
     args = argparse.Namespace(
         folders=[checkpoint, tmp_path], tokens=8, no_logits=False, trust_source=trusted, digests=False
