@@ -2,7 +2,8 @@
 
 Kills processes of tiny runs with SIGKILL at random moments and runs the same command again. Stages come in turn; the
 moment and the victim (launcher, torchrun, a rank, a helper) are random. Counts results that differ from an undisturbed
-run's, processes that outlive their run, and reruns that fail. Run again, it goes on after the last kill in FILE.
+run's, processes that outlive their run, and reruns that fail, whose run folders it keeps as FOLDER/failed-N. Run again,
+it goes on after the last kill in FILE.
 
 Each scenario is run twice undisturbed, in two folders: what differs between those two (paths, process ids) is not
 compared, nor are times and speeds. An attack copies the first run without the stage that it attacks.
@@ -147,6 +148,8 @@ def main() -> None:
         kill = Kill(number, scenario, stage, chance.choice(VICTIMS), round(chance.random(), 3))
         attack(kill, references[scenario], work / "attacked")
         kills.append(kill)
+        if kill.different or kill.orphans or (kill.rerun and not kill.missed):
+            (work / "attacked").rename(work / f"failed-{number}")  # for whoever looks for the cause
         print(_words(kill), flush=True)
         write_json(args.out, {"seed": args.seed, **summary(kills), "kills": [asdict(kill) for kill in kills]})
     print(json.dumps(summary(kills), indent=1))
