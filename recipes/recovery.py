@@ -4,6 +4,9 @@ The recovery curve of a run's distillation: measures the checkpoints that there 
 `RUN_DIR/evaluate-*/recovery.json`. With `--watch` it goes on beside the training until that ends, holding every
 checkpoint that is saved until it is measured. It needs memory for two models: on a GPU that a training fills, start it
 elsewhere, or with CUDA_VISIBLE_DEVICES= on the CPU. What it measured, the stage `evaluate` takes over.
+
+What loads torch is imported inside functions: checkpoints have to be held first, or a training that saves often could
+delete some during the seconds that the imports take.
 """
 
 from __future__ import annotations
@@ -15,15 +18,11 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from convert.exporting import exporter
 from prune_distill.config.load import load_resolved
-from prune_distill.data.folder import DataFolder
 from prune_distill.errors import ConfigError
-from prune_distill.evaluation import recovery
-from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.evaluation.holding import ROOM, hold, holding
-from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
 from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RESOLVED, find_checkpoints
@@ -57,10 +56,15 @@ class Follower:
 
     @cached_property
     def teacher(self) -> Path:
+        from prune_distill.model.huggingface import local_folder
+
         return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
 
     @cached_property
-    def evaluator(self) -> Evaluator:
+    def evaluator(self) -> Any:
+        from prune_distill.data.folder import DataFolder
+        from prune_distill.evaluation.evaluator import Evaluator
+
         inputs = self.stages["evaluate"].inputs
         return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
 
@@ -70,6 +74,8 @@ class Follower:
 
     def measure(self) -> None:
         """Measures what is held, and the models before and after the training where they are there."""
+        from prune_distill.evaluation import recovery
+
         for step, checkpoint in find_checkpoints(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
                 log.warning("%s; step %d is left out of the curve", damage, step)
@@ -87,6 +93,9 @@ class Follower:
             record_again(self.out, (recovery.FILE,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
+        from convert.exporting import exporter
+        from prune_distill.evaluation import recovery
+
         recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
 
 

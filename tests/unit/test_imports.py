@@ -173,16 +173,18 @@ def test_modules_that_run_as_main_import_nothing_heavy_at_the_top(module: str) -
     assert not upstream_imports(module), report(upstream_imports(module))
 
 
-@pytest.mark.parametrize("module", [RUNNER, *CONVERT_COMMANDS])
+@pytest.mark.parametrize("module", [RUNNER, "recipes.recovery", *CONVERT_COMMANDS])
 def test_importing_a_command_imports_no_torch(module: str) -> None:
-    """The runner's helpers import it again, and the conversions copy bytes."""
+    """The runner's helpers import it again, the watcher holds checkpoints first, and the conversions copy bytes."""
     code = f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_recipes_import_at_the_top() -> None:
-    broken = [found for found in IMPORTS if within(found.by, "recipes.") and not found.top_level]
+    """All but the watcher of a training, which has to hold checkpoints before it spends seconds on imports."""
+    recipes = [found for found in IMPORTS if within(found.by, "recipes.") and found.by != "recipes.recovery"]
+    broken = [found for found in recipes if not found.top_level]
     assert not broken, report(broken)
 
 
