@@ -168,10 +168,10 @@ def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = 
 
 
 def _start_writing_back(target: int, offset: int, count: int) -> None:
-    """Has the kernel begin to write these bytes to disk, so that the last fsync waits for less.
+    """Starts writing these bytes to disk in the background, so that the final fsync has less to wait for.
 
-    By default it waits until a tenth of the memory is to be written. Of what it advises, only this takes effect: pages
-    that still have to be written are not dropped from the cache (Linux, mm/fadvise.c).
+    By default Linux starts only when a tenth of the memory is dirty. The advice also drops pages from the cache, but
+    only clean ones, and these are dirty (mm/fadvise.c).
     """
     os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)
 

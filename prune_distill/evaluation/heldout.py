@@ -33,8 +33,8 @@ class Logits:
         self.model, self._room = model, KEPT_BYTES if keep else 0
         self._kept: dict[int, torch.Tensor] = {}
 
-    def of(self, batch: int, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch `[b, s + 1]` of tokens for all but the last one: `[b * s, V]` in the model's type.
+    def compute(self, batch: int, ids: torch.Tensor) -> torch.Tensor:
+        """Returns logits `[b * s, V]`, in the model's type, for a batch `[b, s + 1]` of tokens without its last column.
 
         Args:
             batch: its number, the same in each comparison.
@@ -77,8 +77,8 @@ def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: Evalu
         batches = (part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds))
         for number, (tokens, token_kinds) in enumerate(zip(*batches, strict=True)):
             ids = tokens.to(device)
-            logits = model.of(number, ids)
-            teacher_logits = None if teacher is None else teacher.of(number, ids)
+            logits = model.compute(number, ids)
+            teacher_logits = None if teacher is None else teacher.compute(number, ids)
             values = _by_token(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
             sums.index_add_(0, token_kinds.flatten(), values)
     return _summary(ranks.sum_over_ranks(sums), names, data, teacher is not None)

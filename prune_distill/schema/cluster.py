@@ -86,7 +86,7 @@ class SlurmConfig:
     # Whether jobs may be requeued. If false, a training stage becomes a chain of jobs, each of which continues from the
     # last checkpoint, also after a job that was killed, provided that it saved a newer checkpoint.
     requeue: bool = True
-    # Seconds before the time limit at which a training stage is told to save and pause. They must cover one step, one
+    # Seconds before the time limit at which a training stage is asked to save and pause. They must cover one step, one
     # save, and up to a minute until a shared disk shows the stop file.
     warn_seconds: PositiveInt = 600
     # Largest number of times that a paused stage is started again.

@@ -110,7 +110,7 @@ def test_kept_logits_are_those_of_their_batch_and_are_computed_once(monkeypatch:
         logits = Logits(CountingModel(), keep=keep)
         for _ in range(2):
             for number, ids in enumerate((first, second)):
-                assert torch.equal(logits.of(number, ids), expected[number])
+                assert torch.equal(logits.compute(number, ids), expected[number])
         assert logits.model.calls == calls
 
 
