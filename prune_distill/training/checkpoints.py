@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning
 from lightning.pytorch.callbacks import Callback
 
 from prune_distill.atomic_files import sync
@@ -150,10 +151,12 @@ class Checkpoints(Callback):
         def declare() -> None:
             self._declare(trainer, partial, target, weights_only)
 
-        if self.cfg.async_save:
-            trainer.save_checkpoint(partial, weights_only, storage_options={"finalize_fn": declare})
+        options = {"finalize_fn": declare} if self.cfg.async_save else None
+        if weights_only:
+            trainer.strategy.save_checkpoint(_describe_model(trainer), partial, options)
         else:
-            trainer.save_checkpoint(partial, weights_only)
+            trainer.save_checkpoint(partial, storage_options=options)
+        if not self.cfg.async_save:
             declare()
 
     def _finish(self, trainer: Any) -> None:
@@ -183,6 +186,24 @@ class Checkpoints(Callback):
         val_losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
         for old in select_superfluous(self.folder, self.cfg.keep_checkpoints, val_losses):
             remove_folder(old)
+
+
+def _describe_model(trainer: Any) -> dict[str, Any]:
+    """What a checkpoint says besides the weights, which NeMo's strategy adds.
+
+    `Trainer.save_checkpoint(weights_only=True)` also writes the loops' counters and the position in the data
+    (lightning/pytorch/trainer/connectors/checkpoint_connector.py, dump_checkpoint). They depend on where a training
+    was interrupted, so two equal models would differ in their files.
+    """
+    # NeMo's asynchronous save logs this count (nemo/lightning/io/pl.py:235 and :528).
+    batches = {"total": {"completed": trainer.global_step}}
+    return {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": {},
+        "loops": {"fit_loop": {"epoch_loop.batch_progress": batches}},
+    }
 
 
 def _record(checkpoint: Path) -> Entries:

@@ -114,6 +114,7 @@ def test_phases_keep_count_and_resume_anywhere(finished: Path, tmp_path: Path) -
     done = train(stage)
     assert done.returncode == 0, done.stderr[-4000:]
     unbroken = curve(stage.folder)
+    unbroken_state = (stage.folder / "nemo/weights/common.pt").read_bytes()
     steps = [line for line in unbroken if "loss" in line]
     # 3 steps of 2 x 64 tokens, then 3 (3000 / 1024, rounded up) of 8 x 128.
     assert [line["tokens"] for line in steps] == [128, 256, 384, 384 + 1024, 384 + 2048, 384 + 3072]
@@ -132,6 +133,8 @@ def test_phases_keep_count_and_resume_anywhere(finished: Path, tmp_path: Path) -
         assert again.returncode == 0, again.stderr[-4000:]
         assert f"step={step}" in again.stderr
         assert_same(curve(stage.folder), unbroken, tolerance.RESUMED)
+        # Nothing in the final model tells that its training was interrupted.
+        assert (stage.folder / "nemo/weights/common.pt").read_bytes() == unbroken_state
 
     two = located(tiny.copy_run(finished, tmp_path / "two"), *PHASES, *TWO_RANKS)
     done = train(two)
