@@ -7,6 +7,7 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,22 @@ from prune_distill.errors import InputError
 from prune_distill.model.hf_weights import expected_shapes, tensor_faults
 from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
 from prune_distill.pipeline.names import CONTEXT, NEMO, WEIGHTS
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: hf_model (a folder or Hub id). Output: `nemo/` (context and weights)."""
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher's Hugging Face folder, or its Hub id."""
+
+    hf_model: Path | str
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `nemo/` (context and weights)."""
     return convert(
-        inputs["hf_model"],
+        inputs.hf_model,
         cfg.model.revision,
         out / NEMO,
         allow_pickle=cfg.convert.allow_pickle,

@@ -18,7 +18,7 @@ from prune_distill.config.data_files import is_on_hub
 from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
 from prune_distill.pipeline.artifact import Located
 from prune_distill.pipeline.names import LOG, RESOLVED
-from prune_distill.pipeline.stages import Output
+from prune_distill.pipeline.stage import Output
 from prune_distill.schema import RunConfig, SlurmConfig
 
 # Besides what the user names. A job depends on what its script says, and on no other variable of the shell that it was

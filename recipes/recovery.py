@@ -26,8 +26,8 @@ from prune_distill.evaluation.holding import ROOM, hold, holding
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
 from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RESOLVED, find_checkpoints
+from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
-from prune_distill.pipeline.stages import Output
 from prune_distill.schema import Init, RunConfig
 
 log = logging.getLogger("recipes.recovery")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prune_distill.benchmarking.timing import cost_per_million
-from prune_distill.pipeline.artifact import library_versions
+from prune_distill.pipeline.identity import library_versions
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 

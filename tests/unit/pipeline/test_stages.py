@@ -13,7 +13,8 @@ from prune_distill.config.typed import schema_keys
 from prune_distill.config.values import count_ranks
 from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
-from prune_distill.pipeline.stages import STAGES, External, Output, find, select_stages
+from prune_distill.pipeline.stage import External, Output
+from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import Loss, RunConfig
 
 DROP = "prune.drop_layers=[2]"
