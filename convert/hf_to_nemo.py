@@ -20,7 +20,7 @@ from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
 from prune_distill.model.hf_weights import expected_shapes, tensor_faults
 from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
-from prune_distill.pipeline.names import CONTEXT, NEMO, WEIGHTS
+from prune_distill.pipeline.names import CONTEXT, NEMO, TOKENIZER, WEIGHTS
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
@@ -82,7 +82,7 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
     dtype = check(tensors, config, source)
 
     context = checkpoint / CONTEXT
-    copy_side_files(source, context / "tokenizer")
+    copy_side_files(source, context / TOKENIZER)
     write_context(context, model_call(family.model, families.nemo_config(config, dtype)))
     if not write_weights(tensors, config, checkpoint / WEIGHTS, checksum=checksum):
         report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)

@@ -15,11 +15,10 @@ from convert.exporting import exporter
 from prune_distill.data.folder import DataFolder
 from prune_distill.evaluation import recovery
 from prune_distill.evaluation.evaluator import TEACHER, Evaluator
-from prune_distill.evaluation.holding import ROOM
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import EVALUATION, SAMPLES, find_checkpoints
+from prune_distill.pipeline.names import EVALUATION, ROOM, SAMPLES, find_checkpoints
 from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank

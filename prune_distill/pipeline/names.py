@@ -41,6 +41,10 @@ WINNER = "winner"  # the candidate whose distillation goes on
 EVALUATION = "evaluation.json"  # what was measured of each model
 SAMPLES = "samples.json"  # what each model continued the same texts with
 RECOVERY = "recovery.json"  # what was measured of the checkpoints of a distillation
+MEASURED = "measured"  # the same while it is measured, a file of each model and part
+ROOM = "recovery"  # checkpoints of a distillation that are held until they are measured
+DATA = "data.json"  # what prepared data consist of, written last; `SHARDS`: their parts
+SHARDS = "shards"
 IMPORTANCE = "importance.json"
 BENCHMARK = "benchmark.json"
 

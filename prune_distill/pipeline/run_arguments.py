@@ -6,6 +6,7 @@ stale result there, so reading a key that its row of the stage table does not de
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ class UndeclaredKeyError(Exception):
 class ConfigView:
     """A config group of which only declared keys and placement can be read.
 
-    A declared group is the real dataclass. A group with declared keys inside is another view, whose properties and
-    methods see no more than the view does.
+    A declared group is the real dataclass. Any other group is another view, whose properties and methods see no more
+    than the view does; one that may be null has to be declared, as whether it is null is something to read.
     """
 
     def __init__(self, group: Any, declared: frozenset[str], stage: str, prefix: str = "") -> None:
@@ -53,8 +54,8 @@ class ConfigView:
         key, value = f"{self._prefix}{name}", getattr(self._group, name)
         if key in self._declared or identity_of(field, self._group) is Identity.placement:
             return value
-        if any(declared.startswith(f"{key}.") for declared in self._declared):
-            return None if value is None else ConfigView(value, self._declared, self._stage, f"{key}.")
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(value):
+            return ConfigView(value, self._declared, self._stage, f"{key}.")
         raise UndeclaredKeyError(
             f"stage {self._stage} reads {key}, which its row in prune_distill/pipeline/stages.py does not declare; add "
             "it to `sections` if it can change the result, or else to `reads` with the reason why it cannot"

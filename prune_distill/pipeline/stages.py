@@ -292,7 +292,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         REPORT,
         "recipes.report",
-        ("name", "benchmark.cost_per_hour"),
+        ("name", "model.name", "benchmark.cost_per_hour"),
         _report_inputs,
         folder=REPORT,
         reads=READ_BY_REPORT,

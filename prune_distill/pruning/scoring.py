@@ -7,8 +7,8 @@ from typing import Any
 
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
-from prune_distill.evaluation.holding import ROOM
 from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.pipeline.names import ROOM
 from prune_distill.schema import TaskScore
 
 
