@@ -135,7 +135,7 @@ def table(stages: Sequence[StageStatus]) -> str:
     for stage in stages:
         if stage.cause is not None:
             cause = stage.cause.replace("\n", "\n  ")
-            lines += ["", f"{stage.stage} {stage.state}:\n  {cause}", f"  log: {stage.folder / LOG}"]
+            lines += ["", f"{stage.stage} {stage.state}:\n  {cause}", f"  log: {stage.folder}/{LOG}"]
     return "\n".join(line.rstrip() for line in lines)
 
 
