@@ -226,6 +226,11 @@ def test_a_hub_id_is_known_by_its_revision(tmp_path: Path) -> None:
     assert changed(cfg, other)[0] == "prepare_data"
 
 
+def test_a_new_name_of_the_teacher_makes_a_new_report(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    assert changed(cfg, dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, name="other"))) == ["report"]
+
+
 def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = str(tmp_path / "no-model")
