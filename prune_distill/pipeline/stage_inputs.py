@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from prune_distill.config.data_files import sources
 from prune_distill.model.student import needs_importance
-from prune_distill.pipeline.names import (
-    CHECKPOINTS,
-    CORPUS_TRAIN,
-    CORPUS_VALIDATION,
-    HF,
-    NEMO,
-    WINNER,
-)
+from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER
 from prune_distill.pipeline.stage import External, Output, Source
 from prune_distill.schema import DocumentFormat, Init, RunConfig
 
