@@ -37,6 +37,9 @@ def keys_read_of(module: str, name: str) -> set[str]:
     return found
 
 
+_hints = cache(field_hints)
+
+
 @cache
 def _tree(module: str) -> ast.Module:
     return ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
@@ -121,7 +124,7 @@ class _Reader(ast.NodeVisitor):
         cls: Any = RunConfig
         parts = key.split(".")
         for number, part in enumerate(parts):
-            hints = field_hints(cls) if dataclasses.is_dataclass(cls) else {}
+            hints = _hints(cls) if dataclasses.is_dataclass(cls) else {}
             if part not in hints:
                 owner = ".".join(parts[:number])
                 accessor = inspect.getattr_static(cls, part, None)
