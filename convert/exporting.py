@@ -18,7 +18,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.hf_config import with_both_forms
 from prune_distill.model.huggingface import copy_side_files
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import CONTEXT, WEIGHTS
+from prune_distill.pipeline.names import CONTEXT, TOKENIZER, WEIGHTS
 from prune_distill.schema import RunConfig
 
 # `--dtype` and `convert.export_dtype`, by safetensors' names; `keep` is the checkpoint's own.
@@ -161,7 +161,7 @@ def carried_files(checkpoint: Path) -> Path:
     Raises:
         InputError: there is no `config.json` in it.
     """
-    folder = checkpoint / CONTEXT / "tokenizer"
+    folder = checkpoint / CONTEXT / TOKENIZER
     if not (folder / "config.json").exists():
         raise InputError(f"{checkpoint} carries no config.json of its model; name the Hugging Face model it comes from")
     return folder

@@ -7,6 +7,7 @@ The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. N
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,23 @@ from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
 from prune_distill.model.hf_weights import expected_shapes, tensor_faults
 from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
-from prune_distill.pipeline.names import CONTEXT, NEMO, WEIGHTS
+from prune_distill.pipeline.names import CONTEXT, NEMO, TOKENIZER, WEIGHTS
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: hf_model (a folder or Hub id). Output: `nemo/` (context and weights)."""
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher's Hugging Face folder, or its Hub id."""
+
+    hf_model: Path | str
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `nemo/` (context and weights)."""
     return convert(
-        inputs["hf_model"],
+        inputs.hf_model,
         cfg.model.revision,
         out / NEMO,
         allow_pickle=cfg.convert.allow_pickle,
@@ -73,7 +82,7 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
     dtype = check(tensors, config, source)
 
     context = checkpoint / CONTEXT
-    copy_side_files(source, context / "tokenizer")
+    copy_side_files(source, context / TOKENIZER)
     write_context(context, model_call(family.model, families.nemo_config(config, dtype)))
     if not write_weights(tensors, config, checkpoint / WEIGHTS, checksum=checksum):
         report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)

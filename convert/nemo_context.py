@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.names import CONTEXT
+from prune_distill.pipeline.names import CONTEXT, TOKENIZER
 
 # NeMo looks for a part of the model under its path in the whole.
 ROOT = "<root>"
@@ -51,7 +51,7 @@ def model_call(model: Reference, config: Call) -> Call:
     """What NeMo's own importer records: the model, and a trainer on the CPU that would load it."""
     tokenizer = Call(
         Reference("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
-        {"pretrained_model_name": "tokenizer"},  # relative to context/
+        {"pretrained_model_name": TOKENIZER},  # relative to context/
     )
     # The optimizer that a GPTModel has by default (nemo/collections/llm/gpt/model/base.py), so that it stays so.
     optimizer = Call(

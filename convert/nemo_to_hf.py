@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert.exporting import carried_files, export_model
 from prune_distill.model.huggingface import local_folder
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
 
@@ -21,12 +22,19 @@ from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
 TEACHERLESS = ("ce", "scratch", "corrected_teacher")
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: hf_model (the model they descend from) and a checkpoint a name. Output: a folder a name."""
-    source = local_folder(inputs["hf_model"], cfg.model.revision, weights=False)
+@dataclass(frozen=True)
+class Inputs:
+    """NeMo checkpoints by name, and the Hugging Face folder or Hub id of the model from which they descend."""
+
+    hf_model: Path | str
+    checkpoints: dict[str, Path]
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: a Hugging Face folder of each checkpoint's name."""
+    source = local_folder(inputs.hf_model, cfg.model.revision, weights=False)
     base = cfg.model.hf_path or cfg.model.name
-    checkpoints = {name: path for name, path in inputs.items() if name != "hf_model"}
-    for name, checkpoint in checkpoints.items():
+    for name, checkpoint in inputs.checkpoints.items():
         if (out / name).exists():  # written whole by an attempt before this one
             continue
         export_model(
@@ -39,7 +47,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
             note=_words_on_loss(cfg.distill, name),
             allow_nonfinite=cfg.convert.allow_nonfinite,
         )
-    return {"models": sorted(checkpoints)}
+    return {"models": sorted(inputs.checkpoints)}
 
 
 def _words_on_loss(distill: DistillConfig, name: str) -> str:

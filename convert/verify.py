@@ -25,6 +25,7 @@ from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import backend, hf_models
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import ExportDtype, RunConfig
 
@@ -37,24 +38,33 @@ LARGEST_SHARE = 0.05
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-# The models of a run that exist in both formats, by the conversion that is checked.
-CHECKED = {"import": "teacher", "export": "student"}
+@dataclass(frozen=True)
+class Inputs:
+    """Prepared data, and both formats of the teacher (stage verify_import) or the student (stage verify)."""
+
+    data: Path
+    teacher_hf: Path | str | None = None
+    teacher_nemo: Path | None = None
+    student_hf: Path | None = None
+    student_nemo: Path | None = None
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: data, and of the teacher (stage verify_import) or the student (stage verify) both formats, as `_hf` and
-    `_nemo`. Metrics: the largest differences."""
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Metrics: the largest differences."""
     import torch
 
-    data = DataFolder.read(inputs["data"])
+    data = DataFolder.read(inputs.data)
     tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
     ids = torch.from_numpy(data.validation_sequences(tokens)[:1, :-1])
-    metrics: dict[str, Any] = {"tokens": tokens}
-    for check, model in CHECKED.items():
-        if f"{model}_nemo" not in inputs:
+    metrics: Metrics = {"tokens": tokens}
+    pairs = {
+        "import": (inputs.teacher_hf, cfg.model.revision, inputs.teacher_nemo),
+        "export": (inputs.student_hf, None, inputs.student_nemo),
+    }
+    for check, (source, revision, checkpoint) in pairs.items():
+        if source is None or checkpoint is None:
             continue
-        folder = local_folder(inputs[f"{model}_hf"], cfg.model.revision if model == "teacher" else None, weights=True)
-        parity = compare_logits(folder, inputs[f"{model}_nemo"], ids)
+        parity = compare_logits(local_folder(source, revision, weights=True), checkpoint, ids)
         metrics[f"{check}_max_abs_logit_diff"] = parity.max_abs_diff
         metrics[f"{check}_top1_agreement"] = parity.top1_agreement
         metrics[f"{check}_kl"] = parity.kl

@@ -17,8 +17,8 @@ from launch.environment import ROOT, environment, nodes_and_ranks, stage_argumen
 from prune_distill.config.data_files import is_on_hub
 from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.names import LOG, RESOLVED
-from prune_distill.pipeline.stages import Output
+from prune_distill.pipeline.names import LOG, RESOLVED, SLURM
+from prune_distill.pipeline.stage import Output
 from prune_distill.schema import RunConfig, SlurmConfig
 
 # Besides what the user names. A job depends on what its script says, and on no other variable of the shell that it was
@@ -79,7 +79,7 @@ def list_jobs(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
     for number, stage in enumerate(located, 1):
         if stage.complete:
             continue
-        script = Path(cfg.run_dir) / "slurm" / f"{number:02d}-{stage.stage.name}.sbatch"
+        script = Path(cfg.run_dir) / SLURM / f"{number:02d}-{stage.stage.name}.sbatch"
         sources = stage.stage.inputs(stage.cfg).values()
         after = sorted(({source.stage for source in sources if isinstance(source, Output)} & incomplete) | gates)
         if stage.stage.gate:

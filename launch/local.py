@@ -18,8 +18,7 @@ from typing import BinaryIO
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.processes import signal_at_parents_death
-from prune_distill.pipeline.stages import RANK_VARIABLES
+from prune_distill.pipeline.processes import RANK_VARIABLES, signal_at_parents_death
 
 # In the environment of everything that a stage starts: whose it is, also after its parents have ended.
 MARK = "PRUNE_DISTILL_STAGE_PROCESS"

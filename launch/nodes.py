@@ -23,7 +23,8 @@ from launch.progress import StatusLine
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, locate, write_json
 from prune_distill.pipeline.names import RESOLVED
-from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.pipeline.stage import Stage
+from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 PULSE = ".pulse.json"

@@ -20,8 +20,9 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
+from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
-from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 SECONDS_BETWEEN_LOOKS = 0.2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import JOBS, SLURM
 
 # States of man squeue from which a job does not come back by itself.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
@@ -35,7 +36,7 @@ class Queued:
 def submitted(run_dir: Path) -> dict[str, dict[str, Any]]:
     """What was submitted last for each stage: `jobs`, their ids in order, and `script`."""
     try:
-        stages: dict[str, dict[str, Any]] = json.loads((run_dir / "slurm" / "jobs.json").read_text())
+        stages: dict[str, dict[str, Any]] = json.loads((run_dir / SLURM / JOBS).read_text())
     except FileNotFoundError:
         return {}
     return stages
@@ -43,7 +44,7 @@ def submitted(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 def record(run_dir: Path, stage: str, jobs: list[str], script: Path) -> None:
     """Notes what was submitted for a stage."""
-    write_json(run_dir / "slurm" / "jobs.json", {**submitted(run_dir), stage: {"jobs": jobs, "script": script.name}})
+    write_json(run_dir / SLURM / JOBS, {**submitted(run_dir), stage: {"jobs": jobs, "script": script.name}})
 
 
 def ask(ids: Collection[str]) -> dict[str, Queued]:

@@ -25,7 +25,8 @@ from prune_distill.config.load import compose, show, to_yaml
 from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.pipeline.artifact import locate
-from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.pipeline.stage import Stage
+from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

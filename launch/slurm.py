@@ -27,7 +27,8 @@ from prune_distill.config.rules.slurm import warnings
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import locate
-from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.pipeline.stage import Stage
+from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 # One package brings them all; srun is what the jobs start their stages with.

@@ -24,8 +24,9 @@ from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_manifest, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED
+from prune_distill.pipeline.stage import Output, Stage
 from prune_distill.pipeline.stage_log import last_attempt, read_reason
-from prune_distill.pipeline.stages import STAGES, Output, Stage
+from prune_distill.pipeline.stages import STAGES
 
 SECONDS_BETWEEN_LOOKS = 5.0
 # Lines of a failed stage's log that are shown; its log has the rest.
@@ -134,7 +135,7 @@ def table(stages: Sequence[StageStatus]) -> str:
     for stage in stages:
         if stage.cause is not None:
             cause = stage.cause.replace("\n", "\n  ")
-            lines += ["", f"{stage.stage} {stage.state}:\n  {cause}", f"  log: {stage.folder}/log.txt"]
+            lines += ["", f"{stage.stage} {stage.state}:\n  {cause}", f"  log: {stage.folder}/{LOG}"]
     return "\n".join(line.rstrip() for line in lines)
 
 

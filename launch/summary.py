@@ -9,13 +9,14 @@ from typing import Any
 
 from launch.progress import duration
 from prune_distill.pipeline.artifact import Located, read_manifest
+from prune_distill.pipeline.names import REPORT, REPORT_JSON, REPORT_PAGE
 
 
 def summary(stages: Sequence[Located]) -> str:
     """A table of stages with the time each took, then the report's headline figures where there is a report."""
     width = max(len(stage.stage.name) for stage in stages)
     lines = [f"  {stage.stage.name:<{width}}  {_seconds(stage)}" for stage in stages]
-    report = next((stage for stage in stages if stage.stage.name == "report"), None)
+    report = next((stage for stage in stages if stage.stage.name == REPORT), None)
     if report is not None:
         lines += _headlines(report.folder)
     return "\n".join(lines)
@@ -28,11 +29,11 @@ def _seconds(stage: Located) -> str:
 
 def _headlines(folder: Path) -> list[str]:
     try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        report: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text())
     except (OSError, json.JSONDecodeError):
         return []
     lines = [f"  {name:<8}  {_figures(model)}" for name, model in report.get("models", {}).items()]
-    page = next(path for path in (folder / "index.html", folder / "report.json") if path.exists())
+    page = next(path for path in (folder / REPORT_PAGE, folder / REPORT_JSON) if path.exists())
     return ["", *lines, "", f"report: {page}"]
 
 

@@ -14,27 +14,29 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 from prune_distill.nemo import backend
 from prune_distill.pipeline.processes import import_libraries
-from prune_distill.pipeline.stage_main import Run, stage_main
-from prune_distill.pipeline.stages import STAGES, Stage
+from prune_distill.pipeline.run_arguments import StageModule
+from prune_distill.pipeline.stage import Stage
+from prune_distill.pipeline.stage_main import stage_main
+from prune_distill.pipeline.stages import STAGES
 
 
-def load_run(stage: Stage) -> Run:
+def load_stage(stage: Stage) -> StageModule:
     """Imports a stage's module, after it has activated the backend if the module needs NeMo."""
     if stage.needs_nemo:
         backend.activate()
     import_libraries(stage.module)
-    run: Run = sys.modules[stage.module].run
-    return run
+    return cast(StageModule, sys.modules[stage.module])
 
 
-def main(load: Callable[[Stage], Run] = load_run) -> None:
+def main(load: Callable[[Stage], StageModule] = load_stage) -> None:
     """Runs the stage that the command line names.
 
     Args:
-        load: returns the function that does the stage's work.
+        load: imports and returns a stage's module.
     """
     command, _, description = (__doc__ or "").partition("\n\n")
     names = textwrap.fill(", ".join(stage.name for stage in STAGES), 100, break_on_hyphens=False)

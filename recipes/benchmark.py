@@ -13,6 +13,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,29 @@ from prune_distill.errors import ConfigError
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import BENCHMARK
 from prune_distill.pipeline.processes import import_libraries
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
-FILE = "benchmark.json"
 # Options of the command line, which are fields of the section.
 NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: Hugging Face folders (or a Hub id) of teacher and student. Output: `benchmark.json`."""
+@dataclass(frozen=True)
+class Inputs:
+    """Hugging Face folders, or a Hub id."""
+
+    teacher: Path | str
+    student: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `benchmark.json`."""
     folders = {
-        name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
-        for name, source in inputs.items()
+        "teacher": local_folder(inputs.teacher, cfg.model.revision, weights=True),
+        "student": local_folder(inputs.student, None, weights=True),
     }
     run_dir = out.parent.resolve()
     told = {name: _within(folder.resolve(), run_dir) for name, folder in folders.items()}
@@ -44,7 +54,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     benchmark = dataclasses.replace(cfg.benchmark, cost_per_hour=None)
     command = f"cd RUN_DIR && {words(told, 'benchmark-again', benchmark, cfg.seed)}"
     result = measure(folders, benchmark, cfg.seed, command)
-    write_json(out / FILE, result)
+    write_json(out / BENCHMARK, result)
     return {key: result[key] for key in ("engine", "device", "models", "ratios")}
 
 
@@ -136,7 +146,7 @@ def _by_itself(arguments: argparse.Namespace) -> str:
     folders = {name: local_folder(path, None, weights=True) for name, path in named.items()}
     command = words(named, str(arguments.out), cfg, arguments.seed)
     result = measure(folders, cfg, arguments.seed, command)
-    write_json(arguments.out / FILE, result)
+    write_json(arguments.out / BENCHMARK, result)
     return table(result)
 
 

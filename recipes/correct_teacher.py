@@ -6,29 +6,35 @@ fits these data (Minitron in practice, arXiv 2408.11796, section 2). The student
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.nemo import nemo_api
 from prune_distill.pipeline.metrics_file import loss_gain
 from prune_distill.pipeline.names import METRICS
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.schema import RunConfig
 from prune_distill.training.training import train
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data.
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher as a NeMo checkpoint, and prepared data."""
 
-    Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`. Its gain is in the metrics: held-out loss
-    (nats per token) before and after, on the same batches.
+    teacher: Path
+    data: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`.
+
+    Its gain is in the metrics: held-out loss (nats per token) before and after, on the same batches.
     """
     correction = cfg.distill.correct_teacher
     assert correction is not None  # or the stage is not wanted
-    teacher = nemo_api.load_model(inputs["teacher"])
-    data = DataFolder.read(inputs["data"])
+    teacher = nemo_api.load_model(inputs.teacher)
+    data = DataFolder.read(inputs.data)
     key = "distill.correct_teacher"
-    metrics = train(
-        teacher, correction, data, out, seed=cfg.seed, start=inputs["teacher"], key=key, validate_first=True
-    )
+    metrics = train(teacher, correction, data, out, seed=cfg.seed, start=inputs.teacher, key=key, validate_first=True)
     return {**metrics, **loss_gain(out / METRICS)}

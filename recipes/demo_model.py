@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from prune_distill.data import demo_corpus
 from prune_distill.data.prepare import prepare
 from prune_distill.model.model_size import EXPERT_SIZES
 from prune_distill.nemo import nemo_api
-from prune_distill.pipeline.names import HF, NEMO
+from prune_distill.pipeline.names import CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.schema import DataConfig, RunConfig, Shape
 from prune_distill.training.training import train
 
@@ -34,13 +36,18 @@ INIT_STD = 0.05
 END_OF_TEXT = "<|endoftext|>"
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """No inputs. Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
+@dataclass(frozen=True)
+class Inputs:
+    """Nothing is read."""
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
     assert cfg.model.demo is not None  # the stage is wanted only then
     assert cfg.model.shape is not None  # prune_distill.config.validate has seen to it
     texts, validation_texts = demo_corpus.documents()
-    train_file = _write_jsonl(out / "corpus" / "train.jsonl", texts)
-    validation_file = _write_jsonl(out / "corpus" / "validation.jsonl", validation_texts)
+    train_file = _write_jsonl(out / CORPUS_TRAIN, texts)
+    validation_file = _write_jsonl(out / CORPUS_VALIDATION, validation_texts)
     reference = out / "reference"
     _write_tokenizer(texts, cfg.model.shape.vocab_size, reference)
     _write_config(cfg.model.shape, reference)

@@ -7,37 +7,51 @@ pruned weights, `distill.scratch` from random ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_distill.config.validate import meter
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
 from prune_distill.distillation.signal import SignalReader
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pruning.tournament import resume_from
 from prune_distill.schema import Init, RunConfig
 from prune_distill.training.training import train
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: student, data and, with a teacher's loss, teacher (NeMo checkpoints) or its stored signal;
-    corrected_teacher, where that one takes the teacher's place at a step; begun, where a tournament has trained this
-    student for its first steps.
+@dataclass(frozen=True)
+class Inputs:
+    """NeMo checkpoints, prepared data, and the teacher's stored signal.
 
-    Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`.
+    Attributes:
+        teacher: None where the student learns from the data alone or from `signal`.
+        corrected_teacher: takes the teacher's place at a step.
+        begun: what a tournament left of the first steps of this distillation.
     """
-    model = student_to_train(cfg.distill, inputs["student"], inputs.get("teacher"))
+
+    student: Path
+    data: Path
+    teacher: Path | None = None
+    corrected_teacher: Path | None = None
+    signal: Path | None = None
+    begun: Path | None = None
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`."""
+    model = student_to_train(cfg.distill, inputs.student, inputs.teacher)
     signal = None
-    if cfg.distill.reads_signal:
-        signal = SignalReader(inputs["signal"])
+    if inputs.signal is not None:
+        signal = SignalReader(inputs.signal)
         signal.require(temperature=cfg.distill.kd.temperature, vocab_size=model.config.vocab_size)
     callbacks = []
-    if "corrected_teacher" in inputs and cfg.distill.swap_teacher_at_step is not None:
-        callbacks.append(TeacherSwap(inputs["corrected_teacher"], cfg.distill.swap_teacher_at_step))
-    if "begun" in inputs:
-        resume_from(inputs["begun"], out)
-    data = DataFolder.read(inputs["data"])
-    start = inputs["student"] if cfg.distill.init is Init.pruned else None
+    if inputs.corrected_teacher is not None and cfg.distill.swap_teacher_at_step is not None:
+        callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))
+    if inputs.begun is not None:
+        resume_from(inputs.begun, out)
+    data = DataFolder.read(inputs.data)
+    start = inputs.student if cfg.distill.init is Init.pruned else None
     return train(
         *(model, cfg.distill, data, out),
         seed=cfg.seed,

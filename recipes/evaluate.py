@@ -8,47 +8,57 @@ distillation. Ranks share the work. Started again, it goes on with what is not m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert.exporting import exporter
 from prune_distill.data.folder import DataFolder
 from prune_distill.evaluation import recovery
 from prune_distill.evaluation.evaluator import TEACHER, Evaluator
-from prune_distill.evaluation.holding import ROOM
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import find_checkpoints
+from prune_distill.pipeline.names import EVALUATION, ROOM, SAMPLES, find_checkpoints
 from prune_distill.pipeline.processes import import_libraries
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
 
-NO_MODELS = ("data", "checkpoints", "task_folder")
 
+@dataclass(frozen=True)
+class Inputs:
+    """Prepared data and models.
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: data, a Hugging Face folder (or Hub id) a model; checkpoints of the distillation, task_folder.
-
-    Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part.
+    Attributes:
+        teacher: a Hugging Face folder, or a Hub id.
+        models: the Hugging Face folders of the other models, by name.
+        checkpoints: those of the distillation, where its recovery is measured.
+        task_folder: the user's task definitions and data.
     """
+
+    data: Path
+    teacher: Path | str
+    models: dict[str, Path]
+    checkpoints: Path | None = None
+    task_folder: Path | None = None
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part."""
     import_libraries("transformers.models.auto.modeling_auto")  # or a first model imports it, and more slowly
-    models = {
-        name: local_folder(source, cfg.model.revision if name == "teacher" else None, weights=True)
-        for name, source in inputs.items()
-        if name not in NO_MODELS
-    }
+    teacher = local_folder(inputs.teacher, cfg.model.revision, weights=True)
+    models = {name: local_folder(folder, None, weights=True) for name, folder in inputs.models.items()}
+    # The stage of a control needs the teacher for the agreement alone; the student's measures it.
+    measured = {TEACHER: teacher, **models} if "student" in models else models
     with ranks.join_process_group():
-        data = DataFolder.read(inputs["data"])
-        evaluator = Evaluator(cfg, data, models["teacher"], out, inputs.get("task_folder"))
-        # The stage of a control needs the teacher for the agreement alone; the student's measures it.
-        measured = {name: folder for name, folder in models.items() if name != TEACHER or "student" in models}
+        data = DataFolder.read(inputs.data)
+        evaluator = Evaluator(cfg, data, teacher, out, inputs.task_folder)
         results = {name: evaluator.measure(name, folder) for name, folder in measured.items()}
-        if "checkpoints" in inputs:
-            _measure_checkpoints(evaluator, inputs["checkpoints"], cfg, models["teacher"], out)
+        if inputs.checkpoints is not None:
+            _measure_checkpoints(evaluator, inputs.checkpoints, cfg, teacher, out)
     if rank() == 0:
-        write_json(out / "samples.json", evaluator.samples(list(measured)))
-        write_json(out / "evaluation.json", results)
+        write_json(out / SAMPLES, evaluator.samples(list(measured)))
+        write_json(out / EVALUATION, results)
     return results
 
 

@@ -6,6 +6,7 @@ this teacher by this text then uses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from prune_distill.data.folder import DataFolder
 from prune_distill.nemo import nemo_api
 from prune_distill.nemo.token_loss import average_over_tokens
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import IMPORTANCE
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.pruning import evidence
 from prune_distill.pruning.importance import check_loss, warn_if_few_sequences
@@ -21,16 +24,21 @@ from prune_distill.reporting import plots
 from prune_distill.schema import PruneConfig, RunConfig
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data.
+@dataclass(frozen=True)
+class Inputs:
+    """What is pruned, as a NeMo checkpoint, and prepared data."""
 
-    Output: `importance.safetensors`; `importance.json` and `importance.svg` for people.
-    """
-    prune, data = cfg.prune, DataFolder.read(inputs["data"])
-    nemo_api.match_tokenizer(inputs["teacher"], data)
+    teacher: Path
+    data: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `importance.safetensors`; `importance.json` and `importance.svg` for people."""
+    prune, data = cfg.prune, DataFolder.read(inputs.data)
+    nemo_api.match_tokenizer(inputs.teacher, data)
     warn_if_few_sequences(prune, data.train_tokens)
     model, trainer = nemo_api.restore(
-        inputs["teacher"],
+        inputs.teacher,
         pipeline_model_parallel_size=prune.pipeline_model_parallel_size,
         modelopt_spec=True,
         max_steps=prune.calibration_samples,
@@ -46,7 +54,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if rank() == 0:
         scores.save(out)
         table = evidence.importance_table(scores, model.config)
-        write_json(out / "importance.json", table)
+        write_json(out / IMPORTANCE, table)
         plots.importance(table).save(out / "importance.svg")
     trainer.strategy.barrier()
     return {"calibration_loss": loss, "layers": {str(layer): score for layer, score in scores.layers.items()}}

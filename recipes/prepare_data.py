@@ -10,37 +10,47 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_distill.data.check import check_folder, document_text
 from prune_distill.data.plan import local_files
 from prune_distill.data.prepare import prepare
 from prune_distill.errors import InputError
 from prune_distill.model.huggingface import local_folder
+from prune_distill.pipeline.run_arguments import InputPath, Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import RunConfig
 from prune_distill.schema.phases import training_tokens
 
 log = logging.getLogger("recipes.prepare")
 
-# Inputs that are no documents.
-TOKENIZERS = ("tokenizer", "source_tokenizer")
 
+@dataclass(frozen=True)
+class Inputs:
+    """Tokenizers and documents.
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: tokenizer (a Hugging Face model), the sources by name and, where given, validation (files).
-
-    Output: `shards/`, `validation.{bin,idx}`, and `data.json`, which lists them.
+    Attributes:
+        tokenizer: of the teacher: its Hugging Face folder, or a Hub id.
+        documents: the files of each source by name, and of `validation` where it has its own.
+        source_tokenizer: the tokenizer whose ids are read, where a source holds ids.
     """
-    tokenizer = local_folder(inputs["tokenizer"], cfg.model.revision, weights=False)
+
+    tokenizer: Path | str
+    documents: dict[str, InputPath]
+    source_tokenizer: Path | str | None = None
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `shards/`, `validation.{bin,idx}`, and `data.json`, which lists them."""
+    tokenizer = local_folder(inputs.tokenizer, cfg.model.revision, weights=False)
     folder = prepare(
         cfg.data,
-        {name: local_files(paths) for name, paths in inputs.items() if name not in TOKENIZERS},
+        {name: local_files(paths) for name, paths in inputs.documents.items()},
         tokenizer,
         out,
         cfg.seed,
-        _source_tokenizer(inputs.get("source_tokenizer")),
+        _source_tokenizer(inputs.source_tokenizer),
     )
     if repeated := repetition(folder.train_tokens, training_tokens(cfg.distill)):
         log.warning("%s", repeated)

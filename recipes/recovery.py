@@ -22,12 +22,12 @@ from typing import Any
 
 from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
-from prune_distill.evaluation.holding import ROOM, hold, holding
+from prune_distill.evaluation.holding import hold, holding
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
 from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
-from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RESOLVED, find_checkpoints
+from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
+from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
-from prune_distill.pipeline.stages import Output
 from prune_distill.schema import Init, RunConfig
 
 log = logging.getLogger("recipes.recovery")
@@ -90,7 +90,7 @@ class Follower:
                 self._measure(name, stage.folder / NEMO)
         recovery.write(self.evaluator, self.cfg.distill, self.out)
         if self.stages["evaluate"].complete:
-            record_again(self.out, (recovery.FILE,))
+            record_again(self.out, (RECOVERY,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
         from convert.exporting import exporter
@@ -116,7 +116,7 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
     else:
         hold(follower.checkpoints, follower.room, set())
     follower.measure()
-    path = follower.out / "recovery.json"
+    path = follower.out / RECOVERY
     return path if path.exists() else None
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
-from prune_distill.pipeline.names import MANIFEST
+from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_PAGE
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import summarize
@@ -24,9 +26,16 @@ from prune_distill.reporting.words import strict
 from prune_distill.schema import RunConfig
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: the folder of every stage before. Output: `report.json`, `index.html`."""
-    report = write_report(stage_run_folder(cfg, inputs), out)
+@dataclass(frozen=True)
+class Inputs:
+    """The folders of all other stages, by name."""
+
+    stages: dict[str, Path]
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `report.json`, `index.html`."""
+    report = write_report(stage_run_folder(cfg, inputs.stages), out)
     return {name: model["val_loss"] for name, model in report["models"].items()}
 
 
@@ -34,8 +43,8 @@ def write_report(found: RunFolder, out: Path) -> dict[str, Any]:
     """Writes the report of one run, and returns the content of `report.json`."""
     privacy = Privacy((found.path,))
     report: dict[str, Any] = privacy.value(strict(summarize(found)))
-    html.write(run_page.page(found, report, privacy.text), out / "index.html", privacy)
-    write_json(out / "report.json", report)
+    html.write(run_page.page(found, report, privacy.text), out / REPORT_PAGE, privacy)
+    write_json(out / REPORT_JSON, report)
     return report
 
 
@@ -44,8 +53,8 @@ def write_comparison(paths: Sequence[Path], out: Path) -> None:
     privacy = Privacy(tuple(paths))
     runs = comparison.named([read_run(path) for path in paths])
     reports = {name: privacy.value(strict(summarize(found))) for name, found in runs.items()}
-    html.write(comparison.page(runs, reports, privacy.text), out / "index.html", privacy)
-    write_json(out / "report.json", {"runs": reports})
+    html.write(comparison.page(runs, reports, privacy.text), out / REPORT_PAGE, privacy)
+    write_json(out / REPORT_JSON, {"runs": reports})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,13 +68,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         paths = [path for folder in args.run_dirs for path in runs_in(folder)]
         if len(paths) == 1:
-            out = args.out or paths[0] / "report"
+            out = args.out or paths[0] / REPORT
             found = read_run(paths[0])
             _withdraw(found, out)
             write_report(found, out)
-            record_again(out, ("report.json", "index.html"))
+            record_again(out, (REPORT_JSON, REPORT_PAGE))
         else:
-            out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / "report")
+            out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / REPORT)
             write_comparison(paths, out)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: the report cannot be written ({error}); set --out to a folder that can be", file=sys.stderr)
         return 2
-    print(f"report: {out / 'index.html'}")
+    print(f"report: {out / REPORT_PAGE}")
     return 0
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from prune_distill.errors import InputError
 from prune_distill.model import student
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import CANDIDATES, CHOICE
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.pruning import evidence, finalists, layer_sets
 from prune_distill.pruning.importance import Importance
@@ -32,23 +35,30 @@ from prune_distill.schema import Depth, RunConfig, Shape
 log = logging.getLogger("recipes.search")
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data, importance.
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher as a NeMo checkpoint, prepared data, and the teacher's importance scores."""
 
-    Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
+    teacher: Path
+    data: Path
+    importance: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
     tournament a NeMo checkpoint a candidate that takes part.
     """
     prune, budget, device = cfg.prune, cfg.prune.budget, backend.activate().device
     assert budget is not None
     assert cfg.model.shape is not None
-    data = DataFolder.read(inputs["data"])
+    data = DataFolder.read(inputs.data)
     model, trainer = nemo_api.restore(
-        inputs["teacher"],
+        inputs.teacher,
         pipeline_model_parallel_size=prune.pipeline_model_parallel_size,
         modelopt_spec=True,
     )
     core = nemo_api.core_model(model).eval()
-    scores = Importance.load(inputs["importance"], device)
+    scores = Importance.load(inputs.importance, device)
     space, latency = _space(cfg, model, device)
     shapes = student.candidates(space, latency)
     if not shapes:
@@ -68,15 +78,15 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     if rank() == 0:
         if latency is not None:
             write_json(out / "latency.json", latency.table())
-        write_json(out / "candidates.json", {"teacher": teacher, "candidates": rows})
-        write_json(out / "choice.json", rows[0])
+        write_json(out / CANDIDATES, {"teacher": teacher, "candidates": rows})
+        write_json(out / CHOICE, rows[0])
         plots.pareto(rows, teacher).save(out / "pareto.svg")
     trainer.strategy.barrier()
     if prune.tournament is not None:
         del model, core, trainer
         for row in rows[: prune.tournament.candidates]:
             finalists.release()
-            finalists.leave(row, inputs["teacher"], scores, prune.pipeline_model_parallel_size, out)
+            finalists.leave(row, inputs.teacher, scores, prune.pipeline_model_parallel_size, out)
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
 
 

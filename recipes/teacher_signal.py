@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
 from prune_distill.pipeline.names import METRICS, STATE, STOP
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import PausedError, rank
 from prune_distill.schema import DistillConfig, RunConfig
 from prune_distill.training.batches import Batches
@@ -44,18 +46,26 @@ from prune_distill.training.training import check
 COMPRESSORS = 2
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data. Output: `shard-N.bin`, `signal.json` (see
+@dataclass(frozen=True)
+class Inputs:
+    """The teacher as a NeMo checkpoint, and prepared data."""
+
+    teacher: Path
+    data: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `shard-N.bin`, `signal.json` (see
     prune_distill/distillation/signal.py).
 
     Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
     further replicas here. A stage that was killed or paused goes on with the shards that are missing.
     """
-    distill, data = cfg.distill, DataFolder.read(inputs["data"])
+    distill, data = cfg.distill, DataFolder.read(inputs.data)
     check(distill, data)
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
-        inputs["teacher"],
+        inputs.teacher,
         tensor_model_parallel_size=distill.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
         precision=distill.precision,

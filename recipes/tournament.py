@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from convert.exporting import exporter
 from prune_distill.config.rules.prune import rounds
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import student_to_train
+from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import nemo_api
 from prune_distill.pipeline.artifact import remove_folder, write_json
-from prune_distill.pipeline.names import CHECKPOINTS, checkpoint_name
+from prune_distill.pipeline.names import CANDIDATES, CHECKPOINTS, CHOICE, WINNER, checkpoint_name
+from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import PausedError, rank
 from prune_distill.pruning import finalists, tournament
 from prune_distill.pruning.scoring import Scores
@@ -36,15 +39,29 @@ log = logging.getLogger("recipes.tournament")
 Scored = Callable[[str, Path], dict[str, Any]]
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Inputs: teacher (a NeMo checkpoint), data, search.
+@dataclass(frozen=True)
+class Inputs:
+    """What the candidates are distilled from.
 
-    With a task that has a say: teacher_hf, task_folder.
+    Attributes:
+        teacher: a NeMo checkpoint; `teacher_hf`: its Hugging Face folder or Hub id, where a task takes part in the
+            ranking.
+        search: the folder of the search, with the candidates.
+        task_folder: the user's task definitions and data.
+    """
 
-    Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
+    teacher: Path
+    data: Path
+    search: Path
+    teacher_hf: Path | str | None = None
+    task_folder: Path | None = None
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
+    """Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
-    table = json.loads((inputs["search"] / "candidates.json").read_text())
+    table = json.loads((inputs.search / CANDIDATES).read_text())
     plan = rounds(cfg)
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
     _join_ranks(cfg, inputs)
@@ -74,52 +91,54 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         taking_part = tournament.select_survivors(losses, left, behind)
     (winner,) = taking_part
     if rank() == 0:
-        tournament.keep_winner(out / winner, out / "winner")
+        tournament.keep_winner(out / winner, out / WINNER)
         for name in rows:
             # All that is left to do of the others is to be looked at.
             if (out / name / CHECKPOINTS).exists():
                 remove_folder(out / name / CHECKPOINTS)
         every = [*rows.values(), *table["candidates"][plan[0][0] :]]
-        write_json(out / "candidates.json", {"teacher": table["teacher"], "candidates": every})
+        write_json(out / CANDIDATES, {"teacher": table["teacher"], "candidates": every})
         plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
-        write_json(out / "choice.json", rows[winner])
+        write_json(out / CHOICE, rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
 
 
-def _scores(cfg: RunConfig, asked: TaskScore, inputs: dict[str, Any], out: Path, first: str) -> Scored:
+def _scores(cfg: RunConfig, asked: TaskScore, inputs: Inputs, out: Path, first: str) -> Scored:
     """What scores a candidate; tried before anything is trained, on the first of them."""
-    teacher = local_folder(inputs["teacher_hf"], cfg.model.revision, weights=False)
-    scores = Scores(cfg, asked, inputs, teacher, exporter(cfg, teacher), out)
-    scores.of(f"{first}/{checkpoint_name(0)}", inputs["search"] / first)
+    assert inputs.teacher_hf is not None  # an input wherever a task is scored
+    teacher = local_folder(inputs.teacher_hf, cfg.model.revision, weights=False)
+    evaluator = Evaluator(cfg, DataFolder.read(inputs.data), teacher, out, inputs.task_folder)
+    scores = Scores(evaluator, asked, exporter(cfg, teacher), out)
+    scores.of(f"{first}/{checkpoint_name(0)}", inputs.search / first)
     return scores.of
 
 
-def _join_ranks(cfg: RunConfig, inputs: dict[str, Any]) -> None:
+def _join_ranks(cfg: RunConfig, inputs: Inputs) -> None:
     """Starts what lets ranks wait for one another, as NeMo does with a model at hand."""
     parallel = cfg.distill.parallel
     nemo_api.restore(
-        inputs["teacher"],
+        inputs.teacher,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
     )
 
 
-def _distil(cfg: RunConfig, inputs: dict[str, Any], name: str, out: Path, step: int) -> None:
+def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> None:
     """Trains a candidate to a step of the full distillation, where it is validated and saved.
 
     Raises: PausedError, where a stop file in the stage's folder asked for it.
     """
-    pruned, folder = inputs["search"] / name, out / name
+    pruned, folder = inputs.search / name, out / name
     if tournament.has_reached(folder, step):
         return
-    teacher = inputs["teacher"] if cfg.distill.loss is Loss.kd else None
+    teacher = inputs.teacher if cfg.distill.loss is Loss.kd else None
     model = student_to_train(cfg.distill, pruned, teacher)
     if rank() == 0:
         tournament.discard_unfinished(folder, step)
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs["data"]), tournament.PauseAt(folder, step, out)
+    data, pause = DataFolder.read(inputs.data), tournament.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:

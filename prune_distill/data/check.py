@@ -12,6 +12,7 @@ import numpy as np
 
 from prune_distill.data.shards import SPLITS, Index, read_manifest
 from prune_distill.errors import InputError
+from prune_distill.pipeline.names import DATA, SHARDS
 
 READ_BYTES = 4 << 20
 DOCUMENTS = 1 << 16
@@ -60,14 +61,14 @@ def document_text(folder: Path, split: str, number: int) -> str:
 
 def _content(folder: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((folder / "data.json").read_text())
+        content: dict[str, Any] = json.loads((folder / DATA).read_text())
     except FileNotFoundError:
         raise InputError(f"{folder} has no data.json: it is no prepared folder, or not complete") from None
     return content
 
 
 def _faults(folder: Path, content: dict[str, Any]) -> Iterator[str]:
-    for shard in sorted((folder / "shards").iterdir()):
+    for shard in sorted((folder / SHARDS).iterdir()):
         if shard.name.startswith("."):
             yield f"{shard.name} was left by a process that was killed"
             continue

@@ -34,6 +34,7 @@ from prune_distill.data.shards import (
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import DATA, SHARDS
 from prune_distill.schema import DataConfig
 
 log = logging.getLogger("recipes.declare")
@@ -48,7 +49,7 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
     Raises:
         InputError: a split without documents, or a source with a weight and without any.
     """
-    folders = {shard.number: out / "shards" / shard.name for shard in plan}
+    folders = {shard.number: out / SHARDS / shard.name for shard in plan}
     manifests = {shard.number: read_manifest(folders[shard.number]) for shard in plan}
     lines = Lines()
     for manifest in manifests.values():
@@ -64,10 +65,10 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
     validation = _gather(plan, folders, manifests, out, tokenizer)
     # Of processes that were killed. Not earlier: one that was only taken for dead may still be writing, and what it
     # makes gives way to a shard that is complete.
-    for left_over in (out / "shards").glob(".*"):
+    for left_over in (out / SHARDS).glob(".*"):
         shutil.rmtree(left_over, ignore_errors=True)
     write_json(
-        out / "data.json",
+        out / DATA,
         {
             "vocab_size": tokenizer.vocab_size,
             "eod_token": tokenizer.eod_token,
@@ -185,7 +186,7 @@ def _entry(shard: Shard, manifest: dict[str, Any], keep: np.ndarray | None, out:
     if keep is None or keep.all():
         return entry
     prefix = out / "selected" / shard.name
-    source = out / "shards" / shard.name / "train"
+    source = out / SHARDS / shard.name / "train"
     prefix.parent.mkdir(exist_ok=True)
     index = Index.read(Path(f"{source}.idx"))
     for suffix in ("", "_mask"):

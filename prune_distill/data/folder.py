@@ -15,6 +15,7 @@ import numpy as np
 
 from prune_distill.data.documents import NO_CLUSTER
 from prune_distill.data.shards import bad_share, documents_of, known_of, read_manifest
+from prune_distill.pipeline.names import DATA, SHARDS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DataFolder:
 
     @classmethod
     def read(cls, folder: Path) -> DataFolder:
-        content = json.loads((folder / "data.json").read_text())
+        content = json.loads((folder / DATA).read_text())
         return cls(
             folder,
             content["vocab_size"],
@@ -56,7 +57,7 @@ class DataFolder:
     @property
     def worst_bad_share(self) -> float:
         """The largest share of a shard's lines that are broken."""
-        shards = (shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit())
+        shards = (shard for shard in (self.folder / SHARDS).iterdir() if shard.name.isdigit())
         return max((bad_share(read_manifest(shard)) for shard in shards), default=0.0)
 
     @property
@@ -117,7 +118,7 @@ class DataFolder:
         """
         names: list[tuple[str, int]] = []
         # The order in which `declare` laid the documents end to end.
-        shards = [shard for shard in (self.folder / "shards").iterdir() if shard.name.isdigit()]
+        shards = [shard for shard in (self.folder / SHARDS).iterdir() if shard.name.isdigit()]
         for shard in sorted(shards, key=lambda shard: int(shard.name)):
             if (shard / "validation.documents").exists():
                 source = read_manifest(shard)["source"]

@@ -27,7 +27,7 @@ from prune_distill.config.data_files import (
 from prune_distill.data.readers import Piece, parquet_metadata, pieces_of
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import identity_view
+from prune_distill.pipeline.identity import hashed_values
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
 log = logging.getLogger("recipes.prepare")
@@ -92,7 +92,7 @@ def make_plan(
     settings = hashlib.sha256(
         json.dumps(
             [
-                identity_view(data),
+                hashed_values(data),
                 tokenizer.fingerprint,
                 source_tokenizer and source_tokenizer.fingerprint,
                 seed,

@@ -31,7 +31,7 @@ from prune_distill.data.worklist import Worklist
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
-from prune_distill.pipeline.names import METRICS, STATE, STOP
+from prune_distill.pipeline.names import DATA, METRICS, PLAN, SHARDS, STATE, STOP
 from prune_distill.pipeline.stage_main import PausedError
 from prune_distill.schema import DataConfig
 
@@ -67,7 +67,7 @@ def prepare(
     tokenizer = read_tokenizer(tokenizer_folder)
     other = None if source_tokenizer is None else read_tokenizer(source_tokenizer, model=False)
     plan = make_plan(data, files, tokenizer, other, seed)
-    _agree(out / "plan.json", described(plan))
+    _agree(out / PLAN, described(plan))
     encoder, reason = choose(tokenizer)
     log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
     every = 0 if VALIDATION in files else holdout_every(data, plan)
@@ -79,16 +79,16 @@ def prepare(
         _Crew(plan, out, worklist, settings, encoder).work()
         for shard in plan:  # some may have been made while more broken lines were allowed
             check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_bad_share)
-        while not (out / "data.json").exists():
+        while not (out / DATA).exists():
             if worklist.claim([WHOLE]) is None:
                 time.sleep(1)
-            elif not (out / "data.json").exists():
+            elif not (out / DATA).exists():
                 declare(data, plan, out, tokenizer, seed)
     return DataFolder.read(out)
 
 
 def shard_folder(out: Path, shard: Shard) -> Path:
-    return out / "shards" / shard.name
+    return out / SHARDS / shard.name
 
 
 def _stop_files() -> list[str]:
@@ -105,7 +105,7 @@ class _Crew:
         self.out, self.worklist, self.settings, self.encoder = out, worklist, settings, encoder
         self.workers = min(settings.data.num_workers or _cores(), len(plan))
         self.faults: dict[str, str] = {}
-        (out / "shards").mkdir(parents=True, exist_ok=True)
+        (out / SHARDS).mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
         self._look()
         self.progress = _ShardProgress(self.plan, self.done, out)
@@ -164,7 +164,7 @@ class _Crew:
             running[pool.submit(make_shard, self.plan[name], self._partial(name), self.encoder)] = name
 
     def _partial(self, name: str) -> Path:
-        return self.out / "shards" / f".{name}.{os.uname().nodename}.{os.getpid()}"
+        return self.out / SHARDS / f".{name}.{os.uname().nodename}.{os.getpid()}"
 
     def _pause(self) -> None:
         """Ends this process's part; the same command goes on. An array's common stop file is for all tasks to see."""
@@ -196,7 +196,7 @@ class _Crew:
         return TokenizersEncoder(self.settings.tokenizer)
 
     def _look(self) -> None:
-        self.done |= {name for name in os.listdir(self.out / "shards") if name in self.plan}
+        self.done |= {name for name in os.listdir(self.out / SHARDS) if name in self.plan}
 
 
 class _ShardProgress:

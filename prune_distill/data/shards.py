@@ -22,9 +22,9 @@ import numpy as np
 from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import write_json
+from prune_distill.pipeline.names import MANIFEST
 
 SPLITS = ("train", "validation")
-MANIFEST = "manifest.json"
 # About so many are written at once: large enough that the calls do not show, small enough that memory does not.
 BLOCK_TOKENS = 1 << 17
 INDEX_BLOCK = 1 << 16

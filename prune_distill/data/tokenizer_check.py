@@ -8,7 +8,7 @@ from typing import Any
 
 from prune_distill.data.hf_tokenizer import ids_by_token
 from prune_distill.errors import InputError
-from prune_distill.pipeline.names import CONTEXT
+from prune_distill.pipeline.names import CONTEXT, TOKENIZER
 
 # Of a tokenizer's folder, what decides which text an id stands for.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -20,7 +20,7 @@ def check_tokenizers(student: Path, teacher: Path) -> None:
     Raises:
         InputError: names both folders, and an id that they differ in.
     """
-    folders = [checkpoint / CONTEXT / "tokenizer" for checkpoint in (student, teacher)]
+    folders = [checkpoint / CONTEXT / TOKENIZER for checkpoint in (student, teacher)]
     contents = [_tokenizer(folder) for folder in folders]
     if contents[0] == contents[1]:
         return

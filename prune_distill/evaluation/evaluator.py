@@ -19,6 +19,7 @@ from prune_distill.evaluation.harness import Harness, versions
 from prune_distill.evaluation.heldout import Logits, comparable, held_out
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
+from prune_distill.pipeline.names import MEASURED
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
 
@@ -45,7 +46,7 @@ class Evaluator:
         self.own = None if cfg.evaluate.continuations is None else (out / "tasks").resolve()
         folder = None if task_folder is None else Path(task_folder).resolve()
         self.harness = Harness(cfg.evaluate, self.own, OWN_TASK, folder)
-        self.store = Store(out / "measured", versions(self.harness.tasks))
+        self.store = Store(out / MEASURED, versions(self.harness.tasks))
 
     def measure(self, name: str, folder: Path | Callable[[], Path], samples: bool = True) -> dict[str, Any]:
         """What reports know of a model: sizes, held-out loss, agreement with the teacher, tasks.

@@ -21,7 +21,6 @@ from prune_distill.pipeline.names import find_checkpoints
 log = logging.getLogger("recipes.recovery")
 
 # In the folder of the stage evaluate: held checkpoints, and models exported from them.
-ROOM = "recovery"
 
 
 @contextmanager

@@ -12,14 +12,13 @@ from typing import Any
 from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import checkpoint_name, find_checkpoints
+from prune_distill.pipeline.names import MEASURED, RECOVERY, checkpoint_name, find_checkpoints
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import DistillConfig, Init
 from prune_distill.schema.phases import tokens_before, training_phases
 
 # `export(checkpoint, folder)` writes a NeMo checkpoint as a Hugging Face folder.
 Export = Callable[[Path, Path], None]
-FILE = "recovery.json"
 
 
 def name_of(step: int) -> str:
@@ -54,13 +53,13 @@ def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterato
 
 def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     """Writes `recovery.json` from the measurements so far; nothing without any checkpoint."""
-    names = {step: name_of(step) for step in find_checkpoints(out / "measured" / "recovery")}
+    names = {step: name_of(step) for step in find_checkpoints(out / MEASURED / "recovery")}
     if not names:
         return
     names[distill.max_steps] = "student"
     if distill.init is Init.pruned:
         names[0] = "pruned"
-    write_json(out / FILE, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))
+    write_json(out / RECOVERY, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))
 
 
 def curve(measured: dict[int, dict[str, Any] | None], distill: DistillConfig) -> list[dict[str, Any]]:

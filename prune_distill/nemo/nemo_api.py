@@ -39,6 +39,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
 from prune_distill.nemo import backend
 from prune_distill.nemo.saved_records import read_records
+from prune_distill.pipeline.names import TOKENIZER
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import Parallel, Precision
 
@@ -85,7 +86,7 @@ def load_model(checkpoint: Path) -> llm.GPTModel:
     if not (context / "model.yaml").exists():
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (no context/model.yaml)")
     # Or it would end in a traceback of Fiddle's, which calls what the context describes.
-    if (context / "tokenizer").is_dir() and (found := tokenizer_faults(context / "tokenizer")):
+    if (context / TOKENIZER).is_dir() and (found := tokenizer_faults(context / TOKENIZER)):
         raise InputError("; ".join(found))
     model = nl.io.load_context(context, subpath="model")
     if not isinstance(model, llm.GPTModel):

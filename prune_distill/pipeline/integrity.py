@@ -12,7 +12,7 @@ from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import Located, is_as_written, read_manifest
 from prune_distill.pipeline.names import CHECKPOINTS, CONTEXT, LAUNCHES, MANIFEST, OUTPUTS, WEIGHTS, find_checkpoints
 from prune_distill.pipeline.outputs import Entries, crc32_of, differences, parse_record, select, share_of
-from prune_distill.pipeline.stages import Output
+from prune_distill.pipeline.stage import Output
 
 # The most files of a folder that a message names.
 MOST_FILES = 3

@@ -14,6 +14,11 @@ RESOLVED = "resolved.yaml"
 PLAN = "plan.json"
 LAUNCHES = "launches.jsonl"
 LOCK = ".lock"
+REPORT = "report"  # the last stage and its folder: `REPORT_JSON` for programs, `REPORT_PAGE` for people
+REPORT_JSON = "report.json"
+REPORT_PAGE = "index.html"
+SLURM = "slurm"  # the scripts of a run's jobs; `JOBS`: their ids by stage
+JOBS = "jobs.json"
 
 # In the folder of a stage.
 MANIFEST = "manifest.json"  # written last
@@ -28,10 +33,25 @@ STOP = "stop"
 CHECKPOINTS = "checkpoints"  # what a training resumes from
 NEMO = "nemo"  # the model that a stage writes, as a NeMo checkpoint
 HF = "hf"  # the same as a Hugging Face folder
+CORPUS_TRAIN = "corpus/train.jsonl"  # the documents of the demo
+CORPUS_VALIDATION = "corpus/validation.jsonl"
+CHOICE = "choice.json"  # the shape that a search or a tournament chose: sizes and layers to drop
+CANDIDATES = "candidates.json"  # all shapes that a search scored, best first, and what a tournament added
+WINNER = "winner"  # the candidate whose distillation goes on
+EVALUATION = "evaluation.json"  # what was measured of each model
+SAMPLES = "samples.json"  # what each model continued the same texts with
+RECOVERY = "recovery.json"  # what was measured of the checkpoints of a distillation
+MEASURED = "measured"  # the same while it is measured, a file of each model and part
+ROOM = "recovery"  # checkpoints of a distillation that are held until they are measured
+DATA = "data.json"  # what prepared data consist of, written last; `SHARDS`: their parts
+SHARDS = "shards"
+IMPORTANCE = "importance.json"
+BENCHMARK = "benchmark.json"
 
 # In a NeMo checkpoint.
 WEIGHTS = "weights"
 CONTEXT = "context"
+TOKENIZER = "tokenizer"  # in the context
 
 _CHECKPOINT = re.compile(r"step=(0|[1-9]\d*)")
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from isal import isal_zlib
 
-from prune_distill.pipeline.names import CHECKPOINTS, MANIFEST, OUTPUTS, STATE, STOP
+from prune_distill.pipeline.names import CHECKPOINTS, MANIFEST, OUTPUTS, ROOM, STATE, STOP
 
 # `{"size": bytes, "crc32": eight hex digits}` by path relative to the folder.
 Entries = dict[str, dict[str, Any]]
 
 # At the top of a stage's folder, what tells of the work rather than being its result. Checkpoints are there to resume
 # from and may be deleted at any time; each has a record of its own.
-_NO_OUTPUTS = (MANIFEST, OUTPUTS, STATE, STOP, f"{STOP}.*", "began", "log*.txt", "recovery", CHECKPOINTS)
+_NO_OUTPUTS = (MANIFEST, OUTPUTS, STATE, STOP, f"{STOP}.*", "began", "log*.txt", ROOM, CHECKPOINTS)
 # At any depth: what services may rewrite later, a cache that only the stage itself reads, and who works on which shard.
 _NO_RESULTS = ("tensorboard", "wandb", "mlruns", "index_mapping", "claims")
 # Torch's index of a distributed checkpoint; other hidden names are locks and partial files.

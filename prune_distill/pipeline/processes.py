@@ -25,7 +25,17 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.stages import RANK_VARIABLES, TORCHRUN_ID
+
+# What makes a process a rank of a job: torchrun sets these for its ranks
+# (torch/distributed/elastic/agent/server/local_elastic_agent.py:413-430); Lightning reads NODE_RANK as well
+# (lightning/fabric/plugins/environments/lightning.py). A shell may have them from another job.
+TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
+RANK_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *(TORCHRUN_ID, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"),
+    "TORCHELASTIC_ERROR_FILE",
+)
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -33,14 +33,16 @@ from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, write_manifest
 from prune_distill.pipeline.integrity import damage_of, damaged_inputs, inputs_of, refuse, unrecorded
 from prune_distill.pipeline.processes import (
+    TORCHRUN_ID,
     drop_foreign_ranks,
     end_with_parent,
     end_with_torchrun,
     is_spawned,
     shorten_socket_paths,
 )
-from prune_distill.pipeline.stages import STAGES, TORCHRUN_ID, Stage
-from prune_distill.schema import RunConfig
+from prune_distill.pipeline.run_arguments import StageModule, fill_inputs, view_config
+from prune_distill.pipeline.stage import Stage
+from prune_distill.pipeline.stages import STAGES
 
 log = logging.getLogger("recipes.stage")
 
@@ -65,17 +67,15 @@ class PausedError(Exception):
 # Twice the default lease of an NFS server (90 s, nfsd(7)).
 SECONDS_FOR_A_LOST_NODE = 180.0
 
-Run = Callable[[RunConfig, dict[str, Any], Path], dict[str, Any]]
 
-
-def stage_main(name: str, config: Path, load: Callable[[Stage], Run]) -> None:
+def stage_main(name: str, config: Path, load: Callable[[Stage], StageModule]) -> None:
     """Runs one stage of a resolved config and declares its folder complete.
 
     Args:
         name: the stage's name in the stage table.
         config: the run's `resolved.yaml`.
-        load: imports what the stage needs and returns its `run(cfg, inputs, out) -> metrics`. Called once the inputs
-            are checked. `run` is called on every rank; its metrics are those of rank 0.
+        load: imports what the stage needs and returns its module. Called once the inputs are checked. The module's
+            `run` is called on every rank; its metrics are those of rank 0.
     """
     if TORCHRUN_ID in os.environ:
         end_with_torchrun()
@@ -95,8 +95,9 @@ def stage_main(name: str, config: Path, load: Callable[[Stage], Run]) -> None:
             if rank() == 0 and located.complete:  # not just returned from: the other ranks have started
                 raise InputError(f"{name} was completed in {located.folder} by the process that held its lock")
             try:
-                run = load(located.stage)
-                metrics = run(located.cfg, located.inputs, located.folder)
+                module = load(located.stage)
+                inputs = fill_inputs(module.Inputs, located.inputs)
+                metrics = module.run(view_config(located.cfg, located.stage), inputs, located.folder)
             except PausedError as paused:
                 log.info("%s", paused)
                 return

@@ -5,28 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prune_distill.data.folder import DataFolder
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
-from prune_distill.evaluation.holding import ROOM
 from prune_distill.evaluation.recovery import Export, exported
-from prune_distill.schema import RunConfig, TaskScore
+from prune_distill.pipeline.names import ROOM
+from prune_distill.schema import TaskScore
 
 
 class Scores:
     """Asks a task of NeMo checkpoints; what was asked once is kept in `out`. The same calls on all ranks.
 
     Args:
-        inputs: of the stage: data, task_folder.
-        teacher: its Hugging Face folder.
+        evaluator: asks the task.
+        score: the task and its metric.
+        export: makes the Hugging Face folder that is asked.
     """
 
-    def __init__(
-        self, cfg: RunConfig, score: TaskScore, inputs: dict[str, Any], teacher: Path, export: Export, out: Path
-    ) -> None:
-        self.score, self.export, self.room = score, export, out / ROOM
-        data = DataFolder.read(inputs["data"])
-        self.evaluator = Evaluator(cfg, data, teacher, out, inputs.get("task_folder"))
+    def __init__(self, evaluator: Evaluator, score: TaskScore, export: Export, out: Path) -> None:
+        self.evaluator, self.score, self.export, self.room = evaluator, score, export, out / ROOM
 
     def of(self, name: str, checkpoint: Path) -> dict[str, Any]:
         """`value` and `stderr` of a checkpoint.

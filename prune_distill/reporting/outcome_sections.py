@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prune_distill.pipeline.names import SAMPLES
 from prune_distill.reporting import figures, words
 from prune_distill.reporting.blocks import (
     Block,
@@ -278,7 +279,7 @@ def samples(run: RunFolder) -> Iterator[Block]:
     # Every stage continues the same beginnings, in the same order.
     texts: dict[tuple[int, str, str], dict[str, str]] = {}
     for stage in run.evaluations():
-        found = stage.read("samples.json")
+        found = stage.read(SAMPLES)
         for number, entry in enumerate(found if isinstance(found, list) else []):
             own = entry.get("texts") if isinstance(entry, dict) else None
             if isinstance(own, dict):

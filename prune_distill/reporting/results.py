@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from prune_distill.benchmarking.timing import cost_per_million
-from prune_distill.pipeline.artifact import library_versions
+from prune_distill.pipeline.identity import library_versions
+from prune_distill.pipeline.names import BENCHMARK, EVALUATION, RECOVERY
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -26,7 +27,7 @@ TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch
 def summarize(run: RunFolder) -> dict[str, Any]:
     """What came out of a run so far; what is not there yet is empty or null."""
     models = _models(run)
-    recovery = run.read("evaluate", "recovery.json")
+    recovery = run.read("evaluate", RECOVERY)
     commits = _commits(run)
     return {
         "experiment": run.name,
@@ -96,7 +97,7 @@ def _commits(run: RunFolder) -> dict[str, list[str]]:
 
 def _benchmark(run: RunFolder) -> dict[str, Any] | None:
     """The content of `benchmark.json`, with what tokens cost at the price that the config names."""
-    found = run.read("benchmark", "benchmark.json")
+    found = run.read("benchmark", BENCHMARK)
     if not isinstance(found, dict):
         return None
     price = run.cfg.benchmark.cost_per_hour if run.cfg is not None else None
@@ -112,7 +113,7 @@ def _models(run: RunFolder) -> dict[str, dict[str, Any]]:
     """The evaluated models by name, in the order of the tables, with the place of those that were made here."""
     entries: dict[str, dict[str, Any]] = {}
     for stage in run.evaluations():
-        found = stage.metrics or stage.read("evaluation.json")
+        found = stage.metrics or stage.read(EVALUATION)
         for name, metrics in found.items() if isinstance(found, dict) else ():
             if isinstance(metrics, dict) and "val_loss" in metrics:
                 entries[name] = {**metrics, **_place(run, stage.manifest, name)}

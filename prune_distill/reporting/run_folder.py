@@ -15,7 +15,7 @@ from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.pipeline.names import LAUNCHES, LOG, MANIFEST, METRICS, PLAN, RESOLVED
+from prune_distill.pipeline.names import JOBS, LAUNCHES, LOG, MANIFEST, METRICS, PLAN, REPORT, RESOLVED, SLURM
 from prune_distill.pipeline.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
@@ -150,14 +150,14 @@ def read_run(path: Path) -> RunFolder:
         notes.append(f"The run's config cannot be used here, so its stages are told by their folders' names: {error}")
     folders = {name: stage.folder for name, stage in located.items()}
     present = dict(_stage_folders(path))
-    if present and not any(folder.exists() for name, folder in folders.items() if name != "report"):
+    if present and not any(folder.exists() for name, folder in folders.items() if name != REPORT):
         if located:
             notes.append(
                 "None of the stages carries the hash that its config, inputs and the libraries here would give it: the "
                 "run was made by other versions. Its newest folders are shown."
             )
         folders = present
-    folders.pop("report", None)
+    folders.pop(REPORT, None)
     complete = {name: stage.complete for name, stage in located.items() if folders.get(name) == stage.folder}
     return RunFolder(path, cfg, tree, text, _stages(path, folders, complete), tuple(notes))
 
@@ -172,7 +172,7 @@ def stage_run_folder(cfg: RunConfig, inputs: Mapping[str, Path]) -> RunFolder:
 def report_of(cfg: RunConfig) -> Located | None:
     """Where the report of a run is, None where its stages cannot be told."""
     try:
-        return locate(cfg).get("report")
+        return locate(cfg).get(REPORT)
     except ConfigError:
         return None
 
@@ -205,7 +205,7 @@ def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool
     Args:
         complete: whether a stage is, where its hash is known; otherwise its manifest is believed.
     """
-    submitted = read_json(path / "slurm" / "jobs.json")
+    submitted = read_json(path / SLURM / JOBS)
     jobs = set(submitted) if isinstance(submitted, dict) else set()
     working = in_use(path)
     stages: dict[str, StageFolder] = {}

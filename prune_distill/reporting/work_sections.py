@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from prune_distill.pipeline.names import CANDIDATES, CHOICE, IMPORTANCE
 from prune_distill.reporting import figures, plots, words
 from prune_distill.reporting.blocks import (
     Block,
@@ -83,7 +84,7 @@ def pruning(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
 
 
 def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
-    table = run.read("importance", "importance.json")
+    table = run.read("importance", IMPORTANCE)
     if not isinstance(table, dict):
         if "importance" in run.stages:
             yield missing(run, "importance", "Importance has not been measured")
@@ -108,12 +109,12 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
 
 def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
     stage = "tournament" if "tournament" in run.stages and run.stages["tournament"].complete else "search"
-    table = run.read(stage, "candidates.json")
+    table = run.read(stage, CANDIDATES)
     if not isinstance(table, dict):
         if stage in run.stages:
             yield missing(run, stage, "No candidates have been scored")
         return
-    choice, teacher = run.read(stage, "choice.json"), table.get("teacher")
+    choice, teacher = run.read(stage, CHOICE), table.get("teacher")
     drawn = []
     for cost, caption in (
         ("params", "Candidates: quality against size."),

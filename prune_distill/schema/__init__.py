@@ -4,10 +4,9 @@ The values are in the YAML files in `conf/`; `prune_distill.config.load` merges 
 unknown key or a wrong type is refused. Paths may be relative to the working directory. Each field has its bounds in its
 type and its description in the comment above it (see `prune_distill.schema.fields`).
 
-Fields marked with `placement()` decide how the work is laid out or watched, not its result: they are not part of a
-stage's identity (see `prune_distill.pipeline.artifact`), so that a run can resume on another layout. Fields marked
-with `recorded()` are not part of it either, though they change what a stage writes; those marked with `matters()` are
-part of it only where they have an effect.
+Each field is also marked with what it means for the hash that identifies a stage's result: `placement()`,
+`recorded()`, `hashed_elsewhere()`, `hashed_if()`, or none of them where it decides the result (see
+`prune_distill.schema.fields.Identity`). A run can resume on another layout because its layout is not in the hash.
 """
 
 from prune_distill.schema.benchmark import BenchmarkConfig, Engine

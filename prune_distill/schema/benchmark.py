@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Annotated
 
 from prune_distill.schema.convert import ExportDtype
-from prune_distill.schema.fields import PositiveFloat, PositiveInt, Range, placement
+from prune_distill.schema.fields import PositiveFloat, PositiveInt, Range, hashed_elsewhere, placement
 
 
 class Engine(Enum):
@@ -37,4 +37,4 @@ class BenchmarkConfig:
     # Threads on a CPU; null: PyTorch's default.
     threads: PositiveInt | None = None
     # Price of the machine per hour, in any currency; null: the report shows no costs.
-    cost_per_hour: PositiveFloat | None = placement(None)
+    cost_per_hour: PositiveFloat | None = hashed_elsewhere(None)

@@ -7,7 +7,15 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from prune_distill.schema.fields import NonNegativeFloat, PositiveFloat, PositiveInt, matters, placement, recorded
+from prune_distill.schema.fields import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    hashed_elsewhere,
+    hashed_if,
+    placement,
+    recorded,
+)
 from prune_distill.schema.training import Training
 
 
@@ -88,9 +96,9 @@ class KdConfig:
     top_k: PositiveInt | None = None
     # Layers of the student that learn the outputs of layers of the teacher.
     intermediate_pairs: list[LayerPair] = field(default_factory=list)
-    intermediate_loss: HiddenLoss = matters(HiddenLoss.cosine, lambda kd: bool(kd.intermediate_pairs))
+    intermediate_loss: HiddenLoss = hashed_if(HiddenLoss.cosine, lambda kd: bool(kd.intermediate_pairs))
     # Weight of the mean loss of the layer pairs.
-    intermediate_weight: PositiveFloat = matters(1.0, lambda kd: bool(kd.intermediate_pairs))
+    intermediate_weight: PositiveFloat = hashed_if(1.0, lambda kd: bool(kd.intermediate_pairs))
     implementation: LossImplementation = placement(LossImplementation.chunked)
     # Tokens whose logits are in memory at the same time, for implementation=chunked.
     chunk_tokens: PositiveInt = placement(256)
@@ -102,8 +110,8 @@ class DistillConfig(Training):
 
     loss: Loss = Loss.kd
     init: Init = Init.pruned
-    kd: KdConfig = matters(KdConfig, lambda distill: distill.loss is Loss.kd)
-    signal: TeacherSignal = matters(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)
+    kd: KdConfig = hashed_if(KdConfig, lambda distill: distill.loss is Loss.kd)
+    signal: TeacherSignal = hashed_if(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)
     # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and
     # through its output of the stages that read it.
     signal_top_k: PositiveInt = recorded(64)
@@ -112,12 +120,12 @@ class DistillConfig(Training):
     # Trains the teacher on the distillation data first, with the language-modeling loss; null: the teacher is not
     # trained. A low learning rate is best, such as that at the end of its pretraining. Part of the identity of the
     # stage correct_teacher.
-    correct_teacher: Training | None = placement(None)
+    correct_teacher: Training | None = hashed_elsewhere(None)
     # The step at which the corrected teacher replaces the original one; null: it is the teacher from the start.
-    swap_teacher_at_step: PositiveInt | None = matters(None, lambda distill: distill.loss is Loss.kd)
+    swap_teacher_at_step: PositiveInt | None = hashed_if(None, lambda distill: distill.loss is Loss.kd)
     # Further students, trained for the same steps on the same data, for comparison in the report: "ce" (no teacher),
     # "scratch" (no teacher and random initial weights).
-    controls: list[str] = field(default_factory=list, metadata={"identity": False})
+    controls: list[str] = placement(list)
 
     @property
     def runs_teacher(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prune_distill.schema.fields import NonNegativeInt, PositiveInt, placement
+from prune_distill.schema.fields import NonNegativeInt, PositiveInt, hashed_elsewhere, placement
 
 
 @dataclass
@@ -32,7 +32,7 @@ class EvaluateConfig:
     max_sequences: PositiveInt | None = None
     # Held-out tokens on which the logits of NeMo and Hugging Face are compared; 0: no comparison. Part of the identity
     # of the stages verify_import and verify.
-    verify_tokens: NonNegativeInt = placement(512)
+    verify_tokens: NonNegativeInt = hashed_elsewhere(512)
     # Tasks, groups or tags of EleutherAI's lm-evaluation-harness, such as mmlu or gsm8k.
     tasks: list[str] = field(default_factory=list)
     # Number of examples before each question, for all tasks that allow examples; null: each task's own number.

@@ -8,7 +8,8 @@ A bound is part of a field's type: `Annotated[int, Range(above=0)]`, or one of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
+from enum import Enum
 from typing import Annotated, Any
 
 from omegaconf import MISSING
@@ -59,6 +60,9 @@ class NotBlank:
 
 Bound = Range | NotBlank
 
+# The key of a marker in a field's metadata.
+_IDENTITY = "identity"
+
 PositiveInt = Annotated[int, Range(above=0)]
 NonNegativeInt = Annotated[int, Range(at_least=0)]
 PositiveFloat = Annotated[float, Range(above=0)]
@@ -72,27 +76,65 @@ Text = Annotated[str, NotBlank()]
 Steps = Annotated[PositiveInt, Range(at_most=2**31 - 1)]
 
 
+class Identity(Enum):
+    """What a field means for the hash of a stage that declares the field's group, and so for the stage's folder.
+
+    The default is `hashed`.
+    """
+
+    # Decides the result.
+    hashed = "hashed"
+    # Cannot change a result: where, how fast or how visibly the work is done, or whether a stage refuses to do it.
+    placement = "placement"
+    # Changes what a stage writes, but not which stage it is, so that an unfinished stage continues with a new value. A
+    # complete stage keeps the value that it was made with: its manifest records it, and a launch with another one says
+    # that this has no effect.
+    recorded = "recorded"
+    # Decides the result of another stage, which declares the field by its own key. A stage that reads that result has
+    # the other stage's hash in its own.
+    hashed_elsewhere = "hashed_elsewhere"
+
+
+@dataclass(frozen=True)
+class HashedIf:
+    """The marker of a field that is `hashed` if `condition` is true of the object that holds it, else `placement`."""
+
+    condition: Callable[[Any], bool]
+
+
+def identity_of(field: Field[Any], owner: Any) -> Identity:
+    """What a field of the object `owner` means for a hash."""
+    marker: Identity | HashedIf = field.metadata.get(_IDENTITY, Identity.hashed)
+    if isinstance(marker, HashedIf):
+        return Identity.hashed if marker.condition(owner) else Identity.placement
+    return marker
+
+
 def placement(default: Any) -> Any:
-    """A field that does not change a stage's result, only where, how fast or how visibly it is computed."""
-    if callable(default):
-        return field(default_factory=default, metadata={"identity": False})
-    return field(default=default, metadata={"identity": False})
+    """A field with a default, or a factory of defaults, that cannot change a result; see `Identity.placement`."""
+    return _marked(default, Identity.placement)
 
 
 def recorded(default: Any) -> Any:
-    """A field that changes what a stage writes, but not which stage it is, so that an unfinished stage continues with a
-    new value. A complete stage keeps the value that it was made with: its manifest records it, and a launch with
-    another one says that this has no effect."""
-    if callable(default):
-        return field(default_factory=default, metadata={"identity": False, "recorded": True})
-    return field(default=default, metadata={"identity": False, "recorded": True})
+    """A field that manifests record; see `Identity.recorded`."""
+    return _marked(default, Identity.recorded)
 
 
-def matters(default: Any, where: Callable[[Any], bool]) -> Any:
-    """A field that changes a stage's result only where `where` is true of the object that holds the field."""
+def hashed_elsewhere(default: Any) -> Any:
+    """A field that is in another stage's hash; see `Identity.hashed_elsewhere`."""
+    return _marked(default, Identity.hashed_elsewhere)
+
+
+def hashed_if(default: Any, condition: Callable[[Any], bool]) -> Any:
+    """A field that changes a result only where `condition` is true of the object that holds the field."""
+    return _marked(default, HashedIf(condition))
+
+
+def _marked(default: Any, marker: Identity | HashedIf) -> Any:
+    metadata = {_IDENTITY: marker}
     if callable(default):
-        return field(default_factory=default, metadata={"identity": where})
-    return field(default=default, metadata={"identity": where})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def site_specific(wanted: str) -> Any:

@@ -25,7 +25,7 @@ class RunConfig:
     # Name of the run in reports and model cards.
     name: Text = MISSING
     # Folder for everything that the run writes.
-    run_dir: Text = MISSING
+    run_dir: Text = placement(MISSING)
     # Seed of all random choices. The limit is NumPy's.
     seed: Annotated[NonNegativeInt, Range(at_most=2**32 - 1)] = 1234
     # Whether a stage compares the content of its inputs with what their stages wrote, before it starts; false: only
@@ -38,4 +38,4 @@ class RunConfig:
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    cluster: ClusterConfig = placement(ClusterConfig)

@@ -29,6 +29,7 @@ from prune_distill.distillation.signal import SignalReader
 from prune_distill.distillation.signal_batch import with_signal
 from prune_distill.errors import InputError
 from prune_distill.nemo import backend, nemo_api
+from prune_distill.pipeline.names import CHECKPOINTS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.schema.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
@@ -171,7 +172,7 @@ class Batches(LightningDataModule):
         """
         if state_dict["sizes"] != self._sizes():
             raise InputError(
-                f"the checkpoint in {self.out / 'checkpoints'} was made with steps, sequence length and global batch"
+                f"the checkpoint in {self.out / CHECKPOINTS} was made with steps, sequence length and global batch"
                 f" size of {state_dict['sizes']}, this training has {self._sizes()}: set them as they were, or take"
                 " the checkpoint away"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from prune_distill.pipeline.artifact import Located
 from prune_distill.pipeline.integrity import damaged_inputs, read_record
 from prune_distill.pipeline.outputs import Entries, select
-from prune_distill.pipeline.stages import Output
+from prune_distill.pipeline.stage import Output
 
 
 def flip(path: Path) -> None:

@@ -21,7 +21,7 @@ from prune_distill.pipeline.artifact import locate, read_state, write_json, writ
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
 from prune_distill.pipeline.names import STATE, STOP
 from prune_distill.pipeline.processes import end_with_torchrun
-from prune_distill.pipeline.stages import Output, Source, Stage
+from prune_distill.pipeline.stage import Output, Source, Stage
 
 PLAN = "FAKE_STAGES"
 MODULE = "tests.helpers.fake_stage"

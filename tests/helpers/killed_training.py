@@ -18,6 +18,7 @@ from pathlib import Path
 from prune_distill.config.load import load_resolved
 from prune_distill.pipeline.artifact import Located, locate, write_manifest
 from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.run_arguments import fill_inputs, view_config
 
 
 def main() -> None:
@@ -53,8 +54,9 @@ def _attempt(stage: Located) -> int:
     from recipes import distill
 
     os.environ["SLURM_JOB_NAME"] = "interactive"  # as prune_distill.pipeline.stage_main does
+    cfg, inputs = view_config(stage.cfg, stage.stage), fill_inputs(distill.Inputs, stage.inputs)
     try:
-        write_manifest(stage, 0.0, 0.0, distill.run(stage.cfg, stage.inputs, stage.folder))
+        write_manifest(stage, 0.0, 0.0, distill.run(cfg, inputs, stage.folder))
     except BaseException:
         traceback.print_exc()
         os._exit(1)

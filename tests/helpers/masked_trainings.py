@@ -6,10 +6,12 @@ All in one process, as importing NeMo takes longer than these trainings do.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prune_distill.nemo import backend
+from prune_distill.pipeline.run_arguments import StageModule
 from prune_distill.schema import DistillConfig, LossImplementation, RunConfig
 from recipes.__main__ import main
 
@@ -18,7 +20,14 @@ KINDS = ("distilled", "upstream", "plain")
 MICRO_BATCHES = (1, 4)
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    student: Path
+    teacher: Path
+    data: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:
     """Leaves `checkpoints/` and `metrics.jsonl` of each training in `out/<kind>/<micro batch size>`."""
     backend.activate()
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -34,22 +43,22 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
     return {}
 
 
-def _train(kind: str, training: DistillConfig, inputs: dict[str, Any], out: Path, seed: int) -> None:
+def _train(kind: str, training: DistillConfig, inputs: Inputs, out: Path, seed: int) -> None:
     from prune_distill.data.folder import DataFolder
     from prune_distill.distillation.distillation import student_to_train
     from prune_distill.nemo import nemo_api
     from prune_distill.training.training import train
 
     if kind == "plain":
-        model = nemo_api.load_model(inputs["student"])
+        model = nemo_api.load_model(inputs.student)
     else:
         implementation = LossImplementation.upstream if kind == "upstream" else LossImplementation.chunked
         kd = dataclasses.replace(training.kd, implementation=implementation)
         training = dataclasses.replace(training, kd=kd)
-        model = student_to_train(training, inputs["student"], inputs["teacher"])
+        model = student_to_train(training, inputs.student, inputs.teacher)
     out.mkdir(parents=True, exist_ok=True)
-    train(model, training, DataFolder.read(inputs["data"]), out, seed=seed, start=inputs["student"])
+    train(model, training, DataFolder.read(inputs.data), out, seed=seed, start=inputs.student)
 
 
 if __name__ == "__main__":
-    main(lambda stage: run)
+    main(lambda stage: cast(StageModule, sys.modules[__name__]))

@@ -14,23 +14,26 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from prune_distill.nemo import backend
+from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
-from recipes.__main__ import main
+from recipes.__main__ import load_stage, main
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """As `recipes.distill.run`, with one more callback."""
-    backend.activate()
+def load(stage: Stage) -> Any:
+    """`recipes.distill` with one more callback."""
+    module: Any = load_stage(stage)
     from prune_distill.training import training
-    from recipes import distill
 
-    make_trainer = training._trainer
-    training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _probe(out / f"memory-{rank()}.json")])
-    return distill.run(cfg, inputs, out)
+    def run(cfg: RunConfig, inputs: Any, out: Path) -> dict[str, Any]:
+        make_trainer, probe = training._trainer, _probe(out / f"memory-{rank()}.json")
+        training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, probe])
+        return module.run(cfg, inputs, out)
+
+    return SimpleNamespace(Inputs=module.Inputs, run=run)
 
 
 def _probe(target: Path) -> Any:
@@ -147,4 +150,4 @@ def _peak(profiler: Any, left_out: set[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(lambda stage: run)
+    main(load)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prune_distill.nemo import backend
+from prune_distill.pipeline.run_arguments import StageModule
 from prune_distill.schema import LossImplementation, RunConfig
 from recipes.__main__ import main
 
@@ -24,7 +26,14 @@ VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
 }
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    student: Path
+    teacher: Path
+    data: Path
+
+
+def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:
     """Writes `gradients.json`: the coefficient, and of each variant the largest difference from `ours`, over its
     largest value, of all gradients and of the routers' alone."""
     backend.activate()
@@ -43,7 +52,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def _first_moments(
-    cfg: RunConfig, inputs: dict[str, Any], out: Path, loss: LossImplementation, coefficient: float | None
+    cfg: RunConfig, inputs: Inputs, out: Path, loss: LossImplementation, coefficient: float | None
 ) -> tuple[dict[str, Any], float]:
     from lightning.pytorch.callbacks import Callback
 
@@ -57,7 +66,7 @@ def _first_moments(
     distill = dataclasses.replace(
         cfg.distill, max_steps=1, warmup_steps=0, kd=kd, use_distributed_optimizer=False, overlap_param_gather=False
     )
-    model = student_to_train(distill, inputs["student"], inputs["teacher"])
+    model = student_to_train(distill, inputs.student, inputs.teacher)
     config: Any = model.config
     if coefficient is not None:
         config.moe_aux_loss_coeff = coefficient
@@ -71,8 +80,8 @@ def _first_moments(
                 if parameter in state:
                     moments[name] = state[parameter]["exp_avg"].clone()
 
-    data = DataFolder.read(inputs["data"])
-    train(model, distill, data, out, seed=cfg.seed, start=inputs["student"], callbacks=[Moments()])
+    data = DataFolder.read(inputs.data)
+    train(model, distill, data, out, seed=cfg.seed, start=inputs.student, callbacks=[Moments()])
     return moments, float(config.moe_aux_loss_coeff)
 
 
@@ -84,4 +93,4 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any], part: str) -> floa
 
 
 if __name__ == "__main__":
-    main(lambda stage: run)
+    main(lambda stage: cast(StageModule, sys.modules[__name__]))

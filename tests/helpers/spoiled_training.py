@@ -7,23 +7,20 @@ weights before that batch's forward pass: a large one makes the loss explode, `n
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
-from prune_distill.nemo import backend
-from prune_distill.schema import RunConfig
-from recipes.__main__ import main
+from prune_distill.pipeline.stage import Stage
+from recipes.__main__ import load_stage, main
 
 
-def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
-    """As `recipes.distill.run`, with one more callback."""
-    backend.activate()
+def load(stage: Stage) -> Any:
+    """`recipes.distill` with one more callback."""
+    module = load_stage(stage)
     from prune_distill.training import training
-    from recipes import distill
 
     make_trainer = training._trainer
     training._trainer = lambda cfg, callbacks: make_trainer(cfg, [*callbacks, _spoil()])
-    return distill.run(cfg, inputs, out)
+    return module
 
 
 def _spoil() -> Any:
@@ -49,4 +46,4 @@ def _spoil() -> Any:
 
 
 if __name__ == "__main__":
-    main(lambda stage: run)
+    main(load)

@@ -15,7 +15,7 @@ import pytest
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import local_folder
-from prune_distill.pipeline.artifact import fingerprints
+from prune_distill.pipeline.identity import fingerprints
 from prune_distill.regular_files import folder_faults
 from tests.conftest import QWEN3
 

@@ -61,9 +61,8 @@ def test_the_backend_is_activated_before_a_module_that_needs_it_is_imported(
 ) -> None:
     calls: list[str] = []
     module = ModuleType("stage")
-    module.run = lambda cfg, inputs, out: {}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, find(stage).module, module)
     monkeypatch.setattr(runner.backend, "activate", lambda: calls.append("activate"))
     monkeypatch.setattr(runner, "import_libraries", calls.append)
-    assert runner.load_run(find(stage)) is module.run
+    assert runner.load_stage(find(stage)) is module
     assert calls == [*expected, find(stage).module]

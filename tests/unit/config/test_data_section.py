@@ -11,7 +11,8 @@ import pytest
 from prune_distill.config.data_files import key_of, packing, sources
 from prune_distill.config.load import compose, load_resolved, save_resolved
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import identity_view, locate
+from prune_distill.pipeline.artifact import locate
+from prune_distill.pipeline.identity import hashed_values
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
@@ -79,7 +80,7 @@ def test_what_is_placement_and_what_is_identity(tmp_path: Path) -> None:
         assert hash_of(f"data.{setting}") != hash_of()
     assert hash_of("seed=5") != hash_of()
     weighed = DataConfig(sources={"a": DataSource(["x"], weight=1.0)})
-    assert identity_view(weighed)["sources"]["a"]["weight"] == 1.0
+    assert hashed_values(weighed)["sources"]["a"]["weight"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from launch.run import main
 from prune_distill.config.load import compose, load_resolved
 from prune_distill.pipeline.artifact import locate, write_manifest
 from prune_distill.pipeline.names import LAUNCHES
-from prune_distill.pipeline.stages import Stage
+from prune_distill.pipeline.stage import Stage
 from tests.helpers.fake_stage import MODULE, PLAN, TABLE
 
 ALL = ["first", "second", "aside", "report"]

@@ -196,7 +196,7 @@ def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
     dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dry_run.scripts()["first"]
-    monkeypatch.setattr("prune_distill.pipeline.artifact.library_versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("prune_distill.pipeline.identity.library_versions", lambda: {"torch": "0.0"})
     assert dry_run.scripts()["first"] == before
     image = "cluster.slurm.container_image='nvcr.io#lab/prune:2'"
     assert f"{dry_run.run_dir}/first-" in before
@@ -204,7 +204,7 @@ def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
     assert folder not in dry_run.scripts(image)["first"]
     monkeypatch.undo()
     own = dry_run.scripts("cluster.slurm.container_image=null")["first"]
-    monkeypatch.setattr("prune_distill.pipeline.artifact.library_versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("prune_distill.pipeline.identity.library_versions", lambda: {"torch": "0.0"})
     assert dry_run.scripts("cluster.slurm.container_image=null")["first"] != own
 
 

@@ -13,8 +13,9 @@ import pytest
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
-from prune_distill.pipeline import artifact
-from prune_distill.pipeline.artifact import fingerprints, identity_view, locate, read_manifest, write_manifest
+from prune_distill.pipeline import artifact, identity
+from prune_distill.pipeline.artifact import locate, read_manifest, write_manifest
+from prune_distill.pipeline.identity import fingerprints, hashed_values
 from prune_distill.schema import RunConfig
 
 Compose = Callable[..., RunConfig]
@@ -116,9 +117,9 @@ FOUGHT = ["tournament", "prune", *AFTER_DISTILL]
 def test_a_library_belongs_to_what_it_measures(
     demo: Compose, monkeypatch: pytest.MonkeyPatch, library: str, overrides: tuple[str, ...], stages: list[str]
 ) -> None:
-    cfg, version = demo(*overrides), artifact.installed_version
+    cfg, version = demo(*overrides), identity.installed_version
     before = folders(cfg)
-    monkeypatch.setattr(artifact, "installed_version", lambda name: "0.0" if name == library else version(name))
+    monkeypatch.setattr(identity, "installed_version", lambda name: "0.0" if name == library else version(name))
     after = folders(cfg)
     assert [name for name in before if before[name] != after[name]] == stages
 
@@ -177,13 +178,13 @@ def test_folders_are_named_by_stage_and_hash(demo: Compose, tmp_path: Path) -> N
 def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = demo()
     before = folders(cfg)
-    monkeypatch.setattr(artifact, "library_versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(identity, "library_versions", lambda: {"torch": "0"})
     assert all(before[name] != now for name, now in folders(cfg).items())
 
 
 def test_the_build_of_torch_is_none_of_it() -> None:
-    assert "+" not in artifact.library_versions()["torch"]
-    assert artifact.installed_version("no-such-distribution") is None
+    assert "+" not in identity.library_versions()["torch"]
+    assert identity.installed_version("no-such-distribution") is None
 
 
 def own(tmp_path: Path, *overrides: str) -> RunConfig:
@@ -225,6 +226,11 @@ def test_a_hub_id_is_known_by_its_revision(tmp_path: Path) -> None:
     assert changed(cfg, other)[0] == "prepare_data"
 
 
+def test_a_new_name_of_the_teacher_makes_a_new_report(tmp_path: Path) -> None:
+    cfg = own(tmp_path)
+    assert changed(cfg, dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, name="other"))) == ["report"]
+
+
 def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = str(tmp_path / "no-model")
@@ -264,7 +270,7 @@ def test_fingerprints(tmp_path: Path) -> None:
 
 
 def test_placement_is_left_out_of_the_view(demo: Compose) -> None:
-    view = identity_view(demo().distill)
+    view = hashed_values(demo().distill)
     assert view["loss"] == "kd"
     assert "micro_batch_size" not in view
     assert "parallel" not in view

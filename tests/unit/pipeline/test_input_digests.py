@@ -15,7 +15,8 @@ import xxhash
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import input_digests
-from prune_distill.pipeline.artifact import fingerprints, locate, remember_inputs
+from prune_distill.pipeline.artifact import locate, remember_inputs
+from prune_distill.pipeline.identity import fingerprints
 from prune_distill.pipeline.input_digests import REMEMBERED, digests, recall
 from prune_distill.schema import RunConfig
 

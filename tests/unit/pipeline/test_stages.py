@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,10 @@ from prune_distill.config.typed import schema_keys
 from prune_distill.config.values import count_ranks
 from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
-from prune_distill.pipeline.stages import STAGES, External, Output, find, select_stages
+from prune_distill.pipeline.stage import External, Output
+from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import Loss, RunConfig
+from prune_distill.schema.fields import Identity, identity_of
 
 DROP = "prune.drop_layers=[2]"
 CONTROLS = "distill.controls=[ce,scratch]"
@@ -32,7 +36,23 @@ def test_sections_and_settings_are_keys_of_the_schema() -> None:
     known = set(schema_keys(RunConfig))
     cfg = compose(["experiment=demo", *ROUNDS])
     for stage in select_stages(cfg):
-        assert {*stage.sections, *stage.settings(cfg)} <= known, stage.name
+        assert {*stage.declared_keys(cfg), *stage.settings(cfg)} <= known, stage.name
+
+
+def test_every_field_that_is_hashed_elsewhere_is_hashed_by_a_stage() -> None:
+    hashed = {key for stage in STAGES for key in stage.sections}
+    marked = set(_marked_keys(RunConfig(), Identity.hashed_elsewhere))
+    assert marked == {"distill.correct_teacher", "evaluate.verify_tokens", "benchmark.cost_per_hour"}
+    assert marked <= hashed
+
+
+def _marked_keys(group: Any, identity: Identity, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if identity_of(field, group) is identity:
+            yield f"{prefix}{field.name}"
+        elif dataclasses.is_dataclass(value):
+            yield from _marked_keys(value, identity, f"{prefix}{field.name}.")
 
 
 @pytest.mark.parametrize("name", [name for name in config_groups()["experiment"] if name != "own"])

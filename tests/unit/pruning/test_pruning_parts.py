@@ -195,6 +195,7 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
 def test_every_setting_of_the_search_decides_its_folder() -> None:
     # None of them only places the work, so that a folder never answers for other settings.
     from prune_distill.schema import Budget, Tournament
+    from prune_distill.schema.fields import Identity, identity_of
 
     for cls in (Budget, Tournament):
-        assert all(field.metadata.get("identity", True) for field in dataclasses.fields(cls))
+        assert all(identity_of(field, None) is Identity.hashed for field in dataclasses.fields(cls))

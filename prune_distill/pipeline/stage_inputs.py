@@ -1,0 +1,159 @@
+"""The inputs of each stage by name, for a config: outputs of other stages, or files of the user's. No torch, no NeMo.
+
+A stage's module has a dataclass `Inputs` with a field of each name; its open-ended names are keys of one field.
+"""
+
+from __future__ import annotations
+
+from prune_distill.config.data_files import sources
+from prune_distill.model.student import needs_importance
+from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER
+from prune_distill.pipeline.stage import External, Output, Source
+from prune_distill.schema import DocumentFormat, Init, RunConfig
+
+IMPORTED = Output("hf_to_nemo", NEMO)
+DATA = Output("prepare_data")
+
+Sources = dict[str, Source]
+
+
+def teacher_hf(cfg: RunConfig) -> Source:
+    """The teacher's Hugging Face folder or Hub id."""
+    if cfg.model.demo is not None:
+        return Output("demo_model", HF)
+    return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
+
+
+def prepare_data_inputs(cfg: RunConfig) -> Sources:
+    return {"tokenizer": teacher_hf(cfg), **_documents(cfg)}
+
+
+def _documents(cfg: RunConfig) -> Sources:
+    """The training sources by name, and `validation`, where it has documents of its own."""
+    if cfg.data.train is None and cfg.data.sources is None:
+        return {"train": Output("demo_model", CORPUS_TRAIN), "validation": Output("demo_model", CORPUS_VALIDATION)}
+    documents: Sources = {
+        name: External(tuple(source.files), documents=True) for name, source in sources(cfg.data).items()
+    }
+    if cfg.data.validation is not None:
+        documents["validation"] = External(tuple(cfg.data.validation), documents=True)
+    if any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values()):
+        documents["source_tokenizer"] = External((cfg.data.source_tokenizer,), hub=True)
+    return documents
+
+
+def hf_to_nemo_inputs(cfg: RunConfig) -> Sources:
+    return {"hf_model": teacher_hf(cfg)}
+
+
+def verify_import_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher_hf": teacher_hf(cfg), "teacher_nemo": IMPORTED, "data": DATA}
+
+
+def correct_teacher_inputs(_: RunConfig) -> Sources:
+    return {"teacher": IMPORTED, "data": DATA}
+
+
+def importance_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher": _to_prune(cfg), "data": DATA}
+
+
+def _to_prune(cfg: RunConfig) -> Source:
+    """What the last round prunes: the teacher, or what the round before it left."""
+    rounds = len(cfg.prune.rounds)
+    return Output(f"distill.round{rounds}", NEMO) if rounds else IMPORTED
+
+
+def search_inputs(_: RunConfig) -> Sources:
+    return {"teacher": IMPORTED, "data": DATA, "importance": Output("importance")}
+
+
+def is_scored(cfg: RunConfig) -> bool:
+    """Whether a task takes part in the tournament's ranking."""
+    return cfg.prune.tournament is not None and cfg.prune.tournament.score is not None
+
+
+def tournament_inputs(cfg: RunConfig) -> Sources:
+    inputs = {"teacher": _teacher(cfg), "data": DATA, "search": Output("search")}
+    if is_scored(cfg):
+        inputs |= {"teacher_hf": teacher_hf(cfg), **_task_folder(cfg)}
+    return inputs
+
+
+def _task_folder(cfg: RunConfig) -> Sources:
+    folder = cfg.evaluate.task_folder
+    return {} if folder is None else {"task_folder": External((folder,))}
+
+
+def prune_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
+    inputs = importance_inputs(cfg)
+    if needs_importance(cfg.prune):
+        inputs["importance"] = Output(f"importance{suffix}")
+    if cfg.prune.rounds:
+        inputs["before"] = Output(f"prune.round{len(cfg.prune.rounds)}")
+    if cfg.prune.budget is not None:
+        inputs["choice"] = Output("search" if cfg.prune.tournament is None else "tournament")
+    return inputs
+
+
+def _teacher(cfg: RunConfig) -> Source:
+    """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
+    (Minitron in practice, arXiv 2408.11796)."""
+    return IMPORTED if cfg.distill.correct_teacher is None else Output("correct_teacher", NEMO)
+
+
+def teacher_signal_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher": _teacher(cfg), "data": DATA}
+
+
+def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
+    distill = cfg.distill
+    inputs: Sources = {"student": Output(f"prune{suffix}", NEMO), "data": DATA}
+    # As the tournament trained: from the pruned student, with a teacher that runs beside it and stays the same.
+    as_in_tournament = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
+    if cfg.prune.tournament is not None and as_in_tournament:
+        inputs["begun"] = Output("tournament", WINNER)
+    if distill.reads_signal:
+        inputs["signal"] = Output("teacher_signal")
+    elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
+        inputs["teacher"] = IMPORTED
+        inputs["corrected_teacher"] = Output("correct_teacher", NEMO)
+    elif distill.runs_teacher:
+        inputs["teacher"] = _teacher(cfg)
+    return inputs
+
+
+def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
+    return {"hf_model": teacher_hf(cfg), **_nemo_models(cfg)}
+
+
+def _nemo_models(cfg: RunConfig) -> Sources:
+    """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
+    which have stages of their own."""
+    corrected: Sources = {} if cfg.distill.correct_teacher is None else {"corrected_teacher": _teacher(cfg)}
+    return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
+
+
+def export_control_inputs(cfg: RunConfig, name: str) -> Sources:
+    return {"hf_model": teacher_hf(cfg), name: Output(f"distill.{name}", NEMO)}
+
+
+def verify_inputs(_: RunConfig) -> Sources:
+    return {"student_hf": Output("nemo_to_hf", "student"), "student_nemo": Output("distill", NEMO), "data": DATA}
+
+
+def evaluate_inputs(cfg: RunConfig) -> Sources:
+    inputs: Sources = {"teacher": teacher_hf(cfg), "data": DATA}
+    inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
+    if cfg.evaluate.recovery:
+        inputs["checkpoints"] = Output("distill", CHECKPOINTS)
+    return inputs | _task_folder(cfg)
+
+
+def evaluate_control_inputs(cfg: RunConfig, name: str) -> Sources:
+    model = {name: Output(f"nemo_to_hf.{name}", name)}
+    return {"teacher": teacher_hf(cfg), "data": DATA, **model, **_task_folder(cfg)}
+
+
+def benchmark_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher": teacher_hf(cfg), "student": Output("nemo_to_hf", "student")}
