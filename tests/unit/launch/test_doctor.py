@@ -212,7 +212,7 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
 def test_a_full_disk_is_what_the_plan_warns_of(
     demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 1 << 20)
     cfg = demo(f"run_dir={tmp_path}")
     (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
     assert finding.state is State.fail

@@ -233,7 +233,7 @@ def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.
 
 
 def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100 << 20)
+    monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 100 << 20)
     code, out, _ = launcher.run("--until", "first")
     assert code == 0
     assert out.splitlines()[:2] == [

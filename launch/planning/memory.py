@@ -10,7 +10,7 @@ softmax) are left out. tests/integration/test_plan_memory.py compares with the t
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from prune_distill.model.model_size import TRAITS, rank_experts, rank_parameters
@@ -77,8 +77,13 @@ class Memory:
     loss: int = 0
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by attribute, without the reserve."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
     def tensors(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts.values())
 
     @property
     def reserve(self) -> int:
@@ -89,6 +94,10 @@ class Memory:
         return self.tensors + self.reserve
 
 
+def fullest(memory: Sequence[Memory]) -> Memory:
+    return max(memory, key=lambda rank: rank.total)
+
+
 def training_memory(training: Training, loss: Loss, models: Models, ranks: int) -> list[Memory]:
     """The memory of a rank of each pipeline stage.
 
@@ -96,9 +105,9 @@ def training_memory(training: Training, loss: Loss, models: Models, ranks: int) 
         ranks: all of them; a multiple of the layout's tensor x pipeline x context parallel ranks.
     """
     # Each phase has the optimizer and the weights of the others: the fullest one counts.
-    runs = [dataclasses.replace(training, **phase_sizes(training, phase)) for phase in training.phases or ()]
+    runs = [replace(training, **phase_sizes(training, phase)) for phase in training.phases or ()]
     return [
-        max((_stage(run, loss, models, ranks, stage) for run in runs or [training]), key=lambda memory: memory.total)
+        fullest([_stage(run, loss, models, ranks, stage) for run in runs or [training]])
         for stage in range(_pipeline(training))
     ]
 
