@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from convert.nemo_context import Call, Reference
 from convert.stored import StoredTensor, stack
@@ -178,7 +178,7 @@ class Family:
 
     model: Reference
     config: Callable[[HfConfig], Reference]
-    settings: Callable[[HfConfig], dict[str, Any]]
+    settings: Callable[[HfConfig], dict[str, object]]
     rules: tuple[Rule, ...]
 
     def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
@@ -198,8 +198,8 @@ def _llama_config(config: HfConfig) -> Reference:
     return Reference(_module("llama"), "Llama31Config" if rope_kind(config) == "llama3" else "LlamaConfig")
 
 
-def _llama_settings(config: HfConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
+def _llama_settings(config: HfConfig) -> dict[str, object]:
+    settings: dict[str, object] = {"seq_length": config["max_position_embeddings"]}
     if rope_kind(config) == "llama3":
         # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
         rope = config["rope_scaling"]
@@ -212,15 +212,15 @@ def _llama_settings(config: HfConfig) -> dict[str, Any]:
     return settings
 
 
-def _qwen2_settings(config: HfConfig) -> dict[str, Any]:
+def _qwen2_settings(config: HfConfig) -> dict[str, object]:
     return {"seq_length": config["max_position_embeddings"]}
 
 
-def _qwen3_settings(config: HfConfig) -> dict[str, Any]:
+def _qwen3_settings(config: HfConfig) -> dict[str, object]:
     return {"max_position_embeddings": config["max_position_embeddings"]}
 
 
-def _moe_settings(config: HfConfig) -> dict[str, Any]:
+def _moe_settings(config: HfConfig) -> dict[str, object]:
     return _qwen3_settings(config) | {
         "num_moe_experts": config["num_experts"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
@@ -233,7 +233,7 @@ def _moe_settings(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _mistral_settings(config: HfConfig) -> dict[str, Any]:
+def _mistral_settings(config: HfConfig) -> dict[str, object]:
     window = config["sliding_window"]
     return {
         "seq_length": config["max_position_embeddings"],
@@ -244,7 +244,7 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
+def _nemotron_settings(config: HfConfig) -> dict[str, object]:
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": config["partial_rotary_factor"]}
 
 

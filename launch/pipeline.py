@@ -13,8 +13,7 @@ from pathlib import Path
 from launch import local, records
 from launch.planning.output import summarize
 from launch.planning.plan import make_plan
-from launch.progress import StatusLine, duration, training_status
-from launch.summary import summary
+from launch.progress import StatusLine, duration, summary, training_status
 from launch.verification import damage_in, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock

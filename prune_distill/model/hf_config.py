@@ -26,6 +26,7 @@ from typing import Any
 from prune_distill.errors import InputError
 from prune_distill.schema import Family
 
+# The content of a `config.json`: an open set of keys, of which `read_config` checks and completes those that count.
 HfConfig = dict[str, Any]
 
 # The largest config.json read; real ones have a few KB.

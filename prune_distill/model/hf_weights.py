@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prune_distill.errors import InputError
+from prune_distill.model.hf_config import HfConfig
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -69,7 +70,7 @@ class Described(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def faults(folder: Path, config: dict[str, Any], *, allow_pickle: bool = False) -> list[str]:
+def faults(folder: Path, config: HfConfig, *, allow_pickle: bool = False) -> list[str]:
     """What is wrong with a folder's weights, as far as the headers of its files tell.
 
     Args:
@@ -242,7 +243,7 @@ def _refuse_gaps(path: Path, entries: Mapping[str, Entry], start: int, size: int
         raise InputError(f"{path.name} holds {size - start} bytes more than its header describes; fetch it again")
 
 
-def tensor_faults(tensors: Mapping[str, Described], config: dict[str, Any]) -> list[str]:
+def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[str]:
     """How tensors differ from those that a `config.json` describes: one sentence for each kind of difference."""
     count = tensor_count(config)
     if count > MAX_TENSORS:
@@ -285,7 +286,7 @@ def _quantized(tensors: Mapping[str, Described]) -> str:
     return ", ".join([*signs, *([_some(scales)] if scales else [])])
 
 
-def _may_be_extra(name: str, config: dict[str, Any]) -> bool:
+def _may_be_extra(name: str, config: HfConfig) -> bool:
     """A tied model may have its output layer saved as well; older Llamas save what the config determines."""
     tied_output = name == "lm_head.weight" and bool(config.get("tie_word_embeddings", False))
     return tied_output or name.endswith("rotary_emb.inv_freq")

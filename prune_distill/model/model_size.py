@@ -7,11 +7,23 @@ gate; an MLP in each layer, or a router and experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from prune_distill.schema import Family, Shape
 
 # What a `Shape` says of a mixture of experts, and of no other model.
 EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
+
+
+class ModelSizes(TypedDict, total=False):
+    """A model's sizes, as reports name them."""
+
+    params: int
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 from prune_distill.model.model_size import parameters
 from prune_distill.schema import Depth, ExportDtype, Family, PruneConfig, RunConfig, Shape, TargetSizes, TeacherSignal
@@ -263,7 +263,7 @@ def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
     return shape
 
 
-def round_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
     """What makes the config of a run that of its round `number`, from 1: values by dotted key."""
     own = cfg.prune.rounds[number - 1]
     return {

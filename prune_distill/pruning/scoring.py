@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.evaluation.holding import ROOM
 from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.evaluation.results import Metric
 from prune_distill.schema import RunConfig, TaskScore
 
 
@@ -52,4 +53,4 @@ class Scores:
                 f"of {metric} less is better; set prune.tournament.score.metric to one of which more is better, such as"
                 " acc"
             )
-        return dict(scores[metric])
+        return dict(cast(Metric, scores[metric]))

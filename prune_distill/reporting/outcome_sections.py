@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from prune_distill.evaluation.results import SourceLoss, TaskScores
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import (
-    Block,
-    Cell,
-    Code,
-    Column,
-    Figures,
-    Note,
-    Sample,
-    Samples,
-    Table,
-)
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Figures, Note, Sample, Samples, Table
 from prune_distill.reporting.cells import (
     Clean,
-    Report,
     agreement,
     benchmarked,
     figure,
@@ -31,7 +21,7 @@ from prune_distill.reporting.cells import (
     spread_cell,
 )
 from prune_distill.reporting.figures import label_of
-from prune_distill.reporting.results import headline, samples_of
+from prune_distill.reporting.results import ModelReport, Report, headline, samples_of
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -111,7 +101,7 @@ def _speed_cells(report: Report, name: str) -> list[Cell]:
     ]
 
 
-def _details(models: Report) -> Table:
+def _details(models: Mapping[str, ModelReport]) -> Table:
     columns = [Column("Model", text=True), Column("Perplexity"), Column("Bits per byte")]
     columns += [Column(label) for label in ("Layers", "Hidden size", "FFN", "Heads", "Query groups")]
     units = ("perplexity", "bits_per_byte")
@@ -142,7 +132,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         name: model["per_source"] for name, model in models.items() if isinstance(model.get("per_source"), dict)
     }
     if by_source:
-        yield _source_table(models, by_source)
+        yield _source_table(by_source)
     if report["correction"]:
         correction = report["correction"]
         yield Note(
@@ -164,7 +154,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield Table("Checks of both conversions", columns, rows)
 
 
-def _task_table(models: Report, tasks: Report) -> Table:
+def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[str, TaskScores]]) -> Table:
     names = [name for name in models if any(name in task_scores for task_scores in tasks.values())]
     columns = [
         Column("Task", text=True),
@@ -186,7 +176,7 @@ def _task_table(models: Report, tasks: Report) -> Table:
     return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
 
 
-def _source_table(models: Report, by_source: Report) -> Table:
+def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
     sources = list(dict.fromkeys(source for found in by_source.values() for source in found))
     columns = [Column("Source", text=True), Column("Tokens"), *(Column(label_of(name)) for name in by_source)]
     rows = []
@@ -204,7 +194,7 @@ def _source_table(models: Report, by_source: Report) -> Table:
 
 
 def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
-    benchmark, measured = report["benchmark"], benchmarked(report)
+    benchmark, measured = report["benchmark"] or {}, benchmarked(report)
     if not measured:
         yield missing(run, "benchmark", "Speed and memory have not been measured")
         return
@@ -253,17 +243,14 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     yield Note(", ".join(facts) + ".")
     speeds = {name: median(model.get("decode_tokens_per_second")) for name, model in measured.items()}
     sizes = {name: finite(model.get("params")) for name, model in report["models"].items()}
+    millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
     trades = [
         (
             figures.trade(report["models"], speeds, "tokens/s of generation"),
             "Quality against speed; lower right is better.",
         ),
         (
-            figures.trade(
-                report["models"],
-                {name: value / 1e6 if value else None for name, value in sizes.items()},
-                "million parameters",
-            ),
+            figures.trade(report["models"], millions, "million parameters"),
             "Quality against size; lower left is better.",
         ),
     ]

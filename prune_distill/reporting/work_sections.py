@@ -6,27 +6,13 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from prune_distill.reporting import figures, plots, words
-from prune_distill.reporting.blocks import (
-    Block,
-    Cell,
-    Code,
-    Column,
-    Figures,
-    Note,
-    Table,
-)
-from prune_distill.reporting.cells import (
-    Clean,
-    Report,
-    figure,
-    missing,
-    number_cell,
-)
+from prune_distill.reporting import Json, figures, plots, words
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Figures, Note, Table
+from prune_distill.reporting.cells import Clean, figure, missing, number_cell
 from prune_distill.reporting.figures import label_of
 from prune_distill.reporting.planned import against_actual
 from prune_distill.reporting.plots import Plot
-from prune_distill.reporting.results import TRAINED
+from prune_distill.reporting.results import TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -129,7 +115,7 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
         yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
 
 
-def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
+def _candidate_table(rows: list[Json], choice: Json) -> Table:
     scored = any("score" in entry for row in rows for entry in row["rounds"])
     columns = [
         Column("Candidate", text=True),
@@ -192,14 +178,13 @@ def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
     ]
     rows = []
     for name, stage in run.stages.items():
-        started = finite(stage.manifest.get("started")) or (stage.attempts[-1].started if stage.attempts else None)
-        seconds = finite(stage.manifest.get("seconds"))
+        started = stage.manifest.started or (stage.attempts[-1].started if stage.attempts else None)
         rows.append(
             [
                 Cell(name),
                 Cell(stage.state, tone="bad" if stage.state == "failed" else ""),
                 Cell(words.moment(started), started),
-                number_cell(seconds, words.duration),
+                number_cell(stage.manifest.seconds, words.duration),
                 number_cell(len(stage.attempts) or None, words.number),
             ]
         )
@@ -216,9 +201,8 @@ def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
 
 
 def repeat(run: RunFolder, report: Report) -> Iterator[Block]:
-    commands = list(dict.fromkeys(str(launch.get("command")) for launch in run.launches if launch.get("command")))
-    if commands:
-        yield Code("The commands that launched it, the newest last", "\n".join(commands[-5:]), folded=False)
+    if run.commands:
+        yield Code("The commands that launched it, the newest last", "\n".join(run.commands[-5:]), folded=False)
     stages = "\n".join(
         shlex.join(["python", "-m", "recipes", name, "--config", "RUN_DIR/resolved.yaml"]) for name in run.stages
     )

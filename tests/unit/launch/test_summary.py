@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.summary import summary
+from launch.progress import summary
 from prune_distill.pipeline.artifact import locate, write_json, write_manifest
 from prune_distill.schema import RunConfig
 
