@@ -21,7 +21,7 @@ class Spread(TypedDict, total=False):
     max: float
 
 
-class Figures(TypedDict, total=False):
+class ModelFigures(TypedDict, total=False):
     """A model's entry in `benchmark.json`; None: what the machine does not count, or where no price is stated."""
 
     prefill_tokens_per_second: Spread
@@ -56,7 +56,7 @@ class Result(TypedDict, total=False):
     prompt_tokens: int
     new_tokens: int
     rounds: int
-    models: dict[str, Figures]
+    models: dict[str, ModelFigures]
     ratios: dict[str, Ratios]
 
 
@@ -99,7 +99,7 @@ def race(models: Mapping[str, Contestant], rounds: int) -> tuple[dict[str, Memor
     return memory, timed
 
 
-def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> Figures:
+def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> ModelFigures:
     """A model's entry in `benchmark.json`."""
     new = cfg.batch_size * cfg.new_tokens
     seconds = statistics.median(one.first_token + one.others for one in timed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prune_distill.benchmarking.timing import Figures, Ratios
+from prune_distill.benchmarking.timing import ModelFigures, Ratios
 from prune_distill.evaluation.results import HeldOut, TaskScores
 from prune_distill.reporting import words
-from prune_distill.reporting.blocks import Cell, Figure, Note
+from prune_distill.reporting.blocks import Cell, Figure, Figures, Note
 from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import Report, headline
 from prune_distill.reporting.run_folder import RunFolder
@@ -29,10 +29,8 @@ def score_cell(scores: TaskScores | None, teacher_scores: TaskScores | None) -> 
         return Cell(words.NOTHING)
     _, value, error = found
     base = headline(teacher_scores) if isinstance(teacher_scores, dict) else None
-    apart = words.signed(value - base[1], 3) if base is not None else ""
-    return Cell(
-        f"{words.number(value, 3)}" + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart
-    )
+    apart = words.difference(value, base[1]) if base is not None else ""
+    return Cell(words.number(value, 3) + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart)
 
 
 def spread_cell(spread: Any, ratio: Any, shown: Callable[[Any], str]) -> Cell:
@@ -62,7 +60,7 @@ def agreement(model: HeldOut, key: str) -> float | None:
     return finite(agreement.get(key)) if isinstance(agreement, dict) else None
 
 
-def benchmarked(report: Report) -> dict[str, Figures]:
+def benchmarked(report: Report) -> dict[str, ModelFigures]:
     models = (report["benchmark"] or {}).get("models")
     if not isinstance(models, dict):
         return {}
@@ -75,8 +73,10 @@ def ratios_of(report: Report, name: str) -> Ratios:
     return found if isinstance(found, dict) else {}
 
 
-def figure(plot: Plot, caption: str, clean: Clean) -> Figure:
-    return Figure(inline(plot, caption, clean), caption)
+def draw(plots: Iterable[tuple[Plot | None, str]], clean: Clean) -> list[Figures]:
+    """Plots with their captions, beside each other; nothing where none has anything to show."""
+    drawn = [Figure(inline(plot, caption, clean), caption) for plot, caption in plots if plot is not None]
+    return [Figures(drawn)] if drawn else []
 
 
 def missing(run: RunFolder, stage: str, words_: str) -> Note:

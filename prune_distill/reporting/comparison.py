@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import Block, Cell, Column, Figures, Note, Page, Section, Table
+from prune_distill.reporting.blocks import Block, Cell, Column, Note, Page, Section, Table
 from prune_distill.reporting.cells import (
     Clean,
     agreement,
     benchmarked,
-    figure,
+    draw,
     mean_score,
     median,
     number_cell,
     ratios_of,
 )
-from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
@@ -111,25 +110,22 @@ def _plots(
     runs: Mapping[str, RunFolder], reports: Mapping[str, Report], students: Mapping[str, ModelReport], clean: Clean
 ) -> list[Block]:
     curves = {name: run.stages["distill"].lines() for name, run in runs.items() if "distill" in run.stages}
-    sizes = {name: finite(student.get("params")) for name, student in students.items()}
     speeds = {
         name: median(benchmarked(report).get("student", {}).get("decode_tokens_per_second"))
         for name, report in reports.items()
     }
-    millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
-    shown: list[tuple[Plot | None, str]] = [
+    plots = (
         (figures.overlaid(curves), "Held-out loss of every run's student while it trains."),
         (
-            figures.trade(students, millions, "million parameters", 1),
+            figures.size_trade(students, 1),
             "Quality against size; the line joins the students that no other beats in both.",
         ),
         (
             figures.trade(students, speeds, "tokens/s of generation", -1),
             "Quality against speed; the line joins the students that no other beats in both.",
         ),
-    ]
-    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
-    return [Figures(drawn)] if drawn else [Note("There is nothing to draw yet.", "missing")]
+    )
+    return [*draw(plots, clean)] or [Note("There is nothing to draw yet.", "missing")]
 
 
 def _settings(runs: Mapping[str, RunFolder]) -> Block:

@@ -179,6 +179,13 @@ def trade(
     return plot
 
 
+def size_trade(models: Mapping[str, ModelReport], front: int = 0) -> Plot | None:
+    """Held-out loss over parameters; see `trade`."""
+    sizes = {name: finite(model.get("params")) for name, model in models.items()}
+    millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
+    return trade(models, millions, "million parameters", front)
+
+
 def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
     """When each stage worked; earlier starts, which were broken off, are hollow marks."""
     spans = {name: _span(stage) for name, stage in stages.items()}

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from prune_distill.evaluation.results import SourceLoss, TaskScores
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import Block, Cell, Code, Column, Figures, Note, Sample, Samples, Table
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Sample, Samples, Table
 from prune_distill.reporting.cells import (
     Clean,
     agreement,
     benchmarked,
-    figure,
+    draw,
     mean_score,
     median,
     missing,
@@ -64,12 +64,11 @@ def _overview(report: Report) -> Table:
     rows = []
     for name, model in models.items():
         base = {} if name == "teacher" else teacher
-        loss, teacher_loss = finite(model.get("val_loss")), finite(base.get("val_loss"))
-        apart = words.signed(loss - teacher_loss, 3) if loss is not None and teacher_loss is not None else ""
+        loss = model.get("val_loss")
         row = [
             Cell(label_of(name)),
             number_cell(model.get("params"), words.count, words.change(model.get("params"), base.get("params"))),
-            number_cell(loss, lambda value: words.number(value, 4), apart),
+            number_cell(loss, lambda value: words.number(value, 4), words.difference(loss, base.get("val_loss"))),
         ]
         if agreeing:
             top1 = agreement(model, "top1")
@@ -125,9 +124,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield (
             missing(run, "evaluate", "No tasks were scored") if not models else Note("No tasks were scored.", "missing")
         )
-    scored = figures.scores(tasks)
-    if scored is not None:
-        yield Figures([figure(scored, "Scores by task; whiskers are one standard error.", clean)])
+    yield from draw([(figures.scores(tasks), "Scores by task; whiskers are one standard error.")], clean)
     by_source = {
         name: model["per_source"] for name, model in models.items() if isinstance(model.get("per_source"), dict)
     }
@@ -183,11 +180,11 @@ def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
     for source in sources:
         entries = {name: found[source] for name, found in by_source.items() if isinstance(found.get(source), dict)}
         tokens = next((entry.get("tokens") for entry in entries.values()), None)
-        base = finite(entries.get("teacher", {}).get("val_loss"))
+        base = entries.get("teacher", {}).get("val_loss")
         cells = []
         for name in by_source:
-            loss = finite(entries.get(name, {}).get("val_loss"))
-            apart = words.signed(loss - base, 3) if None not in (loss, base) and name != "teacher" else ""  # type: ignore[operator]
+            loss = entries.get(name, {}).get("val_loss")
+            apart = words.difference(loss, base) if name != "teacher" else ""
             cells.append(number_cell(loss, lambda value: words.number(value, 4), apart))
         rows.append([Cell(source), number_cell(tokens, words.number), *cells])
     return Table("Held-out loss by source (nats per token)", columns, rows)
@@ -242,21 +239,14 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     ]
     yield Note(", ".join(facts) + ".")
     speeds = {name: median(model.get("decode_tokens_per_second")) for name, model in measured.items()}
-    sizes = {name: finite(model.get("params")) for name, model in report["models"].items()}
-    millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
-    trades = [
+    plots = (
         (
             figures.trade(report["models"], speeds, "tokens/s of generation"),
             "Quality against speed; lower right is better.",
         ),
-        (
-            figures.trade(report["models"], millions, "million parameters"),
-            "Quality against size; lower left is better.",
-        ),
-    ]
-    drawn = [figure(plot, caption, clean) for plot, caption in trades if plot is not None]
-    if drawn:
-        yield Figures(drawn)
+        (figures.size_trade(report["models"]), "Quality against size; lower left is better."),
+    )
+    yield from draw(plots, clean)
     if benchmark.get("command"):
         yield Code("The command that measured it", str(benchmark["command"]))
 

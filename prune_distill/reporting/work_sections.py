@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from prune_distill.reporting import Json, figures, plots, words
-from prune_distill.reporting.blocks import Block, Cell, Code, Column, Figures, Note, Table
-from prune_distill.reporting.cells import Clean, figure, missing, number_cell
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Table
+from prune_distill.reporting.cells import Clean, draw, missing, number_cell
 from prune_distill.reporting.figures import label_of
 from prune_distill.reporting.planned import against_actual
 from prune_distill.reporting.plots import Plot
@@ -36,9 +36,8 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             for task in report["tasks"]
         ),
     ]
-    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
-    if drawn:
-        yield Figures(drawn)
+    if drawn := draw(shown, clean):
+        yield from drawn
         yield Note("Training losses of different kinds can't be compared with each other; held-out losses can.")
     for name, stage in TRAINED.items():
         if stage in run.stages and not curves[name]:
@@ -80,16 +79,15 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
         "Importance of FFN channels, layer by layer.": plots.ffn_importance,
         "Importance of hidden channels.": plots.hidden_importance,
     }
-    drawn = []
-    for caption, draw in drawers.items():
+    drawn: list[tuple[Plot | None, str]] = []
+    for caption, draw_table in drawers.items():
         plot = Plot()
         try:
-            draw(plot, table)
+            draw_table(plot, table)
         except (KeyError, TypeError, ValueError, IndexError):  # a table of another version
             continue
-        drawn.append(figure(plot, caption, clean))
-    if drawn:
-        yield Figures(drawn)
+        drawn.append((plot, caption))
+    yield from draw(drawn, clean)
 
 
 def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
@@ -100,16 +98,15 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
             yield missing(run, stage, "No candidates have been scored")
         return
     choice, teacher = run.read(stage, "choice.json"), table.get("teacher")
-    drawn = []
+    drawn: list[tuple[Plot | None, str]] = []
     for cost, caption in (
         ("params", "Candidates: quality against size."),
         ("latency_ms", "Candidates: quality against speed."),
     ):
         rows = figures.candidates(table.get("candidates", []), cost)
         if rows and isinstance(teacher, dict) and finite(teacher.get("loss")) is not None:
-            drawn.append(figure(plots.pareto(rows, teacher, cost), caption, clean))
-    if drawn:
-        yield Figures(drawn)
+            drawn.append((plots.pareto(rows, teacher, cost), caption))
+    yield from draw(drawn, clean)
     rows = figures.candidates(table.get("candidates", []), "params")
     if rows:
         yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
@@ -166,9 +163,8 @@ def _score_cell(score: Any) -> Cell:
 
 
 def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
-    plot = figures.timeline(run.stages)
-    if plot is not None:
-        yield Figures([figure(plot, "When each stage worked; hollow marks are earlier starts.", clean)])
+    timeline = figures.timeline(run.stages)
+    yield from draw([(timeline, "When each stage worked; hollow marks are earlier starts.")], clean)
     columns = [
         Column("Stage", text=True),
         Column("State", text=True),
