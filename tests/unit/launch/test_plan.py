@@ -154,7 +154,7 @@ def test_a_corrected_teacher_by_hand() -> None:
     assert memory.teacher == 0
 
 
-def test_a_correction_that_does_not_fit_is_told_with_its_mend() -> None:
+def test_a_correction_that_does_not_fit_has_a_fix() -> None:
     plan = planned(DEPTH, CORRECTION, "distill.correct_teacher.micro_batch_size=8", "cluster.gpu.memory_gib=40")
     assert plan.fits is False
     assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan.fix
@@ -246,7 +246,7 @@ def test_what_does_not_divide_is_named() -> None:
         ["experiment=qwen3_0_6b_one_gpu", "distill.seq_length=8192"],
     ],
 )
-def test_the_mend_mends(overrides: list[str]) -> None:
+def test_the_fix_makes_it_fit(overrides: list[str]) -> None:
     of_plan = planned(*overrides)
     assert of_plan.fits is False
     changes = re.findall(r"distill\.\S+=\S+", of_plan.fix)
@@ -254,7 +254,7 @@ def test_the_mend_mends(overrides: list[str]) -> None:
     assert planned(*overrides, *changes).fits is True
 
 
-def test_where_nothing_mends() -> None:
+def test_where_nothing_fits() -> None:
     of_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
     assert of_plan.fits is False
     assert of_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
