@@ -62,8 +62,8 @@ def _faults(cfg: RunConfig) -> Iterator[str]:
     nodes, rank, endpoint = cfg.cluster.nodes, cfg.cluster.node_rank, cfg.cluster.rdzv_endpoint
     if endpoint is None or not re.fullmatch(r"[^\s:]+:\d{1,5}", endpoint):
         yield (
-            f"cluster.nodes={nodes}, but cluster.rdzv_endpoint={'null' if endpoint is None else endpoint} is no place "
-            "to meet; start the same command on every node with cluster.rdzv_endpoint=HOST:PORT of the first one and "
+            f"cluster.rdzv_endpoint={'null' if endpoint is None else endpoint}: cluster.nodes={nodes} needs HOST:PORT of "
+            "the first node; start the same command on every node with cluster.rdzv_endpoint=HOST:PORT of the first one and "
             "cluster.node_rank=0, 1, ..., or set cluster=slurm"
         )
     if rank >= nodes:

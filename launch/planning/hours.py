@@ -25,18 +25,15 @@ class StageHours:
 
     Attributes:
         ranks: GPUs that it occupies.
-        hours: None where they cannot be estimated.
+        hours, gpu_hours: None where they cannot be estimated.
         jobs: how many jobs the cluster's time limit cuts it into, at least; None without a limit.
     """
 
     stage: str
     ranks: int
     hours: float | None
+    gpu_hours: float | None
     jobs: int | None
-
-    @property
-    def gpu_hours(self) -> float | None:
-        return None if self.hours is None else self.hours * self.ranks
 
 
 def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
@@ -48,8 +45,9 @@ def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
         working = 1 if stage.module in SEQUENTIAL else ranks
         hours = training_hours(flops, precision, cfg.cluster.gpu, working) if flops else None
+        gpu_hours = None if hours is None else hours * ranks
         jobs = math.ceil(hours * 3600 / seconds_of_time_limit(limit)) if hours is not None and limit else None
-        estimates.append(StageHours(stage.name, ranks, hours, jobs))
+        estimates.append(StageHours(stage.name, ranks, hours, gpu_hours, jobs))
     return estimates
 
 

@@ -52,23 +52,11 @@ def to_json(plan: Plan) -> dict[str, object]:
             "cut": plan.cut,
         },
         "training": {
-            "steps": work.steps,
-            "tokens": work.tokens,
-            "tokens_a_step": work.tokens_a_step,
-            "flops": work.flops,
+            **dataclasses.asdict(work),
             "flops_a_token": {**dataclasses.asdict(work.flops_a_token), "total": work.flops_a_token.total},
         },
         "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
-        "stages": [
-            {
-                "stage": stage.stage,
-                "ranks": stage.ranks,
-                "hours": stage.hours,
-                "gpu_hours": stage.gpu_hours,
-                "jobs": stage.jobs,
-            }
-            for stage in plan.stages
-        ],
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
         "memory": {
             stage: _memory_to_json(memory[0]) if stage == "prune" else [_memory_to_json(rank) for rank in memory]
             for stage, memory in plan.memory.items()

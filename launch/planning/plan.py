@@ -46,15 +46,9 @@ class Work:
 
     steps: int
     tokens: int
+    tokens_a_step: int
+    flops: int
     flops_a_token: TokenFlops
-
-    @property
-    def tokens_a_step(self) -> int:
-        return self.tokens // self.steps
-
-    @property
-    def flops(self) -> int:
-        return self.tokens * self.flops_a_token.total
 
 
 @dataclass(frozen=True)
@@ -154,11 +148,8 @@ def make_plan(cfg: RunConfig) -> Plan:
     layouts = fitting(cfg, models, ranks, limit) if gpu else []
     memory = _memory(cfg, teacher, ranks)
     full = {stage for stage, stage_memory in memory.items() if fullest(stage_memory).total > limit}
-    work = Work(
-        cfg.distill.max_steps,
-        training_tokens(cfg.distill),
-        training_flops(cfg.distill, cfg.distill.loss, family, student, models.teacher),
-    )
+    steps, tokens = cfg.distill.max_steps, training_tokens(cfg.distill)
+    flops = training_flops(cfg.distill, cfg.distill.loss, family, student, models.teacher)
     disk = estimate_disk(cfg, teacher)
     return Plan(
         experiment=cfg.name,
@@ -167,8 +158,8 @@ def make_plan(cfg: RunConfig) -> Plan:
         teacher=_model(teacher, family),
         student=_model(student, family),
         candidates=_candidates(cfg),
-        work=work,
-        signal=_signal(cfg, teacher, work.flops_a_token.total, disk),
+        work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
+        signal=_signal(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg, teacher),
         memory=memory,
         layout=layout_of(cfg.distill, cfg, models, ranks),

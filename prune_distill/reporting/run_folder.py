@@ -255,20 +255,20 @@ def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool
 
 def _stage(name: str, folder: Path, complete: bool | None, working: bool, submitted: bool) -> StageFolder:
     log = folder / LOG
-    begun = tuple(attempts(log))
+    starts = tuple(attempts(log))
     manifest = _object(read_json(folder / MANIFEST))
     if complete if complete is not None else manifest.get("status") == "complete":
-        return StageFolder(name, folder, "complete", begun, Manifest.read(manifest))
+        return StageFolder(name, folder, "complete", starts, Manifest.read(manifest))
     if working:
-        return StageFolder(name, folder, "running", begun)
+        return StageFolder(name, folder, "running", starts)
     paused = read_state(folder)
     fault, lines = _reason(log)
     if paused.get("state") == "paused":
         step = paused.get("step")
-        return StageFolder(name, folder, "paused", begun, cause=fault, step=step if isinstance(step, int) else None)
+        return StageFolder(name, folder, "paused", starts, cause=fault, step=step if isinstance(step, int) else None)
     if fault is not None or (lines and not submitted):
-        return StageFolder(name, folder, "failed", begun, cause=fault or "\n".join(lines[-LINES:]))
-    return StageFolder(name, folder, "submitted" if submitted else "to do", begun)
+        return StageFolder(name, folder, "failed", starts, cause=fault or "\n".join(lines[-LINES:]))
+    return StageFolder(name, folder, "submitted" if submitted else "to do", starts)
 
 
 def _reason(log: Path) -> tuple[str | None, list[str]]:
