@@ -62,9 +62,9 @@ def _faults(cfg: RunConfig) -> Iterator[str]:
     nodes, rank, endpoint = cfg.cluster.nodes, cfg.cluster.node_rank, cfg.cluster.rdzv_endpoint
     if endpoint is None or not re.fullmatch(r"[^\s:]+:\d{1,5}", endpoint):
         yield (
-            f"cluster.rdzv_endpoint={'null' if endpoint is None else endpoint}: cluster.nodes={nodes} needs HOST:PORT of "
-            "the first node; start the same command on every node with cluster.rdzv_endpoint=HOST:PORT of the first one and "
-            "cluster.node_rank=0, 1, ..., or set cluster=slurm"
+            f"cluster.rdzv_endpoint={'null' if endpoint is None else endpoint}: cluster.nodes={nodes} needs HOST:PORT "
+            "of the first node; start the same command on every node with it and cluster.node_rank=0, 1, ..., or set "
+            "cluster=slurm"
         )
     if rank >= nodes:
         yield f"cluster.node_rank={rank}, but nodes are counted from 0; set cluster.node_rank to at most {nodes - 1}"
