@@ -103,7 +103,7 @@ def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfC
 
 def _tensor_sizes(reader: TorchDistReader, config: HfConfig) -> dict[str, int]:
     layers = families.count_layers(reader)
-    down = next(rule for rule in families.FAMILIES[config["model_type"]].rules if "linear_fc2.weight" in rule.nemo)
+    down = next(rule for rule in families.rules(config) if "linear_fc2.weight" in rule.nemo)
     matrix = families.nemo_tensor(reader, down, (0, 0) if down.experts else (0,))
     hidden, channels = matrix.shape
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from prune_distill.model.model_size import TRAITS, rank_experts, rank_parameters
+from prune_distill.model.model_size import rank_experts, rank_parameters
 from prune_distill.model.student import runs_teacher
 from prune_distill.schema import (
     DistillConfig,
@@ -228,7 +228,7 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
     attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
-    if TRAITS[models.family].qk_norm:
+    if models.family.traits.qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
     norms = 4 * shape.hidden_size // _sequence_share(training)
@@ -236,7 +236,7 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
         return tokens * (norms + attention // tensor + _expert_elements(shape) // _sequence_share(training))
     # Gate and up, and the down projection's input: the fused SwiGLU (prune_distill/nemo/nemo_api.py) keeps its
     # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
-    channels = (3 if TRAITS[models.family].gated_mlp else 2) * shape.ffn_hidden_size
+    channels = (3 if models.family.traits.gated_mlp else 2) * shape.ffn_hidden_size
     return tokens * (norms + (attention + channels) // tensor)
 
 

@@ -17,21 +17,13 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prune_distill.errors import InputError
-from prune_distill.model.hf_fields import (
-    REQUIRED_OF_MIXTURES,
-    SMALLEST,
-    WIDTH,
-    Field,
-    content_faults,
-    older_names,
-    show,
-)
-from prune_distill.schema import Family
+from prune_distill.model.hf_fields import content_faults, older_names, show
+from prune_distill.schema.families import Family, Traits
 
 # The content of a `config.json`: an open set of keys, of which `read_config` checks and completes those that count.
 HfConfig = dict[str, Any]
@@ -65,7 +57,7 @@ def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
         content = parse(path)
     except InputError as error:
         return None, [str(error)]
-    if faults := [f"{path}: {fault}" for fault in content_faults(content, _BY_FAMILY)]:
+    if faults := [f"{path}: {fault}" for fault in content_faults(content)]:
         return None, faults
     try:
         config = normalize(content)
@@ -115,22 +107,7 @@ def parse(path: Path) -> HfConfig:
 # One name for each setting.
 
 
-# Where a family's class in transformers cannot do with what others can.
-_BY_FAMILY = {
-    "qwen3": {"head_dim": Field(int, 2, WIDTH)},
-    "mistral": {"sliding_window": Field(int, 1, 2**31 - 1, null=True)},
-    "nemotron": {"partial_rotary_factor": Field(float, SMALLEST, 1)},
-    "qwen3_moe": REQUIRED_OF_MIXTURES,
-}
-# What transformers assumes for a missing key, by `model_type` (transformers/models/*/configuration_*.py).
-_DEFAULTS: dict[str, HfConfig] = {
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
-    "qwen2": {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
-    "llama": {"rms_norm_eps": 1e-6},
-    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
-    "nemotron": {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
-    "qwen3_moe": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "norm_topk_prob": False},
-}
+# What transformers assumes for keys that a file leaves out, further to the defaults of a family.
 _COMMON_DEFAULTS: HfConfig = {"initializer_range": 0.02, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 
@@ -144,12 +121,13 @@ def normalize(content: HfConfig) -> HfConfig:
     Raises:
         ValueError: two names of one setting hold different values, or the size of a head cannot be worked out.
     """
-    names = older_names(content["model_type"])
+    traits = traits_of(content)
+    names = older_names(traits)
     config = {key: value for key, value in content.items() if key not in (*names, "rope_parameters")}
     for newer, older in names.items():
         if (value := _agreed(content, (older, newer))) is not None:
             config[older] = value
-    defaults = _COMMON_DEFAULTS | _DEFAULTS[content["model_type"]]
+    defaults = _COMMON_DEFAULTS | dict(traits.defaults)
     config |= _normalized_rope(content, defaults)
     config = config | defaults | config  # in the file's order
     # Null is the quotient, or one group a head, in every family.
@@ -246,7 +224,7 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
     types = config.get("layer_types")
     if types is not None and len(types) != config["num_hidden_layers"]:
         yield f"layer_types: {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; correct either"
-    if config["model_type"] != Family.qwen3_moe.value:
+    if not traits_of(config).experts:
         return
     experts, chosen, layers = (config[key] for key in ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
     if chosen > experts:
@@ -260,11 +238,13 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
 
 def unsupported(config: HfConfig) -> list[str]:
     """What a normalized config asks for and NeMo's class of its family does not have, one fault a setting."""
-    family = config["model_type"]
-    refused = dict(_REFUSED)
-    if family == Family.nemotron.value:
-        refused["hidden_act"] = (("relu2", None), "NeMo's class of this family has the squared ReLU")
-        del refused["partial_rotary_factor"]  # NeMo's class has one
+    traits = traits_of(config)
+    refused = {
+        **_REFUSED,
+        "hidden_act": ((traits.activation, None), f"NeMo's class of this family has {traits.activation}"),
+    }
+    if traits.partial_rope:
+        del refused["partial_rotary_factor"]
     faults = [
         f"{key}={show(config[key])}: {reason}; use another model"
         for key, (harmless, reason) in refused.items()
@@ -272,10 +252,10 @@ def unsupported(config: HfConfig) -> list[str]:
     ]
     if config.get("quantization_config"):
         faults.append("quantization_config: the weights are quantized; use the model in bf16")
-    full = "sliding_attention" if config.get("sliding_window") and family == Family.mistral.value else "full_attention"
+    full = "sliding_attention" if config.get("sliding_window") and traits.window else "full_attention"
     if any(kind != full for kind in config.get("layer_types") or ()):
         faults.append(f"layer_types: only layers of the type {full} are supported; use another model")
-    if family == Family.qwen3_moe.value and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
+    if traits.experts and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
         # Its router would get no gradient: megatron/core/transformer/transformer_config.py:1336.
         faults.append(
             "num_experts_per_tok=1: with norm_topk_prob=true its weight is always 1, which Megatron-Core refuses; use a"
@@ -289,7 +269,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
     "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
     "use_sliding_window": ((False, None), "only some of the layers would have windows"),
-    "hidden_act": (("silu", None), "NeMo's class of this family has SiLU"),
     "partial_rotary_factor": ((1, None), "NeMo's class of this family rotates whole heads"),
     "decoder_sparse_step": ((1, None), "some layers would have no experts"),
     "mlp_only_layers": (([], None), "some layers would have no experts"),
@@ -298,23 +277,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Those that a kind of rope scaling needs.
 _ROPES: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _SCALING_KEYS}
-# Kinds besides the default one that NeMo and the family's reference both apply, and apply alike. The reference is
-# transformers/models/FAMILY/modeling_FAMILY.py, class FamilyRotaryEmbedding, line numbers of 4.57.6:
-# - llama :78, qwen2 :278, qwen3 :304, mistral :275, qwen3_moe :373 take the kind from `config.rope_scaling` and look it
-#   up in modeling_rope_utils.py, ROPE_INIT_FUNCTIONS; so do they in 5.24 from `config.rope_parameters`;
-# - nemotron :102 says `self.rope_type = "default"`, whatever the config says, and 5.24 (:92) applies what it says: the
-#   same file is two models;
-# - NeMo passes `seq_len_interpolation_factor` on in every family (nemo/collections/llm/gpt/model/base.py), and
-#   Megatron-Core divides positions by it (megatron/core/models/common/embeddings/rotary_pos_embedding.py): kind linear;
-#   the kind llama3 is only in NeMo's Llama31Config (nemo/collections/llm/gpt/model/llama.py).
-ROPE_KINDS: dict[str, tuple[str, ...]] = {
-    "llama": ("linear", "llama3"),
-    "qwen2": ("linear",),
-    "qwen3": ("linear",),
-    "mistral": ("linear",),
-    "qwen3_moe": ("linear",),
-    "nemotron": (),
-}
+
+
+def traits_of(config: Mapping[str, Any]) -> Traits:
+    """What sets the family of a config apart from the others."""
+    return Family(config["model_type"]).traits
 
 
 def rope_kind(config: HfConfig) -> str:
@@ -323,15 +290,15 @@ def rope_kind(config: HfConfig) -> str:
 
 
 def _rope_faults(config: HfConfig) -> list[str]:
-    kind, family = rope_kind(config), config["model_type"]
+    kind, supported = rope_kind(config), traits_of(config).rope_kinds
     if kind == "default":
         return []
-    if kind not in ROPE_KINDS[family]:
-        allowed = ", ".join(("default", *ROPE_KINDS[family]))
+    if kind not in supported:
+        allowed = ", ".join(("default", *supported))
         why = (
-            "transformers 4 ignores it in this family and transformers 5 does not"
-            if family == Family.nemotron.value
-            else "NeMo's class of this family cannot represent it"
+            "NeMo's class of this family cannot represent it"
+            if supported
+            else "transformers 4 ignores it in this family and transformers 5 does not"
         )
         return [f"rope_scaling.rope_type={show(kind)}: {why}; use a model whose rope is one of {allowed}"]
     rope = config["rope_scaling"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prune_distill.schema import Family
+from prune_distill.schema.families import Family, Traits
 
 # Longest excerpt of a value in a message.
 _SHOWN = 60
@@ -37,7 +37,7 @@ class Field:
         if type(value) not in kinds:  # bool is an int to isinstance
             return f"must be {_WORDS[self.kind]}{' or null' if self.null else ''}"
         if self.kind in (int, float) and not self.least <= value <= self.most:  # NaN is in no range
-            least = "above 0" if self.least == SMALLEST else f"at least {self.least}"
+            least = "above 0" if self.least == _SMALLEST else f"at least {self.least}"
             return f"must be {least} and at most {self.most}"
         return None
 
@@ -52,35 +52,35 @@ _WORDS = {
 }
 # Three times the largest of any published model, at least. What is above is a mistake, and planning would loop or
 # allocate for it.
-_LAYERS, WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
-SMALLEST = 1e-30  # for what has to be above 0
+_LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
+_SMALLEST = 1e-30  # for what has to be above 0
 
 # Keys that every model needs.
 _REQUIRED = {
     "num_hidden_layers": Field(int, 1, _LAYERS),
-    "hidden_size": Field(int, 1, WIDTH),
-    "intermediate_size": Field(int, 1, WIDTH * 8),
+    "hidden_size": Field(int, 1, _WIDTH),
+    "intermediate_size": Field(int, 1, _WIDTH * 8),
     "num_attention_heads": Field(int, 1, _HEADS),
     "vocab_size": Field(int, 1, _IDS),
     "max_position_embeddings": Field(int, 1, 2**31 - 1),
 }
-REQUIRED_OF_MIXTURES = {
+_REQUIRED_OF_MIXTURES = {
     "num_experts": Field(int, 1, _EXPERTS),
     "num_experts_per_tok": Field(int, 1, _EXPERTS),
-    "moe_intermediate_size": Field(int, 1, WIDTH),
+    "moe_intermediate_size": Field(int, 1, _WIDTH),
 }
 # Keys that are read where they are there.
 _OPTIONAL = {
     "num_key_value_heads": Field(int, 1, _HEADS, null=True),
-    "head_dim": Field(int, 2, WIDTH, null=True),
+    "head_dim": Field(int, 2, _WIDTH, null=True),
     "tie_word_embeddings": Field(bool),
     "rms_norm_eps": Field(float, 0, 1),
     "norm_eps": Field(float, 0, 1),
     "initializer_range": Field(float, 0, 1),
-    "rope_theta": Field(float, SMALLEST, 1e30),
+    "rope_theta": Field(float, _SMALLEST, 1e30),
     "rope_scaling": Field(dict, null=True),
     "rope_parameters": Field(dict, null=True),
-    "partial_rotary_factor": Field(float, SMALLEST, 1, null=True),
+    "partial_rotary_factor": Field(float, _SMALLEST, 1, null=True),
     "original_max_position_embeddings": Field(int, 1, 2**31 - 1, null=True),
     "torch_dtype": Field(str, null=True),
     "dtype": Field(str, null=True),
@@ -103,20 +103,16 @@ _ROPE_FIELDS = {
     "partial_rotary_factor": _OPTIONAL["partial_rotary_factor"],
     "rope_type": Field(str),
     "type": Field(str),
-    "factor": Field(float, SMALLEST, 1e9),
-    "low_freq_factor": Field(float, SMALLEST, 1e9),
-    "high_freq_factor": Field(float, SMALLEST, 1e9),
+    "factor": Field(float, _SMALLEST, 1e9),
+    "low_freq_factor": Field(float, _SMALLEST, 1e9),
+    "high_freq_factor": Field(float, _SMALLEST, 1e9),
     "original_max_position_embeddings": Field(int, 1, 2**31 - 1),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def content_faults(content: Mapping[str, Any], by_family: Mapping[str, Mapping[str, Field]]) -> Iterator[str]:
-    """Wrong families, missing keys, wrong types and values out of range.
-
-    Args:
-        by_family: keys that a family restricts further, by `model_type`.
-    """
+def content_faults(content: Mapping[str, Any]) -> Iterator[str]:
+    """Wrong families, missing keys, wrong types and values out of range."""
     if "auto_map" in content:
         yield (
             "auto_map: asks for code of its own, which is never run here; use a model whose class is part of"
@@ -127,9 +123,10 @@ def content_faults(content: Mapping[str, Any], by_family: Mapping[str, Mapping[s
         known = ", ".join(family.value for family in Family)
         yield f"model_type={show(found)}: not a supported family; use a model of one of {known}"
         return
-    fields = {**_OPTIONAL, **_REQUIRED, **by_family.get(found, {})}
-    required = [*_REQUIRED, *(REQUIRED_OF_MIXTURES if found == Family.qwen3_moe.value else ())]
-    older = older_names(found)
+    traits = Family(found).traits
+    required = {**_REQUIRED, **(_REQUIRED_OF_MIXTURES if traits.experts else {})}
+    fields = {**_OPTIONAL, **required, **dict(_family_fields(traits))}
+    older = older_names(traits)
     read = {older.get(key, key) for key in content}
     yield from (f"{key}: missing; fetch the file again" for key in required if key not in read)
     fields |= {name: fields[older_name] for name, older_name in older.items()}
@@ -148,9 +145,19 @@ def content_faults(content: Mapping[str, Any], by_family: Mapping[str, Mapping[s
             yield f"{key}={show(content[key])}: must be one of {', '.join(_DTYPES)}; save the model in one of them"
 
 
-def older_names(model_type: str) -> dict[str, str]:
+def _family_fields(traits: Traits) -> Iterator[tuple[str, Field]]:
+    """Keys whose values a family's class in transformers restricts further than others do."""
+    if "head_dim" in traits.defaults:
+        yield "head_dim", Field(int, 2, _WIDTH)
+    if traits.window:
+        yield "sliding_window", Field(int, 1, 2**31 - 1, null=True)
+    if traits.partial_rope:
+        yield "partial_rotary_factor", Field(float, _SMALLEST, 1)
+
+
+def older_names(traits: Traits) -> dict[str, str]:
     """transformers 4's names of whole settings, by those of transformers 5."""
-    experts = {"num_local_experts": "num_experts"} if model_type == Family.qwen3_moe.value else {}
+    experts = {"num_local_experts": "num_experts"} if traits.experts else {}
     return {"dtype": "torch_dtype", **experts}
 
 

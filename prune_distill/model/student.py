@@ -161,10 +161,9 @@ def fits(space: Space, shape: Shape, latency: Latency | None = None) -> bool:
 def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
     """Whether transformers loads a student of this shape wherever it loads the teacher.
 
-    transformers 5 wants Llama's hidden size to be a multiple of its heads, whatever `head_dim` says
-    (transformers/models/llama/configuration_llama.py, validate_architecture); no other family's class does.
+    transformers 5 wants Llama's hidden size to be a multiple of its heads, unlike those of other families.
     """
-    if family is not Family.llama or teacher.hidden_size % teacher.num_attention_heads:
+    if not family.traits.heads_divide_hidden or teacher.hidden_size % teacher.num_attention_heads:
         return True
     return shape.hidden_size % shape.num_attention_heads == 0
 
