@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from convert import families
 from convert.files import replaced
@@ -15,7 +14,7 @@ from convert.stored import StoredTensor, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistReader
 from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
-from prune_distill.model.hf_config import with_both_forms
+from prune_distill.model.hf_config import HfConfig, with_both_forms
 from prune_distill.model.huggingface import copy_side_files
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import CONTEXT, TOKENIZER, WEIGHTS
@@ -78,7 +77,7 @@ def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
     return export
 
 
-def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> dict[str, Any]:
+def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfConfig:
     """The `config.json` of a checkpoint: the reference's, with the checkpoint's sizes.
 
     Depth and width are read off the tensors, so that they are right whoever wrote the checkpoint; how the attention is
@@ -102,9 +101,9 @@ def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> dic
     return pruned_config(config, sizes)
 
 
-def _tensor_sizes(reader: TorchDistReader, config: dict[str, Any]) -> dict[str, int]:
+def _tensor_sizes(reader: TorchDistReader, config: HfConfig) -> dict[str, int]:
     layers = families.count_layers(reader)
-    down = next(rule for rule in families.FAMILIES[config["model_type"]].rules if "linear_fc2.weight" in rule.nemo)
+    down = next(rule for rule in families.rules(config) if "linear_fc2.weight" in rule.nemo)
     matrix = families.nemo_tensor(reader, down, (0, 0) if down.experts else (0,))
     hidden, channels = matrix.shape
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden}
@@ -114,7 +113,7 @@ def _tensor_sizes(reader: TorchDistReader, config: dict[str, Any]) -> dict[str, 
     return sizes | {"moe_intermediate_size": channels, "num_experts": router.shape[0]}
 
 
-def pruned_config(reference: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+def pruned_config(reference: HfConfig, sizes: dict[str, int]) -> HfConfig:
     """A source model's `config.json` with other sizes.
 
     Lists with an entry a layer (`layer_types`) are cut: they are refused unless all their entries are the same,

@@ -1,9 +1,9 @@
 """Model families: which NeMo tensors are made of which Hugging Face tensors, and what each side's config says.
 
-A family is one entry of `FAMILIES`. All of them are decoders with Hugging Face's Llama-style names
-(transformers/models/llama/modeling_llama.py); in a NeMo checkpoint the layers are stacked along a first dimension, the
-experts of a mixture along a second one, and queries, keys and values lie group by group in one matrix
-(megatron/core/transformer/attention.py, get_query_key_value_tensors).
+A family is an entry here (`FAMILIES`) and one in `prune_distill.schema.families`. All of them have Hugging Face's
+Llama-style names (transformers/models/llama/modeling_llama.py). In a NeMo checkpoint the layers are stacked along a
+first dimension, the experts of a mixture along a second one, and queries, keys and values lie group by group in one
+matrix (megatron/core/transformer/attention.py, get_query_key_value_tensors).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from convert.nemo_context import Call, Reference
 from convert.stored import StoredTensor, stack
 from convert.torch_dist import TorchDistReader
 from prune_distill.errors import InputError
 from prune_distill.model import hf_config
-from prune_distill.model.hf_config import HfConfig, rope_kind
+from prune_distill.model.hf_config import HfConfig, rope_kind, traits_of
 from prune_distill.model.hf_weights import expected_shapes
 
 LAYERS = "decoder.layers."
@@ -166,24 +166,32 @@ EXPERTS = (
 
 
 @dataclass(frozen=True)
-class Family:
-    """A `model_type` of transformers and the NeMo class that it becomes.
+class NemoClasses:
+    """What NeMo makes of a family.
 
     Attributes:
         model: the NeMo model's class.
         config: the NeMo config's class for a `config.json`.
         settings: arguments of that class, further to those that all families share.
-        rules: all tensors, the output layer of an untied model apart.
     """
 
     model: Reference
     config: Callable[[HfConfig], Reference]
-    settings: Callable[[HfConfig], dict[str, Any]]
-    rules: tuple[Rule, ...]
+    settings: Callable[[HfConfig], dict[str, object]]
 
-    def tensors(self, config: HfConfig) -> tuple[Rule, ...]:
-        """The rules that a model with this `config.json` follows."""
-        return self.rules if config.get("tie_word_embeddings", False) else (*self.rules, OUTPUT)
+
+def rules(config: HfConfig) -> tuple[Rule, ...]:
+    """All tensors of a model with this `config.json`."""
+    traits = traits_of(config)
+    parts = (
+        (True, ATTENTION),
+        (traits.qk_norm, QK_NORM),
+        (traits.qkv_bias, QKV_BIAS),
+        (traits.norm_bias, NORM_BIAS),
+        (True, EXPERTS if traits.experts else GATED_MLP if traits.gated_mlp else PLAIN_MLP),
+        (not config.get("tie_word_embeddings", False), (OUTPUT,)),
+    )
+    return tuple(rule for present, group in parts if present for rule in group)
 
 
 def _module(name: str) -> str:
@@ -198,8 +206,8 @@ def _llama_config(config: HfConfig) -> Reference:
     return Reference(_module("llama"), "Llama31Config" if rope_kind(config) == "llama3" else "LlamaConfig")
 
 
-def _llama_settings(config: HfConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {"seq_length": config["max_position_embeddings"]}
+def _llama_settings(config: HfConfig) -> dict[str, object]:
+    settings: dict[str, object] = {"seq_length": config["max_position_embeddings"]}
     if rope_kind(config) == "llama3":
         # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
         rope = config["rope_scaling"]
@@ -212,15 +220,15 @@ def _llama_settings(config: HfConfig) -> dict[str, Any]:
     return settings
 
 
-def _qwen2_settings(config: HfConfig) -> dict[str, Any]:
+def _qwen2_settings(config: HfConfig) -> dict[str, object]:
     return {"seq_length": config["max_position_embeddings"]}
 
 
-def _qwen3_settings(config: HfConfig) -> dict[str, Any]:
+def _qwen3_settings(config: HfConfig) -> dict[str, object]:
     return {"max_position_embeddings": config["max_position_embeddings"]}
 
 
-def _moe_settings(config: HfConfig) -> dict[str, Any]:
+def _moe_settings(config: HfConfig) -> dict[str, object]:
     return _qwen3_settings(config) | {
         "num_moe_experts": config["num_experts"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
@@ -233,7 +241,7 @@ def _moe_settings(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _mistral_settings(config: HfConfig) -> dict[str, Any]:
+def _mistral_settings(config: HfConfig) -> dict[str, object]:
     window = config["sliding_window"]
     return {
         "seq_length": config["max_position_embeddings"],
@@ -244,46 +252,22 @@ def _mistral_settings(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _nemotron_settings(config: HfConfig) -> dict[str, Any]:
+def _nemotron_settings(config: HfConfig) -> dict[str, object]:
     return {"seq_length": config["max_position_embeddings"], "rotary_percent": config["partial_rotary_factor"]}
 
 
-FAMILIES: dict[str, Family] = {
-    "qwen3": Family(
-        Reference(_module("qwen3"), "Qwen3Model"),
-        _always("qwen3", "Qwen3Config"),
-        _qwen3_settings,
-        (*ATTENTION, *QK_NORM, *GATED_MLP),
+FAMILIES: dict[str, NemoClasses] = {
+    "qwen3": NemoClasses(Reference(_module("qwen3"), "Qwen3Model"), _always("qwen3", "Qwen3Config"), _qwen3_settings),
+    "qwen2": NemoClasses(Reference(_module("qwen2"), "Qwen2Model"), _always("qwen2", "Qwen2Config"), _qwen2_settings),
+    "llama": NemoClasses(Reference(_module("llama"), "LlamaModel"), _llama_config, _llama_settings),
+    "mistral": NemoClasses(
+        Reference(_module("mistral"), "MistralModel"), _always("mistral", "MistralConfig7B"), _mistral_settings
     ),
-    "qwen2": Family(
-        Reference(_module("qwen2"), "Qwen2Model"),
-        _always("qwen2", "Qwen2Config"),
-        _qwen2_settings,
-        (*ATTENTION, *QKV_BIAS, *GATED_MLP),
+    "nemotron": NemoClasses(
+        Reference(_module("nemotron"), "NemotronModel"), _always("nemotron", "NemotronConfig"), _nemotron_settings
     ),
-    "llama": Family(
-        Reference(_module("llama"), "LlamaModel"),
-        _llama_config,
-        _llama_settings,
-        (*ATTENTION, *GATED_MLP),
-    ),
-    "mistral": Family(
-        Reference(_module("mistral"), "MistralModel"),
-        _always("mistral", "MistralConfig7B"),
-        _mistral_settings,
-        (*ATTENTION, *GATED_MLP),
-    ),
-    "nemotron": Family(
-        Reference(_module("nemotron"), "NemotronModel"),
-        _always("nemotron", "NemotronConfig"),
-        _nemotron_settings,
-        (*ATTENTION, *NORM_BIAS, *PLAIN_MLP),
-    ),
-    "qwen3_moe": Family(
-        Reference(_module("qwen3"), "Qwen3Model"),
-        _always("qwen3", "Qwen3MoEConfig"),
-        _moe_settings,
-        (*ATTENTION, *QK_NORM, *EXPERTS),
+    "qwen3_moe": NemoClasses(
+        Reference(_module("qwen3"), "Qwen3Model"), _always("qwen3", "Qwen3MoEConfig"), _moe_settings
     ),
 }
 
@@ -351,16 +335,16 @@ def parts(config: HfConfig) -> Iterator[tuple[Rule, tuple[int, ...], list[str]]]
     Yields:
         a rule, the index in its NeMo tensor ((), (layer,) or (layer, expert)), and the Hugging Face names there.
     """
-    rules = FAMILIES[config["model_type"]].tensors(config)
+    tensors = rules(config)
     yield EMBEDDING, (), list(EMBEDDING.hf)
     for layer in range(config["num_hidden_layers"]):
-        for rule in rules:
+        for rule in tensors:
             if not rule.layers:
                 continue
             for expert in range(config["num_experts"] if rule.experts else 1):
                 names = [name.format(layer=layer, expert=expert) for name in rule.hf]
                 yield rule, (layer, expert) if rule.experts else (layer,), names
-    yield from ((rule, (), list(rule.hf)) for rule in rules if not rule.layers and rule is not EMBEDDING)
+    yield from ((rule, (), list(rule.hf)) for rule in tensors if not rule.layers and rule is not EMBEDDING)
 
 
 def hf_tensors(reader: TorchDistReader, config: HfConfig) -> Iterator[StoredTensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert import families, pickled_files, safetensors_files
 from convert.files import replaced
@@ -18,6 +17,7 @@ from convert.stored import StoredTensor, blocks, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistWriter
 from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
+from prune_distill.model.hf_config import HfConfig
 from prune_distill.model.hf_weights import expected_shapes, tensor_faults
 from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
 from prune_distill.pipeline.names import CONTEXT, NEMO, TOKENIZER, WEIGHTS
@@ -53,7 +53,7 @@ def convert(
     allow_pickle: bool = False,
     allow_nonfinite: bool = False,
     checksum: bool = True,
-) -> dict[str, Any]:
+) -> dict[str, str | None]:
     """Writes a Hugging Face model as the NeMo checkpoint `checkpoint`, whole or not at all.
 
     Args:
@@ -88,7 +88,7 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
         report_nonfinite((tensors[name] for name in expected_shapes(config)), source, allow=allow_nonfinite)
 
 
-def check(tensors: dict[str, StoredTensor], config: dict[str, Any], source: Path) -> str:
+def check(tensors: dict[str, StoredTensor], config: HfConfig, source: Path) -> str:
     """The type of a folder's weights, in torch's terms, once they are known to be what its `config.json` describes.
 
     Raises:
@@ -109,7 +109,7 @@ def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:
     return all(ours == theirs for ours, theirs in zip(blocks(first), blocks(second), strict=True))
 
 
-def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path, *, checksum: bool) -> bool:
+def write_weights(tensors: dict[str, StoredTensor], config: HfConfig, weights: Path, *, checksum: bool) -> bool:
     """Writes the folder `weights`: every NeMo tensor as the chunks that NeMo's importer would write.
 
     Returns:
@@ -137,7 +137,7 @@ def write_weights(tensors: dict[str, Any], config: dict[str, Any], weights: Path
 
 
 # What NeMo reads of a checkpoint's common part besides the weights: nothing was trained yet.
-COMMON: dict[str, Any] = {
+COMMON: dict[str, object] = {
     "epoch": 0,
     "global_step": 0,
     "pytorch-lightning_version": "2.4.0",

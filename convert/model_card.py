@@ -11,6 +11,7 @@ import yaml
 
 from convert.families import read_config
 from prune_distill.config.wording import ranges
+from prune_distill.model.hf_config import HfConfig
 from prune_distill.model.hf_shape import may_be_hub_id, shape_from
 from prune_distill.pipeline.artifact import read_manifest
 
@@ -25,13 +26,19 @@ _SIZES = {
 
 @dataclass
 class Making:
-    """How a checkpoint came to be, as far as its run's folders tell."""
+    """How a checkpoint came to be, as far as its run's folders tell.
 
-    stages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    Attributes:
+        stages: the stages that made it, the newest first.
+        sentences: about those whose metrics are ours, the newest first.
+    """
+
+    stages: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, checkpoint: Path) -> Making:
-        """Follows a checkpoint's stage folder back to the first student of the run, newest stage first.
+        """Follows a checkpoint's stage folder back to the first student of the run.
 
         A folder from elsewhere may have any `manifest.json`, even one that names itself; what no stage wrote ends it.
         """
@@ -40,46 +47,38 @@ class Making:
         try:
             while (place := folder.resolve()) not in seen and (manifest := read_manifest(folder)) is not None:
                 seen.add(place)
-                making.stages.append((manifest["stage"].split(".")[0], manifest.get("metrics", {})))
+                making.stages.append(manifest["stage"].split(".")[0])
+                with suppress(KeyError, TypeError, ValueError, AttributeError):
+                    making.sentences += _sentences(making.stages[-1], manifest["metrics"])
                 folder = (folder.parent / manifest["inputs"]["student"]["path"]).parent
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
             pass
         return making
 
-    def lines(self) -> list[str]:
-        """A sentence per stage, the first one first; a stage whose metrics are not ours has none."""
-        said = []
-        for stage, metrics in reversed(self.stages):
-            with suppress(KeyError, TypeError, ValueError, AttributeError):
-                said += self._sentences(stage, metrics)
-        return said
 
-    @staticmethod
-    def _sentences(stage: str, metrics: dict[str, Any]) -> list[str]:
-        said = []
-        if stage == "prune":
-            kept = metrics.get("kept_layers")
-            said.append(
-                f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
-                f" {metrics['params']:,} parameters" + (f"; layers kept: {ranges(kept)}." if kept else ".")
-            )
-        if stage == "correct_teacher":
-            said.append(
-                f"Trained as a language model on {metrics['tokens']:,} tokens of the distillation's data; held-out"
-                f" loss {metrics['val_loss_before']:.4f} before, {metrics['val_loss_after']:.4f} after."
-            )
-        if stage == "distill":
-            loss = metrics.get("val_loss")
-            said.append(
-                f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
-                + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
-            )
-        return said
+def _sentences(stage: str, metrics: dict[str, Any]) -> list[str]:
+    """What a stage did, in at most a sentence. Raises: KeyError or the like, where its metrics are not ours."""
+    if stage == "prune":
+        kept = metrics.get("kept_layers")
+        return [
+            f"Pruned with NVIDIA ModelOpt (Minitron) from {metrics['params_before']:,} to"
+            f" {metrics['params']:,} parameters" + (f"; layers kept: {ranges(kept)}." if kept else ".")
+        ]
+    if stage == "correct_teacher":
+        return [
+            f"Trained as a language model on {metrics['tokens']:,} tokens of the distillation's data; held-out"
+            f" loss {metrics['val_loss_before']:.4f} before, {metrics['val_loss_after']:.4f} after."
+        ]
+    if stage == "distill":
+        loss = metrics.get("val_loss")
+        return [
+            f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
+            + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
+        ]
+    return []
 
 
-def model_card(
-    name: str, base: str, reference: Path, config: dict[str, Any], making: Making, note: str | None = None
-) -> str:
+def model_card(name: str, base: str, reference: Path, config: HfConfig, making: Making, note: str | None = None) -> str:
     """A card in the Hub's format (huggingface.co/docs/hub/model-cards).
 
     Args:
@@ -92,7 +91,7 @@ def model_card(
     on_the_hub = may_be_hub_id(base) and not Path(base).exists()
     if not on_the_hub:
         base = Path(base).resolve().name  # a folder of this machine is nobody else's business
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if on_the_hub:
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
     metadata |= {key: value for key, value in _front_matter(reference).items() if key.startswith("license")}
@@ -102,10 +101,10 @@ def model_card(
         for size, words in _SIZES.items()
         if getattr(before, size) != getattr(after, size)
     ]
-    distilled = any(stage == "distill" for stage, _ in making.stages)
+    distilled = "distill" in making.stages
     metadata["tags"] = ["nemo", *(["minitron", "pruning"] if table else []), *(["distillation"] if distilled else [])]
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
-    lines += [f"Made from {base}.", *making.lines()]
+    lines += [f"Made from {base}.", *reversed(making.sentences)]
     if note and distilled:
         lines.append(note)
     if table:
@@ -123,7 +122,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _front_matter(folder: Path) -> dict[str, Any]:
+def _front_matter(folder: Path) -> dict[str, object]:
     """The metadata at the head of a model card, if there is one."""
     path = folder / "README.md"
     if not path.exists():

@@ -36,7 +36,11 @@ class Call:
     """`function(**arguments)`, carried out when the context is loaded."""
 
     function: Reference
-    arguments: dict[str, Any]
+    arguments: dict[str, object]
+
+
+# An object of `io.json` as it was read. A stranger's file may hold anything, so that every access may fail.
+Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class ModelRecord:
     """The model that a context describes: its NeMo config class and the arguments that its config was made with."""
 
     config_class: str
-    config: dict[str, Any]
+    config: Node
 
 
 def model_call(model: Reference, config: Call) -> Call:
@@ -98,7 +102,7 @@ def read_context(checkpoint: Path) -> ModelRecord:
         raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
     content = _read(path)
     try:
-        objects: dict[str, Any] = content["objects"]
+        objects: Node = content["objects"]
         made = next(value for value in objects.values() if f"{ROOT}.model.config" in value.get("paths", ()))
         config_class = objects[made["metadata"]["key"]]["items"][0][1]
         leaves = {
@@ -164,11 +168,11 @@ def _strange(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is not as NeMo writes it ({type(error).__name__}: {error})")
 
 
-def _type(node: dict[str, Any]) -> str:
+def _type(node: Node) -> str:
     return f"{node['type']['module']}.{node['type']['name']}"
 
 
-def _is_pickled(node: dict[str, Any]) -> bool:
+def _is_pickled(node: Node) -> bool:
     """An object of NeMo's with one value, which is a file's name (nemo/lightning/io/mixin.py:679)."""
     return len(node.get("items") or ()) == 1 and _type(node) not in (*_PLAIN, *_CALLS)
 
@@ -178,7 +182,7 @@ def _leaf(value: Any) -> Any:
     return value["value"] if isinstance(value, dict) and value.get("type") == "leaf" else value
 
 
-def _arguments(objects: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+def _arguments(objects: Node, call: Node) -> Node:
     """A call's arguments as Fiddle pairs them: by their order; it leaves aside how the items are labelled."""
     described = objects[call["metadata"]["key"]]
     names = objects[described["items"][1][1]["key"]]
@@ -194,7 +198,7 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path} cannot be read ({error})") from error
 
 
-def _nodes(content: Any) -> Iterator[dict[str, Any]]:
+def _nodes(content: Any) -> Iterator[Node]:
     """All objects of a JSON document."""
     nodes = [content]
     while nodes:
@@ -220,15 +224,15 @@ class _Fiddle:
     """Turns calls into Fiddle's JSON: a table of objects that refer to each other by key."""
 
     def __init__(self) -> None:
-        self._objects: dict[str, Any] = {}
+        self._objects: dict[str, object] = {}
         self._numbers: Counter[str] = Counter()
 
-    def serialize(self, whole: Call) -> dict[str, Any]:
+    def serialize(self, whole: Call) -> dict[str, object]:
         root = self._value(whole, ROOT)
         counts = dict.fromkeys(self._objects, 1)
         return {"root": root, "objects": self._objects, "refcounts": counts, "version": "0.0.1"}
 
-    def _value(self, value: Any, path: str) -> dict[str, Any]:
+    def _value(self, value: Any, path: str) -> dict[str, object]:
         if isinstance(value, Call):
             return self._call(value, path)
         if isinstance(value, Reference):
@@ -240,7 +244,7 @@ class _Fiddle:
             return self._empty_dict()
         return {"type": "leaf", "value": value, "paths": [path]}
 
-    def _call(self, call: Call, path: str) -> dict[str, Any]:
+    def _call(self, call: Call, path: str) -> dict[str, object]:
         arguments = [
             [f"Attr(name='{name}')", self._value(value, f"{path}.{name}")] for name, value in call.arguments.items()
         ]
@@ -272,20 +276,20 @@ class _Fiddle:
             },
         )
 
-    def _empty_dict(self) -> dict[str, Any]:
-        nothing: dict[str, Any] = {"type": _builtin("tuple"), "items": [], "metadata": None}
+    def _empty_dict(self) -> dict[str, object]:
+        nothing: dict[str, object] = {"type": _builtin("tuple"), "items": [], "metadata": None}
         return self._add("dict", {"type": _builtin("dict"), "items": [], "metadata": nothing})
 
-    def _add(self, kind: str, value: dict[str, Any]) -> dict[str, Any]:
+    def _add(self, kind: str, value: dict[str, object]) -> dict[str, object]:
         self._numbers[kind] += 1
         key = f"{kind}_{self._numbers[kind]}"
         self._objects[key] = value
         return {"type": "ref", "key": key}
 
 
-def _pyref(reference: Reference) -> dict[str, Any]:
+def _pyref(reference: Reference) -> dict[str, object]:
     return {"type": "pyref", "module": reference.module, "name": reference.name}
 
 
-def _builtin(name: str) -> dict[str, Any]:
+def _builtin(name: str) -> dict[str, object]:
     return _pyref(Reference("builtins", name))

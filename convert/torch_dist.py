@@ -235,7 +235,7 @@ class TorchDistWriter:
         """A small object of plain Python types."""
         self._pieces.append(_Piece(key, SavedZip(pickled(value))))
 
-    def write(self, weights: Path, common: dict[str, Any], *, threads: int, checksum: bool = True) -> bool:
+    def write(self, weights: Path, common: dict[str, object], *, threads: int, checksum: bool = True) -> bool:
         """Writes the folder `weights` and syncs it to disk; `.metadata`, without which it is none, comes last.
 
         Args:
@@ -280,7 +280,7 @@ class TorchDistWriter:
         return finite
 
     def _metadata(self, weights: Path, places: list[tuple[str, int, int]]) -> bytes:
-        described: dict[str, Any] = {}
+        described: dict[str, Rebuilt] = {}
         chunks: dict[str, list[Any]] = {key: [] for key in self._shapes}
         storage: dict[Any, Any] = {}
         for piece, place in zip(self._pieces, places, strict=True):
@@ -296,7 +296,7 @@ class TorchDistWriter:
             offsets = torch_size(piece.offsets)
             chunks[piece.key].append(torch_object("ChunkStorageMetadata", offsets, torch_size(piece.sizes)))
             storage[torch_object("MetadataIndex", piece.key, offsets)] = torch_object("_StorageInfo", *place)
-        state: dict[str, Any] = {
+        state: dict[str, object] = {
             "state_dict_metadata": described,
             "planner_data": None,
             "storage_data": storage,

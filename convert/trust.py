@@ -13,14 +13,17 @@ import re
 from pathlib import Path
 
 from convert.dcp_metadata import names_in_pickle
+from convert.families import FAMILIES
 from convert.nemo_context import pickled_files, references, trusts_remote_code
 from convert.torch_dist import TorchDistReader
 from prune_distill.errors import InputError
 from prune_distill.pipeline.names import CONTEXT, WEIGHTS
 
+# NeMo's modules of the supported families.
+_MODULES = sorted({classes.model.module.rpartition(".")[2] for classes in FAMILIES.values()})
 # What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
 _CONTEXT = re.compile(
-    r"""
+    rf"""
       builtins\.(dict|list|tuple)
     | fiddle\._src\.config\.(Config|Partial|BuildableTraverserMetadata)
     | megatron\.core\.dist_checkpointing\.validation\.StrictHandling\.\w+
@@ -30,7 +33,7 @@ _CONTEXT = re.compile(
     | nemo\.collections\.common\.tokenizers\.huggingface\.auto_tokenizer\.AutoTokenizer
     | nemo\.collections\.llm\.fn\.activation\.squared_relu
     | nemo\.collections\.llm\.gpt\.data\.pre_training\.PreTrainingDataModule
-    | nemo\.collections\.llm\.gpt\.model\.(llama|mistral|nemotron|qwen2|qwen3)\.\w*(Config|Model)\w*
+    | nemo\.collections\.llm\.gpt\.model\.({"|".join(_MODULES)})\.\w*(Config|Model)\w*
     | nemo\.collections\.llm\.gpt\.model\.base\.(GPTConfig|GPTModel|default_layer_spec|gpt_(data|forward)_step)
     | nemo\.lightning\.io\.artifact\.hf_auto\.from_pretrained
     | nemo\.lightning\.io\.pl\.TrainerContext

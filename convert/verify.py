@@ -18,7 +18,7 @@ from typing import Any
 
 from convert import families
 from convert.exporting import carried_files, is_checkpoint, tensors_of
-from convert.stored import blocks, copy_threads
+from convert.stored import StoredTensor, blocks, copy_threads
 from convert.trust import refuse_code
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
@@ -169,17 +169,17 @@ def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str
     return digests, sorted(differences)
 
 
-def digest(tensors: dict[str, Any]) -> dict[str, str]:
+def digest(tensors: dict[str, StoredTensor]) -> dict[str, str]:
     """The BLAKE2b digest of every tensor's bytes, row by row."""
 
-    def of(tensor: Any) -> str:
+    def hash_tensor(tensor: StoredTensor) -> str:
         total = hashlib.blake2b(digest_size=16)
         for block in blocks(tensor):
             total.update(block)
         return total.hexdigest()
 
     with ThreadPoolExecutor(copy_threads()) as pool:
-        return dict(zip(tensors, pool.map(of, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(hash_tensor, tensors.values()), strict=True))
 
 
 def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:

@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from launch import checks, disk
+from launch import checks
 from launch.checks import Finding, State
 from launch.filesystem import unshared
-from launch.planning import make
+from launch.planning import disk
+from launch.planning.plan import make_plan
 from launch.run import add_config_dir
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
@@ -60,12 +61,12 @@ def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator
 
 def planned(cfg: RunConfig) -> Iterator[Finding]:
     """Whether the run's folder has room, and the GPU that the cluster section states enough memory."""
-    plan = make(cfg)
-    fits, found = disk.room(cfg.run_dir, plan["disk"])
-    yield Finding("disk", State.ok, found) if fits else Finding("disk", State.fail, found, disk.FIX)
+    plan = make_plan(cfg)
+    found = plan.disk.describe(cfg.run_dir)
+    yield Finding("disk", State.ok, found) if plan.disk.has_room else Finding("disk", State.fail, found, disk.FIX)
     for fault in unshared(cfg) if cfg.cluster.nodes > 1 else []:
         yield Finding("shared disk", State.fail, fault)
-    for stage, sentence in plan["impossible"].items():
+    for stage, sentence in plan.impossible.items():
         yield Finding(f"memory of {stage}", State.fail, sentence)
 
 

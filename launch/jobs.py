@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jinja2
 
@@ -104,7 +104,7 @@ def _script(located: Located, script: Path, chained: bool) -> str:
         keep_trailing_newline=True,
     )
     templates.filters["quote"] = lambda value: shlex.quote(str(value))
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "stage": located.stage.name,
         "script": script,
         "chained": chained,

@@ -12,8 +12,8 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch import local, pipeline
 from launch.environment import nodes_and_ranks
@@ -63,12 +63,21 @@ def _faults(cfg: RunConfig) -> Iterator[str]:
     nodes, rank, endpoint = cfg.cluster.nodes, cfg.cluster.node_rank, cfg.cluster.rdzv_endpoint
     if endpoint is None or not re.fullmatch(r"[^\s:]+:\d{1,5}", endpoint):
         yield (
-            f"cluster.nodes={nodes}, but cluster.rdzv_endpoint={'null' if endpoint is None else endpoint} is no place "
-            "to meet; start the same command on every node with cluster.rdzv_endpoint=HOST:PORT of the first one and "
-            "cluster.node_rank=0, 1, ..., or set cluster=slurm"
+            f"cluster.rdzv_endpoint={'null' if endpoint is None else endpoint}: cluster.nodes={nodes} needs HOST:PORT "
+            "of the first node; start the same command on every node with it and cluster.node_rank=0, 1, ..., or set "
+            "cluster=slurm"
         )
     if rank >= nodes:
         yield f"cluster.node_rank={rank}, but nodes are counted from 0; set cluster.node_rank to at most {nodes - 1}"
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What the first node last wrote: its stage, or why it ended (empty after a whole run), and when."""
+
+    stage: str | None = None
+    ended: str | None = None
+    beat: float = 0.0
 
 
 class _Pulse:
@@ -109,18 +118,17 @@ class _FirstNode:
         told = self._read()
         if told != self._seen:
             self._seen, self._since, self._alive = told, time.monotonic(), True
-        if self._alive and told.get("ended"):
-            raise StageFailedError(f"the first node: {told['ended']}")
+        if self._alive and told.ended:
+            raise StageFailedError(f"the first node: {told.ended}")
         if time.monotonic() - self._since > SECONDS_WITHOUT_PULSE:
             raise StageFailedError(f"nothing from the first node for {SECONDS_WITHOUT_PULSE:.0f} s; is it running?")
-        return told.get("stage") if self._alive else None
+        return told.stage if self._alive else None
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> _Beat:
         try:
-            content: Any = json.loads(self._path.read_text())
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return content if isinstance(content, dict) else {}
+            return _Beat(**json.loads(self._path.read_text()))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return _Beat()
 
 
 def _follow(cfg: RunConfig, until: str | None, stages: Sequence[Stage]) -> None:

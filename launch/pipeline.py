@@ -11,10 +11,9 @@ from datetime import datetime
 from pathlib import Path
 
 from launch import local, records
-from launch.plan_text import short
-from launch.planning import make, refuse_impossible
-from launch.progress import StatusLine, duration, training_status
-from launch.summary import summary
+from launch.planning.output import summarize
+from launch.planning.plan import make_plan
+from launch.progress import StatusLine, duration, summary, training_status
 from launch.verification import damage_in, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
@@ -70,11 +69,11 @@ def run(
     located = up_to(locate(cfg, stages), until)
     to_do = [stage.stage.name for stage in located if not stage.complete]
     refuse_damaged(located, run_dir)
-    plan = make(cfg)
-    refuse_impossible(plan, to_do)
+    plan = make_plan(cfg)
+    plan.refuse_impossible(to_do)
     with lock.held(run_dir) as lock_file:
         records.write_records(cfg, plan, command)
-        for line in short(plan) if to_do else []:
+        for line in summarize(plan) if to_do else []:
             progress.event(line)
         progress.event(f"{cfg.name}: {len(located)} stages in {run_dir}")
         for number, stage in enumerate(located, 1):

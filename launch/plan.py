@@ -32,8 +32,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from launch.plan_text import table
-from launch.planning import make
+from launch.planning.output import to_json, to_table
+from launch.planning.plan import make_plan
 from launch.run import add_config_dir
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     args = parser.parse_intermixed_args(arguments)
     try:
-        plan = make(compose(args.overrides, config_dir=args.config_dir))
+        plan = make_plan(compose(args.overrides, config_dir=args.config_dir))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(plan, indent=1) if args.json else table(plan))
-    return 1 if plan["fits"] is False else 0
+    print(json.dumps(to_json(plan), indent=1) if args.json else to_table(plan))
+    return 1 if plan.fits is False else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""What a terminal shows while a stage runs: one line that is rewritten in place; elsewhere, lines now and then."""
+"""What a terminal shows of a run: while a stage runs, one line that is rewritten in place (elsewhere, lines now and
+then); at the end, a table of the stages and the figures of the report."""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
+from prune_distill.pipeline.artifact import Located, read_manifest
+from prune_distill.pipeline.names import REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.stage_log import parse_metrics
 
 # A new line in a file or a pipe at most this often.
@@ -65,9 +70,9 @@ def training_status(metrics: Path, since: float) -> str:
     return ", ".join(parts)
 
 
-def newest(metrics: Path, since: float) -> dict[str, Any]:
+def newest(metrics: Path, since: float) -> dict[str, float]:
     """The newest value of each of a metrics file's names; see `training_status` for the arguments."""
-    values: dict[str, Any] = {}
+    values: dict[str, float] = {}
     for line in _tail(metrics, since):
         values.update({name: value for name, value in line.items() if value is not None and math.isfinite(value)})
     return values
@@ -82,7 +87,7 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
-def _tail(path: Path, since: float) -> list[dict[str, Any]]:
+def _tail(path: Path, since: float) -> list[dict[str, float | None]]:
     """The last complete lines of a file of JSON objects."""
     try:
         if path.stat().st_mtime < since:
@@ -93,3 +98,28 @@ def _tail(path: Path, since: float) -> list[dict[str, Any]]:
     except OSError:
         return []
     return [line for line in map(parse_metrics, lines) if line is not None]
+
+
+def summary(stages: Sequence[Located]) -> str:
+    """A table of stages with the time each took, then the report's headline figures where there is a report."""
+    width = max(len(stage.stage.name) for stage in stages)
+    seconds = [(read_manifest(stage.folder) or {}).get("seconds", 0) for stage in stages]
+    lines = [f"  {stage.stage.name:<{width}}  {duration(took):>8}" for stage, took in zip(stages, seconds, strict=True)]
+    report = next((stage for stage in stages if stage.stage.name == REPORT), None)
+    if report is not None:
+        lines += _headlines(report.folder)
+    return "\n".join(lines)
+
+
+def _headlines(folder: Path) -> list[str]:
+    try:
+        report = json.loads((folder / REPORT_JSON).read_text())
+    except (OSError, json.JSONDecodeError):
+        return []
+    lines = []
+    for name, model in report.get("models", {}).items():
+        figures = [f"{model['params'] / 1e6:>9,.2f} M parameters"] if "params" in model else []
+        figures += [f"val loss {model['val_loss']:.4f}"] if model.get("val_loss") is not None else []
+        lines.append(f"  {name:<8}  {'  '.join(figures)}")
+    page = next(path for path in (folder / REPORT_PAGE, folder / REPORT_JSON) if path.exists())
+    return ["", *lines, "", f"report: {page}"]

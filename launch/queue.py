@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import JOBS, SLURM
@@ -33,10 +33,17 @@ class Queued:
     time_left: str
 
 
-def submitted(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """What was submitted last for each stage: `jobs`, their ids in order, and `script`."""
+class Submission(TypedDict):
+    """What was submitted last for a stage: the ids of its jobs in order, and the name of their script."""
+
+    jobs: list[str]
+    script: str
+
+
+def submitted(run_dir: Path) -> dict[str, Submission]:
+    """What was submitted last, by stage."""
     try:
-        stages: dict[str, dict[str, Any]] = json.loads((run_dir / SLURM / JOBS).read_text())
+        stages: dict[str, Submission] = json.loads((run_dir / SLURM / JOBS).read_text())
     except FileNotFoundError:
         return {}
     return stages

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from launch.environment import ROOT
+from launch.planning.output import to_json
+from launch.planning.plan import Plan
 from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import remember_inputs, write_json
 from prune_distill.pipeline.names import LAUNCHES, PLAN, RESOLVED
@@ -19,11 +20,11 @@ from prune_distill.schema import RunConfig
 SECONDS_FOR_A_REPORT = 120.0
 
 
-def write_records(cfg: RunConfig, plan: dict[str, Any], command: str) -> None:
+def write_records(cfg: RunConfig, plan: Plan, command: str) -> None:
     """Writes the config (`resolved.yaml`) and the plan (`plan.json`) of a run, and records the command."""
     run_dir = Path(cfg.run_dir)
     save_resolved(cfg, run_dir / RESOLVED)
-    write_json(run_dir / PLAN, plan)
+    write_json(run_dir / PLAN, to_json(plan))
     remember_inputs(run_dir)
     with (run_dir / LAUNCHES).open("a") as file:
         file.write(json.dumps({"time": time.time(), "command": command}) + "\n")

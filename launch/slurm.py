@@ -19,8 +19,8 @@ from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, list_jobs, shown, submission
 from launch.pipeline import up_to, without_effect
-from launch.plan_text import short
-from launch.planning import make, refuse_impossible
+from launch.planning.output import summarize
+from launch.planning.plan import make_plan
 from launch.queue import active, record, submitted
 from launch.verification import refuse_damaged
 from prune_distill.config.rules.slurm import warnings
@@ -71,8 +71,8 @@ def run(
     if not dry_run:
         refuse_damaged(located, run_dir)
     jobs = list_jobs(cfg, located)
-    plan = make(cfg)
-    refuse_impossible(plan, [job.name for job in jobs])
+    plan = make_plan(cfg)
+    plan.refuse_impossible([job.name for job in jobs])
     for warning in warnings(cfg) if jobs else []:
         print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
@@ -83,7 +83,7 @@ def run(
     with lock.held(run_dir):
         _refuse_twice(run_dir)
         records.write_records(cfg, plan, command)
-        for line in short(plan) if jobs else []:
+        for line in summarize(plan) if jobs else []:
             print(line)
         for stage in located:
             if stage.complete:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, ask, submitted
@@ -52,7 +51,7 @@ class StageStatus:
     jobs: list[str] = field(default_factory=list)
     detail: str = ""
     cause: str | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def status(run_dir: Path, stages: Sequence[Stage] = STAGES) -> list[StageStatus]:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
@@ -20,7 +19,7 @@ from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_P
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
-from prune_distill.reporting.results import summarize
+from prune_distill.reporting.results import Report, summarize
 from prune_distill.reporting.run_folder import RunFolder, read_run, report_of, runs_in, stage_run_folder
 from prune_distill.reporting.words import strict
 from prune_distill.schema import RunConfig
@@ -39,10 +38,10 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     return {name: model["val_loss"] for name, model in report["models"].items()}
 
 
-def write_report(found: RunFolder, out: Path) -> dict[str, Any]:
+def write_report(found: RunFolder, out: Path) -> Report:
     """Writes the report of one run, and returns the content of `report.json`."""
     privacy = Privacy((found.path,))
-    report: dict[str, Any] = privacy.value(strict(summarize(found)))
+    report: Report = privacy.value(strict(summarize(found)))
     html.write(run_page.page(found, report, privacy.text), out / REPORT_PAGE, privacy)
     write_json(out / REPORT_JSON, report)
     return report
@@ -57,7 +56,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> None:
     write_json(out / REPORT_JSON, {"runs": reports})
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line for runs in any state; returns the exit status: 0, or 2 where there is nothing to show."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.report", description=(__doc__ or "").partition("\n")[2].strip()
@@ -97,4 +96,4 @@ def _withdraw(found: RunFolder, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

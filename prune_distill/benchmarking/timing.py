@@ -1,20 +1,63 @@
-"""What is timed, and how rounds become figures. No torch."""
+"""What is timed, and how rounds become the content of `benchmark.json`. No torch.
+
+Its keys are optional for a reader, who may find a file of another version.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from prune_distill.schema import BenchmarkConfig
 
-# Of a round's, by the names in benchmark.json.
-KEYS = {
-    "prefill": "prefill_tokens_per_second",
-    "decode": "decode_tokens_per_second",
-    "time_to_first_token": "time_to_first_token_seconds",
-}
+
+class Spread(TypedDict, total=False):
+    """A measurement over the rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+class ModelFigures(TypedDict, total=False):
+    """A model's entry in `benchmark.json`; None: what the machine does not count, or where no price is stated."""
+
+    prefill_tokens_per_second: Spread
+    decode_tokens_per_second: Spread
+    time_to_first_token_seconds: Spread
+    peak_memory_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    seconds_per_token: float
+    joules_per_token: float | None
+    cost_per_million_tokens: float | None
+
+
+class Ratios(TypedDict, total=False):
+    """A model's figures over those of another model."""
+
+    prefill: Spread
+    decode: Spread
+    time_to_first_token: Spread
+    memory: float
+
+
+class Result(TypedDict, total=False):
+    """The content of `benchmark.json`. `ratios`: of each model but the first, over the first."""
+
+    engine: str
+    command: str
+    device: str
+    dtype: str
+    threads: int
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    models: dict[str, ModelFigures]
+    ratios: dict[str, Ratios]
 
 
 @dataclass(frozen=True)
@@ -56,13 +99,15 @@ def race(models: Mapping[str, Contestant], rounds: int) -> tuple[dict[str, Memor
     return memory, timed
 
 
-def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> dict[str, Any]:
+def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> ModelFigures:
     """A model's entry in `benchmark.json`."""
     new = cfg.batch_size * cfg.new_tokens
     seconds = statistics.median(one.first_token + one.others for one in timed)
     joules = [one.joules for one in timed if one.joules is not None]
     return {
-        **{KEYS[name]: spread([_values(one, cfg)[name] for one in timed]) for name in KEYS},
+        "prefill_tokens_per_second": spread([cfg.batch_size * cfg.prompt_tokens / one.first_token for one in timed]),
+        "decode_tokens_per_second": spread([cfg.batch_size * (cfg.new_tokens - 1) / one.others for one in timed]),
+        "time_to_first_token_seconds": spread([one.first_token for one in timed]),
         "peak_memory_bytes": memory.peak,
         "weights_bytes": memory.weights,
         "kv_cache_bytes": memory.kv_cache,
@@ -77,7 +122,7 @@ def cost_per_million(seconds_per_token: float, cost_per_hour: float | None) -> f
     return None if cost_per_hour is None else cost_per_hour / 3600 * seconds_per_token * 1e6
 
 
-def ratios(model: str, base: str, memory: Mapping[str, Memory], timed: Sequence[Mapping[str, Timed]]) -> dict[str, Any]:
+def ratios(model: str, base: str, memory: Mapping[str, Memory], timed: Sequence[Mapping[str, Timed]]) -> Ratios:
     """A model's figures over another's: of each round by itself, so that what slows both down does not show."""
     first = [one[model].first_token / one[base].first_token for one in timed]
     return {
@@ -88,13 +133,5 @@ def ratios(model: str, base: str, memory: Mapping[str, Memory], timed: Sequence[
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> Spread:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def _values(timed: Timed, cfg: BenchmarkConfig) -> dict[str, float]:
-    return {
-        "prefill": cfg.batch_size * cfg.prompt_tokens / timed.first_token,
-        "decode": cfg.batch_size * (cfg.new_tokens - 1) / timed.others,
-        "time_to_first_token": timed.first_token,
-    }

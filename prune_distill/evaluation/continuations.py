@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import yaml  # type: ignore[import-untyped]
 
@@ -28,6 +28,14 @@ METRICS = ("acc", "acc_norm", "acc_mutual_info")
 _WORD = re.compile(r"\S+")
 
 
+class Question(TypedDict):
+    """A multiple-choice question; `answer` is the index of the right choice."""
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
 def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: Path) -> None:
     """Writes the task's questions and its definition into a folder; the definition last.
 
@@ -40,8 +48,8 @@ def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: 
     write_text(folder / f"{OWN_TASK}.yaml", yaml.safe_dump(_definition(), sort_keys=False))
 
 
-def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> list[dict[str, Any]]:
-    """Questions `{context, choices, answer}`, as many as asked for, or one a place where there are fewer."""
+def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> list[Question]:
+    """Questions, as many as asked for, or one a place where there are fewer."""
     draw = random.Random(seed)
     places = {number: found for number, text in enumerate(documents) if (found := _places(text, cfg))}
     if len(places) < CHOICES:
@@ -53,7 +61,7 @@ def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> l
     numbers = list(places)
     draw.shuffle(numbers)
     left = {number: draw.sample(found, len(found)) for number, found in places.items()}
-    questions: list[dict[str, Any]] = []
+    questions: list[Question] = []
     # Round robin over documents, so that long ones do not have all questions.
     while len(questions) < cfg.questions and any(left.values()):
         for number in numbers:
@@ -68,7 +76,7 @@ def _question(
     place: tuple[int, int, int],
     places: dict[int, list[tuple[int, int, int]]],
     draw: random.Random,
-) -> dict[str, Any]:
+) -> Question:
     start, middle, end = place
     right = documents[number][middle:end]
     wrong: list[str] = []
@@ -104,7 +112,7 @@ def _places(text: str, cfg: Continuations) -> list[tuple[int, int, int]]:
     return found
 
 
-def _definition() -> dict[str, Any]:
+def _definition() -> dict[str, object]:
     # Paths are relative to the working directory: `cd FOLDER && lm_eval run --include_path . --tasks ...`.
     return {
         "task": OWN_TASK,

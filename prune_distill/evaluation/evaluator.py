@@ -17,6 +17,7 @@ from prune_distill.evaluation.continuations import write_task
 from prune_distill.evaluation.generation import Prompts, continuations, table
 from prune_distill.evaluation.harness import Harness, versions
 from prune_distill.evaluation.heldout import Logits, comparable, held_out
+from prune_distill.evaluation.results import ModelEntry, SampleTexts, TaskScores
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
 from prune_distill.pipeline.names import MEASURED
@@ -48,7 +49,7 @@ class Evaluator:
         self.harness = Harness(cfg.evaluate, self.own, OWN_TASK, folder)
         self.store = Store(out / MEASURED, versions(self.harness.tasks))
 
-    def measure(self, name: str, folder: Path | Callable[[], Path], samples: bool = True) -> dict[str, Any]:
+    def measure(self, name: str, folder: Path | Callable[[], Path], samples: bool = True) -> ModelEntry:
         """What reports know of a model: sizes, held-out loss, agreement with the teacher, tasks.
 
         Args:
@@ -73,10 +74,12 @@ class Evaluator:
                     self._once(name, _part(task), lambda task=task: self._task(name, task, model.get()))  # type: ignore[misc]
             if samples and self.cfg.evaluate.samples:
                 self._once(name, SAMPLES, lambda: self._samples(model.get()))
-        known = ranks.broadcast(self.recall(name))
-        return {**known, **({"tasks_failed": failed} if failed else {})}
+        entry: ModelEntry = ranks.broadcast(self.recall(name))
+        if failed:
+            entry["tasks_failed"] = failed
+        return entry
 
-    def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, Any]:
+    def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, TaskScores]:
         """A model's entries of one task alone, which is asked once.
 
         Raises:
@@ -86,20 +89,22 @@ class Evaluator:
         if fault is not None:
             raise InputError(f"task {task}: {fault}")
         self._once(name, _part(task), lambda: self._task(name, task, self._load(folder)))
-        found: dict[str, Any] = ranks.broadcast(self.store.get(name, _part(task)))
+        found: dict[str, TaskScores] = ranks.broadcast(self.store.get(name, _part(task)))
         return found
 
-    def recall(self, name: str) -> dict[str, Any] | None:
+    def recall(self, name: str) -> ModelEntry | None:
         """What is known of a model already; None: nothing."""
-        held_out = self.store.get(name, HELD_OUT)
-        if held_out is None:
+        entry: ModelEntry | None = self.store.get(name, HELD_OUT)
+        if entry is None:
             return None
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskScores] = {}
         for task in self.harness.tasks:
             tasks |= self.store.get(name, _part(task)) or {}
-        return {**held_out, **({"tasks": tasks} if tasks else {})}
+        if tasks:
+            entry["tasks"] = tasks
+        return entry
 
-    def samples(self, models: Sequence[str]) -> list[dict[str, Any]]:
+    def samples(self, models: Sequence[str]) -> list[SampleTexts]:
         """The content of `samples.json`, of models that were measured."""
         texts = {name: self.store.get(name, SAMPLES) for name in models}
         return table(self.tokenizer, self._prompts, {name: own for name, own in texts.items() if own is not None})
@@ -138,7 +143,7 @@ class Evaluator:
             if rank() == 0:
                 self.store.put(name, part, result)
 
-    def _held_out(self, name: str, model: Any) -> dict[str, Any]:
+    def _held_out(self, name: str, model: Any) -> ModelEntry:
         teacher = None if name == TEACHER else self._teacher_logits
         if teacher is not None and not comparable(model, teacher.model):
             log.warning("%s has another vocabulary than the teacher; they are not compared", name)
@@ -162,7 +167,7 @@ class Evaluator:
             write_task(documents, cfg, self.cfg.seed, self.own)
         ranks.wait()
 
-    def _task(self, name: str, task: str, model: Any) -> dict[str, Any] | None:
+    def _task(self, name: str, task: str, model: Any) -> dict[str, TaskScores] | None:
         result = self.harness.measure(task, model, self.tokenizer)
         for entry, metrics in (result or {}).items():
             log.info("%s: %s %s", name, entry, _words(metrics))
@@ -189,6 +194,6 @@ def _part(task: str) -> str:
     return f"task.{task}"
 
 
-def _words(metrics: dict[str, Any]) -> str:
-    told = [f"{name} {metric['value']:.4f}" for name, metric in metrics.items() if name != "samples"]
-    return f"{', '.join(told)} ({metrics['samples']} questions)"
+def _words(scores: TaskScores) -> str:
+    told = [f"{name} {metric['value']:.4f}" for name, metric in scores.items() if not isinstance(metric, int)]
+    return f"{', '.join(told)} ({scores['samples']} questions)"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from prune_distill.data.folder import DataFolder
+from prune_distill.evaluation.results import SampleTexts
 from prune_distill.schema import EvaluateConfig
 
 
@@ -50,7 +51,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Prompts, new_tokens: int)
     return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in made]
 
 
-def table(tokenizer: Any, prompts: Prompts, texts: dict[str, list[str]]) -> list[dict[str, Any]]:
+def table(tokenizer: Any, prompts: Prompts, texts: dict[str, list[str]]) -> list[SampleTexts]:
     """The content of `samples.json`; `texts`: of each model, one a prompt."""
     return [
         {

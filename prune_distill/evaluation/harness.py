@@ -13,13 +13,27 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from prune_distill.evaluation.results import Metric, TaskScores
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import EvaluateConfig
 
 log = logging.getLogger("recipes.evaluate")
+
+# What is read of the harness's results (lm_eval/result_schema.py). Of `results` and `groups` the keys are tasks, then
+# `metric,filter`.
+Results = TypedDict(
+    "Results",
+    {
+        "results": dict[str, dict[str, object]],
+        "groups": dict[str, dict[str, object]],
+        "group_subtasks": dict[str, list[str]],
+        "n-samples": dict[str, dict[str, int]],
+    },
+    total=False,
+)
 
 
 class Harness:
@@ -56,7 +70,7 @@ class Harness:
                 log.error("task %s is left out: %s", task, found[0])
         return self._faults[task]
 
-    def measure(self, task: str, model: Any, tokenizer: Any) -> dict[str, Any] | None:
+    def measure(self, task: str, model: Any, tokenizer: Any) -> dict[str, TaskScores] | None:
         """A model's scores on a task, on the first rank.
 
         Returns:
@@ -96,16 +110,16 @@ class Harness:
         return f"{unsafe[0]} runs code that the model writes, which is not done here" if unsafe else None
 
 
-def scores(results: dict[str, Any], task: str) -> dict[str, Any]:
+def scores(results: Results, task: str) -> dict[str, TaskScores]:
     """The entries of a task in the harness's results: its own, a group's, or those of all that go by a tag."""
     whole = {**results["results"], **results.get("groups", {})}
     names = [task] if task in whole else sorted(results["results"])
     return {name: {**_metrics(whole[name]), "samples": _samples(results, name)} for name in names}
 
 
-def _metrics(entry: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+def _metrics(entry: dict[str, object]) -> dict[str, Metric]:
     """Keys are `metric,filter`: a task may read an answer in several ways."""
-    found = {}
+    found: dict[str, Metric] = {}
     for key, value in entry.items():
         metric, _, way = key.partition(",")
         if not way or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -116,7 +130,7 @@ def _metrics(entry: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _samples(results: dict[str, Any], name: str) -> int:
+def _samples(results: Results, name: str) -> int:
     """The questions that were asked, of a group all of its tasks'."""
     children = results.get("group_subtasks", {}).get(name)
     if children:

@@ -10,6 +10,7 @@ import torch
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.errors import InputError
+from prune_distill.evaluation.results import HeldOut
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import EvaluateConfig
@@ -48,16 +49,13 @@ class Logits:
         return logits
 
 
-def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> dict[str, Any]:
+def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
     """A model's held-out loss; `teacher`: what it is compared with.
 
     The loss is the mean over all tokens of the validation documents laid end to end and cut into sequences of
     `cfg.seq_length`, end-of-document tokens included. Ranks share the sequences.
 
-    Returns:
-        `val_loss` in nats per token, `perplexity`, `bits_per_byte` of the documents' UTF-8 text, `tokens`; `per_source`
-        where documents are of several sources or clusters; with a teacher, `agreement`: the share of tokens of which
-        both hold the same one for most probable, and KL(teacher || model) in nats per token.
+    `bits_per_byte` is of the documents' UTF-8 text.
 
     Raises:
         InputError: fewer held-out tokens than a sequence takes.
@@ -117,11 +115,11 @@ def _kinds(data: DataFolder, sequences: torch.Tensor) -> tuple[list[str], torch.
     return names, torch.from_numpy(numbers[1 : count * length + 1].astype("int64")).view(count, length)
 
 
-def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: bool) -> dict[str, Any]:
+def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: bool) -> HeldOut:
     total = sums.sum(0)
     tokens = int(total[1])
     loss = (total[0] / total[1]).item()
-    result: dict[str, Any] = {
+    result: HeldOut = {
         "val_loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": loss / math.log(2) * data.validation_tokens / data.validation_bytes,

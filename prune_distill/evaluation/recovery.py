@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from prune_distill.evaluation.evaluator import Evaluator
+from prune_distill.evaluation.results import ModelEntry, RecoveryPoint
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import MEASURED, RECOVERY, checkpoint_name, find_checkpoints
@@ -62,16 +62,16 @@ def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     write_json(out / RECOVERY, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))
 
 
-def curve(measured: dict[int, dict[str, Any] | None], distill: DistillConfig) -> list[dict[str, Any]]:
+def curve(measured: dict[int, ModelEntry | None], distill: DistillConfig) -> list[RecoveryPoint]:
     """The content of `recovery.json` from measurements by step (None: not measured)."""
     phases = training_phases(distill)
-    return [
-        {
-            "model": "student",
-            "step": step,
-            "tokens": tokens_before(phases, step),
-            **{key: entry[key] for key in ("val_loss", "agreement", "tasks") if key in entry},
-        }
-        for step, entry in sorted(measured.items())
-        if entry is not None
-    ]
+    points = []
+    for step, entry in sorted(measured.items()):
+        if entry is None:
+            continue
+        point: RecoveryPoint = {"model": "student", "step": step, "tokens": tokens_before(phases, step)}
+        for key in ("val_loss", "agreement", "tasks"):
+            if key in entry:
+                point[key] = entry[key]
+        points.append(point)
+    return points

@@ -20,7 +20,7 @@ class Store:
         folder: under which they are; that stage's identity decides them, and `key` what it does not cover.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, key: dict[str, str]) -> None:
         self.folder = folder
         self.key = key
 

@@ -16,22 +16,22 @@ word. A normalized config has every such setting once, under the name that trans
 from __future__ import annotations
 
 import json
-import math
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prune_distill.errors import InputError
-from prune_distill.schema import Family
+from prune_distill.model.hf_fields import content_faults, older_names, show
+from prune_distill.schema.families import Family, Traits
 
+# The content of a `config.json`: an open set of keys, of which `read_config` checks and completes those that count.
 HfConfig = dict[str, Any]
 
 # The largest config.json read; real ones have a few KB.
 MAX_BYTES = 4 << 20
-# Longest excerpt of a value in a message.
-_SHOWN = 60
+# The most experts of all layers together; more is a mistake.
+_ALL_EXPERTS = 1 << 18
 
 
 def read_config(path: Path) -> HfConfig:
@@ -57,7 +57,7 @@ def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
         content = parse(path)
     except InputError as error:
         return None, [str(error)]
-    if faults := [f"{path}: {fault}" for fault in _content_faults(content)]:
+    if faults := [f"{path}: {fault}" for fault in content_faults(content)]:
         return None, faults
     try:
         config = normalize(content)
@@ -100,169 +100,14 @@ def parse(path: Path) -> HfConfig:
         reason = str(error).partition("; use sys.set_int_max_str_digits")[0]  # advice for programmers
         raise InputError(f"{path}: not JSON in UTF-8 ({reason}); fetch the file again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds {_shown(content)} instead of an object; fetch the file again")
+        raise InputError(f"{path}: holds {show(content)} instead of an object; fetch the file again")
     return content
-
-
-# Types and ranges.
-
-
-@dataclass(frozen=True)
-class _Field:
-    """What a key may hold.
-
-    Attributes:
-        kind: the exact JSON type; float takes whole numbers as well.
-        least, most: the range of a number, both ends included.
-        null: whether null is allowed.
-    """
-
-    kind: type
-    least: float = -math.inf
-    most: float = math.inf
-    null: bool = False
-
-    def fault(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing is."""
-        if value is None and self.null:
-            return None
-        kinds = (int, float) if self.kind is float else (self.kind,)
-        if type(value) not in kinds:  # bool is an int to isinstance
-            return f"must be {_WORDS[self.kind]}{' or null' if self.null else ''}"
-        if self.kind in (int, float) and not self.least <= value <= self.most:  # NaN is in no range
-            least = "above 0" if self.least == _SMALLEST else f"at least {self.least}"
-            return f"must be {least} and at most {self.most}"
-        return None
-
-
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
-# Three times the largest of any published model, at least. What is above is a mistake, and planning would loop or
-# allocate for it.
-_LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
-_ALL_EXPERTS = 1 << 18  # of all layers together
-_SMALLEST = 1e-30  # for what has to be above 0
-
-# Keys that every model needs.
-_REQUIRED = {
-    "num_hidden_layers": _Field(int, 1, _LAYERS),
-    "hidden_size": _Field(int, 1, _WIDTH),
-    "intermediate_size": _Field(int, 1, _WIDTH * 8),
-    "num_attention_heads": _Field(int, 1, _HEADS),
-    "vocab_size": _Field(int, 1, _IDS),
-    "max_position_embeddings": _Field(int, 1, 2**31 - 1),
-}
-_REQUIRED_OF_MIXTURES = {
-    "num_experts": _Field(int, 1, _EXPERTS),
-    "num_experts_per_tok": _Field(int, 1, _EXPERTS),
-    "moe_intermediate_size": _Field(int, 1, _WIDTH),
-}
-# Keys that are read where they are there.
-_OPTIONAL = {
-    "num_key_value_heads": _Field(int, 1, _HEADS, null=True),
-    "head_dim": _Field(int, 2, _WIDTH, null=True),
-    "tie_word_embeddings": _Field(bool),
-    "rms_norm_eps": _Field(float, 0, 1),
-    "norm_eps": _Field(float, 0, 1),
-    "initializer_range": _Field(float, 0, 1),
-    "rope_theta": _Field(float, _SMALLEST, 1e30),
-    "rope_scaling": _Field(dict, null=True),
-    "rope_parameters": _Field(dict, null=True),
-    "partial_rotary_factor": _Field(float, _SMALLEST, 1, null=True),
-    "original_max_position_embeddings": _Field(int, 1, 2**31 - 1, null=True),
-    "torch_dtype": _Field(str, null=True),
-    "dtype": _Field(str, null=True),
-    "hidden_act": _Field(str, null=True),
-    "attention_bias": _Field(bool, null=True),
-    "mlp_bias": _Field(bool, null=True),
-    "attention_dropout": _Field(float, 0, 1, null=True),
-    "use_sliding_window": _Field(bool, null=True),
-    "sliding_window": _Field(int, 0, 2**31 - 1, null=True),
-    "max_window_layers": _Field(int, 0, _LAYERS, null=True),
-    "layer_types": _Field(list, null=True),
-    "decoder_sparse_step": _Field(int, 0, _LAYERS, null=True),
-    "mlp_only_layers": _Field(list, null=True),
-    "norm_topk_prob": _Field(bool),
-    "pad_token_id": _Field(int, -_IDS, _IDS, null=True),
-}
-# Where a family's class in transformers cannot do with what others can.
-_BY_FAMILY = {
-    "qwen3": {"head_dim": _Field(int, 2, _WIDTH)},
-    "mistral": {"sliding_window": _Field(int, 1, 2**31 - 1, null=True)},
-    "nemotron": {"partial_rotary_factor": _Field(float, _SMALLEST, 1)},
-    "qwen3_moe": _REQUIRED_OF_MIXTURES,
-}
-# What is in the rope's description besides its kind.
-_ROPE_FIELDS = {
-    "rope_theta": _OPTIONAL["rope_theta"],
-    "partial_rotary_factor": _OPTIONAL["partial_rotary_factor"],
-    "rope_type": _Field(str),
-    "type": _Field(str),
-    "factor": _Field(float, _SMALLEST, 1e9),
-    "low_freq_factor": _Field(float, _SMALLEST, 1e9),
-    "high_freq_factor": _Field(float, _SMALLEST, 1e9),
-    "original_max_position_embeddings": _Field(int, 1, 2**31 - 1),
-}
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
-def _content_faults(content: HfConfig) -> Iterator[str]:
-    """Wrong families, missing keys, wrong types and values out of range."""
-    if "auto_map" in content:
-        yield (
-            "auto_map: asks for code of its own, which is never run here; use a model whose class is part of"
-            " transformers, or remove auto_map if the model needs none of that code"
-        )
-    found = content.get("model_type")
-    if found not in [family.value for family in Family]:
-        known = ", ".join(family.value for family in Family)
-        yield f"model_type={_shown(found)}: not a supported family; use a model of one of {known}"
-        return
-    fields = {**_OPTIONAL, **_REQUIRED, **_BY_FAMILY.get(found, {})}
-    required = [*_REQUIRED, *(_REQUIRED_OF_MIXTURES if found == Family.qwen3_moe.value else ())]
-    older = _older_names(found)
-    read = {older.get(key, key) for key in content}
-    yield from (f"{key}: missing; fetch the file again" for key in required if key not in read)
-    fields |= {name: fields[older_name] for name, older_name in older.items()}
-    for key, value in content.items():
-        if key in fields and (wrong := fields[key].fault(value)):
-            yield f"{key}={_shown(value)}: {wrong}; correct it, or fetch the file again"
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = content.get(key)
-        for name, value in rope.items() if isinstance(rope, dict) else ():
-            if name in _ROPE_FIELDS and (wrong := _ROPE_FIELDS[name].fault(value)):
-                yield f"{key}.{name}={_shown(value)}: {wrong}; correct it, or fetch the file again"
-            elif isinstance(value, dict):
-                yield f"{key}.{name}: ropes of their own for some layers are not supported; use another model"
-    for key in ("torch_dtype", "dtype"):
-        if isinstance(content.get(key), str) and content[key] not in _DTYPES:
-            yield f"{key}={_shown(content[key])}: must be one of {', '.join(_DTYPES)}; save the model in one of them"
 
 
 # One name for each setting.
 
 
-def _older_names(model_type: str) -> dict[str, str]:
-    """transformers 4's names of whole settings, by those of transformers 5."""
-    experts = {"num_local_experts": "num_experts"} if model_type == Family.qwen3_moe.value else {}
-    return {"dtype": "torch_dtype", **experts}
-
-
-# What transformers assumes for a missing key, by `model_type` (transformers/models/*/configuration_*.py).
-_DEFAULTS: dict[str, HfConfig] = {
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "rms_norm_eps": 1e-6},
-    "qwen2": {"num_key_value_heads": 32, "rms_norm_eps": 1e-6},
-    "llama": {"rms_norm_eps": 1e-6},
-    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
-    "nemotron": {"norm_eps": 1e-5, "initializer_range": 0.0134, "partial_rotary_factor": 0.5},
-    "qwen3_moe": {"num_key_value_heads": 4, "rms_norm_eps": 1e-6, "norm_topk_prob": False},
-}
+# What transformers assumes for keys that a file leaves out, further to the defaults of a family.
 _COMMON_DEFAULTS: HfConfig = {"initializer_range": 0.02, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 
@@ -276,12 +121,13 @@ def normalize(content: HfConfig) -> HfConfig:
     Raises:
         ValueError: two names of one setting hold different values, or the size of a head cannot be worked out.
     """
-    names = _older_names(content["model_type"])
+    traits = traits_of(content)
+    names = older_names(traits)
     config = {key: value for key, value in content.items() if key not in (*names, "rope_parameters")}
     for newer, older in names.items():
         if (value := _agreed(content, (older, newer))) is not None:
             config[older] = value
-    defaults = _COMMON_DEFAULTS | _DEFAULTS[content["model_type"]]
+    defaults = _COMMON_DEFAULTS | dict(traits.defaults)
     config |= _normalized_rope(content, defaults)
     config = config | defaults | config  # in the file's order
     # Null is the quotient, or one group a head, in every family.
@@ -302,11 +148,11 @@ def _normalized_rope(content: HfConfig, defaults: HfConfig) -> HfConfig:
     for key, rope in (("rope_scaling", older), ("rope_parameters", newer)):
         _agreed({f"{key}.{name}": rope.get(name) for name in ("rope_type", "type")})
         if "rope_type" not in rope and "type" not in rope and rope.keys() & _SCALING_KEYS:
-            raise _ContradictionError(f"{key}={_shown(rope)}: names no rope_type; add it, or set {key} to null")
+            raise _ContradictionError(f"{key}={show(rope)}: names no rope_type; add it, or set {key} to null")
     ropes = {key: _scaling(content[key] or {}) for key in ("rope_scaling", "rope_parameters") if key in content}
     if len(ropes) == 2 and ropes["rope_scaling"] != ropes["rope_parameters"]:
         raise _ContradictionError(
-            f"rope_scaling={_shown(content['rope_scaling'])} and rope_parameters={_shown(content['rope_parameters'])}"
+            f"rope_scaling={show(content['rope_scaling'])} and rope_parameters={show(content['rope_parameters'])}"
             " disagree, and each is read by one version of transformers; keep the one that the model was trained with"
         )
     rope = next((found for found in ropes.values() if found is not None), None)
@@ -345,7 +191,7 @@ def _agreed(content: HfConfig, keys: tuple[str, ...] | None = None) -> Any:
     found = {key: content[key] for key in keys or content if content.get(key) is not None}
     values = list(found.values())
     if any(value != values[0] for value in values):
-        said = " and ".join(f"{key}={_shown(value)}" for key, value in found.items())
+        said = " and ".join(f"{key}={show(value)}" for key, value in found.items())
         raise _ContradictionError(
             f"{said} disagree, and each is read by one version of transformers; keep the one that the model was trained"
             " with"
@@ -378,7 +224,7 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
     types = config.get("layer_types")
     if types is not None and len(types) != config["num_hidden_layers"]:
         yield f"layer_types: {len(types)} entries for num_hidden_layers={config['num_hidden_layers']}; correct either"
-    if config["model_type"] != Family.qwen3_moe.value:
+    if not traits_of(config).experts:
         return
     experts, chosen, layers = (config[key] for key in ("num_experts", "num_experts_per_tok", "num_hidden_layers"))
     if chosen > experts:
@@ -392,22 +238,24 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
 
 def unsupported(config: HfConfig) -> list[str]:
     """What a normalized config asks for and NeMo's class of its family does not have, one fault a setting."""
-    family = config["model_type"]
-    refused = dict(_REFUSED)
-    if family == Family.nemotron.value:
-        refused["hidden_act"] = (("relu2", None), "NeMo's class of this family has the squared ReLU")
-        del refused["partial_rotary_factor"]  # NeMo's class has one
+    traits = traits_of(config)
+    refused = {
+        **_REFUSED,
+        "hidden_act": ((traits.activation, None), f"NeMo's class of this family has {traits.activation}"),
+    }
+    if traits.partial_rope:
+        del refused["partial_rotary_factor"]
     faults = [
-        f"{key}={_shown(config[key])}: {reason}; use another model"
+        f"{key}={show(config[key])}: {reason}; use another model"
         for key, (harmless, reason) in refused.items()
         if key in config and config[key] not in harmless
     ]
     if config.get("quantization_config"):
         faults.append("quantization_config: the weights are quantized; use the model in bf16")
-    full = "sliding_attention" if config.get("sliding_window") and family == Family.mistral.value else "full_attention"
+    full = "sliding_attention" if config.get("sliding_window") and traits.window else "full_attention"
     if any(kind != full for kind in config.get("layer_types") or ()):
         faults.append(f"layer_types: only layers of the type {full} are supported; use another model")
-    if family == Family.qwen3_moe.value and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
+    if traits.experts and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
         # Its router would get no gradient: megatron/core/transformer/transformer_config.py:1336.
         faults.append(
             "num_experts_per_tok=1: with norm_topk_prob=true its weight is always 1, which Megatron-Core refuses; use a"
@@ -421,7 +269,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
     "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
     "use_sliding_window": ((False, None), "only some of the layers would have windows"),
-    "hidden_act": (("silu", None), "NeMo's class of this family has SiLU"),
     "partial_rotary_factor": ((1, None), "NeMo's class of this family rotates whole heads"),
     "decoder_sparse_step": ((1, None), "some layers would have no experts"),
     "mlp_only_layers": (([], None), "some layers would have no experts"),
@@ -430,23 +277,11 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Those that a kind of rope scaling needs.
 _ROPES: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _SCALING_KEYS}
-# Kinds besides the default one that NeMo and the family's reference both apply, and apply alike. The reference is
-# transformers/models/FAMILY/modeling_FAMILY.py, class FamilyRotaryEmbedding, line numbers of 4.57.6:
-# - llama :78, qwen2 :278, qwen3 :304, mistral :275, qwen3_moe :373 take the kind from `config.rope_scaling` and look it
-#   up in modeling_rope_utils.py, ROPE_INIT_FUNCTIONS; so do they in 5.24 from `config.rope_parameters`;
-# - nemotron :102 says `self.rope_type = "default"`, whatever the config says, and 5.24 (:92) applies what it says: the
-#   same file is two models;
-# - NeMo passes `seq_len_interpolation_factor` on in every family (nemo/collections/llm/gpt/model/base.py), and
-#   Megatron-Core divides positions by it (megatron/core/models/common/embeddings/rotary_pos_embedding.py): kind linear;
-#   the kind llama3 is only in NeMo's Llama31Config (nemo/collections/llm/gpt/model/llama.py).
-ROPE_KINDS: dict[str, tuple[str, ...]] = {
-    "llama": ("linear", "llama3"),
-    "qwen2": ("linear",),
-    "qwen3": ("linear",),
-    "mistral": ("linear",),
-    "qwen3_moe": ("linear",),
-    "nemotron": (),
-}
+
+
+def traits_of(config: Mapping[str, Any]) -> Traits:
+    """What sets the family of a config apart from the others."""
+    return Family(config["model_type"]).traits
 
 
 def rope_kind(config: HfConfig) -> str:
@@ -455,17 +290,17 @@ def rope_kind(config: HfConfig) -> str:
 
 
 def _rope_faults(config: HfConfig) -> list[str]:
-    kind, family = rope_kind(config), config["model_type"]
+    kind, supported = rope_kind(config), traits_of(config).rope_kinds
     if kind == "default":
         return []
-    if kind not in ROPE_KINDS[family]:
-        allowed = ", ".join(("default", *ROPE_KINDS[family]))
+    if kind not in supported:
+        allowed = ", ".join(("default", *supported))
         why = (
-            "transformers 4 ignores it in this family and transformers 5 does not"
-            if family == Family.nemotron.value
-            else "NeMo's class of this family cannot represent it"
+            "NeMo's class of this family cannot represent it"
+            if supported
+            else "transformers 4 ignores it in this family and transformers 5 does not"
         )
-        return [f"rope_scaling.rope_type={_shown(kind)}: {why}; use a model whose rope is one of {allowed}"]
+        return [f"rope_scaling.rope_type={show(kind)}: {why}; use a model whose rope is one of {allowed}"]
     rope = config["rope_scaling"]
     faults = [
         f"rope_scaling.{key}: missing, and rope_type={kind} needs it; add it" for key in _ROPES[kind] if key not in rope
@@ -476,12 +311,3 @@ def _rope_faults(config: HfConfig) -> list[str]:
             f" high_freq_factor={rope['high_freq_factor']:g}; correct either"
         )
     return faults
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON has it, cut to a length that fits a message."""
-    try:
-        text = json.dumps(value)
-    except RecursionError:  # read from a shallower stack
-        text = str(type(value).__name__)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

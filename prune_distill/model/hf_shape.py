@@ -5,7 +5,7 @@ from __future__ import annotations
 import os.path
 from pathlib import Path
 
-from prune_distill.model.hf_config import HfConfig, examine
+from prune_distill.model.hf_config import HfConfig, examine, traits_of
 from prune_distill.schema import Family, ModelConfig, Shape
 
 # Hugging Face's name of each size, by Megatron's.
@@ -68,7 +68,7 @@ def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[st
 
 def shape_from(config: HfConfig) -> Shape:
     """The shape that a normalized `config.json` describes."""
-    terms = _TERMS | (_MOE_TERMS if config["model_type"] == Family.qwen3_moe.value else {})
+    terms = _TERMS | (_MOE_TERMS if traits_of(config).experts else {})
     return Shape(**{ours: config[theirs] for ours, theirs in terms.items()})
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prune_distill.errors import InputError
+from prune_distill.model.hf_config import HfConfig, traits_of
+from prune_distill.schema.families import Traits
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -69,7 +71,7 @@ class Described(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def faults(folder: Path, config: dict[str, Any], *, allow_pickle: bool = False) -> list[str]:
+def faults(folder: Path, config: HfConfig, *, allow_pickle: bool = False) -> list[str]:
     """What is wrong with a folder's weights, as far as the headers of its files tell.
 
     Args:
@@ -242,7 +244,7 @@ def _refuse_gaps(path: Path, entries: Mapping[str, Entry], start: int, size: int
         raise InputError(f"{path.name} holds {size - start} bytes more than its header describes; fetch it again")
 
 
-def tensor_faults(tensors: Mapping[str, Described], config: dict[str, Any]) -> list[str]:
+def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[str]:
     """How tensors differ from those that a `config.json` describes: one sentence for each kind of difference."""
     count = tensor_count(config)
     if count > MAX_TENSORS:
@@ -285,7 +287,7 @@ def _quantized(tensors: Mapping[str, Described]) -> str:
     return ", ".join([*signs, *([_some(scales)] if scales else [])])
 
 
-def _may_be_extra(name: str, config: dict[str, Any]) -> bool:
+def _may_be_extra(name: str, config: HfConfig) -> bool:
     """A tied model may have its output layer saved as well; older Llamas save what the config determines."""
     tied_output = name == "lm_head.weight" and bool(config.get("tie_word_embeddings", False))
     return tied_output or name.endswith("rotary_emb.inv_freq")
@@ -302,44 +304,47 @@ _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_NORMS, *(f"{name}.weight" for name in _QKV), "self_attn.o_proj.weight")
 _QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-_GATED_MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-_LAYERS: dict[str, tuple[str, ...]] = {
-    "qwen3": (*_ATTENTION, *_QK_NORM, *_GATED_MLP),
-    "qwen2": (*_ATTENTION, *(f"{name}.bias" for name in _QKV), *_GATED_MLP),
-    "llama": (*_ATTENTION, *_GATED_MLP),
-    "mistral": (*_ATTENTION, *_GATED_MLP),
-    "nemotron": (
-        *_ATTENTION,
-        *(name.replace("weight", "bias") for name in _NORMS),
-        *("mlp.up_proj.weight", "mlp.down_proj.weight"),
-    ),
-    "qwen3_moe": (*_ATTENTION, *_QK_NORM, "mlp.gate.weight"),
-}
+_MLP = ("mlp.up_proj.weight", "mlp.down_proj.weight")
 _EXPERT = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+def _layer(traits: Traits) -> tuple[str, ...]:
+    """The names of a layer's tensors, experts apart."""
+    parts = (
+        (True, _ATTENTION),
+        (traits.qk_norm, _QK_NORM),
+        (traits.qkv_bias, tuple(f"{name}.bias" for name in _QKV)),
+        (traits.norm_bias, tuple(name.replace("weight", "bias") for name in _NORMS)),
+        (traits.experts, ("mlp.gate.weight",)),
+        (not traits.experts and traits.gated_mlp, ("mlp.gate_proj.weight",)),
+        (not traits.experts, _MLP),
+    )
+    return tuple(name for present, names in parts if present for name in names)
 
 
 def _outside(config: Mapping[str, Any]) -> list[str]:
     """The names of the tensors that belong to no layer."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
-    names += ["model.norm.bias"] if config["model_type"] == "nemotron" else []
+    names += ["model.norm.bias"] if traits_of(config).norm_bias else []
     return names if config.get("tie_word_embeddings", False) else [*names, "lm_head.weight"]
 
 
 def _experts(config: Mapping[str, Any]) -> int:
-    return int(config["num_experts"]) if config["model_type"] == "qwen3_moe" else 0
+    return int(config["num_experts"]) if traits_of(config).experts else 0
 
 
 def tensor_count(config: Mapping[str, Any]) -> int:
     """How many tensors a model with this `config.json` has."""
-    in_layer = len(_LAYERS[config["model_type"]]) + _experts(config) * len(_EXPERT)
+    in_layer = len(_layer(traits_of(config))) + _experts(config) * len(_EXPERT)
     return int(config["num_hidden_layers"]) * in_layer + len(_outside(config))
 
 
 def _names(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _outside(config)
+    layer_names = _layer(traits_of(config))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        yield from (prefix + name for name in _LAYERS[config["model_type"]])
+        yield from (prefix + name for name in layer_names)
         yield from (f"{prefix}mlp.experts.{expert}.{name}" for expert in range(_experts(config)) for name in _EXPERT)
 
 

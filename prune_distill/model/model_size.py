@@ -6,7 +6,7 @@ gate; an MLP in each layer, or a router and experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TypedDict
 
 from prune_distill.schema import Family, Shape
 
@@ -14,31 +14,15 @@ from prune_distill.schema import Family, Shape
 EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What families differ in.
+class ModelSizes(TypedDict, total=False):
+    """A model's sizes, as reports name them."""
 
-    Attributes:
-        qk_norm: each head's queries and keys are normed (nemo/collections/llm/gpt/model/qwen3.py:45).
-        qkv_bias: queries, keys and values have biases (qwen2.py:48).
-        gated_mlp: the MLP has a gate beside its up projection; otherwise a plain activation (nemotron.py:48).
-        norm_bias: norms have biases: LayerNorm instead of RMSNorm (nemotron.py:47).
-    """
-
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    gated_mlp: bool = True
-    norm_bias: bool = False
-
-
-TRAITS = {
-    Family.qwen3: Traits(qk_norm=True),
-    Family.qwen2: Traits(qkv_bias=True),
-    Family.llama: Traits(),
-    Family.mistral: Traits(),
-    Family.nemotron: Traits(gated_mlp=False, norm_bias=True),
-    Family.qwen3_moe: Traits(qk_norm=True),
-}
+    params: int
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
 
 
 def parameters(shape: Shape, family: Family) -> int:
@@ -72,7 +56,7 @@ def rank_parameters(
         stage: the rank's stage, from 0.
         expert_parallel: number of expert-parallel ranks; divides the experts.
     """
-    traits, head = TRAITS[family], shape.kv_channels
+    traits, head = family.traits, shape.kv_channels
     vocabulary = shape.vocab_size * shape.hidden_size // tensor_parallel
     norm = shape.hidden_size * (2 if traits.norm_bias else 1)
     norms = 2 * norm + (2 * head if traits.qk_norm else 0)
@@ -115,7 +99,7 @@ def _attention_weights(shape: Shape) -> int:
 
 
 def _mlp_weights(channels: int, shape: Shape, family: Family) -> int:
-    return shape.hidden_size * channels * (3 if TRAITS[family].gated_mlp else 2)
+    return shape.hidden_size * channels * (3 if family.traits.gated_mlp else 2)
 
 
 def product_weights(shape: Shape, family: Family) -> int:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 from prune_distill.model.model_size import parameters
 from prune_distill.schema import Depth, ExportDtype, Family, PruneConfig, RunConfig, Shape, TargetSizes, TeacherSignal
@@ -161,10 +161,9 @@ def fits(space: Space, shape: Shape, latency: Latency | None = None) -> bool:
 def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
     """Whether transformers loads a student of this shape wherever it loads the teacher.
 
-    transformers 5 wants Llama's hidden size to be a multiple of its heads, whatever `head_dim` says
-    (transformers/models/llama/configuration_llama.py, validate_architecture); no other family's class does.
+    transformers 5 wants Llama's hidden size to be a multiple of its heads, unlike those of other families.
     """
-    if family is not Family.llama or teacher.hidden_size % teacher.num_attention_heads:
+    if not family.traits.heads_divide_hidden or teacher.hidden_size % teacher.num_attention_heads:
         return True
     return shape.hidden_size % shape.num_attention_heads == 0
 
@@ -263,7 +262,7 @@ def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
     return shape
 
 
-def round_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
     """What makes the config of a run that of its round `number`, from 1: values by dotted key."""
     own = cfg.prune.rounds[number - 1]
     return {

@@ -14,6 +14,7 @@ from prune_distill.errors import InputError
 from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
+from prune_distill.model.model_size import ModelSizes
 from prune_distill.nemo import backend
 from prune_distill.schema import ExportDtype
 
@@ -85,7 +86,7 @@ def folder_of_both_forms(folder: Path) -> Iterator[Path]:
         yield links
 
 
-def describe(config: Any, params: int) -> dict[str, Any]:
+def describe(config: Any, params: int) -> ModelSizes:
     """A model's sizes, as reports name them, from its transformers config."""
     return {
         "params": params,

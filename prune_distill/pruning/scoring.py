@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.evaluation.results import Metric
 from prune_distill.pipeline.names import ROOM
 from prune_distill.schema import TaskScore
 
@@ -48,4 +49,4 @@ class Scores:
                 f"of {metric} less is better; set prune.tournament.score.metric to one of which more is better, such as"
                 " acc"
             )
-        return dict(scores[metric])
+        return dict(cast(Metric, scores[metric]))

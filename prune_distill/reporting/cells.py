@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from prune_distill.benchmarking.timing import ModelFigures, Ratios
+from prune_distill.evaluation.results import HeldOut, TaskScores
 from prune_distill.reporting import words
-from prune_distill.reporting.blocks import Cell, Figure, Note
+from prune_distill.reporting.blocks import Cell, Figure, Figures, Note
 from prune_distill.reporting.plots import Plot
-from prune_distill.reporting.results import headline
+from prune_distill.reporting.results import Report, headline
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.svg import inline
 from prune_distill.reporting.words import finite
 
 Clean = Callable[[str], str]
-Report = Mapping[str, Any]
 
 
 def number_cell(value: Any, shown: Callable[[Any], str], detail: str = "") -> Cell:
@@ -22,16 +23,14 @@ def number_cell(value: Any, shown: Callable[[Any], str], detail: str = "") -> Ce
     return Cell(words.NOTHING) if found is None else Cell(shown(value), found, detail)
 
 
-def score_cell(scores: Any, teacher_scores: Any) -> Cell:
+def score_cell(scores: TaskScores | None, teacher_scores: TaskScores | None) -> Cell:
     found = headline(scores) if isinstance(scores, dict) else None
     if found is None:
         return Cell(words.NOTHING)
     _, value, error = found
     base = headline(teacher_scores) if isinstance(teacher_scores, dict) else None
-    apart = words.signed(value - base[1], 3) if base is not None else ""
-    return Cell(
-        f"{words.number(value, 3)}" + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart
-    )
+    apart = words.difference(value, base[1]) if base is not None else ""
+    return Cell(words.number(value, 3) + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart)
 
 
 def spread_cell(spread: Any, ratio: Any, shown: Callable[[Any], str]) -> Cell:
@@ -50,32 +49,34 @@ def median(spread: Any) -> float | None:
     return finite(spread.get("median")) if isinstance(spread, dict) else finite(spread)
 
 
-def mean_score(tasks: Report, name: str) -> float | None:
+def mean_score(tasks: Mapping[str, Mapping[str, TaskScores]], name: str) -> float | None:
     found = [headline(task_scores[name]) if name in task_scores else None for task_scores in tasks.values()]
     values = [score[1] for score in found if score is not None]
     return sum(values) / len(values) if values and len(values) == len(found) else None
 
 
-def agreement(model: Report, key: str) -> float | None:
+def agreement(model: HeldOut, key: str) -> float | None:
     agreement = model.get("agreement")
     return finite(agreement.get(key)) if isinstance(agreement, dict) else None
 
 
-def benchmarked(report: Report) -> dict[str, dict[str, Any]]:
+def benchmarked(report: Report) -> dict[str, ModelFigures]:
     models = (report["benchmark"] or {}).get("models")
-    return (
-        {name: model for name, model in models.items() if isinstance(model, dict)} if isinstance(models, dict) else {}
-    )
+    if not isinstance(models, dict):
+        return {}
+    return {name: model for name, model in models.items() if isinstance(model, dict)}
 
 
-def ratios_of(report: Report, name: str) -> dict[str, Any]:
+def ratios_of(report: Report, name: str) -> Ratios:
     ratios = (report["benchmark"] or {}).get("ratios")
     found = ratios.get(name) if isinstance(ratios, dict) else None
     return found if isinstance(found, dict) else {}
 
 
-def figure(plot: Plot, caption: str, clean: Clean) -> Figure:
-    return Figure(inline(plot, caption, clean), caption)
+def draw(plots: Iterable[tuple[Plot | None, str]], clean: Clean) -> list[Figures]:
+    """Plots with their captions, beside each other; nothing where none has anything to show."""
+    drawn = [Figure(inline(plot, caption, clean), caption) for plot, caption in plots if plot is not None]
+    return [Figures(drawn)] if drawn else []
 
 
 def missing(run: RunFolder, stage: str, words_: str) -> Note:

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import Block, Cell, Column, Figures, Note, Page, Section, Table
+from prune_distill.reporting.blocks import Block, Cell, Column, Note, Page, Section, Table
 from prune_distill.reporting.cells import (
     Clean,
     agreement,
     benchmarked,
-    figure,
+    draw,
     mean_score,
     median,
     number_cell,
     ratios_of,
 )
-from prune_distill.reporting.plots import MARKERS, SERIES, Plot, pareto_front
+from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -36,7 +36,7 @@ def named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
     return made
 
 
-def page(runs: Mapping[str, RunFolder], reports: Mapping[str, dict[str, Any]], clean: Clean) -> Page:
+def page(runs: Mapping[str, RunFolder], reports: Mapping[str, Report], clean: Clean) -> Page:
     """The comparison of runs that `named` named."""
     students = {name: report["models"]["student"] for name, report in reports.items() if "student" in report["models"]}
     missing = [f"{name} has no evaluated student ({reports[name]['state']})" for name in runs if name not in students]
@@ -56,7 +56,7 @@ def page(runs: Mapping[str, RunFolder], reports: Mapping[str, dict[str, Any]], c
     )
 
 
-def _lead(students: Mapping[str, Any], reports: Mapping[str, Any]) -> str:
+def _lead(students: Mapping[str, ModelReport], reports: Mapping[str, Report]) -> str:
     losses = {name: finite(student.get("val_loss")) for name, student in students.items()}
     found = {name: loss for name, loss in losses.items() if loss is not None}
     if not found:
@@ -66,7 +66,7 @@ def _lead(students: Mapping[str, Any], reports: Mapping[str, Any]) -> str:
     return f"Of {len(found)} students, that of {best} has the lowest held-out loss: {loss} nats per token."
 
 
-def _table(reports: Mapping[str, dict[str, Any]]) -> Table:
+def _table(reports: Mapping[str, Report]) -> Table:
     columns = [
         Column("Run", text=True),
         Column("Parameters", "student"),
@@ -107,48 +107,25 @@ def _table(reports: Mapping[str, dict[str, Any]]) -> Table:
 
 
 def _plots(
-    runs: Mapping[str, RunFolder], reports: Mapping[str, Any], students: Mapping[str, Any], clean: Clean
+    runs: Mapping[str, RunFolder], reports: Mapping[str, Report], students: Mapping[str, ModelReport], clean: Clean
 ) -> list[Block]:
     curves = {name: run.stages["distill"].lines() for name, run in runs.items() if "distill" in run.stages}
-    sizes = {name: finite(student.get("params")) for name, student in students.items()}
     speeds = {
         name: median(benchmarked(report).get("student", {}).get("decode_tokens_per_second"))
         for name, report in reports.items()
     }
-    shown: list[tuple[Plot | None, str]] = [
+    plots = (
         (figures.overlaid(curves), "Held-out loss of every run's student while it trains."),
         (
-            _pareto(
-                students, {name: size / 1e6 if size else None for name, size in sizes.items()}, "million parameters", 1
-            ),
+            figures.size_trade(students, 1),
             "Quality against size; the line joins the students that no other beats in both.",
         ),
         (
-            _pareto(students, speeds, "tokens/s of generation", -1),
+            figures.trade(students, speeds, "tokens/s of generation", -1),
             "Quality against speed; the line joins the students that no other beats in both.",
         ),
-    ]
-    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
-    return [Figures(drawn)] if drawn else [Note("There is nothing to draw yet.", "missing")]
-
-
-def _pareto(students: Mapping[str, Any], costs: Mapping[str, float | None], x_label: str, sign: int) -> Plot | None:
-    """Loss over a cost (sign 1), or over what is better the more there is (-1)."""
-    rows = [(name, costs.get(name), finite(student.get("val_loss"))) for name, student in students.items()]
-    found = [(name, x, y) for name, x, y in rows if x is not None and y is not None]
-    if len(found) < 2:
-        return None
-    plot = Plot()
-    for index, (name, x, y) in enumerate(found):
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": name}
-        point = plot.axes[0].scatter([x], [y], color=SERIES[index % len(SERIES)], **marks)
-        plot.tell(point, [f"{name}: {x:.4g} {x_label}, loss {y:.4f}"])
-    front = pareto_front([(sign * x, y) for _, x, y in found])
-    plot.axes[0].plot([sign * x for x, _ in front], [y for _, y in front], color=figures.GREY, linewidth=1)
-    plot.axes[0].margins(0.15)
-    plot.label(x_label, figures.LOSS)
-    plot.legend()
-    return plot
+    )
+    return [*draw(plots, clean)] or [Note("There is nothing to draw yet.", "missing")]
 
 
 def _settings(runs: Mapping[str, RunFolder]) -> Block:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from prune_distill.evaluation.results import RecoveryPoint, TaskScores
 from prune_distill.pipeline.names import LOG
-from prune_distill.reporting.plots import COLOURS, GREY, MARKERS, SERIES, Plot
-from prune_distill.reporting.results import LABELS, headline
+from prune_distill.reporting import Json
+from prune_distill.reporting.plots import COLOURS, GREY, MARKERS, SERIES, Plot, pareto_front
+from prune_distill.reporting.results import LABELS, ModelReport, headline
 from prune_distill.reporting.run_folder import StageFolder
 from prune_distill.reporting.words import duration, finite
 
@@ -15,7 +17,7 @@ LOSS = "held-out loss (nats per token)"
 # More points than that no screen shows.
 MOST_POINTS = 400
 
-Lines = Sequence[Mapping[str, Any]]
+Lines = Sequence[Mapping[str, float | None]]
 Points = list[tuple[float, float]]
 
 
@@ -39,26 +41,21 @@ def thinned(points: Points) -> Points:
     return points if stride < 2 else [*points[:-1:stride], points[-1]]
 
 
-def validation(models: Mapping[str, Any], curves: Mapping[str, Lines]) -> Plot | None:
+def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines]) -> Plot | None:
     """Held-out loss of every student as it trains, between the pruned model's and the teacher's."""
-    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
-    found = {name: points for name, points in found.items() if points}
-    if not found:
-        return None
-    plot = Plot()
     pruned = finite(models.get("pruned", {}).get("val_loss"))
-    for name in ("teacher", "corrected_teacher", "pruned"):
-        loss = finite(models.get(name, {}).get("val_loss"))
-        if loss is not None:
-            plot.axes[0].axhline(
-                loss, color=COLOURS[name], linestyle="--" if name != "pruned" else ":", label=label_of(name)
-            )
-    for index, (name, points) in enumerate(found.items()):
-        starts = [(0.0, pruned)] if pruned is not None and name != "scratch" else []
-        _line(plot, [*starts, *points], name, index, "step")
-    plot.label("step", LOSS)
-    plot.legend()
-    return plot
+    levels = {name: models.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
+    found = {}
+    for name, lines in curves.items():
+        if points := points_of(lines, "val_loss"):
+            found[name] = [(0.0, pruned), *points] if pruned is not None and name != "scratch" else points
+    return _curves(found, "step", levels=levels)
+
+
+def overlaid(curves: Mapping[str, Lines]) -> Plot | None:
+    """Validation losses of the students of several runs."""
+    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
+    return _curves({name: points for name, points in found.items() if points}, "step")
 
 
 def training(lines: Lines, name: str) -> Plot | None:
@@ -74,45 +71,53 @@ def training(lines: Lines, name: str) -> Plot | None:
     return plot
 
 
-def recovery_loss(rows: Lines, models: Mapping[str, Any]) -> Plot | None:
+def recovery_loss(rows: Sequence[RecoveryPoint], models: Mapping[str, ModelReport]) -> Plot | None:
     """Held-out loss of the saved checkpoints by tokens."""
     found = _by_model(rows, lambda row: finite(row.get("val_loss")))
-    if not found:
-        return None
-    plot = Plot()
-    teacher = finite(models.get("teacher", {}).get("val_loss"))
-    if teacher is not None:
-        plot.axes[0].axhline(teacher, color=COLOURS["teacher"], linestyle="--", label=label_of("teacher"))
-    for index, (name, points) in enumerate(found.items()):
-        _line(plot, points, name, index, "million tokens")
-    plot.label("million tokens", LOSS)
-    plot.legend()
-    return plot
+    return _curves(found, "million tokens", levels={"teacher": models.get("teacher", {}).get("val_loss")})
 
 
-def recovery_task(rows: Lines, task: str, models: Mapping[str, Any]) -> Plot | None:
+def recovery_task(rows: Sequence[RecoveryPoint], task: str, models: Mapping[str, ModelReport]) -> Plot | None:
     """A task's score of the saved checkpoints by tokens."""
 
-    def score(row: Mapping[str, Any]) -> float | None:
+    def score(row: RecoveryPoint | ModelReport) -> float | None:
         tasks = row.get("tasks")
         found = headline(tasks[task]) if isinstance(tasks, dict) and isinstance(tasks.get(task), dict) else None
         return found[1] if found is not None else None
 
-    found = _by_model(rows, score)
+    levels = {"teacher": score(models.get("teacher", {}))}
+    return _curves(_by_model(rows, score), "million tokens", "score", task, levels)
+
+
+def _curves(
+    found: Mapping[str, Points],
+    x_label: str,
+    y_label: str = LOSS,
+    title: str | None = None,
+    levels: Mapping[str, float | None] | None = None,
+) -> Plot | None:
+    """A line by name, with horizontal lines at the levels that are known."""
     if not found:
         return None
     plot = Plot()
-    teacher = score(models.get("teacher", {}))
-    if teacher is not None:
-        plot.axes[0].axhline(teacher, color=COLOURS["teacher"], linestyle="--", label=label_of("teacher"))
+    for name, value in (levels or {}).items():
+        level = finite(value)
+        if level is not None:
+            style = ":" if name == "pruned" else "--"
+            plot.axes[0].axhline(level, color=COLOURS[name], linestyle=style, label=label_of(name))
     for index, (name, points) in enumerate(found.items()):
-        _line(plot, points, name, index, "million tokens")
-    plot.label("million tokens", "score", task)
+        xs, ys = zip(*points, strict=True)
+        colour = colour_of(name, index)
+        plot.axes[0].plot(xs, ys, color=colour, linewidth=1.5)
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
+        shown = plot.axes[0].scatter(xs, ys, color=colour, **marks)
+        plot.tell(shown, [f"{label_of(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
+    plot.label(x_label, y_label, title)
     plot.legend()
     return plot
 
 
-def _by_model(rows: Lines, value: Any) -> dict[str, Points]:
+def _by_model(rows: Sequence[RecoveryPoint], value: Callable[[RecoveryPoint], float | None]) -> dict[str, Points]:
     found: dict[str, Points] = {}
     for row in rows:
         tokens, y = finite(row.get("tokens")), value(row)
@@ -121,16 +126,7 @@ def _by_model(rows: Lines, value: Any) -> dict[str, Points]:
     return found
 
 
-def _line(plot: Plot, points: Points, name: str, index: int, unit: str) -> None:
-    xs, ys = zip(*points, strict=True)
-    colour = colour_of(name, index)
-    plot.axes[0].plot(xs, ys, color=colour, linewidth=1.5)
-    marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
-    shown = plot.axes[0].scatter(xs, ys, color=colour, **marks)
-    plot.tell(shown, [f"{label_of(name)}, {x:.4g} {unit}: {y:.4f}" for x, y in points])
-
-
-def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
     """Every model's score of every task, with its standard error."""
     rows = [
         (task, name, headline(scores)) for task, task_scores in tasks.items() for name, scores in task_scores.items()
@@ -157,8 +153,14 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     return plot
 
 
-def trade(models: Mapping[str, Any], costs: Mapping[str, float | None], x_label: str) -> Plot | None:
-    """Held-out loss over a cost or a speed, a point a model."""
+def trade(
+    models: Mapping[str, ModelReport], costs: Mapping[str, float | None], x_label: str, front: int = 0
+) -> Plot | None:
+    """Held-out loss over a cost or a speed, a point a model.
+
+    Args:
+        front: 1 joins the models that no other beats in loss and cost; -1 those in loss and speed.
+    """
     rows = [(name, costs.get(name), finite(model.get("val_loss"))) for name, model in models.items()]
     found = [(name, x, y) for name, x, y in rows if x is not None and y is not None]
     if len(found) < 2:
@@ -168,10 +170,20 @@ def trade(models: Mapping[str, Any], costs: Mapping[str, float | None], x_label:
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": label_of(name)}
         point = plot.axes[0].scatter([x], [y], color=colour_of(name, index), **marks)
         plot.tell(point, [f"{label_of(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
+    if front:
+        best = pareto_front([(front * x, y) for _, x, y in found])
+        plot.axes[0].plot([front * x for x, _ in best], [y for _, y in best], color=GREY, linewidth=1)
     plot.axes[0].margins(0.15)
     plot.label(x_label, LOSS)
     plot.legend()
     return plot
+
+
+def size_trade(models: Mapping[str, ModelReport], front: int = 0) -> Plot | None:
+    """Held-out loss over parameters; see `trade`."""
+    sizes = {name: finite(model.get("params")) for name, model in models.items()}
+    millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
+    return trade(models, millions, "million parameters", front)
 
 
 def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
@@ -212,7 +224,7 @@ def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
 
 def _span(stage: StageFolder) -> tuple[float, float] | None:
     """When a stage's last process worked, as far as its folder tells."""
-    start, end = finite(stage.manifest.get("started")), finite(stage.manifest.get("ended"))
+    start, end = stage.manifest.started, stage.manifest.ended
     if start is not None and end is not None:
         return start, end
     if not stage.attempts:
@@ -224,7 +236,7 @@ def _span(stage: StageFolder) -> tuple[float, float] | None:
     return stage.attempts[-1].started, max(end, stage.attempts[-1].started)
 
 
-def candidates(rows: Any, cost: str) -> list[dict[str, Any]]:
+def candidates(rows: Any, cost: str) -> list[Json]:
     """The rows of a candidate table that can be drawn over a cost."""
     numbers = ("num_layers", "loss", cost)
     listed = rows if isinstance(rows, list) else []
@@ -232,21 +244,7 @@ def candidates(rows: Any, cost: str) -> list[dict[str, Any]]:
     return [{**row, "rounds": _ended(row.get("rounds"))} for row in usable]
 
 
-def _ended(rounds: Any) -> list[dict[str, Any]]:
+def _ended(rounds: Any) -> list[Json]:
     """The rounds of a candidate that gave a loss."""
     entries = rounds if isinstance(rounds, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and finite(entry.get("val_loss")) is not None]
-
-
-def overlaid(curves: Mapping[str, Lines]) -> Plot | None:
-    """Validation losses of the students of several runs."""
-    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
-    found = {name: points for name, points in found.items() if points}
-    if not found:
-        return None
-    plot = Plot()
-    for index, (name, points) in enumerate(found.items()):
-        _line(plot, points, name, index, "step")
-    plot.label("step", LOSS)
-    plot.legend()
-    return plot

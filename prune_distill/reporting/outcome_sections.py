@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from prune_distill.evaluation.results import SourceLoss, TaskScores
 from prune_distill.pipeline.names import SAMPLES
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import (
-    Block,
-    Cell,
-    Code,
-    Column,
-    Figures,
-    Note,
-    Sample,
-    Samples,
-    Table,
-)
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Sample, Samples, Table
 from prune_distill.reporting.cells import (
     Clean,
-    Report,
     agreement,
     benchmarked,
-    figure,
+    draw,
     mean_score,
     median,
     missing,
@@ -32,7 +22,7 @@ from prune_distill.reporting.cells import (
     spread_cell,
 )
 from prune_distill.reporting.figures import label_of
-from prune_distill.reporting.results import headline, samples_of
+from prune_distill.reporting.results import ModelReport, Report, headline, samples_of
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -75,12 +65,11 @@ def _overview(report: Report) -> Table:
     rows = []
     for name, model in models.items():
         base = {} if name == "teacher" else teacher
-        loss, teacher_loss = finite(model.get("val_loss")), finite(base.get("val_loss"))
-        apart = words.signed(loss - teacher_loss, 3) if loss is not None and teacher_loss is not None else ""
+        loss = model.get("val_loss")
         row = [
             Cell(label_of(name)),
             number_cell(model.get("params"), words.count, words.change(model.get("params"), base.get("params"))),
-            number_cell(loss, lambda value: words.number(value, 4), apart),
+            number_cell(loss, lambda value: words.number(value, 4), words.difference(loss, base.get("val_loss"))),
         ]
         if agreeing:
             top1 = agreement(model, "top1")
@@ -112,7 +101,7 @@ def _speed_cells(report: Report, name: str) -> list[Cell]:
     ]
 
 
-def _details(models: Report) -> Table:
+def _details(models: Mapping[str, ModelReport]) -> Table:
     columns = [Column("Model", text=True), Column("Perplexity"), Column("Bits per byte")]
     columns += [Column(label) for label in ("Layers", "Hidden size", "FFN", "Heads", "Query groups")]
     units = ("perplexity", "bits_per_byte")
@@ -136,14 +125,12 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield (
             missing(run, "evaluate", "No tasks were scored") if not models else Note("No tasks were scored.", "missing")
         )
-    scored = figures.scores(tasks)
-    if scored is not None:
-        yield Figures([figure(scored, "Scores by task; whiskers are one standard error.", clean)])
+    yield from draw([(figures.scores(tasks), "Scores by task; whiskers are one standard error.")], clean)
     by_source = {
         name: model["per_source"] for name, model in models.items() if isinstance(model.get("per_source"), dict)
     }
     if by_source:
-        yield _source_table(models, by_source)
+        yield _source_table(by_source)
     if report["correction"]:
         correction = report["correction"]
         yield Note(
@@ -165,7 +152,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield Table("Checks of both conversions", columns, rows)
 
 
-def _task_table(models: Report, tasks: Report) -> Table:
+def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[str, TaskScores]]) -> Table:
     names = [name for name in models if any(name in task_scores for task_scores in tasks.values())]
     columns = [
         Column("Task", text=True),
@@ -187,25 +174,25 @@ def _task_table(models: Report, tasks: Report) -> Table:
     return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
 
 
-def _source_table(models: Report, by_source: Report) -> Table:
+def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
     sources = list(dict.fromkeys(source for found in by_source.values() for source in found))
     columns = [Column("Source", text=True), Column("Tokens"), *(Column(label_of(name)) for name in by_source)]
     rows = []
     for source in sources:
         entries = {name: found[source] for name, found in by_source.items() if isinstance(found.get(source), dict)}
         tokens = next((entry.get("tokens") for entry in entries.values()), None)
-        base = finite(entries.get("teacher", {}).get("val_loss"))
+        base = entries.get("teacher", {}).get("val_loss")
         cells = []
         for name in by_source:
-            loss = finite(entries.get(name, {}).get("val_loss"))
-            apart = words.signed(loss - base, 3) if None not in (loss, base) and name != "teacher" else ""  # type: ignore[operator]
+            loss = entries.get(name, {}).get("val_loss")
+            apart = words.difference(loss, base) if name != "teacher" else ""
             cells.append(number_cell(loss, lambda value: words.number(value, 4), apart))
         rows.append([Cell(source), number_cell(tokens, words.number), *cells])
     return Table("Held-out loss by source (nats per token)", columns, rows)
 
 
 def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
-    benchmark, measured = report["benchmark"], benchmarked(report)
+    benchmark, measured = report["benchmark"] or {}, benchmarked(report)
     if not measured:
         yield missing(run, "benchmark", "Speed and memory have not been measured")
         return
@@ -253,24 +240,14 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     ]
     yield Note(", ".join(facts) + ".")
     speeds = {name: median(model.get("decode_tokens_per_second")) for name, model in measured.items()}
-    sizes = {name: finite(model.get("params")) for name, model in report["models"].items()}
-    trades = [
+    plots = (
         (
             figures.trade(report["models"], speeds, "tokens/s of generation"),
             "Quality against speed; lower right is better.",
         ),
-        (
-            figures.trade(
-                report["models"],
-                {name: value / 1e6 if value else None for name, value in sizes.items()},
-                "million parameters",
-            ),
-            "Quality against size; lower left is better.",
-        ),
-    ]
-    drawn = [figure(plot, caption, clean) for plot, caption in trades if plot is not None]
-    if drawn:
-        yield Figures(drawn)
+        (figures.size_trade(report["models"]), "Quality against size; lower left is better."),
+    )
+    yield from draw(plots, clean)
     if benchmark.get("command"):
         yield Code("The command that measured it", str(benchmark["command"]))
 

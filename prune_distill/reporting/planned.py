@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from prune_distill.reporting import words
+from prune_distill.reporting import Json, words
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -33,7 +33,7 @@ def against_actual(run: RunFolder) -> list[tuple[str, str, str]]:
     for stage in planned if isinstance(planned, list) else []:
         name, hours = str(_get(stage, "stage")), finite(_get(stage, "hours"))
         found = run.stages.get(name)
-        took = finite(found.manifest.get("seconds")) if found is not None else None
+        took = found.manifest.seconds if found is not None else None
         if hours is not None:
             rows.append((f"{name}: time", words.duration(hours * 3600), words.duration(took)))
     rows += _memory(run, plan)
@@ -41,7 +41,7 @@ def against_actual(run: RunFolder) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _memory(run: RunFolder, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _memory(run: RunFolder, plan: Json) -> list[tuple[str, str, str]]:
     """Of the fullest rank, by stage; measured by rank 0 where the stage's manifest says so."""
     rows = []
     memory = plan.get("memory")
@@ -51,8 +51,7 @@ def _memory(run: RunFolder, plan: dict[str, Any]) -> list[tuple[str, str, str]]:
         found = run.stages.get(name)
         if found is None or not totals or None in totals:
             continue
-        peak = found.manifest.get("peak_memory")
-        peak = peak if isinstance(peak, dict) else {}
+        peak = found.manifest.peak_memory
         measured = finite(peak.get("gpu_bytes"))
         told = words.size(measured) if measured else words.size(peak.get("host_bytes"))
         whose = "" if measured else " (the whole process)" if peak else ""

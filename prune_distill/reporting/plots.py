@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_distill.atomic_files import replace_file
 from prune_distill.config.wording import ranges
+from prune_distill.reporting import Json
 
 # Reads on white and on black, so that a file needs a single picture; a page has colours of its own for it.
 GREY = "#808080"
@@ -77,7 +78,7 @@ class Plot:
             self.write(temporary)
 
 
-def importance(table: dict[str, Any]) -> Plot:
+def importance(table: Json) -> Plot:
     """A panel an axis: layers, heads, FFN channels, hidden channels."""
     plot = Plot(4, (12.8, 3.2))
     for panel, draw in enumerate((layer_importance, head_importance, ffn_importance, hidden_importance)):
@@ -85,7 +86,7 @@ def importance(table: dict[str, Any]) -> Plot:
     return plot
 
 
-def layer_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
+def layer_importance(plot: Plot, table: Json, panel: int = 0) -> None:
     rows = table["layers"]
     numbers, scores = [row["layer"] for row in rows], [row["score"] for row in rows]
     plot.axes[panel].bar(numbers, scores, color=COLOURS["ce"])
@@ -95,14 +96,14 @@ def layer_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
     _importance_axes(plot, panel, "layers", "layer")
 
 
-def head_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
+def head_importance(plot: Plot, table: Json, panel: int = 0) -> None:
     spots = [(row["layer"], score) for row in table["layers"] for score in row["heads"]]
     points = plot.axes[panel].scatter(*zip(*spots, strict=True), color=COLOURS["student"], s=14)
     plot.tell(points, [f"layer {layer}: {score:.4g}" for layer, score in spots])
     _importance_axes(plot, panel, "attention heads", "layer")
 
 
-def ffn_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
+def ffn_importance(plot: Plot, table: Json, panel: int = 0) -> None:
     numbers = [row["layer"] for row in table["layers"]]
     quantiles = list(zip(*(row["ffn_quantiles"] for row in table["layers"]), strict=True))
     axes, colour = plot.axes[panel], COLOURS["pruned"]
@@ -112,7 +113,7 @@ def ffn_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
     _importance_axes(plot, panel, "FFN channels: median, 50 %, 90 %", "layer")
 
 
-def hidden_importance(plot: Plot, table: dict[str, Any], panel: int = 0) -> None:
+def hidden_importance(plot: Plot, table: Json, panel: int = 0) -> None:
     plot.axes[panel].plot(sorted(table["hidden_size"], reverse=True), color=COLOURS["scratch"])
     _importance_axes(plot, panel, "hidden channels, sorted", "rank")
 
@@ -124,7 +125,7 @@ def _importance_axes(plot: Plot, panel: int, title: str, x: str) -> None:
         plot.axes[panel].xaxis.get_major_locator().set_params(integer=True)
 
 
-def pareto(candidates: list[dict[str, Any]], teacher: dict[str, Any], cost: str = "params") -> Plot:
+def pareto(candidates: list[Json], teacher: Json, cost: str = "params") -> Plot:
     """Loss over cost of every candidate that was scored: just pruned, and after each round that it took part in.
 
     Args:
@@ -168,19 +169,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def _candidate(row: dict[str, Any], x: float, x_label: str, loss: float) -> str:
+def _candidate(row: Json, x: float, x_label: str, loss: float) -> str:
     name = ", ".join(filter(None, (shape_words(row), without_words(row))))
     return f"{name}: {x:.4g} {x_label}, loss {loss:.4f}"
 
 
-def shape_words(row: dict[str, Any]) -> str:
+def shape_words(row: Json) -> str:
     """A candidate's sizes, in a line."""
     widths = {"hidden_size": "hidden", "ffn_hidden_size": "FFN", "num_attention_heads": "heads"}
     sizes = [f"{word} {row[key]}" for key, word in widths.items() if key in row]
     return ", ".join([f"{row['num_layers']} layers", *sizes])
 
 
-def without_words(row: dict[str, Any]) -> str:
+def without_words(row: Json) -> str:
     """The teacher's layers that a candidate lacks; nothing where it has all."""
     lost = row.get("drop_layers")
     return f"without layer{'s'[: len(lost) - 1]} {ranges(lost)}" if lost else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from prune_distill.benchmarking.timing import cost_per_million
+from prune_distill.benchmarking.timing import Result, cost_per_million
+from prune_distill.evaluation.results import ModelEntry, RecoveryPoint, TaskScores
 from prune_distill.pipeline.identity import library_versions
 from prune_distill.pipeline.names import BENCHMARK, EVALUATION, RECOVERY
+from prune_distill.reporting import Json
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -24,21 +26,65 @@ HEADLINE_METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")
 TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch"}
 
 
-def summarize(run: RunFolder) -> dict[str, Any]:
+class ModelReport(ModelEntry, total=False):
+    """What the report knows of a model. `hf_path`: its Hugging Face folder, relative to the run."""
+
+    hf_path: str
+
+
+class StageReport(TypedDict, total=False):
+    """A stage's status and seconds, how often it was started, and why it failed."""
+
+    status: str
+    seconds: float | None
+    starts: int
+    cause: str
+
+
+class Report(TypedDict):
+    """The content of `report.json`.
+
+    Attributes:
+        state: as `state_of` returns it.
+        git_commits: the stages that each commit of the code made, the oldest first.
+        models: the evaluated models, in the order of the tables.
+        tasks: the same scores as in `models`, by task and model.
+        benchmark: the content of `benchmark.json` with costs.
+        checks: the largest differences of logits, by conversion.
+        pruning, correction: metrics of the stages `prune` and `correct_teacher`.
+    """
+
+    experiment: str
+    state: str
+    backend: str | None
+    versions: dict[str, str]
+    git_commit: str | None
+    git_commits: dict[str, list[str]]
+    models: dict[str, ModelReport]
+    tasks: dict[str, dict[str, TaskScores]]
+    recovery: list[RecoveryPoint]
+    benchmark: Result | None
+    checks: dict[str, float]
+    pruning: Json | None
+    correction: Json | None
+    stages: dict[str, StageReport]
+
+
+def summarize(run: RunFolder) -> Report:
     """What came out of a run so far; what is not there yet is empty or null."""
     models = _models(run)
     recovery = run.read("evaluate", RECOVERY)
-    commits = _commits(run)
+    newest = [stage.manifest for stage in reversed(run.stages.values())]
     return {
         "experiment": run.name,
         "state": state_of(run),
-        "backend": _first(run, "metrics", "backend"),
-        "versions": _first(run, "versions") or library_versions(),
-        "git_commit": _first(run, "git_commit"),
-        "git_commits": commits,
+        "backend": next(filter(None, (manifest.metrics.get("backend") for manifest in newest)), None),
+        "versions": next(filter(None, (manifest.versions for manifest in newest)), library_versions()),
+        "git_commit": next(filter(None, (manifest.git_commit for manifest in newest)), None),
+        "git_commits": _commits(run),
         "models": models,
         "tasks": _tasks(models),
-        "recovery": [row for row in recovery if isinstance(row, dict)] if isinstance(recovery, list) else [],
+        "recovery": _objects(recovery),
         "benchmark": _benchmark(run),
         "checks": {
             key: value
@@ -51,7 +97,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "stages": {
             name: {
                 "status": stage.state,
-                "seconds": stage.manifest.get("seconds"),
+                "seconds": stage.manifest.seconds,
                 "starts": len(stage.attempts),
                 **({"cause": stage.cause} if stage.cause else {}),
             }
@@ -69,7 +115,7 @@ def state_of(run: RunFolder) -> str:
     return next((state for state in ("failed", "running", "paused") if state in states), "unfinished")
 
 
-def headline(task: dict[str, Any]) -> tuple[str, float, float | None] | None:
+def headline(task: TaskScores) -> tuple[str, float, float | None] | None:
     """A task's metric that tables have room for: name, value, standard error. None where none is a number."""
     metrics = {name: entry for name, entry in task.items() if isinstance(entry, dict) and "value" in entry}
     for name in sorted(metrics, key=lambda name: (*(name != known for known in HEADLINE_METRICS), name)):
@@ -79,7 +125,7 @@ def headline(task: dict[str, Any]) -> tuple[str, float, float | None] | None:
     return None
 
 
-def samples_of(task: dict[str, Any]) -> int | None:
+def samples_of(task: TaskScores) -> int | None:
     """How many questions a task had."""
     samples = task.get("samples")
     return samples if isinstance(samples, int) else None
@@ -89,13 +135,17 @@ def _commits(run: RunFolder) -> dict[str, list[str]]:
     """The stages that each commit of the code made, the oldest first."""
     commits: dict[str, list[str]] = {}
     for name, stage in run.stages.items():
-        commit = stage.manifest.get("git_commit")
-        if isinstance(commit, str):
-            commits.setdefault(commit, []).append(name)
+        if stage.manifest.git_commit is not None:
+            commits.setdefault(stage.manifest.git_commit, []).append(name)
     return commits
 
 
-def _benchmark(run: RunFolder) -> dict[str, Any] | None:
+def _objects(value: Any) -> list[Any]:
+    """The objects in a value that should be a list of them."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _benchmark(run: RunFolder) -> Result | None:
     """The content of `benchmark.json`, with what tokens cost at the price that the config names."""
     found = run.read("benchmark", BENCHMARK)
     if not isinstance(found, dict):
@@ -106,48 +156,33 @@ def _benchmark(run: RunFolder) -> dict[str, Any] | None:
         seconds = finite(model.get("seconds_per_token")) if isinstance(model, dict) else None
         if seconds is not None:
             model["cost_per_million_tokens"] = cost_per_million(seconds, price)
-    return found
+    return cast(Result, found)
 
 
-def _models(run: RunFolder) -> dict[str, dict[str, Any]]:
+def _models(run: RunFolder) -> dict[str, ModelReport]:
     """The evaluated models by name, in the order of the tables, with the place of those that were made here."""
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, ModelReport] = {}
     for stage in run.evaluations():
-        found = stage.metrics or stage.read(EVALUATION)
+        found = stage.manifest.metrics or stage.read(EVALUATION)
         for name, metrics in found.items() if isinstance(found, dict) else ():
             if isinstance(metrics, dict) and "val_loss" in metrics:
-                entries[name] = {**metrics, **_place(run, stage.manifest, name)}
+                entries[name] = cast(ModelReport, {**metrics, **_place(run, stage.manifest.inputs.get(name), name)})
     order = [*(name for name in LABELS if name in entries), *(name for name in entries if name not in LABELS)]
     return {name: entries[name] for name in order}
 
 
-def _place(run: RunFolder, manifest: dict[str, Any], name: str) -> dict[str, str]:
+def _place(run: RunFolder, path: str | None, name: str) -> dict[str, str]:
     """Where a model is. A teacher of the user's is outside the run, or on the Hub: its place is no part of a report."""
-    inputs = manifest.get("inputs")
-    entry = inputs.get(name) if isinstance(inputs, dict) else None
-    path = entry.get("path") if isinstance(entry, dict) else None
-    inside = isinstance(path, str) and not path.startswith(("/", "..", "~"))
     made_here = name != "teacher" or "demo_model" in run.stages
-    return {"hf_path": path} if isinstance(path, str) and inside and made_here else {}
+    return {"hf_path": path} if path is not None and not path.startswith(("/", "..", "~")) and made_here else {}
 
 
-def _tasks(models: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _tasks(models: dict[str, ModelReport]) -> dict[str, dict[str, TaskScores]]:
     """Scores by task, then by model."""
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, TaskScores]] = {}
     for name, model in models.items():
         model_tasks = model.get("tasks")
         for task, scores in model_tasks.items() if isinstance(model_tasks, dict) else ():
             if isinstance(scores, dict):
                 tasks.setdefault(task, {})[name] = scores
     return tasks
-
-
-def _first(run: RunFolder, *keys: str) -> Any:
-    """A value of the newest manifest that has it."""
-    for stage in reversed(run.stages.values()):
-        value: Any = stage.manifest
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value:
-            return value
-    return None

@@ -18,11 +18,54 @@ from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import JOBS, LAUNCHES, LOG, MANIFEST, METRICS, PLAN, REPORT, RESOLVED, SLURM
 from prune_distill.pipeline.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
 from prune_distill.pipeline.stages import STAGES
+from prune_distill.reporting import Json
+from prune_distill.reporting.words import finite
 from prune_distill.schema import RunConfig
 
 # Lines of a failed stage's log that are shown; its log has the rest.
 LINES = 8
 _STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)-[0-9a-f]{8}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the manifest of a complete stage says, as far as it can be read.
+
+    Attributes:
+        started, ended, seconds: of the stage's last process.
+        inputs: the path of each input, relative to the run where it is inside.
+        metrics: what the stage says of its result; empty where it says nothing.
+        peak_memory: `gpu_bytes` and `host_bytes`.
+    """
+
+    started: float | None = None
+    ended: float | None = None
+    seconds: float | None = None
+    git_commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    metrics: Json = field(default_factory=dict)
+    peak_memory: dict[str, int | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, content: Json) -> Manifest:
+        inputs, commit = _object(content.get("inputs")), content.get("git_commit")
+        paths = {name: entry.get("path") for name, entry in inputs.items() if isinstance(entry, dict)}
+        return cls(
+            started=finite(content.get("started")),
+            ended=finite(content.get("ended")),
+            seconds=finite(content.get("seconds")),
+            git_commit=commit if isinstance(commit, str) else None,
+            versions={name: str(version) for name, version in _object(content.get("versions")).items()},
+            inputs={name: path for name, path in paths.items() if isinstance(path, str)},
+            metrics=_object(content.get("metrics")),
+            peak_memory=_object(content.get("peak_memory")),
+        )
+
+
+def _object(value: Any) -> Json:
+    """A value that should be a JSON object; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -39,8 +82,8 @@ class StageFolder:
     name: str
     folder: Path
     state: str
-    manifest: dict[str, Any] = field(default_factory=dict)
     attempts: tuple[Attempt, ...] = ()
+    manifest: Manifest = field(default_factory=Manifest)
     cause: str | None = None
     step: int | None = None
 
@@ -48,17 +91,11 @@ class StageFolder:
     def complete(self) -> bool:
         return self.state == "complete"
 
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """What the stage says of its result; empty where it says nothing."""
-        metrics = self.manifest.get("metrics")
-        return metrics if isinstance(metrics, dict) else {}
-
     def read(self, name: str) -> Any:
         """The content of a JSON file in the folder, None where there is none that can be read."""
         return read_json(self.folder / name)
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[dict[str, float | None]]:
         """Its `metrics.jsonl`."""
         try:
             return read_metrics(self.folder / METRICS)
@@ -79,7 +116,7 @@ class RunFolder:
 
     path: Path
     cfg: RunConfig | None
-    tree: dict[str, Any]
+    tree: Json
     text: str
     stages: dict[str, StageFolder]
     notes: tuple[str, ...] = ()
@@ -89,26 +126,27 @@ class RunFolder:
         return str(self.tree.get("name") or self.path.name)
 
     @property
-    def plan(self) -> dict[str, Any]:
+    def plan(self) -> Json:
         """What `launch.plan` estimated when the run was launched; empty where it was not kept."""
-        plan = read_json(self.path / PLAN)
-        return plan if isinstance(plan, dict) else {}
+        return _object(read_json(self.path / PLAN))
 
     @property
-    def launches(self) -> list[dict[str, Any]]:
+    def commands(self) -> list[str]:
+        """The commands that launched the run, each once, in order."""
         try:
             lines = (self.path / LAUNCHES).read_text(errors="replace").splitlines()
         except OSError:
             return []
-        return [launch for launch in map(parse_object, lines) if launch is not None]
+        commands = [(parse_object(line) or {}).get("command") for line in lines]
+        return list(dict.fromkeys(str(command) for command in commands if command))
 
     def evaluations(self) -> list[StageFolder]:
         """The stages that evaluated models: the student's, and those of controls."""
         return [stage for name, stage in self.stages.items() if name.partition(".")[0] == "evaluate"]
 
-    def metrics(self, stage: str) -> dict[str, Any]:
+    def metrics(self, stage: str) -> Json:
         found = self.stages.get(stage)
-        return found.metrics if found is not None else {}
+        return found.manifest.metrics if found is not None else {}
 
     def read(self, stage: str, name: str) -> Any:
         """The content of a JSON file of a stage's, None where there is none that can be read."""
@@ -177,13 +215,13 @@ def report_of(cfg: RunConfig) -> Located | None:
         return None
 
 
-def _config(path: Path) -> tuple[str, dict[str, Any]]:
+def _config(path: Path) -> tuple[str, Json]:
     try:
         text = path.read_text(errors="replace")
         tree = yaml.safe_load(text)
     except (OSError, yaml.YAMLError):
         return "", {}
-    return text, tree if isinstance(tree, dict) else {}
+    return text, _object(tree)
 
 
 def _stage_folders(path: Path) -> Iterator[tuple[str, Path]]:
@@ -205,8 +243,7 @@ def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool
     Args:
         complete: whether a stage is, where its hash is known; otherwise its manifest is believed.
     """
-    submitted = read_json(path / SLURM / JOBS)
-    jobs = set(submitted) if isinstance(submitted, dict) else set()
+    jobs = set(_object(read_json(path / SLURM / JOBS)))
     working = in_use(path)
     stages: dict[str, StageFolder] = {}
     for name, folder in folders.items():
@@ -218,21 +255,20 @@ def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool
 
 def _stage(name: str, folder: Path, complete: bool | None, working: bool, submitted: bool) -> StageFolder:
     log = folder / LOG
-    begun = tuple(attempts(log))
-    manifest = read_json(folder / MANIFEST)
-    manifest = manifest if isinstance(manifest, dict) else {}
+    starts = tuple(attempts(log))
+    manifest = _object(read_json(folder / MANIFEST))
     if complete if complete is not None else manifest.get("status") == "complete":
-        return StageFolder(name, folder, "complete", manifest, begun)
+        return StageFolder(name, folder, "complete", starts, Manifest.read(manifest))
     if working:
-        return StageFolder(name, folder, "running", {}, begun)
+        return StageFolder(name, folder, "running", starts)
     paused = read_state(folder)
     fault, lines = _reason(log)
     if paused.get("state") == "paused":
         step = paused.get("step")
-        return StageFolder(name, folder, "paused", {}, begun, fault, step if isinstance(step, int) else None)
+        return StageFolder(name, folder, "paused", starts, cause=fault, step=step if isinstance(step, int) else None)
     if fault is not None or (lines and not submitted):
-        return StageFolder(name, folder, "failed", {}, begun, fault or "\n".join(lines[-LINES:]))
-    return StageFolder(name, folder, "submitted" if submitted else "to do", {}, begun)
+        return StageFolder(name, folder, "failed", starts, cause=fault or "\n".join(lines[-LINES:]))
+    return StageFolder(name, folder, "submitted" if submitted else "to do", starts)
 
 
 def _reason(log: Path) -> tuple[str | None, list[str]]:

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from prune_distill.reporting import outcome_sections, words, work_sections
-from prune_distill.reporting.blocks import (
-    Block,
-    Code,
-    Note,
-    Page,
-    Section,
-    Tile,
-    Tiles,
-)
-from prune_distill.reporting.cells import (
-    Clean,
-    Report,
-    agreement,
-    median,
-    ratios_of,
-    spread_words,
-)
+from prune_distill.reporting.blocks import Block, Code, Note, Page, Section, Tile, Tiles
+from prune_distill.reporting.cells import Clean, agreement, median, ratios_of, spread_words
+from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 from prune_distill.schema import RunConfig
@@ -82,7 +67,7 @@ def outcome(report: Report) -> str:
     return f"The student's {sentence}.{_faster(report)}"
 
 
-def _apart(one: Report, other: Report, more: str, less: str) -> str:
+def _apart(one: ModelReport, other: ModelReport, more: str, less: str) -> str:
     a, b = finite(one.get("val_loss")), finite(other.get("val_loss"))
     if a is None or b is None:
         return f"not comparable {more} or {less}"
@@ -136,7 +121,7 @@ def _asked(cfg: RunConfig) -> str:
 
 def _meta(run: RunFolder, report: Report) -> str:
     seconds = [finite(stage["seconds"]) or 0.0 for stage in report["stages"].values()]
-    started = [finite(stage.manifest.get("started")) for stage in run.stages.values()]
+    started = [stage.manifest.started for stage in run.stages.values()]
     first = min((moment for moment in started if moment is not None), default=None)
     parts = [
         run.cfg.model.name if run.cfg is not None else "",
@@ -178,7 +163,7 @@ def _opening(run: RunFolder, report: Report) -> Iterator[Block]:
 
 
 def _progress(run: RunFolder, name: str) -> str:
-    newest: dict[str, Any] = {}
+    newest: dict[str, float | None] = {}
     for line in run.stages[name].lines():
         newest.update(line)
     if "step" not in newest:

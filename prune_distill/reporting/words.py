@@ -45,6 +45,12 @@ def signed(value: Any, digits: int) -> str:
     return f"{found:+,.{digits}f}".replace("-", MINUS)
 
 
+def difference(value: Any, base: Any) -> str:
+    """`+0.123` against a base; empty where there is nothing to compare."""
+    one, other = finite(value), finite(base)
+    return "" if one is None or other is None else signed(one - other, 3)
+
+
 def significant(value: Any, digits: int = 3) -> str:
     """So many significant digits, without an exponent where it can be read: `1,230`, `0.00123`, `1.2e-06`."""
     found = finite(value)

@@ -7,27 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from prune_distill.pipeline.names import CANDIDATES, CHOICE, IMPORTANCE
-from prune_distill.reporting import figures, plots, words
-from prune_distill.reporting.blocks import (
-    Block,
-    Cell,
-    Code,
-    Column,
-    Figures,
-    Note,
-    Table,
-)
-from prune_distill.reporting.cells import (
-    Clean,
-    Report,
-    figure,
-    missing,
-    number_cell,
-)
+from prune_distill.reporting import Json, figures, plots, words
+from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Table
+from prune_distill.reporting.cells import Clean, draw, missing, number_cell
 from prune_distill.reporting.figures import label_of
 from prune_distill.reporting.planned import against_actual
 from prune_distill.reporting.plots import Plot
-from prune_distill.reporting.results import TRAINED
+from prune_distill.reporting.results import TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -51,9 +37,8 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             for task in report["tasks"]
         ),
     ]
-    drawn = [figure(plot, caption, clean) for plot, caption in shown if plot is not None]
-    if drawn:
-        yield Figures(drawn)
+    if drawn := draw(shown, clean):
+        yield from drawn
         yield Note("Training losses of different kinds can't be compared with each other; held-out losses can.")
     for name, stage in TRAINED.items():
         if stage in run.stages and not curves[name]:
@@ -95,16 +80,15 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
         "Importance of FFN channels, layer by layer.": plots.ffn_importance,
         "Importance of hidden channels.": plots.hidden_importance,
     }
-    drawn = []
-    for caption, draw in drawers.items():
+    drawn: list[tuple[Plot | None, str]] = []
+    for caption, draw_table in drawers.items():
         plot = Plot()
         try:
-            draw(plot, table)
+            draw_table(plot, table)
         except (KeyError, TypeError, ValueError, IndexError):  # a table of another version
             continue
-        drawn.append(figure(plot, caption, clean))
-    if drawn:
-        yield Figures(drawn)
+        drawn.append((plot, caption))
+    yield from draw(drawn, clean)
 
 
 def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
@@ -115,22 +99,21 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
             yield missing(run, stage, "No candidates have been scored")
         return
     choice, teacher = run.read(stage, CHOICE), table.get("teacher")
-    drawn = []
+    drawn: list[tuple[Plot | None, str]] = []
     for cost, caption in (
         ("params", "Candidates: quality against size."),
         ("latency_ms", "Candidates: quality against speed."),
     ):
         rows = figures.candidates(table.get("candidates", []), cost)
         if rows and isinstance(teacher, dict) and finite(teacher.get("loss")) is not None:
-            drawn.append(figure(plots.pareto(rows, teacher, cost), caption, clean))
-    if drawn:
-        yield Figures(drawn)
+            drawn.append((plots.pareto(rows, teacher, cost), caption))
+    yield from draw(drawn, clean)
     rows = figures.candidates(table.get("candidates", []), "params")
     if rows:
         yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
 
 
-def _candidate_table(rows: list[dict[str, Any]], choice: Report) -> Table:
+def _candidate_table(rows: list[Json], choice: Json) -> Table:
     scored = any("score" in entry for row in rows for entry in row["rounds"])
     columns = [
         Column("Candidate", text=True),
@@ -181,9 +164,8 @@ def _score_cell(score: Any) -> Cell:
 
 
 def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
-    plot = figures.timeline(run.stages)
-    if plot is not None:
-        yield Figures([figure(plot, "When each stage worked; hollow marks are earlier starts.", clean)])
+    timeline = figures.timeline(run.stages)
+    yield from draw([(timeline, "When each stage worked; hollow marks are earlier starts.")], clean)
     columns = [
         Column("Stage", text=True),
         Column("State", text=True),
@@ -193,14 +175,13 @@ def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
     ]
     rows = []
     for name, stage in run.stages.items():
-        started = finite(stage.manifest.get("started")) or (stage.attempts[-1].started if stage.attempts else None)
-        seconds = finite(stage.manifest.get("seconds"))
+        started = stage.manifest.started or (stage.attempts[-1].started if stage.attempts else None)
         rows.append(
             [
                 Cell(name),
                 Cell(stage.state, tone="bad" if stage.state == "failed" else ""),
                 Cell(words.moment(started), started),
-                number_cell(seconds, words.duration),
+                number_cell(stage.manifest.seconds, words.duration),
                 number_cell(len(stage.attempts) or None, words.number),
             ]
         )
@@ -217,9 +198,8 @@ def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
 
 
 def repeat(run: RunFolder, report: Report) -> Iterator[Block]:
-    commands = list(dict.fromkeys(str(launch.get("command")) for launch in run.launches if launch.get("command")))
-    if commands:
-        yield Code("The commands that launched it, the newest last", "\n".join(commands[-5:]), folded=False)
+    if run.commands:
+        yield Code("The commands that launched it, the newest last", "\n".join(run.commands[-5:]), folded=False)
     stages = "\n".join(
         shlex.join(["python", "-m", "recipes", name, "--config", "RUN_DIR/resolved.yaml"]) for name in run.stages
     )

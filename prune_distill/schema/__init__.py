@@ -25,7 +25,8 @@ from prune_distill.schema.distill import (
     TeacherSignal,
 )
 from prune_distill.schema.evaluate import Continuations, EvaluateConfig
-from prune_distill.schema.model import DemoModel, Family, ModelConfig, Shape
+from prune_distill.schema.families import Family
+from prune_distill.schema.model import DemoModel, ModelConfig, Shape
 from prune_distill.schema.prune import Budget, Depth, PruneConfig, PruneRound, TargetSizes, TaskScore, Tournament
 from prune_distill.schema.run import RunConfig
 from prune_distill.schema.training import (

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 from omegaconf import MISSING
 
+from prune_distill.schema.families import Family
 from prune_distill.schema.fields import PositiveInt
 from prune_distill.schema.training import Training
-
-
-class Family(Enum):
-    """The supported model families, by their `model_type` in a Hugging Face `config.json`."""
-
-    qwen3 = "qwen3"
-    qwen2 = "qwen2"
-    llama = "llama"
-    mistral = "mistral"
-    nemotron = "nemotron"
-    qwen3_moe = "qwen3_moe"
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launch.memory import Memory, Models, training_memory
+from launch.planning.memory import Memory, Models, training_memory
 from prune_distill.config.load import compose, save_resolved
 from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate

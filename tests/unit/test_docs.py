@@ -24,8 +24,8 @@ import pytest
 
 import recipes
 from launch.help_config import to_markdown, to_text
-from launch.plan_text import table
-from launch.planning import make
+from launch.planning.output import to_table
+from launch.planning.plan import make_plan
 from launch.run import read_arguments
 from prune_distill.config.composition import sweep
 from prune_distill.config.load import compose
@@ -373,7 +373,7 @@ def test_the_excerpt_of_a_plan() -> None:
     """Its numbers are those of the plan; words may change."""
     command, excerpt = list(read_blocks(ROOT / "docs" / "planning.md"))[:2]
     ((*_, experiment, cluster),) = split_commands(command.text)
-    planned = {read_numbers(line) for line in table(make(compose([experiment, cluster]))).splitlines()}
+    planned = {read_numbers(line) for line in to_table(make_plan(compose([experiment, cluster]))).splitlines()}
     assert [line for line in excerpt.text.splitlines() if read_numbers(line) not in planned] == []
 
 

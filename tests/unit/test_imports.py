@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,6 +233,13 @@ def test_every_package_is_installed() -> None:
     found = [path.parent.relative_to(ROOT) for folder in OURS for path in (ROOT / folder).rglob("__init__.py")]
     packages = [str(path).replace("/", ".") for path in found if "site" not in path.parts]
     assert sorted(listed) == sorted(["conf", *packages])  # conf holds YAML alone
+
+
+def test_console_commands_name_functions() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_the_reader_found_the_sources() -> None:

@@ -16,8 +16,9 @@ from convert import families
 from convert.families import FAMILIES, GateUp, Heads, Qkv, nemo_config, read_config
 from convert.stored import Rows, Span, StoredTensor, blocks, stack
 from prune_distill.errors import InputError
-from prune_distill.model.hf_config import ROPE_KINDS, with_both_forms
+from prune_distill.model.hf_config import with_both_forms
 from prune_distill.model.hf_weights import expected_shapes
+from prune_distill.schema import Family
 from tests.helpers.models import LLAMA3_ROPE, MODELS, SMALL
 
 SOURCES = {
@@ -102,7 +103,7 @@ def frequencies(config: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nemo_is_given_the_rope_that_transformers_applies(tmp_path: Path, family: str) -> None:
     """The kind llama3, which Megatron computes by itself, is compared by its logits (tests/integration)."""
-    for kind in ("default", *ROPE_KINDS[family]):
+    for kind in ("default", *Family(family).traits.rope_kinds):
         scaling = {"default": {}, "linear": {"factor": 4.0}, "llama3": LLAMA3_ROPE}[kind]
         values = {"rope_parameters": {"rope_type": kind, "rope_theta": 7e4, **scaling}, "head_dim": 32}
         config = read_config(folder_of(tmp_path, least(family, **values)))

@@ -111,19 +111,19 @@ def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: P
         "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
     ]
     assert metadata["tags"] == ["nemo", "distillation"]
-    assert Making.of(tmp_path / "elsewhere" / "nemo").lines() == []
+    assert Making.of(tmp_path / "elsewhere" / "nemo").sentences == []
 
 
 @pytest.mark.parametrize("student", ["distill-1/nemo", "../" + "run/distill-1/nemo", "./distill-1/../distill-1/nemo"])
 def test_a_manifest_that_names_itself_is_followed_once(tmp_path: Path, student: str) -> None:
     checkpoint = stage(tmp_path / "run", "distill-1", student, tokens=8, steps=2)
-    assert Making.of(checkpoint).lines() == ["Trained on 8 tokens in 2 steps after pruning."]
+    assert Making.of(checkpoint).sentences == ["Trained on 8 tokens in 2 steps after pruning."]
 
 
 def test_manifests_that_name_each_other_are_followed_once(tmp_path: Path) -> None:
     stage(tmp_path, "prune-1", "distill-2/nemo", params=3, params_before=5)
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=8, steps=2)
-    assert len(Making.of(checkpoint).lines()) == 2
+    assert len(Making.of(checkpoint).sentences) == 2
 
 
 @pytest.mark.parametrize(
@@ -144,4 +144,4 @@ def test_a_strangers_manifest_is_no_reason_to_fail(tmp_path: Path, odd: dict[str
     checkpoint = stage(tmp_path, "distill-1")
     manifest = {"stage": "distill", "status": "complete", "inputs": {}, "metrics": {}, **odd}
     (checkpoint.parent / "manifest.json").write_text(json.dumps(manifest))
-    assert Making.of(checkpoint).lines() == []
+    assert Making.of(checkpoint).sentences == []

@@ -15,15 +15,15 @@ from prune_distill.pipeline.artifact import locate, write_manifest
 from prune_distill.schema import RunConfig
 
 HEAVY = {"torch", "nemo", "megatron", "modelopt", "transformers", "datasets", "numpy"}
-CODE = "import sys, launch.run; code = launch.run.main(sys.argv[1:]); print('MODULES', *sys.modules); sys.exit(code)"
+CODE = "import sys, {0}; code = {0}.main(sys.argv[1:]); print('MODULES', *sys.modules); sys.exit(code)"
 # 1.2 s on two quiet cores; the rest is for busy ones.
 SECONDS = 10.0
 
 
-def cheaply(*arguments: str) -> str:
-    """What `launch.run` prints, once it was seen to take little."""
+def cheaply(*arguments: str, module: str = "launch.run") -> str:
+    """What a command prints, once it was seen to take little."""
     started = time.monotonic()
-    command = [sys.executable, "-c", CODE, "experiment=demo", *arguments]
+    command = [sys.executable, "-c", CODE.format(module), "experiment=demo", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert time.monotonic() - started < SECONDS
     printed, _, names = done.stdout.partition("MODULES ")
@@ -36,6 +36,11 @@ def cheaply(*arguments: str) -> str:
 @pytest.mark.parametrize("argument", ["--list", "--cfg=job", "dry_run=true"])
 def test_a_look_costs_little_and_writes_nothing(tmp_path: Path, argument: str) -> None:
     assert "prune" in cheaply(argument, f"run_dir={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_costs_little_and_writes_nothing(tmp_path: Path) -> None:
+    assert "GiB a rank" in cheaply(f"run_dir={tmp_path}", module="launch.plan")
     assert list(tmp_path.iterdir()) == []
 
 

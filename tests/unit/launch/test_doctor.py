@@ -212,11 +212,11 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
 def test_a_full_disk_is_what_the_plan_warns_of(
     demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 1 << 20)
     cfg = demo(f"run_dir={tmp_path}")
     (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
     assert finding.state is State.fail
-    assert f"{finding.found}; {finding.fix}" in doctor.make(cfg)["warnings"]
+    assert f"{finding.found}; {finding.fix}" in doctor.make_plan(cfg).warnings
     assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from launch.memory import Memory, Models, prune_memory, training_memory
+from launch.planning.memory import Memory, Models, prune_memory, training_memory
 from prune_distill.model.model_size import parameters
 from prune_distill.schema import (
     DistillConfig,

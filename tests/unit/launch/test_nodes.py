@@ -91,9 +91,9 @@ def test_a_silent_first_node_is_not_waited_for_for_ever(tmp_path: Path, monkeypa
     [
         (
             "cluster.rdzv_endpoint=node1",
-            "cluster.rdzv_endpoint=node1 is no place to meet; start the same command",
+            "cluster.rdzv_endpoint=node1: cluster.nodes=2 needs HOST:PORT",
         ),
-        ("cluster.rdzv_endpoint=null", "cluster.nodes=2, but cluster.rdzv_endpoint=null is no place to meet"),
+        ("cluster.rdzv_endpoint=null", "cluster.rdzv_endpoint=null: cluster.nodes=2 needs HOST:PORT"),
         (
             "cluster.node_rank=2",
             "cluster.node_rank=2, but nodes are counted from 0; set cluster.node_rank to",

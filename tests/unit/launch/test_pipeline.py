@@ -148,7 +148,7 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(launcher: Launche
         (["-m", "prune.num_layers=4,9"], "prune.num_layers=9 is larger"),
         (["distill.lrr=1", "cluster.nodes=0"], "2 faults in the configuration:\n"),
         (["data.train=[nowhere/a.jsonl]"], "data.train names nowhere/a.jsonl, not to be found"),
-        (["cluster.nodes=2", "distill.global_batch_size=8"], "cluster.rdzv_endpoint=null is no place to meet"),
+        (["cluster.nodes=2", "distill.global_batch_size=8"], "cluster.rdzv_endpoint=null: cluster.nodes=2 needs"),
         (["distill.lr=1e-3,1e-4"], "add --multirun"),
     ],
 )
@@ -233,7 +233,7 @@ def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.
 
 
 def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: 100 << 20)
+    monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 100 << 20)
     code, out, _ = launcher.run("--until", "first")
     assert code == 0
     assert out.splitlines()[:2] == [

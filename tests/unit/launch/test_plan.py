@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from launch import compute, disk, plan
-from launch.plan_text import short, table
-from launch.planning import make, refuse_impossible
+from launch import plan
+from launch.planning import disk, hours
+from launch.planning.output import summarize, to_table
+from launch.planning.plan import Plan, make_plan
 from prune_distill.config.composition import config_groups
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import training_flops
 from prune_distill.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
 from prune_distill.schema.phases import training_tokens
+from prune_distill.units import GIB
 
 # Qwen3-30B-A3B: 30.5 B parameters, of which a token meets 3.3 B by its model card.
 MIXTURE = (
@@ -37,17 +39,21 @@ TEACHER = Shape(4, 8, 16, 2, 1, 4, 32, 64, False)
 STUDENT = dataclasses.replace(TEACHER, num_layers=2)
 
 
-def planned(*overrides: str) -> dict[str, Any]:
-    return make(compose(overrides))
+def planned(*overrides: str) -> Plan:
+    return make_plan(compose(overrides))
+
+
+def hours_of(of_plan: Plan) -> dict[str, float | None]:
+    return {row.stage: row.hours for row in of_plan.stages}
 
 
 # Arithmetic.
 
 
 def test_the_published_run_takes_its_published_hours() -> None:
-    (row,) = [stage for stage in planned(DEPTH)["stages"] if stage["stage"] == "distill"]
-    assert row["gpu_hours"] == pytest.approx(6000, rel=0.1)
-    assert row["hours"] == row["gpu_hours"] / 8
+    (row,) = [stage for stage in planned(DEPTH).stages if stage.stage == "distill"]
+    assert row.gpu_hours == pytest.approx(6000, rel=0.1)
+    assert row.hours == row.gpu_hours / 8
 
 
 def test_flops_by_hand() -> None:
@@ -62,25 +68,25 @@ def test_flops_by_hand() -> None:
     assert training_flops(training, Loss.kd, Family.qwen3, STUDENT, TEACHER).recompute == student - 2 * 256
     assert training_tokens(training) == 10 * 4 * 16
     prune = PruneConfig(calibration_samples=3, calibration_seq_length=16)
-    assert compute.calibration_flops(prune, Family.qwen3, TEACHER) == 3 * 16 * teacher
+    assert hours.calibration_flops(prune, Family.qwen3, TEACHER) == 3 * 16 * teacher
 
 
 def test_hours_by_hand() -> None:
     gpu = Gpu("g", 1.0, 100.0, 0.5)
-    assert compute.training_hours(3.6e17 * 8, Precision.bf16, gpu, 8) == pytest.approx(2.0)
-    assert compute.training_hours(1.0, Precision.fp32, gpu, 8) is None
-    assert compute.training_hours(1.0, Precision.bf16, None, 8) is None
+    assert hours.training_hours(3.6e17 * 8, Precision.bf16, gpu, 8) == pytest.approx(2.0)
+    assert hours.training_hours(1.0, Precision.fp32, gpu, 8) is None
+    assert hours.training_hours(1.0, Precision.bf16, None, 8) is None
 
 
 def test_six_n_for_the_large_ones() -> None:
     """Within a few percent FLOP a token are 6 x student + 2 x teacher: attention adds, the embedding takes away."""
     of_plan = planned(DEPTH)
-    student, teacher = (of_plan["models"][name]["parameters"] for name in ("student", "teacher"))
-    assert of_plan["training"]["flops_a_token"]["total"] == pytest.approx(6 * student + 2 * teacher, rel=0.05)
+    student, teacher = of_plan.student.parameters, of_plan.teacher.parameters
+    assert of_plan.work.flops_a_token.total == pytest.approx(6 * student + 2 * teacher, rel=0.05)
 
 
 def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
-    sizes = planned(DEPTH)["disk"]
+    sizes = planned(DEPTH).disk.sizes
     student, teacher = 5_875_378_176, 8_190_735_360
     assert sizes["tokens"] == 4 * 28_600 * 768 * 4096
     assert sizes["teacher"] == 2 * teacher
@@ -109,22 +115,21 @@ CORRECTION = (
 def test_a_stored_signal_by_hand() -> None:
     live, stored = planned(DEPTH), planned(DEPTH, "distill.signal=stored", "distill.signal_top_k=10")
     # Three bytes of an id below 2^24 and two of a log-probability, four of the tail.
-    assert stored["disk"]["signal"] == stored["signal"]["bytes"] == 28_600 * 768 * 4096 * (10 * 5 + 4)
-    assert stored["disk"]["total"] == live["disk"]["total"] + stored["signal"]["bytes"]
-    teacher_flops = live["training"]["flops_a_token"]["teacher"]
-    assert stored["signal"]["flops_a_token"] == teacher_flops
-    assert stored["training"]["flops_a_token"]["teacher"] == 0
-    assert stored["signal"]["spared_share"] == teacher_flops / live["training"]["flops_a_token"]["total"]
-    hours = {stage["stage"]: stage["hours"] for plan in (live, stored) for stage in plan["stages"]}
-    before = {stage["stage"]: stage["hours"] for stage in live["stages"]}["distill"]
-    assert hours["teacher_signal"] + hours["distill"] == pytest.approx(before)
-    assert all(memory["teacher"] == 0 for memory in stored["memory"]["distill"])
-    (signal,) = stored["memory"]["teacher_signal"]
-    assert signal["weights"] == live["memory"]["distill"][0]["teacher"]
+    assert stored.disk.needed["signal"] == stored.signal.bytes == 28_600 * 768 * 4096 * (10 * 5 + 4)
+    assert stored.disk.total == live.disk.total + stored.signal.bytes
+    teacher_flops = live.work.flops_a_token.teacher
+    assert stored.signal.flops_a_token == teacher_flops
+    assert stored.work.flops_a_token.teacher == 0
+    assert stored.signal.spared_share == teacher_flops / live.work.flops_a_token.total
+    after = hours_of(stored)
+    assert after["teacher_signal"] + after["distill"] == pytest.approx(hours_of(live)["distill"])
+    assert all(memory.teacher == 0 for memory in stored.memory["distill"])
+    (signal,) = stored.memory["teacher_signal"]
+    assert signal.weights == live.memory["distill"][0].teacher
     # Whole bf16 logits of a micro batch of 2 x 4096, 3 copies in fp32 of 256 tokens; an eighth of the vocabulary.
-    assert signal["loss"] == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
-    assert "every further student of this run" in table(stored)
-    assert "teacher_signal" not in live["memory"]
+    assert signal.loss == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
+    assert "every further student of this run" in to_table(stored)
+    assert "teacher_signal" not in live.memory
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
@@ -137,22 +142,22 @@ def test_a_corrected_teacher_by_hand() -> None:
     teacher = 8_190_735_360
     # Weights for NeMo and for Hugging Face; checkpoints (the two newest, the best, the one being written) of bf16
     # weights, fp32 weights and two moments.
-    assert corrected["disk"]["teacher"] == plain["disk"]["teacher"] + 2 * 2 * teacher
-    assert corrected["disk"]["checkpoints"] == plain["disk"]["checkpoints"] + 4 * 14 * teacher
-    (row,) = [stage for stage in corrected["stages"] if stage["stage"] == "correct_teacher"]
-    forward = plain["training"]["flops_a_token"]["teacher"]
+    assert corrected.disk.needed["teacher"] == plain.disk.needed["teacher"] + 2 * 2 * teacher
+    assert corrected.disk.needed["checkpoints"] == plain.disk.needed["checkpoints"] + 4 * 14 * teacher
+    (row,) = [stage for stage in corrected.stages if stage.stage == "correct_teacher"]
+    forward = plain.work.flops_a_token.teacher
     flops = 10 * 8 * 4096 * 3 * forward
-    assert row["hours"] == pytest.approx(flops / (8 * 989.4e12 * 0.21 * 3600), rel=1e-3)
-    (memory,) = corrected["memory"]["correct_teacher"]
-    assert memory["weights"] == plain["memory"]["distill"][0]["teacher"]
-    assert memory["gradients"] == 2 * memory["weights"]
-    assert memory["teacher"] == 0
+    assert row.hours == pytest.approx(flops / (8 * 989.4e12 * 0.21 * 3600), rel=1e-3)
+    (memory,) = corrected.memory["correct_teacher"]
+    assert memory.weights == plain.memory["distill"][0].teacher
+    assert memory.gradients == 2 * memory.weights
+    assert memory.teacher == 0
 
 
-def test_a_correction_that_does_not_fit_is_told_with_its_mend() -> None:
+def test_a_correction_that_does_not_fit_has_a_fix() -> None:
     plan = planned(DEPTH, CORRECTION, "distill.correct_teacher.micro_batch_size=8", "cluster.gpu.memory_gib=40")
-    assert plan["fits"] is False
-    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan["fix"]
+    assert plan.fits is False
+    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan.fix
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
@@ -164,13 +169,13 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
     demo: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     cfg = demo()
-    need = make(cfg)["disk"]["total"]
-    monkeypatch.setattr("launch.disk.free_bytes", lambda path: need - 100)
-    (warning,) = make(cfg)["warnings"]
+    need = make_plan(cfg).disk.total
+    monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: need - 100)
+    (warning,) = make_plan(cfg).warnings
     assert f"{cfg.run_dir} has 0.8 GiB free" in warning
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights").write_bytes(bytes(200))
-    assert make(cfg)["warnings"] == []
+    assert make_plan(cfg).warnings == []
 
 
 # Layouts and the verdict.
@@ -179,50 +184,48 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
 @pytest.mark.parametrize("overrides", [[DEPTH], [DEPTH, SMALL], ["experiment=llama3_1_8b_to_4b_width"]])
 def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None:
     of_plan = planned(*overrides)
-    assert of_plan["layouts"]
-    for layout in of_plan["layouts"]:
+    assert of_plan.layouts
+    for layout in of_plan.layouts:
         values = {
-            "parallel.tensor_model_parallel_size": layout["tensor"],
-            "parallel.pipeline_model_parallel_size": layout["pipeline"],
-            "parallel.context_parallel_size": layout["context"],
-            "micro_batch_size": layout["micro_batch_size"],
-            "recompute": layout["recompute"],
+            "parallel.tensor_model_parallel_size": layout.tensor,
+            "parallel.pipeline_model_parallel_size": layout.pipeline,
+            "parallel.context_parallel_size": layout.context,
+            "micro_batch_size": layout.micro_batch_size,
+            "recompute": layout.recompute.value,
         }
         again = planned(*overrides, *(f"distill.{key}={value}" for key, value in values.items()))
-        assert again["layout"] == layout
-        assert layout["peak"] <= of_plan["cluster"]["gpu"]["memory_bytes"]
-        assert layout["tensor"] * layout["pipeline"] * layout["context"] * layout["data"] == 8
+        assert again.layout == layout
+        assert layout.peak <= of_plan.cluster.gpu.memory_gib * GIB
+        assert layout.tensor * layout.pipeline * layout.context * layout.data == 8
 
 
 def test_a_mixture_is_planned_with_its_experts_shared_out() -> None:
     of_plan = planned(*MIXTURE)
-    teacher = of_plan["models"]["teacher"]
-    assert (teacher["parameters"], teacher["active_parameters"]) == (30_532_122_624, 3_353_032_704)
-    assert of_plan["layout"]["expert"] == 8
-    assert "EP 8" in table(of_plan)
-    experts = {layout["expert"] for layout in of_plan["layouts"]}
+    teacher = of_plan.teacher
+    assert (teacher.parameters, teacher.active_parameters) == (30_532_122_624, 3_353_032_704)
+    assert of_plan.layout.expert == 8
+    assert "EP 8" in to_table(of_plan)
+    experts = {layout.expert for layout in of_plan.layouts}
     assert max(experts) == 8
     # A token's FLOP are those of the experts that it is sent to: twice the products, and attention.
-    products = teacher["active_parameters"] - 151_936 * 2048
-    assert of_plan["training"]["flops_a_token"]["teacher"] == pytest.approx(
-        2 * products + 2 * 4096 * 48 * 4096, rel=1e-3
-    )
-    best = of_plan["layouts"][0]
+    products = teacher.active_parameters - 151_936 * 2048
+    assert of_plan.work.flops_a_token.teacher == pytest.approx(2 * products + 2 * 4096 * 48 * 4096, rel=1e-3)
+    best = of_plan.layouts[0]
     again = planned(
         *MIXTURE,
         f"distill.parallel.tensor_model_parallel_size={best['tensor']}",
         f"distill.parallel.expert_model_parallel_size={best['expert']}",
-        f"distill.micro_batch_size={best['micro_batch_size']}",
+        f"distill.micro_batch_size={best.micro_batch_size}",
     )
-    assert again["layout"] == best
-    assert again["fits"]
+    assert again.layout == best
+    assert again.fits
 
 
 def test_the_first_layout_communicates_least() -> None:
-    layouts = planned(DEPTH)["layouts"]
-    without = [layout for layout in layouts if layout["recompute"] == "none"]
+    layouts = planned(DEPTH).layouts
+    without = [layout for layout in layouts if layout.recompute is Recompute.none]
     assert layouts[: len(without)] == without
-    sizes = [layout["tensor"] * layout["pipeline"] * layout["context"] for layout in without]
+    sizes = [layout.tensor * layout.pipeline * layout.context for layout in without]
     assert sizes == sorted(sizes)
     # One GPU has no room for a whole student in training beside its teacher.
     assert sizes[0] > 1
@@ -230,9 +233,9 @@ def test_the_first_layout_communicates_least() -> None:
 
 def test_what_does_not_divide_is_named() -> None:
     of_plan = planned(DEPTH)
-    assert of_plan["undivided"] == ["pipeline_model_parallel_size=8 does not divide the teacher's 36 layers"]
+    assert of_plan.undivided == ["pipeline_model_parallel_size=8 does not divide the teacher's 36 layers"]
     odd = planned(DEPTH, "distill.global_batch_size=510")
-    assert any(reason.startswith("global_batch_size=510 is not divisible by 4") for reason in odd["undivided"])
+    assert any(reason.startswith("global_batch_size=510 is not divisible by 4") for reason in odd.undivided)
 
 
 @pytest.mark.parametrize(
@@ -243,43 +246,43 @@ def test_what_does_not_divide_is_named() -> None:
         ["experiment=qwen3_0_6b_one_gpu", "distill.seq_length=8192"],
     ],
 )
-def test_the_mend_mends(overrides: list[str]) -> None:
+def test_the_fix_makes_it_fit(overrides: list[str]) -> None:
     of_plan = planned(*overrides)
-    assert of_plan["fits"] is False
-    changes = re.findall(r"distill\.\S+=\S+", of_plan["fix"])
+    assert of_plan.fits is False
+    changes = re.findall(r"distill\.\S+=\S+", of_plan.fix)
     assert changes
-    assert planned(*overrides, *changes)["fits"] is True
+    assert planned(*overrides, *changes).fits is True
 
 
-def test_where_nothing_mends() -> None:
+def test_where_nothing_fits() -> None:
     of_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
-    assert of_plan["fits"] is False
-    assert of_plan["fix"].startswith("no layout of 1 ranks fits: take more GPUs")
-    assert "raise prune.pipeline_model_parallel_size" in of_plan["fix"]
+    assert of_plan.fits is False
+    assert of_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
+    assert "raise prune.pipeline_model_parallel_size" in of_plan.fix
     with pytest.raises(ConfigError, match=r"distill needs .* GiB a GPU for its tensors alone") as caught:
-        refuse_impossible(of_plan, ["prune", "distill"])
+        of_plan.refuse_impossible(["prune", "distill"])
     assert len(caught.value.faults) == 1
-    refuse_impossible(of_plan, ["prune", "evaluate"])
+    of_plan.refuse_impossible(["prune", "evaluate"])
 
 
 def test_the_one_gpu_experiment_fits_its_gpu() -> None:
     of_plan = planned("experiment=qwen3_0_6b_one_gpu")
-    assert of_plan["fits"] is True
-    assert of_plan["cluster"]["gpu"]["name"] == "RTX 4090 24GB"
+    assert of_plan.fits is True
+    assert of_plan.cluster.gpu.name == "RTX 4090 24GB"
 
 
 def test_a_time_limit_cuts_a_stage_into_jobs() -> None:
-    jobs = {stage["stage"]: stage["jobs"] for stage in planned(DEPTH, "cluster.time_limit=1-00:00:00")["stages"]}
+    jobs = {stage.stage: stage.jobs for stage in planned(DEPTH, "cluster.time_limit=1-00:00:00").stages}
     assert jobs["distill"] == 32  # 756 hours
     assert jobs["importance"] == 1
     assert jobs["prepare_data"] is None
 
 
 def test_more_than_half_in_one_round_is_warned_about() -> None:
-    assert planned(DEPTH, "run_dir=/x")["models"]["cut"] == pytest.approx(0.283, abs=1e-3)
-    warnings = planned(DEPTH, "prune.num_layers=12")["warnings"]
+    assert planned(DEPTH, "run_dir=/x").cut == pytest.approx(0.283, abs=1e-3)
+    warnings = planned(DEPTH, "prune.num_layers=12").warnings
     assert any("pruning removes 57% of the parameters in round 1 of 1" in warning for warning in warnings)
-    assert not any("pruning removes" in warning for warning in planned(DEPTH)["warnings"])
+    assert not any("pruning removes" in warning for warning in planned(DEPTH).warnings)
 
 
 # What is printed.
@@ -297,7 +300,7 @@ def test_every_experiment_has_a_table_that_fits_a_terminal(name: str, capsys: py
 
 
 def test_columns_are_aligned() -> None:
-    lines = table(planned(DEPTH)).splitlines()
+    lines = to_table(planned(DEPTH)).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("GiB a rank"))
     heading, distill, prune = lines[start : start + 3]
     assert len(heading) == len(distill) == len(prune)
@@ -326,7 +329,7 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_short_form() -> None:
-    lines = short(planned(DEPTH, "cluster.time_limit=1-00:00:00"))
+    lines = summarize(planned(DEPTH, "cluster.time_limit=1-00:00:00"))
     assert lines[0] == "plan: 8.19 B -> 5.88 B parameters (-28%), 28,600 steps, 89.97 B tokens"
     assert re.fullmatch(
         r"plan: 22\.\d of 79\.1 GiB a GPU \(H100 SXM 80GB\), 7\d\d\.\d hours, 6,0\d\d\.\d GPU-hours at an assumed"
@@ -338,34 +341,33 @@ def test_the_short_form() -> None:
 
 def test_a_budget_is_planned_by_its_largest_candidate() -> None:
     searched = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7")
-    found, student = searched["models"]["candidates"], searched["models"]["student"]
-    assert found["most"] == student["parameters"] <= 0.7 * searched["models"]["teacher"]["parameters"]
-    assert 1 < found["shapes"] <= 64
-    assert found["least"] < found["most"]
-    assert f"the largest of {found['shapes']} candidates" in table(searched)
-    assert "-> at most" in short(searched)[0]
+    found, student = searched.candidates, searched.student
+    assert found.most == student.parameters <= 0.7 * searched.teacher.parameters
+    assert 1 < found.shapes <= 64
+    assert found.least < found.most
+    assert f"the largest of {found.shapes} candidates" in to_table(searched)
+    assert "-> at most" in summarize(searched)[0]
     # The winner's steps are not taken again: what the tournament adds is those of the others.
     tournament = "prune.tournament.round_tokens=314572800"  # 100 steps
     fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7", tournament)
-    hours = [{row["stage"]: row["hours"] for row in plan["stages"]} for plan in (searched, fought)]
-    assert hours[1]["distill"] == pytest.approx(hours[0]["distill"] * (28600 - 200) / 28600)
-    assert hours[1]["tournament"] == pytest.approx(hours[0]["distill"] * (4 * 100 + 2 * 100) / 28600)
-    assert fought["disk"]["checkpoints"] == 5 * searched["disk"]["checkpoints"]
+    before, after = hours_of(searched), hours_of(fought)
+    assert after["distill"] == pytest.approx(before["distill"] * (28600 - 200) / 28600)
+    assert after["tournament"] == pytest.approx(before["distill"] * (4 * 100 + 2 * 100) / 28600)
+    assert fought.disk.needed["checkpoints"] == 5 * searched.disk.needed["checkpoints"]
 
 
 def test_a_deep_cut_is_proposed_in_rounds() -> None:
-    (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12")["warnings"] if "pruning removes" in text]
+    (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12").warnings if "pruning removes" in text]
     assert "3 rounds that each leave 76% (76% -> 57% -> 43% of the parameters)" in warning
 
 
 def test_rounds_are_planned_each_with_its_own_student() -> None:
     in_rounds = planned(DEPTH, "prune.num_layers=12", "prune.rounds=[{steps: 5000, num_layers: 24}]")
     # 36 -> 24 -> 12 layers: 28 %, and 40 % of what is left.
-    assert not any("pruning removes" in warning for warning in in_rounds["warnings"])
-    hours = {row["stage"]: row["hours"] for row in in_rounds["stages"]}
-    alone = {row["stage"]: row["hours"] for row in planned(DEPTH)["stages"]}
-    assert hours["distill.round1"] == pytest.approx(alone["distill"] * 5000 / 28600)
-    assert hours["importance"] < hours["importance.round1"] == alone["importance"]
-    assert in_rounds["memory"]["distill.round1"] == planned(DEPTH)["memory"]["distill"]
-    assert in_rounds["disk"]["checkpoints"] > planned(DEPTH, "prune.num_layers=12")["disk"]["checkpoints"]
-    assert "distill.round1" in table(in_rounds)
+    assert not any("pruning removes" in warning for warning in in_rounds.warnings)
+    after, alone = hours_of(in_rounds), hours_of(planned(DEPTH))
+    assert after["distill.round1"] == pytest.approx(alone["distill"] * 5000 / 28600)
+    assert after["importance"] < after["importance.round1"] == alone["importance"]
+    assert in_rounds.memory["distill.round1"] == planned(DEPTH).memory["distill"]
+    assert in_rounds.disk.needed["checkpoints"] > planned(DEPTH, "prune.num_layers=12").disk.needed["checkpoints"]
+    assert "distill.round1" in to_table(in_rounds)

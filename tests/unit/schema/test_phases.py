@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.memory import Models, training_memory
+from launch.planning.memory import Models, training_memory
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import training_flops

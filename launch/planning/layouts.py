@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.memory import Models, training_memory
+from launch.planning.memory import Models, fullest, training_memory
 from prune_distill.config.validate import layout_faults
 from prune_distill.schema import Parallel, Recompute, RunConfig, Training
 
@@ -57,9 +57,8 @@ def layout_of(training: Training, cfg: RunConfig, models: Models, ranks: int) ->
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    memory = training_memory(training, cfg.distill.loss, models, ranks)
     replicas = ranks // (sizes[0] * sizes[1] * sizes[2])
-    peak = max(stage.total for stage in memory)
+    peak = fullest(training_memory(training, cfg.distill.loss, models, ranks)).total
     experts_over = parallel.expert_model_parallel_size
     return Layout(*sizes, replicas, training.micro_batch_size, training.recompute, peak, experts_over)
 

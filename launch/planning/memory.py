@@ -10,10 +10,10 @@ softmax) are left out. tests/integration/test_plan_memory.py compares with the t
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from prune_distill.model.model_size import TRAITS, rank_experts, rank_parameters
+from prune_distill.model.model_size import rank_experts, rank_parameters
 from prune_distill.model.student import runs_teacher
 from prune_distill.schema import (
     DistillConfig,
@@ -77,8 +77,13 @@ class Memory:
     loss: int = 0
 
     @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by attribute, without the reserve."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
     def tensors(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts.values())
 
     @property
     def reserve(self) -> int:
@@ -89,6 +94,10 @@ class Memory:
         return self.tensors + self.reserve
 
 
+def fullest(memory: Sequence[Memory]) -> Memory:
+    return max(memory, key=lambda rank: rank.total)
+
+
 def training_memory(training: Training, loss: Loss, models: Models, ranks: int) -> list[Memory]:
     """The memory of a rank of each pipeline stage.
 
@@ -96,9 +105,9 @@ def training_memory(training: Training, loss: Loss, models: Models, ranks: int) 
         ranks: all of them; a multiple of the layout's tensor x pipeline x context parallel ranks.
     """
     # Each phase has the optimizer and the weights of the others: the fullest one counts.
-    runs = [dataclasses.replace(training, **phase_sizes(training, phase)) for phase in training.phases or ()]
+    runs = [replace(training, **phase_sizes(training, phase)) for phase in training.phases or ()]
     return [
-        max((_stage(run, loss, models, ranks, stage) for run in runs or [training]), key=lambda memory: memory.total)
+        fullest([_stage(run, loss, models, ranks, stage) for run in runs or [training]])
         for stage in range(_pipeline(training))
     ]
 
@@ -219,7 +228,7 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
     attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
-    if TRAITS[models.family].qk_norm:
+    if models.family.traits.qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
     norms = 4 * shape.hidden_size // _sequence_share(training)
@@ -227,7 +236,7 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
         return tokens * (norms + attention // tensor + _expert_elements(shape) // _sequence_share(training))
     # Gate and up, and the down projection's input: the fused SwiGLU (prune_distill/nemo/nemo_api.py) keeps its
     # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
-    channels = (3 if TRAITS[models.family].gated_mlp else 2) * shape.ffn_hidden_size
+    channels = (3 if models.family.traits.gated_mlp else 2) * shape.ffn_hidden_size
     return tokens * (norms + (attention + channels) // tensor)
 
 

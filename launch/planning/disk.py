@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.model.model_size import parameters
@@ -18,6 +18,46 @@ FIX = "free some, or set run_dir to a larger disk"
 # What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
 # shapes (ckpt_optim_fully_reshardable), in either precision.
 OPTIMIZER_BYTES = 12
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk of a run's folder.
+
+    Attributes:
+        needed: what the whole run writes, by kind; see `bytes_needed`.
+        written: what the folder contains already.
+        free: what the disk has left.
+    """
+
+    needed: dict[str, int]
+    written: int
+    free: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.needed.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """All of them by name."""
+        return {**self.needed, "total": self.total, "written": self.written, "free": self.free}
+
+    @property
+    def has_room(self) -> bool:
+        """Whether what the run still writes fits the disk."""
+        return self.total - self.written <= self.free
+
+    def describe(self, run_dir: str) -> str:
+        """The free space and what the run still writes, as a clause about `run_dir`."""
+        to_come = self.total - self.written
+        return f"{run_dir} has {self.free / GIB:,.1f} GiB free, and the run still writes about {to_come / GIB:,.1f} GiB"
+
+
+def estimate_disk(cfg: RunConfig, teacher: Shape) -> Disk:
+    """What a run needs on disk, next to what its folder and its disk have now."""
+    run_dir = Path(cfg.run_dir)
+    return Disk(bytes_needed(cfg, teacher), written_bytes(run_dir), free_bytes(run_dir))
 
 
 def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
@@ -85,18 +125,6 @@ def weight_bytes(precision: Precision) -> int:
 def teacher_weight_bytes(cfg: RunConfig) -> int:
     """Bytes of a weight of the teacher, and so of the pruned student: Hugging Face models are taken to be in bf16."""
     return weight_bytes(Precision.bf16 if cfg.model.demo is None else cfg.model.demo.training.precision)
-
-
-def room(run_dir: str, sizes: Mapping[str, int]) -> tuple[bool, str]:
-    """Whether what a run still writes fits its disk, and the figures in words.
-
-    Args:
-        run_dir: the run's folder, as it is named to the user.
-        sizes: bytes by `total` (of the whole run), `written` (of it already), `free` (on the disk).
-    """
-    to_come, free = sizes["total"] - sizes["written"], sizes["free"]
-    words = f"{run_dir} has {free / GIB:,.1f} GiB free, and the run still writes about {to_come / GIB:,.1f} GiB"
-    return to_come <= free, words
 
 
 def written_bytes(run_dir: Path) -> int:

@@ -1,0 +1,84 @@
+"""What a plan says in sentences: warnings about the run, and what to set where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection, Sequence
+
+from launch.planning.disk import FIX, Disk
+from launch.planning.layouts import Layout, fitting, layout_of
+from launch.planning.memory import Models
+from prune_distill.config.values import count_ranks
+from prune_distill.model.model_size import parameters
+from prune_distill.model.student import shape_to_prune, student_shape
+from prune_distill.schema import RunConfig
+
+# Beyond it, prune and distill twice (Minitron's advice: at most a third a round, no more than half).
+LARGEST_CUT = 0.5
+SHORTEST_SEQUENCE = 256
+# For stages whose layouts are not searched.
+FIXES = {
+    "prune": "raise prune.pipeline_model_parallel_size, or lower prune.calibration_seq_length or "
+    "prune.micro_batch_size",
+    "correct_teacher": "for correct_teacher raise the sizes of distill.correct_teacher.parallel, set "
+    "distill.correct_teacher.recompute=full, or lower distill.correct_teacher.micro_batch_size",
+    "teacher_signal": "for teacher_signal lower distill.micro_batch_size, or raise "
+    "distill.parallel.tensor_model_parallel_size",
+}
+
+
+def warnings(cfg: RunConfig, disk: Disk) -> list[str]:
+    """What a run should not start with, in sentences."""
+    shapes = [shape_to_prune(cfg, number) for number in range(len(cfg.prune.rounds) + 1)] + [student_shape(cfg)]
+    sizes = [parameters(shape, cfg.model.family) for shape in shapes]
+    cuts = [1 - after / before for before, after in itertools.pairwise(sizes)]
+    found = [
+        f"pruning removes {cut:.0%} of the parameters in round {number} of {len(cuts)}; "
+        f"beyond {LARGEST_CUT:.0%} prune and distil a model in between first (prune.rounds), and prune that "
+        f"one: {_in_rounds(cut)}"
+        for number, cut in enumerate(cuts, 1)
+        if cut > LARGEST_CUT
+    ]
+    return found if disk.has_room else [*found, f"{disk.describe(cfg.run_dir)}; {FIX}"]
+
+
+def _in_rounds(cut: float) -> str:
+    """Rounds of equal shares, each within Minitron's advice of a third."""
+    count = math.ceil(math.log(1 - cut) / math.log(2 / 3) - 1e-9)
+    share = (1 - cut) ** (1 / count)
+    shares = " -> ".join(f"{share**number:.0%}" for number in range(1, count + 1))
+    return f"{count} rounds that each leave {math.ceil(share * 100) / 100:.0%} ({shares} of the parameters)"
+
+
+def suggest_fix(
+    cfg: RunConfig, models: Models, layouts: Sequence[Layout], stages: Collection[str], limit: float
+) -> str:
+    """What to set so that all fits: the best layout, or else a shorter sequence; for pruning more pipeline stages.
+
+    Args:
+        layouts: those that fit, best first.
+        stages: those that need more than `limit` bytes of a rank.
+    """
+    parts = []
+    if "distill" in stages:
+        parts.append("set " + _changes(cfg, models, layouts[0]) if layouts else _shorten(cfg, models, limit))
+    return "; ".join([*parts, *(fix for stage, fix in FIXES.items() if stage in stages)])
+
+
+def _changes(cfg: RunConfig, models: Models, layout: Layout) -> str:
+    present = layout_of(cfg.distill, cfg, models, count_ranks(cfg)).overrides
+    return " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
+
+
+def _shorten(cfg: RunConfig, models: Models, limit: float) -> str:
+    """Halves the sequences until a layout fits."""
+    ranks, length = count_ranks(cfg), cfg.distill.seq_length
+    while (length := length // 2) >= SHORTEST_SEQUENCE:
+        shorter = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, seq_length=length))
+        layouts = fitting(shorter, models, ranks, limit)
+        if layouts:
+            changes = f"distill.seq_length={length} {_changes(shorter, models, layouts[0])}".rstrip()
+            return f"no layout fits sequences of {cfg.distill.seq_length} tokens: set {changes}"
+    return f"no layout of {ranks} ranks fits: take more GPUs, or GPUs of more memory"

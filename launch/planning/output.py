@@ -1,0 +1,305 @@
+"""A plan as JSON, as the whole table that `launch.plan` prints, and as the few lines that `launch.run` starts with."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+
+from launch.planning.layouts import Layout
+from launch.planning.memory import Memory, fullest
+from launch.planning.plan import Model, Plan
+from prune_distill.schema import Gpu
+from prune_distill.units import GIB
+
+COLUMNS = 100
+# Paths and key=value may be copied from a line: they are not cut.
+WRAP = textwrap.TextWrapper(COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+LAYOUTS_SHOWN = 6
+UNDIVIDED_SHOWN = 4
+SIZES = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_query_groups",
+}
+# Of a mixture: its experts, the FFN of each, and how many a token goes through.
+SIZES_OF_EXPERTS = {
+    "experts": "num_moe_experts",
+    "expert ffn": "moe_ffn_hidden_size",
+    "top": "moe_router_topk",
+}
+
+
+def to_json(plan: Plan) -> dict[str, object]:
+    """A plan as plain data: the object that `launch.plan --json` prints, whose keys programs read."""
+    cluster, work = plan.cluster, plan.work
+    return {
+        "experiment": plan.experiment,
+        "cluster": {
+            "name": cluster.name,
+            "nodes": cluster.nodes,
+            "devices_per_node": cluster.devices_per_node,
+            "gpu": None if cluster.gpu is None else _gpu_to_json(cluster.gpu),
+            "time_limit": cluster.time_limit,
+            "ranks": plan.ranks,
+        },
+        "models": {
+            "teacher": _model_to_json(plan.teacher),
+            "student": _model_to_json(plan.student),
+            "candidates": None if plan.candidates is None else dataclasses.asdict(plan.candidates),
+            "cut": plan.cut,
+        },
+        "training": {
+            **dataclasses.asdict(work),
+            "flops_a_token": {**dataclasses.asdict(work.flops_a_token), "total": work.flops_a_token.total},
+        },
+        "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
+        "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "memory": {
+            stage: _memory_to_json(memory[0]) if stage == "prune" else [_memory_to_json(rank) for rank in memory]
+            for stage, memory in plan.memory.items()
+        },
+        "layout": _layout_to_json(plan.layout),
+        "layouts": [_layout_to_json(layout) for layout in plan.layouts],
+        "undivided": plan.undivided,
+        "disk": plan.disk.sizes,
+        "warnings": plan.warnings,
+        "fits": plan.fits,
+        "impossible": plan.impossible,
+        "fix": plan.fix,
+    }
+
+
+def _gpu_to_json(gpu: Gpu) -> dict[str, object]:
+    return {
+        "name": gpu.name,
+        "memory_bytes": round(gpu.memory_gib * GIB),
+        "bf16_flops": gpu.bf16_tflops * 1e12,
+        "utilisation": gpu.utilisation,
+    }
+
+
+def _model_to_json(model: Model) -> dict[str, object]:
+    counts = {"parameters": model.parameters, "active_parameters": model.active_parameters}
+    return {**counts, **dataclasses.asdict(model.shape)}
+
+
+def _memory_to_json(memory: Memory) -> dict[str, int]:
+    return {**memory.parts, "reserve": memory.reserve, "total": memory.total}
+
+
+def _layout_to_json(layout: Layout) -> dict[str, object]:
+    return {**dataclasses.asdict(layout), "recompute": layout.recompute.value}
+
+
+def to_table(plan: Plan) -> str:
+    """All of a plan, for a terminal of 100 columns."""
+    sections = (_heading, _models, _time, _memory, _layouts, _disk, _notes)
+    return "\n\n".join("\n".join(lines) for section in sections if (lines := section(plan)))
+
+
+def summarize(plan: Plan) -> list[str]:
+    """A plan in a few lines; those on memory and time only where a GPU is stated."""
+    most = "" if plan.candidates is None else "at most "
+    lines = [
+        f"plan: {_count(plan.teacher.parameters)} -> {most}{_count(plan.student.parameters)} parameters"
+        f" ({-plan.cut:.0%}), {plan.work.steps:,} steps, {_count(plan.work.tokens)} tokens"
+    ]
+    gpu = plan.cluster.gpu
+    if gpu is not None:
+        memory = f"{_gib(plan.peak)} of {_number(gpu.memory_gib)} GiB a GPU ({gpu.name})"
+        lines.append(f"plan: {memory}, {_total_hours(plan, gpu)}")
+    lines.append(f"plan: {_gib(plan.disk.total)} GiB on disk, {_gib(plan.disk.free)} GiB are free")
+    if plan.fits is False:
+        lines.append(f"warning: the plan does not fit: {plan.fix}")
+    return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _total_hours(plan: Plan, gpu: Gpu) -> str:
+    hours = [stage.hours for stage in plan.stages if stage.hours is not None]
+    if not hours:
+        return "hours not estimated"
+    gpu_hours = sum(stage.gpu_hours or 0 for stage in plan.stages)
+    jobs = sum(stage.jobs or 0 for stage in plan.stages)
+    return (
+        f"{_number(sum(hours))} hours, {_number(gpu_hours)} GPU-hours"
+        f" at an assumed {gpu.utilisation:.0%} of its peak"
+        + (f", at least {jobs} jobs of {plan.cluster.time_limit}" if jobs else "")
+    )
+
+
+def _heading(plan: Plan) -> list[str]:
+    cluster, gpu = plan.cluster, plan.cluster.gpu
+    stated = "GPU not stated (cluster.gpu is null)"
+    if gpu is not None:
+        stated = f"{gpu.name}, {_number(gpu.memory_gib)} GiB, {gpu.bf16_tflops:.0f} TFLOP/s in bf16"
+    limit = f", at most {cluster.time_limit} a job" if cluster.time_limit else ""
+    return [
+        f"{plan.experiment} on {cluster.name}: {cluster.nodes} x {cluster.devices_per_node} ranks{limit}",
+        f"each rank: {stated}",
+    ]
+
+
+def _models(plan: Plan) -> list[str]:
+    work, flops = plan.work, plan.work.flops_a_token
+    mixture = plan.teacher.shape.num_moe_experts
+    sizes = SIZES | (SIZES_OF_EXPERTS if mixture else {})
+    rows = [["model", "parameters", *(["active"] if mixture else []), *sizes]]
+    for name, model in (("teacher", plan.teacher), ("student", plan.student)):
+        counts = [model.parameters, *([model.active_parameters] if mixture else [])]
+        shape = [str(getattr(model.shape, size)) for size in sizes.values()]
+        rows.append([name, *(f"{count:,}" for count in counts), *shape])
+    again = f" + {_giga(flops.recompute)} again (recompute)" if flops.recompute else ""
+    searched = []
+    if plan.candidates is not None:
+        searched = [
+            f"student: the largest of {plan.candidates.shapes} candidates, of which the run chooses; they have "
+            f"{plan.candidates.least:,} to {plan.candidates.most:,} parameters"
+        ]
+    return [
+        *_columns(rows),
+        *searched,
+        f"pruning removes {plan.cut:.1%} of the parameters",
+        "",
+        f"distillation: {work.steps:,} steps x {work.tokens_a_step:,} tokens = {_count(work.tokens)} tokens",
+        f"GFLOP a token: {_giga(flops.student)} student + {_giga(flops.teacher)} teacher{again}"
+        f" = {_giga(flops.total)}; in all {work.flops:.3g} FLOP",
+        *_signal(plan),
+    ]
+
+
+def _signal(plan: Plan) -> list[str]:
+    signal = plan.signal
+    if signal is None:
+        return []
+    text = (
+        f"the teacher runs once, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
+        f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
+        f"tournament's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
+    )
+    return WRAP.wrap(text)
+
+
+def _time(plan: Plan) -> list[str]:
+    gpu, limit = plan.cluster.gpu, plan.cluster.time_limit
+    rows = [["stage", "ranks", "hours", "GPU-hours", *([f"jobs of {limit}"] if limit else [])]]
+    for stage in plan.stages:
+        if stage.hours is not None and stage.gpu_hours is not None:
+            jobs = [f"{stage.jobs:,}"] if limit else []
+            rows.append([stage.stage, str(stage.ranks), _number(stage.hours), _number(stage.gpu_hours), *jobs])
+    if gpu is None or len(rows) == 1:
+        why = "cluster.gpu is null" if gpu is None else "cluster.gpu states the speed of bf16 only"
+        return [f"hours: not estimated ({why})"]
+    return [
+        f"time, at {gpu.utilisation:.0%} of the GPU's peak (an assumption: cluster.gpu.utilisation)",
+        *_columns(rows),
+        f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    on_gpu = plan.cluster.gpu is not None
+    rows = [["GiB a rank", *Memory().parts, *(["reserve*", "total"] if on_gpu else ["sum"])]]
+
+    def add(name: str, memory: Memory) -> None:
+        sums = [memory.reserve, memory.total] if on_gpu else [memory.tensors]
+        rows.append([name, *(_gib(size) for size in [*memory.parts.values(), *sums])])
+
+    for stage, memory in plan.memory.items():
+        if stage != "distill":
+            add(stage, fullest(memory))
+            continue
+        for number, rank in enumerate(memory):
+            # Stages between the first and the last are like one another, and need less than the first.
+            if number in (0, 1, len(memory) - 1):
+                add("distill" if len(memory) == 1 else f"distill, stage {number}", rank)
+    return [
+        f"memory at the fullest moment, with {_describe(plan.layout)}",
+        *_columns(rows),
+        "loss: logits (of a chunk, or whole with implementation=upstream) and the output weight's gradient",
+        *(["* assumed: 2 GiB for CUDA, NCCL and workspaces, 5 % for fragmentation"] if on_gpu else []),
+    ]
+
+
+def _describe(layout: Layout) -> str:
+    return (
+        f"TP {layout.tensor}, PP {layout.pipeline}, CP {layout.context}, DP {layout.data}, "
+        + (f"EP {layout.expert}, " if layout.expert > 1 else "")
+        + f"micro batch {layout.micro_batch_size}, recompute {layout.recompute.value}"
+    )
+
+
+def _layouts(plan: Plan) -> list[str]:
+    layouts, present = plan.layouts, plan.layout
+    lines = []
+    if plan.cluster.gpu is not None:
+        experts = ["EP"] if plan.teacher.shape.num_moe_experts else []
+        rows = [["", "TP", "PP", "CP", "DP", *experts, "micro batch", "recompute", "GiB"]]
+        shown = layouts[:LAYOUTS_SHOWN]
+        for layout in shown if present in shown else [*shown, present]:
+            sizes = [layout.tensor, layout.pipeline, layout.context, layout.data]
+            sizes += [*([layout.expert] if experts else []), layout.micro_batch_size]
+            mark = "present" if layout == present else ""
+            rows.append([mark, *map(str, sizes), layout.recompute.value, _gib(layout.peak)])
+        lines = [
+            f"layouts that divide everything and fit: {len(layouts)}; best first: no recompute, least TP x PP x CP,",
+            "TP before CP before PP, the largest micro batch",
+            *_columns(rows),
+        ]
+    if plan.undivided:
+        more = len(plan.undivided) - UNDIVIDED_SHOWN
+        lines += ["not possible:", *(f"  {reason}" for reason in plan.undivided[:UNDIVIDED_SHOWN])]
+        lines += [f"  and {more} more (--json has all)"] if more > 0 else []
+    return lines
+
+
+def _disk(plan: Plan) -> list[str]:
+    rows = [["GiB on disk", *plan.disk.sizes], ["", *map(_gib, plan.disk.sizes.values())]]
+    return [*_columns(rows), "tokens: as many as distillation reads, each once (an assumption); teacher in bf16"]
+
+
+def _notes(plan: Plan) -> list[str]:
+    gpu = plan.cluster.gpu
+    if gpu is None:
+        verdict = "whether it fits is not known: state cluster.gpu (name, memory_gib, bf16_tflops)"
+    elif plan.fits:
+        verdict = f"fits: {_gib(plan.peak)} of {_number(gpu.memory_gib)} GiB"
+    else:
+        verdict = f"does not fit: {plan.fix}"
+    sentences = [*(f"warning: {warning}" for warning in plan.warnings), verdict]
+    return [line for text in sentences for line in WRAP.wrap(text)]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines, the first column to the left and the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _count(number: float) -> str:
+    """A count for people: `8.19 B`, `5.25 M`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}" if number < 100 * size else f"{number / size:.0f} {letter}"
+    return f"{number:.0f}"
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.3g}"
+
+
+def _gib(size: float) -> str:
+    """Bytes in GiB: two decimals where they matter."""
+    return _number(size / GIB)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,213 @@
+"""The plan of a run: what it will need, computed once; `launch.planning.output` renders it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from launch.planning.advice import suggest_fix, warnings
+from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
+from launch.planning.hours import StageHours, estimate_hours
+from launch.planning.layouts import Layout, fitting, layout_of, undivided
+from launch.planning.memory import Memory, Models, fullest, prune_memory, signal_memory, training_memory
+from prune_distill.config.values import count_ranks
+from prune_distill.errors import ConfigError
+from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
+from prune_distill.model.model_size import active_parameters, parameters
+from prune_distill.model.student import student_shape, student_shapes
+from prune_distill.pipeline.stages import select_stages
+from prune_distill.schema import ClusterConfig, Family, Loss, RunConfig, Shape
+from prune_distill.schema.phases import training_tokens
+from prune_distill.units import GIB
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its size. A token of a mixture of experts passes through its active parameters."""
+
+    parameters: int
+    active_parameters: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of a search: how many shapes there are, and the parameters of the smallest and the largest."""
+
+    shapes: int
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of the distillation, in tokens and FLOP."""
+
+    steps: int
+    tokens: int
+    tokens_a_step: int
+    flops: int
+    flops_a_token: TokenFlops
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The cost of a stored teacher signal.
+
+    Attributes:
+        bytes: on disk, at most.
+        flops_a_token: of the teacher's forward pass.
+        spared_share: of the FLOP of a step with the teacher, what each further student saves.
+    """
+
+    top_k: int
+    bytes: int
+    flops_a_token: int
+    spared_share: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Attributes:
+        student: with a budget, the largest candidate.
+        candidates: None without a budget.
+        signal: None where the teacher runs next to the student.
+        stages: every stage of the run in order, with its hours.
+        memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
+            fullest rank. It always has `distill` and `prune`.
+        layout: the configured layout of the distillation.
+        layouts: those that divide everything and fit the GPU, best first; empty where no GPU is stated.
+        undivided: why other layouts are not possible.
+        fix: what to set where the plan does not fit.
+    """
+
+    experiment: str
+    cluster: ClusterConfig
+    ranks: int
+    teacher: Model
+    student: Model
+    candidates: Candidates | None
+    work: Work
+    signal: Signal | None
+    stages: list[StageHours]
+    memory: dict[str, list[Memory]]
+    layout: Layout
+    layouts: list[Layout]
+    undivided: list[str]
+    disk: Disk
+    warnings: list[str]
+    fix: str | None
+
+    @property
+    def cut(self) -> float:
+        """The share of the parameters that pruning removes."""
+        return 1 - self.student.parameters / self.teacher.parameters
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the fullest rank of all stages."""
+        return max(fullest(memory).total for memory in self.memory.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every stage fits the GPU; None where no GPU is stated."""
+        gpu = self.cluster.gpu
+        return None if gpu is None else self.peak <= gpu.memory_gib * GIB
+
+    @property
+    def impossible(self) -> dict[str, str]:
+        """A sentence by stage: those whose tensors alone, without the reserve, are more than the GPU holds."""
+        gpu = self.cluster.gpu
+        if gpu is None:
+            return {}
+        tensors = {stage: fullest(memory).tensors for stage, memory in self.memory.items()}
+        return {
+            stage: f"{stage} needs {size / GIB:.1f} GiB a GPU for its tensors alone, and "
+            f"cluster.gpu.memory_gib={gpu.memory_gib} ({gpu.name})"
+            for stage, size in tensors.items()
+            if size > gpu.memory_gib * GIB
+        }
+
+    def refuse_impossible(self, stages: Collection[str]) -> None:
+        """Raises: ConfigError, where one of these stages cannot fit the GPU, however its memory is used."""
+        faults = [fault for stage, fault in self.impossible.items() if stage in stages]
+        if faults:
+            # The plan may be wrong: whoever knows better has a way past it.
+            raise ConfigError([f"{fault}; {self.fix}; or set cluster.gpu=null to go unchecked" for fault in faults])
+
+
+def make_plan(cfg: RunConfig) -> Plan:
+    """The plan of a run whose config was checked."""
+    teacher, family, ranks, gpu = cfg.model.shape, cfg.model.family, count_ranks(cfg), cfg.cluster.gpu
+    assert teacher is not None  # prune_distill.config.load refuses a config without
+    student, models = student_shape(cfg), _models(cfg, teacher)
+    limit = gpu.memory_gib * GIB if gpu else math.inf
+    layouts = fitting(cfg, models, ranks, limit) if gpu else []
+    memory = _memory(cfg, teacher, ranks)
+    full = {stage for stage, stage_memory in memory.items() if fullest(stage_memory).total > limit}
+    steps, tokens = cfg.distill.max_steps, training_tokens(cfg.distill)
+    flops = training_flops(cfg.distill, cfg.distill.loss, family, student, models.teacher)
+    disk = estimate_disk(cfg, teacher)
+    return Plan(
+        experiment=cfg.name,
+        cluster=cfg.cluster,
+        ranks=ranks,
+        teacher=_model(teacher, family),
+        student=_model(student, family),
+        candidates=_candidates(cfg),
+        work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
+        signal=_signal(cfg, teacher, flops.total, disk),
+        stages=estimate_hours(cfg, teacher),
+        memory=memory,
+        layout=layout_of(cfg.distill, cfg, models, ranks),
+        layouts=layouts,
+        undivided=undivided(cfg, ranks),
+        disk=disk,
+        warnings=warnings(cfg, disk),
+        fix=suggest_fix(cfg, models, layouts, full, limit) if full else None,
+    )
+
+
+def _models(cfg: RunConfig, teacher: Shape) -> Models:
+    return Models(cfg.model.family, student_shape(cfg), teacher if cfg.distill.runs_teacher else None)
+
+
+def _memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory]]:
+    """The memory of a rank by stage: of the last distillation and of pruning; of the distillations of earlier rounds,
+    whose students are larger; of the stages that run the teacher alone."""
+    family = cfg.model.family
+    memory = {
+        "distill": training_memory(cfg.distill, cfg.distill.loss, _models(cfg, teacher), ranks),
+        "prune": [prune_memory(cfg.prune, teacher, family, teacher_weight_bytes(cfg))],
+    }
+    for stage in select_stages(cfg):
+        if stage.module == "recipes.distill" and ".round" in stage.name:
+            own = stage.configure(cfg)
+            memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own, teacher), ranks)
+    if cfg.distill.correct_teacher is not None:
+        models = Models(family, teacher, None)
+        memory["correct_teacher"] = training_memory(cfg.distill.correct_teacher, Loss.ce, models, ranks)
+    if cfg.distill.reads_signal:
+        memory["teacher_signal"] = [signal_memory(cfg.distill, teacher, family)]
+    return memory
+
+
+def _model(shape: Shape, family: Family) -> Model:
+    return Model(parameters(shape, family), active_parameters(shape, family), shape)
+
+
+def _candidates(cfg: RunConfig) -> Candidates | None:
+    if cfg.prune.budget is None:
+        return None
+    sizes = [parameters(shape, cfg.model.family) for shape in student_shapes(cfg)]
+    return Candidates(len(sizes), min(sizes), max(sizes))
+
+
+def _signal(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Disk) -> Signal | None:
+    if not cfg.distill.reads_signal:
+        return None
+    flops = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    return Signal(cfg.distill.signal_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
