@@ -17,7 +17,7 @@ from launch.filesystem import unshared
 from launch.planning import make
 from launch.run import add_config_dir
 from prune_distill.config.load import compose
-from prune_distill.errors import ConfigError
+from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import RunConfig
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator[Finding]:
     """All findings, the run's own last."""
     cfg = None
-    faults: list[str] = []
+    faults: list[Fault] = []
     if overrides:
         try:
             cfg = compose(overrides, check_files=True, config_dir=config_dir)
@@ -53,7 +53,7 @@ def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator
     yield from checks.shared_memory(cfg)
     yield from checks.hub()
     yield from checks.slurm(cfg)
-    yield from (Finding("config", State.fail, fault) for fault in faults)
+    yield from (Finding("config", State.fail, str(fault)) for fault in faults)
     if cfg is not None:
         yield from planned(cfg)
 

@@ -12,8 +12,7 @@ from typing import Any
 from launch import compute, disk
 from launch.layouts import Layout, fitting, layout_of, undivided
 from launch.memory import Memory, Models, prune_memory, signal_memory, training_memory
-from prune_distill.config.rules.prune import rounds, steps_of_rounds
-from prune_distill.config.values import count_ranks
+from prune_distill.config.values import count_ranks, tournament_rounds, tournament_steps
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -182,7 +181,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
     if cfg.prune.tournament is not None:
         beside = teacher if cfg.distill.loss is Loss.kd else None
         a_token = training_flops(cfg.distill, cfg.distill.loss, cfg.model.family, student, beside).total
-        share = steps_of_rounds(cfg) / cfg.distill.max_steps
+        share = tournament_steps(cfg) / cfg.distill.max_steps
         flops["tournament"] = (training_tokens(cfg.distill) * share * a_token, ranks)
     for stage in select_stages(cfg):
         own = stage.configure(cfg)
@@ -194,7 +193,7 @@ def _stages(cfg: RunConfig, student: Shape, teacher: Shape, ranks: int) -> list[
             beside = teacher if run.runs_teacher else None
             a_token = training_flops(run, run.loss, cfg.model.family, student_shape(own), beside).total
             # The winner of a tournament goes on from there.
-            taken = rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
+            taken = tournament_rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
             flops[stage.name] = (training_tokens(run) * (1 - taken / run.max_steps) * a_token, ranks)
     forward = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
     flops["teacher_signal"] = (training_tokens(cfg.distill) * forward, ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prune_distill.config.validate import meter
+from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
 from prune_distill.distillation.signal import SignalReader
@@ -42,7 +42,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         *(model, cfg.distill, data, out),
         seed=cfg.seed,
         start=start,
-        meter=meter(cfg),
+        meter=utilization_meter(cfg),
         signal=signal,
         callbacks=callbacks,
     )

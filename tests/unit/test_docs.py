@@ -28,8 +28,8 @@ from launch.plan_text import table
 from launch.planning import make
 from launch.run import read_arguments
 from prune_distill.config.composition import sweep
+from prune_distill.config.input_files import HUB_FOLDERS
 from prune_distill.config.load import compose
-from prune_distill.config.rules.slurm import HUB_FOLDERS
 from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import RunConfig
 from tests.conftest import QWEN3
