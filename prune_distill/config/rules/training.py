@@ -17,7 +17,7 @@ from prune_distill.config.values import count_ranks, get_value, require
 from prune_distill.config.wording import any_of, around, divisors, too_long
 from prune_distill.model.student import shape_to_prune, student_shape
 from prune_distill.schema import Phase, RunConfig, Schedule, Shape, Training
-from prune_distill.schema.phases import TrainingPhase, phase_sizes, training_phases
+from prune_distill.schema.phases import TrainingPhase, training_phases
 
 DEMO, DISTILL, CORRECTION = "model.demo.training", "distill", "distill.correct_teacher"
 TRAININGS = (DEMO, DISTILL, CORRECTION)
@@ -314,7 +314,9 @@ def _with_phases(training: Training, at: str) -> Iterator[tuple[str, Training]]:
     """The training, whose sizes validation uses, and the training with the sizes of each phase, by key."""
     yield at, training
     for number, phase in enumerate(training.phases or ()):
-        yield f"{at}.phases[{number}]", dataclasses.replace(training, **phase_sizes(training, phase))
+        sizes = {name: getattr(phase, name) for name in ("seq_length", "global_batch_size", "micro_batch_size")}
+        own = {name: size for name, size in sizes.items() if size is not None}
+        yield f"{at}.phases[{number}]", dataclasses.replace(training, **own)
 
 
 def _ranks(cfg: RunConfig, at: str) -> int:
