@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 from prune_distill.config.data_files import sources
@@ -39,9 +38,12 @@ def training_rule(
 ) -> Callable[[Check], list[Rule]]:
     """Declare a function as a rule of each training, whose key it is given."""
     return lambda check: [
-        Rule(name, tuple(key for read in reads for key in _keys(read, at)), partial(check, at=at), on_machine)
-        for at in only
+        Rule(name, tuple(key for read in reads for key in _keys(read, at)), _bind(check, at), on_machine) for at in only
     ]
+
+
+def _bind(check: Check, at: str) -> Callable[[RunConfig], Iterator[Finding]]:
+    return lambda cfg: check(cfg, at)
 
 
 def _keys(read: str, at: str) -> tuple[str, ...]:
