@@ -581,8 +581,8 @@ def test_a_control_character_is_refused_everywhere(key: str, control: str) -> No
     text = f'"a{control}#SBATCH --wrap=id"'
     value = f"[{text}]" if key in ("data.train", "evaluate.tasks") else text
     found = [fault for fault in find_faults([*DEMO, f"{key}={value}"]) if fault.rule == "value.control_character"]
-    assert found
-    assert all(fault.keys[0].startswith(key) and str(fault).isprintable() for fault in found)
+    assert any(fault.keys[0].startswith(key) for fault in found)
+    assert all(str(fault).isprintable() for fault in found)
 
 
 @pytest.mark.parametrize(
