@@ -17,7 +17,7 @@ from pathlib import Path
 from launch import partition, torchrun
 from launch.environment import ROOT
 from launch.slurm import COMMANDS
-from prune_distill.config.rules.slurm import HUB_FOLDERS
+from prune_distill.config.input_files import HUB_FOLDERS
 from prune_distill.pipeline.identity import installed_version
 from prune_distill.schema import RunConfig
 from prune_distill.units import GIB

@@ -18,7 +18,7 @@ from launch.planning import disk
 from launch.planning.plan import make_plan
 from launch.run import add_config_dir
 from prune_distill.config.load import compose
-from prune_distill.errors import ConfigError
+from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import RunConfig
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator[Finding]:
     """All findings, the run's own last."""
     cfg = None
-    faults: list[str] = []
+    faults: list[Fault] = []
     if overrides:
         try:
             cfg = compose(overrides, check_files=True, config_dir=config_dir)
@@ -54,7 +54,7 @@ def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator
     yield from checks.shared_memory(cfg)
     yield from checks.hub()
     yield from checks.slurm(cfg)
-    yield from (Finding("config", State.fail, fault) for fault in faults)
+    yield from (Finding("config", State.fail, str(fault)) for fault in faults)
     if cfg is not None:
         yield from planned(cfg)
 

@@ -15,7 +15,7 @@ import jinja2
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.config.data_files import is_on_hub
-from prune_distill.config.rules.slurm import HUB_FOLDERS, HUB_SETTINGS, absolute
+from prune_distill.config.input_files import HUB_FOLDERS, HUB_SETTINGS, absolute
 from prune_distill.pipeline.artifact import Located
 from prune_distill.pipeline.names import LOG, RESOLVED, SLURM
 from prune_distill.pipeline.stage import Output

@@ -4,23 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prune_distill.credentials import redact
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong in what the user asked for.
+
+    Attributes:
+        rule: what was violated, such as `training.ranks`; empty where the fault is no rule's.
+        keys: the dotted keys concerned, the one to change first.
+        message: `KEY=VALUE: what is wrong; how to fix it`.
+    """
+
+    rule: str
+    keys: tuple[str, ...]
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ConfigError(ValueError):
     """One or more faults in what the user asked for, reported together.
 
     Attributes:
-        faults: one sentence per fault, naming the value and what to set instead; credentials are removed.
+        faults: credentials are removed from their messages.
     """
 
-    def __init__(self, faults: Sequence[str] | str) -> None:
-        self.faults = [redact(fault) for fault in ([faults] if isinstance(faults, str) else faults)]
+    def __init__(self, faults: Sequence[Fault | str] | str) -> None:
+        found = [faults] if isinstance(faults, str) else faults
+        self.faults = [_redacted(Fault("", (), fault) if isinstance(fault, str) else fault) for fault in found]
         count = len(self.faults)
         heading = "1 fault" if count == 1 else f"{count} faults"
         super().__init__("\n".join([f"{heading} in the configuration:", *(f"  - {fault}" for fault in self.faults)]))
+
+
+def _redacted(fault: Fault) -> Fault:
+    return replace(fault, message=redact(fault.message))
 
 
 class InputError(ValueError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_distill.config.validate import meter
+from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
 from prune_distill.distillation.signal import SignalReader
@@ -56,7 +56,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         *(model, cfg.distill, data, out),
         seed=cfg.seed,
         start=start,
-        meter=meter(cfg),
+        meter=utilization_meter(cfg),
         signal=signal,
         callbacks=callbacks,
     )

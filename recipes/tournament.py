@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from convert.exporting import exporter
-from prune_distill.config.rules.prune import rounds
+from prune_distill.config.values import tournament_rounds
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import student_to_train
 from prune_distill.evaluation.evaluator import Evaluator
@@ -62,7 +62,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
     table = json.loads((inputs.search / CANDIDATES).read_text())
-    plan = rounds(cfg)
+    plan = tournament_rounds(cfg)
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
     _join_ranks(cfg, inputs)
     finalists.release()
@@ -137,7 +137,7 @@ def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> 
         tournament.discard_unfinished(folder, step)
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
-    training = dataclasses.replace(cfg.distill, val_every_n_steps=rounds(cfg)[0][1])
+    training = dataclasses.replace(cfg.distill, val_every_n_steps=tournament_rounds(cfg)[0][1])
     data, pause = DataFolder.read(inputs.data), tournament.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prune_distill.config.rules.prune import rounds, steps_of_rounds
+from prune_distill.config.values import tournament_rounds, tournament_steps
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
 from prune_distill.pipeline.stages import Stage, select_stages
@@ -66,10 +66,10 @@ def stage_flops(stage: Stage, cfg: RunConfig, teacher: Shape) -> float | None:
     if stage.module in ("recipes.tournament", "recipes.distill"):
         run = own.distill
         if stage.module == "recipes.tournament":
-            share, with_teacher = steps_of_rounds(cfg) / run.max_steps, run.loss is Loss.kd
+            share, with_teacher = tournament_steps(cfg) / run.max_steps, run.loss is Loss.kd
         else:
             # A distillation that starts from a tournament's winner has the steps of its rounds behind it.
-            done = rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
+            done = tournament_rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
             share, with_teacher = 1 - done / run.max_steps, run.runs_teacher
         live_teacher = teacher if with_teacher else None
         per_token = training_flops(run, run.loss, family, student_shape(own), live_teacher).total

@@ -72,10 +72,10 @@ def fitting(cfg: RunConfig, models: Models, ranks: int, limit: float) -> list[La
     found = []
     for parallel in _parallels(cfg, ranks):
         options = (
-            layout_of(training, cfg, models, ranks)
+            layout_of(variant.distill, cfg, models, ranks)
             for recompute in (Recompute.none, Recompute.full)
             for size in MICRO_BATCHES
-            if not layout_faults(cfg, training := _variant(cfg, parallel, size, recompute))
+            if not layout_faults(variant := _variant(cfg, parallel, size, recompute))
         )
         layout = next((layout for layout in options if layout.peak <= limit), None)
         if layout is not None:
@@ -87,8 +87,8 @@ def undivided(cfg: RunConfig, ranks: int) -> list[str]:
     """Why other layouts are none: each value that does not divide, once."""
     reasons: dict[str, None] = {}
     for parallel in _parallels(cfg, ranks):
-        for fault in layout_faults(cfg, _variant(cfg, parallel, 1, Recompute.none)):
-            reasons.setdefault(fault.partition(";")[0].replace("distill.parallel.", "").replace("distill.", ""))
+        for fault in layout_faults(_variant(cfg, parallel, 1, Recompute.none)):
+            reasons.setdefault(str(fault).partition(";")[0].replace("distill.parallel.", "").replace("distill.", ""))
     return list(reasons)
 
 
@@ -103,8 +103,11 @@ def _parallels(cfg: RunConfig, ranks: int) -> Iterator[Parallel]:
                     yield Parallel(tensor, pipeline, context, sequence_parallel, expert)
 
 
-def _variant(cfg: RunConfig, parallel: Parallel, micro_batch_size: int, recompute: Recompute) -> Training:
-    return dataclasses.replace(cfg.distill, parallel=parallel, micro_batch_size=micro_batch_size, recompute=recompute)
+def _variant(cfg: RunConfig, parallel: Parallel, micro_batch_size: int, recompute: Recompute) -> RunConfig:
+    distill = dataclasses.replace(
+        cfg.distill, parallel=parallel, micro_batch_size=micro_batch_size, recompute=recompute
+    )
+    return dataclasses.replace(cfg, distill=distill)
 
 
 def _divisors(number: int) -> list[int]:

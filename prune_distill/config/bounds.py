@@ -6,25 +6,27 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from prune_distill.config.hints import Hint, field_hints
+from prune_distill.config.wording import describe_setting
+from prune_distill.errors import Fault
 from prune_distill.schema.fields import Bound, NotBlank, Range
 
 
-def out_of_bounds(cfg: Any, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
-    """The keys whose values are out of bounds, each with a sentence that says what is wrong and how to fix it.
+def out_of_bounds(cfg: Any, unreadable: Collection[str]) -> Iterator[Fault]:
+    """Yield a fault for each value that is out of bounds.
 
     Args:
         cfg: a dataclass of the schema.
-        unreadable: dotted keys that hold no usable value; they and what is below them are skipped.
+        unreadable: dotted keys without a usable value; they and all keys below them are skipped.
     """
     yield from _check_group(cfg, "", unreadable)
 
 
-def _check_group(group: Any, prefix: str, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
+def _check_group(group: Any, prefix: str, unreadable: Collection[str]) -> Iterator[Fault]:
     for name, hint in field_hints(type(group)).items():
         yield from _check(hint, getattr(group, name), prefix + name, unreadable)
 
 
-def _check(hint: Hint, value: Any, key: str, unreadable: Collection[str]) -> Iterator[tuple[str, str]]:
+def _check(hint: Hint, value: Any, key: str, unreadable: Collection[str]) -> Iterator[Fault]:
     if value is None or key in unreadable:
         return
     if hint.is_group:
@@ -36,15 +38,19 @@ def _check(hint: Hint, value: Any, key: str, unreadable: Collection[str]) -> Ite
         for name, item in value.items():
             yield from _check(hint.item, item, f"{key}.{name}", unreadable)
     else:
-        broken = next((bound for bound in hint.bounds if not bound.accepts(value)), None)
-        if broken is not None:
-            yield key, _sentence(key, value, broken) + (", or to null" if hint.optional else "")
+        violated = next((bound for bound in hint.bounds if not bound.accepts(value)), None)
+        if violated is not None:
+            problem, accepted = _explain(violated, type(value))
+            or_null = ", or to null" if hint.optional else ""
+            message = f"{describe_setting(key, value)}: {problem}; set {key} to {accepted}{or_null}"
+            yield Fault("value.bounds", (key,), message)
 
 
-def _sentence(key: str, value: Any, bound: Bound) -> str:
+def _explain(bound: Bound, kind: type) -> tuple[str, str]:
+    """What is wrong with a value out of a bound, and what to set instead."""
     if isinstance(bound, NotBlank):
-        return f"{key}={value!r} is empty; set {key} to a text"
-    return f"{key}={value!r} {bound.problem or _problem(bound)}; set {key} to {_accepted(bound, type(value))}"
+        return "empty", "some text"
+    return bound.problem or _problem(bound), _accepted(bound, kind)
 
 
 def _problem(bound: Range) -> str:

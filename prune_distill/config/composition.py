@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prune_distill.config.typed import did_you_mean
 from prune_distill.config.wording import in_hydra, override, result_of_change
-from prune_distill.errors import ConfigError
+from prune_distill.errors import ConfigError, Fault
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -48,21 +48,19 @@ def config_groups(config_dir: str | os.PathLike[str] | None = None) -> dict[str,
     """The choices of every config group by the group's name, with those that `config_dir` adds.
 
     Raises:
-        ConfigError: `config_dir` is not a folder, or holds a file that Hydra would not read because of its name.
+        ConfigError: `config_dir` is not a folder, or contains a file that Hydra would not read because of its name.
     """
     choices = _choices(CONFIG_DIR)
     if config_dir is None:
         return choices
     folder = Path(config_dir)
     if not folder.is_dir():
-        raise ConfigError(
-            f"--config-dir {folder}: there is no such folder; name one such as DIR with DIR/cluster/*.yaml"
-        )
+        raise ConfigError(f"--config-dir={folder}: not a folder; name a DIR with files such as DIR/cluster/*.yaml")
     more = {name: files for name, files in _choices(folder).items() if name in choices}
     # Hydra looks in its own folder first, and in this one only for what is not there.
     taken = [f"{folder}/{name}/{file}.yaml" for name, files in more.items() for file in files if file in choices[name]]
     if taken:
-        raise ConfigError([f"{file} has the name of a file that comes with the project; rename it" for file in taken])
+        raise ConfigError([f"{file}: has the name of one of the project's own files; rename it" for file in taken])
     return {name: sorted({*files, *more.get(name, [])}) for name, files in choices.items()}
 
 
@@ -80,7 +78,7 @@ def parse_overrides(
     Raises:
         ConfigError: those that Hydra cannot read, and, unless `sweeps`, those that name several values.
     """
-    faults: list[str] = []
+    faults: list[Fault] = []
     parsed: list[Override] = []
     parser = OverridesParser.create()
     groups = config_groups(config_dir)
@@ -93,17 +91,15 @@ def parse_overrides(
             continue
         if found.is_sweep_override() and not sweeps:
             key, _, value = line.partition("=")
-            faults.append(
-                f"{line} names several values; set {override(key, value)} for one text, "
-                f"{key}=[{value}] for a list, or add --multirun to run each"
-            )
+            fix = f"set {override(key, value)} for one text, {key}=[{value}] for a list, or add --multirun to run each"
+            faults.append(Fault("override.sweep", (key,), f"{line}: several values; {fix}"))
     if faults:
         raise ConfigError(faults)
     return parsed
 
 
-def _unreadable(line: str, reason: str) -> str:
-    """What is wrong with an override that Hydra cannot parse."""
+def _unreadable(line: str, reason: str) -> Fault:
+    """The fault of an override that Hydra cannot parse."""
     key, equals, value = line.partition("=")
     if not equals:
         fix = "write it as KEY=VALUE"
@@ -113,7 +109,7 @@ def _unreadable(line: str, reason: str) -> str:
         fix = f"put double quotes around each text in it, and single quotes around all: '{key}=[\"TEXT\"]'"
     else:
         fix = f"set {override(key, value)}"
-    return f"{line!r} cannot be read as KEY=VALUE ({reason}); {fix}"
+    return Fault("override.syntax", (key,), f"{line}: not in the form KEY=VALUE ({reason}); {fix}")
 
 
 def _normalise(line: str, parsed: Override, is_group: bool) -> str:
@@ -128,8 +124,12 @@ def _normalise(line: str, parsed: Override, is_group: bool) -> str:
 def _check_choices(overrides: list[Override], groups: dict[str, list[str]]) -> None:
     chosen = {parsed.key_or_group: parsed.value() for parsed in overrides if parsed.key_or_group in groups}
     faults = [
-        f"{group}={choice} does not exist{did_you_mean(str(choice), groups[group])}; "
-        f"there are {', '.join(groups[group])}"
+        Fault(
+            "group.choice",
+            (group,),
+            f"{group}={choice}: does not exist{did_you_mean(str(choice), groups[group])}; "
+            f"choose from {', '.join(groups[group])}",
+        )
         for group, choice in chosen.items()
         if isinstance(choice, (str, int)) and str(choice) not in groups[group]
     ]
@@ -146,10 +146,11 @@ def require_model(overrides: Sequence[str], config_dir: str | os.PathLike[str] |
     groups = config_groups(config_dir)
     chosen = {parsed.key_or_group for parsed in parse_overrides(overrides, config_dir)}
     if not chosen & {"experiment", "model"}:
-        raise ConfigError(
-            f"no experiment is chosen; add experiment=NAME, one of {', '.join(groups['experiment'])} (own: "
-            f"for a model of your own), or build a run from model=NAME: {', '.join(groups['model'])}"
+        message = (
+            f"experiment: not chosen; add experiment=NAME, one of {', '.join(groups['experiment'])} (own: for a model "
+            f"of your own), or build a run from model=NAME: {', '.join(groups['model'])}"
         )
+        raise ConfigError([Fault("run.experiment", ("experiment", "model"), message)])
 
 
 def sweep(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None) -> list[list[str]]:

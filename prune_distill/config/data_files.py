@@ -14,13 +14,13 @@ from prune_distill.errors import ConfigError
 from prune_distill.regular_files import HEAD_BYTES, starts_lfs_pointer
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
-# Where a record has its document, by format, unless the config names another key.
+# The field of a record that contains the document, by format, unless the config names another one.
 KEYS = {DocumentFormat.text: "text", DocumentFormat.tokens: "tokens", DocumentFormat.chat: "messages"}
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<pattern>.+)")
 
 
 class Packing(Enum):
-    """How a file holds its records."""
+    """How a file contains its records."""
 
     plain = "plain"
     gz = "gz"
@@ -43,7 +43,7 @@ _MAGIC = {
 
 
 def packing(path: str) -> Packing | None:
-    """How a file is packed, by the end of its name; None for no file of documents."""
+    """How a file is packed, by the end of its name; None if it cannot contain documents."""
     return next((kind for suffix, kind in _SUFFIXES.items() if path.endswith(suffix)), None)
 
 
@@ -108,7 +108,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     def refuse(error: OSError) -> None:
         if not isinstance(error, NotADirectoryError):
             raise ConfigError(
-                f"{error.filename} cannot be listed ({error.strerror}); repair its permissions, or name other files"
+                f"{error.filename}: cannot be listed ({error.strerror}); fix its permissions, or name other files"
             ) from error
 
     visited = {_file_id(folder)}
@@ -124,7 +124,7 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _file_id(path: str) -> tuple[int, int] | str:
-    """What two paths to the same file share."""
+    """A value that two paths to the same file share."""
     try:
         status = os.stat(path)
     except OSError:
@@ -155,30 +155,30 @@ def drop_duplicates(files: Iterable[str]) -> list[str]:
 
 
 def is_on_hub(pattern: str) -> bool:
-    """Whether a name is that of files in a dataset on the Hub: hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
+    """Whether a pattern names files in a dataset on the Hub: hf://datasets/OWNER/NAME[@REVISION]/GLOB."""
     return pattern.startswith("hf://")
 
 
 def unreadable(path: str) -> str | None:
-    """Say why a local file cannot hold documents, from its name and its first bytes; None if nothing speaks against it.
+    """Say why a local file cannot contain documents, from its name and its first bytes; None if it may.
 
-    A compressed file of 0 bytes holds no documents, like a plain one.
+    A compressed file of 0 bytes contains no documents, like a plain one.
     """
     kind = packing(path)
     try:
         status = os.stat(path)
         if kind is None:
-            return f"is of no known kind; name files that end in {', '.join(_SUFFIXES)}"
+            return f"has an unknown extension; name files that end in {', '.join(_SUFFIXES)}"
         if not stat.S_ISREG(status.st_mode):
             return "is a pipe, socket or device, not a regular file; write its content to a file"
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
-        return f"cannot be read ({error.strerror}); repair the link or the permissions, or remove it"
+        return f"cannot be read ({error.strerror}); fix the link or the permissions, or remove it"
     if starts_lfs_pointer(head):
         return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     if kind is Packing.plain and head.lstrip().startswith(b"["):
-        return f"holds a JSON array, not one object per line; convert it with: jq -c '.[]' {shlex.quote(path)}"
+        return f"contains a JSON array, not one object per line; convert it with: jq -c '.[]' {shlex.quote(path)}"
     magic = _MAGIC.get(kind)
     if magic is not None and not magic.match(head) and (head or kind is Packing.parquet):
         return f"is not a {kind.value} file, whatever its name says; rename it, or download it again"

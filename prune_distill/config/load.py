@@ -15,7 +15,7 @@ from prune_distill.atomic_files import write_text
 from prune_distill.config.typed import UNRESOLVED, Reader, plain
 from prune_distill.config.validate import missing_files, validate
 from prune_distill.credentials import redact
-from prune_distill.errors import ConfigError
+from prune_distill.errors import ConfigError, Fault
 from prune_distill.model.hf_shape import read_family, read_shape
 from prune_distill.schema import RunConfig
 
@@ -37,7 +37,7 @@ def compose(
     from prune_distill.config.composition import compose_tree, require_model
 
     require_model(overrides, config_dir)
-    faults: list[str] = []
+    faults: list[Fault] = []
     return _typed(_resolve(compose_tree(overrides, config_dir), faults), faults, check_files)
 
 
@@ -67,17 +67,17 @@ def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
     """The config of a run from its `resolved.yaml`.
 
     Raises:
-        ConfigError: the file is not there or not readable, or its content is at fault.
+        ConfigError: the file does not exist or is not readable, or its content is wrong.
     """
     try:
         tree = OmegaConf.to_container(OmegaConf.load(Path(path)))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; launch.run writes it into the run's folder") from error
+        raise ConfigError(f"{path}: does not exist; launch.run writes it into the run's folder") from error
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read ({' '.join(str(error).split())}); start launch.run again") from error
+        raise ConfigError(f"{path}: not readable ({' '.join(str(error).split())}); start launch.run again") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__} instead of keys and values; start launch.run again")
-    # It was checked when it was composed; one that is older is still reported on.
+        raise ConfigError(f"{path}: contains {type(tree).__name__}, not keys and values; start launch.run again")
+    # It was checked when it was composed. The report is made of older ones too.
     return _typed(tree, [], refuse_credentials=False)
 
 
@@ -93,8 +93,8 @@ def to_yaml(cfg: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain(cfg)))
 
 
-def _resolve(node: Any, faults: list[str], prefix: str = "") -> Any:
-    """A composed tree as plain values, its interpolations worked out."""
+def _resolve(node: Any, faults: list[Fault], prefix: str = "") -> Any:
+    """A composed tree as plain values, with its interpolations resolved."""
     if isinstance(node, ListConfig):
         return [_item(node, index, faults, f"{prefix}[{index}]") for index in range(len(node))]
     if isinstance(node, DictConfig):
@@ -103,7 +103,7 @@ def _resolve(node: Any, faults: list[str], prefix: str = "") -> Any:
     return node
 
 
-def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
+def _item(node: Any, key: Any, faults: list[Fault], dotted: str) -> Any:
     if OmegaConf.is_missing(node, key):
         return "???"
     try:
@@ -112,40 +112,46 @@ def _item(node: Any, key: Any, faults: list[str], dotted: str) -> Any:
         # The missing value is a fault of its own.
         return UNRESOLVED
     except OmegaConfBaseException as error:
-        faults.append(f"{dotted} cannot be worked out ({str(error).splitlines()[0]}); set {dotted} to a plain value")
+        message = f"{dotted}: not resolvable ({str(error).splitlines()[0]}); set {dotted} to a plain value"
+        faults.append(Fault("value.interpolation", (dotted,), message))
         return UNRESOLVED
 
 
-def _typed(tree: Any, faults: list[str], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
-    """The config that a plain tree describes; `faults` are those found before."""
+def _typed(tree: Any, faults: list[Fault], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
+    """The config that a plain tree describes; `faults` were found before."""
     faults = faults + _fill_in_family(tree)
     reader = Reader(RunConfig, refuse_credentials)
     cfg = reader.group(RunConfig, tree)
-    faults = faults + reader.faults
+    faults += reader.faults
     unreadable = set(reader.unreadable)
     if not any(key == "model" or key.startswith("model.") for key in unreadable):
         cfg.model.shape, shape_faults = read_shape(cfg.model)
-        faults += shape_faults
+        faults += _config_json_faults(shape_faults)
         if cfg.model.shape is None and cfg.model.hf_path is not None:
             unreadable.add("model.shape")
     faults += validate(cfg, unreadable)
     if check_files:
-        # What is wrong with config.json was found with the shape.
-        faults += [fault for fault in missing_files(cfg, unreadable) if fault not in faults]
+        # Faults of config.json were found when the shape was read.
+        known = {fault.message for fault in faults}
+        faults += [fault for fault in missing_files(cfg, unreadable) if fault.message not in known]
     if faults:
         raise ConfigError(faults)
     return cfg
 
 
-def _fill_in_family(tree: Any) -> list[str]:
+def _config_json_faults(messages: list[str]) -> list[Fault]:
+    return [Fault("model.config_json", ("model.hf_path",), message) for message in messages]
+
+
+def _fill_in_family(tree: Any) -> list[Fault]:
     """Set a family that is missing to what the model's `config.json` says; the faults where it cannot be read."""
     model = tree.get("model")
     if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
         return []
     if not isinstance(model.get("hf_path"), str):
         return []
-    # That the path is missing is a fault of its own.
+    # A missing path is a fault of its own.
     missing = model["hf_path"] == MISSING
     family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"))
     model["family"] = UNRESOLVED if family is None else family
-    return faults
+    return _config_json_faults(faults)

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from omegaconf import MISSING
 
 from prune_distill.config.hints import Hint, field_hints, split_hint
-from prune_distill.config.wording import override, result_of_change
+from prune_distill.config.wording import describe_setting, override, result_of_change
 from prune_distill.credentials import find_credential
+from prune_distill.errors import Fault
 from prune_distill.schema.fields import Range
 
-# What a tree holds where a value could not be worked out and that fault is already known.
+# Stands in a tree for a value that could not be resolved, which has been reported.
 UNRESOLVED = object()
 
 T = TypeVar("T")
@@ -33,12 +34,12 @@ class Reader:
     """Reads trees of plain values as dataclasses.
 
     Attributes:
-        faults: one sentence a fault.
-        unreadable: dotted keys that have no usable value; what the built objects hold there means nothing.
+        faults: everything that is wrong.
+        unreadable: dotted keys without a usable value; what the objects contain there means nothing.
     """
 
     def __init__(self, root: type, refuse_credentials: bool = True) -> None:
-        self.faults: list[str] = []
+        self.faults: list[Fault] = []
         self.unreadable: set[str] = set()
         self._refuse_credentials = refuse_credentials
         self._known_keys = list(schema_keys(root))
@@ -47,7 +48,7 @@ class Reader:
         """An instance of the dataclass `cls` from a mapping; `prefix` is its dotted key with a dot at the end."""
         key = prefix.rstrip(".")
         if not isinstance(tree, dict):
-            self._fault(key, f"{key}={tree!r} is a value, but {key} is a group; set its keys, as in {key}.KEY=VALUE")
+            self._fault("value.type", key, f"must be a group, not a value; set its keys, as in {key}.KEY=VALUE", tree)
             tree = {}
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in tree:
@@ -72,9 +73,10 @@ class Reader:
             return self._unusable(key)
         if raw == MISSING:
             wanted = wanted or _describe(hint.kind) + (" or null" if hint.optional else "")
-            return self._fault(key, f"{key} is not set; set {key} to {wanted}")
+            return self._fault("value.missing", key, f"not set; set {key} to {wanted}")
         if raw is None:
-            return None if hint.optional else self._fault(key, f"{key} is null; set {key} to {_describe(hint.kind)}")
+            fix = f"set {key} to {_describe(hint.kind)}"
+            return None if hint.optional else self._fault("value.null", key, f"must not be null; {fix}", None)
         if hint.is_group:
             return self.group(hint.kind, raw, f"{key}.")
         if hint.origin is list:
@@ -88,10 +90,10 @@ class Reader:
     def _list(self, item: Hint, raw: Any, key: str) -> Any:
         lists_inside = item.origin is list
         if not isinstance(raw, list):
-            return self._fault(key, f"{key}={raw!r} is not a list; set {override(key, _as_list(item, raw))}")
+            return self._fault("value.type", key, f"not a list; set {override(key, _as_list(item, raw))}", raw)
         if lists_inside and raw and all(type(value) is int for value in raw):
             spans = [raw] if len(raw) == 2 else [[value, value] for value in raw]
-            return self._fault(key, f"{key}={raw} is not a list of lists; set {override(key, spans)}")
+            return self._fault("value.type", key, f"not a list of lists; set {override(key, spans)}", raw)
         known = len(self.unreadable)
         values = [self._value(item, value, f"{key}[{index}]") for index, value in enumerate(raw)]
         return values if len(self.unreadable) == known else self._unusable(key)
@@ -99,7 +101,7 @@ class Reader:
     def _mapping(self, item: Hint, raw: Any, key: str) -> Any:
         """Groups or values by names that the user chooses."""
         if not isinstance(raw, dict):
-            return self._fault(key, f"{key}={raw!r} is a value; set {key}.NAME.KEY=VALUE")
+            return self._fault("value.type", key, f"not groups by name; set {key}.NAME.KEY=VALUE", raw)
         for name in raw:
             self._text(str(name), f"{key}.NAME")
         return {str(name): self._value(item, value, f"{key}.{name}") for name, value in raw.items()}
@@ -108,7 +110,7 @@ class Reader:
         if isinstance(raw, str) and raw in hint.__members__:
             return hint[raw]
         guess = did_you_mean(str(raw), list(hint.__members__))
-        return self._fault(key, f"{key}={raw} is not known{guess}; set {key} to {_describe(hint)}")
+        return self._fault("value.choice", key, f"not a choice{guess}; set {key} to {_describe(hint)}", raw)
 
     def _scalar(self, hint: Hint, raw: Any, key: str) -> Any:
         kind, most = hint.kind, _largest(hint)
@@ -116,7 +118,7 @@ class Reader:
             return self._text(raw, key)
         # Before the bounds of the schema are checked, as these numbers are mostly floats such as 1e22.
         if kind is int and type(raw) in (int, float) and abs(raw) > most:
-            return self._fault(key, f"{key}={raw} is too large; set {key} to at most {most}")
+            return self._fault("value.bounds", key, f"too large; set {key} to at most {most}", raw)
         if type(raw) is kind and not (isinstance(raw, float) and not math.isfinite(raw)):
             return raw
         # A name or a revision may be made of digits only.
@@ -125,32 +127,32 @@ class Reader:
         fix = f"{int(raw)}" if type(raw) is float and raw.is_integer() and kind is int else _KINDS[kind]
         if kind is int and isinstance(raw, str):
             fix = result_of_change(raw) or fix
-        return self._fault(key, f"{key}={raw!r} is not {_KINDS[kind]}; set {key} to {fix}")
+        return self._fault("value.type", key, f"not {_KINDS[kind]}; set {key} to {fix}", raw)
 
     def _text(self, raw: str, key: str) -> Any:
-        """A text without what would end a line of a job script, or be a secret in every file of the run."""
+        """A text without anything that would end a line of a job script, or be a secret in every file of the run."""
         control = next((letter for letter in raw if unicodedata.category(letter) in _CONTROL), None)
         if control is not None:
-            return self._fault(key, f"{key}={raw!r} contains the control character {control!r}; remove it from {key}")
+            problem = f"contains the control character {control!r}"
+            return self._fault("value.control_character", key, f"{problem}; remove it from {key}", raw)
         credential = find_credential(key, raw) if self._refuse_credentials else None
         if credential is not None:
-            return self._fault(
-                key,
-                f"{key} contains {credential}, which the run's files would show; remove it from {key} and "
-                f"{_elsewhere(key)}",
-            )
+            problem = f"contains {credential}, which the run's files would show"
+            return self._fault("value.credential", key, f"{problem}; remove it from {key} and {_elsewhere(key)}")
         return raw
 
     def _unknown(self, prefix: str, name: str, siblings: list[str]) -> None:
-        guess = did_you_mean(name, siblings, prefix)
+        close = did_you_mean(name, siblings, prefix)
         elsewhere = [key for key in self._known_keys if key.rpartition(".")[2] == name]
-        if not guess and elsewhere:
-            guess = f" (did you mean {' or '.join(elsewhere)}?)"
-        where = f"{prefix.rstrip('.') or 'the root'} has {', '.join(siblings)}"
-        self.faults.append(f"{prefix}{name} is not a known key{guess or f'; {where}'}")
+        if not close and elsewhere:
+            close = f" (did you mean {' or '.join(elsewhere)}?)"
+        known = close or f"; {prefix.rstrip('.') or 'the root'} has {', '.join(siblings)}"
+        self.faults.append(Fault("key.unknown", (f"{prefix}{name}",), f"{prefix}{name}: not a known key{known}"))
 
-    def _fault(self, key: str, sentence: str) -> None:
-        self.faults.append(sentence)
+    def _fault(self, rule: str, key: str, text: str, value: Any = UNRESOLVED) -> None:
+        """Report a key; `value` is shown unless it is missing, or not to be shown."""
+        setting = key if value is UNRESOLVED else describe_setting(key, value)
+        self.faults.append(Fault(rule, (key,), f"{setting}: {text}"))
         self._unusable(key)
 
     def _unusable(self, key: str) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from prune_distill.schema import RunConfig
+from prune_distill.model.flops import Meter
+from prune_distill.model.student import student_shape
+from prune_distill.schema import Precision, RunConfig
+from prune_distill.schema.phases import training_phases
+
+# The name of the task that a run makes of its own documents.
+OWN_TASK = "heldout_continuations"
+
+T = TypeVar("T")
 
 
 def get_value(cfg: RunConfig, key: str, unreadable: Collection[str] = ()) -> Any:
-    """The value of a dotted key such as `distill.phases[0].lr`.
+    """The value of a dotted key such as `distill.phases[0].lr` or `data.sources.web.weight`.
 
     None where the value, or a group above it, is null or one of the `unreadable` keys.
     """
@@ -21,7 +30,7 @@ def get_value(cfg: RunConfig, key: str, unreadable: Collection[str] = ()) -> Any
         if value is None or path in unreadable:
             return None
         name, _, item = part.partition("[")
-        value = getattr(value, name)
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
         value = value[int(item.rstrip("]"))] if item else value
     return value
 
@@ -35,6 +44,44 @@ def replace_values(cfg: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return cfg
 
 
+def require(value: T | None) -> T:
+    """A value that is known not to be null."""
+    assert value is not None
+    return value
+
+
 def count_ranks(cfg: RunConfig) -> int:
     """Ranks of a distributed stage: one per device of the cluster section."""
     return cfg.cluster.nodes * cfg.cluster.devices_per_node
+
+
+def utilization_meter(cfg: RunConfig) -> Meter | None:
+    """The FLOP and the peak by which the distillation's utilization is computed.
+
+    With a budget they are those of the largest candidate. None where the GPU or the model is not known, or the training
+    is not in bf16.
+    """
+    gpu, teacher = cfg.cluster.gpu, cfg.model.shape
+    if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
+        return None
+    peak = gpu.bf16_tflops * 1e12 * count_ranks(cfg)
+    running_teacher = teacher if cfg.distill.runs_teacher else None
+    return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), running_teacher, peak)
+
+
+def tournament_rounds(cfg: RunConfig) -> list[tuple[int, int]]:
+    """The number of candidates in each round of the tournament, and the step of the distillation at which it ends."""
+    tournament = require(cfg.prune.tournament)
+    first = math.ceil(tournament.round_tokens / training_phases(cfg.distill)[0].tokens_a_step)
+    plan, candidates, steps = [], tournament.candidates, first
+    while candidates > 1:
+        plan.append((candidates, steps))
+        candidates, steps = math.ceil(candidates / 2), 2 * steps
+    return plan
+
+
+def tournament_steps(cfg: RunConfig) -> int:
+    """Steps of the tournament, summed over its candidates."""
+    plan = tournament_rounds(cfg)
+    before = [0, *(step for _, step in plan[:-1])]
+    return sum(candidates * (step - last) for (candidates, step), last in zip(plan, before, strict=True))

@@ -1,21 +1,36 @@
-"""Values in words, and what faults offer instead of a value."""
+"""Values in words, and the values that messages offer instead."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
+from enum import Enum
 from typing import Any
 
-from prune_distill.schema import Shape
-
+LONGEST_SETTING = 120
 # What neither bash nor Hydra's grammar treats specially, inside a word.
 _PLAIN_WORD = re.compile(r"[\w./@:+%-]+")
 _PLAIN_OVERRIDE = re.compile(r"[\w./@:+%=,\[\]-]+")
 
 
-def too_long(key: str, value: int, shape: Shape) -> str:
-    most = shape.max_position_embeddings
-    return f"{key}={value} is longer than the model's max_position_embeddings {most}; set {key} to at most {most}"
+def describe_setting(key: str, value: Any) -> str:
+    """`KEY=VALUE` for the start of a message; the key alone where the value is a group or too long to show."""
+    if _contains_groups(value):
+        return key
+    shown = in_hydra(value)
+    setting = f"{key}={shown if shown.isprintable() else repr(value)}"
+    return setting if len(setting) <= LONGEST_SETTING else key
+
+
+def _contains_groups(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_contains_groups, value))
+    return dataclasses.is_dataclass(value) or (isinstance(value, dict) and bool(value))
+
+
+def too_long(key: str, limit: int) -> str:
+    return f"longer than the model's max_position_embeddings {limit}; set {key} to at most {limit}"
 
 
 def around(value: int, step: int) -> list[int]:
@@ -24,9 +39,8 @@ def around(value: int, step: int) -> list[int]:
     return [multiple for multiple in (below, below + step) if multiple > 0]
 
 
-def divisors(value: int, near: int | None = None) -> list[int]:
-    """The divisors of a number; with `near`, those up to twice as large."""
-    return [number for number in range(1, min(value, 2 * near if near else value) + 1) if value % number == 0]
+def divisors(value: int) -> list[int]:
+    return [number for number in range(1, value + 1) if value % number == 0]
 
 
 def any_of(values: list[int]) -> str:
@@ -54,6 +68,10 @@ def in_hydra(value: Any, quote: bool = False) -> str:
     """A value in Hydra's grammar, in which quotes and the backslashes before them are escaped; `quote`: always."""
     if isinstance(value, list):
         return f"[{','.join(map(in_hydra, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Enum):
+        return value.name
     if not isinstance(value, str):
         return str(value)
     if not quote and _PLAIN_WORD.fullmatch(value):

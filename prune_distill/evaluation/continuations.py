@@ -16,7 +16,7 @@ from typing import TypedDict
 import yaml  # type: ignore[import-untyped]
 
 from prune_distill.atomic_files import write_text
-from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.config.values import OWN_TASK
 from prune_distill.errors import InputError
 from prune_distill.schema import Continuations
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.config.values import OWN_TASK
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError

@@ -58,9 +58,9 @@ def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[st
     folder = local_folder(hf_path, revision)
     if folder is None:
         return None, [
-            f"model.family is not set, and there is no config.json to read it from (model.hf_path={hf_path} is no "
-            "folder here and not in the local Hub cache); set model.hf_path to a local folder, download the model "
-            f"first, or set model.family to one of {', '.join(family.value for family in Family)}"
+            f"model.hf_path={hf_path}: no config.json to read model.family from (not a folder on this machine, and not "
+            "in the local Hub cache); set model.hf_path to a local folder, download the model first, or set "
+            f"model.family to one of {', '.join(family.value for family in Family)}"
         ]
     config, faults = examine(folder / "config.json")
     return (None, faults) if config is None else (config["model_type"], [])
@@ -101,9 +101,8 @@ def local_folder(hf_path: str, revision: str | None) -> Path | None:
 
 def _nowhere(hf_path: str) -> str:
     return (
-        f"model.shape is null and there is no config.json to read it from (model.hf_path={hf_path} is no folder here "
-        "and not in the local Hub cache); set model.hf_path to a local folder, download the model first, or set "
-        "model.shape"
+        f"model.hf_path={hf_path}: no config.json to read model.shape from (not a folder on this machine, and not in "
+        "the local Hub cache); set model.hf_path to a local folder, download the model first, or set model.shape"
     )
 
 

@@ -249,7 +249,7 @@ def student_shape(cfg: RunConfig) -> Shape:
 def student_shapes(cfg: RunConfig) -> list[Shape]:
     """The shapes of which the student will have one."""
     if cfg.prune.budget is None:
-        return [_named(cfg.prune, shape_to_prune(cfg))]
+        return [resize(shape_to_prune(cfg), cfg.prune)]
     space = space_of(cfg)
     return candidates(space) or [space.shape]
 
@@ -258,7 +258,7 @@ def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
     """The shape that so many rounds leave (None: all before the last): the teacher's, where there are none."""
     shape = cast(Shape, cfg.model.shape)
     for earlier in cfg.prune.rounds[:rounds]:
-        shape = _named(earlier, shape)
+        shape = resize(shape, earlier)
     return shape
 
 
@@ -288,9 +288,8 @@ def runs_teacher(prune: PruneConfig) -> bool:
     return not prune.drop_layers or needs_importance(prune)
 
 
-def _named(prune: TargetSizes, teacher: Shape) -> Shape:
-    sizes = {axis: size for axis in (*AXES, *EXPERT_AXES) if (size := getattr(prune, axis)) is not None}
-    sizes.setdefault("num_layers", teacher.num_layers - len(prune.drop_layers or ()))
-    # Not dataclasses.replace: rules are given a view of the shape.
-    kept = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(Shape)}
-    return Shape(**{**kept, **sizes})
+def resize(shape: Shape, sizes: TargetSizes) -> Shape:
+    """A shape after a round of pruning to these sizes."""
+    targets = {axis: size for axis in (*AXES, *EXPERT_AXES) if (size := getattr(sizes, axis)) is not None}
+    targets.setdefault("num_layers", shape.num_layers - len(sizes.drop_layers or ()))
+    return dataclasses.replace(shape, **targets)

@@ -106,7 +106,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
             try:
                 inputs[name], hashes[name] = _find(source, located)
             except (FileNotFoundError, ConfigError) as error:
-                for fault in error.faults if isinstance(error, ConfigError) else [str(error)]:
+                for fault in map(str, error.faults) if isinstance(error, ConfigError) else [str(error)]:
                     # Once, though several stages may read it.
                     faults.setdefault(fault, f"stage {stage.name}, input {name}: {fault}")
         config_hash = hash_stage(stage, stage_cfg, hashes)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.config.values import OWN_TASK
 from prune_distill.pipeline.artifact import read_manifest, record_again
 from tests.helpers import tiny
 

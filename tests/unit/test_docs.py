@@ -28,8 +28,8 @@ from launch.planning.output import to_table
 from launch.planning.plan import make_plan
 from launch.run import read_arguments
 from prune_distill.config.composition import sweep
+from prune_distill.config.input_files import HUB_FOLDERS
 from prune_distill.config.load import compose
-from prune_distill.config.rules.slurm import HUB_FOLDERS
 from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import RunConfig
 from tests.conftest import QWEN3
@@ -316,12 +316,12 @@ def test_commands(block: Block, checker: Checker) -> None:
         ("curl https://example.com", "nobody checks 'curl'"),
         ("python train.py", "python -m MODULE"),
         ("python -m launch.nothing", "no module launch.nothing"),
-        ("python -m launch.run experiment=demo distill.lrr=1", "distill.lrr is not a known key"),
+        ("python -m launch.run experiment=demo distill.lrr=1", "distill.lrr: not a known key"),
         ("python -m launch.run experiment=demo --until prun", "assert"),
         ("python -m launch.run experiment=demo -m prune.num_layers=4,7", "prune.num_layers=7"),
         ("python -m launch.run --help-config distil", "did you mean distill"),
         ("python -m launch.plan experiment=dmo", "did you mean demo"),
-        ("python -m launch.docker -- experiment=demo seed=x", "seed='x'"),
+        ("python -m launch.docker -- experiment=demo seed=x", "seed=x: "),
         ("python -m launch.status RUN_DIR --wacth", "--wacth"),
         ("python -m convert.hf_to_nemo --hf-model /models/mine", "--out"),
         ("python -m recipes.report", "RUN_DIR"),

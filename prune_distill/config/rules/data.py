@@ -1,4 +1,4 @@
-"""Rules of the section `data`, each fault naming a key, its value and the value to set instead."""
+"""Rules of the group `data`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from prune_distill.config.data_files import (
@@ -22,94 +23,112 @@ from prune_distill.config.data_files import (
     sources,
     unreadable,
 )
+from prune_distill.config.rule import Finding, rule
+from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
 from prune_distill.schema import DataSource, DocumentFormat, RunConfig
 
-Rule = Callable[[RunConfig], Iterator[str]]
-
-# Inputs of the stage that are no sources.
+# Other inputs of the stage that prepares data.
 RESERVED = ("validation", "tokenizer", "source_tokenizer")
-# Of the first record no more than this is read.
+# Bytes of the first record that are read.
 HEAD_BYTES = 1 << 20
 VALIDATION = "data.validation"
+SOURCES = tuple(f"data.{name}" for name in ("train", "sources", "format", "text_key", "sample"))
 
 
-def which(cfg: RunConfig) -> Iterator[str]:
-    """Where the documents come from is said once."""
+@rule("data.files", *SOURCES, VALIDATION, "model.demo?")
+def files(cfg: RunConfig) -> Iterator[Finding]:
     data = cfg.data
     if data.train is None and data.sources is None and cfg.model.demo is None:
-        yield "data.train=null, but only the demo's model brings its own corpus; set data.train=[FILE.jsonl]"
+        yield Finding("data.train", "only the demo's model brings its own corpus; set data.train=[FILE.jsonl]")
     if data.train is None and data.sources is None and data.validation is not None:
-        yield f"data.validation={data.validation} is set without data.train; set data.train=[FILE.jsonl] too"
+        yield Finding(VALIDATION, "needs training documents too; set data.train=[FILE.jsonl]")
     if data.train is not None and data.sources is not None:
-        yield "data.train and data.sources are both set, but sources are named in one place; set one of them to null"
+        yield Finding("data.train", "data.sources is set too; set one of the two to null")
     if data.sources == {}:
-        yield "data.sources={} names no source; set data.sources.NAME.files=[FILE.jsonl], or data.sources=null"
-    for key, files in (("train", data.train), ("validation", data.validation)):
-        if files == []:
-            yield f"data.{key}=[] names no file; set data.{key}=[FILE.jsonl], or data.{key}=null"
+        yield Finding(
+            "data.sources", "contains no source; set data.sources.NAME.files=[FILE.jsonl] or data.sources=null"
+        )
+    for key, named in (("data.train", data.train), (VALIDATION, data.validation)):
+        if named == []:
+            yield Finding(key, f"contains no file; set {key}=[FILE.jsonl] or {key}=null")
     trained_on = {file for source in sources(data).values() for file in source.files}
     shared = sorted(trained_on & set(data.validation or ()))
     if shared:
-        yield (
-            f"data.validation holds {', '.join(shared)}, which data.{'train' if data.sources is None else 'sources'} "
-            "holds too; take it out of one of them, or set data.validation=null to hold out some of the documents"
+        key = "data.train" if data.sources is None else "data.sources"
+        yield Finding(
+            VALIDATION,
+            f"{key} contains {', '.join(shared)} too; remove it from one of the two, or set {VALIDATION}=null to hold "
+            "out some of the documents",
         )
 
 
-def each(cfg: RunConfig) -> Iterator[str]:
+@rule("data.sources", "data.sources")
+def named_sources(cfg: RunConfig) -> Iterator[Finding]:
     for name, source in (cfg.data.sources or {}).items():
-        at = f"data.sources.{name}"
+        key = f"data.sources.{name}"
         if not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
-            yield f"{at} is no name for a source; use letters and digits, and none of {', '.join(RESERVED)}"
+            reserved = ", ".join(RESERVED)
+            yield Finding(key, f"not a valid name; use letters and digits, and none of {reserved}", value=source)
         if not source.files:
-            yield f"{at}.files=[] names no file; set {at}.files=[FILE.jsonl]"
+            yield Finding(f"{key}.files", f"contains no file; set {key}.files=[FILE.jsonl]", value=[])
 
 
-def weights(cfg: RunConfig) -> Iterator[str]:
+@rule("data.weights", *SOURCES)
+def weights(cfg: RunConfig) -> Iterator[Finding]:
     known = sources(cfg.data)
-    without = [name for name, source in known.items() if source.weight is None]
-    if without and len(without) < len(known):
-        yield (
-            f"data.sources.{without[0]}.weight=null, but other sources have one; set all of them, or all to null to "
-            "read every source once"
+    unweighted = [name for name, source in known.items() if source.weight is None]
+    if unweighted and len(unweighted) < len(known):
+        yield Finding(
+            f"data.sources.{unweighted[0]}.weight",
+            "other sources have a weight; set the weights of all, or all to null to read every source once",
+            value=None,
         )
 
 
-def formats(cfg: RunConfig) -> Iterator[str]:
-    kinds = {source.format for source in sources(cfg.data).values()}
-    if cfg.data.mask_prompts and DocumentFormat.chat not in kinds:
-        yield "data.mask_prompts=True needs data of format=chat; set data.mask_prompts=false, or data.format=chat"
-    for key, pattern in _patterns(cfg):
-        if is_on_hub(pattern) and not HUB.fullmatch(pattern):
-            yield f"{key} holds {pattern!r}; write hf://datasets/OWNER/NAME[@REVISION]/GLOB"
-
-
-RULES: tuple[Rule, ...] = (which, each, weights, formats)
-
-
-def missing(cfg: RunConfig) -> Iterator[str]:
-    absent: dict[str, list[str]] = {}
-    for key, pattern in _patterns(cfg):
-        if not is_on_hub(pattern) and not find_existing(pattern):
-            absent.setdefault(key, []).append(pattern)
-    for key, names in absent.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        yield (
-            f"{key} names {names[0]}{more}, not to be found; set {key}=[FILE.jsonl] to files that "
-            "exist (relative to the working directory), or put them there"
+@rule("data.mask_prompts", *SOURCES, "data.mask_prompts")
+def mask_prompts(cfg: RunConfig) -> Iterator[Finding]:
+    formats = {source.format for source in sources(cfg.data).values()}
+    if cfg.data.mask_prompts and DocumentFormat.chat not in formats:
+        yield Finding(
+            "data.mask_prompts", "no documents are in the format chat; set data.mask_prompts=false or data.format=chat"
         )
 
 
-def readable(cfg: RunConfig) -> Iterator[str]:
+@rule("data.hub_files", *SOURCES, VALIDATION)
+def hub_files(cfg: RunConfig) -> Iterator[Finding]:
+    for key, source in _sources(cfg).items():
+        for pattern in source.files:
+            if is_on_hub(pattern) and not HUB.fullmatch(pattern):
+                fix = f"set {key}=[hf://datasets/OWNER/NAME[@REVISION]/GLOB]"
+                yield Finding(key, f"{pattern!r} names no files of a dataset on the Hub; {fix}", value=source.files)
+
+
+@rule("data.exist", *SOURCES, VALIDATION, on_machine=True)
+def exist(cfg: RunConfig) -> Iterator[Finding]:
+    for key, source in _sources(cfg).items():
+        missing = [pattern for pattern in source.files if not is_on_hub(pattern) and not find_existing(pattern)]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            yield Finding(
+                key,
+                f"{missing[0]}{more} not found; set {key}=[FILE.jsonl] to files that exist (relative to the working "
+                "directory)",
+                value=source.files,
+            )
+
+
+@rule("data.readable", *SOURCES, VALIDATION, on_machine=True)
+def readable(cfg: RunConfig) -> Iterator[Finding]:
     """Report what local files reveal before they are read: at most one fault per source, as its files are alike."""
     for key, source in _sources(cfg).items():
         fault = next(filter(None, (_fault(path, source) for path in _files(source))), None)
         if fault is not None:
-            yield f"{key} names {fault}"
+            yield Finding(key, fault, value=source.files)
 
 
-def leaks(cfg: RunConfig) -> Iterator[str]:
-    """A file of validation documents must not be trained on, by whatever pattern or link it is named."""
+@rule("data.leak", *SOURCES, VALIDATION, on_machine=True)
+def leak(cfg: RunConfig) -> Iterator[Finding]:
+    """A file of validation documents must not be trained on, whatever pattern or link names it."""
     known = _sources(cfg)
     validation = _files(known.pop(VALIDATION))
     for key, source in known.items():
@@ -119,15 +138,23 @@ def leaks(cfg: RunConfig) -> Iterator[str]:
             + len(drop_duplicates(validation))
             - len(drop_duplicates([*trained, *validation]))
         )
-        # What both name by the same pattern is reported from the config alone.
+        # The rule data.files reports what both name by the same pattern.
         if shared and not set(source.files) & set(cfg.data.validation or ()):
-            yield (
-                f"{key} names {shared} of the files that {VALIDATION} names; name them in one of the two, or set "
-                f"{VALIDATION}=null to hold out some of the documents"
+            yield Finding(
+                key,
+                f"{VALIDATION} names {shared} of these files too; remove them from one of the two, or set "
+                f"{VALIDATION}=null to hold out some of the documents",
+                value=source.files,
             )
 
 
-RULES_OF_FILES: tuple[Rule, ...] = (missing, readable, leaks)
+@rule("data.source_tokenizer", *SOURCES, "data.source_tokenizer", on_machine=True)
+def source_tokenizer(cfg: RunConfig) -> Iterator[Finding]:
+    folder = Path(os.path.expanduser(cfg.data.source_tokenizer))
+    reads_ids = any(source.format is DocumentFormat.tokens for source in sources(cfg.data).values())
+    if reads_ids and os.path.isdir(folder):
+        for fault in tokenizer_faults(folder):
+            yield Finding("data.source_tokenizer", fault, names_file=True)
 
 
 def _sources(cfg: RunConfig) -> dict[str, DataSource]:
@@ -147,23 +174,23 @@ def _files(source: DataSource) -> list[str]:
 
 def _fault(path: str, source: DataSource) -> str | None:
     if os.path.isdir(path):
-        return f"{path}, a folder without documents; name one with .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
+        return f"the folder {path} contains no documents; name .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
     reason = unreadable(path)
     if reason is not None:
-        return f"{path}, which {reason}"
+        return f"{path} {reason}"
     record, key = _first_record(path), key_of(source)
     if record is None or key in record:
         return None
     parents = [name for name, value in record.items() if isinstance(value, dict) and key in value]
-    nested = f" ({parents[0]!r} holds one, but it must be at the top level: rewrite the file)" if parents else ""
+    nested = f" ({parents[0]!r} contains one, but it must be at the top level: rewrite the file)" if parents else ""
     return (
-        f"{path}, whose first record has no field {key!r}, only {', '.join(sorted(record))}{nested}; set "
+        f"the first record of {path} has no field {key!r}, only {', '.join(sorted(record))}{nested}; set "
         "data.text_key, or the source's key"
     )
 
 
 def _first_record(path: str) -> dict[str, Any] | None:
-    """The first record, where the standard library can tell; a broken record is counted later."""
+    """The first record, where the standard library can read it; broken records are counted later."""
     kind = packing(path)
     if kind not in (Packing.plain, Packing.gz):
         return None
@@ -173,7 +200,3 @@ def _first_record(path: str) -> dict[str, Any] | None:
     except (OSError, EOFError, ValueError, RecursionError, zlib.error):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _patterns(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    yield from ((key, pattern) for key, source in _sources(cfg).items() for pattern in source.files)

@@ -1,99 +1,120 @@
-"""Rules of the sections `evaluate` and `benchmark`; `prune_distill.config.validate` applies them."""
+"""Rules of the groups `evaluate` and `benchmark`."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from prune_distill.config.wording import too_long
+from prune_distill.config.rule import Finding, rule
+from prune_distill.config.values import OWN_TASK, get_value, require
+from prune_distill.config.wording import in_hydra, too_long
 from prune_distill.schema import Engine, RunConfig
 
-Rule = Callable[[RunConfig], Iterator[str]]
-
-# The name of the task that a run makes of its own documents.
-OWN_TASK = "heldout_continuations"
-OWN_METRICS = ("acc", "acc_norm", "acc_mutual_info")
-# Where a definition in YAML has its name; tags are lists as often as not.
+# Names of tasks, groups and tags in a definition in YAML; tags are often lists.
 _NAMES = re.compile(r"""^\s*(?:task:|group:|tag:|-)\s*['"]?([\w.:/-]+)['"]?\s*$""", re.MULTILINE)
+_IMAGE = "cluster.slurm?.container_image"
+LIMIT = "model.shape.max_position_embeddings"
 
 
-def lengths(cfg: RunConfig) -> Iterator[str]:
-    shape = cfg.model.shape
-    if shape is None:
-        return
-    for key in ("seq_length", "verify_tokens"):
-        if getattr(cfg.evaluate, key) > shape.max_position_embeddings:
-            yield too_long(f"evaluate.{key}", getattr(cfg.evaluate, key), shape)
-    for key, tokens in (
-        ("evaluate.sample_prompt_tokens + sample_new_tokens", _sample_tokens(cfg)),
-        ("benchmark.prompt_tokens + new_tokens", _benchmark_tokens(cfg)),
+@rule("evaluate.seq_length", "evaluate.seq_length", "evaluate.verify_tokens", LIMIT)
+def seq_length(cfg: RunConfig) -> Iterator[Finding]:
+    limit = require(cfg.model.shape).max_position_embeddings
+    for key, length in (
+        ("evaluate.seq_length", cfg.evaluate.seq_length),
+        ("evaluate.verify_tokens", cfg.evaluate.verify_tokens),
     ):
-        if tokens > shape.max_position_embeddings:
-            yield too_long(key, tokens, shape)
+        if length > limit:
+            yield Finding(key, too_long(key, limit))
 
 
-def _sample_tokens(cfg: RunConfig) -> int:
-    return cfg.evaluate.sample_prompt_tokens + cfg.evaluate.sample_new_tokens if cfg.evaluate.samples else 0
+@rule(
+    "evaluate.samples", *(f"evaluate.{key}" for key in ("samples", "sample_prompt_tokens", "sample_new_tokens")), LIMIT
+)
+def samples(cfg: RunConfig) -> Iterator[Finding]:
+    if cfg.evaluate.samples:
+        yield from _generation(cfg, "evaluate.sample_prompt_tokens", "evaluate.sample_new_tokens")
 
 
-def _benchmark_tokens(cfg: RunConfig) -> int:
-    return cfg.benchmark.prompt_tokens + cfg.benchmark.new_tokens if cfg.benchmark.enabled else 0
+@rule("benchmark.length", *(f"benchmark.{key}" for key in ("enabled", "prompt_tokens", "new_tokens")), LIMIT)
+def benchmark_length(cfg: RunConfig) -> Iterator[Finding]:
+    if cfg.benchmark.enabled:
+        yield from _generation(cfg, "benchmark.prompt_tokens", "benchmark.new_tokens")
 
 
-def tasks(cfg: RunConfig) -> Iterator[str]:
+def _generation(cfg: RunConfig, prompt: str, new: str) -> Iterator[Finding]:
+    limit = require(cfg.model.shape).max_position_embeddings
+    prompt_tokens, new_tokens = get_value(cfg, prompt), get_value(cfg, new)
+    if prompt_tokens + new_tokens > limit:
+        yield Finding(
+            prompt,
+            f"with {new}={new_tokens}, sequences of {prompt_tokens + new_tokens} tokens are longer than the model's "
+            f"max_position_embeddings {limit}; set the two to at most {limit} in sum",
+        )
+
+
+@rule("evaluate.tasks", "evaluate.tasks")
+def tasks(cfg: RunConfig) -> Iterator[Finding]:
     names = cfg.evaluate.tasks
     if len(set(names)) < len(names):
-        yield f"evaluate.tasks={names} names one twice; set evaluate.tasks={sorted(set(names))}"
+        yield Finding("evaluate.tasks", f"a task is named twice; set evaluate.tasks={in_hydra(sorted(set(names)))}")
     if OWN_TASK in names:
-        yield (
-            f"evaluate.tasks={names} names {OWN_TASK}, which a run makes of its own documents; take it out and set "
-            "evaluate.continuations={}"
+        yield Finding(
+            "evaluate.tasks", f"the run makes {OWN_TASK} itself; remove it and set evaluate.continuations={{}}"
         )
 
 
-def installed(cfg: RunConfig) -> Iterator[str]:
-    """Packages that the config asks for and this Python lacks; what a container has is not to be seen from here."""
-    if _in_container(cfg):
-        return
-    if (cfg.evaluate.tasks or cfg.evaluate.continuations is not None) and importlib.util.find_spec("lm_eval") is None:
-        yield (
-            "evaluate.tasks and evaluate.continuations need lm_eval, which is not installed; run make setup, "
-            "or set evaluate.tasks=[] evaluate.continuations=null"
+@rule("evaluate.lm_eval", "evaluate.tasks", "evaluate.continuations?", _IMAGE, on_machine=True)
+def lm_eval(cfg: RunConfig) -> Iterator[Finding]:
+    wanted = bool(cfg.evaluate.tasks) or cfg.evaluate.continuations is not None
+    if wanted and not _runs_in_container(cfg) and importlib.util.find_spec("lm_eval") is None:
+        yield Finding(
+            "evaluate.tasks" if cfg.evaluate.tasks else "evaluate.continuations",
+            "lm_eval is not installed; run make setup, or set evaluate.tasks=[] evaluate.continuations=null",
         )
-    if cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm and importlib.util.find_spec("vllm") is None:
-        yield "benchmark.engine=vllm, but vllm is not installed; install it, or set benchmark.engine=transformers"
 
 
-def known_tasks(cfg: RunConfig) -> Iterator[str]:
-    """Tasks that neither the user's folder nor the installed harness defines."""
+@rule("benchmark.engine", "benchmark.enabled", "benchmark.engine", _IMAGE, on_machine=True)
+def engine(cfg: RunConfig) -> Iterator[Finding]:
+    wanted = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm
+    if wanted and not _runs_in_container(cfg) and importlib.util.find_spec("vllm") is None:
+        yield Finding("benchmark.engine", "vllm is not installed; install it, or set benchmark.engine=transformers")
+
+
+@rule("evaluate.task_folder", "evaluate.task_folder", on_machine=True)
+def task_folder(cfg: RunConfig) -> Iterator[Finding]:
     folder = cfg.evaluate.task_folder
     if folder is not None and not os.path.isdir(os.path.expanduser(folder)):
-        yield (
-            f"evaluate.task_folder={folder} is no folder; set it to one with task definitions (*.yaml) and data sets "
-            "(OWNER/NAME), or to null"
+        yield Finding(
+            "evaluate.task_folder",
+            "not a folder; set it to a folder with task definitions (*.yaml) and data sets (OWNER/NAME), or to null",
         )
-        return
-    if not cfg.evaluate.tasks or _in_container(cfg):
-        return
+
+
+@rule("evaluate.known_tasks", "evaluate.tasks", "evaluate.task_folder", _IMAGE, on_machine=True)
+def known_tasks(cfg: RunConfig) -> Iterator[Finding]:
+    """Report tasks that neither the user's folder nor the installed harness defines."""
+    folder, harness = cfg.evaluate.task_folder, importlib.util.find_spec("lm_eval")
     places = [] if folder is None else [Path(os.path.expanduser(folder))]
-    harness = importlib.util.find_spec("lm_eval")
+    if not cfg.evaluate.tasks or _runs_in_container(cfg) or not all(place.is_dir() for place in places):
+        return
     if harness is None or harness.origin is None:
         return
     places.append(Path(harness.origin).parent / "tasks")
     unknown = _undefined(set(cfg.evaluate.tasks), places)
     if unknown:
-        yield (
-            f"evaluate.tasks names {', '.join(unknown)}, which lm_eval does not know"
-            + (f" and {folder} does not define" if folder is not None else "")
-            + "; `lm_eval ls tasks` shows its tasks, and evaluate.task_folder brings your own"
+        defined = "" if folder is None else f", and {folder} does not define"
+        yield Finding(
+            "evaluate.tasks",
+            f"contains {', '.join(unknown)}, which lm_eval does not know{defined}; choose from `lm_eval ls tasks`, or "
+            "set evaluate.task_folder to a folder that defines it",
         )
 
 
 def _undefined(names: set[str], places: list[Path]) -> list[str]:
-    """Those of the names that no definition in the folders has. All of the harness's take a second to read."""
+    """The names that no definition in the folders has. Reading all of the harness's takes a second."""
     for place in places:
         for path in place.rglob("*.yaml"):
             names = names - set(_NAMES.findall(path.read_text(errors="replace")))
@@ -102,9 +123,6 @@ def _undefined(names: set[str], places: list[Path]) -> list[str]:
     return sorted(names)
 
 
-def _in_container(cfg: RunConfig) -> bool:
+def _runs_in_container(cfg: RunConfig) -> bool:
+    """Whether stages run in a container, whose packages are not known here."""
     return cfg.cluster.slurm is not None and cfg.cluster.slurm.container_image is not None
-
-
-RULES: tuple[Rule, ...] = (lengths, tasks)
-RULES_OF_FILES: tuple[Rule, ...] = (installed, known_tasks)

@@ -11,6 +11,7 @@ import pytest
 from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, unreadable
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
+from tests.helpers.faults import check_fault
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_folder_that_cannot_be_listed_is_not_skipped(data: Path, monkeypatch: 
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ConfigError, match=r"data/sub cannot be listed \(Permission denied\)"):
+    with pytest.raises(ConfigError, match=r"data/sub: cannot be listed \(Permission denied\)"):
         files_below(str(data))
 
 
@@ -141,8 +142,6 @@ def test_validation_files_are_not_trained_on_by_another_name(data: Path) -> None
     make(data, "train/a.jsonl", "train/v.jsonl", "t.jsonl")
     (data / "link.jsonl").symlink_to("train/v.jsonl")
     setting = ["experiment=qwen3_8b_to_6b_width", f"data.train=[{data}/train/*.jsonl]"]
-    with pytest.raises(ConfigError) as caught:
-        compose([*setting, f"data.validation=[{data}/link.jsonl]"], check_files=True)
-    (fault,) = caught.value.faults
-    assert fault.startswith("data.train names 1 of the files that data.validation names")
+    overrides = [*setting, f"data.validation=[{data}/link.jsonl]"]
+    check_fault(overrides, "data.leak", "data.train", "set data.validation=null", check_files=True)
     compose([*setting, f"data.validation=[{data}/t.jsonl]"], check_files=True)

@@ -10,48 +10,62 @@ import pytest
 
 from prune_distill.config.data_files import key_of, packing, sources
 from prune_distill.config.load import compose, load_resolved, save_resolved
-from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.identity import hashed_values
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
+from tests.helpers.faults import check_fault, find_faults
 
 QWEN = ["experiment=qwen3_8b_to_6b_width"]
 TWO = [*QWEN, "data.train=null", "data.sources={web: {files: [w.jsonl]}, code: {files: [c.jsonl]}}"]
 
-CASES: list[tuple[list[str], list[str]]] = [
-    ([*TWO, "data.train=[a.jsonl]"], ["data.train and data.sources are both set", "set one of them to null"]),
-    ([*QWEN, "data.train=null", "data.sources={}"], ["data.sources={} names no source"]),
-    ([*QWEN, "data.train=null", "data.sources=[a]"], ["data.sources=['a'] is a value; set data.sources.NAME.KEY"]),
-    ([*TWO, "data.sources.web.files=[]"], ["data.sources.web.files=[] names no file"]),
-    ([*TWO, "~data.sources.web.files"], ["data.sources.web.files is not set; set data.sources.web.files to a list"]),
-    ([*TWO, "+data.sources.web.wieght=1"], ["data.sources.web.wieght is not a known key (did you mean"]),
-    ([*TWO, "+data.sources.web.weight=heavy"], ["data.sources.web.weight='heavy' is not a number"]),
-    ([*TWO, "+data.sources.web.weight=1"], ["data.sources.code.weight=null, but other sources have one"]),
+# Overrides, and their one fault: its rule, its first key, and a part of the fix.
+CASES: list[tuple[list[str], str, str, str]] = [
+    ([*TWO, "data.train=[a.jsonl]"], "data.files", "data.train", ""),
+    (
+        [*QWEN, "data.train=null", "data.sources={}"],
+        "data.files",
+        "data.sources",
+        "data.sources.NAME.files=[FILE.jsonl]",
+    ),
+    ([*QWEN, "data.train=null", "data.sources=[a]"], "value.type", "data.sources", "set data.sources.NAME.KEY"),
+    (
+        [*TWO, "data.sources.web.files=[]"],
+        "data.sources",
+        "data.sources.web.files",
+        "data.sources.web.files=[FILE.jsonl]",
+    ),
+    (
+        [*TWO, "~data.sources.web.files"],
+        "value.missing",
+        "data.sources.web.files",
+        "set data.sources.web.files to a list",
+    ),
+    ([*TWO, "+data.sources.web.wieght=1"], "key.unknown", "data.sources.web.wieght", ""),
+    ([*TWO, "+data.sources.web.weight=heavy"], "value.type", "data.sources.web.weight", ""),
+    ([*TWO, "+data.sources.web.weight=1"], "data.weights", "data.sources.code.weight", ""),
     (
         [*TWO, "+data.sources.web.weight=1", "+data.sources.code.weight=0"],
-        ["data.sources.code.weight=0.0 must be above 0"],
+        "value.bounds",
+        "data.sources.code.weight",
+        "",
     ),
-    ([*TWO, "+data.sources.web.max_tokens=0"], ["data.sources.web.max_tokens=0 must be above 0"]),
-    ([*TWO, "+data.sources.web.sample=1.5"], ["data.sources.web.sample=1.5 must be between 0 and 1"]),
-    ([*TWO, "+data.sources.validation={files: [a]}"], ["data.sources.validation is no name for a source"]),
-    ([*TWO, "data.validation=[c.jsonl]"], ["data.validation holds c.jsonl, which data.sources holds too"]),
-    ([*QWEN, "data.sample=0"], ["data.sample=0.0 must be between 0 and 1", "above 0 and at most 1"]),
-    ([*QWEN, "data.shard_bytes=0"], ["data.shard_bytes=0 must be above 0"]),
-    ([*QWEN, "data.num_workers=0"], ["data.num_workers=0 must be above 0"]),
-    ([*QWEN, "data.array_tasks=0"], ["data.array_tasks=0 must be above 0"]),
-    ([*QWEN, "data.format=txt"], ["data.format=txt is not known (did you mean text?)", "text or tokens or chat"]),
-    ([*QWEN, "data.mask_prompts=true"], ["data.mask_prompts=True needs data of format=chat"]),
-    ([*QWEN, "data.train=['hf://OptimalScale/x.jsonl']"], ["data.train holds", "hf://datasets/OWNER/NAME"]),
+    ([*TWO, "+data.sources.web.max_tokens=0"], "value.bounds", "data.sources.web.max_tokens", ""),
+    ([*TWO, "+data.sources.web.sample=1.5"], "value.bounds", "data.sources.web.sample", ""),
+    ([*TWO, "+data.sources.validation={files: [a]}"], "data.sources", "data.sources.validation", ""),
+    ([*TWO, "data.validation=[c.jsonl]"], "data.files", "data.validation", "data.validation=null"),
+    ([*QWEN, "data.sample=0"], "value.bounds", "data.sample", "above 0 and at most 1"),
+    ([*QWEN, "data.shard_bytes=0"], "value.bounds", "data.shard_bytes", ""),
+    ([*QWEN, "data.num_workers=0"], "value.bounds", "data.num_workers", ""),
+    ([*QWEN, "data.array_tasks=0"], "value.bounds", "data.array_tasks", ""),
+    ([*QWEN, "data.format=txt"], "value.choice", "data.format", "text or tokens or chat"),
+    ([*QWEN, "data.mask_prompts=true"], "data.mask_prompts", "data.mask_prompts", "data.mask_prompts=false"),
+    ([*QWEN, "data.train=['hf://OptimalScale/x.jsonl']"], "data.hub_files", "data.train", "hf://datasets/OWNER/NAME"),
 ]
 
 
-@pytest.mark.parametrize(("overrides", "parts"), CASES)
-def test_one_fault_gives_one_sentence_with_its_mend(overrides: list[str], parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        compose(overrides)
-    (fault,) = caught.value.faults
-    for part in parts:
-        assert part in fault
+@pytest.mark.parametrize(("overrides", "rule", "key", "fix"), CASES)
+def test_a_fault_names_the_key_and_the_fix(overrides: list[str], rule: str, key: str, fix: str) -> None:
+    check_fault(overrides, rule, key, fix)
 
 
 def test_sources_travel_through_the_resolved_file(tmp_path: Path) -> None:
@@ -86,19 +100,19 @@ def test_what_is_placement_and_what_is_identity(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("a.txt", b"text", ["a.txt, which is of no known kind", ".jsonl.zst"]),
-        ("a.jsonl.gz", b'{"text": "a"}', ["a.jsonl.gz, which is not a gz file, whatever its name says"]),
-        ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst, which is not a zst file"]),
-        ("a.parquet", b'{"text": "a"}', ["a.parquet, which is not a parquet file"]),
-        ("a.jsonl", b'{"content": "a", "id": 1}\n', ["whose first record has no field 'text', only content, id"]),
-        ("b.jsonl.gz", gzip.compress(b'{"txt": "a"}\n', mtime=0), ["whose first record has no field 'text', only txt"]),
+        ("a.txt", b"text", ["a.txt has an unknown extension", ".jsonl.zst"]),
+        ("a.jsonl.gz", b'{"text": "a"}', ["a.jsonl.gz is not a gz file"]),
+        ("a.jsonl.zst", b'{"text": "a"}', ["a.jsonl.zst is not a zst file"]),
+        ("a.parquet", b'{"text": "a"}', ["a.parquet is not a parquet file"]),
+        ("a.jsonl", b'{"content": "a", "id": 1}\n', ["first record of", "no field 'text', only content, id"]),
+        ("b.jsonl.gz", gzip.compress(b'{"txt": "a"}\n', mtime=0), ["first record of", "no field 'text', only txt"]),
         (
             "a.jsonl",
             b'{"content": {"text": "a"}, "id": 1}\n',
-            ["no field 'text', only content, id", "'content' holds one, but it must be at the top level"],
+            ["no field 'text', only content, id", "'content' contains one, but it must be at the top level"],
         ),
-        ("a.jsonl", b'[{"text": "a"}]', ["a.jsonl, which holds a JSON array", "jq -c"]),
-        ("folder/readme.md", b"", ["a folder without documents"]),
+        ("a.jsonl", b'[{"text": "a"}]', ["a.jsonl contains a JSON array", "jq -c"]),
+        ("folder/readme.md", b"", ["the folder", "contains no documents"]),
     ],
 )
 def test_files_that_cannot_be_documents_are_named_before_the_queue(
@@ -108,20 +122,18 @@ def test_files_that_cannot_be_documents_are_named_before_the_queue(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     given = path.parent if "folder" in name else path
-    with pytest.raises(ConfigError) as caught:
-        compose([*QWEN, f"data.train=[{given}]"], check_files=True)
-    (fault,) = caught.value.faults
-    assert fault.startswith("data.train names ")
+    (fault,) = find_faults([*QWEN, f"data.train=[{given}]"], check_files=True)
+    assert (fault.rule, fault.keys[0]) == ("data.readable", "data.train")
     for part in parts:
-        assert part in fault
+        assert part in str(fault)
 
 
 def test_files_of_sources_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
     sources = f"data.sources={{web: {{files: [{tmp_path}/*.jsonl]}}, code: {{files: [nowhere/c.jsonl]}}}}"
-    with pytest.raises(ConfigError) as caught:
-        compose([*QWEN, "data.train=null", sources], check_files=True)
-    assert caught.value.faults == [
-        "data.sources.code.files names nowhere/c.jsonl, not to be found; set data.sources.code.files=[FILE.jsonl] to "
-        "files that exist (relative to the working directory), or put them there"
-    ]
+    (fault,) = find_faults([*QWEN, "data.train=null", sources], check_files=True)
+    assert (fault.rule, fault.keys) == ("data.exist", ("data.sources.code.files",))
+    assert str(fault) == (
+        "data.sources.code.files=[nowhere/c.jsonl]: nowhere/c.jsonl not found; set data.sources.code.files="
+        "[FILE.jsonl] to files that exist (relative to the working directory)"
+    )

@@ -236,7 +236,7 @@ def test_files_of_no_known_kind_and_columns_that_are_not_there(model: Path, tmp_
 
     pyarrow.parquet.write_table(pyarrow.table({"content": ["alpha"]}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("alpha")
-    with pytest.raises(InputError, match=r"no column 'text', only content.*b.txt is of no known kind"):
+    with pytest.raises(InputError, match=r"no column 'text', only content.*b.txt has an unknown extension"):
         make(model, tmp_path / "out", {"train": [str(tmp_path / "a.parquet"), str(tmp_path / "b.txt")]})
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.config.values import OWN_TASK
 from prune_distill.data.folder import _kinds
 from prune_distill.errors import InputError
 from prune_distill.evaluation import continuations, heldout, recovery

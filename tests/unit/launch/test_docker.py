@@ -127,7 +127,7 @@ def test_what_is_wrong_is_said_before_docker_starts(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert docker.main(["--", "experiment=demo", "distill.lrr=1"]) == 2
-    assert "distill.lrr is not a known key" in capsys.readouterr().err
+    assert "distill.lrr: not a known key" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert docker.main(["--", "experiment=demo"]) == 2
     assert "docker cannot be found" in capsys.readouterr().err

@@ -230,5 +230,5 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert doctor.main(["experiment=demo", "distill.lrr=1", "prune.num_layers=9"]) == 1
     out = capsys.readouterr().out
     assert "fail  config" in out
-    assert "distill.lrr is not a known key" in out
+    assert "distill.lrr: not a known key" in out
     assert "2 fail" in out

@@ -104,7 +104,7 @@ def test_faults(tmp_path: Path, changed: str, part: str) -> None:
     cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(0, 1234), changed])
     with pytest.raises(ConfigError) as caught:
         nodes.run(cfg, None, TABLE)
-    (fault,) = caught.value.faults
+    (fault,) = map(str, caught.value.faults)
     assert part in fault
 
 

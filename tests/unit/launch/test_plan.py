@@ -233,9 +233,9 @@ def test_the_first_layout_communicates_least() -> None:
 
 def test_what_does_not_divide_is_named() -> None:
     of_plan = planned(DEPTH)
-    assert of_plan.undivided == ["pipeline_model_parallel_size=8 does not divide the teacher's 36 layers"]
+    assert of_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
     odd = planned(DEPTH, "distill.global_batch_size=510")
-    assert any(reason.startswith("global_batch_size=510 is not divisible by 4") for reason in odd.undivided)
+    assert any(reason.startswith("global_batch_size=510: not divisible by 4") for reason in odd.undivided)
 
 
 @pytest.mark.parametrize(

@@ -104,4 +104,4 @@ def test_a_sweep_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.Captu
     assert told.count("complete") == 2
     assert f"{tmp_path}/1\n" in told
     assert main([str(tmp_path / "nowhere")], TABLE) == 2
-    assert "nowhere/resolved.yaml does not exist" in capsys.readouterr().err
+    assert "nowhere/resolved.yaml: does not exist" in capsys.readouterr().err

@@ -242,7 +242,7 @@ def test_all_faults_come_at_once_and_before_anything_is_started(tmp_path: Path) 
     write(tmp_path, {**QWEN3, "hidden_size": "128", "num_hidden_layers": 10**9, "auto_map": {}})
     with pytest.raises(ConfigError) as caught:
         compose(["model=local", "name=mine", f"model.hf_path={tmp_path}", "data.train=[docs.jsonl]"], check_files=True)
-    about = [fault for fault in caught.value.faults if str(tmp_path) in fault]
+    about = [message for fault in caught.value.faults if str(tmp_path) in (message := str(fault))]
     keys = [fault.removeprefix(f"{tmp_path / 'config.json'}: ").split("=")[0].split(":")[0] for fault in about]
     # What else is missing from the folder comes in the same message.
     assert keys[:3] == ["auto_map", "num_hidden_layers", "hidden_size"]

@@ -118,7 +118,7 @@ def test_launchers_find_it_before_anything_is_started(tmp_path: Path) -> None:
     compose(overrides)
     with pytest.raises(ConfigError) as caught:
         compose(overrides, check_files=True)
-    (fault,) = caught.value.faults
+    (fault,) = map(str, caught.value.faults)
     assert fault.startswith(f"{model}: ")
     assert f"2.safetensors, which {INDEX} names, is missing" in fault
     (model / INDEX).unlink()

@@ -238,7 +238,7 @@ def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
     cfg.data.train = ["data/nowhere.jsonl"]
     with pytest.raises(ConfigError) as caught:
         locate(cfg)
-    tokenizer, train = caught.value.faults
+    tokenizer, train = map(str, caught.value.faults)
     assert f"stage prepare_data, input tokenizer: '{tmp_path}/no-model' does not exist" in tokenizer
     assert "stage prepare_data, input train: 'data/nowhere.jsonl' does not exist" in train
 

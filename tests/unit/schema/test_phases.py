@@ -79,21 +79,24 @@ def test_the_plan_counts_every_phases_tokens_and_the_fullest_phases_memory() -> 
 @pytest.mark.parametrize(
     ("phases", "parts"),
     [
-        ("[]", ["distill.phases=[] names no phase"]),
-        ("[{max_steps:100}]", ["distill.phases take 100 steps, but distill.max_steps=160; set distill.max_steps=100"]),
-        ("[{seq_length:8}]", ["distill.phases[0] must say how long it is", "max_steps or distill.phases[0].tokens"]),
-        ("[{max_steps:160,tokens:5}]", ["distill.phases[0] must say how long it is, once"]),
-        ("[{max_steps:0},{max_steps:160}]", ["distill.phases[0].max_steps=0 must be above 0"]),
-        ("[{max_steps:160,lrr:1}]", ["distill.phases[0].lrr is not a known key", "did you mean"]),
-        ("[{max_steps:160,seq_length:4096}]", ["distill.phases[0].seq_length=4096 is longer", "2048"]),
+        ("[]", ["distill.phases=[]: contains no phase"]),
+        ("[{max_steps:100}]", ["distill.max_steps=160: ", "; set distill.max_steps=100"]),
+        ("[{seq_length:8}]", ["distill.phases[0]: its length", "max_steps or distill.phases[0].tokens"]),
+        ("[{max_steps:160,tokens:5}]", ["distill.phases[0]: its length must be given once"]),
+        ("[{max_steps:0},{max_steps:160}]", ["distill.phases[0].max_steps=0: must be above 0"]),
+        ("[{max_steps:160,lrr:1}]", ["distill.phases[0].lrr: not a known key", "did you mean"]),
+        ("[{max_steps:160,seq_length:4096}]", ["distill.phases[0].seq_length=4096: longer", "2048"]),
         (
             "[{max_steps:80},{max_steps:80,global_batch_size:6}]",
-            ["distill.phases[1].global_batch_size=6 is not divisible by 4", "set distill.phases[1].global_batch_size"],
+            ["distill.phases[1].global_batch_size=6: not divisible by 4", "set distill.phases[1].global_batch_size"],
         ),
-        ("[{max_steps:160,min_lr:1.0}]", ["distill.phases[0].min_lr=1.0 is above distill.phases[0].lr=0.001"]),
-        ("[{max_steps:155},{max_steps:5,warmup_steps:5}]", ["distill.phases[1].warmup_steps=5 leaves nothing"]),
-        ("[{max_steps:160,weights:{web:1}}]", ["distill.phases[0].weights names ['web']", "['train']"]),
-        ("[{max_steps:160,weights:{train:0}}]", ["distill.phases[0].weights={'train': 0.0}", "one above 0"]),
+        ("[{max_steps:160,min_lr:1.0}]", ["distill.phases[0].min_lr=1.0: above distill.phases[0].lr=0.001"]),
+        (
+            "[{max_steps:155},{max_steps:5,warmup_steps:5}]",
+            ["distill.phases[1].warmup_steps=5: too long for its 5 steps"],
+        ),
+        ("[{max_steps:160,weights:{web:1}}]", ["distill.phases[0].weights: ['web']", "['train']"]),
+        ("[{max_steps:160,weights:{train:0}}]", ["distill.phases[0].weights: {'train': 0.0}", "one above 0"]),
     ],
 )
 def test_faults_of_phases(phases: str, parts: list[str]) -> None:
@@ -106,14 +109,14 @@ def test_faults_of_phases(phases: str, parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("distill.schedule=wsd", ["distill.schedule=wsd does not go with distill.decay_steps=null"]),
-        ("distill.decay_steps=5", ["distill.schedule=cosine does not go with distill.decay_steps=5"]),
+        ("distill.schedule=wsd", ["distill.schedule=wsd: needs distill.decay_steps"]),
+        ("distill.decay_steps=5", ["distill.schedule=cosine: does not use distill.decay_steps=5"]),
         ("distill.schedule=square", ["distill.schedule=square", "cosine or linear or wsd"]),
-        ("distill.skip_steps=[[0,3]]", ["distill.skip_steps holds [0, 3], which is no span", "1 to 160"]),
-        ("distill.skip_steps=[[5]]", ["distill.skip_steps holds [5]"]),
-        ("distill.skip_steps=[[7,161]]", ["distill.skip_steps holds [7, 161]"]),
-        ("distill.max_loss_ratio=1.0", ["distill.max_loss_ratio=1.0 would stop at a usual loss"]),
-        ("distill.wandb={}", ["distill.wandb.project is not set"]),
+        ("distill.skip_steps=[[0,3]]", ["distill.skip_steps=[[0,3]]: [0, 3] is not a span", "1 to 160"]),
+        ("distill.skip_steps=[[5]]", ["distill.skip_steps=[[5]]: "]),
+        ("distill.skip_steps=[[7,161]]", ["distill.skip_steps=[[7,161]]: "]),
+        ("distill.max_loss_ratio=1.0", ["distill.max_loss_ratio=1.0: would stop at a usual loss"]),
+        ("distill.wandb={}", ["distill.wandb.project: not set"]),
     ],
 )
 def test_faults_of_a_training(override: str, parts: list[str]) -> None:
@@ -124,7 +127,9 @@ def test_faults_of_a_training(override: str, parts: list[str]) -> None:
 
 
 def test_warm_up_and_decay_have_to_fit() -> None:
-    with pytest.raises(ConfigError, match="leaves nothing of distill.max_steps=160"):
+    with pytest.raises(
+        ConfigError, match="distill.warmup_steps=10: too long for distill.max_steps=160 with distill.decay_steps=151"
+    ):
         compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=151"])  # and 10 of warm-up
     assert compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=150"]).distill.decay_steps == 150
 
@@ -136,6 +141,6 @@ def test_a_tracker_whose_package_is_absent_is_refused(
 
     monkeypatch.setattr(training_rules.importlib.util, "find_spec", lambda name: None)
     asked = "distill.mlflow={tracking_uri:'http://localhost:5000',experiment:x}"
-    with pytest.raises(ConfigError, match="distill.mlflow needs the package mlflow, which is not installed"):
+    with pytest.raises(ConfigError, match="distill.mlflow: the package mlflow is not installed"):
         compose([*DEMO, asked], check_files=True)
     assert compose([*DEMO, asked]).distill.mlflow is not None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prune_distill.config.load import compose
-from prune_distill.config.validate import meter as stated_meter
+from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.errors import InputError
@@ -172,9 +172,9 @@ def test_utilisation_is_the_models_flops_over_the_peak() -> None:
     flops = sequence_flops(16, Recompute.none, Loss.kd, Family.qwen3, shape, shape).total
     meter = Meter(Loss.kd, Family.qwen3, shape, shape, peak=100.0 * flops)
     assert meter.utilisation(50.0, 16) == pytest.approx(0.5)
-    assert stated_meter(compose(["experiment=demo"])) is None
+    assert utilization_meter(compose(["experiment=demo"])) is None
     cfg = compose(["experiment=qwen3_8b_to_6b_depth", "cluster.devices_per_node=8"])
-    known = stated_meter(cfg)
+    known = utilization_meter(cfg)
     assert known is not None
     assert cfg.cluster.gpu is not None
     assert known.peak == 8e12 * cfg.cluster.gpu.bf16_tflops

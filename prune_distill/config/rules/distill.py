@@ -1,0 +1,164 @@
+"""Rules of the group `distill`, except for those of every training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prune_distill.config.rule import Finding, rule
+from prune_distill.config.rules.prune import STUDENT
+from prune_distill.config.rules.training import list_models
+from prune_distill.config.values import require
+from prune_distill.config.wording import in_hydra
+from prune_distill.schema import Divergence, Loss, LossImplementation, Recompute, RunConfig, TeacherSignal
+
+# Further students that the stage table knows.
+CONTROLS = ("ce", "scratch")
+TOP_K, PAIRS, IMPLEMENTATION = (f"distill.kd.{name}" for name in ("top_k", "intermediate_pairs", "implementation"))
+SWAP = "distill.swap_teacher_at_step"
+PIPELINE = "distill.parallel.pipeline_model_parallel_size"
+
+
+@rule("distill.controls", "distill.controls", "distill.loss")
+def controls(cfg: RunConfig) -> Iterator[Finding]:
+    key, names = "distill.controls", cfg.distill.controls
+    unknown = [name for name in names if name not in CONTROLS]
+    if unknown:
+        yield Finding(key, f"contains the unknown names {unknown}; set {key}={in_hydra([*CONTROLS])}")
+    if len(set(names)) < len(names):
+        yield Finding(key, f"a control is named twice; set {key}={in_hydra(sorted(set(names)))}")
+    if cfg.distill.loss is Loss.ce and "ce" in names:
+        yield Finding(key, f"distill.loss=ce trains the same student; set {key}=[]")
+
+
+@rule("distill.signal", *(f"distill.{name}" for name in ("signal", "loss", "phases", "skip_steps", "kd")))
+def signal(cfg: RunConfig) -> Iterator[Finding]:
+    """Refuse what needs more than the stored part of the teacher's distributions."""
+    distill, kd, key = cfg.distill, cfg.distill.kd, "distill.signal"
+    if distill.signal is TeacherSignal.live:
+        return
+    if distill.loss is Loss.ce:
+        yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=live")
+    unsupported = {
+        "distill.phases": (bool(distill.phases), "null"),
+        "distill.skip_steps": (bool(distill.skip_steps), "[]"),
+        "distill.kd.divergence": (kd.divergence is not Divergence.forward_kl, "forward_kl"),
+        TOP_K: (kd.top_k is not None, "null (distill.signal_top_k is the number of stored tokens)"),
+        PAIRS: (bool(kd.intermediate_pairs), "[]"),
+        IMPLEMENTATION: (kd.implementation is not LossImplementation.chunked, "chunked"),
+    }
+    for other, (is_set, supported) in unsupported.items():
+        if is_set:
+            fix = f"set {other}={supported}, or {key}=live"
+            yield Finding(other, f"not supported by {key}=stored; {fix}")
+
+
+@rule("distill.signal_top_k", "distill.signal", "distill.signal_top_k", "model.shape.vocab_size")
+def signal_top_k(cfg: RunConfig) -> Iterator[Finding]:
+    key, vocabulary = "distill.signal_top_k", require(cfg.model.shape).vocab_size
+    if cfg.distill.signal is TeacherSignal.stored and cfg.distill.signal_top_k >= vocabulary:
+        yield Finding(
+            key,
+            f"no less than the vocabulary of {vocabulary} tokens; set {key} to at most {vocabulary - 1}, such as 64",
+        )
+
+
+@rule("distill.correct_teacher", "distill.correct_teacher?", "distill.loss")
+def correct_teacher(cfg: RunConfig) -> Iterator[Finding]:
+    key = "distill.correct_teacher"
+    if cfg.distill.correct_teacher is not None and cfg.distill.loss is Loss.ce:
+        yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=null")
+
+
+@rule("distill.swap_teacher", SWAP, "distill.correct_teacher?", "distill.signal", "distill.max_steps")
+def swap_teacher(cfg: RunConfig) -> Iterator[Finding]:
+    distill, step = cfg.distill, cfg.distill.swap_teacher_at_step
+    if step is None:
+        return
+    if distill.correct_teacher is None:
+        other = "distill.correct_teacher"
+        yield Finding(SWAP, f"no teacher is corrected; set {other}, or {SWAP}=null")
+    if distill.signal is TeacherSignal.stored:
+        fix = f"set distill.signal=live, or {SWAP}=null"
+        yield Finding(SWAP, f"distill.signal=stored runs no teacher; {fix}")
+    if step >= distill.max_steps:
+        yield Finding(
+            SWAP, f"not below distill.max_steps={distill.max_steps}; set {SWAP} to at most {distill.max_steps - 1}"
+        )
+
+
+@rule("kd.top_k", TOP_K, "model.shape.vocab_size")
+def top_k(cfg: RunConfig) -> Iterator[Finding]:
+    count, vocabulary = cfg.distill.kd.top_k, require(cfg.model.shape).vocab_size
+    if count is not None and count >= vocabulary:
+        yield Finding(TOP_K, f"covers the whole vocabulary of {vocabulary} tokens; set {TOP_K} to null or to less")
+
+
+@rule("kd.divergence", TOP_K, "distill.kd.divergence")
+def divergence(cfg: RunConfig) -> Iterator[Finding]:
+    kd, other = cfg.distill.kd, "distill.kd.divergence"
+    if kd.top_k is not None and kd.divergence is not Divergence.forward_kl:
+        yield Finding(
+            TOP_K,
+            f"supported with forward KL only, not with {other}={kd.divergence.value}; set {other}=forward_kl, or "
+            f"{TOP_K}=null",
+        )
+
+
+@rule("kd.implementation", TOP_K, "distill.kd.divergence", IMPLEMENTATION)
+def implementation(cfg: RunConfig) -> Iterator[Finding]:
+    """Refuse what LogitsKLLoss does not support (nemo/collections/llm/modelopt/distill/loss.py:138)."""
+    kd = cfg.distill.kd
+    unsupported = {
+        "distill.kd.divergence=jensen_shannon": kd.divergence is Divergence.jensen_shannon,
+        f"{TOP_K}={kd.top_k}": kd.top_k is not None,
+    }
+    settings = [setting for setting, is_set in unsupported.items() if is_set]
+    if settings and kd.implementation is LossImplementation.upstream:
+        yield Finding(IMPLEMENTATION, f"does not support {' and '.join(settings)}; set {IMPLEMENTATION}=chunked")
+
+
+@rule("kd.pairs", PAIRS, *STUDENT)
+def pairs(cfg: RunConfig) -> Iterator[Finding]:
+    """Require layers that exist, once each.
+
+    ModelOpt's hooks pass a layer's output to one loss only (modelopt/torch/distill/distillation_model.py:237).
+    """
+    for side, who, count in _layers(cfg):
+        named = [getattr(pair, side) for pair in cfg.distill.kd.intermediate_pairs]
+        outside = [layer for layer in named if not 1 <= layer <= count]
+        if outside:
+            yield Finding(PAIRS, f"the {who} has no layers {outside}; set numbers from 1 to {count}")
+    for side in ("teacher", "student"):
+        named = [getattr(pair, side) for pair in cfg.distill.kd.intermediate_pairs]
+        repeated = sorted({layer for layer in named if named.count(layer) > 1})
+        if repeated:
+            yield Finding(PAIRS, f"layers {repeated} of the {side} are named more than once; name each once")
+
+
+@rule("kd.pairs_recompute", PAIRS, "distill.recompute")
+def pairs_recompute(cfg: RunConfig) -> Iterator[Finding]:
+    """A layer that is computed again runs without gradients the first time, when hooks see its output
+    (megatron/core/tensor_parallel/random.py:CheckpointFunction)."""
+    if cfg.distill.kd.intermediate_pairs and cfg.distill.recompute is Recompute.full:
+        fix = f"set distill.recompute=selective, or {PAIRS}=[]"
+        yield Finding(PAIRS, f"without effect with distill.recompute=full; {fix}")
+
+
+@rule("kd.pairs_pipeline", PAIRS, PIPELINE, *STUDENT)
+def pairs_pipeline(cfg: RunConfig) -> Iterator[Finding]:
+    """Hooks see the layers of their own pipeline stage only."""
+    stages = cfg.distill.parallel.pipeline_model_parallel_size
+    for side, who, count in _layers(cfg):
+        first = count - count // stages + 1
+        early = [layer for pair in cfg.distill.kd.intermediate_pairs if (layer := getattr(pair, side)) < first]
+        if stages > 1 and early:
+            yield Finding(
+                PAIRS,
+                f"layers {early} of the {who} are not on the last of {PIPELINE}={stages} stages, where the loss is; "
+                f"name layers from {first} to {count}, or set {PIPELINE}=1",
+            )
+
+
+def _layers(cfg: RunConfig) -> list[tuple[str, str, int]]:
+    """The number of layers of each model, with its side of a pair and its role."""
+    return [("teacher" if who == "teacher" else "student", who, shape.num_layers) for who, shape in list_models(cfg)]
