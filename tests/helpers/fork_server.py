@@ -43,7 +43,9 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 from launch.environment import ROOT
+from prune_distill.nemo import backend
 from prune_distill.pipeline.processes import import_libraries, signal_at_parents_death
+from prune_distill.pipeline.stages import STAGES
 from tests.helpers.fork_site.sitecustomize import (
     COMMANDS,
     FORK_SERVER,
@@ -72,6 +74,7 @@ SERVERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 FREE = re.compile(
     r"RANK|(LOCAL|GROUP|NODE|ROLE)_RANK|ROLE_NAME|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
     r"|PET_\w+|TORCH_NCCL_\w+|NVTE_\w+|CUDA_DEVICE_MAX_CONNECTIONS|TOKENIZERS_PARALLELISM|PRUNE_DISTILL_\w+|SPOILED"
+    r"|SLURM_JOB_NAME"
     r"|PYTEST_\w+|PYTHONUNBUFFERED|PWD|OLDPWD|SHLVL|_|KMP_\w+|TORCHINDUCTOR_CACHE_DIR|PYTORCH_NVML\w+"
 )
 SECONDS_TO_END = 30.0
@@ -128,8 +131,9 @@ class Request:
         """The environment variables that may act on an import and have another value than in a server's environment."""
         theirs = self.told["environment"]
         names = sorted(os.fsdecode(name) for name in own.keys() | theirs if own.get(name) != theirs.get(name))
-        path = b"PYTHONPATH"
-        same_path = {*own[path].split(b":")} == {*theirs.get(path, b"").split(b":")}
+        folders = [{*values.get(b"PYTHONPATH", b"").split(b":")} for values in (own, theirs)]
+        # What a stage with an active backend starts has its folder too.
+        same_path = folders[0] == folders[1] - {os.fsencode(backend._SITE)}
         return [name for name in names if not FREE.fullmatch(name) and not (name == "PYTHONPATH" and same_path)]
 
     def close(self) -> None:
@@ -155,9 +159,23 @@ class Request:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.told["blocked"])
+        self._take_parent()
+
+    def _take_parent(self) -> None:
+        """Has `os.getppid` tell the parent of the interpreter that stands for this process."""
+        child, parent_of_this = os.getpid(), os.getppid
+        stat = Path(f"/proc/{self.told['pid']}/stat")
+
+        def parent() -> int:
+            if os.getpid() != child:
+                return parent_of_this()
+            return int(stat.read_text().rpartition(")")[2].split()[1])
+
+        os.getppid = parent
 
     def run(self) -> None:
         """Runs the command as `python` does (Modules/main.c:pymain_run_python)."""
+        sys.executable = self.told["executable"]
         sys.orig_argv[:] = self.told["words"]
         words = self.told["words"][1:]
         if not {"-W", "-Wignore"}.isdisjoint(words):
@@ -251,9 +269,6 @@ def prepare(name: str) -> None:
 
 def _activate() -> None:
     """Activates the backend, and has `activate` repeat in a child what it does to the process besides imports."""
-    from prune_distill.nemo import backend
-    from prune_distill.pipeline.stages import STAGES
-
     chosen = backend.activate()
     if chosen.name != "cpu":
         raise SystemExit("a process that uses CUDA cannot be forked")

@@ -15,7 +15,22 @@ from tests.helpers import tiny, tolerance
 from tests.helpers.fork_server import fork_server, real_starts
 from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 
+# What takes longest starts first: groups of tests (`xdist_group`) and single ones. The first two do not need
+# `finished`, which the third makes meanwhile.
+LONGEST = (
+    *("layouts", "mixture", "correction", "conversion", "signal", "search"),
+    *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
+    *("test_each_round_prunes_what_the_one_before_has_learned", "masked"),
+)
 _session = ExitStack()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        names = {item.name, *(mark.args[0] for mark in item.iter_markers("xdist_group"))}
+        return next((place for place, name in enumerate(LONGEST) if name in names), len(LONGEST))
+
+    items.sort(key=place)
 
 
 def pytest_sessionstart() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from prune_distill.pipeline.stages import STAGES
-from tests.helpers import tiny, tolerance
+from tests.helpers import tiny
 from tests.helpers.fork_server import FREE, LOG, real_starts
 from tests.helpers.fork_site.sitecustomize import FORK_SERVER, NEMO, libraries_of
 from tests.helpers.launches import ends
 
-pytestmark = pytest.mark.skipif(tolerance.GPU, reason="a process that uses CUDA is not forked")
+pytestmark = pytest.mark.skipif(FORK_SERVER not in os.environ, reason="there is none: on a GPU it cannot be")
 PROBE = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fork_probe"]
 
 

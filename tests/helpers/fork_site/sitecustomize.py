@@ -66,8 +66,9 @@ def libraries_of(words: list[str]) -> str | None:
         words: what follows the interpreter.
     """
     words = without_options(words)
-    if words[:1] == ["-c"] and words[-1] == "--multiprocessing-fork" and RANK_FUNCTION in os.environ:
-        return NEMO
+    if words[:1] == ["-c"] and words[-1] == "--multiprocessing-fork":
+        # A test's rank, or what a stage spawns: the manager of Megatron's checkpoint writers, which needs torch.
+        return NEMO if RANK_FUNCTION in os.environ else TORCHRUN
     if words[:1] != ["-m"] or len(words) < 3:
         return None
     if words[1] == "recipes":
@@ -103,6 +104,8 @@ def run_by_server(address: str) -> None:
     ]
     own = {signum: signal.getsignal(signum) for signum in forwarded}
     request = {
+        "pid": os.getpid(),
+        "executable": sys.executable,
         "words": sys.orig_argv,
         "path": sys.path,
         "environment": dict(os.environb),
