@@ -61,7 +61,14 @@ LOG = "log.txt"
 SERVERS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     COMMANDS: (
         None,
-        ("launch.run", "recipes.report", "recipes.prepare_data", "convert.hf_to_nemo", "convert.nemo_to_hf"),
+        (
+            "launch.run",
+            "recipes.report",
+            "matplotlib.backends.backend_svg",
+            "recipes.prepare_data",
+            "convert.hf_to_nemo",
+            "convert.nemo_to_hf",
+        ),
     ),
     TORCHRUN: (COMMANDS, ("torch.distributed.run",)),
     TRANSFORMERS: (
@@ -256,7 +263,9 @@ def _pass_signals_on(connection: socket.socket, child: int) -> None:
             os.kill(child, signum)
         if not signals:
             # With what it left in its process group, as a launcher does (launch/local.py:stop).
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it leads no group yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             return
 
 
