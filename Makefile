@@ -11,7 +11,8 @@ PIP := pip --disable-pip-version-check
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-test: lint types unit integration test-slurm
+test: lint types unit
+	$(MAKE) -j 2 --output-sync=target integration test-slurm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -21,11 +22,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-unit: setup
-	$(BIN)/pytest -n 2 tests/unit
+unit: setup ## some of the launchers mostly sleep: more workers than cores
+	$(BIN)/pytest -n 3 tests/unit
 
 integration: setup
-	$(BIN)/pytest -n 2 --dist loadfile tests/integration tests/gpu
+	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder tests/integration tests/gpu
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu
@@ -59,7 +60,7 @@ screenshots: RUN ?= runs/demo
 setup: $(INSTALLED)
 
 test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
-	$(NEMO26)/bin/pytest -n 2 --dist loadfile tests/integration
+	$(NEMO26)/bin/pytest -n 3 --dist loadgroup --no-loadscope-reorder tests/integration
 
 $(INSTALLED): SET := cpu
 $(NEMO26)/installed: SET := nemo26

@@ -14,6 +14,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 from unittest.mock import patch
 
+from tests.helpers.fork_server import python_path
+from tests.helpers.fork_site.sitecustomize import RANK_FUNCTION
+
 
 class RankError(RuntimeError):
     """A rank failed; the message holds its traceback."""
@@ -29,7 +32,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         TimeoutError: if a rank is not done after `timeout` seconds; all are killed.
     """
     context = multiprocessing.get_context("spawn")
-    variables = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), RANK_FUNCTION: function.__name__}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     variables["WORLD_SIZE"] = variables["LOCAL_WORLD_SIZE"] = str(world_size)
     processes, readers = [], []
     try:

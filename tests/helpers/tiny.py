@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from launch.local import ROOT
 from prune_distill.config.load import compose
 from prune_distill.pipeline.artifact import Located, locate
 from prune_distill.pipeline.metrics_file import read_metrics
+from tests.helpers.fork_server import python_path
 
 # Odd where it can be: heads of 48 are not hidden_size / num_attention_heads, and 522 is no multiple of 64.
 SHAPE = {
@@ -113,7 +113,7 @@ def command(run_dir: Path, *more: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     # One thread a process: sums come out in the same order however many ranks share the machine.
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 def stages(run_dir: Path, *more: str) -> dict[str, Located]:

@@ -5,23 +5,61 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from tests.helpers import tiny
+from tests.helpers import tiny, tolerance
+from tests.helpers.fork_server import fork_server, real_starts
+from tests.helpers.fork_site.sitecustomize import FORK_SERVER
+
+# What takes longest starts first: groups of tests (`xdist_group`) and single ones. The first two do not need
+# `finished`, which the third makes meanwhile.
+LONGEST = (
+    *("layouts", "mixture", "correction", "conversion", "signal", "search"),
+    *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
+    *("test_each_round_prunes_what_the_one_before_has_learned", "masked"),
+)
+_session = ExitStack()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        names = {item.name, *(mark.args[0] for mark in item.iter_markers("xdist_group"))}
+        return next((place for place, name in enumerate(LONGEST) if name in names), len(LONGEST))
+
+    items.sort(key=place)
+
+
+def pytest_sessionstart() -> None:
+    """Starts the server of which most processes of these tests are forks; not on a GPU. xdist's workers share it."""
+    if FORK_SERVER not in os.environ and not tolerance.GPU:
+        _session.enter_context(fork_server())
+
+
+def pytest_sessionfinish() -> None:
+    _session.close()
+
+
+@pytest.fixture
+def real_start() -> Iterator[None]:
+    """The processes of a test start by themselves: it is about starts, kills or what becomes of orphans."""
+    with real_starts():
+        yield
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, depth-pruned, that came to its end. Tests read it, or copy it (`tiny.copy_run`).
 
-    pytest-xdist's workers share one: the first to come makes it, the others wait.
+    pytest-xdist's workers share one: the first to come makes it, the others wait. Its processes start by themselves:
+    the tests that expect the same numbers again compare those of the fork server with them.
     """
     base = tmp_path_factory.getbasetemp()
     run_dir = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
-    with FileLock(f"{run_dir}.lock"):
+    with FileLock(f"{run_dir}.lock"), real_starts():
         tiny.launch(run_dir, *tiny.DEPTH)
     return run_dir
 

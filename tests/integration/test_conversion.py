@@ -25,6 +25,9 @@ from tests.helpers.tiny import convert, environment
 from tests.helpers.tokenizers import sentencepiece_model
 from tests.integration.conftest import SmallDisk
 
+# What its fixtures make is made once.
+pytestmark = pytest.mark.xdist_group("conversion")
+
 # NeMo's importers are wrong of Qwen3 models whose heads are not of 128, of Qwen2 models whose heads are not
 # hidden_size / num_attention_heads or which are tied, and of windows; that of Qwen3's mixtures ends in an IndexError
 # here (nemo/lightning/io/state.py:342). Those are compared by their logits alone.
@@ -284,6 +287,7 @@ def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) 
         assert not out.exists()
 
 
+@pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("module", ["hf_to_nemo", "nemo_to_hf"])
 def test_killed_anywhere_nothing_half_written_is_left_and_a_rerun_completes(
     folders: Path, tmp_path: Path, module: str

@@ -77,6 +77,7 @@ def test_a_fault_in_a_file_is_told_and_once_mended_only_its_shard_is_made(model:
     assert not list((tmp_path / "run").glob("*/data.json"))
 
 
+@pytest.mark.usefixtures("real_start")
 def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(30_000))
     more = (f"data.train=[{source}]", "data.shard_bytes=500000")

@@ -35,6 +35,7 @@ def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path
     assert tiny.losses(folder)[-1] < first
 
 
+@pytest.mark.usefixtures("real_start")
 def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder

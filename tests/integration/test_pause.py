@@ -53,6 +53,7 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     assert tiny.validations(folder) == pytest.approx(tiny.validations(unbroken), rel=0, abs=accuracy)
 
 
+@pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path, ranks: int) -> None:
     """As a step is preempted: torchrun, the ranks and the data loader's workers get it, and none may die of it."""

@@ -81,6 +81,7 @@ def test_second_run_does_nothing(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/manifest.json")} == manifests
 
 
+@pytest.mark.usefixtures("real_start")
 def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
@@ -100,6 +101,7 @@ def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_pa
     assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=tolerance.RESUMED)
 
 
+@pytest.mark.usefixtures("real_start")
 def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["hf_to_nemo"].folder

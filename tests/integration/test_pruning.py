@@ -60,11 +60,6 @@ def test_two_pipeline_ranks_prune_as_one(finished: Path, tmp_path: Path) -> None
     assert abs(of_two["importance"]["calibration_loss"] - of_one["importance"]["calibration_loss"]) < tolerance.LOSS
 
 
-def test_named_layers_are_dropped(finished: Path, tmp_path: Path) -> None:
-    _, metrics = prune(finished, tmp_path / "run", "prune.drop_layers=[2,3]")
-    assert metrics["kept_layers"] == [1, 4]
-
-
 # Every axis alone, all together, named layers with and without widths.
 AXES = (
     {"ffn_hidden_size": 128},
@@ -139,11 +134,11 @@ def test_a_block_of_neighbours_over_uneven_stages(finished: Path, tmp_path: Path
     assert spread["metrics"] == alone["metrics"]
 
 
-def test_named_layers_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
+def test_named_layers_are_dropped_also_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.tensor_model_parallel_size=2")
     alone, of_one = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
     halves, metrics = prune(finished, tmp_path / "two", "prune.drop_layers=[2,3]", *two)
-    assert metrics["kept_layers"] == [1, 4]
+    assert metrics["kept_layers"] == of_one["kept_layers"] == [1, 4]
     assert metrics["params"] == of_one["params"]
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
