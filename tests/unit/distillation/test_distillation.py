@@ -326,12 +326,16 @@ def test_a_layers_name_is_counted_from_one() -> None:
     assert distillation._layer_name(3, config()) == "decoder.layers.2"
 
 
+# Checkpoints whose tokenizers were compared.
+COMPARED: list[tuple[Path, ...]] = []
+
+
 def models(monkeypatch: pytest.MonkeyPatch, **teacher: Any) -> tuple[Path, Path]:
     """A student's and a teacher's checkpoint, of which `load_model` makes models."""
     student, other = Path("student"), Path("teacher")
     made = {student: nemo_model(SMALL), other: nemo_model(dataclasses.replace(SHAPE, **teacher))}
     monkeypatch.setattr(nemo_api, "load_model", made.__getitem__)
-    monkeypatch.setattr(distillation, "check_tokenizers", lambda *_: None)
+    monkeypatch.setattr(distillation, "check_tokenizers", lambda *pair: COMPARED.append(pair))
     return student, other
 
 
@@ -339,7 +343,9 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
     student, teacher = models(monkeypatch)
     kd = dataclasses.replace(KD, chunk_tokens=7)
     distill = DistillConfig(max_steps=1, kd=kd, precision=Precision.fp32)
+    COMPARED.clear()
     live = student_to_train(distill, student, teacher)
+    assert [(student, teacher)] == COMPARED
     assert isinstance(live, DistilledModel)
     assert live.kd is kd
     assert live._teacher_ckpt_path == "teacher"

@@ -79,7 +79,9 @@ def test_a_sequence_has_the_columns_of_its_own(reader: SignalReader) -> None:
             np.testing.assert_array_equal(item[f"signal_{name}"].numpy(), expected)
 
 
-@pytest.mark.parametrize(("length", "count", "named"), [(LENGTH + 1, SEQUENCES, "seq_length"), (LENGTH, 4, "sequences")])
+@pytest.mark.parametrize(
+    ("length", "count", "named"), [(LENGTH + 1, SEQUENCES, "seq_length"), (LENGTH, 4, "sequences")]
+)
 def test_the_signal_of_another_training_is_refused(reader: SignalReader, length: int, count: int, named: str) -> None:
     with pytest.raises(InputError, match=named):
         signal_batch.with_signal(Sequences(), reader, length, count)

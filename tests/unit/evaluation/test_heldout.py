@@ -174,7 +174,9 @@ def test_a_task_is_asked_as_the_config_says(monkeypatch: pytest.MonkeyPatch, tmp
         results = {"one": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
         return {"results": results, "n-samples": {"one": {"effective": 3}}}
 
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(evaluator=SimpleNamespace(simple_evaluate=simple_evaluate)))
+    monkeypatch.setitem(
+        sys.modules, "lm_eval", SimpleNamespace(evaluator=SimpleNamespace(simple_evaluate=simple_evaluate))
+    )
     monkeypatch.setattr(harness, "_language_model", lambda *given: given)
     monkeypatch.setattr(harness, "_manager", lambda *given: given)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "")

@@ -82,7 +82,9 @@ def test_a_skipped_step_takes_a_batch_that_no_other_step_takes(tmp_path: Path) -
     assert batches.places(3) == [(1, 0), (1, 1)]
     assert batches.places(4) == [(3, 0), (3, 1)]
     batches.setup()
-    assert [len(dataset) >= wanted for dataset, wanted in zip(batches.datasets, (12, 4, 12, 2), strict=True)] == [True] * 4
+    assert [len(dataset) >= wanted for dataset, wanted in zip(batches.datasets, (12, 4, 12, 2), strict=True)] == [
+        True
+    ] * 4
     none = make(tmp_path / "none", dataclasses.replace(CFG, skip_steps=[[1, 1]]))
     none.setup()
     assert [dataset is None for dataset in none.datasets] == [False, False, False, True]
@@ -215,9 +217,7 @@ class Step:
     forward_only: bool = False
 
 
-def test_a_loss_is_divided_by_the_learned_tokens_of_its_step(
-    batches: Batches, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_is_divided_by_the_learned_tokens_of_its_step(batches: Batches, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, reduction = batches.data_sampler, SimpleNamespace(learned=-1.0)
     sampler.trainer = SimpleNamespace(lightning_module=SimpleNamespace(training_loss_reduction=reduction))
     monkeypatch.setattr(module.MegatronDataSampler, "on_megatron_step_start", lambda _, step: step)

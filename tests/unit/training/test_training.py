@@ -63,9 +63,9 @@ def test_the_optimizer_has_the_trainings_settings(precision: Precision) -> None:
 
 def test_adam_does_what_the_settings_say() -> None:
     """Two steps of a real optimizer, against AdamW written out."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     class Product(torch.nn.Module):
         def __init__(self) -> None:
@@ -80,7 +80,9 @@ def test_adam_does_what_the_settings_say() -> None:
     optimizer = get_megatron_optimizer(model.optim.config, [wrapped])
     weight = module.weight.detach().double().clone()
     first, second = torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
-    for step, gradient in enumerate((torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), torch.tensor([[0.1, -1], [2.0, 4.0]])), 1):
+    for step, gradient in enumerate(
+        (torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), torch.tensor([[0.1, -1], [2.0, 4.0]])), 1
+    ):
         module.weight.main_grad.copy_(gradient)
         optimizer.step()
         first = 0.8 * first + 0.2 * gradient
