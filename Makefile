@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills mutants screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -48,6 +48,10 @@ bench-distill: setup ## the loss beside ModelOpt's, a step beside a bare loop (1
 
 kills: setup ## kills tiny runs at random moments and runs them again, 200 times (2 hours and more; goes on where it was stopped); writes runs/bench/kills.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_kills $(ARGS)
+
+mutants: setup ## puts small faults into modules, one at a time, and counts those that their unit tests notice: make mutants [MODULES=loss,batches] [SAMPLE=40]; writes runs/bench/mutants.json
+	nice -n 15 $(BIN)/python -W ignore -m tests.benchmarks.mutants --modules "$(MODULES)" --sample $(SAMPLE)
+mutants: SAMPLE ?= 40
 
 docs: setup ## writes docs/configuration.md from the schema and conf/
 	$(BIN)/python -m launch.run --help-config --markdown > docs/configuration.md.new

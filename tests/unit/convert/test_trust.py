@@ -175,6 +175,7 @@ def type_alone(checkpoint: Path) -> None:
         (in_metadata("os:system"), r"\.metadata names os\.system"),
         (in_metadata("torch.distributed.checkpoint.filesystem:os.system"), r"names torch\.\S+\.os\.system"),
         (in_metadata("torch.distributed.checkpoint.format_utils:torch_save_to_dcp"), "names .*torch_save_to_dcp"),
+        (in_metadata("torch.distributed.checkpoint.planner:SavePlan.mro"), r"names .*SavePlan\.mro"),
         (in_common, r"common\.pt names (posix|os)\.system"),
         (in_extra_state, r"__0_0\.distcp names (posix|os)\.system"),
         (in_modelopt_state, r"common\.pt names (posix|os)\.system"),
@@ -198,6 +199,11 @@ def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callab
         (Call(Reference("stranger.models", "Model"), {}), r"names stranger\.models\.Model"),
         (Reference("nemo.collections.llm.gpt.model.qwen3.torch", "load"), r"names \S+\.torch\.load"),
         (Call(Reference(QWEN3, "Qwen3Config"), {"trust_remote_code": True}), "asks for trust_remote_code"),
+        # Names that begin, or end, like honest ones.
+        (Reference("torch", "float32.fromfile"), r"names torch\.float32\.fromfile"),
+        (Reference("torch.nn.functional", "silu_of_a_stranger"), "names .*silu_of_a_stranger"),
+        (Reference("builtins", "dict.__class__"), r"names builtins\.dict\.__class__"),
+        (Reference("stranger.torch", "float32"), r"names stranger\.torch\.float32"),
     ],
 )
 def test_a_context_that_names_more_is_refused(tmp_path: Path, argument: Any, told: str) -> None:

@@ -107,3 +107,10 @@ def test_experts_are_shared_out_and_not_cut() -> None:
     assert rank_experts(TINY, Family.qwen3) == 0
     # Attention is cut over tensor-parallel ranks; the router, the norms and a rank's experts are not.
     assert rank_parameters(MIXTURE, MOE, 2, 1, 0, 2) == 4 * (2 * 288 + 192 // 2 + 32 + 24) + 2 * 32 * 8 // 2 + 8
+
+
+def test_biases_are_cut_like_the_matrices_that_they_belong_to() -> None:
+    # Per rank of two: half of the matrices and of the biases of q, k and v, 8 + 2 x 4; the norms whole.
+    assert rank_parameters(TINY, Family.qwen2, 2) == 4 * (288 + 8 + 16) + 2 * 16 * 8 + 8
+    assert rank_parameters(TINY, Family.nemotron, 2) == 4 * (224 + 32) + 2 * 16 * 8 + 16
+    assert rank_parameters(TINY, Family.qwen3, 2) == 4 * (288 + 16 + 8) + 2 * 16 * 8 + 8

@@ -1,0 +1,48 @@
+"""Whether two checkpoints' tokenizers are one: also without a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from prune_distill.data.tokenizer_check import check_tokenizers
+from prune_distill.errors import InputError
+
+FILES = {"tokenizer.model": b"\0pieces", "vocab.json": b'{"a": 0}', "merges.txt": b"a b"}
+
+
+def checkpoint(folder: Path, files: dict[str, bytes]) -> Path:
+    tokenizer = folder / "context" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for name, content in files.items():
+        (tokenizer / name).write_bytes(content)
+    return folder
+
+
+def test_the_same_files_are_the_same_tokenizer(tmp_path: Path) -> None:
+    check_tokenizers(checkpoint(tmp_path / "a", FILES), checkpoint(tmp_path / "b", FILES))
+    prose = {**FILES, "README.md": b"x", "tokenizer_config.json": b"{}"}
+    check_tokenizers(tmp_path / "a", checkpoint(tmp_path / "c", prose))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [None, b"other"])
+def test_a_file_that_differs_or_is_missing_makes_another(tmp_path: Path, name: str, content: bytes | None) -> None:
+    other = {key: value for key, value in {**FILES, name: content}.items() if value is not None}
+    with pytest.raises(InputError, match=r"student.*teacher"):
+        check_tokenizers(checkpoint(tmp_path / "a", FILES), checkpoint(tmp_path / "b", other))
+
+
+def test_the_first_id_that_differs_is_named(tmp_path: Path) -> None:
+    def described(vocab: dict[str, int]) -> dict[str, bytes]:
+        content = {"model": {"vocab": vocab, "merges": []}, "added_tokens": [{"content": "<e>", "id": 9}]}
+        return {"tokenizer.json": json.dumps(content).encode(), "merges.txt": str(vocab).encode()}
+
+    first = checkpoint(tmp_path / "a", described({"a": 0, "b": 1, "c": 2, "d": 3}))
+    second = checkpoint(tmp_path / "b", described({"a": 0, "b": 1, "d": 2, "c": 3}))
+    with pytest.raises(InputError, match=r"the id 2 \('c'\)"):
+        check_tokenizers(first, second)
+    alone = described({"a": 0, "b": 1, "c": 2, "d": 3})["tokenizer.json"]
+    check_tokenizers(first, checkpoint(tmp_path / "c", {"tokenizer.json": alone}))

@@ -1,0 +1,102 @@
+"""What a stage's folder is named by: settings that decide a result, and none that do not."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from prune_distill.config.load import compose
+from prune_distill.config.rules.evaluation import OWN_TASK
+from prune_distill.config.values import replace_values
+from prune_distill.pipeline.artifact import locate
+from prune_distill.schema import ExportDtype, MatmulPrecision, Precision, RunConfig
+
+STORED = ("distill.signal=stored", "distill.controls=[]")
+SEARCHED = (
+    "prune.num_layers=null",
+    "prune.ffn_hidden_size=null",
+    "prune.budget.params_share=0.8",
+    "prune.tournament.candidates=2",
+    "prune.tournament.round_tokens=20480",
+)
+SCORED = (*SEARCHED, f"prune.tournament.score.task={OWN_TASK}", "prune.tournament.score.metric=acc")
+
+
+@cache
+def base(*overrides: str) -> RunConfig:
+    return compose(["experiment=demo", "run_dir=runs/none", *overrides])
+
+
+@cache
+def folders(*overrides: str) -> dict[str, str]:
+    return {name: stage.folder.name for name, stage in locate(base(*overrides)).items()}
+
+
+def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
+    """The stages of which another value of a setting changes the folder."""
+    before = folders(*overrides)
+    after = locate(replace_values(base(*overrides), {key: value}))
+    return {name for name in before if before[name] != after[name].folder.name}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("distill.precision", Precision.bf16),
+        ("distill.float32_matmul_precision", MatmulPrecision.highest),
+        ("distill.kd.temperature", 2.0),
+        ("distill.signal_top_k", 8),
+        ("distill.max_steps", 150),
+        ("distill.seq_length", 128),
+        ("distill.global_batch_size", 8),
+        ("seed", 7),
+    ],
+)
+def test_cached_logits_are_those_of_their_settings(change: tuple[str, Any]) -> None:
+    assert {"teacher_signal", "distill"} <= changed(STORED, *change)
+
+
+@pytest.mark.parametrize("change", [("distill.lr", 0.5), ("distill.kd.lm_weight", 0.25)])
+def test_cached_logits_serve_other_trainings(change: tuple[str, Any]) -> None:
+    found = changed(STORED, *change)
+    assert "distill" in found
+    assert "teacher_signal" not in found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("evaluate.continuations.questions", 7),
+        ("evaluate.num_fewshot", 3),
+        ("evaluate.task_limit", 9),
+        ("convert.export_dtype", ExportDtype.bf16),
+    ],
+)
+def test_a_tournament_that_asks_a_task_is_that_of_the_tasks_settings(change: tuple[str, Any]) -> None:
+    assert "tournament" in changed(SCORED, *change)
+    if change[0].startswith("evaluate."):  # the search itself weighs exported bytes
+        assert "tournament" not in changed(SEARCHED, *change)
+
+
+@pytest.mark.parametrize(
+    "change", [("distill.num_workers", 1), ("distill.micro_batch_size", 2), ("distill.kd.chunk_tokens", 64)]
+)
+def test_what_cannot_change_a_result_names_no_folder(change: tuple[str, Any]) -> None:
+    assert changed((), *change) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "same"),
+    [
+        (("prune.calibration_samples", 8), "importance", "import"),
+        (("distill.lr", 0.5), "distill", "prune"),
+        (("evaluate.seq_length", 64), "evaluate", "nemo_to_hf"),
+        (("seed", 3), "demo_model", ""),
+    ],
+)
+def test_a_change_reaches_what_reads_it_and_what_follows(change: tuple[str, Any], first: str, same: str) -> None:
+    found = changed((), *change)
+    assert first in found
+    assert same not in found
