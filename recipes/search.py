@@ -21,7 +21,7 @@ from prune_distill.model import student
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.stage_main import rank
-from prune_distill.pruning import evidence, finalists, layer_sets
+from prune_distill.pruning import cutting, evidence, finalists, layer_sets
 from prune_distill.pruning.importance import Importance
 from prune_distill.pruning.latency import LatencyTable
 from prune_distill.pruning.losses import calibration_batches, held_out_batches
@@ -76,7 +76,7 @@ def run(cfg: RunConfig, inputs: dict[str, Any], out: Path) -> dict[str, Any]:
         del model, core, trainer
         for row in rows[: prune.tournament.candidates]:
             finalists.release()
-            finalists.leave(row, inputs["teacher"], scores, prune.pipeline_model_parallel_size, out)
+            cutting.save_candidate(row, inputs["teacher"], scores, prune.pipeline_model_parallel_size, out)
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
 
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from omegaconf import MISSING
 
 from prune_distill.config.hints import Hint, field_hints, split_hint
-from prune_distill.config.renamed_keys import describe_rename
 from prune_distill.config.wording import override, result_of_change
 from prune_distill.credentials import find_credential
 from prune_distill.schema.fields import Range
@@ -53,7 +52,7 @@ class Reader:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in tree:
             if name not in fields:
-                self._unknown(prefix, str(name), list(fields), tree[name])
+                self._unknown(prefix, str(name), list(fields))
         hints = field_hints(cls)
         return cls(**{name: self._field(field, hints[name], tree, prefix + name) for name, field in fields.items()})
 
@@ -142,10 +141,7 @@ class Reader:
             )
         return raw
 
-    def _unknown(self, prefix: str, name: str, siblings: list[str], value: Any) -> None:
-        if renamed := describe_rename(prefix + name, value):
-            self.faults.append(renamed)
-            return
+    def _unknown(self, prefix: str, name: str, siblings: list[str]) -> None:
         guess = did_you_mean(name, siblings, prefix)
         elsewhere = [key for key in self._known_keys if key.rpartition(".")[2] == name]
         if not guess and elsewhere:

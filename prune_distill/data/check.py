@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prune_distill.data.shards import SPLITS, Index, read_manifest
+from prune_distill.data.tokenizer import transformers_tokenizer
 from prune_distill.errors import InputError
 
 READ_BYTES = 4 << 20
@@ -40,8 +41,6 @@ def check_folder(folder: Path) -> str:
 
 def document_text(folder: Path, split: str, number: int) -> str:
     """A document as text, with a line that says where it is. Raises: InputError, where there is no such document."""
-    from prune_distill.data.tokenizer import transformers_tokenizer
-
     content = _content(folder)
     parts = content["train"] if split == "train" else [{"prefix": "validation", **content["validation"]}]
     before = 0

@@ -14,6 +14,7 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 
 # A module's docstrings are cut into documents of about this many characters, never inside a docstring.
 DOCUMENT_CHARACTERS = 4000
@@ -30,8 +31,6 @@ def documents() -> tuple[list[str], list[str]]:
 
 
 def _all_documents() -> Iterator[str]:
-    from pydoc_data import topics
-
     for _, topic in sorted(topics.topics.items()):
         yield topic
     seen: set[bytes] = set()

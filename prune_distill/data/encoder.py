@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol
 
+import fastokens
 import numpy as np
+import tokenizers
 
 from prune_distill.data.hf_tokenizer import ids_by_token
 from prune_distill.data.tokenizer import TokenizerSpec, transformers_tokenizer
@@ -35,10 +37,8 @@ class TokenizersEncoder:
     name = "tokenizers"
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        from tokenizers import Tokenizer
-
         assert spec.backend is not None
-        self._tokenizer = Tokenizer.from_str(spec.backend)
+        self._tokenizer = tokenizers.Tokenizer.from_str(spec.backend)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -80,11 +80,9 @@ class FastokensEncoder:
     name = "fastokens"
 
     def __init__(self, spec: TokenizerSpec) -> None:
-        from fastokens import Tokenizer
-
         assert spec.backend is not None
         self._spec = spec
-        tokenizer = Tokenizer.from_json_str(spec.backend)
+        tokenizer = fastokens.Tokenizer.from_json_str(spec.backend)
         tokenizer.no_truncation()
         self._encode = tokenizer.encode_batch_flat  # `encode` makes a Python number of every id
 

@@ -29,6 +29,7 @@ def load_tokenizer(folder: Path | str) -> Any:
     """
     if not {"torch", "transformers"} & set(sys.modules):
         os.environ["USE_TORCH"] = "0"
+    # After USE_TORCH is set.
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     folder = Path(folder)

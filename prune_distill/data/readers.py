@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from backports import zstd
 
 from prune_distill.config.data_files import Packing, packing
 from prune_distill.errors import InputError
@@ -25,7 +26,6 @@ from prune_distill.errors import InputError
 # A longer line is no document but a broken file; without a limit it would have to be held in memory to be read.
 MAX_LINE_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
-PARQUET_ROWS = 256
 
 
 @dataclass
@@ -113,35 +113,12 @@ class Source:
                     yield line
 
     def _rows(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        import pyarrow
-        import pyarrow.parquet
+        from prune_distill.data import parquet  # its memory, only where there are parquet files
 
-        try:
-            with pyarrow.parquet.ParquetFile(piece.path) as file:
-                columns = [name for name in self.columns if name in file.schema_arrow.names]
-                groups = list(range(piece.start, piece.end))
-                self._number = 0
-                for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
-                    for row in _undecoded(batch, self.columns[0]).to_pylist():
-                        self._number += 1
-                        yield row
-        except pyarrow.ArrowException as error:
-            raise ValueError(" ".join(str(error).split())) from error
-
-
-def _undecoded(batch: Any, name: str) -> Any:
-    """A record batch with a column of strings as bytes, so that one invalid string costs one row, not the file."""
-    import pyarrow
-
-    if name not in batch.schema.names:
-        return batch
-    column = batch.column(name)
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    types = pyarrow.types
-    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return batch.set_column(batch.schema.get_field_index(name), name, column)
+        self._number = 0
+        for row in parquet.read_rows(piece.path, range(piece.start, piece.end), self.columns):
+            self._number += 1
+            yield row
 
 
 def _opened(piece: Piece, kind: Packing | None) -> Any:
@@ -150,8 +127,6 @@ def _opened(piece: Piece, kind: Packing | None) -> Any:
         return open(piece.path, "rb", buffering=BUFFER_BYTES)
     if kind is Packing.gz:
         return gzip.open(piece.path, "rb")
-    from backports import zstd
-
     # Reads all frames, also skippable ones, and raises where one is cut short. By default it refuses windows above
     # 128 MiB; 2 GiB is what `zstd --long=31` makes, and the format's limit in practice (ZSTD_WINDOWLOG_MAX).
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
@@ -163,8 +138,6 @@ def _signs_of_damage(kind: Packing | None) -> tuple[type[Exception], ...]:
     signs = (OSError, EOFError, zlib.error, ValueError)
     if kind is not Packing.zst:
         return signs
-    from backports import zstd
-
     return (*signs, zstd.ZstdError)
 
 
@@ -230,14 +203,7 @@ def _row_groups(path: str, size: int, piece_bytes: int) -> list[tuple[Piece, int
 
 
 def parquet_metadata(path: str) -> Any:
-    """A parquet file's metadata, its schema among it. Raises: InputError."""
-    import pyarrow
-    import pyarrow.parquet
+    """Read the metadata of a parquet file, which includes its schema. Raises: InputError."""
+    from prune_distill.data import parquet  # its memory, only where there are parquet files
 
-    try:
-        return pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path} is no whole parquet file ({' '.join(str(error).split())}); get it again, or take it out of the"
-            " data section"
-        ) from error
+    return parquet.read_metadata(path)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import itertools
 import logging
 import os
-import platform
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,77 +49,9 @@ class Backend:
         """Most memory so far, in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
         if self.name == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-        import torch
+        import torch  # this module is imported before PyTorch is needed
 
         return torch.cuda.max_memory_allocated()
-
-
-def torch_device() -> str:
-    """The device for stages that need PyTorch alone: "cuda" where it is available, else "cpu". Patches nothing."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def free_memory_bytes() -> int:
-    """What can still be had for tensors on this process's device, in bytes."""
-    import torch
-
-    if torch_device() == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min([available, *_left_of_cgroup()])
-
-
-def _left_of_cgroup() -> list[int]:
-    """What a container's limit leaves (cgroup v2); nothing where there is none."""
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # "max": no limit
-        return []
-    # Cached files go when memory is wanted.
-    stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-    cached = int(stat[stat.index("file") + 1]) if "file" in stat else 0
-    return [limit - used + cached]
-
-
-def device_name() -> str:
-    """The GPU's or the processor's own name."""
-    import torch
-
-    if torch_device() == "cuda":
-        return str(torch.cuda.get_device_name())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.machine())
-
-
-def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` gives, and the most bytes that tensors took meanwhile, beyond those that there were before."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = work()
-        torch.cuda.synchronize()
-        return result, int(torch.cuda.max_memory_allocated() - before)
-    # A process's resident memory tells little here: freed blocks stay with it.
-    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True, use_kineto=True) as profile:
-        result = work()
-    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return result, max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
-
-
-def synchronize() -> None:
-    """Waits until the device has done all that it was given."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
 
 
 @cache
@@ -139,8 +68,10 @@ def activate() -> Backend:
     early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
     if early:
         raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
+    from prune_distill.nemo import devices  # this module is imported before PyTorch is needed
+
     _lock_builds_by_flock()
-    chosen = _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
+    chosen = _activate_gpu() if devices.torch_device() == "cuda" else _activate_cpu()
     import_libraries("nemo.collections.llm")
     return chosen
 
@@ -151,7 +82,7 @@ def _lock_builds_by_flock() -> None:
     Its own lock is a file's existence (torch/utils/file_baton.py:35). After a kill every later process on the machine
     would wait forever while it imports Megatron, which builds one (megatron/core/inference/unified_memory.py:72).
     """
-    from torch.utils import cpp_extension
+    from torch.utils import cpp_extension  # this module is imported before PyTorch is needed
 
     cpp_extension.FileBaton = FlockBaton
 
@@ -179,7 +110,7 @@ class FlockBaton:
 
 
 def _activate_gpu() -> Backend:
-    import torch
+    import torch  # this module is imported before PyTorch is needed
 
     name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
     spec = importlib.util.find_spec("transformer_engine")
@@ -193,11 +124,11 @@ def _activate_gpu() -> Backend:
 
 
 def _activate_cpu() -> Backend:
-    from prune_distill.nemo.cpu import patches
+    from prune_distill.nemo.cpu import patches  # imports PyTorch
 
     _put_first_on_path(str(_SITE))
     try:
-        import transformer_engine
+        import transformer_engine  # the stand-in, on the path since the line above
     except ImportError as error:
         raise ConfigError(str(error)) from error
     patches.apply(patches.PATCHES)

@@ -14,7 +14,6 @@ from prune_distill.errors import InputError
 from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
-from prune_distill.nemo import backend
 from prune_distill.schema import ExportDtype
 
 log = logging.getLogger("recipes.hf_models")
@@ -31,8 +30,11 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
 
     Its config is given, not read by transformers, each version of which ignores some of what the other one writes.
     """
+    # `convert.verify` imports this module, and starts without PyTorch.
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prune_distill.nemo import devices
 
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
     config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
@@ -45,13 +47,13 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
         use_safetensors=True,
         **generation_options(folder),
     )
-    return model.to(backend.torch_device()).eval()
+    return model.to(devices.torch_device()).eval()
 
 
 def generation_options(folder: Path) -> dict[str, Any]:
     """Arguments for a model's `from_pretrained` where transformers would refuse its `generation_config.json`, which it
     reads last, with an exception that it does not handle (modeling_utils.py): the token ids in that file alone."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig  # as in `load`
 
     path = folder / "generation_config.json"
     if not path.exists():
@@ -113,10 +115,12 @@ def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.k
 
 def check_fits(needs: Sequence[tuple[str, int]], fix: str) -> None:
     """Raises: InputError, where what is needed, in bytes by name, is more than this process's device has left."""
-    total, free = sum(size for _, size in needs), backend.free_memory_bytes()
+    from prune_distill.nemo import devices  # as in `load`
+
+    total, free = sum(size for _, size in needs), devices.free_memory_bytes()
     if total > free:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs)
         raise InputError(
-            f"{total / GIB:.1f} GiB are needed ({parts}), but {backend.device_name()} has {free / GIB:.1f} GiB free;"
+            f"{total / GIB:.1f} GiB are needed ({parts}), but {devices.device_name()} has {free / GIB:.1f} GiB free;"
             f" {fix}"
         )

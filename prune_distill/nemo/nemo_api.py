@@ -12,12 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.datasets import blended_dataset, gpt_dataset
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -251,97 +247,6 @@ def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
                 f"the documents in {data.folder} were made by another tokenizer than the model's: {what} "
                 f"{data_value}, not {model_value}; prepare them with the tokenizer of model.hf_path"
             )
-
-
-def data_module(
-    tokenizer: Any,
-    data: DataFolder,
-    out: Path,
-    *,
-    seq_length: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    num_workers: int,
-    seed: int,
-) -> llm.PreTrainingDataModule:
-    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
-    validation = data.validation_paths
-    module = llm.PreTrainingDataModule(
-        paths={"train": data.train_paths, "validation": validation, "test": validation},
-        split=None,
-        seq_length=seq_length,
-        tokenizer=tokenizer,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        seed=seed,
-        # By default it is written beside the data, which is another stage's folder.
-        index_mapping_dir=str(out / "index_mapping"),
-    )
-    # Not by the constructor, for the reason given in `make_trainer`.
-    module.dataset_cls = DocumentDataset
-    return module
-
-
-class _NumpyWithWholeFiles:
-    """numpy as Megatron's datasets see it: what they save is whole or not there.
-
-    They write their index under its final name, and trust any file of that name in the next attempt
-    (megatron/core/datasets/gpt_dataset.py:341-351 and :463, blended_dataset.py:116-121 and :176): cut short by a
-    kill or a full disk, it would make every further attempt fail.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    @staticmethod
-    def save(path: str, array: np.ndarray, **options: Any) -> None:
-        # One process at a time writes there: the first rank of the stage that holds the folder's lock.
-        partial = Path(path).with_name(f".partial.{Path(path).name}")
-        with partial.open("wb") as file:
-            np.save(file, array, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
-for _module in (gpt_dataset, blended_dataset):
-    _module.numpy = _NumpyWithWholeFiles()
-
-
-class DocumentDataset(GPTDataset):
-    """Sequences cut from documents laid end to end, in which every token is text: nothing is padding.
-
-    Megatron's own takes each token with the tokenizer's pad id for padding: token 0 stands in its place, and its loss
-    is not counted (megatron/core/datasets/gpt_dataset.py:211-215). Where a model pads with its end-of-text token, as
-    Qwen3's base models do, it would never again see or learn the end of a document.
-
-    Where `prepare_data` kept a mask of what is learned (`data.mask_prompts`), it becomes the loss mask.
-    """
-
-    dataset: Any
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._pad_token_id = -1  # no token's id; Megatron's own choice for a tokenizer without one (gpt_dataset.py:28)
-        mask = f"{self.dataset_path}_mask"
-        self._masks = IndexedDataset(mask, mmap=self.config.mmap_bin_files) if Path(f"{mask}.idx").exists() else None
-
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        item: dict[str, torch.Tensor] = super().__getitem__(idx)
-        if self._masks is None or idx is None:
-            return item
-        return {**item, "loss_mask": item["loss_mask"] * self._learned(idx)}
-
-    def _learned(self, idx: int) -> torch.Tensor:
-        """The mask of a sequence's labels, `[s]`: documents and masks are cut alike."""
-        tokens, self.dataset = self.dataset, self._masks
-        try:
-            mask, _ = self._query_document_sample_shuffle_indices(idx)
-        finally:
-            self.dataset = tokens
-        return torch.from_numpy(mask[1:]).clamp(min=0)  # padding is -1
 
 
 def match_vocabularies(student: Any, teacher: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 from prune_distill.pipeline.stage_main import rank, world_size
 
 _exchanges = itertools.count()
@@ -26,7 +26,7 @@ def join_process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    on_gpu = backend.torch_device() == "cuda"
+    on_gpu = devices.torch_device() == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -39,7 +39,7 @@ def join_process_group() -> Iterator[None]:
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all ranks."""
     if world_size() > 1:
-        values = values.to(backend.torch_device())
+        values = values.to(devices.torch_device())
         dist.all_reduce(values)
     return values.cpu()
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from isal import isal_zlib
 
 from prune_distill.errors import InputError
@@ -150,8 +151,6 @@ def is_finite(data: memoryview | bytes, dtype: str) -> bool:
     """
     if dtype not in EXPONENTS or not len(data):
         return True
-    import numpy as np
-
     kind, exponent, sign = EXPONENTS[dtype]
     bits = np.frombuffer(data, dtype=kind)
     return int(bits.max()) < sign + exponent and int(bits.view(kind.replace("u", "i")).max()) < exponent

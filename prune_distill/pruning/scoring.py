@@ -34,7 +34,7 @@ class Scores:
         Raises:
             InputError: the task cannot be asked, has no such metric, or one of which less is better.
         """
-        from lm_eval.api.registry import is_higher_better
+        from lm_eval.api.registry import is_higher_better  # seconds, only where a task is scored
 
         task, metric = self.score.task, self.score.metric
         with exported(name, checkpoint, self.room, self.export) as make:

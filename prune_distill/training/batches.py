@@ -28,7 +28,8 @@ from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.signal import SignalReader
 from prune_distill.distillation.signal_batch import with_signal
 from prune_distill.errors import InputError
-from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo import backend
+from prune_distill.nemo.datasets import make_data_module
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.schema.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
@@ -96,7 +97,7 @@ class Batches(LightningDataModule):
     def _module(
         self, data: DataFolder, seed: int, seq_length: int, micro_batch_size: int, global_batch_size: int
     ) -> llm.PreTrainingDataModule:
-        return nemo_api.data_module(
+        return make_data_module(
             self.tokenizer,
             data,
             self.out,

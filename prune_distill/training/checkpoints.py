@@ -135,7 +135,7 @@ class Checkpoints(Callback):
         self._finish(trainer)
 
     def _write(self, trainer: Any, target: Path, weights_only: bool) -> None:
-        from nemo.lightning.io.pl import TrainerContext
+        from nemo.lightning.io.pl import TrainerContext  # the rest of this module needs no NeMo
 
         self._finish(trainer)
         partial = target.with_name(f".partial.{target.name}")

@@ -57,7 +57,7 @@ class Trackers:
 
 
 def _wandb(cfg: WeightsAndBiases, out: Path) -> tuple[Write, Callable[[], None]]:
-    import wandb
+    import wandb  # optional
 
     # An id of the folder's own: a resumed training goes on with the same curves.
     name = f"{out.parent.name}-{out.name}"
@@ -70,7 +70,7 @@ def _wandb(cfg: WeightsAndBiases, out: Path) -> tuple[Write, Callable[[], None]]
 
 
 def _mlflow(cfg: Mlflow, out: Path) -> tuple[Write, Callable[[], None]]:
-    import mlflow
+    import mlflow  # optional
 
     mlflow.set_tracking_uri(cfg.tracking_uri)
     mlflow.set_experiment(cfg.experiment)

@@ -258,7 +258,7 @@ def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int],
 
     @functools.wraps(set_random_seed)
     def seed_all(seed: int) -> None:
-        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core import parallel_state, tensor_parallel  # only after the patches are applied
 
         set_random_seed(seed)
         # The seed that upstream's own call would get.
