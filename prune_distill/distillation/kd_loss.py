@@ -1,9 +1,9 @@
-"""Distillation losses from final hidden states, in chunks of tokens: neither model's logits exist as a whole.
+"""Distillation losses from final hidden states, in chunks of tokens, so that the full logits are never in memory.
 
-The loss includes both output layers. The forward pass computes the logits of a chunk, their loss, and at once the
-gradients of the student's hidden states and output weight; the next chunk reuses the memory. So the peak does not grow
-with the number of tokens, and the backward pass only multiplies by the incoming gradient. Under tensor parallelism each
-rank holds a slice of the vocabulary; per chunk the ranks exchange one maximum and one sum (Jensen-Shannon: two sums).
+The loss includes both output layers. The forward pass computes the logits of a chunk, their loss, and immediately the
+gradients of the student's hidden states and output weight; the next chunk reuses the memory. The peak memory does not
+grow with the number of tokens, and the backward pass only multiplies by the incoming gradient. Under tensor parallelism
+each rank has a slice of the vocabulary; per chunk the ranks all-reduce one maximum and one sum (Jensen-Shannon: two).
 
 Computing gradients in the forward pass is the method of Liger Kernel's fused linear losses (arXiv 2410.10989). The
 losses are defined in Hinton et al., arXiv 1503.02531 (temperature; its square is a factor, so that gradients keep their
@@ -35,7 +35,8 @@ from prune_distill.schema import KdConfig
 
 @dataclass(frozen=True)
 class Head:
-    """The end of a model: final hidden states `[n, h]`, and this rank's rows of the output weight `[v, h]`."""
+    """Inputs of the loss from one model: final hidden states `[n, h]`, and this rank's rows of the output weight `[v,
+    h]`."""
 
     hidden: Tensor
     weight: Tensor
@@ -60,15 +61,15 @@ def distillation_loss(
     config: KdConfig,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, TokenLosses]:
-    """The loss summed over tokens, and its parts token by token.
+    """Compute the loss summed over tokens, and its parts per token.
 
     Args:
-        student: its tensors get gradients where they require them. With a `group`, the gradient of `hidden` is this
-            slice's share; the caller sums it over the group (as Megatron's mappings do).
+        student: its tensors receive gradients if they require them. With a `group`, the gradient of `hidden` is the
+            part of this slice; the caller sums it over the group (as Megatron's mappings do).
         teacher: None where `config.kd_weight` is 0.
         labels: `[n]` ids over the whole vocabulary; None where `config.lm_weight` is 0.
-        mask: `[n]`, a token's weight in the sum.
-        group: the ranks that hold the slices of the vocabulary, in order of rank; None: this rank holds all of it.
+        mask: `[n]`, weight of each token in the sum.
+        group: the ranks that share the vocabulary, in order of rank; None: this rank has the whole vocabulary.
 
     Returns:
         A float32 scalar, the same on all ranks of the group; and `TokenLosses`, without the mask.
@@ -81,7 +82,7 @@ def distillation_loss(
 
 
 class _Fused(torch.autograd.Function):
-    """`_compute` as a function of autograd, with the gradients that it returns."""
+    """`_compute` as an autograd function, with the gradients that it returns."""
 
     @staticmethod
     def forward(ctx, hidden, weight, teacher, labels, mask, config, group):  # type: ignore[no-untyped-def]
@@ -104,10 +105,10 @@ class _Fused(torch.autograd.Function):
 
 
 def _weight_gradient(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
-    """The weight's gradient for autograd. Where Megatron has an fp32 buffer for it, adds it there without rounding.
+    """Return the weight's gradient for autograd, or add it to Megatron's fp32 buffer without rounding.
 
-    Autograd's copy is then ignored, or added again where the weight is also the embedding, so it is zero there; as in
-    Megatron's linear layer (megatron/core/tensor_parallel/layers.py:573-602).
+    With the buffer, autograd's copy is ignored, or added if the weight is also the embedding, so it is zero then. The
+    same as in Megatron's linear layer (megatron/core/tensor_parallel/layers.py:573-602).
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return grad_weight.mul_(gradient).to(weight.dtype)
@@ -129,7 +130,7 @@ def _compute(
     group: ProcessGroup | None,
     needs_grad: Sequence[bool],
 ) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
-    """Computes the losses of all tokens, and the gradients of their sum: `[n, h]`, and `[v, h]` in float32."""
+    """Compute the losses of all tokens, and the gradients of their sum: `[n, h]`, and `[v, h]` in float32."""
     hidden, weight = student.hidden, student.weight
     tokens = hidden.shape[0]
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
@@ -148,7 +149,7 @@ def _compute(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where total is float32."""
+    """Compute total += left @ right; total is float32."""
     if left.dtype is total.dtype:
         total.addmm_(left, right)
     else:
@@ -156,7 +157,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _Chunk:
-    """The loss of a chunk of tokens and its gradient by the logits. All chunks use the same buffers."""
+    """Loss of a chunk of tokens and its gradient with respect to the logits. All chunks share the same buffers."""
 
     def __init__(
         self,
@@ -172,13 +173,13 @@ class _Chunk:
         self.buffers: dict[str, Tensor] = {}
 
     def compute(self, rows: slice) -> tuple[Tensor | float, Tensor | float, Tensor]:
-        """Divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
+        """Return divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
         config = self.config
         s = self._logits("student", self.student, rows)
         t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
-        both = [s] if t is None else [s, t]
-        for logits, most in zip(both, self.vocabulary.maximum([x.amax(-1) for x in both]), strict=True):
-            logits.sub_(most[:, None])
+        models = [s] if t is None else [s, t]
+        for logits, maximum in zip(models, self.vocabulary.maximum([x.amax(-1) for x in models]), strict=True):
+            logits.sub_(maximum[:, None])
         terms: dict[str, LossTerm] = {}
         partial_sums: list[Tensor] = []
         if config.lm_weight:  # before the divergence, which overwrites the logits
@@ -189,7 +190,7 @@ class _Chunk:
         if config.kd_weight:
             terms["kd"] = self._divergence(s, t, rows)
             partial_sums += terms["kd"].partial_sums()
-        # One exchange for both terms.
+        # One all-reduce for both terms.
         sums = self.vocabulary.sum(partial_sums)
         losses: dict[str, Tensor] = {}
         gradients: list[Tensor] = []
@@ -204,7 +205,7 @@ class _Chunk:
         return losses.get("kd", 0.0), losses.get("lm", 0.0), total
 
     def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> LossTerm:
-        """The divergence term from both models' logits, less their maxima; it overwrites them."""
+        """Build the divergence term from both models' logits, less their maxima. The term overwrites them."""
         config = self.config
         s.div_(config.temperature)
         if t is None:

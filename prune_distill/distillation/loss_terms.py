@@ -1,6 +1,6 @@
-"""The terms of the distillation loss over one chunk of tokens, and the slices of the vocabulary that ranks exchange.
+"""Terms of the distillation loss over one chunk of tokens, with the vocabulary split over tensor-parallel ranks.
 
-`kd_loss` computes the logits, weights the terms and adds up their gradients. This module uses PyTorch alone.
+`kd_loss` computes the logits, weights the terms and sums their gradients. This module uses only PyTorch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from prune_distill.schema import Divergence
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher's distribution, reduced to its most probable tokens.
+    """The most probable tokens of a teacher's distributions.
 
     Attributes:
-        ids: `[n, k]`, the k most probable tokens; no token is twice in a row.
+        ids: `[n, k]`, the k most probable tokens; no row contains a token twice.
         log_probs: `[n, k]` float32, their log-probabilities at the loss's temperature.
-        tail: `[n]` float32, log of the summed probability of all other tokens; -inf where there are none.
+        tail: `[n]` float32, log of the total probability of all other tokens; -inf if there are none.
     """
 
     ids: Tensor
@@ -36,8 +36,10 @@ class TopK:
 
 
 class Vocabulary:
-    """The slice of the vocabulary whose logits this rank holds. The ranks of a group have slices of equal size, in
-    order of rank."""
+    """The slice of the vocabulary whose logits this rank computes.
+
+    The ranks of a group have slices of equal size, in order of rank.
+    """
 
     def __init__(self, size: int, group: ProcessGroup | None = None) -> None:
         self.size, self.group = size, group
@@ -45,21 +47,21 @@ class Vocabulary:
         self.first = 0 if group is None else size * torch.distributed.get_rank(group)
 
     def maximum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The maximum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
-        return self._exchange(rows, ReduceOp.MAX)
+        """All-reduce the maximum of each row `[c]` in one call; returns `[rows, c]`."""
+        return self._all_reduce(rows, ReduceOp.MAX)
 
     def sum(self, rows: Sequence[Tensor]) -> Tensor:
-        """The sum over the ranks of each row `[c]`: `[rows, c]`, in one exchange."""
-        return self._exchange(rows, ReduceOp.SUM)
+        """All-reduce the sum of each row `[c]` in one call; returns `[rows, c]`."""
+        return self._all_reduce(rows, ReduceOp.SUM)
 
-    def _exchange(self, rows: Sequence[Tensor], op: ReduceOp.RedOpType) -> Tensor:
+    def _all_reduce(self, rows: Sequence[Tensor], op: ReduceOp.RedOpType) -> Tensor:
         values = torch.stack(list(rows))
         if self.ranks > 1:
             torch.distributed.all_reduce(values, op, self.group)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenates every rank's `[c, k]`: `[c, ranks x k]`."""
+        """All-gather `[c, k]`; returns `[c, ranks x k]`."""
         if self.ranks == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.ranks)]
@@ -67,29 +69,29 @@ class Vocabulary:
         return torch.cat(parts, -1)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of token ids in this slice, 0 for ids of another slice; and whether each is in this slice."""
+        """Return the positions of token ids in this slice (0 for ids of another slice), and which are in this slice."""
         positions = ids.long() - self.first
         is_local = (positions >= 0) & (positions < self.size)
         return positions.where(is_local, 0), is_local
 
 
 class LossTerm(ABC):
-    """A term of the loss over one chunk, computed in two steps with an exchange between the ranks in between.
+    """A term of the loss over one chunk, computed in two steps with an all-reduce between them.
 
     `s` and `t` are `[c, v]`: the student's and the teacher's logits less their maxima over the whole vocabulary,
-    divided by the temperature. Gradients are by `s`. In the formulas, q = softmax(s) and p = softmax(t). Terms compute
-    in place: they overwrite `s`, `t` and `spare`, a buffer `[c, v]`.
+    divided by the temperature. Gradients are with respect to `s`. In the formulas, q = softmax(s) and p = softmax(t).
+    Terms compute in place: they overwrite `s`, `t` and `spare`, a buffer `[c, v]`.
     """
 
-    SUMS: int  # how many sums the term needs
+    SUMS: int  # number of sums that the term needs
 
     @abstractmethod
     def partial_sums(self) -> list[Tensor]:
-        """Sums over this rank's slice of the vocabulary, `[c]` each."""
+        """Return sums over this rank's slice of the vocabulary, `[c]` each."""
 
     @abstractmethod
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss `[c]`, and its gradient by the logits `[c, v]`.
+        """Return the loss `[c]`, and its gradient with respect to the logits `[c, v]`.
 
         Args:
             sums: `[SUMS, c]`, `partial_sums` summed over all slices of the vocabulary.
@@ -100,7 +102,7 @@ class LossTerm(ABC):
 class CrossEntropy(LossTerm):
     """-log q[label]; its gradient, in `spare`, is q less 1 at the label.
 
-    Only `partial_sums` reads `s`, and it doesn't change it: `s` may be overwritten afterwards.
+    Only `partial_sums` reads `s`, and does not change it. `s` may be overwritten afterwards.
     """
 
     SUMS = 2
@@ -125,7 +127,7 @@ class CrossEntropy(LossTerm):
 
 @dataclass
 class DivergenceTerm(LossTerm):
-    """A divergence between two distributions that are known in full."""
+    """A divergence between two full distributions."""
 
     s: Tensor
     t: Tensor
@@ -185,17 +187,17 @@ class JensenShannon(DivergenceTerm):
         log_q.sub_(log_m)  # log(q / m)
         kl_p = torch.linalg.vecdot(log_p.exp().mul_(log_m.exp()), log_p)
         q = torch.exp(log_m.add_(log_q), out=self.spare)
-        # m mixes the normalized distributions, so its logarithm needs an exchange of its own.
+        # m is the mean of the normalized distributions, so its logarithm needs a second all-reduce.
         kl_p, kl_q = self.vocabulary.sum([kl_p, torch.linalg.vecdot(q, log_q)])
         return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
 
 
 @dataclass
 class TopKKL(LossTerm):
-    """Forward KL in which all tokens outside the top k count as one token, of probability r by the teacher.
+    """Forward KL in which all tokens outside the top k are merged into one token.
 
-    The student gives that token 1 - (its probabilities of the k) = u. The gradient, in `s`, is q - p at the k, and
-    q (1 - r / u) elsewhere.
+    Its probability is r for the teacher, and u = 1 - (sum of q over the k) for the student. The gradient, in `s`, is
+    q - p at the k, and q (1 - r / u) elsewhere.
     """
 
     SUMS = 3
@@ -209,7 +211,7 @@ class TopKKL(LossTerm):
         self.p = self.teacher.log_probs.exp() * is_local
         cross = (self.p * (self.teacher.log_probs - self.s.gather(-1, self.positions))).sum(-1)
         self.s.exp_()
-        self.kept = _take_out(self.s, self.positions, is_local)
+        self.kept = _extract(self.s, self.positions, is_local)
         return [self.s.sum(-1), self.kept.sum(-1), cross]
 
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,22 +219,22 @@ class TopKKL(LossTerm):
         total = rest_sum + kept_sum
         tail = self.teacher.tail
         r = tail.exp()
-        # The rest has no gradient where the k are all tokens, or where the student gives it no probability.
+        # The rest has no gradient if the k are all tokens, or if the student gives it no probability.
         rest_term = torch.where((r > 0) & (rest_sum > 0), r * (tail - rest_sum.log()), 0.0)
         scale = torch.where(rest_sum > 0, 1 / total - r / rest_sum, 0.0)
         self.s.mul_(scale[:, None]).scatter_add_(-1, self.positions, self.kept / total[:, None] - self.p)
         return cross + total.log() + rest_term, self.s
 
 
-def _take_out(values: Tensor, positions: Tensor, is_local: Tensor) -> Tensor:
-    """Returns the values `[c, k]` at some positions, 0 for those of another slice, and sets them to 0 in `values`."""
+def _extract(values: Tensor, positions: Tensor, is_local: Tensor) -> Tensor:
+    """Return the values `[c, k]` at some positions, 0 for those of another slice, and set them to 0 in `values`."""
     taken = values.gather(-1, positions) * is_local
     values.scatter_add_(-1, positions, -taken)  # x - x is exactly 0
     return taken
 
 
 def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
-    """The `k` most probable tokens of a distribution over the whole vocabulary, and the probability of the rest.
+    """Select the `k` most probable tokens over the whole vocabulary, and compute the probability of the rest.
 
     Args:
         t: `[c, v]` float32, logits of this rank's slice, less their maxima over all slices, divided by the
@@ -242,7 +244,7 @@ def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
     values, ids = vocabulary.gather(values), vocabulary.gather(positions + vocabulary.first)
     values, chosen = values.topk(k, -1)
     ids = ids.gather(-1, chosen)
-    _take_out(t.exp_(), *vocabulary.local(ids))
+    _extract(t.exp_(), *vocabulary.local(ids))
     (rest_sum,) = vocabulary.sum([t.sum(-1)])
     log_total = (rest_sum + values.exp().sum(-1)).log()
     return TopK(ids, values - log_total[:, None], rest_sum.log() - log_total)
