@@ -1,4 +1,4 @@
-"""Where the computing is done: the one place that asks whether there is a GPU.
+"""Select the CPU or GPU backend. Only this module and `devices` ask whether there is a GPU.
 
 from prune_distill.nemo import backend
 chosen = backend.activate()          # before nemo, megatron or modelopt is imported
@@ -23,20 +23,20 @@ from prune_distill.pipeline.processes import import_libraries
 
 _LOG = logging.getLogger(__name__)
 _SITE = Path(__file__).resolve().parent / "cpu" / "site"
-# They look for Transformer Engine or bind patched names when they are imported.
+# These look for Transformer Engine, or bind patched names, when they are imported.
 _AFTER_ACTIVATION = ("transformer_engine", "megatron.core", "nemo", "modelopt.torch")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What differs between a machine with CUDA and one without.
+    """Differences between a machine with CUDA and one without.
 
     Attributes:
-        name: "cpu" or "gpu", as reports write it.
+        name: "cpu" or "gpu", for reports.
         device: PyTorch's name of the device: "cpu" or "cuda".
         accelerator: Lightning's name of it, for `nl.Trainer`: "cpu" or "gpu".
         process_group: backend of `torch.distributed`: "gloo" or "nccl".
-        model_config: what every Megatron `TransformerConfig` must be given here.
+        model_config: fields that every Megatron `TransformerConfig` needs on this backend.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Backend:
     model_config: dict[str, Any] = field(default_factory=dict)
 
     def peak_memory_bytes(self) -> int:
-        """Most memory so far, in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
+        """Return the peak memory in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
         if self.name == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
         import torch  # this module is imported before PyTorch is needed
@@ -56,31 +56,31 @@ class Backend:
 
 @cache
 def activate() -> Backend:
-    """Decide for this process, once, make NeMo, Megatron-Core and Model Optimizer run on what there is, import them.
+    """Select the backend of this process, prepare NeMo, Megatron-Core and Model Optimizer for it, and import NeMo.
 
-    With CUDA nothing is changed. Without, the stand-in for Transformer Engine goes to the front of `sys.path` and of
-    PYTHONPATH (for child processes), and the patches of `prune_distill/nemo/cpu/patches.py` are applied.
+    With CUDA nothing is changed. Without CUDA, the stand-in for Transformer Engine is put first in `sys.path` and
+    PYTHONPATH (for child processes), and the patches in `prune_distill/nemo/cpu/patches.py` are applied.
 
     Raises:
-        RuntimeError: if one of those libraries was imported already.
-        ConfigError: if CUDA is available without Transformer Engine, or Transformer Engine installed without CUDA.
+        RuntimeError: one of these libraries has already been imported.
+        ConfigError: CUDA is available without Transformer Engine, or Transformer Engine is installed without CUDA.
     """
-    early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
-    if early:
-        raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
+    imported = [name for name in _AFTER_ACTIVATION if name in sys.modules]
+    if imported:
+        raise RuntimeError(f"{', '.join(imported)} was imported before backend.activate(); activate first")
     from prune_distill.nemo import devices  # this module is imported before PyTorch is needed
 
-    _lock_builds_by_flock()
+    _use_flock_for_builds()
     chosen = _activate_gpu() if devices.torch_device() == "cuda" else _activate_cpu()
     import_libraries("nemo.collections.llm")
     return chosen
 
 
-def _lock_builds_by_flock() -> None:
-    """Has torch lock its builds of extensions so that a killed process's lock is free.
+def _use_flock_for_builds() -> None:
+    """Make torch lock its extension builds with flock, so that a killed process releases its lock.
 
-    Its own lock is a file's existence (torch/utils/file_baton.py:35). After a kill every later process on the machine
-    would wait forever while it imports Megatron, which builds one (megatron/core/inference/unified_memory.py:72).
+    Torch's own lock is the existence of a file (torch/utils/file_baton.py:35). After a kill, every later process would
+    wait forever while it imports Megatron, which builds an extension (megatron/core/inference/unified_memory.py:72).
     """
     from torch.utils import cpp_extension  # this module is imported before PyTorch is needed
 
@@ -88,7 +88,7 @@ def _lock_builds_by_flock() -> None:
 
 
 class FlockBaton:
-    """`torch.utils.file_baton.FileBaton` by flock on the same file, which is not removed."""
+    """`torch.utils.file_baton.FileBaton` with flock on the same file, which is not removed."""
 
     def __init__(self, lock_file_path: str, *_: Any, **__: Any) -> None:
         self.file = open(lock_file_path, "a")  # noqa: SIM115
@@ -101,7 +101,7 @@ class FlockBaton:
         return True
 
     def wait(self) -> None:
-        """Returns once the holder has released it."""
+        """Wait until the holder releases the lock."""
         fcntl.flock(self.file, fcntl.LOCK_SH)
         self.release()
 
