@@ -1,4 +1,4 @@
-"""Scores of candidates on a task, as the stage `evaluate` would ask it of the models that would be exported."""
+"""Scores of candidates on a task, with the settings of the stage `evaluate`, on exported models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scores:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(
-                f"{task} stands for several tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
+                f"{task} is a group of tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
             )
         scores = entries[task]
         if metric not in scores:
@@ -49,7 +49,7 @@ class Scores:
             raise InputError(f"{task} has no {metric}; set prune.tournament.score.metric to one of {', '.join(found)}")
         if is_higher_better(metric.partition(" ")[0]) is False:  # None: a metric of the task's own
             raise InputError(
-                f"of {metric} less is better; set prune.tournament.score.metric to one of which more is better, such as"
-                " acc"
+                f"prune.tournament.score.metric={metric}: lower is better; set a metric for which higher is better, "
+                "such as acc"
             )
         return dict(scores[metric])
