@@ -254,7 +254,7 @@ class SignalReader:
             version, self.shard_sequences = content.pop("format"), content.pop("shard_sequences")
             self.description = Description(**content)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} holds no teacher signal ({error!r}); run the stage teacher_signal") from error
+            raise InputError(f"{folder} holds no cached logits ({error!r}); run the stage teacher_signal") from error
         if version != FORMAT:
             raise InputError(
                 f"{folder} holds cached logits of format {version}, and this version reads format {FORMAT}; remove "

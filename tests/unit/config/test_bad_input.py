@@ -267,10 +267,13 @@ CASES: list[tuple[list[str], list[str]]] = [
     # The cluster.
     (
         [*DEMO, "cluster.time_limit=4h"],
-        ["cluster.time_limit: '4h' is no time limit of the form H:MM:SS or D-HH:MM:SS", "cluster.time_limit='4:00:00'"],
+        [
+            "cluster.time_limit: '4h' is not a time limit of the form H:MM:SS or D-HH:MM:SS",
+            "cluster.time_limit='4:00:00'",
+        ],
     ),
     ([*DEMO, "cluster.time_limit=14400"], ["without quotes YAML reads 4:00:00 as a number"]),
-    ([*DEMO, "cluster.time_limit=0:00:00"], ["'0:00:00' leaves no time"]),
+    ([*DEMO, "cluster.time_limit=0:00:00"], ["'0:00:00' is zero"]),
     ([*DEMO, "cluster.gpu.memory_gib=80", "cluster.gpu.bf16_tflops=989"], ["cluster.gpu.name is not set"]),
     (
         [*QWEN, "cluster.gpu.utilisation=40"],

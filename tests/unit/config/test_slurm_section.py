@@ -68,8 +68,8 @@ CASES = [
     ("slurm.container_mounts=['/data,/more:/x']", ["holds '/data,/more:/x', which is no mount", "SOURCE:TARGET"]),
     ("slurm.container_mounts=['data:/data']", ["holds 'data:/data', which is no mount"]),
     ("time_limit=null", ["cluster.time_limit=null, but a Slurm job needs one"]),
-    ("time_limit=4h", ["cluster.time_limit: '4h' is no time limit of the form H:MM:SS", "set cluster.time_limit="]),
-    ("time_limit=14400", ["'14400' is no time limit", "without quotes YAML reads 4:00:00 as a number"]),
+    ("time_limit=4h", ["cluster.time_limit: '4h' is not a time limit of the form H:MM:SS", "set cluster.time_limit="]),
+    ("time_limit=14400", ["'14400' is not a time limit", "without quotes YAML reads 4:00:00 as a number"]),
     ("time_limit=0:11:00", ["leaves no time to train", "cluster.slurm.warn_seconds=600", "may warn 60 s early"]),
 ]
 
