@@ -95,16 +95,16 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{oops", "no JSON"),
-        (b'{"text": "a"', "no JSON"),
+        (b"{oops", "invalid JSON"),
+        (b'{"text": "a"', "invalid JSON"),
         (b"[1]", "not a JSON object"),
         (b'"text"', "not a JSON object"),
-        (b"[" * 100_000, "no JSON"),
+        (b"[" * 100_000, "invalid JSON"),
         (b'{"txt": "a"}', "no field 'text'"),
         (b'{"text": 5}', "of type int, not a text"),
         (b'{"text": ["a"]}', "of type list, not a text"),
-        (b'{"text": "\xff"}', "no JSON ('utf-8' codec"),
-        (b'{"text": "a\xc3"}', "no JSON ('utf-8' codec"),
+        (b'{"text": "\xff"}', "invalid JSON ('utf-8' codec"),
+        (b'{"text": "a\xc3"}', "invalid JSON ('utf-8' codec"),
         (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
