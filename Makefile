@@ -34,19 +34,19 @@ test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stac
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/slurm
 
-bench-convert: setup ## both conversions beside cp and NeMo's importer, 4 min, 30 GB of disk; writes runs/bench/convert.json
+bench-convert: setup ## both conversions compared with cp and NeMo's importer, 4 min, 30 GB of disk; writes runs/bench/convert.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_convert --rounds 5 --nemo-rounds 2
 
-bench-data: setup ## data preparation beside ModelOpt's, about 10 min; writes runs/bench/data.json
+bench-data: setup ## data preparation compared with ModelOpt's, about 10 min; writes runs/bench/data.json
 	$(BIN)/python -m tests.benchmarks.bench_data
 
-bench-prune: setup ## pruning beside ModelOpt's, and the search beside choices by hand; writes runs/bench/prune.json
+bench-prune: setup ## pruning compared with ModelOpt's, and the search compared with sizes by hand; writes runs/bench/prune.json
 	$(BIN)/python -m tests.benchmarks.bench_prune
 
-bench-distill: setup ## the loss beside ModelOpt's, a step beside a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality leaves it out); writes runs/bench/distill.json
+bench-distill: setup ## the loss compared with ModelOpt's, a step compared with a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality leaves it out); writes runs/bench/distill.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
 
-kills: setup ## kills tiny runs at random moments and runs them again, 200 times (2 hours and more; goes on where it was stopped); writes runs/bench/kills.json
+kills: setup ## kills tiny runs at random times and resumes them, 200 times (2 hours or more; resumes where it was stopped); writes runs/bench/kills.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_kills $(ARGS)
 
 mutants: setup ## puts small faults into modules, one at a time, and counts those that their unit tests notice: make mutants [MODULES=loss,batches] [SAMPLE=40]; writes runs/bench/mutants.json

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole: a reader sees the old content or the new, never a part. No torch."""
+"""Atomic file writes: a reader sees either the old content or the new one. No torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a hidden path next to `path` to write to; the file there becomes `path` when the block ends.
+    """Yield a temporary path next to `path`; when the block ends, the file is synced and renamed to `path`.
 
-    Its content is on the disk before it does. An exception leaves `path` as it was, and nothing else.
+    After an exception, `path` is unchanged and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
@@ -26,13 +26,13 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file with a text in UTF-8. Its mode follows the umask."""
+    """Replace a file with UTF-8 text. The file mode follows the umask."""
     with replace_file(path) as temporary, temporary.open("x", encoding="utf-8") as file:
         file.write(text)
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's content, or the names in a folder, to the disk."""
+    """Flush the content of a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""The one error for what a user can fix: every fault found, each with its value and the fix."""
+"""Errors that the user can fix. Each message states the value, what is wrong, and the fix."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def _redacted(fault: Fault) -> Fault:
 
 
 class InputError(ValueError):
-    """A fault in what the user brought (a model folder, documents, a checkpoint), naming it and the fix."""
+    """A fault in the user's input (a model folder, documents, a checkpoint). The message states the fix."""
 
 
 @contextmanager
 def reading(path: Path, fix: str) -> Iterator[None]:
-    """Turns whatever a library raises while it reads `path` into one InputError of one line.
+    """Convert any error that a library raises while it reads `path` to an InputError with a one-line message.
 
-    Libraries in Rust raise bare `Exception`, and panic with a pyo3 exception that is not even an `Exception`.
+    Rust libraries raise bare `Exception`, and their panics are pyo3 exceptions that do not derive from `Exception`.
 
     Raises:
-        InputError: names the file, what the library says, and `fix`.
+        InputError: states the file, the library's message, and `fix`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which files may be read: regular files with their content, and links that stay inside a model's folder."""
+"""Check which files may be read: regular files with content, and links that stay inside a model's folder."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-# What opening blocks or never ends, by file type.
+# File types whose reading blocks or never ends.
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
-# The first line of a Git LFS pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host is of 2014).
+# The first line of a Git LFS pointer (github.com/git-lfs/git-lfs/blob/main/docs/spec.md; the second host was used in
+# 2014).
 _LFS_POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/v")
 HEAD_BYTES = 64  # enough to recognize a pointer
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer: the text that a clone without `git lfs pull` has in a file's place."""
+    """Return whether a file is a Git LFS pointer, which a clone has instead of the file before `git lfs pull`."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -29,18 +30,18 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def starts_lfs_pointer(head: bytes) -> bool:
-    """Whether the first `HEAD_BYTES` of a file are those of a Git LFS pointer."""
+    """Return whether the first `HEAD_BYTES` of a file belong to a Git LFS pointer."""
     return _LFS_POINTER.match(head) is not None
 
 
 def folder_faults(folder: Path, *, allow_outside_links: bool = False) -> list[str]:
-    """Entries of a folder that must not be read, one sentence each; hidden ones are not read and not checked.
+    """List the entries of a folder that must not be read, one sentence each. Hidden entries are skipped.
 
-    Refused are FIFOs, sockets and devices, dangling links, and links that lead out of the folder. A link into the blobs
-    of a Hub cache (`models--OWNER--NAME/blobs`) is what the Hub's client creates, and allowed.
+    FIFOs, sockets, devices, dangling links, and links to outside the folder are rejected. Links into the blobs of a Hub
+    cache (`models--OWNER--NAME/blobs`), which the Hub client creates, are allowed.
 
     Args:
-        allow_outside_links: for folders whose parts may lie on several disks, such as checkpoints.
+        allow_outside_links: for folders that may be spread over several disks, such as checkpoints.
     """
     root = folder.resolve()
     return [
@@ -51,7 +52,7 @@ def folder_faults(folder: Path, *, allow_outside_links: bool = False) -> list[st
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """All visible entries of a folder that are not folders themselves, linked folders included."""
+    """Yield all visible files and links below a folder, including links to folders."""
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         linked = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -61,7 +62,7 @@ def _entries(folder: Path) -> Iterator[Path]:
 
 
 def _fault(path: Path, root: Path, allow_outside_links: bool) -> str | None:
-    """Why an entry must not be read."""
+    """Return why an entry must not be read, or None."""
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
         target = path.resolve()
@@ -71,7 +72,7 @@ def _fault(path: Path, root: Path, allow_outside_links: bool) -> str | None:
         return f"it is {_SPECIAL[kind]}, which cannot be read as part of a model"
     if not path.is_symlink() or allow_outside_links or target.is_relative_to(root) or _is_hub_blob(target):
         return None
-    return f"it is a link that leads out of the model's folder, to {target}"
+    return f"it is a link to {target}, outside the model's folder"
 
 
 def _is_hub_blob(path: Path) -> bool:

@@ -22,7 +22,7 @@ import torch
 from prune_distill.benchmarking import prompts, timing, transformers_engine, vllm_engine
 from prune_distill.errors import ConfigError
 from prune_distill.model.huggingface import local_folder
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import BENCHMARK
 from prune_distill.pipeline.processes import import_libraries
@@ -73,7 +73,7 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     return {
         "engine": cfg.engine.value,
         "command": command,
-        "device": backend.device_name(),
+        "device": devices.device_name(),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "batch_size": cfg.batch_size,

@@ -12,6 +12,7 @@ from typing import Any
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.nemo import nemo_api
+from prune_distill.nemo.datasets import make_data_module
 from prune_distill.nemo.token_loss import average_over_tokens
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import IMPORTANCE
@@ -66,7 +67,7 @@ def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out:
     One sequence at a time: ModelOpt's scores of layers and experts are sums of means over a batch, so that they would
     depend on its size (modelopt/torch/nas/plugins/megatron.py:289 and :893).
     """
-    batches = nemo_api.data_module(
+    batches = make_data_module(
         model.tokenizer,
         data,
         out,

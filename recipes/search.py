@@ -24,7 +24,7 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import CANDIDATES, CHOICE
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank
-from prune_distill.pruning import evidence, finalists, layer_sets
+from prune_distill.pruning import cutting, evidence, finalists, layer_sets
 from prune_distill.pruning.importance import Importance
 from prune_distill.pruning.latency import LatencyTable
 from prune_distill.pruning.losses import calibration_batches, held_out_batches
@@ -86,7 +86,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         del model, core, trainer
         for row in rows[: prune.tournament.candidates]:
             finalists.release()
-            finalists.leave(row, inputs.teacher, scores, prune.pipeline_model_parallel_size, out)
+            cutting.save_candidate(row, inputs.teacher, scores, prune.pipeline_model_parallel_size, out)
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
 
 

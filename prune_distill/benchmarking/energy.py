@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -17,7 +17,7 @@ def meter() -> Callable[[], float] | None:
 
     A processor's are those of all its work; its counter goes round, so that a difference may come out negative.
     """
-    if backend.torch_device() == "cuda":
+    if devices.torch_device() == "cuda":
         return _nvml()
     return rapl(POWERCAP)
 

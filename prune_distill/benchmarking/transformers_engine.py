@@ -11,7 +11,7 @@ import torch
 
 from prune_distill.benchmarking.energy import joules, meter
 from prune_distill.benchmarking.timing import Memory, Timed
-from prune_distill.nemo import backend, hf_models
+from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import BenchmarkConfig
 
 FIX = "set benchmark.batch_size, benchmark.prompt_tokens (--batch-size, --prompt-tokens) lower, or benchmark.dtype=bf16"
@@ -30,14 +30,14 @@ class Model:
         self.new_tokens = cfg.new_tokens
 
     def warm_up(self) -> Memory:
-        made, peak = backend.peak_of(lambda: self._generate(None))
+        made, peak = devices.peak_of(lambda: self._generate(None))
         weights = _bytes([*self.model.parameters(), *self.model.buffers()])
         kv_cache = _bytes(_tensors(made.past_key_values))
         return Memory(weights, kv_cache, weights + peak)
 
     def generate(self) -> Timed:
         clock, energy = _Clock(), meter()
-        backend.synchronize()
+        devices.synchronize()
         before = energy() if energy else None
         clock.start()
         self._generate(clock)

@@ -12,7 +12,7 @@ from typing import Any
 
 from prune_distill.benchmarking.energy import joules, meter
 from prune_distill.benchmarking.timing import Memory, Timed
-from prune_distill.nemo import backend, hf_models
+from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import BenchmarkConfig, ExportDtype
 
 # Of the GPU's memory, for all models together.
@@ -78,4 +78,4 @@ class Model:
             temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
         self.llm.generate(self.prompts, wanted, use_tqdm=False)
-        backend.synchronize()
+        devices.synchronize()

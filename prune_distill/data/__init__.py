@@ -1,4 +1,4 @@
-"""Documents to Megatron's indexed tokens: readers, encoder, work list, shards, blend. No NeMo, and no torch in workers.
+"""Convert documents to Megatron's indexed tokens: readers, encoder, work list, shards, blend. Workers import no torch.
 
-`prepare.prepare` is the way in, `folder.DataFolder` what other stages read.
+`prepare.prepare` is the entry point; other stages read `folder.DataFolder`.
 """

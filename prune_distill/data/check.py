@@ -1,4 +1,4 @@
-"""Reads a prepared folder again and compares it with what was noted when it was written."""
+"""Verify a prepared data folder against the checksums and counts that were recorded when it was written."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from typing import Any
 import numpy as np
 
 from prune_distill.data.shards import SPLITS, Index, read_manifest
+from prune_distill.data.tokenizer import transformers_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.pipeline.names import DATA, SHARDS
 
 READ_BYTES = 4 << 20
 DOCUMENTS = 1 << 16
-# As many faults are told.
-MOST_FAULTS = 20
+# Maximum number of faults in a message.
+MAX_FAULTS = 20
 
 
 def check_folder(folder: Path) -> str:
-    """What a folder holds, in a sentence.
+    """Verify a folder and summarize it in a sentence.
 
     Raises:
-        InputError: it is not complete, or something in it is not as it was written.
+        InputError: the folder is incomplete, or a file has changed.
     """
     content = _content(folder)
     faults = list(_faults(folder, content))
     if faults:
-        more = f", and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        raise InputError(f"{folder}: {'; '.join(faults[:MOST_FAULTS])}{more}; remove the folder and prepare it again")
+        more = f", and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise InputError(f"{folder}: {'; '.join(faults[:MAX_FAULTS])}{more}; remove the folder and prepare it again")
     train, validation = content["train"], content["validation"]
     return (
         f"{folder}: {sum(part['documents'] for part in train):,} training documents of"
         f" {sum(part['tokens'] for part in train):,} tokens in {len(train)} parts, {validation['documents']:,}"
-        f" validation documents of {validation['tokens']:,} tokens; all of it is as it was written"
+        f" validation documents of {validation['tokens']:,} tokens; nothing has changed"
     )
 
 
 def document_text(folder: Path, split: str, number: int) -> str:
-    """A document as text, with a line that says where it is. Raises: InputError, where there is no such document."""
-    from prune_distill.data.tokenizer import transformers_tokenizer
-
+    """Return a document as text, with a line that says where it is. Raises: InputError, if it does not exist."""
     content = _content(folder)
     parts = content["train"] if split == "train" else [{"prefix": "validation", **content["validation"]}]
     before = 0
@@ -56,28 +55,28 @@ def document_text(folder: Path, split: str, number: int) -> str:
             text = transformers_tokenizer(content["tokenizer"]).decode(ids, skip_special_tokens=False)
             return f"# {split} document {number}: number {number - before} of {prefix}, {len(ids)} tokens\n{text}"
         before += part["documents"]
-    raise InputError(f"{folder} has {before} {split} documents, counted from 0; there is no document {number}")
+    raise InputError(f"{folder} has no {split} document {number}; choose one from 0 to {before - 1}")
 
 
 def _content(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / DATA).read_text())
     except FileNotFoundError:
-        raise InputError(f"{folder} has no data.json: it is no prepared folder, or not complete") from None
+        raise InputError(f"{folder} has no data.json: it is not a prepared folder, or incomplete") from None
     return content
 
 
 def _faults(folder: Path, content: dict[str, Any]) -> Iterator[str]:
     for shard in sorted((folder / SHARDS).iterdir()):
         if shard.name.startswith("."):
-            yield f"{shard.name} was left by a process that was killed"
+            yield f"{shard.name} is a leftover of a killed process"
             continue
         manifest = read_manifest(shard)
         for split in SPLITS:
             yield from _split_faults(shard / split, manifest[split], content)
         lines = manifest["lines"]
         if lines["lines"] != sum(lines[kind] for kind in ("documents", "empty", "bad", "left_out")):
-            yield f"{shard.name} does not account for all of its lines"
+            yield f"{shard.name} has a wrong count of lines"
     yield from _split_faults(folder / "validation", content["validation"], content)
     for part in content["train"]:
         try:
@@ -86,28 +85,28 @@ def _faults(folder: Path, content: dict[str, Any]) -> Iterator[str]:
             yield str(error)
             continue
         if (len(index.lengths), int(index.lengths.sum(dtype=np.int64))) != (part["documents"], part["tokens"]):
-            yield f"{part['prefix']} has other documents than data.json says"
+            yield f"{part['prefix']} does not match data.json"
 
 
-def _split_faults(prefix: Path, noted: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with one `.bin/.idx`, `noted` being what was written."""
-    if not noted["documents"]:
+def _split_faults(prefix: Path, recorded: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a `.bin/.idx` pair; `recorded` is its entry in the manifest."""
+    if not recorded["documents"]:
         return
-    for kind, digest in noted["digests"].items():
+    for kind, digest in recorded["digests"].items():
         mask, _, suffix = kind.rpartition("_")
         path = Path(f"{prefix}{f'_{mask}' if mask else ''}.{suffix}")
         if not path.exists():
-            yield f"{path} is gone"
+            yield f"{path} is missing"
         elif _sha256(path) != digest:
-            yield f"{path} is not what was written"
+            yield f"{path} has changed"
     try:
         index = Index.read(Path(f"{prefix}.idx"))
         tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
     except (OSError, ValueError) as error:
         yield str(error)
         return
-    if (len(index.lengths), len(tokens)) != (noted["documents"], noted["tokens"]):
-        yield f"{prefix} has {len(index.lengths)} documents and {len(tokens)} tokens, not as many as were written"
+    if (len(index.lengths), len(tokens)) != (recorded["documents"], recorded["tokens"]):
+        yield f"{prefix} has {len(index.lengths)} documents and {len(tokens)} tokens, which does not match its manifest"
         return
     yield from _token_faults(prefix, index, tokens, content)
 
@@ -115,17 +114,17 @@ def _split_faults(prefix: Path, noted: dict[str, Any], content: dict[str, Any]) 
 def _token_faults(prefix: Path, index: Index, tokens: np.ndarray, content: dict[str, Any]) -> Iterator[str]:
     for start in range(0, len(tokens), READ_BYTES):
         if int(tokens[start : start + READ_BYTES].max()) >= content["vocab_size"]:
-            yield f"{prefix}.bin holds token ids that the model has not"
+            yield f"{prefix}.bin contains token ids outside the vocabulary"
             break
     for start in range(0, len(index.lengths), DOCUMENTS):
         lengths = index.lengths[start : start + DOCUMENTS].astype(np.int64)
         ends = index.pointers[start : start + DOCUMENTS] // index.dtype.itemsize + lengths
         if not ((lengths > 0) & (ends > 0) & (ends <= len(tokens))).all():
-            yield f"{prefix}.idx names documents that are not in {prefix}.bin"
+            yield f"{prefix}.idx refers to documents outside {prefix}.bin"
             break
-        open_ended = tokens[ends - 1] != content["eod_token"]
-        # The parts of a document that was split have no end but the last.
-        if (open_ended & (lengths != (content["split_tokens"] or -1))).any():
+        unterminated = tokens[ends - 1] != content["eod_token"]
+        # Only the last part of a split document ends with the token.
+        if (unterminated & (lengths != (content["split_tokens"] or -1))).any():
             yield f"{prefix} has a document that does not end with the end-of-document token"
             break
 

@@ -1,7 +1,7 @@
-"""The last step: what is taken of the shards, and the folder's `data.json`, which declares it whole.
+"""The last step: select documents from the shards and write `data.json`, which completes the folder.
 
-Documents that are left out here (duplicates, those beyond a source's `max_tokens`) stay in the shards' `.bin`; a new
-`.idx` beside a link to it passes over them, so nothing is written twice.
+Excluded documents (duplicates, those beyond a source's `max_tokens`) stay in the shards' `.bin`. A new `.idx` next to a
+link to it skips them, so no tokens are written twice.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from prune_distill.schema import DataConfig
 
 log = logging.getLogger("recipes.declare")
 
-# Keys are compared in so many parts, one at a time: 16 bytes a document of one part are held in memory.
+# Number of parts in which keys are compared. One part is in memory at a time, with 16 bytes per document.
 KEY_PARTS = 64
 
 
 def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: TokenizerSpec, seed: int) -> None:
-    """Writes `validation.{bin,idx}` and `data.json` from complete shards.
+    """Write `validation.{bin,idx}` and `data.json` from complete shards.
 
     Raises:
-        InputError: a split without documents, or a source with a weight and without any.
+        InputError: a split without documents, or a source with a weight but without documents.
     """
     folders = {shard.number: out / SHARDS / shard.name for shard in plan}
     manifests = {shard.number: read_manifest(folders[shard.number]) for shard in plan}
@@ -55,18 +55,18 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
     for manifest in manifests.values():
         lines.add(Lines(**manifest["lines"]))
     _check(data, plan, manifests, lines)
-    chosen = _chosen(data, plan, folders, manifests, seed)
+    chosen = _select_documents(data, plan, folders, manifests, seed)
     train = []
     for shard in plan:
         entry = _entry(shard, manifests[shard.number], chosen.get(shard.number), out)
         if entry["documents"]:
             train.append(entry)
-    _weigh(train, data)
-    validation = _gather(plan, folders, manifests, out, tokenizer)
-    # Of processes that were killed. Not earlier: one that was only taken for dead may still be writing, and what it
-    # makes gives way to a shard that is complete.
-    for left_over in (out / SHARDS).glob(".*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    _set_weights(train, data)
+    validation = _merge_validation(plan, folders, manifests, out, tokenizer)
+    # Leftovers of killed processes. They are removed only now, because a process that was presumed dead may still
+    # write; its result is discarded if the shard is complete.
+    for leftover in (out / SHARDS).glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     write_json(
         out / DATA,
         {
@@ -76,7 +76,7 @@ def declare(data: DataConfig, plan: Sequence[Shard], out: Path, tokenizer: Token
             "split_tokens": data.max_document_tokens if data.long_documents.value == "split" else None,
             "train": train,
             "validation": validation,
-            "sources": _by_source(train),
+            "sources": _summarize_sources(train),
             "lines": vars(lines),
         },
     )
@@ -94,16 +94,16 @@ def _check(data: DataConfig, plan: Sequence[Shard], manifests: dict[int, Any], l
     if not documents["validation"]:
         smaller = max(2, documents["train"] // 20)
         raise InputError(
-            f"no validation documents: none of {documents['train']} was held out with"
-            f" data.holdout_every={holdout_every(data, plan)}; set data.holdout_every={smaller}, or name files in"
+            f"data.holdout_every={holdout_every(data, plan)}: none of {documents['train']} documents is held out for"
+            f" validation; set data.holdout_every={smaller}, or name files in"
             " data.validation"
         )
 
 
-def _chosen(
+def _select_documents(
     data: DataConfig, plan: Sequence[Shard], folders: dict[int, Path], manifests: dict[int, Any], seed: int
 ) -> dict[int, np.ndarray]:
-    """Which training documents are taken, of shards that do not give all: `[documents]` bool by shard."""
+    """Select training documents: `[documents]` bool by shard, for shards of which some documents are excluded."""
     budgets = {name: source.max_tokens for name, source in sources(data).items() if source.max_tokens is not None}
     if not data.deduplicate and not budgets:
         return {}
@@ -111,32 +111,32 @@ def _chosen(
     known = {shard.number: known_of(folders[shard.number] / "train") for shard in train}
     keep = {number: np.ones(len(rows), dtype=bool) for number, rows in known.items()}
     if data.deduplicate:
-        _leave_out_repeats(known, keep)
+        _exclude_duplicates(known, keep)
     for name, budget in budgets.items():
         own = [shard.number for shard in train if shard.source == name]
-        _leave_out_beyond(budget, own, {n: _lengths(folders[n]) for n in own}, known, keep, seed)
+        _apply_token_budget(budget, own, {n: _lengths(folders[n]) for n in own}, known, keep, seed)
     return keep
 
 
-def _leave_out_repeats(known: dict[int, np.ndarray], keep: dict[int, np.ndarray]) -> None:
-    """Of documents with the same key the first is kept. The parts of a document that was split are all of one key."""
+def _exclude_duplicates(known: dict[int, np.ndarray], keep: dict[int, np.ndarray]) -> None:
+    """Keep the first document of each key. All parts of a split document have the same key."""
     for part in range(KEY_PARTS):
         mine = {number: np.flatnonzero(rows["key"] % KEY_PARTS == part) for number, rows in known.items()}
         keys = np.concatenate([known[number]["key"][rows] for number, rows in mine.items()])
-        # A document's first part has its bytes, further ones have none.
+        # Only the first part of a document records its bytes.
         is_first_part = np.concatenate([known[number]["bytes"][rows] > 0 for number, rows in mine.items()])
         document = np.cumsum(is_first_part)
         _, first, place = np.unique(keys, return_index=True, return_inverse=True)
         kept = document[first][place] == document
-        for (number, rows), ours in zip(mine.items(), np.split(kept, _ends(mine)), strict=True):
+        for (number, rows), ours in zip(mine.items(), np.split(kept, _offsets(mine)), strict=True):
             keep[number][rows] &= ours
 
 
-def _ends(mine: dict[int, np.ndarray]) -> np.ndarray:
+def _offsets(mine: dict[int, np.ndarray]) -> np.ndarray:
     return np.cumsum([len(rows) for rows in mine.values()])[:-1]
 
 
-def _leave_out_beyond(
+def _apply_token_budget(
     budget: int,
     shards: Sequence[int],
     lengths: dict[int, np.ndarray],
@@ -144,8 +144,8 @@ def _leave_out_beyond(
     keep: dict[int, np.ndarray],
     seed: int,
 ) -> None:
-    """Keeps documents in the seed's random order until there are `budget` tokens of them."""
-    # Tokens by the first 16 bits of a document's rank, then document by document in the bin that the budget ends in.
+    """Keep documents in random order until they reach `budget` tokens."""
+    # Count tokens by the first 16 bits of the random order; then select documents within the bin where the budget ends.
     total = np.zeros(1 << 16, dtype=np.int64)
     for number in shards:
         own = keep[number]
@@ -154,7 +154,7 @@ def _leave_out_beyond(
     last = int(np.searchsorted(ends, budget, side="right"))
     if last == len(total):
         if ends[-1] < budget:
-            log.warning("a source holds %d tokens, fewer than its max_tokens=%d", ends[-1], budget)
+            log.warning("a source contains %d tokens, fewer than its max_tokens=%d", ends[-1], budget)
         return
     left = budget - int(ends[last] - total[last])
     border = []
@@ -174,7 +174,7 @@ def _bins(known: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _entry(shard: Shard, manifest: dict[str, Any], keep: np.ndarray | None, out: Path) -> dict[str, Any]:
-    """What `data.json` says of a shard's training documents, those that are not kept being passed over."""
+    """Return the entry in `data.json` for a shard's selected training documents."""
     written = manifest["train"]
     entry = {
         "prefix": f"shards/{shard.name}/train",
@@ -211,22 +211,22 @@ def _lengths(folder: Path) -> np.ndarray:
     return Index.read(folder / "train.idx").lengths
 
 
-def _weigh(train: list[dict[str, Any]], data: DataConfig) -> None:
-    """Gives each shard its share: of its source's weight, or of all tokens, as its tokens are."""
+def _set_weights(train: list[dict[str, Any]], data: DataConfig) -> None:
+    """Set the weight of each shard: its part, by tokens, of its source's weight or of all tokens."""
     tokens: dict[str, int] = defaultdict(int)
     for entry in train:
         tokens[entry["source"]] += entry["tokens"]
     weights = {name: source.weight for name, source in sources(data).items()}
     absent = sorted(name for name, weight in weights.items() if weight is not None and name not in tokens)
     if absent:
-        raise InputError(f"data.sources.{absent[0]} has a weight, but gives no documents; take it out")
+        raise InputError(f"data.sources.{absent[0]} has a weight but no documents; remove it")
     for entry in train:
         weight = weights.get(entry["source"])
         share = tokens[entry["source"]] if weight is None else weight
         entry["weight"] = share * entry["tokens"] / tokens[entry["source"]]
 
 
-def _by_source(train: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summarize_sources(train: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in train:
         own = found.setdefault(entry["source"], {"documents": 0, "tokens": 0, "weight": 0.0, "clusters": {}})
@@ -237,10 +237,10 @@ def _by_source(train: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _gather(
+def _merge_validation(
     plan: Sequence[Shard], folders: dict[int, Path], manifests: dict[int, Any], out: Path, tokenizer: TokenizerSpec
 ) -> dict[str, Any]:
-    """All validation documents in one `.bin/.idx`: they are few, and evaluations read them end to end."""
+    """Merge all validation documents into one `.bin/.idx`: they are few, and evaluation reads them in sequence."""
     partial = out / ".validation"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

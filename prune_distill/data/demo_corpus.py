@@ -1,7 +1,6 @@
-"""Real English text that every CPython carries: the language reference's topics and the library's docstrings.
+"""English text that comes with CPython: the topics of the language reference and the docstrings of the library.
 
-Read by parsing, nothing of it is imported or run. About 1,000 documents and 2.5 MB; a little more or less from one
-Python release to the next.
+The sources are parsed, not run. About 1,000 documents and 2.5 MB, which varies slightly between Python releases.
 """
 
 from __future__ import annotations
@@ -14,29 +13,28 @@ import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data import topics
 
-# A module's docstrings are cut into documents of about this many characters, never inside a docstring.
+# Approximate number of characters per document. A docstring is never split.
 DOCUMENT_CHARACTERS = 4000
 SHORTEST_DOCUMENT = 40
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 def documents() -> tuple[list[str], list[str]]:
-    """The corpus in a fixed random order: train documents, and one in twenty for validation."""
-    texts = list(_without_repeats(_all_documents()))
+    """Return the corpus in a fixed random order: training documents, and one in twenty for validation."""
+    texts = list(_deduplicate(_all_documents()))
     random.Random(0).shuffle(texts)
     held_out = max(1, len(texts) // 20)
     return texts[held_out:], texts[:held_out]
 
 
 def _all_documents() -> Iterator[str]:
-    from pydoc_data import topics
-
     for _, topic in sorted(topics.topics.items()):
         yield topic
     seen: set[bytes] = set()
     for path in _modules():
-        yield from _joined(_docstrings(path, seen))
+        yield from _join(_docstrings(path, seen))
 
 
 def _modules() -> Iterator[Path]:
@@ -46,10 +44,10 @@ def _modules() -> Iterator[Path]:
 
 
 def _docstrings(path: Path, seen: set[bytes]) -> Iterator[str]:
-    """A module's docstring and those of its classes and functions, each under its signature, repeats left out."""
+    """Yield the docstrings of a module, its classes and functions, each below its signature, without duplicates."""
     try:
         module = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError):  # the library carries a few broken files on purpose
+    except (SyntaxError, UnicodeDecodeError, ValueError):  # the library contains a few invalid files on purpose
         return
     docstring = ast.get_docstring(module)
     if docstring:
@@ -72,7 +70,7 @@ def _members(
         yield from _members(node, f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix, seen)
 
 
-def _joined(parts: Iterator[str]) -> Iterator[str]:
+def _join(parts: Iterator[str]) -> Iterator[str]:
     document = ""
     for part in parts:
         if document and len(document) + len(part) > DOCUMENT_CHARACTERS:
@@ -82,7 +80,7 @@ def _joined(parts: Iterator[str]) -> Iterator[str]:
     yield document
 
 
-def _without_repeats(texts: Iterator[str]) -> Iterator[str]:
+def _deduplicate(texts: Iterator[str]) -> Iterator[str]:
     seen: set[bytes] = set()
     for text in texts:
         cleaned = inspect.cleandoc(text).strip()

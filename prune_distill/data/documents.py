@@ -1,4 +1,4 @@
-"""Records to texts, by format: a text as it is, another tokenizer's ids decoded, chat messages rendered."""
+"""Convert records to texts by format: plain text, ids of another tokenizer, or chat messages."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from prune_distill.data.tokenizer import TokenizerSpec, transformers_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.schema import DocumentFormat
 
-# The cluster of a document that names none.
+# Cluster of a document without one.
 NO_CLUSTER = -1
-# What a chat template may use for one rendering of one conversation.
+# Limits of a chat template per rendering of a conversation.
 CHAT_SECONDS = 10.0
 CHAT_BYTES = 2**30
-# Characters that it may write: some by itself (a system prompt, tools), and a multiple of the conversation's.
+# Maximum characters of the result: a constant (system prompt, tools) plus a multiple of the conversation's.
 CHAT_OWN_CHARACTERS = 2**20
 CHAT_SHARE = 64
 
 
 class Document(NamedTuple):
-    """A text with what is known of it.
+    """A text and its metadata.
 
     Attributes:
-        bytes: of its UTF-8.
-        key: the first 8 bytes of its UTF-8's SHA-256: by it documents are held out, sampled and compared.
-        learned: spans of characters on which loss is taken; None: on all.
+        bytes: number of bytes in UTF-8.
+        key: first 8 bytes of the text's SHA-256, by which documents are held out, sampled and deduplicated.
+        learned: spans of characters with a loss; None: the whole text.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Document(NamedTuple):
     learned: tuple[tuple[int, int], ...] | None = None
 
 
-# A field's value -> text and learned spans. Raises: ValueError, with the reason why there is none.
+# Converts the value of a field to a text and its learned spans. Raises: ValueError, with the reason.
 Render = Callable[[Any], tuple[str, tuple[tuple[int, int], ...] | None]]
 
 
@@ -56,14 +56,14 @@ def _key(sha256: bytes) -> int:
 
 
 def held_out(key: int, every: int) -> bool:
-    """Whether a document belongs to validation: decided by its text alone, so that added files change nothing."""
+    """Return whether a document belongs to validation. It depends only on the text, so added files change nothing."""
     return key % every == 0
 
 
 def rank_of(key: Any, seed: int) -> Any:
-    """A document's place in a random order that the seed decides, in [0, 2^64): of one key, or of an array of them.
+    """Return a document's position in the random order of a seed, in [0, 2^64), for a key or an array of keys.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), over keys that are random already.
+    The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on keys that are already random.
     """
     mask = (1 << 64) - 1
     mixed = (key ^ (seed * 0x9E3779B97F4A7C15 & mask)) & mask
@@ -75,12 +75,12 @@ def rank_of(key: Any, seed: int) -> Any:
 def documents(
     source: Source, render: Render, key: str, cluster_key: str, keep: Callable[[int], bool], lines: Lines, digest: Any
 ) -> Iterator[Document]:
-    """The documents of a source in order; everything else is counted in `lines`.
+    """Yield the documents of a source in order; all other records are counted in `lines`.
 
     Args:
-        key, cluster_key: the fields of the document and of its cluster.
-        keep: whether a document of that key is taken.
-        digest: takes the SHA-256 of every text that is read.
+        key, cluster_key: fields of the document and of its cluster.
+        keep: returns whether to keep a document, by key.
+        digest: updated with the SHA-256 of every text.
     """
     for value in source:
         lines.lines += 1
@@ -91,12 +91,12 @@ def documents(
             record = parse(value)
             if key not in record:
                 raise ValueError(f"no field {key!r}")
-            # Null is how several writers store a document without text.
+            # Several writers store a document without text as null.
             text, learned = ("", None) if record[key] is None else render(record[key])
             utf8 = text.encode()
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
-            lines.note_bad(source.where(), "half of a surrogate pair, which is no text")
+            lines.note_bad(source.where(), "half of a surrogate pair, which is not valid text")
         except InputError as fault:
             raise InputError(f"{source.where()}: {fault}") from fault
         except ValueError as reason:
@@ -123,7 +123,7 @@ def _cluster(value: Any) -> int:
 def renderer(
     format: DocumentFormat, tokenizer: TokenizerSpec, source_tokenizer: TokenizerSpec | None, mask_prompts: bool
 ) -> Render:
-    """What makes a text of a record's field."""
+    """Return the function that converts the field of a record to a text."""
     if format is DocumentFormat.text:
         return _text
     if format is DocumentFormat.tokens:
@@ -139,12 +139,12 @@ def _text(value: Any) -> tuple[str, None]:
         except UnicodeDecodeError as error:
             raise ValueError(f"the document is not UTF-8 ({error})") from None
     if not isinstance(value, str):
-        raise ValueError(f"the document is {_kind(value)}, not a text")
+        raise ValueError(f"the document is {_kind(value)}, not a string")
     return value, None
 
 
 class _Decoder:
-    """Token ids of a byte-level tokenizer to text."""
+    """Decodes token ids of a byte-level tokenizer."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         alphabet = byte_alphabet()
@@ -152,25 +152,28 @@ class _Decoder:
         contents = {number: token_bytes(token, alphabet) for token, number in ids_by_token(tokenizer).items()}
         special = {token["id"] for token in tokenizer.get("added_tokens", [])}
         if any(content is None for number, content in contents.items() if number not in special):
-            raise InputError(f"{spec.folder} has no byte-level tokenizer; set data.source_tokenizer to GPT-2's")
-        # What ends or parts documents is no text.
+            raise InputError(
+                f"data.source_tokenizer={spec.folder}: not a byte-level tokenizer; set one, such as "
+                "openai-community/gpt2"
+            )
+        # Special tokens are not text.
         self._contents = {number: content or b"" for number, content in contents.items()} | dict.fromkeys(special, b"")
 
     def __call__(self, value: Any) -> tuple[str, None]:
         try:
             content = b"".join(map(self._contents.__getitem__, value))
         except (KeyError, TypeError):
-            raise ValueError("the document is no list of the source tokenizer's ids") from None
-        # A text that was cut within a character loses that one.
+            raise ValueError("the document is not a list of the source tokenizer's ids") from None
+        # Drops an incomplete character at the end.
         return codecs.getincrementaldecoder("utf-8")().decode(content), None
 
 
 class _Chat:
-    """Messages to text by the model's chat template, which transformers runs in a sandbox.
+    """Renders messages with the model's chat template, which transformers runs in a sandbox.
 
     Raises:
-        InputError: on a call, if the template reaches a limit: it would for other conversations too, so they are not
-            counted as broken.
+        InputError: on a call, if the template reaches a limit. Other conversations would reach it too, so they are not
+            counted as invalid.
     """
 
     def __init__(self, spec: TokenizerSpec, mask_prompts: bool) -> None:
@@ -189,11 +192,11 @@ class _Chat:
             return text, self._answers(value, text) if self._mask_prompts else None
         except LimitError as limit:
             raise InputError(
-                f"the chat template in {self._folder} {limit} for one conversation; correct the template, or take the"
-                " conversation out if it is not meant to be that long"
+                f"the chat template in {self._folder} {limit} for one conversation; fix the template, or remove the"
+                " conversation if it should not be that long"
             ) from limit
-        except Exception as error:  # the template's own, of any kind
-            raise ValueError(f"the chat template refuses the messages ({error})") from error
+        except Exception as error:  # templates raise errors of any kind
+            raise ValueError(f"the chat template rejects the messages ({error})") from error
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         with self._limits.applied():
@@ -203,10 +206,11 @@ class _Chat:
         return text
 
     def _answers(self, messages: list[dict[str, Any]], text: str) -> tuple[tuple[int, int], ...]:
-        """Where the assistant speaks: from the end of what asks it to, to the end of its message.
+        """Return the spans of the assistant's messages: from the end of the generation prompt to the end of the
+        message.
 
-        A template may write a message otherwise once others follow (Qwen3 drops earlier thoughts); such a conversation
-        cannot be cut into turns and is refused.
+        Some templates render a message differently when others follow (Qwen3 drops earlier thoughts). Such a
+        conversation cannot be split into turns and is rejected.
         """
         spans = []
         for number, message in enumerate(messages):
@@ -215,13 +219,13 @@ class _Chat:
             before = self._render(messages[:number], add_generation_prompt=True) if number else ""
             after = self._render(messages[: number + 1])
             if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError("its turns are not written one after the other")
+                raise ValueError("the chat template does not render its turns one after the other")
             spans.append((len(before), len(after)))
         return tuple(spans)
 
 
 def learned_tokens(spans: tuple[tuple[int, int], ...], offsets: np.ndarray) -> np.ndarray:
-    """Which tokens lie in spans of characters: `[tokens]` uint8, from their `offsets` `[tokens, 2]`."""
+    """Return a mask `[tokens]` uint8 of the tokens within spans of characters, from their `offsets` `[tokens, 2]`."""
     mask = np.zeros(len(offsets), dtype=np.uint8)
     for start, end in spans:
         mask |= ((offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])).astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Prepared documents as stages exchange them: Megatron's `.bin/.idx` in shards, and `data.json`, which lists them.
+"""Prepared documents: Megatron's `.bin/.idx` in shards, and `data.json`, which lists them.
 
-Each document is its tokens and one end-of-document token. Megatron's own dataset classes read the files as they are.
+Each document consists of its tokens and one end-of-document token. Megatron's dataset classes read the files directly.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from prune_distill.pipeline.names import DATA, SHARDS
 
 @dataclass(frozen=True)
 class DataFolder:
-    """What `prepare_data` left in a folder. Token counts include end-of-document tokens.
+    """The output of `prepare_data`. Token counts include end-of-document tokens.
 
     Attributes:
-        train: of each part of the training documents, its `prefix` (without `.bin` or `.idx`), `source`, `documents`,
+        train: for each part of the training documents, its `prefix` (without `.bin` or `.idx`), `source`, `documents`,
             `tokens` and `weight`.
-        sources: documents, tokens, weight and tokens by cluster of each source.
-        lines: what was read and what was left out, as `readers.Lines`.
+        sources: documents, tokens, weight and tokens by cluster, by source.
+        lines: counts of the lines that were read, as in `readers.Lines`.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class DataFolder:
 
     @property
     def worst_bad_share(self) -> float:
-        """The largest share of a shard's lines that are broken."""
+        """Largest fraction of invalid lines in a shard."""
         shards = (shard for shard in (self.folder / SHARDS).iterdir() if shard.name.isdigit())
         return max((bad_share(read_manifest(shard)) for shard in shards), default=0.0)
 
@@ -70,12 +70,12 @@ class DataFolder:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens are not learned (`data.mask_prompts`)."""
+        """Whether some tokens are masked (`data.mask_prompts`)."""
         return any((self.folder / f"{part['prefix']}_mask.idx").exists() for part in self.train)
 
     @property
     def train_paths(self) -> list[str]:
-        """The training documents as Megatron takes them: a prefix, or weight and prefix of each of several."""
+        """The training documents in Megatron's format: one prefix, or weights and prefixes."""
         prefixes = [str(self.folder / part["prefix"]) for part in self.train]
         if len(prefixes) == 1:
             return prefixes
@@ -83,10 +83,10 @@ class DataFolder:
         return [word for pair in zip(weights, prefixes, strict=True) for word in pair]
 
     def weighted(self, weights: dict[str, float]) -> DataFolder:
-        """The same folder with other weights of its sources, by name; what has none, or 0, is left out.
+        """Return the folder with other weights by source; sources without a weight, or with 0, are excluded.
 
         Raises:
-            KeyError: a source that the folder does not have.
+            KeyError: an unknown source.
         """
         tokens = {name: self.sources[name]["tokens"] for name, weight in weights.items() if weight}
         parts = [
@@ -101,23 +101,23 @@ class DataFolder:
         return [str(self.folder / "validation")]
 
     def tokens(self, split: str) -> np.ndarray:
-        """All tokens of a split end to end: `[tokens]` int64."""
+        """Return all tokens of a split, concatenated: `[tokens]` int64."""
         prefixes = [part["prefix"] for part in self.train] if split == "train" else ["validation"]
         documents = [document for prefix in prefixes for document in documents_of(self.folder / prefix)]
         return np.concatenate(documents).astype(np.int64)
 
     def validation_documents_ids(self) -> list[np.ndarray]:
-        """The ids of each held-out document, `[tokens]`, its end-of-document token last."""
+        """Return the ids of each validation document, `[tokens]`, with its end-of-document token."""
         return list(documents_of(self.folder / "validation"))
 
     def validation_groups(self) -> tuple[list[str], np.ndarray] | None:
-        """Which source, or else which cluster, each token of the held-out documents is of.
+        """Return the source, or else the cluster, of each token of the validation documents.
 
         Returns:
-            Their names, and for each token the number of its name, `[tokens]`; None where all are of one kind.
+            Names, and the index of each token's name, `[tokens]`; None if there is only one name.
         """
         names: list[tuple[str, int]] = []
-        # The order in which `declare` laid the documents end to end.
+        # The order in which `declare` merged the documents.
         shards = [shard for shard in (self.folder / SHARDS).iterdir() if shard.name.isdigit()]
         for shard in sorted(shards, key=lambda shard: int(shard.name)):
             if (shard / "validation.documents").exists():
@@ -133,11 +133,11 @@ class DataFolder:
         return found, np.repeat([found.index(kind) for kind in kinds], lengths)
 
     def validation_sequences(self, seq_length: int) -> np.ndarray:
-        """The validation documents end to end, cut into sequences.
+        """Return the concatenated validation documents, cut into sequences.
 
         Returns:
-            `[sequences, seq_length + 1]` int64: inputs are all but the last column, targets all but the first. What
-            does not fill a sequence is left out; documents shorter than one in all give no sequence.
+            `[sequences, seq_length + 1]` int64: inputs are all but the last column, targets all but the first. An
+            incomplete last sequence is dropped.
         """
         tokens = self.tokens("validation")
         count = max(0, len(tokens) - 1) // seq_length
@@ -146,7 +146,7 @@ class DataFolder:
 
 
 def _kinds(documents: list[tuple[str, int]]) -> list[str]:
-    """What distinguishes documents by source and cluster: their sources, where those differ."""
+    """Return the names that distinguish documents: their sources if they differ, else their clusters."""
     if len({source for source, _ in documents}) > 1:
         return [source for source, _ in documents]
     return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]

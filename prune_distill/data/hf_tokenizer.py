@@ -1,4 +1,4 @@
-"""The one place where a Hugging Face folder's tokenizer is loaded, whichever version of transformers saved it."""
+"""Load the tokenizer of a Hugging Face folder, saved by any version of transformers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ FIX = "use a folder with a tokenizer.json that the installed transformers can re
 
 
 def load_tokenizer(folder: Path | str) -> Any:
-    """The folder's tokenizer, by transformers. Code that comes with it is never run.
+    """Load a folder's tokenizer with transformers. Code in the folder is never run.
 
-    Where this is the first to import transformers, it is imported without torch, which would take a process 400 MB and
-    8 s. Where transformers cannot load the class that the folder names (`TokenizersBackend` of transformers 5) but
-    `tokenizer.json` is readable, that file alone says which ids a text gets.
+    If transformers has not been imported, it is imported without torch, which saves 400 MB and 8 s per process. If
+    transformers cannot load the class that the folder names (`TokenizersBackend` of transformers 5), `tokenizer.json`
+    is loaded alone; it determines the ids.
 
     Raises:
-        InputError: there is no tokenizer that transformers can read.
+        InputError: transformers cannot read the tokenizer.
     """
     if not {"torch", "transformers"} & set(sys.modules):
         os.environ["USE_TORCH"] = "0"
+    # After USE_TORCH is set.
     from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     folder = Path(folder)
@@ -39,14 +40,14 @@ def load_tokenizer(folder: Path | str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
             # It returns False for some files that it cannot read (tokenization_utils_base.py, _from_pretrained).
             if not isinstance(tokenizer, PreTrainedTokenizerBase):
-                raise ValueError("none of its files holds a tokenizer")
+                raise ValueError("none of its files contains a tokenizer")
         return tokenizer
     except InputError as fault:
         if found := faults(folder):
             raise InputError("; ".join(found)) from fault
         if not described.exists():
             raise
-        log.warning("%s; its tokenizer.json is used by itself", fault)
+        log.warning("%s; only its tokenizer.json is used", fault)
     with reading(folder, FIX):
         # transformers 4 would overwrite this setting of the file with its own default
         # (tokenization_utils_fast.py, __init__).
@@ -56,8 +57,7 @@ def load_tokenizer(folder: Path | str) -> Any:
 
 
 def options_for_transformers_4(folder: Path) -> dict[str, Any]:
-    """Arguments for `from_pretrained` that state in transformers 4's terms what a `tokenizer_config.json` of
-    transformers 5 says.
+    """Return `from_pretrained` arguments that translate a `tokenizer_config.json` of transformers 5 to transformers 4.
 
     Version 5 has a list `extra_special_tokens`, which was `additional_special_tokens`, and a dict
     `model_specific_special_tokens`, which was `extra_special_tokens` (transformers/tokenization_utils_base.py).
@@ -77,7 +77,7 @@ def options_for_transformers_4(folder: Path) -> dict[str, Any]:
 
 
 def ids_by_token(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """The vocabulary of a parsed `tokenizer.json`, without added tokens.
+    """Return the vocabulary of a parsed `tokenizer.json`, without added tokens.
 
     Unigram models list `[token, score]` pairs in the order of their ids; all others map tokens to ids.
     """

@@ -1,4 +1,4 @@
-"""Limits on what a chat template may use: it is a program that comes with a model."""
+"""Resource limits for chat templates, which are programs that come with a model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ GIB = 2**30
 
 
 class LimitError(BaseException):
-    """A limit was reached. Not an `Exception`, so that nothing in between handles it."""
+    """A limit was reached. Not an `Exception`, so that no code in between handles it."""
 
 
 class Limits:
-    """Ends a block of code that uses too much processor time or memory: `with limits.applied():`
+    """Interrupts a block of code that uses too much CPU time or memory: `with limits.applied():`
 
-    transformers' sandbox keeps a template from files and attributes, but not from endless loops and huge strings. The
-    timer counts processor time, so that a busy machine changes nothing. Its signal interrupts Python between two
-    instructions; an instruction that alone takes long needs much memory, which the kernel refuses.
+    The sandbox of transformers blocks files and attributes, but not endless loops and huge strings. The timer counts
+    CPU time, so a busy machine has no effect. Its signal interrupts Python between two instructions; a single long
+    instruction needs much memory, which the kernel refuses.
 
-    Both are the process's: made and used in its main thread, once at a time.
+    Both limits apply to the process. Use them in its main thread, one block at a time.
 
     Args:
-        cpu_seconds: what a block may take.
-        more_bytes: address space that a block may take in addition to what the process has.
+        cpu_seconds: CPU time per block.
+        more_bytes: address space per block, in addition to what the process uses.
     """
 
     def __init__(self, cpu_seconds: float, more_bytes: int) -> None:
@@ -38,7 +38,7 @@ class Limits:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Raises: LimitError, saying which limit."""
+        """Apply the limits to a block. Raises: LimitError, which names the limit."""
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         used = int(os.pread(self._statm.fileno(), 64, 0).split()[0]) * self._page
         limits = [limit for limit in (soft, used + self._bytes) if limit != resource.RLIM_INFINITY]

@@ -1,4 +1,4 @@
-"""What there is to do: the sources' files cut into shards, the same ones for every process that looks."""
+"""Divide the files of the sources into shards. Every process computes the same plan."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 log = logging.getLogger("recipes.prepare")
 
 VALIDATION = "validation"
-# Some 250,000 tokens, whose mean loss has a standard error of 0.005 if that of single tokens has a deviation of 2.5.
+# About 250,000 tokens: the mean loss has a standard error of 0.005 if the loss per token has a deviation of 2.5.
 HOLDOUTS = (10, 100, 1000, 10_000)
 HELD_OUT_BYTES = 10**6
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Some of a source's documents, in order.
+    """A part of a source's documents, in order.
 
     Attributes:
         split: "train", of which documents may be held out, or "validation".
-        key: the field that holds the document.
-        bytes: of the files, for the progress.
-        settings: hash of everything besides the files' content that decides what comes out of the whole plan.
+        key: field of the document.
+        bytes: bytes of the files, for the progress.
+        settings: hash of everything that determines the result of the plan, except the content of the files.
     """
 
     number: int
@@ -71,22 +71,22 @@ def make_plan(
     source_tokenizer: TokenizerSpec | None,
     seed: int,
 ) -> list[Shard]:
-    """The shards of a data section.
+    """Make the shards of a data section.
 
     Args:
-        files: of each source, and of `validation` where it has its own.
+        files: files by source, and of `validation` if it has its own.
 
     Raises:
-        InputError: a source without files, or with files that are of no known kind, lack the document's field or are no
-            whole parquet files; all of them in one message.
+        InputError: a source without files, or with files of an unknown kind, without the document's field, or damaged;
+            all in one message.
     """
     faults = [fault for name, paths in files.items() for fault in _faults(name, paths, _source(data, name), data)]
     if data.mask_prompts and tokenizer.backend is None:
         faults.append(
-            "data.mask_prompts=true needs a tokenizer that tells where tokens are; set data.mask_prompts=false"
+            "data.mask_prompts=true: the tokenizer does not return token offsets; set data.mask_prompts=false"
         )
     if any(_source(data, name).format is DocumentFormat.chat for name in files) and not tokenizer.chat:
-        faults.append(f"the tokenizer in {tokenizer.folder} has no chat template, which data of format=chat needs")
+        faults.append(f"the tokenizer in {tokenizer.folder} has no chat template, which data.format=chat needs")
     if faults:
         raise InputError("; ".join(faults))
     settings = hashlib.sha256(
@@ -103,16 +103,16 @@ def make_plan(
     shards: list[Shard] = []
     for name, paths in files.items():
         source, split = _source(data, name), VALIDATION if name == VALIDATION else "train"
-        for pieces, size in _packed(paths, data.shard_bytes):
+        for pieces, size in _pack(paths, data.shard_bytes):
             place = (len(shards), name, split)
             shards.append(Shard(*place, source.format, key_of(source), source.sample, tuple(pieces), size, settings))
     return shards
 
 
 def holdout_every(data: DataConfig, plan: Sequence[Shard]) -> int:
-    """One in how many training documents is held out.
+    """Return N if one in N training documents is held out.
 
-    Of a corpus that grows, documents only move from validation to training: each choice divides the next.
+    When a corpus grows, documents only move from validation to training, because each choice divides the next one.
     """
     if data.holdout_every is not None:
         return data.holdout_every
@@ -121,7 +121,7 @@ def holdout_every(data: DataConfig, plan: Sequence[Shard]) -> int:
 
 
 def described(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """A plan as plain data, to be compared with what another process planned."""
+    """Return a plan as plain data, to compare it with the plan of another process."""
     return [asdict(shard) | {"format": shard.format.value} for shard in shards]
 
 
@@ -137,30 +137,31 @@ def local_files(paths: Any) -> list[str]:
     ]
     files = drop_duplicates(found)
     if repeated := list(Counter(found) - Counter(files)):
-        log.warning("%d files are named twice (the first: %s); each is read once", len(repeated), repeated[0])
+        log.warning("%d files are listed twice (the first: %s); each is read once", len(repeated), repeated[0])
     if empty := [file for file in files if os.path.exists(file) and os.path.getsize(file) == 0]:
-        log.warning("%d files hold 0 bytes, and so no documents (the first: %s)", len(empty), empty[0])
+        log.warning("%d files are empty (the first: %s)", len(empty), empty[0])
     return files
 
 
 def _from_hub(url: str) -> list[str]:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # half a second, only for data sets on the Hub
 
     match = HUB.fullmatch(url)
     if match is None:
-        raise InputError(f"{url} names no files of a dataset; write hf://datasets/OWNER/NAME[@REVISION]/GLOB")
+        raise InputError(f"{url} is not a path in a dataset; write hf://datasets/OWNER/NAME[@REVISION]/GLOB")
     try:
         folder = snapshot_download(
             match["repo"], repo_type="dataset", revision=match["revision"], allow_patterns=match["pattern"]
         )
     except Exception as error:  # the Hub client's own errors, and its network library's
         raise InputError(
-            f"{url} can't be had from the Hub ({type(error).__name__}: {error}); download it where there is a network"
-            " and name its folder"
+            f"{url} cannot be downloaded ({type(error).__name__}: {error}); download it on a machine with network "
+            "access"
+            " and set its folder"
         ) from error
     found = list(filter(os.path.isfile, find_existing(os.path.join(folder, match["pattern"]))))
     if not found:
-        raise InputError(f"{url} names no file of that dataset; look at its list of files")
+        raise InputError(f"{url} matches no file of the dataset; check its list of files")
     return found
 
 
@@ -173,7 +174,7 @@ def _source(data: DataConfig, name: str) -> DataSource:
 
 def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfig) -> Iterator[str]:
     if not paths:
-        yield f"{name} names no file of documents; name .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
+        yield f"{name} lists no files; set .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
     for path in paths:
         reason = unreadable(path)
         if reason is not None:
@@ -187,16 +188,16 @@ def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfi
                 )
 
 
-def _packed(paths: Sequence[str], shard_bytes: int) -> Iterator[tuple[list[Piece], int]]:
-    """Pieces put together until they are as large as a shard."""
-    held: list[Piece] = []
+def _pack(paths: Sequence[str], shard_bytes: int) -> Iterator[tuple[list[Piece], int]]:
+    """Group pieces until a group is as large as a shard; yield each with its size."""
+    group: list[Piece] = []
     size = 0
     for path in paths:
         for piece, piece_size in pieces_of(path, shard_bytes):
-            if held and size + piece_size > shard_bytes:
-                yield held, size
-                held, size = [], 0
-            held.append(piece)
+            if group and size + piece_size > shard_bytes:
+                yield group, size
+                group, size = [], 0
+            group.append(piece)
             size += piece_size
-    if held:
-        yield held, size
+    if group:
+        yield group, size

@@ -1,7 +1,7 @@
-"""The whole of a data section: plan, work that several processes and nodes share, and the declaration of what came out.
+"""Prepare the documents of a data section: plan, shared work, and completion of the folder.
 
-Every process that is started on a folder does the same: it takes shards off the work list until all are complete, waits
-for those that others hold (and takes them over if their holders die), and declares the whole unless another one has.
+Every process that works on a folder runs the same code: it claims shards until all are complete, waits for the shards
+of others (and takes them over if their owners die), and completes the folder unless another process has done so.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from prune_distill.schema import DataConfig
 
 log = logging.getLogger("recipes.prepare")
 
-SECONDS_BETWEEN_LOOKS = 5.0
-SECONDS_BETWEEN_LINES = 15.0
-# More than the first few faulty shards tell nobody anything new.
-MOST_FAULTS = 10
-WHOLE = "whole"
+POLL_SECONDS = 5.0
+LOG_SECONDS = 15.0
+# Maximum number of faulty shards in a message.
+MAX_FAULTS = 10
+COMPLETION = "whole"
 
 
 def prepare(
@@ -52,22 +52,22 @@ def prepare(
     seed: int,
     source_tokenizer: Path | None = None,
 ) -> DataFolder:
-    """Makes a data folder, or what is missing of it.
+    """Prepare a data folder, or the missing parts of it.
 
     Args:
-        files: of each source, and of `validation`; without it, documents of the sources are held out.
-        tokenizer_folder: a Hugging Face model folder; its `config.json` bounds the token ids.
-        source_tokenizer: the folder of the tokenizer whose ids are read, where a source holds ids.
+        files: files by source, and of `validation`; without `validation`, documents of the sources are held out.
+        tokenizer_folder: a Hugging Face model folder; its `config.json` limits the token ids.
+        source_tokenizer: the folder of the tokenizer of sources in the format `tokens`.
 
     Raises:
-        InputError: a tokenizer without end-of-sequence token or with ids that the model lacks, files that cannot be
-            read, too many broken lines, a split without documents.
-        PausedError: a stop file was found in `out`.
+        InputError: a tokenizer without end-of-sequence token or with ids outside the model's vocabulary, files that
+            cannot be read, too many invalid lines, a split without documents.
+        PausedError: `out` contains a stop file.
     """
     tokenizer = read_tokenizer(tokenizer_folder)
     other = None if source_tokenizer is None else read_tokenizer(source_tokenizer, model=False)
     plan = make_plan(data, files, tokenizer, other, seed)
-    _agree(out / PLAN, described(plan))
+    _check_plan(out / PLAN, described(plan))
     encoder, reason = choose(tokenizer)
     log.info("%d shards; encoder %s: %s", len(plan), encoder, reason)
     every = 0 if VALIDATION in files else holdout_every(data, plan)
@@ -75,12 +75,12 @@ def prepare(
         log.info("one in %d documents is held out (data.holdout_every)", every)
     settings = Settings(data, seed, tokenizer, other, every)
     worklist = Worklist(out / "claims", data.stale_seconds)
-    with worklist.beating():
-        _Crew(plan, out, worklist, settings, encoder).work()
-        for shard in plan:  # some may have been made while more broken lines were allowed
+    with worklist.heartbeat():
+        _Workers(plan, out, worklist, settings, encoder).work()
+        for shard in plan:  # a shard may come from a run that allowed more invalid lines
             check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_bad_share)
         while not (out / DATA).exists():
-            if worklist.claim([WHOLE]) is None:
+            if worklist.claim([COMPLETION]) is None:
                 time.sleep(1)
             elif not (out / DATA).exists():
                 declare(data, plan, out, tokenizer, seed)
@@ -92,13 +92,13 @@ def shard_folder(out: Path, shard: Shard) -> Path:
 
 
 def _stop_files() -> list[str]:
-    """Files that ask this process to pause: the stage's, and, last, that of this task of a job array."""
+    """Return the stop files for this process: that of the stage and, last, that of this task of a job array."""
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return [STOP] if task is None else [STOP, f"{STOP}.{task}"]
 
 
-class _Crew:
-    """This process's workers: claims shards for them, puts what they made in its place, tells how far all have come."""
+class _Workers:
+    """Worker processes: claims shards for them, publishes their results, and logs the progress."""
 
     def __init__(self, plan: Sequence[Shard], out: Path, worklist: Worklist, settings: Settings, encoder: str) -> None:
         self.plan = {shard.name: shard for shard in plan}
@@ -107,11 +107,11 @@ class _Crew:
         self.faults: dict[str, str] = {}
         (out / SHARDS).mkdir(parents=True, exist_ok=True)
         self.done: set[str] = set()
-        self._look()
+        self._list_complete()
         self.progress = _ShardProgress(self.plan, self.done, out)
 
     def work(self) -> None:
-        """Returns once all shards are complete."""
+        """Work until all shards are complete."""
         if len(self.done) == len(self.plan):
             return
         log.info("%d worker processes", self.workers)
@@ -127,37 +127,37 @@ class _Crew:
                     raise InputError("; ".join(self.faults.values()))
                 if asked_to_pause and not running:
                     self._pause()
-                ended, _ = wait(running, timeout=SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+                ended, _ = wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 finished = [(running.pop(future), future) for future in ended]
                 if not asked_to_pause:
-                    self._fill(pool, running)  # first, or a worker would wait for the comparison of its samples
+                    self._fill(pool, running)  # first, so that no worker waits for the comparison of samples
                 for name, future in finished:
                     self._collect(pool, running, name, future)
                 if not running and not ended:
-                    time.sleep(1)  # others have the rest
-                self._look()
+                    time.sleep(1)  # other processes work on the rest
+                self._list_complete()
                 self.progress.show(self.done)
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker process was killed (out of memory?); what is complete is kept: run it again, with fewer"
+                "a worker process was killed (out of memory?); complete shards are kept; run again, with a lower"
                 " data.num_workers if memory was short"
             ) from error
         except BaseException:
-            # What they are at is started again next time; to wait for it would take minutes.
+            # Their shards are started again next time; waiting for them would take minutes.
             for process in list((pool._processes or {}).values()):
                 process.kill()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
             for name in self.worklist.held:
-                shutil.rmtree(self._partial(name), ignore_errors=True)  # or what was begun would fill a full disk
+                shutil.rmtree(self._partial(name), ignore_errors=True)  # so that partial files do not fill the disk
 
     def _fill(self, pool: ProcessPoolExecutor, running: dict[Future[Made], str]) -> None:
-        while len(running) < self.workers and len(self.faults) < MOST_FAULTS:
+        while len(running) < self.workers and len(self.faults) < MAX_FAULTS:
             name = self.worklist.claim(name for name in self.plan if name not in self.done and name not in self.faults)
             if name is None:
                 return
-            if shard_folder(self.out, self.plan[name]).exists():  # completed since it was last looked for
+            if shard_folder(self.out, self.plan[name]).exists():  # completed in the meantime
                 self.done.add(name)
                 self.worklist.release(name)
                 continue
@@ -167,7 +167,7 @@ class _Crew:
         return self.out / SHARDS / f".{name}.{os.uname().nodename}.{os.getpid()}"
 
     def _pause(self) -> None:
-        """Ends this process's part; the same command goes on. An array's common stop file is for all tasks to see."""
+        """Stop this process; the same command resumes. The stop file of the whole array stays, for the other tasks."""
         write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
         (self.out / _stop_files()[-1]).unlink(missing_ok=True)
         raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
@@ -182,8 +182,8 @@ class _Crew:
         else:
             text = self.own.first_other(made.samples) if made.samples else None
             if text is not None:
-                note = f"fastokens gave other ids for {text[:40]!r}"
-                log.warning("shard %s is encoded again with the model's own tokenizer: %s", name, note)
+                note = f"fastokens returned other ids for {text[:40]!r}"
+                log.warning("shard %s is encoded again with the model's tokenizer: %s", name, note)
                 again = pool.submit(make_shard, self.plan[name], self._partial(name), TokenizersEncoder.name, note)
                 running[again] = name
                 return
@@ -192,15 +192,15 @@ class _Crew:
 
     @cached_property
     def own(self) -> TokenizersEncoder:
-        """What fastokens is held to."""
+        """The reference for fastokens."""
         return TokenizersEncoder(self.settings.tokenizer)
 
-    def _look(self) -> None:
+    def _list_complete(self) -> None:
         self.done |= {name for name in os.listdir(self.out / SHARDS) if name in self.plan}
 
 
 class _ShardProgress:
-    """Logs how many shards are complete, whichever process made them, and writes it to `metrics.jsonl`."""
+    """Logs how many shards are complete, by any process, and writes it to `metrics.jsonl`."""
 
     def __init__(self, plan: Mapping[str, Shard], done: set[str], out: Path) -> None:
         self.plan, self.out = plan, out
@@ -209,12 +209,12 @@ class _ShardProgress:
         self.bytes_before = sum(plan[name].bytes for name in done)
         self.bytes = sum(shard.bytes for shard in plan.values())
         self.tokens = 0
-        # Array tasks would write over each other's lines.
+        # Only the first array task writes the file.
         first = os.environ.get("SLURM_ARRAY_TASK_ID", "0") == "0"
         self.metrics = MetricsFile(out / METRICS) if first else None
 
     def show(self, done: set[str]) -> None:
-        now, every = time.monotonic(), SECONDS_BETWEEN_LINES
+        now, every = time.monotonic(), LOG_SECONDS
         if now - self.last < every and len(done) < len(self.plan):
             return
         self.last = now
@@ -237,14 +237,15 @@ class _ShardProgress:
             self.metrics.append(step=len(done), max_steps=len(self.plan), **values)
 
 
-def _agree(path: Path, plan: list[dict[str, Any]]) -> None:
-    """Writes the plan, or sees that the one that is there is the same."""
+def _check_plan(path: Path, plan: list[dict[str, Any]]) -> None:
+    """Write the plan, or check that the existing plan is equal."""
     if not path.exists():
         write_json(path, plan)
     if json.loads(path.read_text()) != json.loads(json.dumps(plan)):
         raise InputError(
-            f"the files or settings are not those that {path} was made for; they changed while the work was going on,"
-            f" or this is another data section's folder: remove {path.parent} to start again"
+            f"the files or settings differ from those in {path}: they have changed, or the folder belongs to another "
+            "data"
+            f" section; remove {path.parent} to start again"
         )
 
 

@@ -1,7 +1,7 @@
-"""Files of documents as records: JSON lines (plain, .gz, .zst) and parquet, read in a memory that does not grow.
+"""Read records from JSON lines (plain, .gz, .zst) and parquet files, in constant memory.
 
-What cannot be used is counted and the first of it named; lines = documents + empty + bad + left_out always holds. A
-file that ends too early is refused as a whole: its end is lost, and nobody would know.
+Invalid records are counted and the first one is reported; lines = documents + empty + bad + left_out always holds. A
+truncated file is rejected as a whole, because its end would be lost unnoticed.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from backports import zstd
 
 from prune_distill.config.data_files import Packing, packing
 from prune_distill.errors import InputError
 
-# A longer line is no document but a broken file; without a limit it would have to be held in memory to be read.
+# A longer line means a broken file. Without a limit it would be read into memory.
 MAX_LINE_BYTES = 64 << 20
 BUFFER_BYTES = 1 << 20
-PARQUET_ROWS = 256
 
 
 @dataclass
 class Lines:
-    """What a reader saw. `first_bad` names the first broken line: file, line, reason.
+    """Counts of lines. `first_bad` is the file, line and reason of the first invalid line.
 
     Attributes:
-        empty: blank lines and documents without text, null ones among them.
-        left_out: by the source's `sample`.
+        empty: blank lines, and documents that are null or without text.
+        left_out: documents that the source's `sample` excludes.
     """
 
     lines: int = 0
@@ -58,7 +58,7 @@ class Lines:
 class Piece:
     """A part of a file: bytes `[start, end)` of plain JSON lines, row groups of parquet, or (0, 0) the whole file.
 
-    A line belongs to the piece in which its first byte is.
+    A line belongs to the piece that contains its first byte.
     """
 
     path: str
@@ -68,7 +68,7 @@ class Piece:
 
 @dataclass
 class Source:
-    """The raw records of pieces: lines (bytes; None: too long to be one) or, of parquet, mappings of `columns`."""
+    """Raw records of pieces: lines as bytes (None: too long), or mappings of `columns` for parquet."""
 
     pieces: list[Piece]
     columns: tuple[str, ...]
@@ -78,16 +78,16 @@ class Source:
             self._piece, self._kind = piece, packing(piece.path)
             try:
                 yield from self._rows(piece) if self._kind is Packing.parquet else self._lines(piece, self._kind)
-            except _signs_of_damage(self._kind) as error:
+            except _damage_errors(self._kind) as error:
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk's or the network's trouble, not the file's
+                    raise  # an error of the disk or the network, not of the file
                 raise InputError(
-                    f"{piece.path} cannot be read to its end ({error}); it is truncated or corrupt: get it again, or"
-                    " take it out of the data section"
+                    f"{piece.path} is truncated or corrupt ({error}); download it again, or remove it from the data"
+                    " section"
                 ) from error
 
     def where(self) -> str:
-        """Where the record is that was yielded last. Within a piece of a text file the line's number is not known."""
+        """Return the position of the last record. Line numbers are unknown in the later pieces of a text file."""
         if self._kind is Packing.parquet:
             place = f"row {self._number}" + (f" from row group {self._piece.start} on" if self._piece.start else "")
         else:
@@ -95,10 +95,10 @@ class Source:
         return f"{self._piece.path}, {place}"
 
     def _lines(self, piece: Piece, kind: Packing | None) -> Iterator[bytes | None]:
-        with _opened(piece, kind) as file:
+        with _open(piece, kind) as file:
             position = piece.start
             if position:
-                # The line that the byte before belongs to is the piece's before.
+                # The line that contains the previous byte belongs to the previous piece.
                 file.seek(position - 1)
                 position += _skip_line(file) - 1
             end = piece.end or math.inf
@@ -113,63 +113,36 @@ class Source:
                     yield line
 
     def _rows(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        import pyarrow
-        import pyarrow.parquet
+        from prune_distill.data import parquet  # its memory, only where there are parquet files
 
-        try:
-            with pyarrow.parquet.ParquetFile(piece.path) as file:
-                columns = [name for name in self.columns if name in file.schema_arrow.names]
-                groups = list(range(piece.start, piece.end))
-                self._number = 0
-                for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
-                    for row in _undecoded(batch, self.columns[0]).to_pylist():
-                        self._number += 1
-                        yield row
-        except pyarrow.ArrowException as error:
-            raise ValueError(" ".join(str(error).split())) from error
+        self._number = 0
+        for row in parquet.read_rows(piece.path, range(piece.start, piece.end), self.columns):
+            self._number += 1
+            yield row
 
 
-def _undecoded(batch: Any, name: str) -> Any:
-    """A record batch with a column of strings as bytes, so that one invalid string costs one row, not the file."""
-    import pyarrow
-
-    if name not in batch.schema.names:
-        return batch
-    column = batch.column(name)
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    types = pyarrow.types
-    if types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return batch.set_column(batch.schema.get_field_index(name), name, column)
-
-
-def _opened(piece: Piece, kind: Packing | None) -> Any:
-    # Of 0 bytes (Spark writes such parts), a compressed file is as empty as a plain one.
+def _open(piece: Piece, kind: Packing | None) -> Any:
+    # A compressed file of 0 bytes (Spark writes such parts) is empty.
     if kind is Packing.plain or os.path.getsize(piece.path) == 0:
         return open(piece.path, "rb", buffering=BUFFER_BYTES)
     if kind is Packing.gz:
         return gzip.open(piece.path, "rb")
-    from backports import zstd
-
-    # Reads all frames, also skippable ones, and raises where one is cut short. By default it refuses windows above
-    # 128 MiB; 2 GiB is what `zstd --long=31` makes, and the format's limit in practice (ZSTD_WINDOWLOG_MAX).
+    # It reads all frames, including skippable ones, and raises on a truncated one. Its default limit for windows is
+    # 128 MiB; `zstd --long=31` makes 2 GiB, the limit of the format in practice (ZSTD_WINDOWLOG_MAX).
     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
     return io.BufferedReader(zstd.ZstdFile(piece.path, options=options), BUFFER_BYTES)
 
 
-def _signs_of_damage(kind: Packing | None) -> tuple[type[Exception], ...]:
-    """The exceptions that a damaged file raises."""
-    signs = (OSError, EOFError, zlib.error, ValueError)
+def _damage_errors(kind: Packing | None) -> tuple[type[Exception], ...]:
+    """Return the exceptions that a damaged file raises."""
+    errors = (OSError, EOFError, zlib.error, ValueError)
     if kind is not Packing.zst:
-        return signs
-    from backports import zstd
-
-    return (*signs, zstd.ZstdError)
+        return errors
+    return (*errors, zstd.ZstdError)
 
 
 def _skip_line(file: Any) -> int:
-    """Reads to the end of a line; how many bytes that were."""
+    """Skip to the end of a line; return the number of bytes."""
     skipped = 0
     while rest := file.readline(MAX_LINE_BYTES):
         skipped += len(rest)
@@ -179,7 +152,7 @@ def _skip_line(file: Any) -> int:
 
 
 def parse(value: Any) -> dict[str, Any]:
-    """A record's fields. Raises: ValueError, with the reason why there are none."""
+    """Parse the fields of a record. Raises: ValueError, with the reason."""
     if isinstance(value, dict):
         return value
     if value is None:
@@ -187,9 +160,9 @@ def parse(value: Any) -> dict[str, Any]:
     try:
         record = _loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON ({error})") from error
+        raise ValueError(f"invalid JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return record
 
 
@@ -197,19 +170,19 @@ def _loads(value: bytes) -> Any:
     try:
         return orjson.loads(value)
     except ValueError:
-        # It is stricter (NaN, halves of surrogate pairs, other encodings): Python's has the last word.
+        # orjson is stricter (NaN, halves of surrogate pairs, other encodings), so Python's parser decides.
         return json.loads(value)
 
 
 def pieces_of(path: str, piece_bytes: int) -> list[tuple[Piece, int]]:
-    """A file cut where it can be cut, each piece with its bytes on disk.
+    """Divide a file into pieces; return each with its bytes on disk.
 
     Raises:
-        InputError: a parquet file that cannot be read.
+        InputError: a damaged parquet file.
     """
     size, kind = os.path.getsize(path), packing(path)
     if kind is Packing.plain and size > piece_bytes:
-        # Equal pieces: the last one would be small otherwise.
+        # Equal pieces; otherwise the last one could be small.
         count = -(-size // piece_bytes)
         cuts = [size * number // count for number in range(count + 1)]
         return [(Piece(path, start, end), end - start) for start, end in itertools.pairwise(cuts)]
@@ -230,14 +203,7 @@ def _row_groups(path: str, size: int, piece_bytes: int) -> list[tuple[Piece, int
 
 
 def parquet_metadata(path: str) -> Any:
-    """A parquet file's metadata, its schema among it. Raises: InputError."""
-    import pyarrow
-    import pyarrow.parquet
+    """Read the metadata of a parquet file, which includes its schema. Raises: InputError."""
+    from prune_distill.data import parquet  # its memory, only where there are parquet files
 
-    try:
-        return pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path} is no whole parquet file ({' '.join(str(error).split())}); get it again, or take it out of the"
-            " data section"
-        ) from error
+    return parquet.read_metadata(path)

@@ -1,8 +1,8 @@
-"""A shard: some of a source's documents as Megatron's `.bin/.idx`, and a manifest that is there once both are whole.
+"""Shards: a part of a source's documents as Megatron's `.bin/.idx`, and a manifest that is written last.
 
-The format is Megatron's (megatron/core/datasets/indexed_dataset.py, `_IndexWriter.write`), a document being one
-sequence. It is written here because Megatron's builder imports torch, 350 MB a process, holds a list of all lengths,
-and takes 1.5 times as long; a test compares both byte by byte.
+The format is Megatron's (megatron/core/datasets/indexed_dataset.py, `_IndexWriter.write`), with one sequence per
+document. Megatron's builder is not used: it imports torch (350 MB per process), keeps a list of all lengths, and takes
+1.5 times as long. A test compares the results byte by byte.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import MANIFEST
 
 SPLITS = ("train", "validation")
-# About so many are written at once: large enough that the calls do not show, small enough that memory does not.
+# Approximate number of tokens per write: large enough for few calls, small enough for memory.
 BLOCK_TOKENS = 1 << 17
 INDEX_BLOCK = 1 << 16
 _HEADER = b"MMIDIDX\x00\x00"
 _CODES = {"uint8": 1, "int32": 4, "uint16": 8}
-# A document's key (of its text's SHA-256), its cluster and its bytes of text: what a selection needs to know.
+# Metadata of a document: its key (from the SHA-256 of its text), its cluster, and its bytes of text.
 DOCUMENT = np.dtype([("key", "<u8"), ("cluster", "<i4"), ("bytes", "<u4")])
 _KNOWN = struct.Struct("<QiI").pack
 _LENGTH = struct.Struct("<i").pack
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of ids on disk (DType.optimal_dtype, megatron/core/datasets/indexed_dataset.py:106)."""
+    """Return the type of ids on disk (DType.optimal_dtype, megatron/core/datasets/indexed_dataset.py:106)."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 @dataclass
 class Written:
-    """What a writer left, for the manifest."""
+    """Summary of a split for the manifest."""
 
     documents: int
     tokens: int
@@ -52,10 +52,10 @@ class Written:
 
 
 class SplitWriter:
-    """Writes documents to `PREFIX.bin`, what is known of them to `PREFIX.documents`, and at the end `PREFIX.idx`."""
+    """Writes documents to `PREFIX.bin`, their metadata to `PREFIX.documents`, and at the end `PREFIX.idx`."""
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any], limit: int) -> None:
-        """`limit`: ids are below."""
+        """`limit`: upper limit of the ids, exclusive."""
         self.prefix, self.dtype, self.limit = prefix, dtype, limit
         self.documents = self.tokens = self.bytes = 0
         self._digest = hashlib.sha256()
@@ -66,7 +66,7 @@ class SplitWriter:
         self._held_tokens = 0
 
     def add(self, parts: list[np.ndarray], known: tuple[int, int, int]) -> None:
-        """Adds a document, its ids `[tokens]` in parts, and its (key, cluster, bytes)."""
+        """Add a document: its ids `[tokens]` in parts, and its (key, cluster, bytes)."""
         length = sum(map(len, parts))
         self._lengths.write(_LENGTH(length))
         self._known.write(_KNOWN(*known))
@@ -79,7 +79,7 @@ class SplitWriter:
         self.bytes += known[2]
 
     def finish(self) -> Written:
-        """Completes the files. A split without documents has none: Megatron cannot map an empty file."""
+        """Complete the files. A split without documents has no files, because Megatron cannot map an empty one."""
         self._flush()
         for file in (self._bin, self._lengths, self._known):
             _sync(file)
@@ -102,7 +102,7 @@ class SplitWriter:
         block = np.concatenate(self._held)
         if int(block.max()) >= self.limit:
             raise InputError(
-                f"the tokenizer gives token id {int(block.max())}, but the model's vocab_size is {self.limit}; set"
+                f"the tokenizer returns token id {int(block.max())}, but the model's vocab_size is {self.limit}; set"
                 " model.hf_path to a folder whose tokenizer and config.json belong together"
             )
         content = memoryview(block.astype(self.dtype)).cast("B")
@@ -113,12 +113,12 @@ class SplitWriter:
 
 
 def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray, pointers: np.ndarray | None) -> str:
-    """Writes a Megatron index, a document a sequence; gives its SHA-256.
+    """Write a Megatron index with one sequence per document; return its SHA-256.
 
     Args:
-        dtype: of the ids in the `.bin`.
+        dtype: type of the ids in the `.bin`.
         lengths: tokens of each document, `[documents]`.
-        pointers: the byte in the `.bin` at which each document begins; None: they follow each other.
+        pointers: offset in bytes of each document in the `.bin`; None: contiguous documents.
     """
     digest, count = hashlib.sha256(), len(lengths)
     with path.open("wb") as file:
@@ -147,10 +147,11 @@ def write_index(path: Path, dtype: np.dtype[Any], lengths: np.ndarray, pointers:
 
 @dataclass(frozen=True)
 class Index:
-    """A Megatron index as it is on disk. Raises: ValueError, where it is none, or cut short.
+    """A Megatron index, mapped from its file. `read` raises ValueError if the file is not an index, or truncated.
 
     Attributes:
-        lengths: tokens of each document; pointers: the byte at which each begins. `[documents]`, mapped from the file.
+        lengths: tokens of each document, `[documents]`.
+        pointers: offset in bytes of each document, `[documents]`.
     """
 
     dtype: np.dtype[Any]
@@ -162,11 +163,11 @@ class Index:
         with path.open("rb") as file:
             head = file.read(34)
         if len(head) < 34 or not head.startswith(_HEADER):
-            raise ValueError(f"{path} is no Megatron index")
+            raise ValueError(f"{path} is not a Megatron index")
         _, code, count, marks = struct.unpack("<QBQQ", head[9:])
         names = {code: name for name, code in _CODES.items()}
         if code not in names or marks != count + 1 or path.stat().st_size != 34 + 12 * count + 8 * marks:
-            raise ValueError(f"{path} is cut short or damaged")
+            raise ValueError(f"{path} is truncated or damaged")
         return cls(
             np.dtype(names[code]),
             np.memmap(path, dtype="<i4", mode="r", offset=34, shape=(count,)),
@@ -175,7 +176,7 @@ class Index:
 
 
 def documents_of(prefix: Path) -> Iterator[np.ndarray]:
-    """The ids of each document of a split, `[tokens]`, mapped from the file."""
+    """Yield the ids of each document of a split, `[tokens]`, mapped from the file."""
     index = Index.read(Path(f"{prefix}.idx"))
     tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
     for length, pointer in zip(index.lengths, index.pointers, strict=True):
@@ -184,12 +185,12 @@ def documents_of(prefix: Path) -> Iterator[np.ndarray]:
 
 
 def known_of(prefix: Path) -> np.ndarray:
-    """What is known of each document of a split: `[documents]` of `DOCUMENT`."""
+    """Return the metadata of a split's documents: `[documents]` of `DOCUMENT`."""
     return np.memmap(f"{prefix}.documents", dtype=DOCUMENT, mode="r")
 
 
 def clusters_of(prefix: Path, keep: np.ndarray | None = None) -> dict[str, int]:
-    """Tokens of a split by cluster; `keep`: of these documents only, `[documents]` bool."""
+    """Count the tokens of a split by cluster; `keep` selects documents, `[documents]` bool."""
     if not Path(f"{prefix}.idx").exists():
         return {}
     clusters, lengths = known_of(prefix)["cluster"], Index.read(Path(f"{prefix}.idx")).lengths
@@ -201,19 +202,19 @@ def clusters_of(prefix: Path, keep: np.ndarray | None = None) -> dict[str, int]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete shard."""
+    """Read the manifest of a complete shard."""
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
 
 
 def bad_share(manifest: dict[str, Any]) -> float:
-    """The share of a shard's lines that are broken."""
+    """Return the fraction of invalid lines of a shard."""
     lines = manifest["lines"]
     return float(lines["bad"] / max(1, lines["lines"]))
 
 
 def publish(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Declares a shard whole: its manifest last, and then its name. Where another was faster, theirs stays."""
+    """Complete a shard: write its manifest, then rename it. If another process was faster, its shard is kept."""
     write_json(partial / MANIFEST, manifest)
     sync(partial)
     try:

@@ -1,7 +1,6 @@
-"""What is known of a model's tokenizer: read once, in a process of its own, and handed to the workers as plain data.
+"""Read a model's tokenizer once, in a separate process, and pass it to the workers as plain data.
 
-transformers decides what a folder's tokenizer is; it is imported without torch, which would cost a process 400 MB and
-8 s.
+transformers is imported without torch, which saves 400 MB and 8 s per process.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from prune_distill.model.hf_config import parse
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer as the workers build it.
+    """A tokenizer as plain data.
 
     Attributes:
-        folder: the Hugging Face folder that it is from.
-        backend: the JSON of its `tokenizers.Tokenizer`; None for one in Python.
-        eod_token: ends each document.
-        vocab_size: of the model: ids are below.
-        chat: whether there is a chat template.
+        folder: the Hugging Face folder.
+        backend: JSON of its `tokenizers.Tokenizer`; None for a tokenizer written in Python.
+        eod_token: id of the end-of-document token.
+        vocab_size: vocabulary size of the model, which limits the ids.
+        chat: whether it has a chat template.
     """
 
     folder: str
@@ -40,13 +39,13 @@ class TokenizerSpec:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The backend parsed, again each time: kept, it would be 70 MB in every worker."""
+        """The parsed backend. Not cached: it would take 70 MB in every worker."""
         content: dict[str, Any] = json.loads(self.backend or "{}")
         return content
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with anything that could change an id."""
+        """Hash of everything that could change an id."""
         text = self.backend or "".join(
             f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}"
             for path in sorted(Path(self.folder).iterdir())
@@ -56,14 +55,15 @@ class TokenizerSpec:
 
 
 def read_tokenizer(folder: Path, model: bool = True) -> TokenizerSpec:
-    """The tokenizer of a Hugging Face folder.
+    """Read the tokenizer of a Hugging Face folder.
 
     Args:
-        model: whether its `config.json` bounds the ids; otherwise the tokenizer's own size does, and it needs no end of
-            sequence.
+        model: whether its `config.json` limits the ids; otherwise the size of the tokenizer does, and no
+        end-of-sequence
+            token is required.
 
     Raises:
-        InputError: no end of sequence to end documents with, or one that the model lacks.
+        InputError: no end-of-sequence token, or one outside the model's vocabulary.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -71,9 +71,9 @@ def read_tokenizer(folder: Path, model: bool = True) -> TokenizerSpec:
 
 
 def transformers_tokenizer(folder: str) -> Any:
-    """The folder's tokenizer, for documents of any length."""
+    """Load the folder's tokenizer, for documents of any length."""
     tokenizer = load_tokenizer(folder)
-    # A document longer than the model's context is normal here: it is cut into sequences later.
+    # Documents may be longer than the model's context: they are cut into sequences later.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
@@ -84,7 +84,7 @@ def _read(folder: str, model: bool) -> TokenizerSpec:
     if model:
         vocab_size = parse(Path(folder) / "config.json")["vocab_size"]
     if model and eod is None:
-        raise InputError(f"the tokenizer in {folder} has no eos_token to end documents with; set it in its config")
+        raise InputError(f"the tokenizer in {folder} has no eos_token, which ends documents; set it in its config")
     if model and eod >= vocab_size:
         raise InputError(
             f"the tokenizer in {folder} ends documents with token id {eod}, but the model's vocab_size is"

@@ -1,4 +1,4 @@
-"""Whether two checkpoints' tokenizers are one and the same. No torch, no NeMo."""
+"""Check that two checkpoints have the same tokenizer. No torch, no NeMo."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from prune_distill.data.hf_tokenizer import ids_by_token
 from prune_distill.errors import InputError
 from prune_distill.pipeline.names import CONTEXT, TOKENIZER
 
-# Of a tokenizer's folder, what decides which text an id stands for.
+# Files that determine the text of an id.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
 def check_tokenizers(student: Path, teacher: Path) -> None:
-    """Refuses two NeMo checkpoints whose tokenizers give the same id to different texts: upstream has no guard.
+    """Reject two NeMo checkpoints whose tokenizers differ, which upstream does not check.
 
     Raises:
-        InputError: names both folders, and an id that they differ in.
+        InputError: names both folders, and an id that differs.
     """
     folders = [checkpoint / CONTEXT / TOKENIZER for checkpoint in (student, teacher)]
     contents = [_tokenizer(folder) for folder in folders]
@@ -26,15 +26,15 @@ def check_tokenizers(student: Path, teacher: Path) -> None:
         return
     first, second = ({str(token): number for token, number in content.get("ids", {}).items()} for content in contents)
     differing = sorted(set(first.items()) ^ set(second.items()), key=lambda item: (item[1], item[0]))
-    example = f", for one of the id {differing[0][1]} ({differing[0][0]!r})" if differing else " (in their merges)"
+    example = f", for example in id {differing[0][1]} ({differing[0][0]!r})" if differing else " (in their merges)"
     raise InputError(
-        f"the tokenizers in {folders[0]} (student) and {folders[1]} (teacher) differ{example}; both models must come"
-        " from one: prune the student from this teacher"
+        f"the tokenizers in {folders[0]} (student) and {folders[1]} (teacher) differ{example};"
+        " prune the student from this teacher"
     )
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    """What a tokenizer's files say, by content: `ids` by token and the merges; whole files of those without JSON."""
+    """Return the content of a tokenizer: `ids` by token and the merges, or its files if it has no tokenizer.json."""
     content: dict[str, Any] = {}
     described = folder / "tokenizer.json"
     if not described.exists():
@@ -44,6 +44,6 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     content["ids"] = ids_by_token(tokenizer) | {
         token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()
     }
-    # Written as "a b" or as ["a", "b"], as tokenizers' version is.
+    # "a b" or ["a", "b"], depending on the version of tokenizers.
     content["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or ()]
     return content

@@ -1,4 +1,4 @@
-"""One shard's work, in a worker process: read, encode, write, and take samples that its parent looks at."""
+"""Make a shard in a worker process: read, encode and write documents, and take samples for the parent process."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from prune_distill.errors import InputError
 from prune_distill.pipeline.processes import end_with_parent
 from prune_distill.schema import DataConfig, DocumentFormat, LongDocuments
 
-# Of so much text (in characters) so much is a sample: encoded again at a fiftieth of the speed, a percent of the time.
+# Characters between samples, and characters of a sample: encoding samples again takes about a percent of the time.
 SAMPLE_EVERY = 10_000_000
 SAMPLE_CHARACTERS = 1_500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every shard is made with.
+    """Settings of all shards.
 
     Attributes:
-        holdout_every: one in so many documents of the sources is held out; 0: none.
+        holdout_every: one in this many documents of the sources is held out; 0: none.
     """
 
     data: DataConfig
@@ -45,11 +45,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Made:
-    """A shard that is whole, and waits to be given its place.
+    """A complete shard that is not yet published.
 
     Attributes:
-        samples: of what fastokens encoded, texts and their ids. The model's own tokenizer compares them in the parent:
-            here it would take every worker 120 MB.
+        samples: texts and their ids from fastokens. The parent compares them with the model's tokenizer, which would
+            take 120 MB in every worker.
     """
 
     manifest: dict[str, Any]
@@ -62,27 +62,28 @@ _renders: dict[DocumentFormat, docs.Render] = {}
 
 
 def start_worker(settings: Settings) -> None:
-    """Prepares a worker process. It ends with the one that started it, which alone heeds Ctrl-C."""
+    """Initialize a worker process. It ends with its parent, and ignores Ctrl-C, which the parent handles."""
     global _settings
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is a worker for every core
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is one worker per core
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _settings = settings
 
 
 def make_shard(shard: Shard, partial: Path, encoder: str, note: str | None = None) -> Made:
-    """Makes a shard in `partial`.
+    """Make a shard in `partial`.
 
     Args:
-        encoder: its name; note: why it is not the one that was chosen at the start.
+        encoder: name of the encoder.
+        note: why it is not the encoder that was chosen at the start.
 
     Raises:
-        InputError: too many bad lines, a file that ends too early, a token id that the model lacks.
+        InputError: too many invalid lines, a truncated file, a token id outside the model's vocabulary.
     """
     try:
         return _make(shard, partial, encoder, note)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # or it would fill a full disk
+        shutil.rmtree(partial, ignore_errors=True)  # so that partial files do not fill the disk
         raise
 
 
@@ -111,7 +112,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
             writers[split].add(part, known)
             if learned is not None:
                 masks[split].add([learned], known)
-            known = (document.key, document.cluster, 0)  # its bytes are counted once
+            known = (document.key, document.cluster, 0)  # count the bytes once
     check_lines(lines, data.max_bad_share)
     written = {name: writer.finish() for name, writer in writers.items()}
     for split, writer in masks.items():
@@ -136,7 +137,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
 def _encoded(
     found: Iterator[docs.Document], shard: Shard, encoder: Encoder, samples: list[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[docs.Document, str, np.ndarray, np.ndarray | None]]:
-    """Documents with their split, ids and, of chat, the mask of what is learned; adds to `samples` on the way."""
+    """Yield documents with their split, ids and, for chat, the loss mask; add to `samples`."""
     since_sample, every = SAMPLE_EVERY, _settings.holdout_every
     for document in found:
         text = document.text
@@ -149,7 +150,7 @@ def _encoded(
             yield document, split, encoder(text), None
         else:
             own = encoder.own if isinstance(encoder, FastokensEncoder) else encoder
-            assert isinstance(own, TokenizersEncoder)  # the plan has refused chat with masks for other tokenizers
+            assert isinstance(own, TokenizersEncoder)  # the plan rejects masks with other tokenizers
             ids, offsets = own.with_offsets(text)
             yield document, split, ids, docs.learned_tokens(document.learned, offsets)
 
@@ -157,16 +158,16 @@ def _encoded(
 def _parts(
     ids: np.ndarray, mask: np.ndarray | None, eod: np.ndarray, data: DataConfig
 ) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
-    """A document's ids as they are written, in parts of one document each, with what is learned where that is kept.
+    """Yield the ids of a document as they are written, in parts, with loss masks if masks are kept.
 
-    The last part ends in the end-of-document token. Of a document that is split, the others have exactly
-    `max_document_tokens`, and none.
+    The last part ends with the end-of-document token. The other parts of a split document have exactly
+    `max_document_tokens` tokens.
     """
     limit = data.max_document_tokens
     if data.long_documents is LongDocuments.cut and len(ids) > limit:
-        ids = ids[:limit].copy()  # or the rest would be held until this is written
+        ids = ids[:limit].copy()  # a copy, so that the rest is freed
         mask = None if mask is None else mask[:limit]
-    # A whole number of parts leaves nothing for the last: its end token alone is no document.
+    # The end-of-document token alone is not a part.
     last = max(0, len(ids) - 1) // limit * limit
     for start in range(0, last + 1, limit):
         part = [ids[start : start + limit], *([eod] if start == last else [])]
@@ -174,7 +175,7 @@ def _parts(
 
 
 def _learned(part: list[np.ndarray], mask: np.ndarray | None, start: int) -> np.ndarray:
-    """The mask of a part that begins at token `start`; its end is learned where what is before it is."""
+    """Return the mask of a part that begins at token `start`. Its end token has the mask of the token before."""
     learned = np.ones(sum(map(len, part)), dtype=np.uint8)
     if mask is not None:
         inside = mask[start : start + len(part[0])]
@@ -191,16 +192,16 @@ def _mask_writers(partial: Path) -> dict[str, SplitWriter]:
 
 def _finish_mask(writer: SplitWriter, written: Written) -> None:
     mask = writer.finish()
-    Path(f"{writer.prefix}.documents").unlink(missing_ok=True)  # the same as its tokens'
+    Path(f"{writer.prefix}.documents").unlink(missing_ok=True)  # equal to that of the tokens
     written.digests |= {f"mask_{kind}": digest for kind, digest in mask.digests.items()}
 
 
 def check_lines(lines: Lines, max_bad_share: float) -> None:
-    """Raises: InputError, where more of a shard's lines are broken than is allowed."""
+    """Check the number of invalid lines. Raises: InputError, if there are too many."""
     if lines.bad > max_bad_share * lines.lines:
         raise InputError(
-            f"{lines.bad} of {lines.lines} lines are broken, more than data.max_bad_share={max_bad_share} allows; the"
-            f" first: {lines.first_bad}"
+            f"data.max_bad_share={max_bad_share}: {lines.bad} of {lines.lines} lines are invalid (the first:"
+            f" {lines.first_bad}); fix the files, or raise data.max_bad_share"
         )
 
 

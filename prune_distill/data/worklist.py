@@ -1,9 +1,9 @@
-"""Who does what, on a file system that several nodes share: claims are files, and nobody coordinates.
+"""A work list on a shared file system, without a coordinator: claims are files.
 
-Item I is claimed by creating `I.0`, which only one can (O_EXCL). Whoever holds a claim touches it now and then. Where
-one is not touched any more, its holder is dead, and the item is claimed again by creating `I.1`, which again only one
-can. No clock is compared with another: a claim is dead once an observer has seen it unchanged for long enough by its
-own clock, or, on the holder's own machine, as soon as the process is gone.
+A process claims item I by creating `I.0`, which succeeds only once (O_EXCL). The owner of a claim touches it regularly.
+If a claim is no longer touched, its owner is dead, and another process claims the item by creating `I.1`. Clocks of
+different machines are never compared: a claim is dead when an observer has seen it unchanged for long enough by its own
+clock or, on the owner's machine, as soon as the process has ended.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A claim is touched so often in the time after which its holder is taken for dead.
-BEATS = 10
+# Number of touches within `stale_seconds`.
+TOUCHES = 10
 _CLAIM = re.compile(r"(.+)\.(\d+)")
 
 
 class Worklist:
-    """Claims in one folder, by one process.
+    """The claims of one process in a folder.
 
     Attributes:
-        stale_seconds: without a touch for so long, a claim's holder is taken for dead. Longer than a shared disk takes
-            to show what another node wrote (NFS: up to a minute).
+        stale_seconds: time without a touch after which the owner of a claim is presumed dead. It must exceed the delay
+            of a shared disk (NFS: up to a minute).
     """
 
     def __init__(self, folder: Path, stale_seconds: float) -> None:
@@ -38,7 +38,7 @@ class Worklist:
         folder.mkdir(parents=True, exist_ok=True)
 
     def claim(self, items: Iterable[str]) -> str | None:
-        """Claims the first of the items that is free; None where all are claimed by others that live."""
+        """Claim the first free item; return None if live processes have claimed all items."""
         newest = self._newest()
         for item in items:
             if item in self.held:
@@ -51,12 +51,12 @@ class Worklist:
         return None
 
     @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Shows meanwhile that this process lives, and gives up in the end what it holds."""
+    def heartbeat(self) -> Iterator[None]:
+        """Touch the claims during the block, and release them at its end."""
         ended = threading.Event()
 
         def beat() -> None:
-            while not ended.wait(self.stale_seconds / BEATS):
+            while not ended.wait(self.stale_seconds / TOUCHES):
                 self.beat()
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -70,13 +70,13 @@ class Worklist:
                 self.release(item)
 
     def beat(self) -> None:
-        """Touches the claims that this process holds."""
+        """Touch the claims of this process."""
         for path in list(self.held.values()):
-            with suppress(FileNotFoundError):  # given up just now, or taken over
+            with suppress(FileNotFoundError):  # released just now, or taken over
                 os.utime(path)
 
     def release(self, item: str) -> None:
-        """Gives up a claim: the item is done, or free for others."""
+        """Release a claim: the item is done, or free for others."""
         self.held.pop(item).unlink(missing_ok=True)
 
     def _create(self, item: str, generation: int) -> bool:
@@ -104,8 +104,8 @@ class Worklist:
         try:
             touched, holder = path.stat().st_mtime_ns, path.read_text()
         except FileNotFoundError:
-            return False  # given up just now
-        if _gone(holder):
+            return False  # released just now
+        if _has_ended(holder):
             return True
         before, since = self._seen.get(path, (0, 0.0))
         if touched != before:
@@ -115,30 +115,30 @@ class Worklist:
 
 
 def identity(pid: int) -> str:
-    """Names a process so that another one on the same machine can tell whether it lives."""
-    return f"{_machine()} {pid} {_started(pid)}"
+    """Return an identity by which another process on the same machine can tell whether a process is alive."""
+    return f"{_machine()} {pid} {_start_time(pid)}"
 
 
-def _gone(holder: str) -> bool:
-    """Whether the process of an `identity` is known to have ended: only on its own machine."""
+def _has_ended(holder: str) -> bool:
+    """Return whether the process of an `identity` has ended. Known only on its own machine."""
     machine, _, rest = holder.rpartition(" ")[0].rpartition(" ")
     if machine != _machine() or not rest.isdecimal():
         return False
-    return _started(int(rest)) != holder.rpartition(" ")[2]
+    return _start_time(int(rest)) != holder.rpartition(" ")[2]
 
 
 def _machine() -> str:
-    """This machine since its start, as seen from this container."""
+    """Return an identity of this machine since its boot, as seen from this container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
-        return f"{socket.gethostname()} ? ?{os.getpid()}"  # cannot be recognised: only time tells
+        return f"{socket.gethostname()} ? ?{os.getpid()}"  # unknown: only the timeout decides
     return f"{socket.gethostname()} {boot} {namespace}"
 
 
-def _started(pid: int) -> str:
-    """When a process started, in clock ticks since the machine did; "gone" where there is none any more."""
+def _start_time(pid: int) -> str:
+    """Return the start time of a process in clock ticks since boot; "gone" if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,10 +1,10 @@
 """NeMo's models for distillation, with the losses of `kd_loss` instead of ModelOpt's.
 
-Teacher, pipeline and checkpoints are NeMo's and ModelOpt's own (nemo/collections/llm/modelopt/distill). `FusedHead`
-replaces the end of both models, where the last layer's hidden states would become logits. The auxiliary loss of a
-mixture's router is Megatron's, with the family's settings: autograd adds it to the student's gradients at the router
-(megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's never runs. With
-`distill.kd.implementation=upstream` the end of the models is upstream's as well, for reference.
+Teacher, pipeline and checkpoints are those of NeMo and ModelOpt (nemo/collections/llm/modelopt/distill). `FusedHead`
+replaces the output layer and the loss of both models. The auxiliary loss of a mixture's router is Megatron's, with the
+family's settings: autograd adds it to the student's gradients at the router
+(megatron/core/transformer/moe/moe_utils.py:MoEAuxLossAutoScaler); the teacher's is never computed. With
+`distill.kd.implementation=upstream`, output layer and loss are upstream's too, for reference.
 
 Import this module after `backend.activate()`; the runner calls that before it imports a stage.
 """
@@ -44,19 +44,20 @@ from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig
 
 log = logging.getLogger("recipes.distillation")
 
-# What a training step reports besides the loss itself.
+# Parts of the loss that a training step reports.
 PARTS = ("kd_loss", "lm_loss", "hidden_loss")
 
 
 class FusedHead:
-    """The end of a student, and of its teacher if there is one: computes losses from hidden states in chunks.
+    """Replaces output layer and loss of a student, and of its teacher if there is one, by losses in chunks.
 
-    Megatron's model calls its output layer, and then a function for the loss of the logits (gpt_model.py:_postprocess).
-    Both are replaced, and a `Head` is passed between them. The output layer is still called as a module, because
-    Megatron's hooks wait there for its gathered weight (distributed_data_parallel.py:_make_forward_pre_hook).
+    Megatron's model calls its output layer, and then a function that computes the loss from the logits
+    (gpt_model.py:_postprocess). Both are replaced, and pass a `Head` between them. The output layer is still called as
+    a module, because Megatron's hooks wait there for its gathered weight
+    (distributed_data_parallel.py:_make_forward_pre_hook).
 
     Attributes:
-        batch: the current micro batch, which has the loss mask and a stored signal. It is set before each forward pass,
+        batch: the current micro batch, with the loss mask and cached logits. It is set before each forward pass,
             because NeMo passes neither to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
     """
 
@@ -65,16 +66,16 @@ class FusedHead:
         self.batch: dict[str, Any] = {}
         self.teacher_head: Head | None = None
         if student.post_process:
-            _replace_end(student, self._student_losses)
+            _replace_output(student, self._student_losses)
         if teacher is not None and teacher.post_process:
-            _replace_end(teacher, self._keep_teacher)
+            _replace_output(teacher, self._store_teacher_head)
 
-    def _keep_teacher(self, labels: Tensor, head: Head) -> Tensor:
+    def _store_teacher_head(self, labels: Tensor, head: Head) -> Tensor:
         self.teacher_head = head
         return head.hidden
 
     def _student_losses(self, labels: Tensor, head: Head) -> Any:
-        """Training: the masked sum, and both parts token by token, `[b, s]`. Otherwise the cross-entropy `[b, s]`."""
+        """Return the masked sum, and both parts per token `[b, s]`; in evaluation mode the cross-entropy `[b, s]`."""
         batch_size, tokens = labels.shape[0], _token_order(labels)
         group = parallel_state.get_tensor_model_parallel_group()
         if not self.student.training:
@@ -82,10 +83,10 @@ class FusedHead:
             _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
             return _batch_order(losses.lm, batch_size)
         mask = _token_order(self.batch["loss_mask"])
-        total, losses = distillation_loss(head, self._take_teacher(), tokens, mask, self.config, group)
+        total, losses = distillation_loss(head, self._pop_teacher(), tokens, mask, self.config, group)
         return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
 
-    def _take_teacher(self) -> Head | TopK | None:
+    def _pop_teacher(self) -> Head | TopK | None:
         if "signal_ids" in self.batch:
             ids, log_probs, tail = (self.batch[f"signal_{name}"] for name in ("ids", "logprobs", "tail"))
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
@@ -93,8 +94,8 @@ class FusedHead:
         return teacher
 
 
-def _replace_end(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
-    """Makes a Megatron `GPTModel` return `loss(labels, head)`."""
+def _replace_output(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
+    """Make a Megatron `GPTModel` return `loss(labels, head)`."""
     layer = model.output_layer
     if layer.bias is not None or model.mtp_process:
         raise NotImplementedError("an output layer with a bias, or multi-token prediction")
@@ -107,9 +108,9 @@ def _replace_end(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
 
 
 def _head(hidden: Tensor, weight: Tensor, config: Any) -> Head:
-    """The hidden states of the whole sequence, as the output layer reads them, and this rank's rows of its weight.
+    """Build the head from the hidden states of the whole sequence and this rank's rows of the output weight.
 
-    The mappings' backward passes sum the ranks' shares of the gradient, as ColumnParallelLinear does
+    The backward passes of the mappings sum the gradients over ranks, as in ColumnParallelLinear
     (megatron/core/tensor_parallel/layers.py:497-531).
     """
     if config.sequence_parallel:
@@ -120,23 +121,23 @@ def _head(hidden: Tensor, weight: Tensor, config: Any) -> Head:
 
 
 def _token_order(values: Tensor) -> Tensor:
-    """`[b, s, ...]` as `[s x b, ...]`, the order of Megatron's hidden states `[s, b, h]`."""
+    """Reshape `[b, s, ...]` to `[s x b, ...]`, the order of Megatron's hidden states `[s, b, h]`."""
     return values.transpose(0, 1).flatten(0, 1)
 
 
 def _batch_order(values: Tensor, batch_size: int) -> Tensor:
-    """`[s x b]` as `[b, s]`."""
+    """Reshape `[s x b]` to `[b, s]`."""
     return values.view(-1, batch_size).t().contiguous()
 
 
 class LossReduction(TokenLoss):
     """`kd_weight` x T² x divergence + `lm_weight` x cross-entropy + `intermediate_weight` x mean over the layer pairs.
 
-    Upstream's balancer is not used: it scales the parts to each other in every step, whatever their weights are
+    Upstream's balancer is not used: it rescales the parts in every step, regardless of their weights
     (nemo/collections/llm/modelopt/distill/loss.py:LogitsAndIntermediatesLossBalancer).
 
     Attributes:
-        parts: means over the learned tokens of the last step, in the order of `PARTS`; on the last pipeline stage.
+        parts: means over the unmasked tokens of the last step, in the order of `PARTS`; on the last pipeline stage.
     """
 
     def __init__(self, kd: KdConfig, core: Any, fused: bool) -> None:
@@ -159,9 +160,9 @@ class LossReduction(TokenLoss):
         return loss, [whole, divergence, lm, hidden]
 
     def _hook_losses(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses of ModelOpt's hooks: upstream's loss of the logits, and the mean over the layer pairs.
+        """Return the losses of ModelOpt's hooks: upstream's loss of the logits, and the mean over the layer pairs.
 
-        Both are summed over this rank's learned tokens.
+        Both are summed over this rank's unmasked tokens.
         """
         reduction = functools.partial(_sum_over_ranks, mask=mask)
         hook_losses = self.hooked(loss_reduction_fn=reduction, skip_balancer=True) if self.hooked else {}
@@ -177,31 +178,31 @@ class LossReduction(TokenLoss):
 
 
 def _sum_over_ranks(loss_output: tuple[Tensor, bool, bool], mask: Tensor) -> Tensor:
-    """The sum over a micro batch's learned tokens on all tensor-parallel ranks.
+    """Sum losses over the unmasked tokens of a micro batch and over all tensor-parallel ranks.
 
-    The value covers all ranks and the gradient this rank's share, as upstream's
+    The value is the sum over all ranks, and the gradient is this rank's part, as in upstream
     (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss).
 
     Args:
-        loss_output: from ModelOpt: losses `[b, s]`, whether they are this rank's share of each token's loss, and
-            whether they cover only this rank's share of the tokens.
+        loss_output: from ModelOpt: losses `[b, s]`, whether they are this rank's part of each token's loss, and
+            whether they cover only this rank's part of the tokens.
     """
-    losses, summed, cut = loss_output
-    if cut:
+    losses, is_partial, is_split = loss_output
+    if is_split:
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         mask = torch.tensor_split(mask, ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
     loss = masked_sum(losses, mask)
-    if summed or cut:
+    if is_partial or is_split:
         torch.distributed.all_reduce(loss, group=parallel_state.get_tensor_model_parallel_group())
     return loss
 
 
-class _OwnLosses(llm.GPTModel):
-    """Base class of both models below: the fused head, and losses with fixed weights.
+class _FixedLossModel(llm.GPTModel):
+    """Base class of the models below: the fused head, and losses with fixed weights.
 
     Attributes:
-        kd: set right after construction, because NeMo records a constructor's arguments in the checkpoint's context.
-        head: None where the end of the model is upstream's.
+        kd: set after construction, because NeMo records the constructor's arguments in the checkpoint's context.
+        head: None if output layer and loss are upstream's.
     """
 
     kd: KdConfig
@@ -221,7 +222,7 @@ class _OwnLosses(llm.GPTModel):
         return LossReduction(self.kd, core_model(self), self.head is not None)
 
     def loss_parts(self) -> dict[str, float]:
-        """Those `PARTS` of the last training step's loss that have a weight, by name; on all ranks."""
+        """Return the `PARTS` of the last training step that have a weight, by name. All ranks call it."""
         parts = self.training_loss_reduction.parts.to(backend.activate().device)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -230,11 +231,12 @@ class _OwnLosses(llm.GPTModel):
         return {name: part for name, part, weight in zip(PARTS, parts.tolist(), weights, strict=True) if weight}
 
 
-class DistilledModel(_OwnLosses, DistillationGPTModel):
-    """A student that learns from a teacher that runs next to it."""
+class DistilledModel(_FixedLossModel, DistillationGPTModel):
+    """A student and its teacher, which runs in the same step."""
 
     def configure_model(self) -> None:
-        """Like upstream's, which has no temperature (nemo/collections/llm/modelopt/distill/model.py:142)."""
+        """Build both models as upstream does, which has no temperature
+        (nemo/collections/llm/modelopt/distill/model.py:142)."""
         if hasattr(self, "module"):
             return
         student, teacher_config = self.config.configure_model(self.tokenizer), self._teacher_config
@@ -244,7 +246,7 @@ class DistilledModel(_OwnLosses, DistillationGPTModel):
         settings = {
             "teacher_model": (teacher_provider, [teacher_config, self._teacher_ckpt_path], options),
             "criterion": _criterion(self.kd, self.config, teacher_config),
-            "loss_balancer": mtd.DistillationLossBalancer(),  # never used, but required for several losses
+            "loss_balancer": mtd.DistillationLossBalancer(),  # unused, but required for more than one loss
         }
         model = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(model, SimpleNamespace(skip_lm_loss=not self.kd.lm_weight))
@@ -256,13 +258,13 @@ class DistilledModel(_OwnLosses, DistillationGPTModel):
 
     @contextmanager
     def student_only(self) -> Iterator[None]:
-        """Excludes the projections, which only training needs, from what is saved."""
+        """Exclude the projections, which only training needs, from the saved model."""
         with core_model(self).hide_loss_modules():
             yield
 
 
-class StudentModel(_OwnLosses):
-    """A student that learns from the data alone, or from a stored signal of its teacher."""
+class StudentModel(_FixedLossModel):
+    """A student that learns from the data alone, or from cached logits."""
 
     def configure_model(self) -> None:
         if hasattr(self, "module"):
@@ -275,8 +277,8 @@ class StudentModel(_OwnLosses):
 
 
 def _copy_logits_for_loss(model: Any) -> None:
-    """Gives Megatron's cross-entropy a copy of the logits: it overwrites fp32 logits before ModelOpt's loss reads them
-    (megatron/core/tensor_parallel/cross_entropy.py:VocabParallelCrossEntropy.calculate_predicted_logits)."""
+    """Pass a copy of the logits to Megatron's cross-entropy, which overwrites fp32 logits that ModelOpt's loss reads
+    later (megatron/core/tensor_parallel/cross_entropy.py:VocabParallelCrossEntropy.calculate_predicted_logits)."""
     compute_loss = model.compute_language_model_loss
     model.compute_language_model_loss = lambda labels, logits: compute_loss(labels, logits.clone())
 
@@ -289,7 +291,8 @@ _LAYOUT = (
 
 
 def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str], Any]:
-    """ModelOpt's losses by the names of the layers that they compare; only on the last pipeline stage."""
+    """Return ModelOpt's losses by the names of the layers that they compare; empty except on the last pipeline
+    stage."""
     if not parallel_state.is_pipeline_last_stage():
         return {}
     criterion: dict[tuple[str, str], Any] = {}
@@ -297,7 +300,7 @@ def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str]
         reverse = kd.divergence is Divergence.reverse_kl
         criterion["output_layer", "output_layer"] = LogitsKLLoss(student, kd.temperature, reverse)
     loss = {HiddenLoss.cosine: HiddenStateCosineLoss, HiddenLoss.mse: MSELoss}[kd.intermediate_loss]
-    # As upstream: one projection for all pairs.
+    # One projection for all pairs, as in upstream.
     projection = ProjectionLayer(student, teacher) if kd.intermediate_pairs else None
     for pair in kd.intermediate_pairs:
         layers = _layer_name(pair.student, student), _layer_name(pair.teacher, teacher)
@@ -306,25 +309,25 @@ def _criterion(kd: KdConfig, student: Any, teacher: Any) -> dict[tuple[str, str]
 
 
 def _layer_name(number: int, config: Any) -> str:
-    """The name on this pipeline stage of a layer, counted from 1 over all stages."""
+    """Return the name that a layer, counted from 1 over all stages, has on this pipeline stage."""
     return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
 
 
 def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
-    """Builds the model that trains a student: next to its teacher, or alone on the data or a stored signal.
+    """Build the model that trains a student: with its teacher, or alone on the data or on cached logits.
 
     Args:
         checkpoint: the student's NeMo checkpoint.
         teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
 
     Raises:
-        InputError: no NeMo checkpoint; tokenizers or vocabularies that differ.
+        InputError: not a NeMo checkpoint; tokenizers or vocabularies differ.
     """
     student = nemo_api.load_model(checkpoint)
     if teacher is None:
-        on_data = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
+        data_loss = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
-        model.kd = distill.kd if distill.reads_signal else on_data
+        model.kd = distill.kd if distill.reads_signal else data_loss
     else:
         check_tokenizers(checkpoint, teacher)
         config = nemo_api.load_model(teacher).config
@@ -332,20 +335,20 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         nemo_api.match_precision(config, distill.precision)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
-    # The checkpoints describe the student, so that they load as its own class (as in nemo's llm.distill).
+    # Checkpoints describe the student, so that they load as the student's class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]
 
 
 class TeacherSwap(Callback):
-    """Replaces the weights of the teacher by those of a corrected one after a number of steps.
+    """Loads the weights of the corrected teacher into the teacher after a number of steps.
 
-    Checkpoints of a training hold no teacher, so a resumed training starts with the original one; this callback then
-    replaces it before the first step where it had been replaced.
+    Training checkpoints do not contain the teacher, so a resumed run starts with the original teacher. This callback
+    then replaces it before the first step.
 
     Args:
-        checkpoint: the NeMo checkpoint of the corrected teacher, of the original's shape.
-        step: how many steps the student learns from the original teacher.
+        checkpoint: the NeMo checkpoint of the corrected teacher, which has the shape of the original teacher.
+        step: number of steps with the original teacher.
     """
 
     def __init__(self, checkpoint: Path, step: int) -> None:
@@ -358,4 +361,4 @@ class TeacherSwap(Callback):
         self.done = True
         teacher = nemo_api.core_model(pl_module).teacher_model
         nemo_api.load_parameters(teacher, self.checkpoint, trainer)
-        log.info("from step %d on %s teaches", trainer.global_step + 1, self.checkpoint)
+        log.info("step %d: teacher weights replaced by %s", trainer.global_step + 1, self.checkpoint)

@@ -1,17 +1,18 @@
-"""The teacher's signal on disk: of every token its k most probable successors, and what is left for all the others.
+"""Cached logits of a teacher on disk: for each token, the k most probable next tokens and the mass of all others.
 
-A folder holds shards of `shard_sequences` training sequences each and, once all are there, `signal.json`, which says
-what they were made from. A shard is written under a hidden name and renamed when it is whole:
+A folder contains shards of `shard_sequences` training sequences each. `signal.json`, which is written after the last
+shard, describes what they were made from. A shard is written under a hidden name and renamed when it is complete:
 
-    a frame a sequence | a table of the frames (TABLE) | a trailer (TRAILER) with the table's checksum
+    one frame per sequence | a table of the frames (TABLE) | a trailer (TRAILER) with the table's checksum
 
-A frame is zstd over byte planes: log-probabilities as fp16, descending, each as the difference of its bits from the
-last one's. It is checked whenever it is read, and so are the tokens that it belongs to: no whole shard is ever read.
+A frame is zstd-compressed byte planes. Log-probabilities are fp16 in descending order; each is stored as the difference
+of its bits from those of the previous one. The CRC-32 of a frame and of its tokens is checked on every read, so a shard
+is never read as a whole.
 
-fp16 keeps 11 bits: the log-probabilities of a token of the demo's teacher are off by 4.5e-4 nats in the mean (by
-their probability), with bf16 by 3.6e-3. With k = 64 they take 140 bytes a token of 388; 190 with Zipf-like logits over
-151,936 entries, at 190,000 tokens a second and core written and 300,000 read (on cores shared with other work).
-No torch, no NeMo.
+fp16 has 11 bits of precision: the mean error of the demo teacher's log-probabilities, weighted by probability, is
+4.5e-4 nats per token, and 3.6e-3 with bf16. With k = 64, a token takes 140 bytes instead of 388, and 190 bytes with
+Zipf-like logits over 151,936 entries. One core writes 190,000 tokens per second and reads 300,000 (measured on cores
+that were shared with other work). No torch, no NeMo.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from prune_distill.pipeline.artifact import write_json
 
 INDEX = "signal.json"
 FORMAT = 1
-# Of each frame: its sequence's place among all, where it begins and its bytes, its CRC-32, and that of the tokens
-# (int32) whose signal it is.
+# For each frame: the number of its sequence, its offset and size in bytes, its CRC-32, and the CRC-32 of its tokens
+# (int32).
 TABLE = np.dtype([("sequence", "<u8"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4"), ("tokens_crc", "<u4")])
-# Number of rows of the table, its CRC-32, MAGIC.
+# Number of rows of the table, its CRC-32, and MAGIC.
 TRAILER = struct.Struct("<II4s")
 MAGIC = b"SIG1"
-# Level 1 compresses as well within 1 % and is no faster.
+# Level 1 is not faster, and its output is within 1 % of the size.
 CODEC = pyarrow.Codec("zstd", compression_level=3)
-# Sequences by whose tokens two packings of the data are compared before anything is read.
+# Number of sequences whose tokens identify a packing of the data.
 SAMPLED_SEQUENCES = 16
 
 
 class Signal(NamedTuple):
-    """The teacher's signal on one sequence of s tokens.
+    """The cached logits of one sequence of s tokens.
 
     Attributes:
-        ids: `[s, k]` int32, the most probable next tokens, the most probable first.
-        logprobs: `[s, k]` float16, their log-probabilities at the signal's temperature (nats).
-        tail: `[s]` float32, the log of the probability of all other tokens together; -inf where nothing is left.
+        ids: `[s, k]` int32, the most probable next tokens in descending order of probability.
+        logprobs: `[s, k]` float16, their log-probabilities (nats) at the temperature of the cache.
+        tail: `[s]` float32, the log of the total probability of all other tokens; -inf if it is zero.
     """
 
     ids: np.ndarray
@@ -62,14 +63,14 @@ class Signal(NamedTuple):
 
 @dataclass(frozen=True)
 class Description:
-    """What a signal was made for. Two of the same description are interchangeable.
+    """What a cache was made for. Caches with equal descriptions are interchangeable.
 
     Attributes:
-        top_k: the tokens kept of each distribution.
-        temperature: what the teacher's logits were divided by.
-        vocab_size: of the teacher.
-        seq_length: tokens of a sequence.
-        sequences: how many there are: those that training reads, in its order.
+        top_k: number of tokens per distribution.
+        temperature: divisor of the teacher's logits.
+        vocab_size: size of the teacher's vocabulary.
+        seq_length: tokens per sequence.
+        sequences: number of sequences, in the order in which training reads them.
         packing: digest of a sample of the sequences; see `packing_digest`.
     """
 
@@ -82,41 +83,41 @@ class Description:
 
 
 def packing_digest(tokens_of: Callable[[int], np.ndarray], sequences: int) -> str:
-    """Identity of the sequences that training reads, by some of them, the first and the last among them.
+    """Return a digest that identifies the training sequences by a sample of them, including the first and the last.
 
     Args:
-        tokens_of: the tokens of the i-th sequence, `[s]`.
+        tokens_of: returns the tokens of a sequence, `[s]`, by its number.
     """
     picked = sorted({(sequences - 1) * i // (SAMPLED_SEQUENCES - 1) for i in range(SAMPLED_SEQUENCES)})
     return f"{_crc(np.array([tokens_crc(tokens_of(i)) for i in picked], '<u4')):08x}"
 
 
 def tokens_crc(tokens: np.ndarray) -> int:
-    """CRC-32 of a sequence's tokens, `[s]`, as int32."""
+    """Return the CRC-32 of a sequence's tokens, `[s]`, as int32."""
     return _crc(np.ascontiguousarray(tokens, dtype="<i4"))
 
 
 def encode(signal: Signal) -> bytes:
-    """A frame: the signal without loss, but for what fp16 has already taken from it."""
+    """Encode the cached logits of a sequence as a frame. Lossless, given fp16 log-probabilities."""
     bits = np.ascontiguousarray(-signal.logprobs).view(np.uint16)
     steps = np.diff(bits, axis=1, prepend=np.uint16(0))
-    parts = (_planes(signal.ids.astype("<i4").T), _planes(steps.T), signal.tail.astype("<f4").tobytes())
+    parts = (_to_planes(signal.ids.astype("<i4").T), _to_planes(steps.T), signal.tail.astype("<f4").tobytes())
     return bytes(CODEC.compress(b"".join(parts), asbytes=True))
 
 
 def decode(frame: bytes, seq_length: int, top_k: int) -> Signal:
-    """The signal of a frame that was checked."""
+    """Decode a frame whose checksum was verified."""
     count = seq_length * top_k
     plain = CODEC.decompress(frame, count * 6 + seq_length * 4, asbytes=True)
-    ids = _unplaned(plain[: 4 * count], "<i4").reshape(top_k, seq_length).T
-    steps = _unplaned(plain[4 * count : 6 * count], "<u2").reshape(top_k, seq_length).T
-    # The sum wraps around as the difference did.
+    ids = _from_planes(plain[: 4 * count], "<i4").reshape(top_k, seq_length).T
+    steps = _from_planes(plain[4 * count : 6 * count], "<u2").reshape(top_k, seq_length).T
+    # The sum wraps around in the same way as the difference.
     logprobs = -np.cumsum(steps, axis=1, dtype=np.uint16).view(np.float16)
     return Signal(np.ascontiguousarray(ids), logprobs, np.frombuffer(plain[6 * count :], "<f4").copy())
 
 
 def prediction_loss(signal: Signal, labels: np.ndarray, vocab_size: int) -> float:
-    """Mean loss (nats per token) of a signal that predicts `labels` `[s]`, its tail shared out evenly."""
+    """Return the mean loss (nats per token) of predicting `labels` `[s]`; the tail is distributed evenly."""
     chances = np.exp(signal.logprobs.astype(np.float64))
     other_chance = np.exp(signal.tail.astype(np.float64)) / (vocab_size - signal.ids.shape[1])
     hit = signal.ids == labels[:, None]
@@ -129,11 +130,11 @@ def shard_name(number: int) -> str:
 
 
 class ShardWriter:
-    """Writes one shard: `add` its sequences in order, then `close`. Without `close` nothing is left that counts.
+    """Writes one shard: call `add` for its sequences in order, then `close`. Before `close`, the shard does not exist.
 
     Args:
-        number: the shard's, from 0.
-        first: its first sequence's place among all.
+        number: number of the shard, from 0.
+        first: number of its first sequence.
     """
 
     def __init__(self, folder: Path, number: int, first: int) -> None:
@@ -144,13 +145,13 @@ class ShardWriter:
         self.rows: list[tuple[int, ...]] = []
 
     def add(self, frame: bytes, tokens_crc: int) -> None:
-        """Adds the frame of the next sequence."""
+        """Add the frame of the next sequence."""
         sequence = self.first + len(self.rows)
         self.rows.append((sequence, self.file.tell(), len(frame), isal_zlib.crc32(frame), tokens_crc))
         self.file.write(frame)
 
     def close(self) -> None:
-        """Makes the shard count, once the disk has all of it."""
+        """Complete the shard: sync it to disk and rename it."""
         table = np.array(self.rows, TABLE).tobytes()
         self.file.write(table + TRAILER.pack(len(self.rows), isal_zlib.crc32(table), MAGIC))
         self.file.flush()
@@ -161,10 +162,10 @@ class ShardWriter:
 
 
 def read_table(shard: Path) -> np.ndarray:
-    """A shard's table, checked, one row of TABLE a sequence.
+    """Read and verify the table of a shard: one row of TABLE per sequence.
 
     Raises:
-        InputError: the shard is missing, cut or damaged.
+        InputError: the shard is missing, truncated or damaged.
     """
     try:
         with shard.open("rb") as file:
@@ -172,31 +173,32 @@ def read_table(shard: Path) -> np.ndarray:
             file.seek(max(0, size - TRAILER.size))
             count, crc, magic = TRAILER.unpack(file.read(TRAILER.size))
             if magic != MAGIC:
-                raise ValueError("its end is not a shard's")
+                raise ValueError("it does not end like a shard")
             file.seek(size - TRAILER.size - count * TABLE.itemsize)
             content = file.read(count * TABLE.itemsize)
     except (OSError, ValueError, struct.error) as error:
         raise damaged(shard, str(error)) from error
     if isal_zlib.crc32(content) != crc:
-        raise damaged(shard, "its table has another checksum")
+        raise damaged(shard, "the checksum of its table does not match")
     return np.frombuffer(content, TABLE)
 
 
 def damaged(shard: Path, why: str) -> InputError:
     return InputError(
-        f"{shard} is cut or damaged ({why}); remove it and the manifest.json beside it: the same command makes it again"
+        f"{shard} is truncated or damaged ({why}); remove it and the manifest.json next to it, and run the command "
+        "again"
     )
 
 
 def whole_shards(folder: Path, sizes: Sequence[int]) -> list[int]:
-    """The shards that are there and hold the sequences that they should; all others are removed, and what is partial.
+    """Return the numbers of the complete shards. Remove all other shards and partial files.
 
     Args:
-        sizes: sequences of each shard.
+        sizes: number of sequences of each shard.
     """
     whole, first = [], 0
     for number, size in enumerate(sizes):
-        if _holds(folder / shard_name(number), range(first, first + size)):
+        if _is_complete(folder / shard_name(number), range(first, first + size)):
             whole.append(number)
         first += size
     kept = set(map(shard_name, whole))
@@ -206,8 +208,8 @@ def whole_shards(folder: Path, sizes: Sequence[int]) -> list[int]:
     return whole
 
 
-def _holds(shard: Path, sequences: range) -> bool:
-    """Whether a shard holds these sequences, none of them damaged."""
+def _is_complete(shard: Path, sequences: range) -> bool:
+    """Return whether a shard contains these sequences, all of them undamaged."""
     try:
         table = read_table(shard)
     except InputError:
@@ -216,7 +218,7 @@ def _holds(shard: Path, sequences: range) -> bool:
 
 
 def _read_frame(shard: Path, row: np.void) -> bytes | None:
-    """The frame of a row of a shard's table; None where it is damaged."""
+    """Read the frame of a row of a shard's table; None if it is damaged."""
     with shard.open("rb") as file:
         file.seek(int(row["offset"]))
         frame = file.read(int(row["size"]))
@@ -224,24 +226,24 @@ def _read_frame(shard: Path, row: np.void) -> bytes | None:
 
 
 def shard_sizes(sequences: int, shard_sequences: int) -> list[int]:
-    """Sequences of each shard: the last one may be short."""
+    """Return the number of sequences of each shard. The last shard may be smaller."""
     full, rest = divmod(sequences, shard_sequences)
     return [shard_sequences] * full + ([rest] if rest else [])
 
 
 def write_index(folder: Path, description: Description, shard_sequences: int) -> None:
-    """Declares a signal whole: all its shards are there."""
+    """Complete a cache: all its shards exist."""
     write_json(folder / INDEX, {"format": FORMAT, "shard_sequences": shard_sequences, **vars(description)})
 
 
 class SignalReader:
-    """A stored signal, read a sequence at a time in any order; a copy in another process works as well.
+    """Reads cached logits one sequence at a time, in any order. Picklable, for data loader workers.
 
     Args:
-        folder: what `write_index` completed.
+        folder: a folder that `write_index` has completed.
 
     Raises:
-        InputError: there is no signal in the folder, or one of another format.
+        InputError: the folder contains no cached logits, or cached logits of another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -252,47 +254,51 @@ class SignalReader:
             version, self.shard_sequences = content.pop("format"), content.pop("shard_sequences")
             self.description = Description(**content)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} holds no teacher signal ({error!r}); run the stage teacher_signal") from error
+            raise InputError(f"{folder} holds no cached logits ({error!r}); run the stage teacher_signal") from error
         if version != FORMAT:
-            raise InputError(f"{folder} holds a signal of format {version}; this version reads {FORMAT}: make it again")
+            raise InputError(
+                f"{folder} holds cached logits of format {version}, and this version reads format {FORMAT}; remove "
+                "the folder and run again"
+            )
 
     def require(self, **wanted: Any) -> None:
-        """Compares values of the description. Raises: InputError, naming all in which it is not what is wanted."""
+        """Require values of the description. Raises: InputError, which names all values that differ."""
         own = vars(self.description)
         differing = [f"{name} {own[name]}, not {value}" for name, value in wanted.items() if own[name] != value]
         if differing:
             raise InputError(
-                f"the teacher signal in {self.folder} was made for other data or settings: {'; '.join(differing)};"
+                f"the cached logits in {self.folder} were made for other data or settings: {'; '.join(differing)};"
                 " run the stage teacher_signal for this run, or set distill.signal=live"
             )
 
     def read(self, index: int, tokens: np.ndarray) -> Signal:
-        """The signal of the `index`-th sequence.
+        """Read the cached logits of a sequence.
 
         Args:
-            tokens: `[s]`, the sequence's.
+            index: number of the sequence.
+            tokens: `[s]`, tokens of the sequence.
 
         Raises:
-            InputError: the shard is missing or damaged, or the signal is that of other tokens.
+            InputError: the shard is missing or damaged, or belongs to other tokens.
         """
         number, place = divmod(index, self.shard_sequences)
         shard = self.folder / shard_name(number)
-        table = self._table_of(shard)
+        table = self._table(shard)
         if place >= len(table) or table[place]["sequence"] != index:
-            raise damaged(shard, f"sequence {index} is not where it should be")
+            raise damaged(shard, f"sequence {index} is not at its position")
         row = table[place]
         frame = _read_frame(shard, row)
         if frame is None:
-            raise damaged(shard, f"sequence {index} has another checksum")
+            raise damaged(shard, f"the checksum of sequence {index} does not match")
         if tokens_crc(tokens) != row["tokens_crc"]:
             raise InputError(
-                f"the teacher signal in {self.folder} belongs to other data: the tokens of sequence {index} differ;"
+                f"the cached logits in {self.folder} belong to other data: the tokens of sequence {index} differ;"
                 " run the stage teacher_signal for this run, or set distill.signal=live"
             )
         return decode(frame, self.description.seq_length, self.description.top_k)
 
-    def _table_of(self, shard: Path) -> np.ndarray:
-        """A shard's table, kept until another shard is read: neighbouring sequences are read together."""
+    def _table(self, shard: Path) -> np.ndarray:
+        """Return the table of a shard. The last table is cached, because neighboring sequences are read together."""
         if self._last is None or self._last[0] != shard:
             self._last = (shard, read_table(shard))
         return self._last[1]
@@ -302,12 +308,12 @@ def _crc(array: np.ndarray) -> int:
     return int(isal_zlib.crc32(array.tobytes()))
 
 
-def _planes(values: np.ndarray) -> bytes:
-    """All first bytes, then all second ones and so on: like goes to like, which compresses."""
+def _to_planes(values: np.ndarray) -> bytes:
+    """Group the first bytes of all values, then the second bytes, and so on, which improves compression."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
 
 
-def _unplaned(planes: bytes, dtype: str) -> np.ndarray:
+def _from_planes(planes: bytes, dtype: str) -> np.ndarray:
     size = np.dtype(dtype).itemsize
     return np.ascontiguousarray(np.frombuffer(planes, np.uint8).reshape(size, -1).T).reshape(-1).view(dtype)

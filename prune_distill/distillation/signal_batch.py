@@ -1,4 +1,4 @@
-"""The stored signal of the teacher as columns of a training batch, from the data set to the last pipeline stage."""
+"""Cached logits as columns of a training batch, from the dataset to the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
 
 
 class SignalDataset(Dataset[dict[str, torch.Tensor]]):
-    """Training sequences, each with the teacher's signal on it.
+    """Training sequences with their cached logits.
 
     Adds `signal_ids` `[s, k]` int32, `signal_logprobs` `[s, k]` float16 and `signal_tail` `[s]` float32.
     """
@@ -35,13 +35,14 @@ class SignalDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: int) -> Any:
-    """Training sequences with the signal's columns on the last pipeline stage, which alone has a use for them.
+    """Add the columns of the cached logits to the training sequences on the last pipeline stage, which computes the
+    loss.
 
     Args:
-        count: the sequences that training reads.
+        count: number of sequences that training reads.
 
     Raises:
-        InputError: the signal was made for other sequences.
+        InputError: the cache was made for other sequences.
     """
     digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
     signal.require(seq_length=seq_length, sequences=count, packing=digest)
@@ -49,8 +50,10 @@ def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: in
 
 
 def data_step(batches: Iterator[Any]) -> dict[str, Any]:
-    """NeMo's `gpt_data_step`, which drops what it does not know (nemo/collections/llm/gpt/model/base.py:92-97), with
-    the signal's columns: on the device, and cut along the sequence for context parallelism like the others."""
+    """Extend NeMo's `gpt_data_step`, which drops unknown columns (nemo/collections/llm/gpt/model/base.py:92-97).
+
+    The cached columns are moved to the device and split along the sequence for context parallelism, like the others.
+    """
     batch = next(batches)
     columns = batch[0] if isinstance(batch, tuple) else batch
     signal = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}

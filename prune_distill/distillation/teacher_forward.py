@@ -1,4 +1,4 @@
-"""The teacher's forward pass over sequences; its distributions are reduced to the most probable tokens at once."""
+"""Forward pass of the teacher, whose distributions are reduced to the most probable tokens immediately."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from prune_distill.distillation.kd_loss import TopK, Vocabulary, top_k_of
 from prune_distill.nemo.forward import run_forward
 
-# Tokens whose logits are in memory in fp32 at a time.
+# Number of tokens whose logits are in memory in fp32 at the same time.
 CHUNK_TOKENS = 256
 
 
@@ -24,11 +24,11 @@ def compute_top_k(
     temperature: float,
     receive: Callable[[TopK], None],
 ) -> None:
-    """Runs a model over sequences. All ranks of a replica call it with the same ones.
+    """Run a model over sequences. All ranks of a replica pass the same sequences.
 
     Args:
         model: a Megatron model, or this rank's pipeline stage of it.
-        sequences: `[s]` ids each, all of the same length.
+        sequences: token ids, `[s]` each, all of the same length.
         receive: called on the last pipeline stage for each sequence in order, with the most probable tokens of
             `softmax(logits / temperature)` at each position, `[s, top_k]`; on every tensor-parallel rank.
     """
@@ -39,7 +39,7 @@ def compute_top_k(
 
     def collect(logits: torch.Tensor) -> None:
         nonlocal done
-        for sequence_logits in logits:  # of [b, s, V / ranks]
+        for sequence_logits in logits:  # [b, s, v / ranks]
             if done < len(sequences):  # the rest is padding of the last micro batch
                 receive(_sequence_top_k(sequence_logits, top_k, temperature, vocabulary))
             done += 1
@@ -49,8 +49,7 @@ def compute_top_k(
 
 
 def _micro_batches(sequences: Sequence[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
-    """Micro batches `[size, s]`, all of the same size, as pipeline stages expect; copies of the last sequence pad the
-    last one."""
+    """Yield micro batches `[size, s]`. Pipeline stages expect equal sizes, so the last one is padded with copies."""
     for start in range(0, len(sequences), size):
         batch = list(sequences[start : start + size])
         yield torch.stack(batch + [batch[-1]] * (size - len(batch)))

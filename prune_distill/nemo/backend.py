@@ -1,4 +1,4 @@
-"""Where the computing is done: the one place that asks whether there is a GPU.
+"""Select the CPU or GPU backend. Only this module and `devices` ask whether there is a GPU.
 
 from prune_distill.nemo import backend
 chosen = backend.activate()          # before nemo, megatron or modelopt is imported
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import itertools
 import logging
 import os
-import platform
 import resource
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,20 +23,20 @@ from prune_distill.pipeline.processes import import_libraries
 
 _LOG = logging.getLogger(__name__)
 _SITE = Path(__file__).resolve().parent / "cpu" / "site"
-# They look for Transformer Engine or bind patched names when they are imported.
+# These look for Transformer Engine, or bind patched names, when they are imported.
 _AFTER_ACTIVATION = ("transformer_engine", "megatron.core", "nemo", "modelopt.torch")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What differs between a machine with CUDA and one without.
+    """Differences between a machine with CUDA and one without.
 
     Attributes:
-        name: "cpu" or "gpu", as reports write it.
+        name: "cpu" or "gpu", for reports.
         device: PyTorch's name of the device: "cpu" or "cuda".
         accelerator: Lightning's name of it, for `nl.Trainer`: "cpu" or "gpu".
         process_group: backend of `torch.distributed`: "gloo" or "nccl".
-        model_config: what every Megatron `TransformerConfig` must be given here.
+        model_config: fields that every Megatron `TransformerConfig` needs on this backend.
     """
 
     name: str
@@ -49,115 +46,49 @@ class Backend:
     model_config: dict[str, Any] = field(default_factory=dict)
 
     def peak_memory_bytes(self) -> int:
-        """Most memory so far, in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
+        """Return the peak memory in bytes: allocated on this process's GPU, or resident in this process on a CPU."""
         if self.name == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-        import torch
+        import torch  # this module is imported before PyTorch is needed
 
         return torch.cuda.max_memory_allocated()
 
 
-def torch_device() -> str:
-    """The device for stages that need PyTorch alone: "cuda" where it is available, else "cpu". Patches nothing."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def free_memory_bytes() -> int:
-    """What can still be had for tensors on this process's device, in bytes."""
-    import torch
-
-    if torch_device() == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min([available, *_left_of_cgroup()])
-
-
-def _left_of_cgroup() -> list[int]:
-    """What a container's limit leaves (cgroup v2); nothing where there is none."""
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # "max": no limit
-        return []
-    # Cached files go when memory is wanted.
-    stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-    cached = int(stat[stat.index("file") + 1]) if "file" in stat else 0
-    return [limit - used + cached]
-
-
-def device_name() -> str:
-    """The GPU's or the processor's own name."""
-    import torch
-
-    if torch_device() == "cuda":
-        return str(torch.cuda.get_device_name())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.machine())
-
-
-def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What `work` gives, and the most bytes that tensors took meanwhile, beyond those that there were before."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = work()
-        torch.cuda.synchronize()
-        return result, int(torch.cuda.max_memory_allocated() - before)
-    # A process's resident memory tells little here: freed blocks stay with it.
-    with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True, use_kineto=True) as profile:
-        result = work()
-    changes = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return result, max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
-
-
-def synchronize() -> None:
-    """Waits until the device has done all that it was given."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
-
-
 @cache
 def activate() -> Backend:
-    """Decide for this process, once, make NeMo, Megatron-Core and Model Optimizer run on what there is, import them.
+    """Select the backend of this process, prepare NeMo, Megatron-Core and Model Optimizer for it, and import NeMo.
 
-    With CUDA nothing is changed. Without, the stand-in for Transformer Engine goes to the front of `sys.path` and of
-    PYTHONPATH (for child processes), and the patches of `prune_distill/nemo/cpu/patches.py` are applied.
+    With CUDA nothing is changed. Without CUDA, the stand-in for Transformer Engine is put first in `sys.path` and
+    PYTHONPATH (for child processes), and the patches in `prune_distill/nemo/cpu/patches.py` are applied.
 
     Raises:
-        RuntimeError: if one of those libraries was imported already.
-        ConfigError: if CUDA is available without Transformer Engine, or Transformer Engine installed without CUDA.
+        RuntimeError: one of these libraries has already been imported.
+        ConfigError: CUDA is available without Transformer Engine, or Transformer Engine is installed without CUDA.
     """
-    early = [name for name in _AFTER_ACTIVATION if name in sys.modules]
-    if early:
-        raise RuntimeError(f"{', '.join(early)} was imported before backend.activate(); activate first")
-    _lock_builds_by_flock()
-    chosen = _activate_gpu() if torch_device() == "cuda" else _activate_cpu()
+    imported = [name for name in _AFTER_ACTIVATION if name in sys.modules]
+    if imported:
+        raise RuntimeError(f"{', '.join(imported)} was imported before backend.activate(); activate first")
+    from prune_distill.nemo import devices  # this module is imported before PyTorch is needed
+
+    _use_flock_for_builds()
+    chosen = _activate_gpu() if devices.torch_device() == "cuda" else _activate_cpu()
     import_libraries("nemo.collections.llm")
     return chosen
 
 
-def _lock_builds_by_flock() -> None:
-    """Has torch lock its builds of extensions so that a killed process's lock is free.
+def _use_flock_for_builds() -> None:
+    """Make torch lock its extension builds with flock, so that a killed process releases its lock.
 
-    Its own lock is a file's existence (torch/utils/file_baton.py:35). After a kill every later process on the machine
-    would wait forever while it imports Megatron, which builds one (megatron/core/inference/unified_memory.py:72).
+    Torch's own lock is the existence of a file (torch/utils/file_baton.py:35). After a kill, every later process would
+    wait forever while it imports Megatron, which builds an extension (megatron/core/inference/unified_memory.py:72).
     """
-    from torch.utils import cpp_extension
+    from torch.utils import cpp_extension  # this module is imported before PyTorch is needed
 
     cpp_extension.FileBaton = FlockBaton
 
 
 class FlockBaton:
-    """`torch.utils.file_baton.FileBaton` by flock on the same file, which is not removed."""
+    """`torch.utils.file_baton.FileBaton` with flock on the same file, which is not removed."""
 
     def __init__(self, lock_file_path: str, *_: Any, **__: Any) -> None:
         self.file = open(lock_file_path, "a")  # noqa: SIM115
@@ -170,7 +101,7 @@ class FlockBaton:
         return True
 
     def wait(self) -> None:
-        """Returns once the holder has released it."""
+        """Wait until the holder releases the lock."""
         fcntl.flock(self.file, fcntl.LOCK_SH)
         self.release()
 
@@ -179,7 +110,7 @@ class FlockBaton:
 
 
 def _activate_gpu() -> Backend:
-    import torch
+    import torch  # this module is imported before PyTorch is needed
 
     name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
     spec = importlib.util.find_spec("transformer_engine")
@@ -193,11 +124,11 @@ def _activate_gpu() -> Backend:
 
 
 def _activate_cpu() -> Backend:
-    from prune_distill.nemo.cpu import patches
+    from prune_distill.nemo.cpu import patches  # imports PyTorch
 
     _put_first_on_path(str(_SITE))
     try:
-        import transformer_engine
+        import transformer_engine  # the stand-in, on the path since the line above
     except ImportError as error:
         raise ConfigError(str(error)) from error
     patches.apply(patches.PATCHES)

@@ -1,4 +1,4 @@
-"""The check that a teacher has learned anything from the data. No NeMo."""
+"""Check that a teacher is better than chance. No NeMo."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from prune_distill.errors import InputError
 
 
 def require_better_than_chance(loss: float, vocab_size: int, source: str, fix: str) -> None:
-    """Refuses a teacher whose loss is not below that of a uniform distribution over its vocabulary.
+    """Reject a teacher whose loss is not below that of a uniform distribution over its vocabulary.
 
-    Such a teacher has damaged weights or another tokenizer than the data, and distilling from it teaches nothing.
+    Such a teacher has damaged weights, or a different tokenizer than the data.
 
     Args:
-        loss: in nats per token; NaN is refused as well.
-        source: what the loss was measured on, for the message.
+        loss: in nats per token; NaN is rejected too.
+        source: the data on which the loss was measured, for the message.
         fix: what to check, for the message.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Forward passes of Megatron models without gradients, through Megatron's own schedule, so that every layout works."""
+"""Forward passes of Megatron models without gradients. They use Megatron's schedule, so every layout works."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from prune_distill.nemo import backend
 
 
 def run_forward(model: Any, batches: Sequence[torch.Tensor], receive: Callable[[torch.Tensor], None]) -> None:
-    """Runs a model over micro batches of token ids. All ranks of a replica call it with the same ones.
+    """Run a model over micro batches of token ids. All ranks of a replica pass the same batches.
 
     Args:
-        model: a Megatron model, or this rank's pipeline stage of it. It stays in training or evaluation mode.
-        batches: `[b, s]` each, all of the same shape. Under context parallelism each rank runs its part of `s`.
+        model: a Megatron model, or this rank's pipeline stage of it. Its training or evaluation mode is kept.
+        batches: `[b, s]` each, all of the same shape. Under context parallelism each rank processes its part of `s`.
         receive: called on the last pipeline stage with the logits of each micro batch in order,
             `[b, s / context-parallel ranks, v / tensor-parallel ranks]`.
     """
@@ -39,6 +39,6 @@ def run_forward(model: Any, batches: Sequence[torch.Tensor], receive: Callable[[
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             forward_only=True,
-            # Otherwise the schedule expects a loss.
+            # Without it, the schedule expects a loss.
             collect_non_loss_data=True,
         )

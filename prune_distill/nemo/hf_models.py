@@ -1,4 +1,4 @@
-"""Hugging Face models at work in plain transformers: loaded once it is known that they fit, and described."""
+"""Load Hugging Face models with transformers, check that they fit in memory, and describe their sizes."""
 
 from __future__ import annotations
 
@@ -15,44 +15,49 @@ from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
 from prune_distill.model.model_size import ModelSizes
-from prune_distill.nemo import backend
 from prune_distill.schema import ExportDtype
 
 log = logging.getLogger("recipes.hf_models")
 
 GIB = 2**30
-# Those of a generation config: what a text begins with, ends with and is filled up with.
+# Special tokens in a generation config.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# A weight's bytes by the names of `convert.export_dtype`.
+# Bytes per weight for each `convert.export_dtype`.
 BYTES = {ExportDtype.bf16: 2, ExportDtype.fp16: 2, ExportDtype.fp32: 4}
 
 
 def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
-    """The model on this process's device, for inference; code that comes with a model is never run.
+    """Load a model to this process's device, for inference. Code in the model's folder is never run.
 
-    Its config is given, not read by transformers, each version of which ignores some of what the other one writes.
+    The config is passed as an object, because transformers 4 and 5 each ignore keys that the other version writes.
     """
+    # `convert.verify` imports this module, and starts without PyTorch.
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prune_distill.nemo import devices
 
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
     config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        # transformers before 4.56 knows the type by this name only; later ones know both.
+        # transformers before 4.56 has only this name; later versions accept both.
         torch_dtype=types.get(dtype, "auto"),
         trust_remote_code=False,
         use_safetensors=True,
         **generation_options(folder),
     )
-    return model.to(backend.torch_device()).eval()
+    return model.to(devices.torch_device()).eval()
 
 
 def generation_options(folder: Path) -> dict[str, Any]:
-    """Arguments for a model's `from_pretrained` where transformers would refuse its `generation_config.json`, which it
-    reads last, with an exception that it does not handle (modeling_utils.py): the token ids in that file alone."""
-    from transformers import GenerationConfig
+    """Return arguments for `from_pretrained` that replace a `generation_config.json` which transformers cannot read.
+
+    `from_pretrained` reads that file last and does not handle its errors (modeling_utils.py). Only its token ids are
+    kept.
+    """
+    from transformers import GenerationConfig  # as in `load`
 
     path = folder / "generation_config.json"
     if not path.exists():
@@ -72,9 +77,9 @@ def _are_ids(value: Any) -> bool:
 
 @contextlib.contextmanager
 def folder_of_both_forms(folder: Path) -> Iterator[Path]:
-    """A temporary folder of links to a model's files, with a `config.json` that transformers 4 and 5 read alike.
+    """Yield a temporary folder with links to a model's files and a `config.json` for transformers 4 and 5.
 
-    For libraries that load a model by its folder and bring a transformers of their own.
+    For libraries that load models from a folder with their own version of transformers.
     """
     config = hf_config.with_both_forms(hf_config.read_config(folder / "config.json"))
     with tempfile.TemporaryDirectory() as name:
@@ -87,7 +92,7 @@ def folder_of_both_forms(folder: Path) -> Iterator[Path]:
 
 
 def describe(config: Any, params: int) -> ModelSizes:
-    """A model's sizes, as reports name them, from its transformers config."""
+    """Return the sizes of a model, under their names in reports, from its transformers config."""
     return {
         "params": params,
         "num_layers": config.num_hidden_layers,
@@ -99,13 +104,13 @@ def describe(config: Any, params: int) -> ModelSizes:
 
 
 def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
-    """What the weights of a folder take in memory, in bytes, from the headers of its files."""
+    """Return the memory of a folder's weights in bytes, from the headers of its files."""
     entries = read_folder(folder).values()
     return sum(entry.bytes // ITEM_BYTES[entry.dtype] * BYTES.get(dtype, ITEM_BYTES[entry.dtype]) for entry in entries)
 
 
 def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
-    """What keys and values of `tokens` tokens, of all sequences together, take."""
+    """Return the bytes of the KV cache of `tokens` tokens, over all sequences."""
     config = hf_config.read_config(folder / "config.json")
     size = BYTES.get(dtype, 4 if config.get("torch_dtype") == "float32" else 2)
     layers, groups, head_size = (config[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
@@ -113,11 +118,22 @@ def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.k
 
 
 def check_fits(needs: Sequence[tuple[str, int]], fix: str) -> None:
-    """Raises: InputError, where what is needed, in bytes by name, is more than this process's device has left."""
-    total, free = sum(size for _, size in needs), backend.free_memory_bytes()
+    """Check that this process's device has enough free memory.
+
+    Args:
+        needs: names and sizes in bytes.
+        fix: what the user can do, for the message.
+
+    Raises:
+        InputError: the sum exceeds the free memory.
+    """
+    from prune_distill.nemo import devices  # as in `load`
+
+    total, free = sum(size for _, size in needs), devices.free_memory_bytes()
     if total > free:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs)
         raise InputError(
-            f"{total / GIB:.1f} GiB are needed ({parts}), but {backend.device_name()} has {free / GIB:.1f} GiB free;"
+            f"not enough memory: {total / GIB:.1f} GiB are needed ({parts}), but {devices.device_name()} has "
+            f"{free / GIB:.1f} GiB free;"
             f" {fix}"
         )

@@ -1,6 +1,6 @@
-"""NeMo, Megatron-Core and ModelOpt as the stages use them: models from checkpoints, trainers, restoring.
+"""NeMo, Megatron-Core and ModelOpt for the stages: load and restore models, make trainers, check checkpoints.
 
-Upstream's quirks are met here and nowhere else, each with the place that shows it. Import this module after
+Upstream's quirks are handled here, each with the upstream file and line. Import this module after
 `backend.activate()`; the runner calls that before it imports a stage.
 """
 
@@ -12,12 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.datasets import blended_dataset, gpt_dataset
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -47,7 +43,7 @@ log = logging.getLogger("recipes.nemo_api")
 
 
 class _ContextTokenizers:
-    """Takes the place of transformers' AutoTokenizer where NeMo loads the tokenizer in a checkpoint's `context/`
+    """Replaces transformers' AutoTokenizer where NeMo loads the tokenizer in a checkpoint's `context/`
     (nemo/collections/common/tokenizers/huggingface/auto_tokenizer.py, _initialize_tokenizer)."""
 
     upstream = auto_tokenizer.AUTOTOKENIZER
@@ -55,14 +51,14 @@ class _ContextTokenizers:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **options: Any) -> Any:
         folder = Path(pretrained_model_name_or_path)
-        # Other arguments than these come from checkpoints that this project did not write.
+        # Other arguments come from checkpoints that this project did not write.
         if folder.is_dir() and options.keys() <= {"use_fast", "trust_remote_code"} and not options["trust_remote_code"]:
             return load_tokenizer(folder)
         return cls.upstream.from_pretrained(pretrained_model_name_or_path, **options)
 
 
 def _copy_artifact(source: Path | str, folder: Path | str, relative_folder: Path | str) -> Path:
-    """Copies a file of a checkpoint's context, or a folder such as `additional_chat_templates`, which upstream
+    """Copy a file of a checkpoint's context, or a folder such as `additional_chat_templates`, which upstream
     cannot copy (nemo/lightning/io/artifact/file.py, copy_file)."""
     if not Path(source).is_dir():
         copied: Path = _upstream_copy(source, folder, relative_folder)
@@ -77,30 +73,30 @@ _upstream_copy, file_artifacts.copy_file = file_artifacts.copy_file, _copy_artif
 
 
 def load_model(checkpoint: Path) -> llm.GPTModel:
-    """The model described by a checkpoint's `context/`, without weights, with this backend's settings.
+    """Load the model that a checkpoint's `context/` describes, without weights, with this backend's settings.
 
     Raises:
-        InputError: the folder holds no NeMo checkpoint, or one whose tokenizer cannot be read.
+        InputError: the folder is not a NeMo checkpoint, or its tokenizer cannot be read.
     """
     context = Path(ckpt_to_context_subdir(checkpoint))
     if not (context / "model.yaml").exists():
-        raise InputError(f"{checkpoint} holds no NeMo checkpoint (no context/model.yaml)")
-    # Or it would end in a traceback of Fiddle's, which calls what the context describes.
+        raise InputError(f"{checkpoint} is not a NeMo checkpoint (no context/model.yaml)")
+    # Otherwise the error is a traceback in Fiddle, which builds what the context describes.
     if (context / TOKENIZER).is_dir() and (found := tokenizer_faults(context / TOKENIZER)):
         raise InputError("; ".join(found))
     model = nl.io.load_context(context, subpath="model")
     if not isinstance(model, llm.GPTModel):
-        raise InputError(f"{checkpoint} holds a {type(model).__name__}; only GPT-like language models can be used")
+        raise InputError(f"{checkpoint} contains a {type(model).__name__}; use a GPT-like language model")
     configure(model.config)
     return model
 
 
 def configure(config: Any) -> None:
-    """Sets on a Megatron config what this backend requires of every model, and the fused kernels.
+    """Set the fields of a Megatron config that this backend requires, and enable the fused kernels.
 
-    NeMo's configs of some families leave those off (Qwen's: nemo/collections/llm/gpt/model/qwen3.py:46). Fused, the
-    rotary embedding is one kernel instead of eight, and SwiGLU keeps its input alone for the backward pass, half of
-    what `glu` keeps (megatron/core/transformer/mlp.py:204, fusions/fused_bias_swiglu.py:SwiGLUFunction).
+    NeMo's configs of some families disable them (Qwen's: nemo/collections/llm/gpt/model/qwen3.py:46). The fused
+    rotary embedding is one kernel instead of eight, and fused SwiGLU saves only its input for the backward pass, half
+    of what `glu` saves (megatron/core/transformer/mlp.py:204, fusions/fused_bias_swiglu.py:SwiGLUFunction).
     """
     for name, value in backend.activate().model_config.items():
         setattr(config, name, value)
@@ -109,7 +105,7 @@ def configure(config: Any) -> None:
 
 
 def precision_plugin(precision: Precision) -> nl.MegatronMixedPrecision:
-    """NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's own recipes."""
+    """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes."""
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     return nl.MegatronMixedPrecision(
         precision="bf16-mixed" if precision is Precision.bf16 else "32",
@@ -121,7 +117,7 @@ def precision_plugin(precision: Precision) -> nl.MegatronMixedPrecision:
 
 
 def model_precision(config: Any) -> Precision:
-    """The precision in which a checkpoint's weights are stored."""
+    """Return the precision of a checkpoint's weights."""
     return Precision.bf16 if config.params_dtype is torch.bfloat16 else Precision.fp32
 
 
@@ -133,30 +129,30 @@ def make_trainer(
     strategy_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> nl.Trainer:
-    """A NeMo trainer over all the ranks that torchrun started.
+    """Make a NeMo trainer over all ranks of torchrun.
 
     Args:
-        ddp: Megatron's data-parallel settings, or "pytorch" where nothing is trained.
-        strategy_options: further arguments of `nl.MegatronStrategy`.
-        options: further arguments of `nl.Trainer`.
+        ddp: Megatron's data-parallel settings, or "pytorch" without training.
+        strategy_options: more arguments of `nl.MegatronStrategy`.
+        options: more arguments of `nl.Trainer`.
     """
-    # What Lightning launches must be what torchrun launched (it sets both variables).
+    # Lightning must expect the ranks that torchrun has launched.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        # Experts are small: whole ones are shared out, and none is cut.
+        # Experts are small, so they are distributed but not split.
         expert_tensor_parallel_size=1,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         ddp=ddp,
-        # The optimizer's state in the model's own shapes, so that a run resumes on any layout. The default layout also
-        # fails to load in fp32: its in-place copy into a leaf is not under no_grad
+        # Store the optimizer state in the shapes of the model, so that a run resumes on any layout. The default layout
+        # also fails to load in fp32: its in-place copy into a leaf is not under no_grad
         # (megatron/core/optimizer/distrib_optimizer.py:928).
         ckpt_optim_fully_reshardable=True,
-        # Transformer Engine's `_extra_state` entries come and go with its version and with ModelOpt's layer spec; a
-        # missing parameter would pass as well, so every load is followed by `check_parameters`.
+        # Transformer Engine's `_extra_state` entries depend on its version and on ModelOpt's layer spec. A missing
+        # parameter is not an error either, so `check_parameters` follows every load.
         ckpt_load_strictness=StrictHandling.LOG_ALL,
         replace_progress_bar=False,
         **{"ckpt_async_save": False, **(strategy_options or {})},
@@ -175,8 +171,8 @@ def make_trainer(
         num_sanity_val_steps=0,
         **options,
     )
-    # Not by the constructor: a checkpoint's context records its arguments, and NeMo reads no classes but its own and
-    # its libraries' back (nemo/lightning/io/mixin.py:50).
+    # Not passed to the constructor: a checkpoint's context records its arguments, and NeMo only loads its own classes
+    # and those of its libraries (nemo/lightning/io/mixin.py:50).
     trainer.callbacks.extend(callbacks or [])
     return trainer
 
@@ -190,19 +186,19 @@ def restore(
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
-    """A model with its weights, to run forward: no optimizer, no gradient buffers.
+    """Load a model with its weights for forward passes, without optimizer and gradient buffers.
 
-    The twin of `setup_trainer_and_restore_model_with_modelopt_spec` (nemo/collections/llm/modelopt/model_utils.py:118),
-    which asks for a GPU and for bf16 whatever the checkpoint holds.
+    Like `setup_trainer_and_restore_model_with_modelopt_spec` (nemo/collections/llm/modelopt/model_utils.py:118),
+    which requires a GPU and bf16 regardless of the checkpoint.
 
     Args:
-        pipeline_model_parallel_size: need not divide the layers: the last stage then has more of them, or fewer.
-        precision: to run in; None: that of the checkpoint.
-        modelopt_spec: build the layers from ModelOpt's layer spec, which its pruning requires.
-        options: further arguments of `nl.Trainer`.
+        pipeline_model_parallel_size: if it does not divide the layers, the last stage has more or fewer layers.
+        precision: precision of the forward passes; None: that of the checkpoint.
+        modelopt_spec: whether to use ModelOpt's layer spec, which pruning requires.
+        options: more arguments of `nl.Trainer`.
 
     Raises:
-        InputError: no NeMo checkpoint, or one without a parameter that the model has.
+        InputError: not a NeMo checkpoint, or a parameter of the model is missing.
     """
     model = load_model(checkpoint)
     if modelopt_spec:
@@ -214,21 +210,25 @@ def restore(
         strategy_options={
             "setup_optimizers": False,
             "ckpt_load_optimizer": False,
-            "num_layers_in_last_pipeline_stage": _last_stage(model.config.num_layers, pipeline_model_parallel_size),
+            "num_layers_in_last_pipeline_stage": _layers_in_last_stage(
+                model.config.num_layers, pipeline_model_parallel_size
+            ),
         },
         **options,
     )
     model.config.sequence_parallel = False
     del model.optim
     _setup_trainer_and_restore_model(checkpoint, trainer, model)
-    trainer.strategy.restore_config = None  # the weights are in; a later setup must not load them again
+    trainer.strategy.restore_config = None  # a later setup must not load the weights again
     check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), checkpoint)
     return model, trainer
 
 
-def _last_stage(layers: int, stages: int) -> int | None:
-    """The layers of the last pipeline stage where they cannot be shared out evenly, as all other stages have to be
-    alike (megatron/core/transformer/transformer_config.py:1085); None where they can."""
+def _layers_in_last_stage(layers: int, stages: int) -> int | None:
+    """Return the number of layers in the last pipeline stage, or None if all stages have the same number.
+
+    All other stages must be equal (megatron/core/transformer/transformer_config.py:1085).
+    """
     if layers % stages == 0:
         return None
     rounded_up = layers - (stages - 1) * -(-layers // stages)
@@ -236,10 +236,10 @@ def _last_stage(layers: int, stages: int) -> int | None:
 
 
 def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
-    """Refuses documents that another tokenizer made, before any weight is read.
+    """Reject documents of another tokenizer, before any weight is read.
 
     Raises:
-        InputError: names what differs.
+        InputError: states what differs.
     """
     model = load_model(checkpoint)
     pairs = {
@@ -249,146 +249,54 @@ def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
     for what, (data_value, model_value) in pairs.items():
         if data_value != model_value:
             raise InputError(
-                f"the documents in {data.folder} were made by another tokenizer than the model's: {what} "
-                f"{data_value}, not {model_value}; prepare them with the tokenizer of model.hf_path"
+                f"the documents in {data.folder} were prepared with another tokenizer: {what} {data_value}, but "
+                f"{model_value} in the model; prepare them with the tokenizer of model.hf_path"
             )
 
 
-def data_module(
-    tokenizer: Any,
-    data: DataFolder,
-    out: Path,
-    *,
-    seq_length: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    num_workers: int,
-    seed: int,
-) -> llm.PreTrainingDataModule:
-    """NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
-    validation = data.validation_paths
-    module = llm.PreTrainingDataModule(
-        paths={"train": data.train_paths, "validation": validation, "test": validation},
-        split=None,
-        seq_length=seq_length,
-        tokenizer=tokenizer,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        seed=seed,
-        # By default it is written beside the data, which is another stage's folder.
-        index_mapping_dir=str(out / "index_mapping"),
-    )
-    # Not by the constructor, for the reason given in `make_trainer`.
-    module.dataset_cls = DocumentDataset
-    return module
-
-
-class _NumpyWithWholeFiles:
-    """numpy as Megatron's datasets see it: what they save is whole or not there.
-
-    They write their index under its final name, and trust any file of that name in the next attempt
-    (megatron/core/datasets/gpt_dataset.py:341-351 and :463, blended_dataset.py:116-121 and :176): cut short by a
-    kill or a full disk, it would make every further attempt fail.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    @staticmethod
-    def save(path: str, array: np.ndarray, **options: Any) -> None:
-        # One process at a time writes there: the first rank of the stage that holds the folder's lock.
-        partial = Path(path).with_name(f".partial.{Path(path).name}")
-        with partial.open("wb") as file:
-            np.save(file, array, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-
-
-for _module in (gpt_dataset, blended_dataset):
-    _module.numpy = _NumpyWithWholeFiles()
-
-
-class DocumentDataset(GPTDataset):
-    """Sequences cut from documents laid end to end, in which every token is text: nothing is padding.
-
-    Megatron's own takes each token with the tokenizer's pad id for padding: token 0 stands in its place, and its loss
-    is not counted (megatron/core/datasets/gpt_dataset.py:211-215). Where a model pads with its end-of-text token, as
-    Qwen3's base models do, it would never again see or learn the end of a document.
-
-    Where `prepare_data` kept a mask of what is learned (`data.mask_prompts`), it becomes the loss mask.
-    """
-
-    dataset: Any
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._pad_token_id = -1  # no token's id; Megatron's own choice for a tokenizer without one (gpt_dataset.py:28)
-        mask = f"{self.dataset_path}_mask"
-        self._masks = IndexedDataset(mask, mmap=self.config.mmap_bin_files) if Path(f"{mask}.idx").exists() else None
-
-    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        item: dict[str, torch.Tensor] = super().__getitem__(idx)
-        if self._masks is None or idx is None:
-            return item
-        return {**item, "loss_mask": item["loss_mask"] * self._learned(idx)}
-
-    def _learned(self, idx: int) -> torch.Tensor:
-        """The mask of a sequence's labels, `[s]`: documents and masks are cut alike."""
-        tokens, self.dataset = self.dataset, self._masks
-        try:
-            mask, _ = self._query_document_sample_shuffle_indices(idx)
-        finally:
-            self.dataset = tokens
-        return torch.from_numpy(mask[1:]).clamp(min=0)  # padding is -1
-
-
 def match_vocabularies(student: Any, teacher: Any) -> None:
-    """Refuses a teacher whose token ids or padded vocabulary are not the student's: upstream has no guard.
+    """Reject a teacher with another vocabulary size than the student, which upstream does not check.
 
     Raises:
-        InputError: names both sizes.
+        InputError: states both sizes.
     """
     if student.vocab_size != teacher.vocab_size:
         raise InputError(
             f"the student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}; their"
-            " logits can't be compared: prune the student from this teacher"
+            " logits cannot be compared; prune the student from this teacher"
         )
 
 
 def match_precision(teacher: Any, precision: Precision) -> None:
-    """Gives the teacher's config the types that the precision plugin gives the student's, which is all it sees."""
+    """Set the data types of the teacher's config, because the precision plugin only sets the student's."""
     for name, value in vars(precision_plugin(precision).dtype_config).items():
         if hasattr(teacher, name):
             setattr(teacher, name, value)
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a checkpoint that lacks a parameter: lenient loading would leave it at its random start, unseen. Refuses
-    one that is damaged, too.
+    """Reject a checkpoint that lacks a parameter, which lenient loading would leave random, or that is damaged.
 
     Args:
-        sharded_state_dict: Megatron's sharded state dict of the model that was loaded.
+        sharded_state_dict: Megatron's sharded state dict of the loaded model.
 
     Raises:
-        InputError: names the parameters that the checkpoint does not hold, or that are damaged.
+        InputError: names the parameters that are missing or damaged.
     """
     saved = dist_checkpointing.load_tensors_metadata(str(ckpt_to_weights_subdir(checkpoint, is_saving=False)))
     wanted = {value.key for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)}
-    # Projections of distillation's layer pairs start at random: no checkpoint of a model has them.
+    # Projections of the layer pairs are initialized randomly; checkpoints do not contain them.
     optional = ("_extra_state", "_loss_modules")
     missing = sorted(key for key in wanted if key not in saved and not any(part in key for part in optional))
     if missing:
-        raise InputError(f"{checkpoint} lacks {len(missing)} of the model's parameters, among them {missing[:3]}")
+        raise InputError(f"{checkpoint} lacks {len(missing)} parameters of the model, such as {missing[:3]}")
     check_bytes(checkpoint)
 
 
 def check_bytes(checkpoint: Path) -> None:
-    """Refuses a checkpoint whose bytes are not those that were written: torch writes CRCs and never checks them.
+    """Reject a checkpoint whose bytes have changed: torch writes CRCs but does not verify them.
 
-    Each rank checks its share of the saved objects; together they check all of them, once.
+    Each rank verifies a part of the saved objects.
 
     Raises:
         InputError: names the file and the tensor.
@@ -403,8 +311,8 @@ def check_bytes(checkpoint: Path) -> None:
 
 
 def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
-    """Puts a checkpoint's weights into a Megatron model that is in use, on all ranks, as upstream's `teacher_provider`
-    does into a new one (nemo/collections/llm/modelopt/distill/utils.py:137).
+    """Load a checkpoint's weights into a Megatron model that is in use, on all ranks, as upstream's `teacher_provider`
+    does for a new model (nemo/collections/llm/modelopt/distill/utils.py:137).
 
     Raises:
         InputError: the checkpoint lacks a parameter.
@@ -416,41 +324,41 @@ def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
     loaded = trainer.strategy.checkpoint_io.load_checkpoint(
         str(checkpoint), {"state_dict": sharded}, strict=trainer.strategy.ckpt_load_strictness
     )
-    # Not strict for the sake of `_extra_state`; the parameters were checked above.
+    # Not strict because of `_extra_state`; the parameters were checked above.
     model.load_state_dict(
         {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}, strict=False
     )
 
 
 def core_model(model: Any) -> Any:
-    """Megatron's own `GPTModel` inside NeMo's, ModelOpt's and the precision wrappers."""
+    """Return Megatron's `GPTModel` inside the wrappers of NeMo, ModelOpt and the precision plugin."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
 def count_parameters(core: Any) -> int:
-    """Parameters of a Megatron model over all pipeline and tensor-parallel ranks: what they share counts once."""
-    once = [p for p in core.parameters() if not getattr(p, "shared_embedding", False) or core.pre_process]
+    """Count the parameters of a Megatron model over all pipeline and tensor-parallel ranks; shared ones count once."""
+    unique = [p for p in core.parameters() if not getattr(p, "shared_embedding", False) or core.pre_process]
     if not torch.distributed.is_initialized():
-        return sum(p.numel() for p in once)
-    own = sum(p.numel() for p in once if param_is_not_tensor_parallel_duplicate(p))
-    total = torch.tensor(own, device=backend.activate().device)
+        return sum(p.numel() for p in unique)
+    local = sum(p.numel() for p in unique if param_is_not_tensor_parallel_duplicate(p))
+    total = torch.tensor(local, device=backend.activate().device)
     torch.distributed.all_reduce(total)
     return int(total)
 
 
 def number_layers(core: Any) -> None:
-    """Marks each layer of a Megatron model with its number (from 1), which pruning carries along."""
+    """Mark each layer of a Megatron model with its number (from 1), which pruning preserves."""
     for layer in core.decoder.layers:
         layer.number_before_pruning = layer.layer_number
 
 
 def kept_layers(core: Any) -> list[int]:
-    """The numbers that the layers of a pruned model had before, over all ranks."""
-    own = [layer.number_before_pruning for layer in core.decoder.layers]
+    """Return the numbers that the layers of a pruned model had before pruning, over all ranks."""
+    local = [layer.number_before_pruning for layer in core.decoder.layers]
     if not torch.distributed.is_initialized():
-        return own
-    everyones: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, own)
-    return sorted({number for numbers in everyones for number in numbers})
+        return local
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, local)
+    return sorted({number for numbers in gathered for number in numbers})

@@ -1,4 +1,4 @@
-"""Communication between ranks that share a stage's work, with PyTorch alone."""
+"""Communication between the ranks of a stage, with PyTorch alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 from prune_distill.pipeline.stage_main import rank, world_size
 
 _exchanges = itertools.count()
@@ -22,11 +22,11 @@ _exchanges = itertools.count()
 
 @contextmanager
 def join_process_group() -> Iterator[None]:
-    """Joins the process group of torchrun's ranks, each rank on its own GPU; does nothing for a single process."""
+    """Join the process group of torchrun's ranks, one GPU per rank. Does nothing for a single process."""
     if world_size() == 1:
         yield
         return
-    on_gpu = backend.torch_device() == "cuda"
+    on_gpu = devices.torch_device() == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -37,15 +37,15 @@ def join_process_group() -> Iterator[None]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks."""
+    """All-reduce the sum of a tensor; returns it on the CPU."""
     if world_size() > 1:
-        values = values.to(backend.torch_device())
+        values = values.to(devices.torch_device())
         dist.all_reduce(values)
     return values.cpu()
 
 
 def broadcast(value: Any) -> Any:
-    """Returns the first rank's value on every rank."""
+    """Return rank 0's value on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, 0)
@@ -53,7 +53,7 @@ def broadcast(value: Any) -> Any:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Returns all ranks' values on every rank, in the order of ranks."""
+    """Return the values of all ranks on every rank, in order of rank."""
     found = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(found, value)
@@ -61,16 +61,16 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def exchange(value: Any) -> list[Any]:
-    """Like `all_gather`, through torchrun's store: it works before there is a process group.
+    """All-gather through torchrun's store, which works without a process group.
 
     Args:
-        value: plain JSON data. All ranks make the same calls in the same order.
+        value: JSON data. All ranks make the same calls in the same order.
     """
     if world_size() == 1:
         return [value]
     number = next(_exchanges)
     _store().set(f"{number}/{rank()}", json.dumps(value))
-    # `get` waits until that rank has called `set`; before it, a rank may read a large checkpoint for minutes.
+    # `get` waits for `set`: a rank may read a large checkpoint for minutes before.
     return [json.loads(_store().get(f"{number}/{other}")) for other in range(world_size())]
 
 
@@ -81,5 +81,5 @@ def _store() -> Any:
 
 
 def wait() -> None:
-    """Returns once all ranks have called it."""
+    """Wait until all ranks have called this function."""
     all_gather(None)

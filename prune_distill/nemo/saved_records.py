@@ -1,8 +1,8 @@
 """Records of the zip files that `torch.save` writes, and their CRC-32. No torch.
 
-torch writes the CRC-32 of every record, and `torch.load` does not check it: a changed byte of a tensor is loaded as if
-nothing had happened (torch 2.13). A CRC of 0 belongs to a record that was written without one
-(`torch.serialization.set_crc32_options(False)`, `convert.checksum=false`), whose bytes cannot be checked.
+torch writes the CRC-32 of every record, but `torch.load` does not verify it: a changed byte of a tensor goes unnoticed
+(torch 2.13). A CRC of 0 means that the record was written without one
+(`torch.serialization.set_crc32_options(False)`, `convert.checksum=false`) and cannot be verified.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from isal import isal_zlib
 
 from prune_distill.errors import InputError
 
 BLOCK_BYTES = 4 << 20
-# The bits of an exponent, and of the sign: a number is not finite where all bits of its exponent are set.
+# Bits of the exponent, and of the sign. A number is non-finite if all bits of its exponent are set.
 EXPONENTS = {
     "F64": ("u8", 0x7FF0_0000_0000_0000, 1 << 63),
     "F32": ("u4", 0x7F80_0000, 1 << 31),
@@ -35,7 +36,7 @@ EXPONENTS = {
 
 
 class Window(io.RawIOBase):
-    """A part of a file as a file of its own, for `zipfile`."""
+    """A part of a file as a file object, for `zipfile`."""
 
     def __init__(self, path: Path, offset: int, length: int) -> None:
         super().__init__()
@@ -62,42 +63,43 @@ class Window(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._position)
-        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._offset + self._position)
+        rest = max(0, self._length - self._position)
+        data = os.pread(self._descriptor, rest if size < 0 else min(size, rest), self._offset + self._position)
         self._position += len(data)
         return data
 
 
 class Record:
-    """Bytes of a file and the CRC-32 that they must have: 0 where none was written.
+    """A range of bytes in a file, with its expected CRC-32, or 0 if none was written.
 
-    They are checked once, by the first thread that reads any of them.
+    The first thread that reads any of the bytes verifies them, once.
 
     Args:
-        begin: where in the file they begin, in bytes.
-        name: what messages call them.
-        dtype: safetensors' name of the type of the numbers that they are, if they are the numbers of a tensor.
+        begin: offset in the file, in bytes.
+        name: name for messages.
+        dtype: safetensors' name of the data type, if the bytes are a tensor.
     """
 
     def __init__(self, file: Path, begin: int, size: int, crc: int, name: str, dtype: str | None = None) -> None:
         self.file, self.begin, self.size, self.crc, self.name, self.dtype = file, begin, size, crc, name, dtype
         self._finite = False
-        self._whole: bool | None = None if crc else True
+        self._intact: bool | None = None if crc else True
         self._lock = threading.Lock()
 
     def check(self) -> bool:
-        """Returns whether all of them are known to be finite numbers.
+        """Verify the bytes. Return whether all of them are known to be finite numbers.
 
         Raises:
-            InputError: the bytes are not those that were written.
+            InputError: the CRC-32 does not match.
         """
         with self._lock:
-            if self._whole is None:
-                self._whole = self._compute() == self.crc
-        if not self._whole:
+            if self._intact is None:
+                self._intact = self._compute() == self.crc
+        if not self._intact:
             raise InputError(
-                f"{self.file} is damaged: the bytes of {self.name} do not have the CRC-32 that was written with them;"
-                " restore the file from a copy, or delete its stage's folder and run again"
+                f"{self.file} is damaged: the CRC-32 of {self.name} does not match; restore the file from a copy, or "
+                "delete"
+                " the folder of its stage and run again"
             )
         return self._finite
 
@@ -119,16 +121,16 @@ class Record:
 
 @contextmanager
 def mapped(descriptor: int, offset: int, count: int) -> Iterator[memoryview]:
-    """A part of a file where it lies in the system's cache, or, if the file system cannot map files, a copy of it.
+    """Map a part of a file into memory; read a copy if the file system does not support mmap.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file is too short.
     """
     before = offset % mmap.ALLOCATIONGRANULARITY
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
     try:
         whole = mmap.mmap(descriptor, before + count, flags, mmap.PROT_READ, offset=offset - before)
-    except ValueError as error:  # what mmap raises for a file that is too short
+    except ValueError as error:  # mmap raises it for a file that is too short
         raise EOFError from error
     except OSError as error:
         if error.errno != errno.ENODEV:
@@ -143,40 +145,38 @@ def mapped(descriptor: int, offset: int, count: int) -> Iterator[memoryview]:
 
 
 def is_finite(data: memoryview | bytes, dtype: str) -> bool:
-    """Whether all numbers are finite. Two maxima and no temporary array: 25 GB/s a core, twice as fast as a CRC-32.
+    """Return whether all numbers are finite. Two maxima without a temporary array: 25 GB/s per core, twice a CRC-32.
 
-    As an unsigned integer a number is at least `sign + exponent` where it is negative and not finite; as a signed one
-    it is at least `exponent` where it is positive and not finite.
+    As an unsigned integer, a negative non-finite number is at least `sign + exponent`. As a signed integer, a positive
+    non-finite number is at least `exponent`.
     """
     if dtype not in EXPONENTS or not len(data):
         return True
-    import numpy as np
-
     kind, exponent, sign = EXPONENTS[dtype]
     bits = np.frombuffer(data, dtype=kind)
     return int(bits.max()) < sign + exponent and int(bits.view(kind.replace("u", "i")).max()) < exponent
 
 
 def record_begin(file: IO[bytes] | Window, record: zipfile.ZipInfo) -> int:
-    """Where in a zip file the bytes of an uncompressed record begin: after a local header with parts of any length."""
+    """Return the offset of an uncompressed record's bytes in a zip file, after its local header of variable length."""
     file.seek(record.header_offset + 26)
     name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
     return record.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
 
 def read_record(saved: zipfile.ZipFile, name: str) -> bytes:
-    """The bytes of a record, checked against its CRC-32 if it was written with one."""
+    """Read the bytes of a record, and verify its CRC-32 if it has one."""
     info = copy.copy(saved.getinfo(name))
     if info.CRC == 0:
-        info.CRC = None  # type: ignore[assignment]  # what `zipfile.ZipExtFile` does not check
+        info.CRC = None  # type: ignore[assignment]  # disables the check in `zipfile.ZipExtFile`
     return saved.read(info)
 
 
 def read_records(file: Path, offset: int, length: int, name: str) -> list[Record]:
-    """The records of one saved object, which lies in a part of a file.
+    """List the records of a saved object, which is a zip file within a file.
 
     Raises:
-        InputError: there is no whole zip file there.
+        InputError: the zip file is truncated or damaged.
     """
     try:
         with Window(file, offset, length) as window, zipfile.ZipFile(window) as saved:
@@ -185,4 +185,6 @@ def read_records(file: Path, offset: int, length: int, name: str) -> list[Record
                 for info in saved.infolist()
             ]
     except (zipfile.BadZipFile, OSError, struct.error, NotImplementedError, ValueError) as error:
-        raise InputError(f"{file} does not hold all of {name} ({error!r}): it is cut short or damaged") from error
+        raise InputError(
+            f"{file} is truncated or damaged: {name} cannot be read ({error!r}); restore the file from a copy"
+        ) from error

@@ -1,5 +1,5 @@
-"""Checks before the first training step: that weights were loaded, that the teacher has learned anything, and that a
-checkpoint to resume from belongs to the same model."""
+"""Checks before the first training step: all weights are loaded, the teacher is better than chance, and a checkpoint to
+resume from belongs to the same model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.nemo.forward import run_forward
 
-# Fields of Megatron's config that decide the shapes of a checkpoint's tensors.
+# Fields of Megatron's config that determine the shapes of a checkpoint's tensors.
 SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "vocab_size"),
@@ -27,11 +27,11 @@ SIZES = (
 
 
 class StartCheck(Callback):
-    """Checks before the first step that every parameter of student and teacher was loaded from its checkpoint, and that
-    the teacher does better than chance on the first validation sequences.
+    """Checks before the first step that all parameters of student and teacher were loaded, and that the teacher is
+    better than chance on the first validation sequences.
 
     Args:
-        start: the checkpoint that training starts from; None: random weights.
+        start: the checkpoint with the initial weights; None: random weights.
     """
 
     def __init__(self, start: Path | None) -> None:
@@ -55,13 +55,13 @@ class StartCheck(Callback):
 
 
 def check_resumed(config: Any, checkpoint: Path) -> None:
-    """Refuses to resume from another model's checkpoint.
+    """Reject a checkpoint of another model.
 
     Args:
         config: the Megatron config of the model to train.
 
     Raises:
-        InputError: the checkpoint holds another model; names the sizes of both.
+        InputError: the checkpoint contains another model; states the sizes of both.
     """
     found = nemo_api.load_model(checkpoint).config
     sizes = {name: (getattr(found, name), getattr(config, name)) for name in SIZES}
@@ -70,13 +70,13 @@ def check_resumed(config: Any, checkpoint: Path) -> None:
         theirs = ", ".join(f"{name} {pair[0]}" for name, pair in other.items())
         ours = ", ".join(f"{name} {pair[1]}" for name, pair in other.items())
         raise InputError(
-            f"{checkpoint} holds another model ({theirs}) than the one that is trained ({ours}); take it out of"
+            f"{checkpoint} contains another model ({theirs}) than the one to train ({ours}); move it out of"
             f" {checkpoint.parent}"
         )
 
 
 def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
-    """The language-model loss of a Megatron model on a batch, in nats per token, the same on all ranks.
+    """Return the language modeling loss of a Megatron model on a batch, in nats per token, on all ranks.
 
     NeMo's distillation model does not expose it (nemo/collections/llm/modelopt/distill/utils.py:182).
 
@@ -93,10 +93,11 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
         total[1] += losses.numel()
 
     teacher.eval()
-    with _own_output_layer(teacher):
+    with _original_output_layer(teacher):
         run_forward(teacher, [batch["tokens"]], add_losses)
     for module in teacher.modules():
-        # ModelOpt's hooks keep outputs of a forward pass for the loss (modelopt/torch/distill/distillation_model.py).
+        # ModelOpt's hooks store outputs of the forward pass for the loss
+        # (modelopt/torch/distill/distillation_model.py).
         if getattr(module, "_intermediate_output", None) is not None:
             module._intermediate_output = None
     torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
@@ -105,8 +106,8 @@ def _teacher_loss(teacher: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 @contextmanager
-def _own_output_layer(model: Any) -> Iterator[None]:
-    """Makes the output layer compute logits again where `FusedHead` has replaced its forward pass."""
+def _original_output_layer(model: Any) -> Iterator[None]:
+    """Restore the output layer, whose forward pass `FusedHead` may have replaced, for a block."""
     layer: Any = getattr(model, "output_layer", None)  # on the last pipeline stage
     replaced = None if layer is None else layer.__dict__.pop("forward", None)
     try:

@@ -1,7 +1,8 @@
-"""Cutting a model down to a shape with ModelOpt, by importance that was measured before."""
+"""Prune a model to a shape with ModelOpt, by importance scores that were measured earlier."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ import modelopt.torch.prune as mtp
 from nemo.collections.llm.modelopt.prune.pruner import save_pruned_model
 
 from prune_distill.model.student import AXES, EXPERT_AXES
+from prune_distill.nemo import nemo_api
+from prune_distill.pipeline.stage_main import rank
+from prune_distill.pruning.finalists import name_of
 from prune_distill.pruning.importance import Importance
 from prune_distill.pruning.search_space import dynamic_core, restore_scores
 
 
 def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
-    """The sizes that are asked for. ModelOpt wants heads and query groups together: the one not named keeps its size.
+    """Complete the target sizes: ModelOpt needs heads and query groups together, so a missing one keeps its size.
 
     Args:
         sizes: by name of `prune_distill.model.student.AXES` and `EXPERT_AXES`; None or absent keeps the teacher's.
-        teacher: its Megatron config.
+        teacher: the teacher's Megatron config.
     """
     targets = {name: value for name in (*AXES, *EXPERT_AXES) if (value := sizes.get(name)) is not None}
     if "num_attention_heads" in targets or "num_query_groups" in targets:
@@ -29,10 +33,10 @@ def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[st
 
 
 def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], importance: Importance | None) -> None:
-    """Prunes a model in place: widths (and depth, if `sizes` has num_layers) by importance, then the layers named.
+    """Prune a model in place: widths (and depth, if `sizes` has num_layers) by importance, then the named layers.
 
     Args:
-        importance: None where only layers are named.
+        importance: None if only layers are dropped.
     """
     if sizes:
         assert importance is not None
@@ -41,7 +45,7 @@ def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], import
             mode="mcore_minitron",
             constraints={"export_config": dict(sizes)},
             dummy_input=None,
-            # In the place of the forward passes over calibration text, which left these scores.
+            # Replaces the forward passes over calibration text, which produced these scores.
             config={"forward_loop": lambda space: restore_scores(importance, dynamic_core(space))},
         )
     if drop_layers:
@@ -49,9 +53,38 @@ def cut(model: Any, sizes: Mapping[str, int], drop_layers: Sequence[int], import
 
 
 def save(trainer: Any, folder: Path) -> None:
-    """Leaves a pruned model as a NeMo checkpoint. Upstream's records the sizes of dense models only in its context
-    (nemo/collections/llm/modelopt/prune/pruner.py:132)."""
+    """Write a pruned model as a NeMo checkpoint.
+
+    Upstream's function records the sizes of dense models only in the context
+    (nemo/collections/llm/modelopt/prune/pruner.py:132).
+    """
     for name in EXPERT_AXES:
         if hasattr(trainer.model.config, name):
             setattr(trainer.model.__io__.config, name, getattr(trainer.model.config, name))
     save_pruned_model(trainer, str(folder))
+
+
+def save_candidate(row: dict[str, Any], teacher: Path, scores: Any, stages: int, out: Path) -> None:
+    """Prune the teacher to a candidate and write it to `out/<name>`, unless it exists.
+
+    ModelOpt prunes on the ranks of a single pipeline: with several replicas it sends one rank's sizes to all ranks
+    (modelopt/torch/nas/plugins/megatron.py:1381). So the search, which runs on one pipeline, writes the candidates.
+
+    Args:
+        row: a row of the candidates' table.
+        teacher: a NeMo checkpoint.
+        stages: pipeline stages that the teacher is divided into.
+    """
+    target, partial = out / name_of(row), out / f".{name_of(row)}"
+    if target.exists():
+        return
+    model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=stages, modelopt_spec=True)
+    cut(model, sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config), row["drop_layers"], scores)
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.strategy.barrier()
+    save(trainer, partial)
+    trainer.strategy.barrier()
+    if rank() == 0:
+        partial.rename(target)
+    trainer.strategy.barrier()

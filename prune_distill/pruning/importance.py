@@ -2,7 +2,7 @@
 
 ModelOpt saves its scores as a pickle for one pipeline layout (modelopt/torch/opt/searcher.py:242 and
 modelopt/torch/nas/plugins/megatron.py:1576), and does not check whether a file belongs to the model. Here they are
-plain tensors by layer number, which any layout can load; the stage's folder ties them to the model and the data.
+plain tensors by layer number, which any layout can load; the hash of the stage covers the model and the data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE = "importance.safetensors"
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores from the forward passes of calibration, by layer number (from 1).
+    """Importance scores from calibration, by layer number (from 1).
 
     Activations are squared means over a sequence, summed over sequences (Minitron: L2 over the batch, mean over the
     sequence); the scores are their square roots.
@@ -50,7 +50,8 @@ class Importance:
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def least_important(self, count: int) -> list[int]:
-        """The layers that ModelOpt would drop: those of lowest score (modelopt/torch/nas/plugins/megatron.py:1525)."""
+        """Return the layers that ModelOpt would drop: those with the lowest scores
+        (modelopt/torch/nas/plugins/megatron.py:1525)."""
         order = sorted(sorted(self.layers), key=lambda layer: self.layers[layer], reverse=True)
         return sorted(order[len(order) - count :])
 
@@ -77,7 +78,7 @@ class Importance:
 
 
 def refuse_infinite(importance: Importance) -> None:
-    """Raises: InputError, naming the layer whose activations are not finite."""
+    """Reject non-finite activations. Raises: InputError, which names the layer."""
     for number in importance.layers:
         parts = {
             "norms": torch.stack(importance.hidden[number]),
@@ -89,35 +90,35 @@ def refuse_infinite(importance: Importance) -> None:
         for name, values in parts.items():
             if not torch.isfinite(values).all():
                 raise InputError(
-                    f"layer {number}: activations of its {name} are not finite on the calibration text; the model's "
-                    "weights are damaged, or its precision is too narrow for them: check model.hf_path"
+                    f"layer {number}: activations of its {name} are non-finite on the calibration text; the weights "
+                    "are "
+                    "damaged or overflow in the model's precision; check model.hf_path"
                 )
 
 
 def warn_if_few_sequences(prune: PruneConfig, train_tokens: int) -> None:
-    """Warns where the training documents hold fewer sequences than the calibration reads."""
-    there_are = (train_tokens - 1) // prune.calibration_seq_length
-    if there_are < prune.calibration_samples:
+    """Warn if the training documents contain fewer sequences than calibration reads."""
+    available = (train_tokens - 1) // prune.calibration_seq_length
+    if available < prune.calibration_samples:
         log.warning(
-            "the training documents hold %d sequences of %d tokens, fewer than prune.calibration_samples=%d: text is "
-            "repeated, which adds nothing; bring more documents, or set it lower",
-            there_are,
-            prune.calibration_seq_length,
+            "prune.calibration_samples=%d: the training documents contain only %d sequences of %d tokens, so text is "
+            "repeated, which adds nothing; add documents, or lower prune.calibration_samples",
             prune.calibration_samples,
+            available,
+            prune.calibration_seq_length,
         )
 
 
 def check_loss(loss: float, vocab_size: int) -> None:
-    """Checks the teacher's loss on the calibration text, nats per learned token.
+    """Check the teacher's loss on the calibration text, in nats per token.
 
     Raises:
-        InputError: the teacher knows no more than chance. Its weights or its tokenizer are not what they should be, and
-            distilling from it would teach nothing.
+        InputError: the loss is non-finite or not better than chance, so that weights or tokenizer must be wrong.
     """
     if not math.isfinite(loss):
         raise InputError(
-            f"the teacher's loss on the calibration text is {loss}: its logits are not finite; check that the output"
-            " layer's weights in model.hf_path are finite"
+            f"the teacher's loss on the calibration text is {loss}: its logits are non-finite; check the weights of the"
+            " output layer in model.hf_path"
         )
     fix = "check that model.hf_path holds trained weights and their own tokenizer"
     require_better_than_chance(loss, vocab_size, "the calibration text", fix)

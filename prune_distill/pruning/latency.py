@@ -1,7 +1,7 @@
-"""Estimates the time of a shape's forward pass on this machine from a table of measured layers.
+"""Estimate the time of a shape's forward pass on this machine from a table of measured layers.
 
 All layers of a model have the same shape, so the estimate is the sum of its layers, embedding and output layer. Between
-the smallest and the largest FFN, a layer's time is interpolated linearly, as its matrix products grow.
+the smallest and the largest FFN, the time of a layer is interpolated linearly.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROUNDS = 7
 
 
 class LatencyTable:
-    """Milliseconds of layers, and of all else, by hidden size, heads, groups and FFN; measured on first use.
+    """Milliseconds of a layer, and of all other parts, by hidden size, heads, groups and FFN; measured on first use.
 
     Args:
         model: a NeMo model on one rank; the layers are built from its config and tokenizer.
         ffns: the smallest and the largest FFN of interest.
-        ids: the batch that is timed, `[b, s]`.
+        ids: the batch to time, `[b, s]`.
     """
 
     def __init__(self, model: Any, ffns: tuple[int, int], ids: torch.Tensor) -> None:
@@ -37,29 +37,29 @@ class LatencyTable:
         self.measured: dict[tuple[int, int, int, int], tuple[float, float]] = {}
 
     def __call__(self, shape: Shape) -> float:
-        """Milliseconds of a forward pass of a shape over the batch."""
+        """Return the milliseconds of a forward pass of a shape over the batch."""
         low, high = self.ffns
-        (layer_low, around), (layer_high, _) = self._times(shape, low), self._times(shape, high)
+        (layer_low, rest), (layer_high, _) = self._times(shape, low), self._times(shape, high)
         share = (shape.ffn_hidden_size - low) / (high - low) if high > low else 0.0
-        return around + shape.num_layers * (layer_low + share * (layer_high - layer_low))
+        return rest + shape.num_layers * (layer_low + share * (layer_high - layer_low))
 
     def table(self) -> dict[str, Any]:
-        """The measurements as plain data."""
+        """Return the measurements as plain data."""
         names = ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
         rows = [
-            {**dict(zip(names, key, strict=True)), "layer_ms": layer, "around_ms": around}
-            for key, (layer, around) in self.measured.items()
+            {**dict(zip(names, key, strict=True)), "layer_ms": layer, "around_ms": rest}
+            for key, (layer, rest) in self.measured.items()
         ]
         return {"batch_size": self.ids.shape[0], "seq_length": self.ids.shape[1], "rows": rows}
 
     def _times(self, shape: Shape, ffn: int) -> tuple[float, float]:
-        """Milliseconds of one layer, and of embedding, final norm and output layer."""
+        """Return the milliseconds of one layer, and of embedding, final norm and output layer."""
         key = (shape.hidden_size, shape.num_attention_heads, shape.num_query_groups, ffn)
         if key not in self.measured:
             core = self._build(dataclasses.replace(shape, ffn_hidden_size=ffn))
             with skip_layers(core, range(1, LAYERS + 1)):
-                around = _milliseconds(core, self.ids)
-            self.measured[key] = (max(0.0, _milliseconds(core, self.ids) - around) / LAYERS, around)
+                rest = _milliseconds(core, self.ids)
+            self.measured[key] = (max(0.0, _milliseconds(core, self.ids) - rest) / LAYERS, rest)
         return self.measured[key]
 
     def _build(self, shape: Shape) -> Any:
@@ -72,7 +72,7 @@ class LatencyTable:
 
 
 def _milliseconds(core: Any, ids: torch.Tensor) -> float:
-    """The minimum over several forward passes: other work of the machine only adds to it."""
+    """Return the minimum over several forward passes, because other load only adds time."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     seconds = []
     with torch.no_grad():

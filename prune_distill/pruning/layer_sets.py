@@ -1,13 +1,12 @@
-"""Which layers to drop, by the loss of the model without them: a block of neighbors, or sets close to a given one.
+"""Select layers to drop by the loss of the model without them: a block of neighbors, or sets similar to a given set.
 
-Dropping the least important layers, wherever they are, often leaves a lower loss right after pruning, and a higher one
-after training than dropping a block (arXiv 2408.11796). So the loss of a block is only compared with that of other
-blocks. The sum of importance scores does not replace the loss: each score is the effect of one layer while all others
-are there.
+Dropping scattered, least important layers often gives a lower loss right after pruning than dropping a block, but a
+higher loss after training (arXiv 2408.11796). So blocks are only compared with other blocks. The sum of importance
+scores cannot replace the loss: each score is the effect of one layer while all others are present.
 
 The set with the lowest loss is not always the best one to distill. The loss of the demo's teacher is 3.77 without
 layers 3 and 4, and 3.84 without 2 and 4; after 160 steps of distillation the second is 0.005 lower. So a search tries
-more than one set (`make bench-prune`).
+several sets (`make bench-prune`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from prune_distill.pruning.losses import broadcast_from_last_stage, compute_logi
 
 
 def compute_losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
-    """The loss of the model without each set of layers, in nats per token.
+    """Return the loss of the model without each set of layers, in nats per token.
 
     Args:
         batches: sequences `[b, s + 1]`.
@@ -38,12 +37,12 @@ def compute_losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Seq
 
 
 def list_blocks(num_layers: int, length: int) -> list[list[int]]:
-    """All sets of `length` neighboring layers, in order of their first layer."""
+    """List all sets of `length` neighboring layers, in order of their first layer."""
     return [list(range(start, start + length)) for start in range(1, num_layers - length + 2)]
 
 
 def list_shifted(layers: Sequence[int], num_layers: int) -> list[list[int]]:
-    """The sets in which a neighbor that is not in the set replaces one of the layers."""
+    """List the sets in which one layer is replaced by a neighbor outside the set."""
     found = {
         tuple(sorted({*layers, other} - {layer}))
         for layer in layers
@@ -54,7 +53,7 @@ def list_shifted(layers: Sequence[int], num_layers: int) -> list[list[int]]:
 
 
 def find_best(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[list[int]], count: int) -> list[list[int]]:
-    """The `count` sets whose removal leaves the lowest loss, best first."""
+    """Return the `count` sets whose removal gives the lowest loss, best first."""
     if not count or not sets:
         return []
     losses = compute_losses_without(core, batches, sets)

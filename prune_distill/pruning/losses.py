@@ -15,19 +15,19 @@ from prune_distill.errors import InputError
 from prune_distill.nemo.forward import run_forward
 from prune_distill.schema import PruneConfig
 
-# Tokens whose logits are converted to fp32 at a time.
+# Number of tokens whose logits are converted to fp32 at the same time.
 CHUNK = 1024
 
 
 def compute_logits(core: Any, ids: torch.Tensor) -> torch.Tensor | None:
-    """Logits `[b, s, v]` of `ids` `[b, s]` on the last pipeline stage, None on the others."""
+    """Return the logits `[b, s, v]` of `ids` `[b, s]` on the last pipeline stage, and None on the others."""
     outputs: list[torch.Tensor] = []
     run_forward(core, [ids], outputs.append)
     return outputs[0] if outputs else None
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """The cross-entropy summed over all tokens, in nats."""
+    """Return the cross-entropy summed over all tokens, in nats."""
     total = 0.0
     for part, reference in zip(logits.flatten(0, 1).split(CHUNK), targets.flatten().split(CHUNK), strict=True):
         total += torch.nn.functional.cross_entropy(part.float(), reference, reduction="sum").item()
@@ -35,7 +35,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 
 def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> float:
-    """KL(teacher || student) summed over all tokens, in nats."""
+    """Return KL(teacher || student) summed over all tokens, in nats."""
     total = 0.0
     for part, reference in zip(logits.flatten(0, 1).split(CHUNK), teacher.flatten(0, 1).split(CHUNK), strict=True):
         student_log_probs, teacher_log_probs = part.float().log_softmax(-1), reference.float().log_softmax(-1)
@@ -44,7 +44,7 @@ def divergence(logits: torch.Tensor, teacher: torch.Tensor) -> float:
 
 
 def broadcast_from_last_stage(values: list[float]) -> list[float]:
-    """The last pipeline stage's values, on every stage. All stages pass lists of the same length."""
+    """Broadcast the last pipeline stage's values to all stages. All stages pass lists of the same length."""
     shared: list[Any] = [values]
     group = parallel_state.get_pipeline_model_parallel_group()
     last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -54,7 +54,7 @@ def broadcast_from_last_stage(values: list[float]) -> list[float]:
 
 @contextmanager
 def skip_layers(core: Any, numbers: Sequence[int]) -> Iterator[None]:
-    """Leaves the layers with these numbers out of forward passes."""
+    """Skip the layers with these numbers in forward passes."""
     layers = core.decoder.layers
     core.decoder.layers = torch.nn.ModuleList(layer for layer in layers if layer.layer_number not in numbers)
     try:
@@ -64,12 +64,12 @@ def skip_layers(core: Any, numbers: Sequence[int]) -> Iterator[None]:
 
 
 def calibration_batches(data: DataFolder, prune: PruneConfig, count: int, seed: int, device: Any) -> list[torch.Tensor]:
-    """Random sequences of training documents, `count` of them, in batches `[b, s + 1]`."""
+    """Return `count` random sequences of training documents, in batches `[b, s + 1]`."""
     return _batches(data.tokens("train"), prune, count, device, np.random.default_rng(seed))
 
 
 def held_out_batches(data: DataFolder, prune: PruneConfig, count: int, device: Any) -> list[torch.Tensor]:
-    """The first `count` sequences of validation documents, in batches `[b, s + 1]`."""
+    """Return the first `count` sequences of validation documents, in batches `[b, s + 1]`."""
     return _batches(data.tokens("validation"), prune, count, device, None)
 
 
@@ -80,8 +80,8 @@ def _batches(
     available = (len(tokens) - 1) // length
     if not available:
         raise InputError(
-            f"the documents hold {len(tokens)} tokens, less than prune.calibration_seq_length={length}; set it lower, "
-            "or bring more documents"
+            f"prune.calibration_seq_length={length}: the documents contain only {len(tokens)} tokens; lower it, or add "
+            "documents"
         )
     order = np.arange(available) if random is None else random.permutation(available)
     starts = np.sort(order[:count])[:, None] * length

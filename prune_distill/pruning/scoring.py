@@ -1,4 +1,4 @@
-"""Scores of candidates on a task, as the stage `evaluate` would ask it of the models that would be exported."""
+"""Scores of candidates on a task, with the settings of the stage `evaluate`, on exported models."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Scores:
         Raises:
             InputError: the task cannot be asked, has no such metric, or one of which less is better.
         """
-        from lm_eval.api.registry import is_higher_better
+        from lm_eval.api.registry import is_higher_better  # seconds, only where a task is scored
 
         task, metric = self.score.task, self.score.metric
         with exported(name, checkpoint, self.room, self.export) as make:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(
-                f"{task} stands for several tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
+                f"{task} is a group of tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
             )
         scores = entries[task]
         if metric not in scores:
@@ -46,7 +46,7 @@ class Scores:
             raise InputError(f"{task} has no {metric}; set prune.tournament.score.metric to one of {', '.join(found)}")
         if is_higher_better(metric.partition(" ")[0]) is False:  # None: a metric of the task's own
             raise InputError(
-                f"of {metric} less is better; set prune.tournament.score.metric to one of which more is better, such as"
-                " acc"
+                f"prune.tournament.score.metric={metric}: lower is better; set a metric for which higher is better, "
+                "such as acc"
             )
         return dict(cast(Metric, scores[metric]))

@@ -1,4 +1,4 @@
-"""ModelOpt's search space: where importance is measured, and where it is given back for every later pruning."""
+"""ModelOpt's search space: measure importance in it, and restore the scores for later pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERT_SCORES = ("expert_l2_scores", "expert_sample_counts")
 
 
 def to_search_space(model: Any) -> Any:
-    """Converts a model in place to ModelOpt's search space, in which forward passes are recorded; returns its core."""
+    """Convert a model in place to ModelOpt's search space, whose hooks record activations; return its core."""
     apply_mode(model, mode="mcore_minitron", registry=PruneModeRegistry)
     return dynamic_core(model)
 
@@ -29,24 +29,24 @@ def dynamic_core(model: Any) -> Any:
 
 
 def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
-    """Importance over all pipeline ranks, from the forward passes that `forward_loop` makes. Converts the model.
+    """Measure importance in the forward passes of `forward_loop`, over all pipeline ranks. Converts the model.
 
     Raises:
-        InputError: activations that are not finite; names the layer.
+        InputError: non-finite activations; names the layer.
     """
     core = to_search_space(model).eval()
     for layer in core.decoder.layers:
-        _pass_over_idle(_experts(layer))
+        _skip_idle(_experts(layer))
     with torch.no_grad():
         forward_loop()
-    own = []
+    local = []
     for layer in core.decoder.layers:
         norms = [core._activations[id(norm)].cpu() for norm in _norms(layer)]
         parts = (_ffn(layer).cpu(), layer.self_attention._activations.cpu(), _expert_scores(layer))
-        own.append((layer.layer_number, layer._scores, norms, *parts))
-    everyones: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(everyones, own, group=parallel_state.get_pipeline_model_parallel_group())
-    rows = sorted((row for rows in everyones for row in rows), key=lambda row: row[0])
+        local.append((layer.layer_number, layer._scores, norms, *parts))
+    gathered: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(gathered, local, group=parallel_state.get_pipeline_model_parallel_group())
+    rows = sorted((row for rows in gathered for row in rows), key=lambda row: row[0])
     importance = Importance(
         {number: float(score) for number, score, *_ in rows},
         {number: norms for number, _, norms, *_ in rows},
@@ -59,7 +59,7 @@ def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
 
 
 def restore_scores(importance: Importance, core: Any) -> None:
-    """Sets the scores of a search space to those measured earlier, on this rank's layers."""
+    """Set the scores of this rank's layers in a search space to those measured earlier."""
     core._activations = {}
     for layer in core.decoder.layers:
         number = layer.layer_number
@@ -77,31 +77,31 @@ def restore_scores(importance: Importance, core: Any) -> None:
 
 
 def _experts(layer: Any) -> list[Any]:
-    """A layer's experts in the search space; none of a dense one."""
+    """Return a layer's experts in the search space; an empty list for a dense layer."""
     return list(layer.mlp.experts.local_experts) if hasattr(layer.mlp, "experts") else []
 
 
-def _pass_over_idle(experts: list[Any]) -> None:
-    """Has nothing recorded of an expert to which a batch sends no token: ModelOpt takes the mean over none, which is no
-    number (modelopt/torch/nas/plugins/megatron.py:293)."""
+def _skip_idle(experts: list[Any]) -> None:
+    """Skip the record of an expert without tokens: ModelOpt would record a mean of nothing, which is NaN
+    (modelopt/torch/nas/plugins/megatron.py:293)."""
     for expert in experts:
         record = expert._linear_fc2_forward_hook
         expert.hook_handle.remove()
-        expert.hook_handle = expert.linear_fc2.register_forward_hook(functools.partial(_record_some, record))
+        expert.hook_handle = expert.linear_fc2.register_forward_hook(functools.partial(_record_tokens, record))
 
 
-def _record_some(record: Callable[[Any, Any, Any], None], module: Any, inputs: Any, output: Any) -> None:
+def _record_tokens(record: Callable[[Any, Any, Any], None], module: Any, inputs: Any, output: Any) -> None:
     if inputs[0].numel():
         record(module, inputs, output)
 
 
 def _ffn(layer: Any) -> torch.Tensor:
-    """Activations of the FFN's channels, of all experts one below the other."""
+    """Return the activations of the FFN's channels, stacked over experts."""
     experts = _experts(layer)
     if not experts:
         return layer.mlp._activations  # type: ignore[no-any-return]
-    nothing = torch.zeros(experts[0].get_hparam("moe_ffn_hidden_size").max)
-    return torch.stack([nothing if e._activations is None else e._activations.cpu() for e in experts])
+    zeros = torch.zeros(experts[0].get_hparam("moe_ffn_hidden_size").max)
+    return torch.stack([zeros if e._activations is None else e._activations.cpu() for e in experts])
 
 
 def _expert_scores(layer: Any) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
-"""Scores of many shapes from one model: ModelOpt's search space runs the forward pass of any of them without pruning.
+"""Score many shapes with one model: ModelOpt's search space runs the forward pass of any shape without pruning.
 
-All axes are sorted by importance once. A shape then takes the first channels and heads of each axis, as ModelOpt's
-pruning does.
+All axes are sorted by importance once. A shape then uses the first channels and heads of each axis, as in ModelOpt's
+pruning.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from prune_distill.schema import Shape
 
 
 class Subnets:
-    """A teacher as a search space. It converts the model, which can no longer be saved or pruned."""
+    """A teacher as a search space. Converts the model, which can then no longer be saved or pruned."""
 
     def __init__(self, model: Any, importance: Importance, teacher: Shape) -> None:
         self.core = to_search_space(model).eval()
         self.teacher = teacher
         restore_scores(importance, self.core)
         sort_parameters(self.core, {"hidden_size", "ffn_hidden_size", "num_query_groups", "num_heads_per_group"})
-        # Otherwise further forward passes would add to the importance, which still decides the order of heads.
+        # Otherwise more forward passes would change the importance, which determines the order of heads.
         for module in self.core.modules():
             for handle in [*getattr(module, "hook_handles", ()), getattr(module, "hook_handle", None)]:
                 if handle is not None:
@@ -42,7 +42,7 @@ class Subnets:
 
     @contextmanager
     def cut_to(self, shape: Shape, drop_layers: list[int]) -> Iterator[Any]:
-        """Yields the core as if it were pruned to a shape."""
+        """Yield the core as if it were pruned to a shape."""
         self._set(shape)
         try:
             with skip_layers(self.core, drop_layers):
@@ -60,16 +60,16 @@ class Subnets:
         for name, size in named_hparams(self.core, configurable=True):
             if name.rpartition(".")[2] in sizes:
                 size.active = sizes[name.rpartition(".")[2]]
-        # Its size decides the buffers that pipeline stages exchange (megatron/core/pipeline_parallel/schedules.py).
+        # It determines the buffers that pipeline stages exchange (megatron/core/pipeline_parallel/schedules.py).
         self.core.config.hidden_size = shape.hidden_size
 
     def scores(
         self, shapes: list[tuple[Shape, list[int]]], batches: list[torch.Tensor]
     ) -> tuple[float, list[tuple[float, float]]]:
-        """The teacher's loss, and the loss and KL(teacher || shape) of each shape, in nats per token.
+        """Return the teacher's loss, and the loss and KL(teacher || shape) of each shape, in nats per token.
 
         Args:
-            shapes: shapes and the layers that each of them drops.
+            shapes: shapes, each with the layers to drop.
             batches: sequences `[b, s + 1]`. The teacher runs once over each batch; its logits are freed after it.
         """
         sums = [0.0] * (1 + 2 * len(shapes))

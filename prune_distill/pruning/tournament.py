@@ -1,7 +1,7 @@
-"""Rounds of short distillations: candidates train on the same batches with the full run's schedule, and pause.
+"""Rounds of short distillations: candidates train on the same batches with the schedule of the full run.
 
-A round pauses each training as a stop file does, with a checkpoint. The next round, and finally the full distillation,
-resume from it, so the winner's steps are not repeated.
+A round pauses each run with a checkpoint, like a stop file. The next round, and finally the full distillation, resume
+from it, so the winner's steps are not repeated.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from prune_distill.pipeline.names import CHECKPOINTS, METRICS, NEMO, STATE, STOP
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.training.checkpoints import resume_point
 
-SECONDS_BETWEEN_LOOKS = 0.2
+POLL_SECONDS = 0.2
 
 
 def has_reached(folder: Path, step: int) -> bool:
-    """Whether a candidate has been trained to a step, validated there, and saved undamaged; the same on all ranks."""
+    """Return whether a candidate was trained to a step, validated, and saved undamaged; the same on all ranks."""
     if read_state(folder).get("step", 0) < step:
         return False
     newest = resume_point(folder / CHECKPOINTS)
-    late_enough = [path for saved_step, path in find_checkpoints(folder / CHECKPOINTS).items() if saved_step >= step]
+    saved = [path for saved_step, path in find_checkpoints(folder / CHECKPOINTS).items() if saved_step >= step]
     validated = any("val_loss" in line and line["step"] == step for line in read_metrics(folder / METRICS))
-    return validated and newest in late_enough
+    return validated and newest in saved
 
 
 def discard_unfinished(folder: Path, step: int) -> None:
-    """Removes what a killed round left: a stop file, and a checkpoint of its last step that was not validated."""
+    """Remove leftovers of a killed round: a stop file, and a checkpoint of its last step that was not validated."""
     (folder / STOP).unlink(missing_ok=True)
     for saved_step, checkpoint in find_checkpoints(folder / CHECKPOINTS).items():
         if saved_step >= step:
@@ -44,20 +44,20 @@ def discard_unfinished(folder: Path, step: int) -> None:
 
 
 def pause(stage: Path, candidate: Path) -> None:
-    """Records that the stage was paused on request, after a step of a candidate."""
+    """Record that the stage was paused after a step of a candidate."""
     (stage / STOP).unlink(missing_ok=True)
     write_json(stage / STATE, read_state(candidate))
 
 
 class PauseAt(Callback):
-    """Pauses a candidate's training after a step, or as soon as the stage is asked to pause.
+    """Pauses the training of a candidate after a step, or as soon as the stage has a stop file.
 
-    It writes the stop file to the training's folder before a step begins; the training looks for it after the step.
+    It writes the stop file to the training folder before a step; training checks for it after the step.
 
     Args:
-        folder: the training's.
-        step: the step after which the training pauses.
-        stage: the folder of the stage that the training is a part of.
+        folder: the training folder.
+        step: the step after which training pauses.
+        stage: the folder of the stage.
     """
 
     def __init__(self, folder: Path, step: int, stage: Path) -> None:
@@ -69,7 +69,7 @@ class PauseAt(Callback):
 
 
 def read_val_loss(folder: Path, step: int) -> float:
-    """The held-out loss after a step (nats per token)."""
+    """Return the validation loss after a step, in nats per token."""
     return next(
         float(line["val_loss"])
         for line in reversed(read_metrics(folder / METRICS))
@@ -78,16 +78,17 @@ def read_val_loss(folder: Path, step: int) -> float:
 
 
 def select_survivors(losses: dict[str, float], count: int, worse: Collection[str] = ()) -> list[str]:
-    """The `count` candidates with the lowest losses, best first; the candidates in `worse` come after all others."""
+    """Return the `count` candidates with the lowest losses, best first. Candidates in `worse` rank below all others."""
     return sorted(losses, key=lambda name: (name in worse, losses[name]))[:count]
 
 
 def find_clearly_worse(scores: dict[str, dict[str, Any]], margin: float) -> list[str]:
-    """The candidates whose score is below the best one's by more than `margin` standard errors of the difference.
+    """Return the candidates whose score is more than `margin` standard errors of the difference below the best score.
 
     Args:
-        scores: `value` and `stderr` by candidate (None: exact). The errors are treated as independent. Errors on the
-            same questions are not, so that fewer candidates count as worse than could.
+        scores: `value` and `stderr` by candidate (None: exact). Errors are treated as independent, which is
+        conservative:
+            errors on the same questions are correlated.
     """
     best = max(scores.values(), key=lambda score: score["value"])
 
@@ -98,7 +99,7 @@ def find_clearly_worse(scores: dict[str, dict[str, Any]], margin: float) -> list
 
 
 def keep_winner(folder: Path, target: Path) -> None:
-    """Copies to `target` what the full distillation resumes from: the last checkpoint and the metrics."""
+    """Copy the checkpoint and the metrics, from which the full distillation resumes, to `target`."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
@@ -109,12 +110,12 @@ def keep_winner(folder: Path, target: Path) -> None:
 
 
 def resume_from(winner: Path, out: Path) -> None:
-    """Makes the training in `out` resume from the winner's checkpoint, unless it has checkpoints of its own.
+    """Make the training in `out` resume from the winner's checkpoint, unless it has its own checkpoints.
 
-    All ranks call it. They return once the checkpoint is there: each rank then finds it by itself.
+    All ranks call it, and return when the checkpoint exists.
     """
     while rank() != 0 and not _has_started(out):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     if _has_started(out):
         return
     shutil.copy2(winner / METRICS, out / METRICS)
@@ -129,7 +130,7 @@ def _has_started(out: Path) -> bool:
 
 
 def _link(source: str, target: str) -> None:
-    """Links a file that is never written again; copies it where the disk has no hard links."""
+    """Hard-link a file that is never written again; copy it if the disk does not support hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,7 +1,7 @@
-"""The batches of a training: which sequences each step takes, through all of its phases, and how they reach NeMo.
+"""The batches of a training run: the sequences of each step, over all phases, and the data module for NeMo.
 
-A step's batch follows from the step's number alone. So a training resumes at the right place on any number of ranks,
-and a batch's documents can be named afterwards.
+The batch of a step depends only on the number of the step. A run therefore resumes at the right position on any number
+of ranks, and the documents of a batch can be listed later.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.signal import SignalReader
 from prune_distill.distillation.signal_batch import with_signal
 from prune_distill.errors import InputError
-from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo import backend
+from prune_distill.nemo.datasets import make_data_module
 from prune_distill.pipeline.names import CHECKPOINTS
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import Training
 from prune_distill.schema.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
 
-# A sequence: the number of its dataset among those of a training, and its own there.
-Place = tuple[int, int]
+# A sequence: the number of its dataset, and its number in that dataset.
+SequenceId = tuple[int, int]
 
 
 class Batches(LightningDataModule):
-    """NeMo's data module for a training in phases.
+    """NeMo data module for a training run in phases.
 
-    The stock one (nemo/collections/llm/gpt/data/pre_training.py) has one sequence length and one global batch size, and
-    a resumed run that has others miscounts what was read.
+    NeMo's own module (nemo/collections/llm/gpt/data/pre_training.py) has a single sequence length and global batch
+    size, and miscounts the consumed samples of a resumed run with other sizes.
 
-    Each phase has a dataset of its own, in an order of its own. Steps that pass over their batch (`cfg.skip_steps`)
-    take theirs from a further dataset, so that no other step's batch changes.
+    Each phase has its own dataset, in its own order. Steps that skip their batch (`cfg.skip_steps`) read from an extra
+    dataset, so that the batches of all other steps stay the same.
 
     Args:
-        tokenizer: the model's, as NeMo wraps it.
-        out: the stage's folder; takes Megatron's index of sequences.
-        signal: the teacher's, on the sequences of the one phase, which its batches then carry.
+        tokenizer: the model's tokenizer, as NeMo wraps it.
+        out: the stage's folder, for Megatron's index of sequences.
+        signal: cached logits of the sequences of a run with one phase, which are added to its batches.
     """
 
     def __init__(
@@ -72,32 +73,32 @@ class Batches(LightningDataModule):
         self.data_sampler = StepSizes(self)
 
     def setup(self, stage: str = "") -> None:
-        """Builds the datasets. Called by Lightning on every rank."""
-        _only(self.validation, Split.valid)
+        """Build the datasets. Lightning calls it on every rank."""
+        _select_split(self.validation, Split.valid)
         self.validation.trainer = self.trainer
         self.validation.setup()
         self.datasets = [self.sequences(number) for number in range(len(self.phases))]
         for place, phase in enumerate(self.phases, start=len(self.phases)):
             spare = [batch for where, batch in self.spares.values() if where == place]
-            # A seed that no phase has, or a spare batch might be the one that was passed over.
+            # A seed that no phase uses; otherwise a spare batch could be the skipped one.
             self.datasets.append(self._dataset(phase, max(spare) + 1, self.seed + place) if spare else None)
 
     def sequences(self, number: int) -> Any:
-        """The dataset of a phase, its sequences in the order in which its steps take them."""
+        """Build the dataset of a phase, with its sequences in the order of the steps."""
         phase = self.phases[number]
         return self._dataset(phase, phase.steps, self.seed + number)
 
     def _dataset(self, phase: TrainingPhase, steps: int, seed: int) -> Any:
         data = self.data if phase.weights is None else self.data.weighted(phase.weights)
         module = self._module(data, seed, phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
-        _only(module, Split.train)
+        _select_split(module, Split.train)
         module.build(steps, steps, 1, 0)
         return module._train_ds
 
     def _module(
         self, data: DataFolder, seed: int, seq_length: int, micro_batch_size: int, global_batch_size: int
     ) -> llm.PreTrainingDataModule:
-        return nemo_api.data_module(
+        return make_data_module(
             self.tokenizer,
             data,
             self.out,
@@ -109,18 +110,18 @@ class Batches(LightningDataModule):
         )
 
     def reconfigure_limit_batches(self) -> None:
-        """Counts `trainer.limit_val_batches` in micro batches, as NeMo's loops do; a training ends by its steps."""
+        """Convert `trainer.limit_val_batches` to micro batches, which NeMo's loops count."""
         self.validation.reconfigure_limit_batches()
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """This rank's micro batches from the trainer's present step on."""
+        """Return the micro batches of this rank, starting from the trainer's current step."""
         datasets = self.datasets
         if self.signal is not None:
             (phase,) = self.phases
             datasets = [with_signal(datasets[0], self.signal, phase.seq_length, phase.steps * phase.global_batch_size)]
         return WrappedDataLoader(
             mode="train",
-            dataset=Places(datasets),
+            dataset=ConcatenatedDatasets(datasets),
             batch_sampler=MicroBatches(self, self.trainer.global_step),
             num_workers=self.cfg.num_workers,
             pin_memory=True,
@@ -128,24 +129,24 @@ class Batches(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The validation set's batches, in the training's own sizes whatever the phase."""
+        """Return the batches of the validation set, in the sizes of the run in every phase."""
         return self.validation.val_dataloader()
 
     def first_validation(self) -> dict[str, torch.Tensor]:
-        """The first micro batch of the validation set, the same on all ranks: `[b, s]` of each column."""
+        """Return the first micro batch of the validation set, the same on all ranks; each column is `[b, s]`."""
         dataset = self.validation._validation_ds
         items = [dataset[n] for n in range(min(self.cfg.micro_batch_size, len(dataset)))]
         return {name: torch.stack([item[name] for item in items]) for name in ("tokens", "labels")}
 
-    def places(self, step: int) -> list[Place]:
-        """The sequences of a step's global batch, steps counted from 0."""
+    def places(self, step: int) -> list[SequenceId]:
+        """List the sequences of the global batch of a step, counted from 0."""
         number = phase_number(self.phases, step)
         phase = self.phases[number]
         where, batch = self.spares.get(step, (number, step - phase.first_step))
         return [(where, batch * phase.global_batch_size + n) for n in range(phase.global_batch_size)]
 
     def documents(self, step: int) -> list[int]:
-        """The training documents in a step's batch, by their numbers in the data folder, from 0."""
+        """List the training documents in the batch of a step, by number in the data folder, from 0."""
         first, before = {}, 0
         for part in self.data.train:
             first[str(self.data.folder / part["prefix"])] = before
@@ -161,46 +162,46 @@ class Batches(LightningDataModule):
         return sorted(found)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the data: how far they were read, and in which sizes."""
+        """Return the position in the data, and the sizes that it depends on."""
         return {"consumed_samples": samples_before(self.phases, self.trainer.global_step), "sizes": self._sizes()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other sizes, which would be at another place in the data.
+        """Reject a checkpoint with other sizes, whose position in the data would differ.
 
         Raises:
-            InputError: names both.
+            InputError: states the sizes of both.
         """
         if state_dict["sizes"] != self._sizes():
             raise InputError(
-                f"the checkpoint in {self.out / CHECKPOINTS} was made with steps, sequence length and global batch"
-                f" size of {state_dict['sizes']}, this training has {self._sizes()}: set them as they were, or take"
-                " the checkpoint away"
+                f"the checkpoint in {self.out / CHECKPOINTS} has steps, sequence length and global batch size"
+                f" {state_dict['sizes']}, and this run has {self._sizes()}; restore the old values, or remove the"
+                " checkpoint"
             )
 
     def _sizes(self) -> list[list[int]]:
         return [[phase.steps, phase.seq_length, phase.global_batch_size] for phase in self.phases]
 
 
-def _only(module: llm.PreTrainingDataModule, split: Split) -> None:
-    """Has a data module build one split; the others are None (blended_megatron_dataset_builder.py:237)."""
+def _select_split(module: llm.PreTrainingDataModule, split: Split) -> None:
+    """Restrict a data module to one split; the others are None (blended_megatron_dataset_builder.py:237)."""
     blends = module.build_kwargs["blend_per_split"]
     module.build_kwargs["blend_per_split"] = [blend if n == split.value else None for n, blend in enumerate(blends)]
 
 
-class Places(Dataset):  # type: ignore[type-arg]
-    """Several datasets as one, whose items are known by their `Place`."""
+class ConcatenatedDatasets(Dataset):  # type: ignore[type-arg]
+    """Several datasets as one, indexed by `SequenceId`."""
 
     def __init__(self, datasets: list[Any]) -> None:
         self.datasets = datasets
 
-    def __getitem__(self, place: Place) -> dict[str, Any]:
+    def __getitem__(self, place: SequenceId) -> dict[str, Any]:
         where, sample = place
         item: dict[str, Any] = self.datasets[where][sample]
         return item
 
 
 class MicroBatches:
-    """A data-parallel rank's micro batches, shared out as by Megatron's sampler (nemo/lightning/data.py:349)."""
+    """The micro batches of a data-parallel rank, assigned as by Megatron's sampler (nemo/lightning/data.py:349)."""
 
     def __init__(self, batches: Batches, first_step: int) -> None:
         self.batches, self.first_step = batches, first_step
@@ -208,11 +209,11 @@ class MicroBatches:
         self.ranks = parallel_state.get_data_parallel_world_size()
 
     def __len__(self) -> int:
-        """Of the whole training: Lightning counts what an earlier process took, too."""
+        """Return the number of micro batches of the whole run: Lightning also counts those of earlier processes."""
         sizes = [(phase.steps * phase.global_batch_size, phase.micro_batch_size) for phase in self.batches.phases]
         return sum(sequences // (micro * self.ranks) for sequences, micro in sizes)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SequenceId]]:
         phases = self.batches.phases
         for step in range(self.first_step, phases[-1].end):
             micro = phases[phase_number(phases, step)].micro_batch_size
@@ -222,7 +223,7 @@ class MicroBatches:
 
 
 class StepSizes(MegatronDataSampler):
-    """Tells NeMo and Megatron the sizes of the batch at hand: the phase's, or validation's."""
+    """Tells NeMo and Megatron the sizes of the current batch: those of the phase, or those of validation."""
 
     def __init__(self, batches: Batches) -> None:
         cfg = batches.cfg
@@ -230,7 +231,7 @@ class StepSizes(MegatronDataSampler):
         self.batches = batches
 
     def transform_dataloader(self, dataloader: DataLoader[Any], consumed_samples: int = 0) -> DataLoader[Any]:
-        """Gives validation batches Megatron's sampler; those of training have one."""
+        """Add Megatron's sampler to the validation batches. Training batches have their own sampler."""
         if dataloader.mode == "train":  # type: ignore[attr-defined]
             return dataloader
         cfg = self.batches.cfg
@@ -245,13 +246,13 @@ class StepSizes(MegatronDataSampler):
         return sampled
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """Sequences that the training has taken."""
+        """Return the number of sequences that training has read."""
         return samples_before(self.batches.phases, self.trainer.global_step)
 
     def on_megatron_step_start(self, step: MegatronStep[Any, Any]) -> MegatronStep[Any, Any]:
-        """Tells the loss of a training step the learned tokens of its global batch.
+        """Tell the loss how many unmasked tokens the global batch of a training step has.
 
-        Masked batches are read ahead for it, the whole step's on each rank: a few MB of tokens.
+        With masks, each rank reads all its batches of the step in advance: a few MB of tokens.
         """
         step = super().on_megatron_step_start(step)
         if step.forward_only:
@@ -259,40 +260,40 @@ class StepSizes(MegatronDataSampler):
         learned = float(self.micro_batch_size * self.seq_len)
         if self.batches.data.masked:
             micro_batches = [next(step.data) for _ in range(step.num_microbatches or 0)]
-            learned = _learned(micro_batches) / len(micro_batches)
+            learned = _count_unmasked(micro_batches) / len(micro_batches)
             step = dataclasses.replace(step, data=iter(micro_batches))
         self.trainer.lightning_module.training_loss_reduction.learned = max(learned, 1.0)
         return step
 
     def use(self, seq_length: int, micro_batch_size: int, global_batch_size: int) -> None:
-        """Sets the sizes of what comes next, on every rank."""
-        if (seq_length, micro_batch_size, global_batch_size) == self._present():
+        """Set the sizes of the next batches, on every rank."""
+        if (seq_length, micro_batch_size, global_batch_size) == self._current():
             return
         self.seq_len, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
         reconfigure_num_microbatches_calculator(
             rank(), None, global_batch_size, micro_batch_size, parallel_state.get_data_parallel_world_size()
         )
 
-    def _present(self) -> tuple[int, int, int]:
+    def _current(self) -> tuple[int, int, int]:
         return self.seq_len, self.micro_batch_size, self.global_batch_size
 
 
-def _learned(micro_batches: list[Any]) -> float:
-    """Learned tokens of this rank's micro batches, as its loader gives them; the mean over data-parallel ranks."""
+def _count_unmasked(micro_batches: list[Any]) -> float:
+    """Return the number of unmasked tokens in a rank's micro batches, averaged over data-parallel ranks."""
     columns = [batch[0] if isinstance(batch, tuple) else batch for batch in micro_batches]
     tokens = torch.stack([batch["loss_mask"].sum() for batch in columns]).sum().double()
     tokens = tokens.to(backend.activate().device)
-    # Context-parallel ranks are given the same whole sequences.
+    # Context-parallel ranks load the same full sequences.
     torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
     return float(tokens) / parallel_state.get_data_parallel_world_size()
 
 
 class UsePhase(Callback):
-    """Sets the sizes of each training step's phase, and validation's own before a validation; tells Lightning which
-    batch is the last one, after which it validates.
+    """Sets the batch sizes of each step's phase and of validation, and marks the last batch, after which Lightning
+    validates.
 
-    By itself it knows that only in a training that was not resumed: it adds an earlier process's steps to a count of
-    micro batches (lightning/pytorch/loops/training_epoch_loop.py:182 and :266).
+    Lightning detects the last batch only in a run that was not resumed: it adds the steps of earlier processes to a
+    count of micro batches (lightning/pytorch/loops/training_epoch_loop.py:182 and :266).
     """
 
     def __init__(self, batches: Batches) -> None:

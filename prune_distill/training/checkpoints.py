@@ -1,6 +1,6 @@
-"""Checkpoints of a training: how they are written, which are kept, and from which one a training resumes.
+"""Training checkpoints: how they are written, which are kept, and from which one a run resumes.
 
-Each has a record of its files (`prune_distill.pipeline.outputs`), which is verified before a training resumes from it.
+Each checkpoint has a record of its files (`prune_distill.pipeline.outputs`), which is verified before a run resumes.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from prune_distill.schema import Training
 
 log = logging.getLogger("recipes.checkpoints")
 
-# Megatron names what a rank writes __RANK_NUMBER.distcp.
-_OF_RANK = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
+# Megatron names the files that a rank writes __RANK_NUMBER.distcp.
+_RANK_FILE = re.compile(r"(?:.*/)?__(\d+)_\d+\.distcp")
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint of the highest step (`step=N` under `checkpoints`), or None; it may be damaged."""
+    """Return the checkpoint of the highest step (`step=N` under `checkpoints`), or None. It may be damaged."""
     return next(reversed(find_checkpoints(checkpoints).values()), None)
 
 
 def resume_point(checkpoints: Path) -> Path | None:
-    """The newest undamaged checkpoint, None if there is none at all; the same on all ranks, which share the reading.
+    """Return the newest undamaged checkpoint, or None if there are no checkpoints. All ranks verify a part and agree.
 
     Newer checkpoints, which are damaged, are renamed to `.damaged.step=N`, so that their steps can be saved again.
 
     Raises:
-        InputError: all checkpoints are damaged. Whether to train from the start is the user's decision.
+        InputError: all checkpoints are damaged. The user decides whether to start again.
     """
-    # As rank 0 sees the disk; two nodes may see it differently.
+    # Rank 0 lists the checkpoints, because a shared disk may look different on two nodes.
     (steps, *_) = ranks.exchange([*reversed(find_checkpoints(checkpoints))])
     faults: dict[Path, str] = {}
     for step in steps:
@@ -59,8 +59,9 @@ def resume_point(checkpoints: Path) -> Path | None:
         faults[checkpoint] = found[0]
     if faults:
         raise InputError(
-            f"no checkpoint is left to resume from: {'; '.join(faults.values())}; to train from the start, rm -r"
-            f" {checkpoints} and start the stage again"
+            f"all checkpoints are damaged: {'; '.join(faults.values())}; to train from the start, rm -r {checkpoints} "
+            "and"
+            " run the stage again"
         )
     return None
 
@@ -69,16 +70,16 @@ def _set_aside(faults: dict[Path, str], fallback: Path) -> None:
     for checkpoint, fault in faults.items():
         aside = checkpoint.with_name(f".damaged.{checkpoint.name}")
         if rank() == 0:
-            log.warning("%s; resuming from %s, and the damaged one is kept as %s", fault, fallback.name, aside.name)
+            log.warning("%s; resuming from %s; the damaged checkpoint is kept as %s", fault, fallback.name, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
 
 
 def select_superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float]) -> list[Path]:
-    """The complete checkpoints to delete: all but the newest `keep` and the best of those that were validated.
+    """Select the complete checkpoints to delete: all but the newest `keep` and the one with the lowest validation loss.
 
     Args:
-        val_losses: validation losses by step; empty: the best one is not kept.
+        val_losses: validation losses by step; empty: the best checkpoint is not kept.
     """
     complete = find_checkpoints(checkpoints)
     best = min(complete.keys() & val_losses.keys(), key=val_losses.__getitem__, default=None)
@@ -88,16 +89,15 @@ def select_superfluous(checkpoints: Path, keep: int, val_losses: dict[int, float
 class Checkpoints(Callback):
     """Saves NeMo checkpoints that are either complete or absent, and the final model.
 
-    NeMo's `ModelCheckpoint` writes under the final name next to a marker file, writes `-last` a second time, and keeps
-    none with `save_top_k=1, save_last=False` (nemo/lightning/pytorch/callbacks/model_checkpoint.py). Here a checkpoint
-    is written under a hidden name and renamed when every rank is done. With `cfg.async_save` this is a few steps later;
-    at most one checkpoint is being written (NeMo's AsyncFinalizerCallback checks after every step whether it is done).
+    NeMo's `ModelCheckpoint` writes to the final name next to a marker file, writes `-last` a second time, and keeps no
+    checkpoint with `save_top_k=1, save_last=False` (nemo/lightning/pytorch/callbacks/model_checkpoint.py). Here a
+    checkpoint is written under a hidden name, and renamed when all ranks have finished. With `cfg.async_save` this is a
+    few steps later. At most one checkpoint is being written (NeMo's AsyncFinalizerCallback polls after every step).
 
     Args:
-        folder: where `step=N` are written, with the optimizer's state; the newest `cfg.keep_checkpoints` and the best
-            are kept.
-        final: where the model after the last step and its validation is written, weights only.
-        metrics: the file that has the validation losses.
+        folder: folder for `step=N`, with the optimizer's state; the newest `cfg.keep_checkpoints` and the best are
+        kept. final: folder for the final model, weights only.
+        metrics: the file with the validation losses.
     """
 
     def __init__(self, cfg: Training, folder: Path, final: Path, metrics: Path) -> None:
@@ -110,10 +110,10 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.saved = trainer.global_step
         if rank() == 0:
-            for left in self.folder.glob(".partial.*"):
-                remove_folder(left)
-            for left in self.folder.glob(".removed.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self.folder.glob(".partial.*"):
+                remove_folder(leftover)
+            for leftover in self.folder.glob(".removed.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -121,9 +121,9 @@ class Checkpoints(Callback):
             self.save(trainer)
 
     def save(self, trainer: Any) -> None:
-        """Writes a checkpoint of the step that has just ended."""
+        """Write a checkpoint of the step that has just ended."""
         step = trainer.global_step
-        # The disk does not tell: two nodes may see it differently.
+        # Not decided by the disk, which may look different on two nodes.
         if step == self.saved:
             return
         self.saved = step
@@ -136,7 +136,7 @@ class Checkpoints(Callback):
         self._finish(trainer)
 
     def _write(self, trainer: Any, target: Path, weights_only: bool) -> None:
-        from nemo.lightning.io.pl import TrainerContext
+        from nemo.lightning.io.pl import TrainerContext  # the rest of this module needs no NeMo
 
         self._finish(trainer)
         partial = target.with_name(f".partial.{target.name}")
@@ -160,21 +160,21 @@ class Checkpoints(Callback):
             declare()
 
     def _finish(self, trainer: Any) -> None:
-        """Waits, on every rank, until no checkpoint is being written."""
+        """Wait until no checkpoint is being written. All ranks call it."""
         if self.cfg.async_save:
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
 
     def _declare(self, trainer: Any, partial: Path, target: Path, weights_only: bool) -> None:
-        """Renames the checkpoint that every rank has written, and removes those that are no longer kept."""
+        """Rename the checkpoint that all ranks have written, and remove old checkpoints."""
         trainer.strategy.barrier()
-        # The stage's own record covers the final model.
+        # The record of the stage covers the final model.
         record = None if weights_only else _record(partial)
         if rank() == 0:
             if record is not None:
                 write_json(partial / OUTPUTS, record)
             for path in (*partial.rglob("*"), partial):
                 sync(path)
-            if os.path.lexists(target):  # not from this training, which resumed before that step
+            if os.path.lexists(target):  # written before this run resumed from an earlier step
                 remove_folder(target)
             os.replace(partial, target)
             sync(target.parent)
@@ -207,16 +207,17 @@ def _describe_model(trainer: Any) -> dict[str, Any]:
 
 
 def _record(checkpoint: Path) -> Entries:
-    """Size and CRC-32 of a checkpoint's files, on every rank; each rank reads the files that it has just written."""
+    """Compute the size and CRC-32 of a checkpoint's files. Each rank reads the files that it wrote; all ranks
+    gather."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     names = [path.relative_to(checkpoint).as_posix() for path in files]
     entries: Entries = {}
-    for part in ranks.all_gather(digests(checkpoint, [name for name in names if _writer_of(name) == rank()])):
+    for part in ranks.all_gather(digests(checkpoint, [name for name in names if _writer_rank(name) == rank()])):
         entries |= part
     return dict(sorted(entries.items()))
 
 
-def _writer_of(name: str) -> int:
-    """The rank that wrote a file of a checkpoint; rank 0 unless the name tells another."""
-    found = _OF_RANK.fullmatch(name)
+def _writer_rank(name: str) -> int:
+    """Return the rank that wrote a file of a checkpoint: rank 0 unless the name contains another rank."""
+    found = _RANK_FILE.fullmatch(name)
     return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""Ends a training at the first loss that is not finite or far too high, before anything of that step is saved."""
+"""Stops training at the first non-finite or much too high loss, before anything of that step is saved."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prune_distill.training.checkpoints import newest_checkpoint
 if TYPE_CHECKING:
     from prune_distill.training.batches import Batches
 
-# Losses in the median, and how many are needed before a loss is compared with it.
+# Number of losses in the median, and the minimum before a loss is compared with it.
 WINDOW = 50
 LEAST = 10
-# The most documents that a message names.
+# Maximum number of documents in a message.
 NAMED = 100
-# What Megatron raises in the backward pass, on the rank whose gradients are not finite
+# Part of the error that Megatron raises in the backward pass on a rank with non-finite gradients
 # (megatron/core/distributed/param_and_grad_buffer.py:188 and :197).
 GRADIENTS = "in local grad norm for bucket"
 
@@ -32,13 +32,13 @@ GRADIENTS = "in local grad norm for bucket"
 class LossGuard(Callback):
     """Checks the loss of every step before it is recorded or saved.
 
-    Only rank 0 checks it: it has the loss (nemo/lightning/pytorch/strategies/megatron_strategy.py:846 sends it there
-    from the last pipeline stage), reads a number back from the device at each step anyway (`StopFile`), and is the rank
-    that declares checkpoints complete. When it ends, torchrun ends the others.
+    Only rank 0 checks it. Rank 0 receives the loss from the last pipeline stage
+    (nemo/lightning/pytorch/strategies/megatron_strategy.py:846), synchronizes with the device in each step anyway
+    (`StopFile`), and completes checkpoints. When it fails, torchrun ends the other ranks.
 
     Args:
         out: the stage's folder.
-        key: the training's key in the config.
+        key: the config key of the training section.
     """
 
     def __init__(self, cfg: Training, batches: Batches, out: Path, key: str) -> None:
@@ -54,14 +54,14 @@ class LossGuard(Callback):
         self.losses.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last losses are saved in checkpoints, so that a resumed run decides as an uninterrupted one does."""
+        """Save the last losses, so that a resumed run makes the same decisions as an uninterrupted run."""
         return {"losses": list(self.losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.losses.extend(state_dict["losses"])
 
     def error(self, step: int, fault: str) -> InputError:
-        """The error of a step, counted from 0: what is wrong, in which documents, and how to continue."""
+        """Build the error of a step, counted from 0: what is wrong, in which documents, and how to continue."""
         number = step + 1
         documents = self.batches.documents(step)
         named = ", ".join(map(str, documents[:NAMED])) + (" and more" if len(documents) > NAMED else "")
@@ -70,19 +70,19 @@ class LossGuard(Callback):
         newest = newest_checkpoint(self.out / CHECKPOINTS)
         resumes = "the start" if newest is None else newest.name
         return InputError(
-            f"step {number}: {fault}. Nothing of it was saved. Its batch is made of {len(documents)} training documents"
-            f" of {self.batches.data.folder}: {named} (recipes.prepare_data --check FOLDER --document N shows one)."
-            f" The same command goes on from {resumes}, over the same batch; to pass it over set {skip}; otherwise"
-            f" lower {self.key}.lr or {self.key}.clip_grad"
+            f"step {number}: {fault}. The step was not saved. Its batch contains {len(documents)} training documents of"
+            f" {self.batches.data.folder}: {named} (recipes.prepare_data --check FOLDER --document N prints one)."
+            f" The same command resumes from {resumes} with the same batch; set {skip} to skip it, or lower"
+            f" {self.key}.lr or {self.key}.clip_grad"
         )
 
 
 def find_loss_fault(loss: float, losses: deque[float], max_ratio: float | None) -> str | None:
-    """What is wrong with a loss; None if nothing is.
+    """Return what is wrong with a loss, or None.
 
     Args:
-        losses: the losses of the steps before it.
-        max_ratio: the largest ratio to their median; None: no limit.
+        losses: losses of the previous steps.
+        max_ratio: maximum ratio to their median; None: no limit.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -91,4 +91,4 @@ def find_loss_fault(loss: float, losses: deque[float], max_ratio: float | None) 
     median = statistics.median(losses)
     if loss <= max_ratio * median:
         return None
-    return f"the loss is {loss:.6g}, more than {max_ratio:g} times {median:.6g}, the median of the last {len(losses)}"
+    return f"the loss is {loss:.6g}, more than {max_ratio:g} times the median of the last {len(losses)}, {median:.6g}"

@@ -1,4 +1,4 @@
-"""The metrics of a training: `metrics.jsonl`, and the trackers."""
+"""Training metrics: `metrics.jsonl`, and the trackers."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ from prune_distill.training.trackers import Trackers
 class MetricsWriter(Callback):
     """Writes `metrics.jsonl`: a line every `log_every_n_steps` steps, and one per validation (rank 0).
 
-    A step's line has the loss, its parts by name if the model has `loss_parts()`, the learning rate, and the tokens in
-    total and per second.
+    The line of a step contains the loss, its parts if the model has `loss_parts()`, the learning rate, the total
+    tokens, and the tokens per second.
 
     Args:
-        meter: computes the model-FLOPs utilization (`mfu`); None: `mfu` is omitted.
+        meter: computes the model-FLOPs utilization (`mfu`); None: no `mfu`.
     """
 
     def __init__(self, cfg: Training, out: Path, meter: Meter | None) -> None:
         self.cfg, self.out, self.meter = cfg, out, meter
         self.phases = training_phases(cfg)
         self.file = MetricsFile(out / METRICS)
-        self.since = (0, 0.0)
+        self.last_log = (0, 0.0)
         self.trackers: Trackers | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if rank() == 0:
             self.file.forget_after(trainer.global_step)
             self.trackers = Trackers(self.cfg, self.out, trainer.global_step)
-        self.since = (trainer.global_step, time.perf_counter())
+        self.last_log = (trainer.global_step, time.perf_counter())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step % self.cfg.log_every_n_steps and step != self.cfg.max_steps:
             return
-        # Called on all ranks: the last pipeline stage broadcasts them.
+        # All ranks call it: the last pipeline stage broadcasts the parts.
         parts = pl_module.loss_parts() if hasattr(pl_module, "loss_parts") else {}
         if rank() != 0:
             return
         now = time.perf_counter()
         tokens = tokens_before(self.phases, step)
-        tokens_per_second = (tokens - tokens_before(self.phases, self.since[0])) / (now - self.since[1])
-        self.since = (step, now)
-        left = tokens_before(self.phases, self.cfg.max_steps) - tokens
+        tokens_per_second = (tokens - tokens_before(self.phases, self.last_log[0])) / (now - self.last_log[1])
+        self.last_log = (step, now)
+        tokens_left = tokens_before(self.phases, self.cfg.max_steps) - tokens
         self._write(
             step,
             max_steps=self.cfg.max_steps,
             tokens=tokens,
             loss=float(trainer.callback_metrics["reduced_train_loss"]),
             **parts,
-            # The scheduler is already at the next step.
+            # The scheduler has already advanced to the next step.
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             tokens_per_second=round(tokens_per_second, 1),
             **self._utilisation(step, tokens_per_second),
-            seconds_left=round(left / tokens_per_second, 1),
+            seconds_left=round(tokens_left / tokens_per_second, 1),
         )
 
     def _utilisation(self, step: int, tokens_per_second: float) -> dict[str, float]:
@@ -81,14 +81,14 @@ class MetricsWriter(Callback):
         pl_module.validation_loss_reduction.reset()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        # Not the mean in `callback_metrics`: NeMo leaves the batch's size to Lightning's guess, which counts the first
-        # batch once and each later one as often as it has sequences (nemo/lightning/pytorch/strategies/
+        # Not the mean in `callback_metrics`: Lightning guesses the batch size, so that the first batch counts once and
+        # each later batch counts once per sequence (nemo/lightning/pytorch/strategies/
         # megatron_strategy.py:918).
         loss = pl_module.validation_loss_reduction.mean("the validation batches (val_batches)")
         if rank() == 0:
             self._write(trainer.global_step, val_loss=loss)
-        # Validation is not training time.
-        self.since = (trainer.global_step, time.perf_counter())
+        # Exclude validation from the training speed.
+        self.last_log = (trainer.global_step, time.perf_counter())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.trackers is not None:

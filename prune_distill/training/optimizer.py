@@ -1,4 +1,4 @@
-"""The optimizer of a training, and how its learning rate and weight decay are set."""
+"""The optimizer, its learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prune_distill.training.schedules import learning_rate
 
 
 def connect_optimizer(model: Any, cfg: Training) -> None:
-    """Gives a NeMo model its optimizer: Adam by Megatron, with the training's learning rates."""
+    """Connect a NeMo model to Megatron's Adam with the learning rates of the config."""
     bf16 = cfg.precision is Precision.bf16
     optimizer = MegatronOptimizerModule(
         config=OptimizerConfig(
@@ -31,30 +31,30 @@ def connect_optimizer(model: Any, cfg: Training) -> None:
         )
     )
     optimizer.connect(model)
-    # After it: a checkpoint's context records what is connected, and NeMo reads no classes but its own back.
-    optimizer.lr_scheduler = Rates(cfg)
+    # Set after `connect`: a checkpoint's context records what is connected, and NeMo only loads its own classes.
+    optimizer.lr_scheduler = LearningRates(cfg)
     if not cfg.decay_embeddings:
         optimizer.no_weight_decay_cond = _no_decay
 
 
 def _no_decay(name: str, parameter: torch.Tensor) -> bool:
-    """Megatron's own choice, norms and biases (megatron/core/optimizer/__init__.py:112), and the embedding.
+    """Exclude norms and biases, as Megatron does (megatron/core/optimizer/__init__.py:112), and the embedding.
 
-    Its copy on the last pipeline stage, where it is tied, is marked `shared_embedding`.
+    The copy of a tied embedding on the last pipeline stage is marked `shared_embedding`.
     """
     embedding = "embedding" in name or getattr(parameter, "shared_embedding", False)
     return embedding or name.endswith(".bias") or parameter.dim() == 1
 
 
-class Rates(LRSchedulerModule):
-    """`learning_rate` as NeMo's optimizer module takes it."""
+class LearningRates(LRSchedulerModule):
+    """Adapter of `learning_rate` for NeMo's optimizer module."""
 
     def __init__(self, cfg: Training) -> None:
         super().__init__()
         self.cfg = cfg
 
     def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
-        """As Lightning's `configure_optimizers` returns it: a change after every step."""
+        """Return the scheduler in the format of Lightning's `configure_optimizers`, with one update per step."""
         cfg = self.cfg
         rates = LambdaLR(optimizer, lambda step: learning_rate(cfg, step) / cfg.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step", "frequency": 1}}

@@ -1,7 +1,7 @@
-"""Pausing a training from outside: a file named `stop` in the stage's folder.
+"""Pause training through a file named `stop` in the stage's folder.
 
-A person (`touch RUN_DIR/<stage>/stop`) or a Slurm job's script writes it at any time, also before the trainer has
-started. Whoever starts the stage removes an old one.
+A person (`touch RUN_DIR/<stage>/stop`) or the script of a Slurm job may create it at any time, even before the trainer
+starts. A leftover file is removed when the stage is started.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from prune_distill.pipeline.stage_main import rank
 
 
 class StopFile(Callback):
-    """Looks for the stop file after each step; if it is there, saves a checkpoint and ends the training.
+    """Checks for the stop file after each step; if it exists, saves a checkpoint and ends training.
 
-    Only rank 0 looks, so a step costs one look at the shared disk and one all-reduce of four bytes over all ranks. The
-    gradient norm synchronizes them in every step anyway (megatron/core/optimizer/clip_grads.py:127-133).
+    Only rank 0 checks, so each step costs one access to the shared disk and an all-reduce of four bytes over all ranks.
+    The gradient norm synchronizes them in every step anyway (megatron/core/optimizer/clip_grads.py:127-133).
 
     Args:
-        folder: the stage's folder; takes `state.json`.
-        max_steps: the step at which training ends by itself.
+        folder: the stage's folder, for `state.json`.
+        max_steps: the last step of the run.
         save: writes a checkpoint of the step that has just ended, on every rank.
     """
 
@@ -42,19 +42,19 @@ class StopFile(Callback):
         self.save(trainer)
         trainer.should_stop = True
         if trainer.global_step % trainer.val_check_batch:
-            # Lightning validates whenever a training is stopped (training_epoch_loop.py:429); here only if it is due.
+            # Lightning validates whenever training stops (training_epoch_loop.py:429); skip it unless it is due.
             trainer.limit_val_batches = 0
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if rank() == 0:
             step = trainer.global_step
             write_json(self.folder / STATE, {"state": "done" if step >= self.max_steps else "paused", "step": step})
-            # The request is fulfilled: the next start must not stop for it.
+            # The next start must not stop again.
             (self.folder / STOP).unlink(missing_ok=True)
 
 
 def is_pause_requested(folder: Path) -> bool:
-    """Whether rank 0 sees the stop file; the same answer on all ranks."""
+    """Return whether rank 0 sees the stop file. All ranks call it and get the same result."""
     seen = rank() == 0 and (folder / STOP).exists()
     if not torch.distributed.is_initialized():
         return seen

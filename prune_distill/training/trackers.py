@@ -1,7 +1,7 @@
-"""Where a training's figures go besides `metrics.jsonl`: TensorBoard always, Weights & Biases and MLflow if asked for.
+"""Metrics for TensorBoard, and for Weights & Biases and MLflow if they are configured.
 
-Rank 0 only. No credentials are taken from the config or written to a file: both services read their own environment
-variables.
+Rank 0 only. Credentials come from the services' environment variables, never from the config, and are not written to
+files.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Write = Callable[[dict[str, float], int], None]
 
 
 class Trackers:
-    """The services that a training's config names.
+    """The trackers of a training run.
 
     Args:
-        out: the stage's folder; takes `tensorboard/`, and what the others keep locally.
-        step: the step that training goes on from; TensorBoard forgets what a killed process wrote beyond it.
+        out: the stage's folder, for `tensorboard/` and the local files of the services.
+        step: the step from which training starts; TensorBoard drops what a killed process wrote after it.
     """
 
     def __init__(self, cfg: Training, out: Path, step: int) -> None:
@@ -39,12 +39,12 @@ class Trackers:
             self.writers.append(_mlflow(cfg.mlflow, out))
 
     def write(self, values: dict[str, float], step: int) -> None:
-        """Figures by name, all of one step."""
+        """Write the metrics of a step, by name."""
         for write, _ in self.writers:
             try:
                 write(values, step)
-            except Exception:  # a service that is down is no reason to end a training
-                log.warning("figures of step %d were not written", step, exc_info=True)
+            except Exception:  # training continues when a service is down
+                log.warning("the metrics of step %d were not written", step, exc_info=True)
 
     def close(self) -> None:
         for _, close in self.writers:
@@ -57,9 +57,9 @@ class Trackers:
 
 
 def _wandb(cfg: WeightsAndBiases, out: Path) -> tuple[Write, Callable[[], None]]:
-    import wandb
+    import wandb  # optional
 
-    # An id of the folder's own: a resumed training goes on with the same curves.
+    # The id is derived from the folder, so that a resumed run continues the same curves.
     name = f"{out.parent.name}-{out.name}"
     run = wandb.init(project=cfg.project, entity=cfg.entity, id=name, name=name, resume="allow", dir=str(out))
 
@@ -70,14 +70,14 @@ def _wandb(cfg: WeightsAndBiases, out: Path) -> tuple[Write, Callable[[], None]]
 
 
 def _mlflow(cfg: Mlflow, out: Path) -> tuple[Write, Callable[[], None]]:
-    import mlflow
+    import mlflow  # optional
 
     mlflow.set_tracking_uri(cfg.tracking_uri)
     mlflow.set_experiment(cfg.experiment)
-    noted = out / "mlflow.json"
-    known = json.loads(noted.read_text())["run_id"] if noted.exists() else None
+    saved = out / "mlflow.json"
+    known = json.loads(saved.read_text())["run_id"] if saved.exists() else None
     run: Any = mlflow.start_run(run_id=known, run_name=None if known else f"{out.parent.name}-{out.name}")
-    write_json(noted, {"run_id": run.info.run_id})
+    write_json(saved, {"run_id": run.info.run_id})
 
     def write(values: dict[str, float], step: int) -> None:
         mlflow.log_metrics(values, step=step)

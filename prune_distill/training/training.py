@@ -1,7 +1,7 @@
-"""One training run through NeMo: the demo's teacher, distillation and its controls all come through `train`.
+"""Train a model with NeMo: the demo's teacher, the student and its controls.
 
-It resumes from the newest undamaged checkpoint under `OUT/checkpoints`, appends to `OUT/metrics.jsonl`, and ends with
-the model in `OUT/nemo`.
+Training resumes from the newest undamaged checkpoint in `OUT/checkpoints`, appends to `OUT/metrics.jsonl`, and writes
+the final model to `OUT/nemo`.
 """
 
 from __future__ import annotations
@@ -56,27 +56,27 @@ def train(
     validate_first: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Trains a model for `cfg.max_steps` optimizer steps and saves it in `out/nemo`.
+    """Train a model for `cfg.max_steps` optimizer steps and write it to `out/nemo`.
 
     Args:
         model: an unconfigured NeMo model with its tokenizer.
-        data: prepared documents, train and validation.
-        start: the NeMo checkpoint whose weights training starts from; None: from random ones.
-        key: where the config has `cfg`, for messages.
-        meter: what the speed is held against, where that is known.
-        signal: the teacher's stored signal on the training sequences, for a model whose `data_step` takes it.
-        callbacks: further ones of Lightning's.
-        validate_first: takes the validation loss before the first step as well.
+        data: prepared training and validation documents.
+        start: NeMo checkpoint with the initial weights; None: random weights.
+        key: the config key of `cfg`, for messages.
+        meter: computes the utilization of the GPU, if it is known.
+        signal: cached logits of the training sequences, for a model whose `data_step` reads them.
+        validate_first: whether to compute the validation loss before the first step.
+        callbacks: more Lightning callbacks.
 
     Returns:
-        backend, steps, tokens, steps whose batch was passed over, the last training loss, the last and the best
-        validation loss (nats per token).
+        Backend, steps, tokens, steps whose batch was skipped, the last training loss, the last and the best validation
+        loss (nats per token).
 
     Raises:
         ConfigError: the ranks do not fit the parallel layout or the batch.
-        InputError: too little data; a checkpoint that lacks a parameter, or is another model's; damage in every
-            checkpoint; a loss that is not finite, or far too high.
-        PausedError: a stop file ended it early; it goes on from there the next time.
+        InputError: too little data; a checkpoint lacks a parameter or belongs to another model; all checkpoints are
+            damaged; a loss is non-finite or much too high.
+        PausedError: training stopped early because of a stop file; the next run resumes.
     """
     check(cfg, data)
     if not (out / NEMO).exists():
@@ -88,10 +88,10 @@ def train(
         batches = Batches(model.tokenizer, data, out, cfg, seed, signal)
         guard = LossGuard(cfg, batches, out, key)
         saver = Checkpoints(cfg, out / CHECKPOINTS, out / NEMO, out / METRICS)
-        # In this order: a bad loss is neither recorded nor saved, and a pause finds its checkpoint written.
-        own: list[Callback] = [UsePhase(batches), guard, MetricsWriter(cfg, out, meter), saver]
-        own += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
-        trainer = _trainer(cfg, [*own, *callbacks])
+        # The order matters: a bad loss is neither recorded nor saved, and a pause comes after its checkpoint.
+        standard: list[Callback] = [UsePhase(batches), guard, MetricsWriter(cfg, out, meter), saver]
+        standard += [StopFile(out, cfg.max_steps, saver.save), StartCheck(start)]
+        trainer = _trainer(cfg, [*standard, *callbacks])
         if validate_first and resumed is None:
             trainer.num_sanity_val_steps = math.inf
         if resumed is None and start is not None:
@@ -99,7 +99,7 @@ def train(
         log.info("training from %s", resumed or start or "random weights")
         average_over_tokens(model)
         connect_optimizer(model, cfg)
-        # Without it a checkpoint's step would be validated once more after a restart, shifting the record.
+        # Otherwise the step of a checkpoint is validated again after a restart.
         configure_no_restart_validation_training_loop(trainer)
         _fit(trainer, model, batches, resumed, guard)
         if trainer.global_step < cfg.max_steps:
@@ -118,36 +118,37 @@ def _fit(trainer: nl.Trainer, model: llm.GPTModel, batches: Batches, resumed: Pa
 
 
 def check(cfg: Training, data: DataFolder) -> None:
-    """What only the ranks and the data at hand can tell. Raises: ConfigError, InputError; see `train`."""
+    """Check the config against the ranks and the data. Raises: ConfigError, InputError; see `train`."""
     parallel = cfg.parallel
     model_parallel = (
         parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     )
     if world_size() % model_parallel:
         raise ConfigError(
-            f"{world_size()} ranks cannot be split into TP x PP x CP = {model_parallel}; start a multiple"
+            f"{world_size()} ranks are not a multiple of TP x PP x CP = {model_parallel}; start a multiple"
         )
     sizes: Any
     for sizes in (cfg, *training_phases(cfg)):
         per_step = sizes.micro_batch_size * (world_size() // model_parallel)
         if sizes.global_batch_size % per_step:
             raise ConfigError(
-                f"global_batch_size {sizes.global_batch_size} is no multiple of micro_batch_size x data-parallel ranks"
-                f" = {per_step}; set it to a multiple"
+                f"global_batch_size={sizes.global_batch_size}: not a multiple of micro_batch_size x data-parallel "
+                "ranks ="
+                f" {per_step}; set it to a multiple"
             )
     for phase in training_phases(cfg):
         parts = data if phase.weights is None else data.weighted(phase.weights)
-        _enough("train", data.folder, parts.train_tokens, phase.seq_length, 1)
+        _check_size("train", data.folder, parts.train_tokens, phase.seq_length, 1)
     needed = cfg.global_batch_size if cfg.val_batches is None else 1
-    _enough("validation", data.folder, data.validation_tokens, cfg.seq_length, needed)
+    _check_size("validation", data.folder, data.validation_tokens, cfg.seq_length, needed)
 
 
-def _enough(split: str, folder: Path, tokens: int, seq_length: int, needed: int) -> None:
+def _check_size(split: str, folder: Path, tokens: int, seq_length: int, needed: int) -> None:
     sequences = (tokens - 1) // seq_length
     if sequences < needed:
         raise InputError(
-            f"the {split} documents in {folder} hold {tokens} tokens, {sequences} sequences of {seq_length};"
-            f" {needed} are needed: bring more documents"
+            f"the {split} documents in {folder} contain {tokens} tokens, {sequences} sequences of {seq_length}, but"
+            f" {needed} are needed; add documents"
             + (", or set val_batches to a number so that they are repeated" if needed > 1 else "")
         )
 
@@ -155,13 +156,13 @@ def _enough(split: str, folder: Path, tokens: int, seq_length: int, needed: int)
 def _configure(config: Any, cfg: Training) -> None:
     config.seq_length = cfg.seq_length
     if config.num_moe_experts:
-        # Gradients are averaged over context-parallel ranks. For that the loss is multiplied with their number; the
-        # router's auxiliary loss, of which each has its share, is not (megatron/core/pipeline_parallel/schedules.py:247
+        # Gradients are averaged over context-parallel ranks, so the loss is multiplied by their number. The router's
+        # auxiliary loss, of which each rank has a part, is not (megatron/core/pipeline_parallel/schedules.py:247
         # and :271).
         config.moe_aux_loss_coeff *= cfg.parallel.context_parallel_size
         if config.moe_router_load_balancing_type == "aux_loss":
-            # Of each sequence by itself. That of a micro batch depends on how many sequences it has; with one they are
-            # the same (megatron/core/transformer/moe/router.py:277 and :309).
+            # Per sequence: the loss of a micro batch depends on its number of sequences. With one sequence both are
+            # equal (megatron/core/transformer/moe/router.py:277 and :309).
             config.moe_router_load_balancing_type = "seq_aux_loss"
     if cfg.recompute is not Recompute.none:
         config.recompute_granularity = cfg.recompute.value

@@ -28,12 +28,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     from prune_distill.data.folder import DataFolder
-    from prune_distill.nemo import nemo_api
+    from prune_distill.nemo.datasets import make_data_module
 
     data, hf_folder = DataFolder.read(Path(sys.argv[1])), sys.argv[2]
     sizes = {key: DISTILL[key] for key in ("seq_length", "micro_batch_size", "global_batch_size", "num_workers")}
     with tempfile.TemporaryDirectory() as folder:
-        module = nemo_api.data_module(AutoTokenizer(hf_folder), data, Path(folder), **sizes, seed=1234)
+        module = make_data_module(AutoTokenizer(hf_folder), data, Path(folder), **sizes, seed=1234)
         sizes_of_training = (DISTILL["max_steps"], DISTILL["val_every_n_steps"], DISTILL["val_batches"], 0)
         with patch.object(np, "save", _cut_short), suppress(KeyboardInterrupt):
             module.build(*sizes_of_training)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 
-GPU = backend.torch_device() == "cuda"
+GPU = devices.torch_device() == "cuda"
 BACKEND = "gpu" if GPU else "cpu"
 # Logits of twins (size about 5). CPU: sums in another order, a few 1e-6 seen; 1e-4 is what the project promises.
 LOGITS = 2e-2 if GPU else 1e-4

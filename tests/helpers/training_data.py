@@ -19,13 +19,13 @@ def main() -> None:
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
     from prune_distill.data.folder import DataFolder
-    from prune_distill.nemo import nemo_api
+    from prune_distill.nemo.datasets import make_data_module
 
     data, tokenizer, length = DataFolder.read(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     steps = data.train_tokens // length // 4
     with tempfile.TemporaryDirectory() as folder:
-        module = nemo_api.data_module(
+        module = make_data_module(
             AutoTokenizer(tokenizer),
             data,
             Path(folder),

@@ -259,7 +259,7 @@ def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Pat
     content = bytearray(chunk.file.read_bytes())
     content[chunk.offset] ^= 1
     chunk.file.write_bytes(content)
-    fault = f"{chunk.file} is damaged: the bytes of module.decoder.final_layernorm.weight"
+    fault = f"{chunk.file} is damaged: the CRC-32 of module.decoder.final_layernorm.weight"
     for command in (
         ("nemo_to_hf", "--checkpoint", damaged, "--hf-model", hf, "--out", tmp_path / "out"),
         ("verify", "--no-logits", hf, damaged),

@@ -82,7 +82,7 @@ def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, co
     tiny.launch(run_dir, *SWAPPED, "--until", "distill")
     log = (folder / "log.txt").read_text()
     assert f"training from {folder}/checkpoints/step=4" in log
-    assert "from step 5 on" in log
+    assert "step 5: teacher weights replaced" in log
     assert tiny.losses(folder) == pytest.approx(swapped, rel=0, abs=tolerance.RESUMED)
 
 

@@ -93,7 +93,7 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    from prune_distill.nemo.nemo_api import DocumentDataset
+    from prune_distill.nemo.datasets import DocumentDataset
 
     sizes = [SEQUENCES, 0, 0]
     train, *_ = BlendedMegatronDatasetBuilder(DocumentDataset, sizes, lambda: True, settings).build()

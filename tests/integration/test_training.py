@@ -81,7 +81,7 @@ def test_a_bad_loss_ends_a_training_before_it_is_saved(
     assert failed.returncode == (1 if ranks else 2), failed.stderr[-4000:]  # torchrun's own, or the stage's
     assert re.search(rf"error: step {step}: {fault}", failed.stderr), failed.stderr[-4000:]
     assert f"distill.skip_steps='[[{step},{step}]]'" in failed.stderr
-    assert f"goes on from step={step - 1}" in failed.stderr
+    assert f"resumes from step={step - 1}" in failed.stderr
     documents = documents_in(failed.stderr)
     assert len(documents) == len(set(documents)) > 0
     assert max(int(path.name[5:]) for path in stage.folder.glob("checkpoints/step=*")) == step - 1
@@ -188,7 +188,7 @@ def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path
     shutil.copytree(stage.inputs["teacher"], stage.folder / "checkpoints" / "step=2")
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
-    assert "holds another model (num_layers 4) than the one that is trained (num_layers 2)" in failed.stderr
+    assert "contains another model (num_layers 4) than the one to train (num_layers 2)" in failed.stderr
 
 
 def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def listen(path: Path) -> None:
         (lambda path: os.mkfifo(path), "a FIFO"),
         (listen, "a socket"),
         (lambda path: path.symlink_to("/dev/zero"), "a character device"),
-        (lambda path: path.symlink_to("/etc/hosts"), "leads out of the model's folder, to /etc/hosts"),
-        (lambda path: path.symlink_to("../../outside"), "leads out of the model's folder"),
-        (lambda path: path.symlink_to("/etc"), "leads out of the model's folder, to /etc"),
+        (lambda path: path.symlink_to("/etc/hosts"), "outside the model's folder, to /etc/hosts"),
+        (lambda path: path.symlink_to("../../outside"), "outside the model's folder"),
+        (lambda path: path.symlink_to("/etc"), "outside the model's folder, to /etc"),
         (lambda path: path.symlink_to("nowhere"), "No such file"),
         (lambda path: path.symlink_to(path.name), "cannot be reached"),
     ],
@@ -87,7 +87,7 @@ def test_a_hub_cache_is_a_folder_of_links(tmp_path: Path) -> None:
     assert folder_faults(snapshot) == []
     (cache / "blobs" / "88").symlink_to("/etc/hosts")
     (snapshot / "b.json").symlink_to("../../blobs/88")
-    assert "leads out" in folder_faults(snapshot)[0]
+    assert "outside the model's folder" in folder_faults(snapshot)[0]
 
 
 def test_a_fifo_hangs_nothing(model: Path) -> None:

@@ -1,8 +1,8 @@
-"""What NeMo, Megatron-Core and Model Optimizer take for granted of CUDA, and what answers in its place on a CPU.
+"""Patches for the CUDA calls in NeMo, Megatron-Core and Model Optimizer, so that they run on a CPU.
 
 Each patch names its target, the upstream line that needs it (megatron-core 0.15.3, nemo_toolkit 2.7.3,
-nvidia-modelopt 0.40.0, torch 2.13.0) and when it can go. A target in a module that is not imported yet is patched
-right after that module's own import, before anybody can take the name from it.
+nvidia-modelopt 0.40.0, torch 2.13.0) and when it can be removed. A target in a module that is not imported yet is
+patched right after that module is imported, before other modules can bind the name.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Patch:
-    """One replaced name.
+    """A replaced name.
 
     Attributes:
         target: `module:attribute`, where the attribute may have dots.
-        replacement: takes the original, returns what stands in its place.
+        replacement: takes the original and returns its replacement.
         cause: the upstream file and line that cannot run without CUDA as it is.
-        until: when the patch can go.
+        until: when the patch can be removed.
     """
 
     target: str
@@ -56,7 +56,7 @@ def apply(patches: Sequence[Patch]) -> None:
     """Apply the patches of PyTorch now, the others when their modules are imported.
 
     Raises:
-        RuntimeError: if such a module was imported already, for others hold the unpatched name by then.
+        RuntimeError: such a module has already been imported, so that others may have bound the unpatched name.
     """
     late = {patch.module for patch in patches if not _is_torch(patch.module)} & sys.modules.keys()
     if late:
@@ -73,7 +73,7 @@ def _is_torch(module: str) -> bool:
 
 
 class _PatchOnImport(importlib.abc.MetaPathFinder):
-    """Finds modules as usual; applies the patches of those that have any once their code has run."""
+    """Finder that applies the patches of a module right after the module has run."""
 
     def __init__(self, patches: Sequence[Patch]) -> None:
         self._modules = {patch.module for patch in patches}
@@ -100,9 +100,9 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
 
 
 def _calling(function: Callable[..., Any]) -> Callable[[Any], Callable[..., Any]]:
-    """A replacement that calls `function` and has no use for the original.
+    """Return a replacement that calls `function` and ignores the original.
 
-    Each target gets an object of its own: torch._dynamo refuses one function under two of the names it knows.
+    Each target gets its own function: torch._dynamo rejects one function under two of its known names.
     """
 
     def replacement(original: Any) -> Callable[..., Any]:
@@ -123,7 +123,7 @@ def _unchanged(thing: Any, *_: object, **__: object) -> Any:
 
 
 def _without_cuda_builds(load_inline: Callable[..., Any]) -> Callable[..., Any]:
-    """`load_inline` that refuses to build for CUDA, as where there is no compiler for it."""
+    """Make `load_inline` refuse to build for CUDA, as without a CUDA compiler."""
 
     @functools.wraps(load_inline)
     def load(name: str, *args: Any, with_cuda: bool | None = None, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A tensor factory for which "cuda" is the CPU and pinned memory is memory."""
+    """Make a tensor factory map "cuda" to the CPU, and ignore pinned memory."""
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.to` for which "cuda" is the CPU."""
+    """Make `Tensor.to` map "cuda" to the CPU."""
 
     @functools.wraps(to)
     def move(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ def _to_cpu(to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _type_with_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.type()` whose name of a CPU tensor's type says it is CUDA's."""
+    """Make `Tensor.type()` return the CUDA name of a CPU tensor's type."""
 
     @functools.wraps(original)
     def type_of(tensor: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +180,7 @@ def _type_with_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _gather_scalars(gather: Callable[..., Any]) -> Callable[..., Any]:
-    """`all_gather_into_tensor` that takes 0-d inputs on gloo, as NCCL does."""
+    """Make `all_gather_into_tensor` accept 0-d inputs on gloo, as NCCL does."""
 
     @functools.wraps(gather)
     def gather_into(output: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -189,11 +189,11 @@ def _gather_scalars(gather: Callable[..., Any]) -> Callable[..., Any]:
     return gather_into
 
 
-def _alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective from one tensor into another that has nothing to do in a group of one rank.
+def _skip_in_single_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a collective from one tensor into another skip gloo in a group of one rank.
 
-    Gloo would copy, in a thread of its own; with that thread's pool, OpenMP counts more threads than there are cores,
-    and from then on every pool's threads go to sleep between any two operators.
+    Gloo copies in its own thread. With the pool of that thread, OpenMP counts more threads than cores, and then the
+    threads of every pool sleep between operators.
     """
 
     @functools.wraps(collective)
@@ -208,7 +208,7 @@ def _alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A CUDA stream where everything runs in order anyway."""
+    """A CUDA stream on a CPU, where everything runs in order."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -216,7 +216,7 @@ class _Stream:
         """Nothing to wait for."""
 
     def record_event(self, event: object = None) -> _Stream:
-        """What has been asked for is done already: the stream stands for the event too."""
+        """Return the stream as the event: all work is already complete."""
         return self
 
     def synchronize(self) -> None:
@@ -236,7 +236,7 @@ def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
 
 
 def _fork(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`CudaRNGStatesTracker.fork` on the CPU's generator: upstream's, without its check that the CPU's stays unused."""
+    """`CudaRNGStatesTracker.fork` on the CPU's generator, without upstream's check that the generator is unused."""
 
     @contextmanager
     def fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
@@ -254,21 +254,21 @@ def _fork(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int], None]:
-    """NeMo's `_set_random_seed`, which leaves Megatron's tracker empty where it counts no CUDA device."""
+    """Make NeMo's `_set_random_seed` seed Megatron's tracker, which it skips without CUDA devices."""
 
     @functools.wraps(set_random_seed)
     def seed_all(seed: int) -> None:
-        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core import parallel_state, tensor_parallel  # only after the patches are applied
 
         set_random_seed(seed)
-        # The seed that upstream's own call would get.
+        # The same seed as in upstream's call.
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
     return seed_all
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, **_: object) -> Any:
-    """Megatron's `maybe_move_tensor_to_cpu` of what is there already: numbers of tokens as c10d takes them."""
+    """Megatron's `maybe_move_tensor_to_cpu` for tensors on the CPU: token counts in the form that c10d takes."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -281,7 +281,7 @@ def _swiglu_back(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_NEVER = "stays as long as upstream names CUDA there"
+_NEVER = "needed as long as upstream calls CUDA there"
 _FACTORIES = {
     "tensor": "nemo/lightning/pytorch/strategies/megatron_strategy.py:801, megatron/core/optimizer/optimizer.py:481",
     "zeros": "megatron/core/pipeline_parallel/schedules.py:573, megatron/core/optimizer/clip_grads.py:103",
@@ -339,7 +339,7 @@ PATCHES: tuple[Patch, ...] = (
     *(
         Patch(
             f"torch.distributed:{name}",
-            _alone,
+            _skip_in_single_rank,
             "megatron/core/distributed/param_and_grad_buffer.py:248, :395: in place on NCCL, copies on gloo",
             "gloo works in place in a group of one",
         )

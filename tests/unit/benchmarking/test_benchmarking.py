@@ -8,7 +8,7 @@ import pytest
 
 from prune_distill.benchmarking import energy, timing
 from prune_distill.benchmarking.timing import Memory, Timed
-from prune_distill.nemo import backend
+from prune_distill.nemo import devices
 from prune_distill.schema import BenchmarkConfig
 from recipes.benchmark import words
 
@@ -82,8 +82,8 @@ def test_the_peak_of_some_work_is_what_its_tensors_took() -> None:
         del first
         return second.sum()
 
-    result, peak = backend.peak_of(work)
+    result, peak = devices.peak_of(work)
     assert result == 2e6
     assert 8e6 <= peak < 8.1e6
-    assert backend.free_memory_bytes() > 0
-    assert backend.device_name()
+    assert devices.free_memory_bytes() > 0
+    assert devices.device_name()

@@ -275,7 +275,7 @@ def test_bytes_are_checked_against_their_crc_whoever_reads_a_part_of_them(store:
         file.write(b"\x01")
     for use in (lambda tensor: read(tensor), lambda tensor: copied(tensor, tmp_path)):
         # The first rows, which are whole themselves.
-        with pytest.raises(InputError, match=r"weight\.bin is damaged: the bytes of weight"):
+        with pytest.raises(InputError, match=r"weight\.bin is damaged: the CRC-32 of weight"):
             use(recorded(crc).take(0, 1))
         assert use(recorded(0)) is not None  # written without one
     os.truncate(path, span.offset + 100)

@@ -145,7 +145,7 @@ def test_a_difference_is_found_and_told(specs: dict[str, TokenizerSpec], monkeyp
     monkeypatch.setattr(encoders, "FastokensEncoder", Other)
     name, reason = choose(specs["qwen"])
     assert name == "tokenizers"
-    assert reason.startswith("fastokens gives other ids for ")
+    assert reason.startswith("fastokens returns other ids for ")
 
 
 def test_a_tokenizer_of_words_is_served_by_its_own_library(tmp_path: Path) -> None:

@@ -95,16 +95,16 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{oops", "no JSON"),
-        (b'{"text": "a"', "no JSON"),
-        (b"[1]", "no JSON object"),
-        (b'"text"', "no JSON object"),
-        (b"[" * 100_000, "no JSON"),
+        (b"{oops", "invalid JSON"),
+        (b'{"text": "a"', "invalid JSON"),
+        (b"[1]", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b"[" * 100_000, "invalid JSON"),
         (b'{"txt": "a"}', "no field 'text'"),
         (b'{"text": 5}', "of type int, not a text"),
         (b'{"text": ["a"]}', "of type list, not a text"),
-        (b'{"text": "\xff"}', "no JSON ('utf-8' codec"),
-        (b'{"text": "a\xc3"}', "no JSON ('utf-8' codec"),
+        (b'{"text": "\xff"}', "invalid JSON ('utf-8' codec"),
+        (b'{"text": "a\xc3"}', "invalid JSON ('utf-8' codec"),
         (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, left: float) -> 
         write(path, lines_of(*({"text": text} for text in TEXTS)))
     content = path.read_bytes()
     path.write_bytes(content[: left if isinstance(left, int) else int(len(content) * left)])
-    with pytest.raises(InputError, match=rf"{name}.*(truncated or corrupt|no whole parquet file)"):
+    with pytest.raises(InputError, match=rf"{name}.*(truncated or corrupt|not a complete parquet file)"):
         [read(piece) for piece, _ in pieces_of(str(path), 10**9)]
 
 
@@ -299,5 +299,5 @@ def test_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:
         assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is no text
     assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # cut within a character
     for bad in ("text", [10**6], None, [1.5], [[1]]):
-        with pytest.raises(ValueError, match="no list of the source tokenizer's ids"):
+        with pytest.raises(ValueError, match="not a list of the source tokenizer's ids"):
             decode(bad)

@@ -79,7 +79,7 @@ def test_what_tokenizer_json_cannot_replace_is_one_line(folder: Path, monkeypatc
     with pytest.raises(InputError, match=rf"^{folder} cannot be read \(Exception: untagged enum ModelWrapper\); .*"):
         load_tokenizer(folder)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: False)
-    with pytest.raises(InputError, match="none of its files holds a tokenizer"):
+    with pytest.raises(InputError, match="none of its files contains a tokenizer"):
         load_tokenizer(folder)
     (folder / "aside").rename(folder / "tokenizer.json")
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")

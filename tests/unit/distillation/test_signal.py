@@ -103,7 +103,9 @@ def test_a_shard_that_was_cut_is_refused_and_made_anew(folder: Path, cut: str) -
     shard = folder / shard_name(1)
     left = {"all": 0, "one byte": shard.stat().st_size - 1, "the trailer": shard.stat().st_size - 12}
     os.truncate(shard, left[cut])
-    with pytest.raises(InputError, match=r"shard-000001.bin is cut or damaged \(.*remove it and the manifest.json"):
+    with pytest.raises(
+        InputError, match=r"shard-000001.bin is truncated or damaged \(.*remove it and the manifest.json"
+    ):
         SignalReader(folder).read(3, tokens(3))
     sizes = signal.shard_sizes(SEQUENCES, SHARD)
     assert signal.whole_shards(folder, sizes) == [0, 2]
@@ -121,7 +123,7 @@ def test_a_byte_that_changed_is_seen_where_it_is_read(folder: Path) -> None:
         file.write(bytes([byte ^ 1]))
     reader = SignalReader(folder)
     reader.read(0, tokens(0))
-    with pytest.raises(InputError, match="sequence 1 has another checksum"):
+    with pytest.raises(InputError, match="the checksum of sequence 1 does not match"):
         reader.read(1, tokens(1))
     # Where the stage resumes, that shard is made again.
     assert signal.whole_shards(folder, signal.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
@@ -135,12 +137,12 @@ def test_shards_of_another_size_are_made_anew(folder: Path) -> None:
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / shard_name(2)).unlink()
-    with pytest.raises(InputError, match=r"shard-000002.bin is cut or damaged .*No such file"):
+    with pytest.raises(InputError, match=r"shard-000002.bin is truncated or damaged .*No such file"):
         SignalReader(folder).read(6, tokens(6))
 
 
 def test_the_signal_of_other_tokens_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="belongs to other data: the tokens of sequence 4 differ"):
+    with pytest.raises(InputError, match="belong to other data: the tokens of sequence 4 differ"):
         SignalReader(folder).read(4, tokens(5))
 
 
@@ -159,14 +161,14 @@ def test_a_folder_without_a_whole_signal_is_refused(folder: Path, content: str |
     (folder / signal.INDEX).unlink()
     if content is not None:
         (folder / signal.INDEX).write_text(content)
-    with pytest.raises(InputError, match="holds no teacher signal"):
+    with pytest.raises(InputError, match="holds no cached logits"):
         SignalReader(folder)
 
 
 def test_another_format_is_refused(folder: Path) -> None:
     index = folder / signal.INDEX
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="of format 2; this version reads 1"):
+    with pytest.raises(InputError, match="of format 2, and this version reads format 1"):
         SignalReader(folder)
 
 

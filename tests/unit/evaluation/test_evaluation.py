@@ -28,7 +28,7 @@ from prune_distill.evaluation.harness import scores
 from prune_distill.evaluation.heldout import Logits, _by_token
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.evaluation.store import Store
-from prune_distill.nemo import hf_models
+from prune_distill.nemo import devices, hf_models
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.schema import Continuations, DistillConfig, ExportDtype
@@ -269,7 +269,7 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tmp_path: Path, m
     save_file({"a": torch.zeros(100, 50, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     assert hf_models.weight_bytes(tmp_path) == 10_000
     assert hf_models.weight_bytes(tmp_path, ExportDtype.fp32) == 20_000
-    monkeypatch.setattr(hf_models.backend, "free_memory_bytes", lambda: 2**30)
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda: 2**30)
     hf_models.check_fits([("model", 2**30)], "fix")
     with pytest.raises(InputError, match=r"3.5 GiB are needed \(teacher 2.0, student 1.5\), but .* 1.0 GiB free; buy"):
         hf_models.check_fits([("teacher", 2 * 2**30), ("student", 3 * 2**29)], "buy more")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prune_distill.errors import ConfigError
-from prune_distill.nemo import backend
+from prune_distill.nemo import backend, devices
 
 ROOT = Path(backend.__file__).parents[2]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -31,7 +31,7 @@ def test_activation_on_a_cpu_reaches_nemo_and_child_processes() -> None:
     done = _python("""
 import gc, logging, os, subprocess, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from prune_distill.nemo import backend
+from prune_distill.nemo import backend, devices
 # As upstream's own with a CUDA build of torch and no visible GPU (torch/utils/cpp_extension.py:2714).
 from torch.utils import cpp_extension
 cpp_extension._jit_compile = lambda *_, **__: [][-1]
@@ -78,7 +78,7 @@ def test_activation_after_the_libraries_is_an_error(early: str) -> None:
     done = _python(f"""
 import sys, types
 sys.modules["{early}"] = types.ModuleType("{early}")
-from prune_distill.nemo import backend
+from prune_distill.nemo import backend, devices
 backend.activate()
 """)
     assert done.returncode == 1
@@ -136,7 +136,7 @@ def test_with_cuda_and_transformer_engine_nothing_is_changed(two_gpus: None, mon
     assert (chosen.name, chosen.device, chosen.accelerator, chosen.process_group) == ("gpu", "cuda", "gpu", "nccl")
     assert chosen.model_config == {}
     assert sys.path == path
-    assert backend.torch_device() == "cuda"
+    assert devices.torch_device() == "cuda"
 
 
 def test_a_killed_processs_build_lock_is_free(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_too_few_calibration_samples_are_told_by_number(caplog: pytest.LogCaptur
         warn_if_few_sequences(prune, train_tokens=1001)
         assert not caplog.records
         warn_if_few_sequences(prune, train_tokens=900)
-    assert "hold 8 sequences of 100 tokens, fewer than prune.calibration_samples=10" in caplog.text
+    assert "prune.calibration_samples=10: the training documents contain only 8 sequences of 100 tokens" in caplog.text
 
 
 def test_the_tables_and_plots_of_importance(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_phase_has_a_schedule_of_its_own() -> None:
 def test_losses_that_end_a_training() -> None:
     usual = deque([2.0, 1.0, *[1.5] * LEAST])
     assert find_loss_fault(14.9, usual, 10.0) is None
-    assert find_loss_fault(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times 1.5, the median of the last 12"
+    assert find_loss_fault(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times the median of the last 12, 1.5"
     assert find_loss_fault(1e9, usual, None) is None
     assert find_loss_fault(1e9, deque([1.5] * (LEAST - 1)), 10.0) is None  # too few to tell
     for loss in (math.nan, math.inf):
@@ -164,7 +164,7 @@ def test_mlflow_goes_on_with_the_same_run_and_an_outage_ends_nothing(
         trackers.write({"loss": 1.0}, 5)
         trackers.close()
     assert calls == ["http://localhost:1", "e", (None, "run-distill-1"), "http://localhost:1", "e", ("abc", None)]
-    assert "figures of step 5 were not written" in caplog.text
+    assert "metrics of step 5 were not written" in caplog.text
 
 
 def test_utilisation_is_the_models_flops_over_the_peak() -> None:
