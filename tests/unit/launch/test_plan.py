@@ -213,8 +213,8 @@ def test_a_mixture_is_planned_with_its_experts_shared_out() -> None:
     best = of_plan.layouts[0]
     again = planned(
         *MIXTURE,
-        f"distill.parallel.tensor_model_parallel_size={best['tensor']}",
-        f"distill.parallel.expert_model_parallel_size={best['expert']}",
+        f"distill.parallel.tensor_model_parallel_size={best.tensor}",
+        f"distill.parallel.expert_model_parallel_size={best.expert}",
         f"distill.micro_batch_size={best.micro_batch_size}",
     )
     assert again.layout == best
