@@ -35,7 +35,7 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prune_distill.nemo import devices
+    from prune_distill.nemo import devices  # imports PyTorch
 
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
     config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
