@@ -14,7 +14,7 @@ from convert.stored import StoredTensor, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistReader
 from convert.torch_save import TORCH_TYPES
 from prune_distill.errors import InputError
-from prune_distill.model.hf_config import HfConfig, with_both_forms
+from prune_distill.model.hf_config import HfConfig, make_compatible
 from prune_distill.model.huggingface import copy_side_files
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import CONTEXT, TOKENIZER, WEIGHTS
@@ -52,7 +52,7 @@ def export_model(
             no architecture for.
     """
     reader = TorchDistReader(checkpoint / WEIGHTS)
-    config = config_of(checkpoint, reader, reference)
+    config = build_config(checkpoint, reader, reference)
     tensors = list(families.hf_tensors(reader, config))
     stored = DTYPES[dtype] or tensors[0].dtype
     config["torch_dtype"] = TORCH_TYPES[stored][0]
@@ -60,7 +60,7 @@ def export_model(
         if not write_folder(tensors, partial, dtype=stored, threads=copy_threads()):
             report_nonfinite(tensors, checkpoint, stored, allow=allow_nonfinite)
         copy_side_files(reference, partial)
-        write_json(partial / "config.json", with_both_forms(config))
+        write_json(partial / "config.json", make_compatible(config))
         card = model_card(title, base, reference, config, Making.of(checkpoint), note)
         (partial / "README.md").write_text(card)
 
@@ -77,7 +77,7 @@ def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
     return export
 
 
-def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfConfig:
+def build_config(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfConfig:
     """The `config.json` of a checkpoint: the reference's, with the checkpoint's sizes.
 
     Depth and width are read off the tensors, so that they are right whoever wrote the checkpoint; how the attention is
@@ -92,7 +92,7 @@ def config_of(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfC
             f" {config['model_type']}; name the model that the checkpoint descends from"
         )
     sizes = _tensor_sizes(reader, config)
-    heads = families.heads_of(config)
+    heads = families.read_heads(config)
     sizes |= {
         "num_attention_heads": record.config.get("num_attention_heads") or heads.num_attention_heads,
         "num_key_value_heads": record.config.get("num_query_groups") or heads.num_query_groups,
@@ -133,7 +133,7 @@ def pruned_config(reference: HfConfig, sizes: dict[str, int]) -> HfConfig:
     return config
 
 
-def tensors_of(folder: Path, reference: Path | None = None) -> dict[str, StoredTensor]:
+def open_tensors(folder: Path, reference: Path | None = None) -> dict[str, StoredTensor]:
     """The tensors of a Hugging Face folder or of a NeMo checkpoint, by their Hugging Face names.
 
     Args:
@@ -145,7 +145,7 @@ def tensors_of(folder: Path, reference: Path | None = None) -> dict[str, StoredT
             raise InputError(f"{folder} is no model: it holds neither *.safetensors nor a NeMo checkpoint's weights/")
         return tensors
     reader = TorchDistReader(folder / WEIGHTS)
-    config = config_of(folder, reader, reference or carried_files(folder))
+    config = build_config(folder, reader, reference or carried_files(folder))
     return {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}
 
 

@@ -302,7 +302,7 @@ def nemo_config(config: HfConfig, dtype: str) -> Call:
         dtype: of the weights, in torch's terms, such as bfloat16.
     """
     family = FAMILIES[config["model_type"]]
-    heads = heads_of(config)
+    heads = read_heads(config)
     arguments = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -324,7 +324,7 @@ def nemo_config(config: HfConfig, dtype: str) -> Call:
     return Call(family.config(config), arguments)
 
 
-def heads_of(config: HfConfig) -> Heads:
+def read_heads(config: HfConfig) -> Heads:
     """How the attention of a `config.json` is divided."""
     return Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
 
@@ -356,7 +356,7 @@ def hf_tensors(reader: TorchDistReader, config: HfConfig) -> Iterator[StoredTens
     Raises:
         InputError: a tensor is missing, or not of the size that the config asks for.
     """
-    heads = heads_of(config)
+    heads = read_heads(config)
     expected = expected_shapes(config)
     for rule, index, names in parts(config):
         matrix = nemo_tensor(reader, rule, index)

@@ -115,7 +115,7 @@ def write_weights(tensors: dict[str, StoredTensor], config: HfConfig, weights: P
     Returns:
         whether all weights are finite.
     """
-    heads = families.heads_of(config)
+    heads = families.read_heads(config)
     writer = TorchDistWriter()
     for rule, index, names in families.parts(config):
         key = f"module.{rule.nemo}"

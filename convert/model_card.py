@@ -12,7 +12,7 @@ import yaml
 from convert.families import read_config
 from prune_distill.config.wording import ranges
 from prune_distill.model.hf_config import HfConfig
-from prune_distill.model.hf_shape import may_be_hub_id, shape_from
+from prune_distill.model.hf_shape import may_be_hub_id, parse_shape
 from prune_distill.pipeline.artifact import read_manifest
 
 _SIZES = {
@@ -84,7 +84,7 @@ def model_card(name: str, base: str, reference: Path, config: HfConfig, making: 
     Args:
         name: of the exported model.
         base: the source model: a Hub id, or a name.
-        reference: its folder, whose own card may state a licence.
+        reference: its folder, whose own card may state a license.
         config: the exported `config.json`.
         note: on the training, where there was one.
     """
@@ -95,7 +95,7 @@ def model_card(name: str, base: str, reference: Path, config: HfConfig, making: 
     if on_the_hub:
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
     metadata |= {key: value for key, value in _front_matter(reference).items() if key.startswith("license")}
-    before, after = shape_from(read_config(reference)), shape_from(config)
+    before, after = parse_shape(read_config(reference)), parse_shape(config)
     table = [
         f"| {words} | {getattr(before, size)} | {getattr(after, size)} |"
         for size, words in _SIZES.items()

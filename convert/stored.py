@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from isal import isal_zlib
 
 from prune_distill.errors import InputError
@@ -178,8 +179,6 @@ def _start_writing_back(target: int, offset: int, count: int) -> None:
 
 def _count_nonfinite(tensor: StoredTensor, dtype: str | None) -> int:
     """The numbers of a tensor, in the type `dtype`, that are not finite."""
-    import numpy as np
-
     kind, exponent, _ = EXPONENTS[dtype or tensor.dtype]
     arrays = (np.frombuffer(block, dtype=kind) for block in blocks(tensor, dtype))
     return sum(int(((bits & exponent) == exponent).sum()) for bits in arrays)
@@ -261,7 +260,6 @@ def _read(rows: Rows, target: memoryview, name: str) -> None:
     if len(rows.spans) == 1:
         _read_span(rows.spans[0], rows.bytes, target, name)
         return
-    import numpy as np
 
     whole = np.frombuffer(target, dtype=np.uint8).reshape(rows.count, -1)
     column = 0
@@ -292,7 +290,7 @@ def _cut_short(file: Path, name: str) -> InputError:
 
 
 def _cast(data: memoryview, source: str, target: str) -> bytes:
-    import torch
+    import torch  # this module is imported where PyTorch is not needed
 
     types = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     tensor = torch.frombuffer(data, dtype=types[source]).to(types[target])

@@ -114,6 +114,7 @@ def _pickled_tensors(weights: Path) -> list[str]:
 
 def _unsafe_names(path: Path, saved: bytes) -> list[str]:
     """What `torch.load` would import to read what `torch.save` wrote, beyond what torch itself takes for harmless."""
+    # This module is imported where PyTorch is not needed.
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:

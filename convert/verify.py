@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import families
-from convert.exporting import carried_files, is_checkpoint, tensors_of
+from convert.exporting import carried_files, is_checkpoint, open_tensors
 from convert.stored import StoredTensor, blocks, copy_threads
 from convert.trust import refuse_code
 from prune_distill.data.folder import DataFolder
@@ -51,7 +51,7 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Metrics: the largest differences."""
-    import torch
+    import torch  # this module is imported where PyTorch is not needed
 
     data = DataFolder.read(inputs.data)
     tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
@@ -103,7 +103,7 @@ def compare_logits(first: Path, second: Path, ids: Any) -> Parity:
     Raises:
         InputError: they differ by more than rounding explains.
     """
-    import torch.nn.functional as F
+    import torch.nn.functional as F  # this module is imported where PyTorch is not needed
 
     theirs, ours = (logits(folder, ids) for folder in (first, second))
     size = min(theirs.shape[-1], ours.shape[-1])  # a checkpoint's vocabulary may be padded
@@ -124,16 +124,16 @@ def compare_logits(first: Path, second: Path, ids: Any) -> Parity:
 
 def logits(folder: Path, ids: Any) -> Any:
     """A model's fp32 logits `[b, s, v]`: through transformers, or, of a checkpoint, through NeMo."""
-    import torch
+    import torch  # this module is imported where PyTorch is not needed
 
     device = backend.activate().device
     if not is_checkpoint(folder):
         model = hf_models.load(folder, ExportDtype.fp32)
         with torch.inference_mode():
             return model(ids.to(device), use_cache=False).logits.cpu()
-    from nemo.lightning.base import teardown
+    from nemo.lightning.base import teardown  # only after backend.activate()
 
-    from prune_distill.nemo import nemo_api
+    from prune_distill.nemo import nemo_api  # only after backend.activate()
 
     model, trainer = nemo_api.restore(folder)
     core = nemo_api.core_model(model).eval().float()  # bf16 weights are fp32 numbers: nothing is lost
@@ -152,7 +152,7 @@ def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str
     """
     # What a checkpoint is a checkpoint of, the other folder says, where it is one of Hugging Face.
     references = [other if not is_checkpoint(other) else None for other in (second, first)]
-    ours, theirs = (tensors_of(folder, of) for folder, of in zip((first, second), references, strict=True))
+    ours, theirs = (open_tensors(folder, of) for folder, of in zip((first, second), references, strict=True))
     digests, others = digest(ours), digest(theirs)
     for one, other in ((digests, others), (others, digests)):
         # A tied model may have its output layer saved all the same.
@@ -188,7 +188,7 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> Any:
     Raises:
         InputError: no text, or no tokenizer or configuration that would load.
     """
-    import torch
+    import torch  # this module is imported where PyTorch is not needed
 
     folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
     try:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="a list of objects: name, state, found, fix")
     args = parser.parse_intermixed_args(arguments)
     findings = list(examine(args.overrides, args.config_dir))
-    print(as_json(findings) if args.json else as_table(findings))
+    print(format_json(findings) if args.json else format_table(findings))
     return 1 if any(finding.state is State.fail for finding in findings) else 0
 
 
@@ -70,7 +70,7 @@ def planned(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(f"memory of {stage}", State.fail, sentence)
 
 
-def as_table(findings: Sequence[Finding]) -> str:
+def format_table(findings: Sequence[Finding]) -> str:
     """A line a finding, its fix below it."""
     width = max(len(finding.name) for finding in findings)
     lines = []
@@ -82,7 +82,7 @@ def as_table(findings: Sequence[Finding]) -> str:
     return "\n".join([*lines, "", ", ".join(f"{count} {state.value}" for state, count in counts.items())])
 
 
-def as_json(findings: Sequence[Finding]) -> str:
+def format_json(findings: Sequence[Finding]) -> str:
     """A list of objects with the keys name, state, found and fix."""
     return json.dumps([{**vars(finding), "state": finding.state.value} for finding in findings], indent=1)
 

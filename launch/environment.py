@@ -26,7 +26,7 @@ def environment(located: Located) -> dict[str, str]:
 def _megatron(located: Located) -> dict[str, str]:
     """What NeMo sets for speed (nemo/lightning/run/plugins.py:390-414). No effect on a CPU."""
     distill = located.cfg.distill
-    correction = distill.correct_teacher if located.stage.name == "correct_teacher" else None
+    correction = distill.teacher_correction if located.stage.name == "correct_teacher" else None
     parallel = (correction or distill).parallel
     env = {
         # Leaves multiprocessors to the collectives that overlap with a layer norm.

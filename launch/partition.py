@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 
 from prune_distill.schema import RunConfig
-from prune_distill.units import seconds_of_time_limit
+from prune_distill.units import parse_time_limit
 
 UNLIMITED = "UNLIMITED"
 SECONDS_TO_ANSWER = 60
@@ -62,7 +62,7 @@ def _row(line: str) -> dict[str, str]:
 def _seconds(limit: str) -> float:
     """Of a limit in Slurm's form; none is longer than all."""
     try:
-        return seconds_of_time_limit(limit)
+        return parse_time_limit(limit)
     except ValueError:
         return float("inf")
 

@@ -14,7 +14,7 @@ from launch import local, records
 from launch.planning.output import summarize
 from launch.planning.plan import make_plan
 from launch.progress import StatusLine, duration, summary, training_status
-from launch.verification import damage_in, refuse_damaged
+from launch.verification import check_sizes, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, read_state
@@ -79,15 +79,15 @@ def run(
         for number, stage in enumerate(located, 1):
             label = f"[{number}/{len(located)}] {stage.stage.name}"
             if stage.complete:
-                progress.event(f"{label}: complete, skipped{without_effect(stage)}")
+                progress.event(f"{label}: complete, skipped{ignored_changes(stage)}")
             else:
                 _run_stage(stage, run_dir / RESOLVED, label, progress, lock_file, beat)
     progress.event(summary(located))
 
 
-def without_effect(stage: Located) -> str:
+def ignored_changes(stage: Located) -> str:
     """What to add to the line of a complete stage: settings that differ from those that it was made with."""
-    changed = stage.without_effect()
+    changed = stage.ignored_changes()
     return f"; no effect on it now: {', '.join(changed)}; to redo it, remove {stage.folder}" if changed else ""
 
 
@@ -101,7 +101,7 @@ def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = 
 def _standing(stage: Located) -> str:
     if not stage.complete:
         return "to do"
-    return "damaged" if damage_in(stage) else "complete"
+    return "damaged" if check_sizes(stage) else "complete"
 
 
 def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:

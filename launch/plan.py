@@ -11,11 +11,11 @@ cluster         name, nodes, devices_per_node, ranks, gpu (name, memory_bytes, b
 models          teacher, student: parameters and sizes (with a budget, of the largest candidate); candidates: shapes,
                 least and most parameters, or null; cut: share of the parameters that pruning removes
 training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
-signal          of a stored signal: top_k, bytes (at most), flops_a_token, spared_share (of further students); or null
+signal          of cached logits: top_k, bytes (at most), flops_a_token, spared_share (of further students); or null
 stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least)
 memory          distill: a list, one a pipeline stage; prune: its largest. Each: weights, gradients, optimizer, teacher,
                 activations, loss, reserve, total (bytes; the reserve is an assumption). Lists, where a run has them:
-                correct_teacher, teacher_signal
+                correct_teacher, cache_logits
 layout          the present one: tensor, pipeline, context, data, micro_batch_size, recompute, peak
 layouts         those that fit, best first; undivided: values that keep others from dividing
 disk            tokens, teacher, students, checkpoints, signal (if stored), total; written: of that; free (bytes)

@@ -18,7 +18,7 @@ from pathlib import Path
 from launch import partition, records
 from launch.filesystem import unshared
 from launch.jobs import Job, list_jobs, shown, submission
-from launch.pipeline import up_to, without_effect
+from launch.pipeline import ignored_changes, up_to
 from launch.planning.output import summarize
 from launch.planning.plan import make_plan
 from launch.queue import active, record, submitted
@@ -87,7 +87,7 @@ def run(
             print(line)
         for stage in located:
             if stage.complete:
-                print(f"{stage.stage.name}: complete, skipped{without_effect(stage)}")
+                print(f"{stage.stage.name}: complete, skipped{ignored_changes(stage)}")
         _submit(run_dir, jobs)
     print(f"python -m launch.status {shlex.quote(str(run_dir))}")
 

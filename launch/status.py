@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, ask, submitted
-from launch.verification import damage_in, verify
+from launch.verification import check_sizes, verify
 from prune_distill.config.load import load_resolved
 from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError
@@ -84,7 +84,7 @@ def _stage(
     paused = read_state(stage.folder)
     alive = [queue[job] for job in jobs if job in queue and queue[job].state not in ENDED]
     log = stage.folder / LOG
-    damage = damage_in(stage)
+    damage = check_sizes(stage)
     if damage is not None:
         found.state, found.cause = "damaged", str(damage)
     elif stage.complete:
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
             runs = {str(folder): status(folder, stages) for folder in _runs(args.run_dir)}
             if args.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
-            print(_as_json(runs) if args.json else _as_text(runs), flush=True)
+            print(_format_json(runs) if args.json else _format_text(runs), flush=True)
             if not args.watch or all(
                 stage.state not in ("running", "queued") for run in runs.values() for stage in run
             ):
@@ -180,11 +180,11 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         return 130
 
 
-def _as_json(runs: Mapping[str, Sequence[StageStatus]]) -> str:
+def _format_json(runs: Mapping[str, Sequence[StageStatus]]) -> str:
     return json.dumps({run: [dataclasses.asdict(stage) for stage in stages] for run, stages in runs.items()}, indent=1)
 
 
-def _as_text(runs: Mapping[str, Sequence[StageStatus]]) -> str:
+def _format_text(runs: Mapping[str, Sequence[StageStatus]]) -> str:
     tables = {run: table(stages) for run, stages in runs.items()}
     return (
         next(iter(tables.values()))

@@ -8,21 +8,21 @@ from pathlib import Path
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damage_of, read_record, refuse, unrecorded
+from prune_distill.pipeline.integrity import Damage, checkpoint_damage, find_damage, read_record, refuse, unrecorded
 from prune_distill.pipeline.names import CHECKPOINTS, find_checkpoints
 from prune_distill.pipeline.outputs import total_bytes
 
 
-def damage_in(stage: Located) -> Damage | None:
+def check_sizes(stage: Located) -> Damage | None:
     """What a complete stage's folder lacks, or holds in another size; no file is read."""
-    return damage_of(stage.folder, contents=False) if stage.complete else None
+    return find_damage(stage.folder, contents=False) if stage.complete else None
 
 
 def refuse_damaged(stages: Sequence[Located], run_dir: Path) -> None:
     """Says which complete stages cannot be checked. Raises: InputError, where some lack files, or hold other sizes."""
     if notice := unrecorded(stages):
         print(notice, file=sys.stderr)
-    refuse(filter(None, map(damage_in, stages)), run_dir)
+    refuse(filter(None, map(check_sizes, stages)), run_dir)
 
 
 def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
@@ -47,7 +47,7 @@ def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
 
 
 def _all_damage(folder: Path) -> Iterable[Damage]:
-    yield from filter(None, [damage_of(folder)])
+    yield from filter(None, [find_damage(folder)])
     yield from filter(None, map(checkpoint_damage, find_checkpoints(folder / CHECKPOINTS).values()))
 
 

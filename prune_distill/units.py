@@ -10,7 +10,7 @@ _TIME_LIMIT = re.compile(
 )
 
 
-def seconds_of_time_limit(text: str) -> int:
+def parse_time_limit(text: str) -> int:
     """Parse a time limit in Slurm's format, `4:00:00` or `1-12:00:00` (days-hours:minutes:seconds), to seconds.
 
     Slurm's shorter formats are rejected: `4:00` means minutes and seconds, which is easily misread.

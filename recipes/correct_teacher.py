@@ -31,10 +31,10 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
     Its gain is in the metrics: held-out loss (nats per token) before and after, on the same batches.
     """
-    correction = cfg.distill.correct_teacher
+    correction = cfg.distill.teacher_correction
     assert correction is not None  # or the stage is not wanted
     teacher = nemo_api.load_model(inputs.teacher)
     data = DataFolder.read(inputs.data)
-    key = "distill.correct_teacher"
+    key = "distill.teacher_correction"
     metrics = train(teacher, correction, data, out, seed=cfg.seed, start=inputs.teacher, key=key, validate_first=True)
     return {**metrics, **loss_gain(out / METRICS)}

@@ -12,44 +12,44 @@ from pathlib import Path
 
 from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import DataFolder
+from prune_distill.distillation.cached_logits import CachedLogitsReader
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
-from prune_distill.distillation.signal import SignalReader
 from prune_distill.pipeline.run_arguments import Metrics
-from prune_distill.pruning.tournament import resume_from
+from prune_distill.pruning.successive_halving import resume_from_winner
 from prune_distill.schema import Init, RunConfig
 from prune_distill.training.training import train
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """NeMo checkpoints, prepared data, and the teacher's stored signal.
+    """NeMo checkpoints, prepared data, and the teacher's cached logits.
 
     Attributes:
-        teacher: None where the student learns from the data alone or from `signal`.
+        teacher: None where the student learns from the data alone or from `cached_logits`.
         corrected_teacher: takes the teacher's place at a step.
-        begun: what a tournament left of the first steps of this distillation.
+        begun: what successive halving left of the first steps of this distillation.
     """
 
     student: Path
     data: Path
     teacher: Path | None = None
     corrected_teacher: Path | None = None
-    signal: Path | None = None
-    begun: Path | None = None
+    cached_logits: Path | None = None
+    winner: Path | None = None
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`."""
     model = student_to_train(cfg.distill, inputs.student, inputs.teacher)
-    signal = None
-    if inputs.signal is not None:
-        signal = SignalReader(inputs.signal)
-        signal.require(temperature=cfg.distill.kd.temperature, vocab_size=model.config.vocab_size)
+    cached_logits = None
+    if inputs.cached_logits is not None:
+        cached_logits = CachedLogitsReader(inputs.cached_logits)
+        cached_logits.require(temperature=cfg.distill.kd.temperature, vocab_size=model.config.vocab_size)
     callbacks = []
     if inputs.corrected_teacher is not None and cfg.distill.swap_teacher_at_step is not None:
         callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))
-    if inputs.begun is not None:
-        resume_from(inputs.begun, out)
+    if inputs.winner is not None:
+        resume_from_winner(inputs.winner, out)
     data = DataFolder.read(inputs.data)
     start = inputs.student if cfg.distill.init is Init.pruned else None
     return train(
@@ -57,6 +57,6 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         seed=cfg.seed,
         start=start,
         meter=utilization_meter(cfg),
-        signal=signal,
+        cached_logits=cached_logits,
         callbacks=callbacks,
     )

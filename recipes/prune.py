@@ -1,7 +1,8 @@
 """torchrun -m recipes prune --config RUN_DIR/resolved.yaml
 
 Minitron pruning with ModelOpt: the channels, heads and layers that matter least are cut from the teacher. Which do was
-measured by stage `importance`; where the config gives a budget, the sizes were found by `search`, or by `tournament`.
+measured by stage `importance`; where the config gives a budget, the sizes were found by `search`, or by
+`successive_halving`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from prune_distill.pipeline.stage_main import rank
 from prune_distill.pruning import cutting, layer_sets
 from prune_distill.pruning.importance import Importance
 from prune_distill.pruning.losses import calibration_batches
-from prune_distill.schema import Depth, RunConfig
+from prune_distill.schema import LayerSelection, RunConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Inputs:
     Attributes:
         teacher: a NeMo checkpoint: the teacher's, or of the model that the round before distilled.
         importance: None where only layers are dropped that are named, or chosen as a block.
-        choice: the folder of the search or the tournament that chose the sizes.
+        choice: the folder of the search or successive halving that chose the sizes.
         before: the folder of the pruning of the round before.
     """
 
@@ -60,17 +61,17 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     core = nemo_api.core_model(model)
     teacher_params = nemo_api.count_parameters(core)
     nemo_api.number_layers(core)
-    if prune.depth is Depth.block and sizes.get("num_layers"):
+    if prune.layer_selection is LayerSelection.block and sizes.get("num_layers"):
         length = core.config.num_layers - sizes.pop("num_layers")
         batches = calibration_batches(DataFolder.read(inputs.data), prune, prune.block_samples, cfg.seed, device)
         blocks = layer_sets.list_blocks(core.config.num_layers, length)
-        losses = layer_sets.compute_losses_without(core.eval(), batches, blocks)
+        losses = layer_sets.compute_ablation_losses(core.eval(), batches, blocks)
         drop_layers = blocks[losses.index(min(losses))]
         if rank() == 0:
             by_first = {block[0]: loss for block, loss in zip(blocks, losses, strict=True)}
             write_json(out / "blocks.json", {"length": length, "loss_without_block_from_layer": by_first})
     scores = Importance.load(inputs.importance, device) if inputs.importance is not None else None
-    cutting.cut(model, cutting.sizes_for_modelopt(sizes, core.config), drop_layers, scores)
+    cutting.cut(model, cutting.complete_sizes(sizes, core.config), drop_layers, scores)
     metrics: Metrics = {
         "params_before": teacher_params,
         "params": nemo_api.count_parameters(core),

@@ -24,7 +24,7 @@ from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
-from prune_distill.pipeline.integrity import checkpoint_damage, damage_of, refuse
+from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, refuse
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
 from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
@@ -56,14 +56,14 @@ class Follower:
 
     @cached_property
     def teacher(self) -> Path:
-        from prune_distill.model.huggingface import local_folder
+        from prune_distill.model.huggingface import local_folder  # after the watcher holds the checkpoints
 
         return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
 
     @cached_property
     def evaluator(self) -> Any:
-        from prune_distill.data.folder import DataFolder
-        from prune_distill.evaluation.evaluator import Evaluator
+        from prune_distill.data.folder import DataFolder  # after the watcher holds the checkpoints
+        from prune_distill.evaluation.evaluator import Evaluator  # after the watcher holds the checkpoints
 
         inputs = self.stages["evaluate"].inputs
         return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
@@ -74,7 +74,7 @@ class Follower:
 
     def measure(self) -> None:
         """Measures what is held, and the models before and after the training where they are there."""
-        from prune_distill.evaluation import recovery
+        from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
         for step, checkpoint in find_checkpoints(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
@@ -93,8 +93,8 @@ class Follower:
             record_again(self.out, (RECOVERY,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
-        from convert.exporting import exporter
-        from prune_distill.evaluation import recovery
+        from convert.exporting import exporter  # after the watcher holds the checkpoints
+        from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
         recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
 
@@ -135,7 +135,7 @@ def _follower(run_dir: Path) -> Follower:
     if missing:
         raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} has to be complete first")
     made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
-    damages = [damage_of(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
+    damages = [find_damage(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
     refuse(filter(None, damages), run_dir)
     return Follower(cfg, stages)
 

@@ -20,7 +20,7 @@ from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import Report, summarize
-from prune_distill.reporting.run_folder import RunFolder, read_run, report_of, runs_in, stage_run_folder
+from prune_distill.reporting.run_folder import RunFolder, find_runs, locate_report, read_run, stage_run_folder
 from prune_distill.reporting.words import strict
 from prune_distill.schema import RunConfig
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the report's folder (one run: RUN_DIR/report; several: comparison)")
     args = parser.parse_args(arguments)
     try:
-        paths = [path for folder in args.run_dirs for path in runs_in(folder)]
+        paths = [path for folder in args.run_dirs for path in find_runs(folder)]
         if len(paths) == 1:
             out = args.out or paths[0] / REPORT
             found = read_run(paths[0])
@@ -89,7 +89,7 @@ def _withdraw(found: RunFolder, out: Path) -> None:
     """Removes the manifest of a report that is about to be overwritten by that of another state of the run, so that the
     end of the run writes it again."""
     manifest = read_manifest(out)
-    located = report_of(found.cfg) if found.cfg is not None else None
+    located = locate_report(found.cfg) if found.cfg is not None else None
     ended = located is not None and all(stage.complete for stage in found.stages.values())
     if manifest is not None and (not ended or located is None or manifest.get("config_hash") != located.config_hash):
         (out / MANIFEST).unlink()

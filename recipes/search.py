@@ -30,7 +30,7 @@ from prune_distill.pruning.latency import LatencyTable
 from prune_distill.pruning.losses import calibration_batches, held_out_batches
 from prune_distill.pruning.subnets import Subnets
 from prune_distill.reporting import plots
-from prune_distill.schema import Depth, RunConfig, Shape
+from prune_distill.schema import LayerSelection, RunConfig, Shape
 
 log = logging.getLogger("recipes.search")
 
@@ -46,7 +46,7 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
-    tournament a NeMo checkpoint a candidate that takes part.
+    successive halving a NeMo checkpoint a candidate that takes part.
     """
     prune, budget, device = cfg.prune, cfg.prune.budget, backend.activate().device
     assert budget is not None
@@ -82,9 +82,9 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         write_json(out / CHOICE, rows[0])
         plots.pareto(rows, teacher).save(out / "pareto.svg")
     trainer.strategy.barrier()
-    if prune.tournament is not None:
+    if prune.successive_halving is not None:
         del model, core, trainer
-        for row in rows[: prune.tournament.candidates]:
+        for row in rows[: prune.successive_halving.candidates]:
             finalists.release()
             cutting.save_candidate(row, inputs.teacher, scores, prune.pipeline_model_parallel_size, out)
     return {"candidates": len(rows), "teacher": teacher, "choice": rows[0]}
@@ -93,7 +93,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 def _layer_sets(
     cfg: RunConfig, core: Any, scores: Importance, data: DataFolder, depths: set[int]
 ) -> dict[int, list[list[int]]]:
-    """The sets of layers that are dropped for each depth: the one that `prune.depth` names, and its best neighbours."""
+    """The sets of layers that are dropped for each depth: the one that `prune.layer_selection` names, and its best
+    neighbors."""
     prune, budget, whole = cfg.prune, cfg.prune.budget, core.config.num_layers
     assert budget is not None
     device = next(core.parameters()).device
@@ -101,7 +102,7 @@ def _layer_sets(
     found: dict[int, list[list[int]]] = {}
     for depth in sorted(depths):
         cut = whole - depth
-        if prune.depth is Depth.block and cut:
+        if prune.layer_selection is LayerSelection.block and cut:
             (named,) = layer_sets.find_best(core, batches, layer_sets.list_blocks(whole, cut), 1)
         else:
             named = scores.least_important(cut)
@@ -117,13 +118,13 @@ def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]
     """
     budget = cfg.prune.budget
     assert budget is not None
-    space = student.space_of(cfg)
+    space = student.build_space(cfg)
     if cfg.prune.pipeline_model_parallel_size > 1:
         return space, None
     ids = torch.randint(space.shape.vocab_size, (space.sequences, space.tokens), device=device)
     ffns = student.ffns(space)
     table = LatencyTable(model, (min(ffns), max(ffns)), ids)
-    share = table(space.shape) * budget.latency_share if budget.latency_share else math.inf
+    share = table(space.shape) * budget.latency_fraction if budget.latency_fraction else math.inf
     return dataclasses.replace(space, limits=(*space.limits[:2], min(space.limits[2], share))), table
 
 
@@ -140,5 +141,6 @@ def _nearest(space: student.Space, latency: Any) -> str:
     sizes = json.dumps({axis: getattr(least, axis) for axis in student.AXES})
     return (
         f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, and the limit is "
-        f"{space.limits[2]:.4g} ms; raise prune.budget.latency, or prune.budget.max_depth_cut and max_width_cut"
+        f"{space.limits[2]:.4g} ms; raise prune.budget.latency_ms, or prune.budget.max_depth_pruning and "
+        "max_width_pruning"
     )

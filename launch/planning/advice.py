@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from launch.planning.disk import FIX, Disk
-from launch.planning.layouts import Layout, fitting, layout_of
+from launch.planning.layouts import Layout, build_layout, fitting
 from launch.planning.memory import Models
 from prune_distill.config.values import count_ranks
 from prune_distill.model.model_size import parameters
@@ -22,9 +22,9 @@ SHORTEST_SEQUENCE = 256
 FIXES = {
     "prune": "raise prune.pipeline_model_parallel_size, or lower prune.calibration_seq_length or "
     "prune.micro_batch_size",
-    "correct_teacher": "for correct_teacher raise the sizes of distill.correct_teacher.parallel, set "
-    "distill.correct_teacher.recompute=full, or lower distill.correct_teacher.micro_batch_size",
-    "teacher_signal": "for teacher_signal lower distill.micro_batch_size, or raise "
+    "correct_teacher": "for correct_teacher raise the sizes of distill.teacher_correction.parallel, set "
+    "distill.teacher_correction.recompute=full, or lower distill.teacher_correction.micro_batch_size",
+    "cache_logits": "for cache_logits lower distill.micro_batch_size, or raise "
     "distill.parallel.tensor_model_parallel_size",
 }
 
@@ -68,7 +68,7 @@ def suggest_fix(
 
 
 def _changes(cfg: RunConfig, models: Models, layout: Layout) -> str:
-    present = layout_of(cfg.distill, cfg, models, count_ranks(cfg)).overrides
+    present = build_layout(cfg.distill, cfg, models, count_ranks(cfg)).overrides
     return " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
 
 

@@ -66,10 +66,11 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
       files hold, and their tokens are not known before.
     - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
-    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; a tournament's candidates; what
+    - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; the candidates of successive
+    halving; what
       earlier rounds leave, for NeMo.
     - `checkpoints`: of each training, those that are kept and the one being written.
-    - `signal`: the teacher's, where it is stored: at most, before compression (see `signal_bytes`).
+    - `signal`: the teacher's, where it is stored: at most, before compression (see `cached_logits_bytes`).
 
     A corrected teacher counts among `teacher` (for NeMo and for Hugging Face), its training among `checkpoints`.
     """
@@ -80,8 +81,8 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     between = [
         parameters(shape_to_prune(cfg, number), cfg.model.family) for number in range(1, len(cfg.prune.rounds) + 1)
     ]
-    taking_part = 0 if cfg.prune.tournament is None else cfg.prune.tournament.candidates
-    demo, correction = cfg.model.demo, cfg.distill.correct_teacher
+    taking_part = 0 if cfg.prune.successive_halving is None else cfg.prune.successive_halving.candidates
+    demo, correction = cfg.model.demo, cfg.distill.teacher_correction
     correction_bytes = 0 if correction is None else 2 * weight_bytes(correction.precision) * teacher_params
     needed = {
         "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
@@ -93,13 +94,15 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
         + (0 if correction is None else _checkpoints(correction, teacher_params))
         + sum(_checkpoints(cfg.distill, model) for model in between),
     }
-    if cfg.distill.reads_signal:
-        needed["signal"] = training_tokens(cfg.distill) * signal_bytes(cfg.distill.signal_top_k, teacher.vocab_size)
+    if cfg.distill.reads_cached_logits:
+        needed["signal"] = training_tokens(cfg.distill) * cached_logits_bytes(
+            cfg.distill.cached_logits_top_k, teacher.vocab_size
+        )
     return needed
 
 
-def signal_bytes(top_k: int, vocab_size: int) -> int:
-    """Bytes of a token in a stored signal (prune_distill/distillation/signal.py), before compression.
+def cached_logits_bytes(top_k: int, vocab_size: int) -> int:
+    """Bytes of a token in cached logits (prune_distill/distillation/cached_logits.py), before compression.
 
     An id without its bytes that are always 0, a log-probability; and the tail's. Compression takes off 46 % at k = 64
     for the demo's teacher (vocabulary of 1,024), 41 % for Zipf-like logits over 151,936 entries.

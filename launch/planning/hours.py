@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prune_distill.config.values import tournament_rounds, tournament_steps
+from prune_distill.config.values import halving_rounds, halving_steps
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
 from prune_distill.pipeline.stages import Stage, select_stages
-from prune_distill.schema import Depth, Family, Gpu, Loss, Precision, PruneConfig, RunConfig, Shape
+from prune_distill.schema import Family, Gpu, LayerSelection, Loss, Precision, PruneConfig, RunConfig, Shape
 from prune_distill.schema.phases import training_tokens
-from prune_distill.units import seconds_of_time_limit
+from prune_distill.units import parse_time_limit
 
 # Modules of stages whose pipeline stages wait for one another: they are no faster than one rank.
 SEQUENTIAL = ("recipes.importance", "recipes.search")
@@ -38,7 +38,7 @@ class StageHours:
 
 def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
     """Every stage of a run, with hours where they can be estimated."""
-    correction, limit = cfg.distill.correct_teacher, cfg.cluster.time_limit
+    correction, limit = cfg.distill.teacher_correction, cfg.cluster.time_limit
     estimates = []
     for stage in select_stages(cfg):
         ranks, flops = stage.ranks(cfg), stage_flops(stage, cfg, teacher)
@@ -46,7 +46,7 @@ def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
         working = 1 if stage.module in SEQUENTIAL else ranks
         hours = training_hours(flops, precision, cfg.cluster.gpu, working) if flops else None
         gpu_hours = None if hours is None else hours * ranks
-        jobs = math.ceil(hours * 3600 / seconds_of_time_limit(limit)) if hours is not None and limit else None
+        jobs = math.ceil(hours * 3600 / parse_time_limit(limit)) if hours is not None and limit else None
         estimates.append(StageHours(stage.name, ranks, hours, gpu_hours, jobs))
     return estimates
 
@@ -58,18 +58,18 @@ def stage_flops(stage: Stage, cfg: RunConfig, teacher: Shape) -> float | None:
         return search_flops(cfg.prune, family, teacher, student_shapes(cfg))
     if stage.module == "recipes.importance":
         return calibration_flops(own.prune, family, shape_to_prune(own))
-    if stage.module == "recipes.teacher_signal":
+    if stage.module == "recipes.cache_logits":
         return training_tokens(cfg.distill) * forward_flops(teacher, family, cfg.distill.seq_length)
-    if stage.module == "recipes.correct_teacher" and cfg.distill.correct_teacher is not None:
-        correction = cfg.distill.correct_teacher
+    if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
+        correction = cfg.distill.teacher_correction
         return training_tokens(correction) * training_flops(correction, Loss.ce, family, teacher, None).total
-    if stage.module in ("recipes.tournament", "recipes.distill"):
+    if stage.module in ("recipes.successive_halving", "recipes.distill"):
         run = own.distill
-        if stage.module == "recipes.tournament":
-            share, with_teacher = tournament_steps(cfg) / run.max_steps, run.loss is Loss.kd
+        if stage.module == "recipes.successive_halving":
+            share, with_teacher = halving_steps(cfg) / run.max_steps, run.loss is Loss.kd
         else:
-            # A distillation that starts from a tournament's winner has the steps of its rounds behind it.
-            done = tournament_rounds(cfg)[-1][1] if "begun" in stage.inputs(own) else 0
+            # A distillation that starts from successive halving's winner has the steps of its rounds behind it.
+            done = halving_rounds(cfg)[-1][1] if "winner" in stage.inputs(own) else 0
             share, with_teacher = 1 - done / run.max_steps, run.runs_teacher
         live_teacher = teacher if with_teacher else None
         per_token = training_flops(run, run.loss, family, student_shape(own), live_teacher).total
@@ -92,7 +92,7 @@ def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates:
         scored += sets * forward_flops(shape, family, length)
     for depth in {shape.num_layers for shape in candidates}:
         cut = teacher.num_layers - depth
-        blocks = depth + 1 if prune.depth is Depth.block and cut else 0
+        blocks = depth + 1 if prune.layer_selection is LayerSelection.block and cut else 0
         others = 2 * min(cut, depth) if prune.budget.layer_sets > 1 else 0
         tried += (blocks + others) * forward_flops(dataclasses.replace(teacher, num_layers=depth), family, length)
     return length * (prune.budget.samples * scored + prune.block_samples * tried)
@@ -102,7 +102,7 @@ def training_hours(flops: float, precision: Precision, gpu: Gpu | None, ranks: i
     """Hours on `ranks` GPUs; None where the GPU is not stated, or its speed in this precision isn't."""
     if gpu is None or precision is not Precision.bf16:
         return None
-    return flops / (ranks * gpu.bf16_tflops * 1e12 * gpu.utilisation * 3600)
+    return flops / (ranks * gpu.bf16_tflops * 1e12 * gpu.mfu * 3600)
 
 
 def calibration_flops(prune: PruneConfig, family: Family, teacher: Shape) -> int:

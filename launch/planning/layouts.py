@@ -49,7 +49,7 @@ class Layout:
         }
 
 
-def layout_of(training: Training, cfg: RunConfig, models: Models, ranks: int) -> Layout:
+def build_layout(training: Training, cfg: RunConfig, models: Models, ranks: int) -> Layout:
     """The layout that a training asks for."""
     parallel = training.parallel
     sizes = (
@@ -72,7 +72,7 @@ def fitting(cfg: RunConfig, models: Models, ranks: int, limit: float) -> list[La
     found = []
     for parallel in _parallels(cfg, ranks):
         options = (
-            layout_of(variant.distill, cfg, models, ranks)
+            build_layout(variant.distill, cfg, models, ranks)
             for recompute in (Recompute.none, Recompute.full)
             for size in MICRO_BATCHES
             if not layout_faults(variant := _variant(cfg, parallel, size, recompute))

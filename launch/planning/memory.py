@@ -39,8 +39,8 @@ CONTEXT_BYTES = 2 * GIB
 FRAGMENTATION = 0.05
 # Tokens whose logits are worked on in fp32 at a time, and the copies that there are then: the logits, scaled, and what
 # top-k sorts (prune_distill/distillation/teacher_forward.py).
-SIGNAL_CHUNK = 256
-SIGNAL_COPIES = 3
+TOP_K_CHUNK = 256
+TOP_K_COPIES = 3
 # Values a token and expert that a router keeps: logits, scores, probabilities (megatron's transformer/moe/router.py).
 ROUTER_ELEMENTS = 4
 
@@ -289,15 +289,15 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
     )
 
 
-def signal_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
-    """The memory of making the teacher's signal, of its fullest rank: the teacher forward, in distillation's layout but
-    for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
+def cached_logits_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
+    """The memory of making the teacher's cached logits, of its fullest rank: the teacher forward, in distillation's
+    layout but for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
     parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
     layout = replace(distill, parallel=parallel)
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = FP32_BYTES if distill.precision is Precision.fp32 else 2
     tokens = distill.micro_batch_size * distill.seq_length
-    logits = width * tokens + SIGNAL_COPIES * FP32_BYTES * min(SIGNAL_CHUNK, distill.seq_length)
+    logits = width * tokens + TOP_K_COPIES * FP32_BYTES * min(TOP_K_CHUNK, distill.seq_length)
     return Memory(
         weights=width * max(rank_parameters(teacher, family, tensor, stages, stage) for stage in range(stages)),
         activations=width * _layer_elements(layout, Models(family, teacher, None), tokens),

@@ -77,7 +77,7 @@ def _gpu_to_json(gpu: Gpu) -> dict[str, object]:
         "name": gpu.name,
         "memory_bytes": round(gpu.memory_gib * GIB),
         "bf16_flops": gpu.bf16_tflops * 1e12,
-        "utilisation": gpu.utilisation,
+        "utilisation": gpu.mfu,
     }
 
 
@@ -123,10 +123,8 @@ def _total_hours(plan: Plan, gpu: Gpu) -> str:
         return "hours not estimated"
     gpu_hours = sum(stage.gpu_hours or 0 for stage in plan.stages)
     jobs = sum(stage.jobs or 0 for stage in plan.stages)
-    return (
-        f"{_number(sum(hours))} hours, {_number(gpu_hours)} GPU-hours"
-        f" at an assumed {gpu.utilisation:.0%} of its peak"
-        + (f", at least {jobs} jobs of {plan.cluster.time_limit}" if jobs else "")
+    return f"{_number(sum(hours))} hours, {_number(gpu_hours)} GPU-hours at an assumed {gpu.mfu:.0%} of its peak" + (
+        f", at least {jobs} jobs of {plan.cluster.time_limit}" if jobs else ""
     )
 
 
@@ -166,18 +164,18 @@ def _models(plan: Plan) -> list[str]:
         f"distillation: {work.steps:,} steps x {work.tokens_a_step:,} tokens = {_count(work.tokens)} tokens",
         f"GFLOP a token: {_giga(flops.student)} student + {_giga(flops.teacher)} teacher{again}"
         f" = {_giga(flops.total)}; in all {work.flops:.3g} FLOP",
-        *_signal(plan),
+        *_cached_logits(plan),
     ]
 
 
-def _signal(plan: Plan) -> list[str]:
+def _cached_logits(plan: Plan) -> list[str]:
     signal = plan.signal
     if signal is None:
         return []
     text = (
         f"the teacher runs once, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
         f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
-        f"tournament's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
+        f"successive_halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
 
@@ -193,7 +191,7 @@ def _time(plan: Plan) -> list[str]:
         why = "cluster.gpu is null" if gpu is None else "cluster.gpu states the speed of bf16 only"
         return [f"hours: not estimated ({why})"]
     return [
-        f"time, at {gpu.utilisation:.0%} of the GPU's peak (an assumption: cluster.gpu.utilisation)",
+        f"time, at {gpu.mfu:.0%} of the GPU's peak (an assumption: cluster.gpu.mfu)",
         *_columns(rows),
         f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}",
     ]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from launch.planning.advice import suggest_fix, warnings
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
-from launch.planning.layouts import Layout, fitting, layout_of, undivided
-from launch.planning.memory import Memory, Models, fullest, prune_memory, signal_memory, training_memory
+from launch.planning.layouts import Layout, build_layout, fitting, undivided
+from launch.planning.memory import Memory, Models, cached_logits_memory, fullest, prune_memory, training_memory
 from prune_distill.config.values import count_ranks
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
@@ -52,8 +52,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Signal:
-    """The cost of a stored teacher signal.
+class CachedLogits:
+    """The cost of a stored cached logits.
 
     Attributes:
         bytes: on disk, at most.
@@ -91,7 +91,7 @@ class Plan:
     student: Model
     candidates: Candidates | None
     work: Work
-    signal: Signal | None
+    signal: CachedLogits | None
     stages: list[StageHours]
     memory: dict[str, list[Memory]]
     layout: Layout
@@ -159,10 +159,10 @@ def make_plan(cfg: RunConfig) -> Plan:
         student=_model(student, family),
         candidates=_candidates(cfg),
         work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
-        signal=_signal(cfg, teacher, flops.total, disk),
+        signal=_cached_logits(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg, teacher),
         memory=memory,
-        layout=layout_of(cfg.distill, cfg, models, ranks),
+        layout=build_layout(cfg.distill, cfg, models, ranks),
         layouts=layouts,
         undivided=undivided(cfg, ranks),
         disk=disk,
@@ -187,11 +187,11 @@ def _memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory
         if stage.module == "recipes.distill" and ".round" in stage.name:
             own = stage.configure(cfg)
             memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own, teacher), ranks)
-    if cfg.distill.correct_teacher is not None:
+    if cfg.distill.teacher_correction is not None:
         models = Models(family, teacher, None)
-        memory["correct_teacher"] = training_memory(cfg.distill.correct_teacher, Loss.ce, models, ranks)
-    if cfg.distill.reads_signal:
-        memory["teacher_signal"] = [signal_memory(cfg.distill, teacher, family)]
+        memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
+    if cfg.distill.reads_cached_logits:
+        memory["cache_logits"] = [cached_logits_memory(cfg.distill, teacher, family)]
     return memory
 
 
@@ -206,8 +206,8 @@ def _candidates(cfg: RunConfig) -> Candidates | None:
     return Candidates(len(sizes), min(sizes), max(sizes))
 
 
-def _signal(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Disk) -> Signal | None:
-    if not cfg.distill.reads_signal:
+def _cached_logits(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Disk) -> CachedLogits | None:
+    if not cfg.distill.reads_cached_logits:
         return None
     flops = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
-    return Signal(cfg.distill.signal_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
+    return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from prune_distill.nemo import devices
 
 POWERCAP = Path("/sys/class/powercap")
@@ -41,8 +43,7 @@ def rapl(folder: Path) -> Callable[[], float] | None:
 
 def _nvml() -> Callable[[], float] | None:
     try:
-        import pynvml
-        import torch
+        import pynvml  # optional
 
         pynvml.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -30,7 +30,7 @@ class Model:
         self.new_tokens = cfg.new_tokens
 
     def warm_up(self) -> Memory:
-        made, peak = devices.peak_of(lambda: self._generate(None))
+        made, peak = devices.measure_peak_memory(lambda: self._generate(None))
         weights = _bytes([*self.model.parameters(), *self.model.buffers()])
         kv_cache = _bytes(_tensors(made.past_key_values))
         return Memory(weights, kv_cache, weights + peak)

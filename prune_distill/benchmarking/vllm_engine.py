@@ -33,11 +33,11 @@ class Model:
     """
 
     def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
-        from vllm import LLM
+        from vllm import LLM  # optional
 
         self.folder, self.cfg = folder, cfg
         self.prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
-        with hf_models.folder_of_both_forms(folder) as loadable:
+        with hf_models.link_compatible_folder(folder) as loadable:
             self.llm = LLM(
                 model=str(loadable),
                 dtype=TYPES[cfg.dtype],
@@ -72,7 +72,7 @@ class Model:
         return time.perf_counter() - started
 
     def _generate(self, new_tokens: int) -> None:
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # optional
 
         wanted = SamplingParams(
             temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_distill.config.typed import did_you_mean
-from prune_distill.config.wording import in_hydra, override, result_of_change
+from prune_distill.config.wording import override, quote_for_hydra, resolve_change
 from prune_distill.errors import ConfigError, Fault
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -35,7 +35,7 @@ def compose_tree(overrides: Sequence[str], config_dir: str | os.PathLike[str] | 
     _check_choices(parsed, config_groups(config_dir))
     lines = [item.input_line or "" for item in parsed]
     if config_dir is not None:
-        lines.append(f"hydra.searchpath=[{in_hydra(f'file://{Path(config_dir).absolute()}', quote=True)}]")
+        lines.append(f"hydra.searchpath=[{quote_for_hydra(f'file://{Path(config_dir).absolute()}', quote=True)}]")
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             return compose("config", overrides=lines)
@@ -85,7 +85,7 @@ def parse_overrides(
     for line in overrides:
         try:
             found = parser.parse_override(line)
-            parsed.append(parser.parse_override(_normalise(line, found, found.key_or_group in groups)))
+            parsed.append(parser.parse_override(_normalize(line, found, found.key_or_group in groups)))
         except HydraException as error:
             faults.append(_unreadable(line, " ".join(str(error).split())))
             continue
@@ -103,7 +103,7 @@ def _unreadable(line: str, reason: str) -> Fault:
     key, equals, value = line.partition("=")
     if not equals:
         fix = "write it as KEY=VALUE"
-    elif (result := result_of_change(value)) is not None:
+    elif (result := resolve_change(value)) is not None:
         fix = f"set {key} to {result}"
     elif value.startswith(("[", "{")):
         fix = f"put double quotes around each text in it, and single quotes around all: '{key}=[\"TEXT\"]'"
@@ -112,7 +112,7 @@ def _unreadable(line: str, reason: str) -> Fault:
     return Fault("override.syntax", (key,), f"{line}: not in the form KEY=VALUE ({reason}); {fix}")
 
 
-def _normalise(line: str, parsed: Override, is_group: bool) -> str:
+def _normalize(line: str, parsed: Override, is_group: bool) -> str:
     """`+experiment=demo` means `experiment=demo`; `a.b=c` means `++a.b=c`: the schema decides what is known."""
     if parsed.type is OverrideType.ADD and is_group:
         return line.lstrip("+")

@@ -55,7 +55,7 @@ def sources(data: DataConfig) -> dict[str, DataSource]:
     return {"train": DataSource(files=data.train or [], format=data.format, key=key, sample=data.sample)}
 
 
-def key_of(source: DataSource) -> str:
+def document_field(source: DataSource) -> str:
     return source.key or KEYS[source.format]
 
 

@@ -47,7 +47,7 @@ def show(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = N
     Raises:
         ConfigError: nothing can be composed from these overrides.
     """
-    from prune_distill.config.composition import compose_tree
+    from prune_distill.config.composition import compose_tree  # stages read resolved.yaml and need no Hydra
 
     tree = _resolve(compose_tree(overrides, config_dir), [])
     return redact(str(yaml.safe_dump(_shown(tree, plain(RunConfig())), sort_keys=False)))

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from omegaconf import MISSING
 
 from prune_distill.config.hints import Hint, field_hints, split_hint
-from prune_distill.config.wording import describe_setting, override, result_of_change
+from prune_distill.config.renamed_keys import describe_rename
+from prune_distill.config.wording import describe_setting, override, resolve_change
 from prune_distill.credentials import find_credential
 from prune_distill.errors import Fault
 from prune_distill.schema.fields import Range
@@ -53,7 +54,7 @@ class Reader:
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in tree:
             if name not in fields:
-                self._unknown(prefix, str(name), list(fields))
+                self._unknown(prefix, str(name), list(fields), tree[name])
         hints = field_hints(cls)
         return cls(**{name: self._field(field, hints[name], tree, prefix + name) for name, field in fields.items()})
 
@@ -126,7 +127,7 @@ class Reader:
             return kind(raw)
         fix = f"{int(raw)}" if type(raw) is float and raw.is_integer() and kind is int else _KINDS[kind]
         if kind is int and isinstance(raw, str):
-            fix = result_of_change(raw) or fix
+            fix = resolve_change(raw) or fix
         return self._fault("value.type", key, f"not {_KINDS[kind]}; set {key} to {fix}", raw)
 
     def _text(self, raw: str, key: str) -> Any:
@@ -141,7 +142,10 @@ class Reader:
             return self._fault("value.credential", key, f"{problem}; remove it from {key} and {_elsewhere(key)}")
         return raw
 
-    def _unknown(self, prefix: str, name: str, siblings: list[str]) -> None:
+    def _unknown(self, prefix: str, name: str, siblings: list[str], value: Any) -> None:
+        if renamed := describe_rename(prefix + name, value):
+            self.faults.append(Fault("key.renamed", (prefix + name,), renamed))
+            return
         close = did_you_mean(name, siblings, prefix)
         elsewhere = [key for key in self._known_keys if key.rpartition(".")[2] == name]
         if not close and elsewhere:

@@ -69,19 +69,20 @@ def utilization_meter(cfg: RunConfig) -> Meter | None:
     return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), running_teacher, peak)
 
 
-def tournament_rounds(cfg: RunConfig) -> list[tuple[int, int]]:
-    """The number of candidates in each round of the tournament, and the step of the distillation at which it ends."""
-    tournament = require(cfg.prune.tournament)
-    first = math.ceil(tournament.round_tokens / training_phases(cfg.distill)[0].tokens_a_step)
-    plan, candidates, steps = [], tournament.candidates, first
+def halving_rounds(cfg: RunConfig) -> list[tuple[int, int]]:
+    """The number of candidates in each round of successive halving, and the step of the distillation at which it
+    ends."""
+    successive_halving = require(cfg.prune.successive_halving)
+    first = math.ceil(successive_halving.round_tokens / training_phases(cfg.distill)[0].tokens_a_step)
+    plan, candidates, steps = [], successive_halving.candidates, first
     while candidates > 1:
         plan.append((candidates, steps))
         candidates, steps = math.ceil(candidates / 2), 2 * steps
     return plan
 
 
-def tournament_steps(cfg: RunConfig) -> int:
-    """Steps of the tournament, summed over its candidates."""
-    plan = tournament_rounds(cfg)
+def halving_steps(cfg: RunConfig) -> int:
+    """Steps of successive halving, summed over its candidates."""
+    plan = halving_rounds(cfg)
     before = [0, *(step for _, step in plan[:-1])]
     return sum(candidates * (step - last) for (candidates, step), last in zip(plan, before, strict=True))

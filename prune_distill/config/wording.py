@@ -18,7 +18,7 @@ def describe_setting(key: str, value: Any) -> str:
     """`KEY=VALUE` for the start of a message; the key alone where the value is a group or too long to show."""
     if _contains_groups(value):
         return key
-    shown = in_hydra(value)
+    shown = quote_for_hydra(value)
     setting = f"{key}={shown if shown.isprintable() else repr(value)}"
     return setting if len(setting) <= LONGEST_SETTING else key
 
@@ -60,14 +60,14 @@ def ranges(numbers: list[int]) -> str:
 
 def override(key: str, value: Any) -> str:
     """`KEY=VALUE` for a text, number or list, quoted so that it survives both bash and Hydra."""
-    word = f"{key}={in_hydra(value)}"
+    word = f"{key}={quote_for_hydra(value)}"
     return word if _PLAIN_OVERRIDE.fullmatch(word) else shlex.quote(word)
 
 
-def in_hydra(value: Any, quote: bool = False) -> str:
+def quote_for_hydra(value: Any, quote: bool = False) -> str:
     """A value in Hydra's grammar, in which quotes and the backslashes before them are escaped; `quote`: always."""
     if isinstance(value, list):
-        return f"[{','.join(map(in_hydra, value))}]"
+        return f"[{','.join(map(quote_for_hydra, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Enum):
@@ -80,7 +80,7 @@ def in_hydra(value: Any, quote: bool = False) -> str:
     return f'"{escaped}"'
 
 
-def result_of_change(text: str) -> str | None:
+def resolve_change(text: str) -> str | None:
     """What a change such as `36->24` leads to, in words; None for any other text. A shell cuts `36->24` to `36-`."""
     change = re.fullmatch(r"\d+\s*(?:-|->|>|→)\s*(\d*)", text)
     if change is None:

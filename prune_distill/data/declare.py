@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from prune_distill.config.data_files import sources
-from prune_distill.data.documents import rank_of
+from prune_distill.data.documents import shuffle_key
 from prune_distill.data.plan import VALIDATION, Shard, holdout_every
 from prune_distill.data.readers import Lines
 from prune_distill.data.shards import (
     SPLITS,
     Index,
     SplitWriter,
-    clusters_of,
-    documents_of,
-    known_of,
+    count_cluster_tokens,
+    read_document_info,
+    read_documents,
     read_manifest,
     token_dtype,
     write_index,
@@ -108,7 +108,7 @@ def _select_documents(
     if not data.deduplicate and not budgets:
         return {}
     train = [shard for shard in plan if manifests[shard.number]["train"]["documents"]]
-    known = {shard.number: known_of(folders[shard.number] / "train") for shard in train}
+    known = {shard.number: read_document_info(folders[shard.number] / "train") for shard in train}
     keep = {number: np.ones(len(rows), dtype=bool) for number, rows in known.items()}
     if data.deduplicate:
         _exclude_duplicates(known, keep)
@@ -162,7 +162,7 @@ def _apply_token_budget(
         bins = _bins(known[number], seed)
         keep[number] &= bins <= last
         for row in np.flatnonzero(keep[number] & (bins == last)).tolist():
-            border.append((rank_of(int(known[number]["key"][row]), seed), number, row))
+            border.append((shuffle_key(int(known[number]["key"][row]), seed), number, row))
     for _, number, row in sorted(border):
         left -= int(lengths[number][row])
         if left < 0:
@@ -170,7 +170,7 @@ def _apply_token_budget(
 
 
 def _bins(known: np.ndarray, seed: int) -> np.ndarray:
-    return (rank_of(known["key"].astype(np.uint64), seed) >> 48).astype(np.int64)
+    return (shuffle_key(known["key"].astype(np.uint64), seed) >> 48).astype(np.int64)
 
 
 def _entry(shard: Shard, manifest: dict[str, Any], keep: np.ndarray | None, out: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _entry(shard: Shard, manifest: dict[str, Any], keep: np.ndarray | None, out:
         "prefix": f"selected/{shard.name}",
         "documents": int(keep.sum()),
         "tokens": int(index.lengths[keep].sum(dtype=np.int64)),
-        "clusters": clusters_of(source, keep),
+        "clusters": count_cluster_tokens(source, keep),
     }
 
 
@@ -251,10 +251,10 @@ def _merge_validation(
         prefix = folders[shard.number] / VALIDATION
         if not manifests[shard.number]["validation"]["documents"]:
             continue
-        for ids, known in zip(documents_of(prefix), known_of(prefix).tolist(), strict=True):
+        for ids, known in zip(read_documents(prefix), read_document_info(prefix).tolist(), strict=True):
             writer.add([ids], known)
         if masks is not None:
-            for mask in documents_of(Path(f"{prefix}_mask")):
+            for mask in read_documents(Path(f"{prefix}_mask")):
                 masks.add([mask], (0, 0, 0))
     written = writer.finish()
     digests = dict(written.digests)

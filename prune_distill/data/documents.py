@@ -60,7 +60,7 @@ def held_out(key: int, every: int) -> bool:
     return key % every == 0
 
 
-def rank_of(key: Any, seed: int) -> Any:
+def shuffle_key(key: Any, seed: int) -> Any:
     """Return a document's position in the random order of a seed, in [0, 2^64), for a key or an array of keys.
 
     The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) on keys that are already random.
@@ -96,11 +96,11 @@ def documents(
             utf8 = text.encode()
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
-            lines.note_bad(source.where(), "half of a surrogate pair, which is not valid text")
+            lines.count_invalid(source.where(), "half of a surrogate pair, which is not valid text")
         except InputError as fault:
             raise InputError(f"{source.where()}: {fault}") from fault
         except ValueError as reason:
-            lines.note_bad(source.where(), str(reason))
+            lines.count_invalid(source.where(), str(reason))
         else:
             sha256 = hashlib.sha256(utf8).digest()
             digest.update(sha256)

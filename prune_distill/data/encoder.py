@@ -45,13 +45,13 @@ class TokenizersEncoder:
     def __call__(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
-    def first_other(self, samples: Sequence[tuple[str, np.ndarray]]) -> str | None:
+    def find_mismatch(self, samples: Sequence[tuple[str, np.ndarray]]) -> str | None:
         """Return the first text whose ids differ from the given ids, or None. Texts are encoded in parallel."""
         encodings = self._tokenizer.encode_batch([text for text, _ in samples], add_special_tokens=False)
         pairs = zip(samples, encodings, strict=True)
         return next((text for (text, ids), own in pairs if not np.array_equal(ids, own.ids)), None)
 
-    def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ids `[tokens]` and the character offsets of each token `[tokens, 2]`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from prune_distill.data.documents import NO_CLUSTER
-from prune_distill.data.shards import bad_share, documents_of, known_of, read_manifest
+from prune_distill.data.shards import bad_share, read_document_info, read_documents, read_manifest
 from prune_distill.pipeline.names import DATA, SHARDS
 
 
@@ -103,12 +103,12 @@ class DataFolder:
     def tokens(self, split: str) -> np.ndarray:
         """Return all tokens of a split, concatenated: `[tokens]` int64."""
         prefixes = [part["prefix"] for part in self.train] if split == "train" else ["validation"]
-        documents = [document for prefix in prefixes for document in documents_of(self.folder / prefix)]
+        documents = [document for prefix in prefixes for document in read_documents(self.folder / prefix)]
         return np.concatenate(documents).astype(np.int64)
 
     def validation_documents_ids(self) -> list[np.ndarray]:
         """Return the ids of each validation document, `[tokens]`, with its end-of-document token."""
-        return list(documents_of(self.folder / "validation"))
+        return list(read_documents(self.folder / "validation"))
 
     def validation_groups(self) -> tuple[list[str], np.ndarray] | None:
         """Return the source, or else the cluster, of each token of the validation documents.
@@ -122,7 +122,7 @@ class DataFolder:
         for shard in sorted(shards, key=lambda shard: int(shard.name)):
             if (shard / "validation.documents").exists():
                 source = read_manifest(shard)["source"]
-                names += [(source, int(cluster)) for cluster in known_of(shard / "validation")["cluster"]]
+                names += [(source, int(cluster)) for cluster in read_document_info(shard / "validation")["cluster"]]
         lengths = [len(document) for document in self.validation_documents_ids()]
         if len(names) != len(lengths):
             raise ValueError(f"{self.folder}: {len(lengths)} held-out documents, but {len(names)} in its shards")

@@ -15,16 +15,16 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
+    document_field,
     document_files,
     drop_duplicates,
     find_existing,
     is_on_hub,
-    key_of,
     packing,
     sources,
     unreadable,
 )
-from prune_distill.data.readers import Piece, parquet_metadata, pieces_of
+from prune_distill.data.readers import Piece, parquet_metadata, split_file
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
 from prune_distill.pipeline.identity import hashed_values
@@ -105,7 +105,9 @@ def make_plan(
         source, split = _source(data, name), VALIDATION if name == VALIDATION else "train"
         for pieces, size in _pack(paths, data.shard_bytes):
             place = (len(shards), name, split)
-            shards.append(Shard(*place, source.format, key_of(source), source.sample, tuple(pieces), size, settings))
+            shards.append(
+                Shard(*place, source.format, document_field(source), source.sample, tuple(pieces), size, settings)
+            )
     return shards
 
 
@@ -181,9 +183,9 @@ def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfi
             yield f"{path} {reason}"
         elif packing(path) is Packing.parquet:
             columns = parquet_metadata(path).schema.to_arrow_schema().names
-            if key_of(source) not in columns:
+            if document_field(source) not in columns:
                 yield (
-                    f"{path} has no column {key_of(source)!r}, only {', '.join(columns)}; set the source's key"
+                    f"{path} has no column {document_field(source)!r}, only {', '.join(columns)}; set the source's key"
                     " (data.text_key)"
                 )
 
@@ -193,7 +195,7 @@ def _pack(paths: Sequence[str], shard_bytes: int) -> Iterator[tuple[list[Piece],
     group: list[Piece] = []
     size = 0
     for path in paths:
-        for piece, piece_size in pieces_of(path, shard_bytes):
+        for piece, piece_size in split_file(path, shard_bytes):
             if group and size + piece_size > shard_bytes:
                 yield group, size
                 group, size = [], 0

@@ -78,7 +78,7 @@ def prepare(
     with worklist.heartbeat():
         _Workers(plan, out, worklist, settings, encoder).work()
         for shard in plan:  # a shard may come from a run that allowed more invalid lines
-            check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_bad_share)
+            check_lines(Lines(**read_manifest(shard_folder(out, shard))["lines"]), data.max_invalid_fraction)
         while not (out / DATA).exists():
             if worklist.claim([COMPLETION]) is None:
                 time.sleep(1)
@@ -180,7 +180,7 @@ class _Workers:
         except InputError as fault:
             self.faults[name] = str(fault)
         else:
-            text = self.own.first_other(made.samples) if made.samples else None
+            text = self.own.find_mismatch(made.samples) if made.samples else None
             if text is not None:
                 note = f"fastokens returned other ids for {text[:40]!r}"
                 log.warning("shard %s is encoded again with the model's tokenizer: %s", name, note)

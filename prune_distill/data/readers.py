@@ -49,7 +49,7 @@ class Lines:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_bad = self.first_bad or other.first_bad
 
-    def note_bad(self, where: str, reason: str) -> None:
+    def count_invalid(self, where: str, reason: str) -> None:
         self.bad += 1
         self.first_bad = self.first_bad or f"{where}: {reason}"
 
@@ -174,7 +174,7 @@ def _loads(value: bytes) -> Any:
         return json.loads(value)
 
 
-def pieces_of(path: str, piece_bytes: int) -> list[tuple[Piece, int]]:
+def split_file(path: str, piece_bytes: int) -> list[tuple[Piece, int]]:
     """Divide a file into pieces; return each with its bytes on disk.
 
     Raises:

@@ -175,7 +175,7 @@ class Index:
         )
 
 
-def documents_of(prefix: Path) -> Iterator[np.ndarray]:
+def read_documents(prefix: Path) -> Iterator[np.ndarray]:
     """Yield the ids of each document of a split, `[tokens]`, mapped from the file."""
     index = Index.read(Path(f"{prefix}.idx"))
     tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
@@ -184,16 +184,16 @@ def documents_of(prefix: Path) -> Iterator[np.ndarray]:
         yield tokens[start : start + length]
 
 
-def known_of(prefix: Path) -> np.ndarray:
+def read_document_info(prefix: Path) -> np.ndarray:
     """Return the metadata of a split's documents: `[documents]` of `DOCUMENT`."""
     return np.memmap(f"{prefix}.documents", dtype=DOCUMENT, mode="r")
 
 
-def clusters_of(prefix: Path, keep: np.ndarray | None = None) -> dict[str, int]:
+def count_cluster_tokens(prefix: Path, keep: np.ndarray | None = None) -> dict[str, int]:
     """Count the tokens of a split by cluster; `keep` selects documents, `[documents]` bool."""
     if not Path(f"{prefix}.idx").exists():
         return {}
-    clusters, lengths = known_of(prefix)["cluster"], Index.read(Path(f"{prefix}.idx")).lengths
+    clusters, lengths = read_document_info(prefix)["cluster"], Index.read(Path(f"{prefix}.idx")).lengths
     if keep is not None:
         clusters, lengths = clusters[keep], lengths[keep]
     names, place = np.unique(clusters, return_inverse=True)

@@ -17,7 +17,7 @@ from prune_distill.data import documents as docs
 from prune_distill.data.encoder import Encoder, FastokensEncoder, TokenizersEncoder, make_encoder
 from prune_distill.data.plan import Shard
 from prune_distill.data.readers import Lines, Source
-from prune_distill.data.shards import SPLITS, SplitWriter, Written, clusters_of, token_dtype
+from prune_distill.data.shards import SPLITS, SplitWriter, Written, count_cluster_tokens, token_dtype
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
 from prune_distill.pipeline.processes import end_with_parent
@@ -98,7 +98,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
         _renderer(shard.format),
         shard.key,
         data.cluster_key,
-        lambda key: limit == 2**64 or docs.rank_of(key, _settings.seed) < limit,
+        lambda key: limit == 2**64 or docs.shuffle_key(key, _settings.seed) < limit,
         lines,
         digest,
     )
@@ -113,7 +113,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
             if learned is not None:
                 masks[split].add([learned], known)
             known = (document.key, document.cluster, 0)  # count the bytes once
-    check_lines(lines, data.max_bad_share)
+    check_lines(lines, data.max_invalid_fraction)
     written = {name: writer.finish() for name, writer in writers.items()}
     for split, writer in masks.items():
         _finish_mask(writer, written[split])
@@ -124,7 +124,7 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
         "pieces": [asdict(piece) for piece in shard.pieces],
         "lines": asdict(lines),
         **{split: asdict(written[split]) for split in SPLITS},
-        "clusters": clusters_of(partial / "train"),
+        "clusters": count_cluster_tokens(partial / "train"),
         "texts_sha256": digest.hexdigest(),
         "tokenizer": spec.fingerprint,
         "settings": shard.settings,
@@ -151,7 +151,7 @@ def _encoded(
         else:
             own = encoder.own if isinstance(encoder, FastokensEncoder) else encoder
             assert isinstance(own, TokenizersEncoder)  # the plan rejects masks with other tokenizers
-            ids, offsets = own.with_offsets(text)
+            ids, offsets = own.encode_with_offsets(text)
             yield document, split, ids, docs.learned_tokens(document.learned, offsets)
 
 
@@ -164,7 +164,7 @@ def _parts(
     `max_document_tokens` tokens.
     """
     limit = data.max_document_tokens
-    if data.long_documents is LongDocuments.cut and len(ids) > limit:
+    if data.long_documents is LongDocuments.truncate and len(ids) > limit:
         ids = ids[:limit].copy()  # a copy, so that the rest is freed
         mask = None if mask is None else mask[:limit]
     # The end-of-document token alone is not a part.
@@ -196,12 +196,13 @@ def _finish_mask(writer: SplitWriter, written: Written) -> None:
     written.digests |= {f"mask_{kind}": digest for kind, digest in mask.digests.items()}
 
 
-def check_lines(lines: Lines, max_bad_share: float) -> None:
+def check_lines(lines: Lines, max_invalid_fraction: float) -> None:
     """Check the number of invalid lines. Raises: InputError, if there are too many."""
-    if lines.bad > max_bad_share * lines.lines:
+    if lines.bad > max_invalid_fraction * lines.lines:
         raise InputError(
-            f"data.max_bad_share={max_bad_share}: {lines.bad} of {lines.lines} lines are invalid (the first:"
-            f" {lines.first_bad}); fix the files, or raise data.max_bad_share"
+            f"data.max_invalid_fraction={max_invalid_fraction}: {lines.bad} of {lines.lines} lines are invalid (the "
+            "first:"
+            f" {lines.first_bad}); fix the files, or raise data.max_invalid_fraction"
         )
 
 

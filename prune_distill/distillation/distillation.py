@@ -35,7 +35,7 @@ from nemo.collections.llm.modelopt.distill.utils import adjust_distillation_mode
 from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
-from prune_distill.distillation import signal_batch
+from prune_distill.distillation import cached_logits_batch
 from prune_distill.distillation.kd_loss import Head, TopK, distillation_loss
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.nemo_api import core_model
@@ -87,8 +87,8 @@ class FusedHead:
         return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
 
     def _pop_teacher(self) -> Head | TopK | None:
-        if "signal_ids" in self.batch:
-            ids, log_probs, tail = (self.batch[f"signal_{name}"] for name in ("ids", "logprobs", "tail"))
+        if "cached_ids" in self.batch:
+            ids, log_probs, tail = (self.batch[f"cached_{name}"] for name in ("ids", "logprobs", "tail"))
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
         teacher, self.teacher_head = self.teacher_head, None
         return teacher
@@ -273,7 +273,7 @@ class StudentModel(_FixedLossModel):
         self.head = FusedHead(core_model(self), None, self.kd)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
-        return signal_batch.data_step(dataloader_iter)
+        return cached_logits_batch.data_step(dataloader_iter)
 
 
 def _copy_logits_for_loss(model: Any) -> None:
@@ -327,7 +327,7 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
     if teacher is None:
         data_loss = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
-        model.kd = distill.kd if distill.reads_signal else data_loss
+        model.kd = distill.kd if distill.reads_cached_logits else data_loss
     else:
         check_tokenizers(checkpoint, teacher)
         config = nemo_api.load_model(teacher).config

@@ -28,7 +28,7 @@ from prune_distill.distillation.loss_terms import (
     TopK,
     TopKKL,
     Vocabulary,
-    top_k_of,
+    select_top_k,
 )
 from prune_distill.schema import KdConfig
 
@@ -213,7 +213,7 @@ class _Chunk:
             return TopKKL(s, self.teacher[rows], self.vocabulary)
         t.div_(config.temperature)
         if config.top_k is not None:
-            return TopKKL(s, top_k_of(t, config.top_k, self.vocabulary), self.vocabulary)
+            return TopKKL(s, select_top_k(t, config.top_k, self.vocabulary), self.vocabulary)
         return DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)
 
     def _logits(self, name: str, head: Head, rows: slice) -> Tensor:

@@ -233,7 +233,7 @@ def _extract(values: Tensor, positions: Tensor, is_local: Tensor) -> Tensor:
     return taken
 
 
-def top_k_of(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
+def select_top_k(t: Tensor, k: int, vocabulary: Vocabulary) -> TopK:
     """Select the `k` most probable tokens over the whole vocabulary, and compute the probability of the rest.
 
     Args:

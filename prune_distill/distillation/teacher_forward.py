@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from prune_distill.distillation.kd_loss import TopK, Vocabulary, top_k_of
+from prune_distill.distillation.kd_loss import TopK, Vocabulary, select_top_k
 from prune_distill.nemo.forward import run_forward
 
 # Number of tokens whose logits are in memory in fp32 at the same time.
@@ -60,5 +60,5 @@ def _sequence_top_k(logits: torch.Tensor, top_k: int, temperature: float, vocabu
     for chunk in logits.split(CHUNK_TOKENS):
         scaled = chunk.float() / temperature
         scaled -= vocabulary.maximum([scaled.amax(-1)])[0][:, None]
-        parts.append(top_k_of(scaled, top_k, vocabulary))
+        parts.append(select_top_k(scaled, top_k, vocabulary))
     return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "tail")))

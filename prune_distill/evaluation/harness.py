@@ -12,8 +12,12 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
 
 from prune_distill.evaluation.results import Metric, TaskScores
 from prune_distill.nemo import ranks
@@ -77,7 +81,7 @@ class Harness:
             By task, each metric's `value` and the harness's `stderr`, and `samples`: one task, the sum of a group of
             them, or those that go by a tag.
         """
-        from lm_eval import evaluator
+        from lm_eval import evaluator  # takes seconds; only for tasks
 
         # It has pip and the compiler tell of themselves, seconds a call, for a part of the results that nobody reads
         # (lm_eval/loggers/utils.py:add_env_info).
@@ -139,9 +143,7 @@ def _samples(results: Results, name: str) -> int:
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    import torch
-    import torch.distributed as dist
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # takes seconds; only for tasks
 
     # It warns that the model was loaded before, and of ranks, which is what is wanted here.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
@@ -169,7 +171,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 @cache
 def _manager(place: Path | None, task: str) -> Any:
     """The harness's index of a task's definitions: of the folder alone where that has it, as reading all takes 2 s."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # takes seconds; only for tasks
 
     if place is not None:
         manager = TaskManager(include_path=str(place), include_defaults=False)
@@ -180,7 +182,7 @@ def _manager(place: Path | None, task: str) -> Any:
 
 @cache
 def _whole_index(place: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # takes seconds; only for tasks
 
     return TaskManager(include_path=None if place is None else str(place))
 
@@ -205,6 +207,4 @@ def _line(error: Exception) -> str:
 
 def versions(tasks: Sequence[str]) -> dict[str, str]:
     """What scores depend on besides the stage's identity; nothing where no task is asked for."""
-    from importlib.metadata import version
-
     return {"lm_eval": version("lm_eval")} if tasks else {}

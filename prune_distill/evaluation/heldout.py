@@ -79,7 +79,7 @@ def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: Evalu
             teacher_logits = None if teacher is None else teacher.compute(number, ids)
             values = _by_token(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
             sums.index_add_(0, token_kinds.flatten(), values)
-    return _summary(ranks.sum_over_ranks(sums), names, data, teacher is not None)
+    return _summary(ranks.all_reduce(sums), names, data, teacher is not None)
 
 
 def comparable(model: Any, teacher: Any) -> bool:

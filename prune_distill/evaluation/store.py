@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from prune_distill.pipeline.artifact import is_as_written, with_crc32, write_json
+from prune_distill.pipeline.artifact import add_crc32, is_intact, write_json
 
 
 class Store:
@@ -30,12 +30,12 @@ class Store:
             content = json.loads(self._path(model, part).read_text())
         except (OSError, ValueError):
             return None
-        if not isinstance(content, dict) or not is_as_written(content):
+        if not isinstance(content, dict) or not is_intact(content):
             return None
         return content["result"] if content["key"] == self.key else None
 
     def put(self, model: str, part: str, result: Any) -> None:
-        write_json(self._path(model, part), with_crc32({"key": self.key, "result": result}))
+        write_json(self._path(model, part), add_crc32({"key": self.key, "result": result}))
 
     @contextmanager
     def locked(self, model: str) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 A multiplication and an addition count as two. Matrix products take 2 FLOP a parameter and token forward, 4 backward;
 causal attention 2 x seq_length x queries forward in each layer (scores and their use with the values, the masked half
-left out, as flash attention does), twice that backward. Norms, rotations and the loss are not counted. Utilisation
-(`cluster.gpu.utilisation`) is derived with the same rules, so that they cancel where the shapes are alike.
+left out, as flash attention does), twice that backward. Norms, rotations and the loss are not counted. Utilization
+(`cluster.gpu.mfu`) is derived with the same rules, so that they cancel where the shapes are alike.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Meter:
     teacher: Shape | None
     peak: float
 
-    def utilisation(self, tokens_per_second: float, seq_length: int) -> float:
-        """Model-FLOPs utilisation: the share of the peak that the models take, what is computed again not counted."""
+    def utilization(self, tokens_per_second: float, seq_length: int) -> float:
+        """Model-FLOPs utilization: the share of the peak that the models take, what is computed again not counted."""
         flops = sequence_flops(seq_length, Recompute.none, self.loss, self.family, self.student, self.teacher)
         return tokens_per_second * flops.total / self.peak

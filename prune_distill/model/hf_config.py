@@ -10,7 +10,7 @@ word. A normalized config has every such setting once, under the name that trans
 | `num_experts`                      | `num_local_experts`                     |
 | `torch_dtype`                      | `dtype` (from 4.56 on)                  |
 
-`with_both_forms` adds the newer names again, for files and loaders of either version.
+`make_compatible` adds the newer names again, for files and loaders of either version.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _agreed(content: HfConfig, keys: tuple[str, ...] | None = None) -> Any:
     return values[0] if values else None
 
 
-def with_both_forms(config: HfConfig) -> HfConfig:
+def make_compatible(config: HfConfig) -> HfConfig:
     """A normalized config that transformers 4 and 5 read alike: the newer names beside the older ones."""
     rope = {"rope_type": "default", **(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
     if config.get("partial_rotary_factor") is not None:

@@ -41,7 +41,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     config, faults = examine(path)
     if config is None:
         return model.shape, faults
-    found = shape_from(config)
+    found = parse_shape(config)
     if config["model_type"] != model.family.value:
         says = config["model_type"]
         faults = [
@@ -66,7 +66,7 @@ def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[st
     return (None, faults) if config is None else (config["model_type"], [])
 
 
-def shape_from(config: HfConfig) -> Shape:
+def parse_shape(config: HfConfig) -> Shape:
     """The shape that a normalized `config.json` describes."""
     terms = _TERMS | (_MOE_TERMS if traits_of(config).experts else {})
     return Shape(**{ours: config[theirs] for ours, theirs in terms.items()})

@@ -102,13 +102,13 @@ def _unreadable(path: Path, mtime_ns: int, size: int) -> str | None:
     """
     try:
         if path.suffix == ".json":
-            from tokenizers import Tokenizer, __version__
+            from tokenizers import Tokenizer, __version__  # only for files of this kind
 
             fix = f"{FETCH}, or save it with the installed version of tokenizers ({__version__})"
             with reading(path, fix):
                 Tokenizer.from_file(str(path))
         else:
-            from sentencepiece import SentencePieceProcessor
+            from sentencepiece import SentencePieceProcessor  # only for files of this kind
 
             with reading(path, FETCH), path.open("rb") as file:
                 if not _TIKTOKEN.match(file.readline(4096)):

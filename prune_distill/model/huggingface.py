@@ -54,7 +54,7 @@ def _asks_for_code(path: Path) -> bool:
 
 
 def _download(repository: str, revision: str | None, weights: bool, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # takes half a second; only for the Hub
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     if weights:

@@ -15,7 +15,16 @@ from functools import cache
 from typing import cast
 
 from prune_distill.model.model_size import parameters
-from prune_distill.schema import Depth, ExportDtype, Family, PruneConfig, RunConfig, Shape, TargetSizes, TeacherSignal
+from prune_distill.schema import (
+    ExportDtype,
+    Family,
+    LayerSelection,
+    PruneConfig,
+    RunConfig,
+    Shape,
+    TargetSizes,
+    TeacherLogits,
+)
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 # Further ones that pruning has, of mixtures; no search varies them.
@@ -55,8 +64,8 @@ class Space:
     teacher: tuple[int | bool | None, ...]
     tensor: int
     pipeline: int
-    max_depth_cut: float
-    max_width_cut: float
+    max_depth_pruning: float
+    max_width_pruning: float
     sequences: int
     tokens: int
     width: int
@@ -76,7 +85,7 @@ class Space:
 Latency = Callable[[Shape], float]
 
 
-def space_of(cfg: RunConfig) -> Space:
+def build_space(cfg: RunConfig) -> Space:
     """The search space of a config with a budget and a known teacher; shares become absolute limits."""
     budget, parallel = cfg.prune.budget, cfg.distill.parallel
     assert budget is not None
@@ -86,8 +95,8 @@ def space_of(cfg: RunConfig) -> Space:
         tuple(getattr(teacher, field.name) for field in dataclasses.fields(Shape)),
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
-        budget.max_depth_cut,
-        budget.max_width_cut,
+        budget.max_depth_pruning,
+        budget.max_width_pruning,
         budget.batch_size,
         budget.seq_length or cfg.prune.calibration_seq_length,
         4 if cfg.convert.export_dtype is ExportDtype.fp32 else 2,
@@ -95,9 +104,9 @@ def space_of(cfg: RunConfig) -> Space:
         budget.max_candidates,
     )
     whole = space.cost(space.shape)
-    params = _least(budget.params, budget.params_share, whole.params)
-    memory = _least(budget.memory_gb and budget.memory_gb * GB, budget.memory_share, whole.memory)
-    return dataclasses.replace(space, limits=(params, memory, budget.latency or math.inf))
+    params = _least(budget.params, budget.params_fraction, whole.params)
+    memory = _least(budget.memory_gb and budget.memory_gb * GB, budget.memory_fraction, whole.memory)
+    return dataclasses.replace(space, limits=(params, memory, budget.latency_ms or math.inf))
 
 
 def _least(absolute: float | None, share: float | None, whole: float) -> float:
@@ -183,22 +192,22 @@ def widths(space: Space) -> list[tuple[int, int, int]]:
 
 def depths(space: Space) -> list[int]:
     most = space.shape.num_layers
-    least = max(1, math.ceil(most * (1 - space.max_depth_cut) - 1e-9))
+    least = max(1, math.ceil(most * (1 - space.max_depth_pruning) - 1e-9))
     return [layers for layers in range(least, most + 1) if layers % space.pipeline == 0]
 
 
 def hiddens(space: Space) -> list[int]:
-    return _steps(space.shape.hidden_size, space.max_width_cut, 1)
+    return _steps(space.shape.hidden_size, space.max_width_pruning, 1)
 
 
 def ffns(space: Space) -> list[int]:
-    return _steps(space.shape.ffn_hidden_size, space.max_width_cut, space.tensor)
+    return _steps(space.shape.ffn_hidden_size, space.max_width_pruning, space.tensor)
 
 
 def attentions(space: Space) -> list[tuple[int, int]]:
     """Heads and query groups: whole groups, with as many heads in each (Minitron cuts both so)."""
     heads, groups = space.shape.num_attention_heads, space.shape.num_query_groups
-    kept = 1 - space.max_width_cut - 1e-9
+    kept = 1 - space.max_width_pruning - 1e-9
     return [
         (group * each, group)
         for group in range(max(1, math.ceil(groups * kept)), groups + 1)
@@ -250,7 +259,7 @@ def student_shapes(cfg: RunConfig) -> list[Shape]:
     """The shapes of which the student will have one."""
     if cfg.prune.budget is None:
         return [resize(shape_to_prune(cfg), cfg.prune)]
-    space = space_of(cfg)
+    space = build_space(cfg)
     return candidates(space) or [space.shape]
 
 
@@ -271,14 +280,14 @@ def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
         "distill.max_steps": own.steps,
         # These speak of the last distillation's own steps, or of stages before it.
         **{f"distill.{name}": [] for name in ("phases", "skip_steps", "controls")},
-        "distill.signal": TeacherSignal.live,
+        "distill.teacher_logits": TeacherLogits.live,
         "distill.swap_teacher_at_step": None,
     }
 
 
 def needs_importance(prune: PruneConfig) -> bool:
     """Whether anything is pruned but layers that are named, or chosen as a block."""
-    by_importance = prune.num_layers is not None and prune.depth is Depth.importance
+    by_importance = prune.num_layers is not None and prune.layer_selection is LayerSelection.importance
     widths = any(getattr(prune, axis) is not None for axis in (*AXES[1:], *EXPERT_AXES))
     return by_importance or widths or prune.budget is not None
 

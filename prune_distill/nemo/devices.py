@@ -46,7 +46,7 @@ def _free_in_container() -> list[int]:
     return [limit - used + cached]
 
 
-def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
+def measure_peak_memory(work: Callable[[], Any]) -> tuple[Any, int]:
     """Return the result of `work`, and the peak memory in bytes of the tensors that it allocated."""
     if torch_device() == "cuda":
         torch.cuda.synchronize()

@@ -38,7 +38,7 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
     from prune_distill.nemo import devices  # imports PyTorch
 
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
-    config = AutoConfig.for_model(**hf_config.with_both_forms(hf_config.read_config(folder / "config.json")))
+    config = AutoConfig.for_model(**hf_config.make_compatible(hf_config.read_config(folder / "config.json")))
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -76,12 +76,12 @@ def _are_ids(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def folder_of_both_forms(folder: Path) -> Iterator[Path]:
+def link_compatible_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder with links to a model's files and a `config.json` for transformers 4 and 5.
 
     For libraries that load models from a folder with their own version of transformers.
     """
-    config = hf_config.with_both_forms(hf_config.read_config(folder / "config.json"))
+    config = hf_config.make_compatible(hf_config.read_config(folder / "config.json"))
     with tempfile.TemporaryDirectory() as name:
         links = Path(name)
         for path in folder.iterdir():

@@ -36,7 +36,7 @@ def join_process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def all_reduce(values: torch.Tensor) -> torch.Tensor:
     """All-reduce the sum of a tensor; returns it on the CPU."""
     if world_size() > 1:
         values = values.to(devices.torch_device())

@@ -31,7 +31,7 @@ from prune_distill.pipeline.identity import (
     versions_of,
 )
 from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, STATE
-from prune_distill.pipeline.outputs import Entries, crc32_of, digests, outputs_of, parse_record, total_bytes
+from prune_distill.pipeline.outputs import Entries, compute_crc32, digests, list_outputs, parse_record, total_bytes
 from prune_distill.pipeline.stage import External, Source, Stage
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
@@ -73,7 +73,7 @@ class Located:
         shown = {key: hashed_values(get_value(self.cfg, key)) for key in self.stage.shows}
         return {**shown, **dict(recorded_values(self.stage.sections, self.cfg))}
 
-    def without_effect(self) -> list[str]:
+    def ignored_changes(self) -> list[str]:
         """What a complete stage was made with and the config now says otherwise: `key=value (it has VALUE)`."""
         manifest = read_manifest(self.folder, self.config_hash) or {}
         before, now = manifest.get("settings", {}), self.settings()
@@ -150,21 +150,21 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
     return manifest
 
 
-def with_crc32(content: dict[str, Any]) -> dict[str, Any]:
+def add_crc32(content: dict[str, Any]) -> dict[str, Any]:
     """A JSON object as it will be read from a file, with a key `crc32` that vouches for all others."""
     # JSON has no tuples, and text for keys.
     plain: dict[str, Any] = json.loads(json.dumps(_finite(content)))
     return {**plain, "crc32": _content_crc32(plain)}
 
 
-def is_as_written(content: dict[str, Any]) -> bool:
-    """Whether a JSON object that was read has what `with_crc32` vouched for."""
+def is_intact(content: dict[str, Any]) -> bool:
+    """Whether a JSON object that was read has what `add_crc32` vouched for."""
     return content.get("crc32") == _content_crc32(content)
 
 
 def _content_crc32(content: dict[str, Any]) -> str:
     vouched_for = {key: value for key, value in content.items() if key != "crc32"}
-    return crc32_of(json.dumps(vouched_for, sort_keys=True).encode())
+    return compute_crc32(json.dumps(vouched_for, sort_keys=True).encode())
 
 
 def write_manifest(
@@ -180,7 +180,7 @@ def write_manifest(
     """
     run_dir = located.folder.parent
     # Other processes of an array may still add to the metrics of work that they share.
-    names = outputs_of(located.folder, () if located.stage.trains else (METRICS,))
+    names = list_outputs(located.folder, () if located.stage.trains else (METRICS,))
     manifest = {
         "stage": located.stage.name,
         "status": "complete",
@@ -209,15 +209,19 @@ def record_again(folder: Path, names: Sequence[str]) -> None:
     manifest = read_manifest(folder)
     record = folder / OUTPUTS
     entries = parse_record(record.read_bytes()) if record.is_file() else None
-    if manifest is not None and entries is not None and is_as_written(manifest):
+    if manifest is not None and entries is not None and is_intact(manifest):
         _declare(folder, manifest, {**entries, **digests(folder, names)})
 
 
 def _declare(folder: Path, manifest: dict[str, Any], entries: Entries) -> None:
     """Writes the record of a folder's files, then the manifest, whose CRC-32s vouch for both."""
     write_json(folder / OUTPUTS, dict(sorted(entries.items())))
-    outputs = {"files": len(entries), "bytes": total_bytes(entries), "crc32": crc32_of((folder / OUTPUTS).read_bytes())}
-    write_json(folder / MANIFEST, with_crc32({**manifest, "outputs": outputs}))
+    outputs = {
+        "files": len(entries),
+        "bytes": total_bytes(entries),
+        "crc32": compute_crc32((folder / OUTPUTS).read_bytes()),
+    }
+    write_json(folder / MANIFEST, add_crc32({**manifest, "outputs": outputs}))
 
 
 def _finite(value: Any) -> Any:

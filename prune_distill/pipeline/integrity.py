@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.pipeline.artifact import Located, is_as_written, read_manifest
+from prune_distill.pipeline.artifact import Located, is_intact, read_manifest
 from prune_distill.pipeline.names import CHECKPOINTS, CONTEXT, LAUNCHES, MANIFEST, OUTPUTS, WEIGHTS, find_checkpoints
-from prune_distill.pipeline.outputs import Entries, crc32_of, differences, parse_record, select, share_of
+from prune_distill.pipeline.outputs import Entries, compute_crc32, differences, parse_record, select, select_share
 from prune_distill.pipeline.stage import Output
 
 # The most files of a folder that a message names.
@@ -54,19 +54,19 @@ def read_record(folder: Path) -> Record:
     manifest = read_manifest(folder) or {}
     if "outputs" not in manifest and "crc32" not in manifest:
         return Record(None, {})
-    if not is_as_written(manifest):
+    if not is_intact(manifest):
         return Record({}, {MANIFEST: "has other content than was written"})
     try:
         content = (folder / OUTPUTS).read_bytes()
     except OSError:
         return Record({}, {OUTPUTS: "is missing"})
     entries = parse_record(content)
-    if entries is None or crc32_of(content) != manifest.get("outputs", {}).get("crc32"):
+    if entries is None or compute_crc32(content) != manifest.get("outputs", {}).get("crc32"):
         return Record({}, {OUTPUTS: "has other content than was written"})
     return Record(entries, {})
 
 
-def damage_of(
+def find_damage(
     folder: Path,
     part: str = ".",
     files: Iterable[str] = ("*",),
@@ -95,12 +95,12 @@ def damage_of(
 def _faults(folder: Path, entries: Entries, contents: bool, share: tuple[int, int]) -> dict[str, str]:
     """Every process compares the sizes, one process the content of each file."""
     faults = differences(folder, entries, contents=False)
-    readable = {name: entry for name, entry in share_of(entries, *share).items() if contents and name not in faults}
+    readable = {name: entry for name, entry in select_share(entries, *share).items() if contents and name not in faults}
     return {**faults, **differences(folder, readable)}
 
 
 def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Damage | None:
-    """What is wrong with a training checkpoint by its own record; see `damage_of`.
+    """What is wrong with a training checkpoint by its own record; see `find_damage`.
 
     A checkpoint without a record is older than records; it must hold weights and their context.
     """
@@ -118,11 +118,11 @@ def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int,
 def damaged_inputs(
     located: Located, stages: Mapping[str, Located], contents: bool, share: tuple[int, int] = (0, 1)
 ) -> list[Damage]:
-    """What is wrong with the outputs of earlier stages that a stage reads; see `damage_of`."""
+    """What is wrong with the outputs of earlier stages that a stage reads; see `find_damage`."""
     found = []
     for source in _outputs_read(located):
         folder = stages[source.stage].folder
-        found.append(damage_of(folder, source.path, source.files, contents, share))
+        found.append(find_damage(folder, source.path, source.files, contents, share))
         if source.path == CHECKPOINTS:
             checkpoints = find_checkpoints(folder / CHECKPOINTS).values()
             found += [checkpoint_damage(checkpoint, contents, share) for checkpoint in checkpoints]
@@ -148,7 +148,7 @@ def unrecorded(stages: Iterable[Located]) -> str | None:
     return f"{', '.join(names)}: made before outputs were recorded, so not checked" if names else None
 
 
-def inputs_of(located: Located, stages: Mapping[str, Located]) -> list[Located]:
+def list_inputs(located: Located, stages: Mapping[str, Located]) -> list[Located]:
     """The stages whose outputs a stage reads."""
     return [stages[name] for name in sorted({source.stage for source in _outputs_read(located)})]
 

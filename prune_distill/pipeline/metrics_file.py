@@ -24,7 +24,7 @@ class MetricsFile:
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Removes the lines that a training that resumes after `step` must not keep, and logs how many.
 
         These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and all but

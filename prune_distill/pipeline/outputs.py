@@ -34,17 +34,17 @@ _READ_BYTES = 4 << 20
 _MOST_THREADS = 8
 
 
-def outputs_of(folder: Path, without: Iterable[str] = ()) -> list[str]:
+def list_outputs(folder: Path, without: Iterable[str] = ()) -> list[str]:
     """The files of a stage's folder that are results, by their paths relative to it, sorted.
 
     Args:
         without: further names at the top of the folder that are none.
     """
     left_out = (*_NO_OUTPUTS, *without)
-    return sorted(name for name in files_in(folder) if not _matches(name.partition("/")[0], left_out))
+    return sorted(name for name in list_files(folder) if not _matches(name.partition("/")[0], left_out))
 
 
-def files_in(folder: Path) -> Iterator[str]:
+def list_files(folder: Path) -> Iterator[str]:
     """All files below a folder by their paths relative to it, without hidden ones, caches and those of trackers."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _NO_RESULTS]
@@ -81,7 +81,7 @@ def select(entries: Entries, part: str = ".", patterns: Iterable[str] = ("*",)) 
     }
 
 
-def share_of(entries: Entries, number: int, count: int) -> Entries:
+def select_share(entries: Entries, number: int, count: int) -> Entries:
     """The entries whose content one of `count` processes reads: all take about as many bytes."""
     largest_first = sorted(entries.items(), key=lambda item: (-item[1]["size"], item[0]))
     return dict(largest_first[number::count])
@@ -102,7 +102,7 @@ def parse_record(content: bytes) -> Entries | None:
     return entries
 
 
-def crc32_of(content: bytes) -> str:
+def compute_crc32(content: bytes) -> str:
     return f"{isal_zlib.crc32(content):08x}"
 
 

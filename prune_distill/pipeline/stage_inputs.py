@@ -69,11 +69,11 @@ def search_inputs(_: RunConfig) -> Sources:
 
 
 def is_scored(cfg: RunConfig) -> bool:
-    """Whether a task takes part in the tournament's ranking."""
-    return cfg.prune.tournament is not None and cfg.prune.tournament.score is not None
+    """Whether a task takes part in successive halving's ranking."""
+    return cfg.prune.successive_halving is not None and cfg.prune.successive_halving.score is not None
 
 
-def tournament_inputs(cfg: RunConfig) -> Sources:
+def successive_halving_inputs(cfg: RunConfig) -> Sources:
     inputs = {"teacher": _teacher(cfg), "data": DATA, "search": Output("search")}
     if is_scored(cfg):
         inputs |= {"teacher_hf": teacher_hf(cfg), **_task_folder(cfg)}
@@ -92,29 +92,29 @@ def prune_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     if cfg.prune.rounds:
         inputs["before"] = Output(f"prune.round{len(cfg.prune.rounds)}")
     if cfg.prune.budget is not None:
-        inputs["choice"] = Output("search" if cfg.prune.tournament is None else "tournament")
+        inputs["choice"] = Output("search" if cfg.prune.successive_halving is None else "successive_halving")
     return inputs
 
 
 def _teacher(cfg: RunConfig) -> Source:
     """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
     (Minitron in practice, arXiv 2408.11796)."""
-    return IMPORTED if cfg.distill.correct_teacher is None else Output("correct_teacher", NEMO)
+    return IMPORTED if cfg.distill.teacher_correction is None else Output("correct_teacher", NEMO)
 
 
-def teacher_signal_inputs(cfg: RunConfig) -> Sources:
+def cache_logits_inputs(cfg: RunConfig) -> Sources:
     return {"teacher": _teacher(cfg), "data": DATA}
 
 
 def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     distill = cfg.distill
     inputs: Sources = {"student": Output(f"prune{suffix}", NEMO), "data": DATA}
-    # As the tournament trained: from the pruned student, with a teacher that runs beside it and stays the same.
-    as_in_tournament = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
-    if cfg.prune.tournament is not None and as_in_tournament:
-        inputs["begun"] = Output("tournament", WINNER)
-    if distill.reads_signal:
-        inputs["signal"] = Output("teacher_signal")
+    # As successive halving trained: from the pruned student, with a teacher that runs beside it and stays the same.
+    as_in_halving = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
+    if cfg.prune.successive_halving is not None and as_in_halving:
+        inputs["winner"] = Output("successive_halving", WINNER)
+    if distill.reads_cached_logits:
+        inputs["cached_logits"] = Output("cache_logits")
     elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
         inputs["teacher"] = IMPORTED
         inputs["corrected_teacher"] = Output("correct_teacher", NEMO)
@@ -130,7 +130,7 @@ def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
 def _nemo_models(cfg: RunConfig) -> Sources:
     """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
     which have stages of their own."""
-    corrected: Sources = {} if cfg.distill.correct_teacher is None else {"corrected_teacher": _teacher(cfg)}
+    corrected: Sources = {} if cfg.distill.teacher_correction is None else {"corrected_teacher": _teacher(cfg)}
     return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
 
 

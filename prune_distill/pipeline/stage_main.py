@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from multiprocessing import active_children, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, write_manifest
-from prune_distill.pipeline.integrity import damage_of, damaged_inputs, inputs_of, refuse, unrecorded
+from prune_distill.pipeline.integrity import damaged_inputs, find_damage, list_inputs, refuse, unrecorded
 from prune_distill.pipeline.processes import (
     TORCHRUN_ID,
     drop_foreign_ranks,
@@ -175,10 +176,10 @@ def _ready(config: Path, stage: str) -> Located:
         raise ConfigError(f"this run has no stage {stage!r}; it has {', '.join(everything)}")
     located = everything[stage]
     if located.complete:
-        damage = damage_of(located.folder, contents=False)
+        damage = find_damage(located.folder, contents=False)
         refuse([damage] if damage else [], config.parent)
         return located
-    needed = inputs_of(located, everything)
+    needed = list_inputs(located, everything)
     faults = [
         f"{made.stage.name}, an input of {stage}, is not complete in {made.folder}; run that stage first"
         for made in needed
@@ -226,7 +227,6 @@ def stay_guarded() -> None:
     """
     if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
         return
-    from multiprocessing import active_children, resource_tracker
 
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

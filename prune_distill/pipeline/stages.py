@@ -17,15 +17,19 @@ from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_set
 from prune_distill.pipeline import stage_inputs as inputs
 from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
-from prune_distill.schema import Engine, Init, Loss, RunConfig, TeacherSignal
+from prune_distill.schema import Engine, Init, Loss, RunConfig, TeacherLogits
 
-# How a candidate is exported, and asked a task: what else is evaluated does not concern the tournament.
+# How a candidate is exported, and asked a task: what else is evaluated does not concern the successive_halving.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
 CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
 # What a model card says of the run. A new name is no reason to write the weights again.
 ON_CARDS = ("name", "model.name", "model.hf_path")
 # A control has no teacher, so no setting of one may change it.
-NO_TEACHER = {"distill.loss": Loss.ce, "distill.signal": TeacherSignal.live, "distill.swap_teacher_at_step": None}
+NO_TEACHER = {
+    "distill.loss": Loss.ce,
+    "distill.teacher_logits": TeacherLogits.live,
+    "distill.swap_teacher_at_step": None,
+}
 CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
 
 # Keys that stages read outside their hash, each with the reason (`Stage.reads`).
@@ -40,13 +44,13 @@ READ_BY_PREPARE_DATA = {
     ),
 }
 READ_BY_SIGNAL = {
-    "distill.phases": "null with a stored signal, as prune_distill.config.rules.teacher demands",
-    "distill.skip_steps": "empty with a stored signal, as prune_distill.config.rules.teacher demands",
+    "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher demands",
+    "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher demands",
     "distill.val_batches": "for the check that there are enough validation documents",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
 READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
-READ_BY_TOURNAMENT = {
+READ_BY_HALVING = {
     **REVISION,
     "evaluate.tasks": "tasks that may be asked; the one that is asked is in the prune section",
     "evaluate.seq_length": "for an estimate of memory",
@@ -193,7 +197,7 @@ STAGES: tuple[Stage, ...] = (
         "recipes.prepare_data",
         ("data",),
         inputs.prepare_data_inputs,
-        limits={"data.max_bad_share": "worst_bad_share"},
+        limits={"data.max_invalid_fraction": "worst_bad_share"},
         reads=READ_BY_PREPARE_DATA,
         tasks=lambda cfg: cfg.data.array_tasks,
     ),
@@ -217,10 +221,10 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "correct_teacher",
         "recipes.correct_teacher",
-        ("distill.correct_teacher",),
+        ("distill.teacher_correction",),
         inputs.correct_teacher_inputs,
         count_ranks,
-        wanted=lambda cfg: cfg.distill.correct_teacher is not None,
+        wanted=lambda cfg: cfg.distill.teacher_correction is not None,
         trains=True,
         needs_nemo=True,
     ),
@@ -238,29 +242,29 @@ STAGES: tuple[Stage, ...] = (
         needs_nemo=True,
     ),
     Stage(
-        "tournament",
-        "recipes.tournament",
+        "successive_halving",
+        "recipes.successive_halving",
         ("prune", "distill"),
-        inputs.tournament_inputs,
+        inputs.successive_halving_inputs,
         count_ranks,
-        wanted=lambda cfg: cfg.prune.tournament is not None,
+        wanted=lambda cfg: cfg.prune.successive_halving is not None,
         trains=True,
         more_sections=lambda cfg: SCORING if inputs.is_scored(cfg) else (),
         libraries=lambda cfg: ("lm_eval",) if inputs.is_scored(cfg) else (),
-        reads=READ_BY_TOURNAMENT,
+        reads=READ_BY_HALVING,
         needs_nemo=True,
     ),
     PRUNE,
     Stage(
-        "teacher_signal",
-        "recipes.teacher_signal",
+        "cache_logits",
+        "recipes.cache_logits",
         (
             *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
-            *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.signal_top_k"),
+            *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.cached_logits_top_k"),
         ),
-        inputs.teacher_signal_inputs,
+        inputs.cache_logits_inputs,
         count_ranks,
-        wanted=lambda cfg: cfg.distill.reads_signal,
+        wanted=lambda cfg: cfg.distill.reads_cached_logits,
         trains=True,
         reads=READ_BY_SIGNAL,
         needs_nemo=True,

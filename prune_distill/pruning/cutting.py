@@ -18,7 +18,7 @@ from prune_distill.pruning.importance import Importance
 from prune_distill.pruning.search_space import dynamic_core, restore_scores
 
 
-def sizes_for_modelopt(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
+def complete_sizes(sizes: Mapping[str, int | None], teacher: Any) -> dict[str, int]:
     """Complete the target sizes: ModelOpt needs heads and query groups together, so a missing one keeps its size.
 
     Args:
@@ -79,7 +79,7 @@ def save_candidate(row: dict[str, Any], teacher: Path, scores: Any, stages: int,
     if target.exists():
         return
     model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=stages, modelopt_spec=True)
-    cut(model, sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config), row["drop_layers"], scores)
+    cut(model, complete_sizes({axis: row[axis] for axis in AXES[1:]}, model.config), row["drop_layers"], scores)
     if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     trainer.strategy.barrier()

@@ -19,7 +19,7 @@ import torch
 from prune_distill.pruning.losses import broadcast_from_last_stage, compute_logits, cross_entropy, skip_layers
 
 
-def compute_losses_without(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
+def compute_ablation_losses(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[Sequence[int]]) -> list[float]:
     """Return the loss of the model without each set of layers, in nats per token.
 
     Args:
@@ -56,5 +56,5 @@ def find_best(core: Any, batches: Sequence[torch.Tensor], sets: Sequence[list[in
     """Return the `count` sets whose removal gives the lowest loss, best first."""
     if not count or not sets:
         return []
-    losses = compute_losses_without(core, batches, sets)
+    losses = compute_ablation_losses(core, batches, sets)
     return [layers for _, layers in sorted(zip(losses, sets, strict=True))[:count]]

@@ -38,15 +38,18 @@ class Scores:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(
-                f"{task} is a group of tasks; set prune.tournament.score.task to one: {', '.join(entries)}"
+                f"{task} is a group of tasks; set prune.successive_halving.score.task to one: {', '.join(entries)}"
             )
         scores = entries[task]
         if metric not in scores:
             found = sorted(key for key in scores if key != "samples")
-            raise InputError(f"{task} has no {metric}; set prune.tournament.score.metric to one of {', '.join(found)}")
+            raise InputError(
+                f"{task} has no {metric}; set prune.successive_halving.score.metric to one of {', '.join(found)}"
+            )
         if is_higher_better(metric.partition(" ")[0]) is False:  # None: a metric of the task's own
             raise InputError(
-                f"prune.tournament.score.metric={metric}: lower is better; set a metric for which higher is better, "
+                f"prune.successive_halving.score.metric={metric}: lower is better; set a metric for which higher is "
+                "better, "
                 "such as acc"
             )
         return dict(cast(Metric, scores[metric]))

@@ -18,7 +18,7 @@ from prune_distill.pruning.importance import Importance, refuse_infinite
 EXPERT_SCORES = ("expert_l2_scores", "expert_sample_counts")
 
 
-def to_search_space(model: Any) -> Any:
+def convert_to_search_space(model: Any) -> Any:
     """Convert a model in place to ModelOpt's search space, whose hooks record activations; return its core."""
     apply_mode(model, mode="mcore_minitron", registry=PruneModeRegistry)
     return dynamic_core(model)
@@ -34,7 +34,7 @@ def measure(model: Any, forward_loop: Callable[[], None]) -> Importance:
     Raises:
         InputError: non-finite activations; names the layer.
     """
-    core = to_search_space(model).eval()
+    core = convert_to_search_space(model).eval()
     for layer in core.decoder.layers:
         _skip_idle(_experts(layer))
     with torch.no_grad():

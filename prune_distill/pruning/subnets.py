@@ -22,7 +22,7 @@ from prune_distill.pruning.losses import (
     divergence,
     skip_layers,
 )
-from prune_distill.pruning.search_space import restore_scores, to_search_space
+from prune_distill.pruning.search_space import convert_to_search_space, restore_scores
 from prune_distill.schema import Shape
 
 
@@ -30,7 +30,7 @@ class Subnets:
     """A teacher as a search space. Converts the model, which can then no longer be saved or pruned."""
 
     def __init__(self, model: Any, importance: Importance, teacher: Shape) -> None:
-        self.core = to_search_space(model).eval()
+        self.core = convert_to_search_space(model).eval()
         self.teacher = teacher
         restore_scores(importance, self.core)
         sort_parameters(self.core, {"hidden_size", "ffn_hidden_size", "num_query_groups", "num_heads_per_group"})

@@ -67,7 +67,7 @@ def benchmarked(report: Report) -> dict[str, ModelFigures]:
     return {name: model for name, model in models.items() if isinstance(model, dict)}
 
 
-def ratios_of(report: Report, name: str) -> Ratios:
+def compute_ratios(report: Report, name: str) -> Ratios:
     ratios = (report["benchmark"] or {}).get("ratios")
     found = ratios.get(name) if isinstance(ratios, dict) else None
     return found if isinstance(found, dict) else {}

@@ -12,11 +12,11 @@ from prune_distill.reporting.cells import (
     Clean,
     agreement,
     benchmarked,
+    compute_ratios,
     draw,
     mean_score,
     median,
     number_cell,
-    ratios_of,
 )
 from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
@@ -84,7 +84,7 @@ def _table(reports: Mapping[str, Report]) -> Table:
         student, teacher = (report["models"].get(model, {}) for model in ("student", "teacher"))
         loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
         apart = loss - teacher_loss if loss is not None and teacher_loss is not None else None
-        ratios = ratios_of(report, "student")
+        ratios = compute_ratios(report, "student")
         smaller = words.change(student.get("params"), teacher.get("params"))
         rows.append(
             [

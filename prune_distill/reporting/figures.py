@@ -21,15 +21,15 @@ Lines = Sequence[Mapping[str, float | None]]
 Points = list[tuple[float, float]]
 
 
-def colour_of(name: str, index: int = 0) -> str:
+def pick_color(name: str, index: int = 0) -> str:
     return COLOURS.get(name, SERIES[index % len(SERIES)])
 
 
-def label_of(name: str) -> str:
+def format_label(name: str) -> str:
     return LABELS.get(name, name)
 
 
-def points_of(lines: Lines, y: str, x: str = "step") -> Points:
+def extract_points(lines: Lines, y: str, x: str = "step") -> Points:
     """The points of a metrics file's lines, those that are numbers."""
     pairs = [(finite(line.get(x)), finite(line.get(y))) for line in lines]
     return [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -47,25 +47,25 @@ def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines]) -
     levels = {name: models.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
     found = {}
     for name, lines in curves.items():
-        if points := points_of(lines, "val_loss"):
+        if points := extract_points(lines, "val_loss"):
             found[name] = [(0.0, pruned), *points] if pruned is not None and name != "scratch" else points
     return _curves(found, "step", levels=levels)
 
 
 def overlaid(curves: Mapping[str, Lines]) -> Plot | None:
     """Validation losses of the students of several runs."""
-    found = {name: points_of(lines, "val_loss") for name, lines in curves.items()}
+    found = {name: extract_points(lines, "val_loss") for name, lines in curves.items()}
     return _curves({name: points for name, points in found.items() if points}, "step")
 
 
 def training(lines: Lines, name: str) -> Plot | None:
     """Training loss of one student: those of several are of different kinds."""
-    points = thinned(points_of(lines, "loss"))
+    points = thinned(extract_points(lines, "loss"))
     if not points:
         return None
     plot = Plot()
-    plot.axes[0].plot(*zip(*points, strict=True), color=colour_of(name), linewidth=1.2)
-    unseen = plot.axes[0].scatter(*zip(*points, strict=True), color=colour_of(name), s=16, alpha=0.01)
+    plot.axes[0].plot(*zip(*points, strict=True), color=pick_color(name), linewidth=1.2)
+    unseen = plot.axes[0].scatter(*zip(*points, strict=True), color=pick_color(name), s=16, alpha=0.01)
     plot.tell(unseen, [f"step {x:g}: {y:.4f}" for x, y in points])
     plot.label("step", "training loss (nats per token)")
     return plot
@@ -104,14 +104,14 @@ def _curves(
         level = finite(value)
         if level is not None:
             style = ":" if name == "pruned" else "--"
-            plot.axes[0].axhline(level, color=COLOURS[name], linestyle=style, label=label_of(name))
+            plot.axes[0].axhline(level, color=COLOURS[name], linestyle=style, label=format_label(name))
     for index, (name, points) in enumerate(found.items()):
         xs, ys = zip(*points, strict=True)
-        colour = colour_of(name, index)
-        plot.axes[0].plot(xs, ys, color=colour, linewidth=1.5)
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
-        shown = plot.axes[0].scatter(xs, ys, color=colour, **marks)
-        plot.tell(shown, [f"{label_of(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
+        color = pick_color(name, index)
+        plot.axes[0].plot(xs, ys, color=color, linewidth=1.5)
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
+        shown = plot.axes[0].scatter(xs, ys, color=color, **marks)
+        plot.tell(shown, [f"{format_label(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
     plot.label(x_label, y_label, title)
     plot.legend()
     return plot
@@ -140,12 +140,12 @@ def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
         shift = 0.16 * (index - (len(names) - 1) / 2)
         model_scores = [(score[1], shown_tasks.index(task) + shift, score[2]) for task, n, score in found if n == name]
         xs, ys, errors = zip(*model_scores, strict=True)
-        colour = colour_of(name, index)
-        bars = {"fmt": "none", "ecolor": colour, "elinewidth": 1.2, "capsize": 2}
+        color = pick_color(name, index)
+        bars = {"fmt": "none", "ecolor": color, "elinewidth": 1.2, "capsize": 2}
         plot.axes[0].errorbar(xs, ys, xerr=[error or 0 for error in errors], **bars)
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": label_of(name)}
-        points = plot.axes[0].scatter(xs, ys, color=colour, **marks)
-        plot.tell(points, [f"{label_of(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores])
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
+        points = plot.axes[0].scatter(xs, ys, color=color, **marks)
+        plot.tell(points, [f"{format_label(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores])
     plot.axes[0].set_yticks(range(len(shown_tasks)), shown_tasks)
     plot.axes[0].invert_yaxis()
     plot.label("score, with one standard error", "")
@@ -167,9 +167,9 @@ def trade(
         return None
     plot = Plot()
     for index, (name, x, y) in enumerate(found):
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": label_of(name)}
-        point = plot.axes[0].scatter([x], [y], color=colour_of(name, index), **marks)
-        plot.tell(point, [f"{label_of(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
+        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": format_label(name)}
+        point = plot.axes[0].scatter([x], [y], color=pick_color(name, index), **marks)
+        plot.tell(point, [f"{format_label(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
     if front:
         best = pareto_front([(front * x, y) for _, x, y in found])
         plot.axes[0].plot([front * x for x, _ in best], [y for _, y in best], color=GREY, linewidth=1)
@@ -203,11 +203,11 @@ def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
     plot = Plot(size=(4.8, 0.9 + 0.24 * len(found)))
     axes = plot.axes[0]
     for row, (name, (start, end)) in enumerate(found.items()):
-        colour = COLOURS["student"] if stages[name].complete else COLOURS["scratch"]
+        color = COLOURS["student"] if stages[name].complete else COLOURS["scratch"]
         axes.barh(
-            row, max(end - start, (last - zero) / 200) / unit, left=(start - zero) / unit, height=0.6, color=colour
+            row, max(end - start, (last - zero) / 200) / unit, left=(start - zero) / unit, height=0.6, color=color
         )
-        middle = axes.scatter([((start + end) / 2 - zero) / unit], [row], color=colour, s=30)
+        middle = axes.scatter([((start + end) / 2 - zero) / unit], [row], color=color, s=30)
         plot.tell(middle, [f"{name}, {stages[name].state}: {duration(end - start)}"])
         broken = [attempt.started for attempt in stages[name].attempts if attempt.started < start - 1]
         if broken:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prune_distill.atomic_files import write_text
@@ -16,7 +17,6 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 def render(page: Page, privacy: Privacy) -> str:
     """A page as HTML. Every text goes through `privacy`, and is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     def finalize(value: Any) -> Any:
         return privacy.text(value) if isinstance(value, str) and not isinstance(value, Markup) else value

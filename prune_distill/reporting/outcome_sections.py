@@ -12,17 +12,17 @@ from prune_distill.reporting.cells import (
     Clean,
     agreement,
     benchmarked,
+    compute_ratios,
     draw,
     mean_score,
     median,
     missing,
     number_cell,
-    ratios_of,
     score_cell,
     spread_cell,
 )
-from prune_distill.reporting.figures import label_of
-from prune_distill.reporting.results import ModelReport, Report, headline, samples_of
+from prune_distill.reporting.figures import format_label
+from prune_distill.reporting.results import ModelReport, Report, count_samples, headline
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -67,7 +67,7 @@ def _overview(report: Report) -> Table:
         base = {} if name == "teacher" else teacher
         loss = model.get("val_loss")
         row = [
-            Cell(label_of(name)),
+            Cell(format_label(name)),
             number_cell(model.get("params"), words.count, words.change(model.get("params"), base.get("params"))),
             number_cell(loss, lambda value: words.number(value, 4), words.difference(loss, base.get("val_loss"))),
         ]
@@ -89,7 +89,7 @@ def _overview(report: Report) -> Table:
 
 
 def _speed_cells(report: Report, name: str) -> list[Cell]:
-    measured, ratios = benchmarked(report).get(name, {}), ratios_of(report, name)
+    measured, ratios = benchmarked(report).get(name, {}), compute_ratios(report, name)
     decode, memory = median(measured.get("decode_tokens_per_second")), finite(measured.get("peak_memory_bytes"))
     return [
         number_cell(
@@ -108,7 +108,7 @@ def _details(models: Mapping[str, ModelReport]) -> Table:
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
     rows = [
         [
-            Cell(label_of(name)),
+            Cell(format_label(name)),
             *(number_cell(model.get(key), lambda value: words.number(value, 3)) for key in units),
             *(number_cell(model.get(key), words.number) for key in sizes),
         ]
@@ -158,7 +158,7 @@ def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[s
         Column("Task", text=True),
         Column("Metric", text=True),
         Column("Questions"),
-        *(Column(label_of(name)) for name in names),
+        *(Column(format_label(name)) for name in names),
     ]
     rows = []
     for task, task_scores in tasks.items():
@@ -170,13 +170,13 @@ def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[s
             score_cell(task_scores.get(name), task_scores.get("teacher") if name != "teacher" else None)
             for name in names
         ]
-        rows.append([Cell(task), Cell(metric), number_cell(samples_of(some), words.number), *cells])
+        rows.append([Cell(task), Cell(metric), number_cell(count_samples(some), words.number), *cells])
     return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
 
 
 def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
     sources = list(dict.fromkeys(source for found in by_source.values() for source in found))
-    columns = [Column("Source", text=True), Column("Tokens"), *(Column(label_of(name)) for name in by_source)]
+    columns = [Column("Source", text=True), Column("Tokens"), *(Column(format_label(name)) for name in by_source)]
     rows = []
     for source in sources:
         entries = {name: found[source] for name, found in by_source.items() if isinstance(found.get(source), dict)}
@@ -212,10 +212,10 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     extra = [key for key in optional if any(finite(model.get(key)) is not None for model in measured.values())]
     rows = []
     for name, model in measured.items():
-        ratios = ratios_of(report, name)
+        ratios = compute_ratios(report, name)
         rows.append(
             [
-                Cell(label_of(name)),
+                Cell(format_label(name)),
                 spread_cell(model.get("prefill_tokens_per_second"), ratios.get("prefill"), words.significant),
                 spread_cell(model.get("decode_tokens_per_second"), ratios.get("decode"), words.significant),
                 spread_cell(
@@ -265,7 +265,7 @@ def samples(run: RunFolder) -> Iterator[Block]:
     samples = []
     for (_, prompt, reference), own in texts.items():
         ordered = sorted(own.items(), key=lambda item: item[0] != "teacher")
-        samples.append(Sample(prompt, reference, [(label_of(name), text) for name, text in ordered]))
+        samples.append(Sample(prompt, reference, [(format_label(name), text) for name, text in ordered]))
     if not samples:
         yield missing(run, "evaluate", "No text has been generated")
         return

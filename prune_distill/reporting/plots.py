@@ -11,7 +11,7 @@ from prune_distill.atomic_files import replace_file
 from prune_distill.config.wording import ranges
 from prune_distill.reporting import Json
 
-# Reads on white and on black, so that a file needs a single picture; a page has colours of its own for it.
+# Reads on white and on black, so that a file needs a single picture; a page has colors of its own for it.
 GREY = "#808080"
 COLOURS = {
     "teacher": "#4b5563",
@@ -21,7 +21,7 @@ COLOURS = {
     "ce": "#2b62d9",
     "scratch": "#b3246b",
 }
-# Of things that have no colour by name, in this order. Markers differ as well, for those who see colours alike.
+# Of things that have no color by name, in this order. Markers differ as well, for those who see colors alike.
 SERIES = tuple(COLOURS[name] for name in ("ce", "student", "pruned", "scratch", "corrected_teacher", "teacher"))
 MARKERS = "osD^v<>P*X"
 # Inches. Text keeps its size on a telephone if a plot is not drawn much wider than its screen.
@@ -37,7 +37,7 @@ class Plot:
     """
 
     def __init__(self, panels: int = 1, size: tuple[float, float] = SIZE) -> None:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # takes half a second; only for plots
 
         self.figure = Figure(figsize=size, layout="constrained")
         self.axes = self.figure.subplots(1, panels, squeeze=False)[0]
@@ -67,7 +67,7 @@ class Plot:
 
     def write(self, target: Any) -> None:
         """Writes SVG to a path or a file object, without the date; text stays text."""
-        import matplotlib
+        import matplotlib  # takes half a second; only for plots
 
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "plots"}):
             self.figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
@@ -106,10 +106,10 @@ def head_importance(plot: Plot, table: Json, panel: int = 0) -> None:
 def ffn_importance(plot: Plot, table: Json, panel: int = 0) -> None:
     numbers = [row["layer"] for row in table["layers"]]
     quantiles = list(zip(*(row["ffn_quantiles"] for row in table["layers"]), strict=True))
-    axes, colour = plot.axes[panel], COLOURS["pruned"]
-    axes.fill_between(numbers, quantiles[0], quantiles[-1], color=colour, alpha=0.25, linewidth=0)
-    axes.fill_between(numbers, quantiles[1], quantiles[-2], color=colour, alpha=0.35, linewidth=0)
-    axes.plot(numbers, quantiles[2], color=colour)
+    axes, color = plot.axes[panel], COLOURS["pruned"]
+    axes.fill_between(numbers, quantiles[0], quantiles[-1], color=color, alpha=0.25, linewidth=0)
+    axes.fill_between(numbers, quantiles[1], quantiles[-2], color=color, alpha=0.35, linewidth=0)
+    axes.plot(numbers, quantiles[2], color=color)
     _importance_axes(plot, panel, "FFN channels: median, 50 %, 90 %", "layer")
 
 
@@ -140,16 +140,16 @@ def pareto(candidates: list[Json], teacher: Json, cost: str = "params") -> Plot:
     for index, depth in enumerate(depths):
         rows = [row for row in candidates if row["num_layers"] == depth]
         mark = {"marker": MARKERS[index % len(MARKERS)], "s": 26}
-        colour = SERIES[index % len(SERIES)]
+        color = SERIES[index % len(SERIES)]
         costs = [row[cost] / scale for row in rows]
         points = axes.scatter(
-            costs, [row["loss"] for row in rows], label=f"{depth} layers, pruned", color=colour, **mark
+            costs, [row["loss"] for row in rows], label=f"{depth} layers, pruned", color=color, **mark
         )
         plot.tell(points, [_candidate(row, x, x_label, row["loss"]) for row, x in zip(rows, costs, strict=True)])
         ended = [(row, row[cost] / scale, entry["val_loss"]) for row in rows for entry in row.get("rounds", [])]
         if ended:
             spots = [(x, y) for _, x, y in ended]
-            hollow = {**mark, "color": "none", "edgecolors": colour, "label": f"{depth} layers, after a round"}
+            hollow = {**mark, "color": "none", "edgecolors": color, "label": f"{depth} layers, after a round"}
             points = axes.scatter(*zip(*spots, strict=True), **hollow)
             plot.tell(points, [_candidate(row, x, x_label, y) for row, x, y in ended])
     front = pareto_front([(row[cost] / scale, row["loss"]) for row in candidates])
@@ -170,7 +170,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _candidate(row: Json, x: float, x_label: str, loss: float) -> str:
-    name = ", ".join(filter(None, (shape_words(row), without_words(row))))
+    name = ", ".join(filter(None, (shape_words(row), describe_dropped_layers(row))))
     return f"{name}: {x:.4g} {x_label}, loss {loss:.4f}"
 
 
@@ -181,7 +181,7 @@ def shape_words(row: Json) -> str:
     return ", ".join([f"{row['num_layers']} layers", *sizes])
 
 
-def without_words(row: Json) -> str:
+def describe_dropped_layers(row: Json) -> str:
     """The teacher's layers that a candidate lacks; nothing where it has all."""
     lost = row.get("drop_layers")
     return f"without layer{'s'[: len(lost) - 1]} {ranges(lost)}" if lost else ""

@@ -125,7 +125,7 @@ def headline(task: TaskScores) -> tuple[str, float, float | None] | None:
     return None
 
 
-def samples_of(task: TaskScores) -> int | None:
+def count_samples(task: TaskScores) -> int | None:
     """How many questions a task had."""
     samples = task.get("samples")
     return samples if isinstance(samples, int) else None

@@ -161,7 +161,7 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def runs_in(folder: Path) -> list[Path]:
+def find_runs(folder: Path) -> list[Path]:
     """The run of a folder, or those of a sweep.
 
     Raises:
@@ -207,7 +207,7 @@ def stage_run_folder(cfg: RunConfig, inputs: Mapping[str, Path]) -> RunFolder:
     return RunFolder(path, cfg, tree, text, _stages(path, inputs, dict.fromkeys(inputs, True)))
 
 
-def report_of(cfg: RunConfig) -> Located | None:
+def locate_report(cfg: RunConfig) -> Located | None:
     """Where the report of a run is, None where its stages cannot be told."""
     try:
         return locate(cfg).get(REPORT)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from prune_distill.reporting import outcome_sections, words, work_sections
 from prune_distill.reporting.blocks import Block, Code, Note, Page, Section, Tile, Tiles
-from prune_distill.reporting.cells import Clean, agreement, median, ratios_of, spread_words
+from prune_distill.reporting.cells import Clean, agreement, compute_ratios, median, spread_words
 from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
@@ -75,7 +75,7 @@ def _apart(one: ModelReport, other: ModelReport, more: str, less: str) -> str:
 
 
 def _faster(report: Report) -> str:
-    ratios = ratios_of(report, "student")
+    ratios = compute_ratios(report, "student")
     decode = median(ratios.get("decode"))
     if decode is None:
         return ""
@@ -89,9 +89,9 @@ def _asked(cfg: RunConfig) -> str:
     prune, shape = cfg.prune, cfg.model.shape
     if prune.budget is not None:
         limits = {
-            "parameters": (prune.budget.params, prune.budget.params_share),
-            "GB of memory": (prune.budget.memory_gb, prune.budget.memory_share),
-            "ms a forward pass": (prune.budget.latency, prune.budget.latency_share),
+            "parameters": (prune.budget.params, prune.budget.params_fraction),
+            "GB of memory": (prune.budget.memory_gb, prune.budget.memory_fraction),
+            "ms a forward pass": (prune.budget.latency_ms, prune.budget.latency_fraction),
         }
         told = [
             f"{words.count(absolute)} {name}" if absolute is not None else f"{words.percent(share, 1)} of the {name}"
@@ -188,7 +188,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
     top1 = agreement(student, "top1")
     if top1 is not None:
         yield Tile("Same next token", words.percent(top1, 1), "as the teacher's, on held-out text")
-    ratios = ratios_of(report, "student")
+    ratios = compute_ratios(report, "student")
     if median(ratios.get("decode")) is not None:
         yield Tile(
             "Generation",

@@ -1,4 +1,4 @@
-"""Plots as elements of a page: text in the page's font, colours from its style sheet, so that a single picture does for
+"""Plots as elements of a page: text in the page's font, colors from its style sheet, so that a single picture does for
 light and dark."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 # The page says what these are in either scheme.
 _VARIABLES = {
-    **{colour: f"var(--{name})" for name, colour in COLOURS.items()},
+    **{color: f"var(--{name})" for name, color in COLOURS.items()},
     GREY: "var(--muted)",
     "#000000": "currentColor",
 }
@@ -66,7 +66,7 @@ def _tell(root: ET.Element, gid: str, texts: list[str]) -> None:
 
 
 def _adapt(element: ET.Element, prefix: str) -> None:
-    """Makes ids unique in the page, and colours variables of its style sheet."""
+    """Makes ids unique in the page, and colors variables of its style sheet."""
     for name, value in element.attrib.items():
         if name == "id":
             element.set(name, prefix + value)
@@ -75,6 +75,6 @@ def _adapt(element: ET.Element, prefix: str) -> None:
         elif name == "clip-path":
             element.set(name, value.replace("url(#", f"url(#{prefix}"))
         elif name == "style":
-            for colour, variable in _VARIABLES.items():
-                value = value.replace(colour, variable)
+            for color, variable in _VARIABLES.items():
+                value = value.replace(color, variable)
             element.set(name, value)

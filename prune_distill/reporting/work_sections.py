@@ -10,7 +10,7 @@ from prune_distill.pipeline.names import CANDIDATES, CHOICE, IMPORTANCE
 from prune_distill.reporting import Json, figures, plots, words
 from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Table
 from prune_distill.reporting.cells import Clean, draw, missing, number_cell
-from prune_distill.reporting.figures import label_of
+from prune_distill.reporting.figures import format_label
 from prune_distill.reporting.planned import against_actual
 from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import TRAINED, Report
@@ -25,7 +25,7 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     shown: list[tuple[Plot | None, str]] = [
         (figures.validation(report["models"], curves), "Held-out loss of the students while they train."),
         *(
-            (figures.training(lines, name), f"Training loss: {label_of(name)}{_kind(run, name)}.")
+            (figures.training(lines, name), f"Training loss: {format_label(name)}{_kind(run, name)}.")
             for name, lines in curves.items()
         ),
         (
@@ -42,13 +42,13 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield Note("Training losses of different kinds can't be compared with each other; held-out losses can.")
     for name, stage in TRAINED.items():
         if stage in run.stages and not curves[name]:
-            yield missing(run, stage, f"{label_of(name)}: no step has been told")
+            yield missing(run, stage, f"{format_label(name)}: no step has been told")
     if not report["recovery"]:
         yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
 
 
 def _kind(run: RunFolder, name: str) -> str:
-    """What a student's training minimised."""
+    """What a student's training minimized."""
     if name != "student":
         return ", cross-entropy on the data"
     return f", {run.cfg.distill.loss_in_words}" if run.cfg is not None else ""
@@ -92,7 +92,11 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
 
 
 def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
-    stage = "tournament" if "tournament" in run.stages and run.stages["tournament"].complete else "search"
+    stage = (
+        "successive_halving"
+        if "successive_halving" in run.stages and run.stages["successive_halving"].complete
+        else "search"
+    )
     table = run.read(stage, CANDIDATES)
     if not isinstance(table, dict):
         if stage in run.stages:
@@ -133,7 +137,7 @@ def _candidate_table(rows: list[Json], choice: Json) -> Table:
             [
                 Cell(
                     plots.shape_words(row),
-                    detail=", ".join(filter(None, (plots.without_words(row), "chosen" if chosen else ""))),
+                    detail=", ".join(filter(None, (plots.describe_dropped_layers(row), "chosen" if chosen else ""))),
                     tone="good" if chosen else "",
                 ),
                 number_cell(row["params"], words.count),

@@ -22,12 +22,20 @@ from prune_distill.schema.distill import (
     LayerPair,
     Loss,
     LossImplementation,
-    TeacherSignal,
+    TeacherLogits,
 )
 from prune_distill.schema.evaluate import Continuations, EvaluateConfig
 from prune_distill.schema.families import Family
 from prune_distill.schema.model import DemoModel, ModelConfig, Shape
-from prune_distill.schema.prune import Budget, Depth, PruneConfig, PruneRound, TargetSizes, TaskScore, Tournament
+from prune_distill.schema.prune import (
+    Budget,
+    LayerSelection,
+    PruneConfig,
+    PruneRound,
+    SuccessiveHalving,
+    TargetSizes,
+    TaskScore,
+)
 from prune_distill.schema.run import RunConfig
 from prune_distill.schema.training import (
     MatmulPrecision,
@@ -50,7 +58,6 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "DemoModel",
-    "Depth",
     "DistillConfig",
     "Divergence",
     "DocumentFormat",
@@ -64,6 +71,7 @@ __all__ = [
     "Init",
     "KdConfig",
     "LayerPair",
+    "LayerSelection",
     "LongDocuments",
     "Loss",
     "LossImplementation",
@@ -81,10 +89,10 @@ __all__ = [
     "Schedule",
     "Shape",
     "SlurmConfig",
+    "SuccessiveHalving",
     "TargetSizes",
     "TaskScore",
-    "TeacherSignal",
-    "Tournament",
+    "TeacherLogits",
     "Training",
     "WeightsAndBiases",
 ]

@@ -46,7 +46,7 @@ class Gpu:
 
     # Share of the peak that training reaches (MFU). The default is computed from the one published run, Qwen3-8B to 6B
     # by depth.
-    utilisation: ShareAboveZero = 0.21
+    mfu: ShareAboveZero = 0.21
 
 
 @dataclass

@@ -32,10 +32,10 @@ class DocumentFormat(Enum):
 
 
 class LongDocuments(Enum):
-    """What happens to the tokens after `max_document_tokens`: they are dropped (`cut`), or become further documents
-    (`split`)."""
+    """What happens to the tokens after `max_document_tokens`: they are dropped (`truncate`), or become further
+    documents (`split`)."""
 
-    cut = "cut"
+    truncate = "truncate"
     split = "split"
 
 
@@ -84,14 +84,14 @@ class DataConfig:
     cluster_key: str = "cluster_id"
     # Longest document in tokens, without the end-of-document token.
     max_document_tokens: PositiveInt = 32000
-    long_documents: LongDocuments = LongDocuments.cut
+    long_documents: LongDocuments = LongDocuments.truncate
     # Whether only the assistant's messages of chat documents are learned.
     mask_prompts: bool = False
     # Drops documents whose text occurred before in any source.
     deduplicate: bool = False
     # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails. It is not part of the
     # identity: a complete stage is redone only where one of its shards has more.
-    max_bad_share: ShareBelowOne = placement(0.001)
+    max_invalid_fraction: ShareBelowOne = placement(0.001)
     # Bytes of input files that are processed as one unit and become one pair of .bin and .idx files. A compressed file
     # is never divided.
     shard_bytes: PositiveInt = 512 * 2**20

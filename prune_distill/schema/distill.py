@@ -37,13 +37,13 @@ class Divergence(Enum):
     jensen_shannon = "jensen_shannon"
 
 
-class TeacherSignal(Enum):
+class TeacherLogits(Enum):
     """Where distillation gets the teacher's distributions. `live`: the teacher runs next to the student. `stored`: the
     teacher runs once in an earlier stage, which keeps the most probable tokens of each distribution (offline
     distillation)."""
 
     live = "live"
-    stored = "stored"
+    cached = "cached"
 
 
 class HiddenLoss(Enum):
@@ -111,16 +111,16 @@ class DistillConfig(Training):
     loss: Loss = Loss.kd
     init: Init = Init.pruned
     kd: KdConfig = hashed_if(KdConfig, lambda distill: distill.loss is Loss.kd)
-    signal: TeacherSignal = hashed_if(TeacherSignal.live, lambda distill: distill.loss is Loss.kd)
-    # Tokens of each distribution that a stored signal keeps. Part of the identity of the stage teacher_signal, and
+    teacher_logits: TeacherLogits = hashed_if(TeacherLogits.live, lambda distill: distill.loss is Loss.kd)
+    # Tokens of each distribution that cached logits keeps. Part of the identity of the stage cache_logits, and
     # through its output of the stages that read it.
-    signal_top_k: PositiveInt = recorded(64)
-    # Sequences per file of a stored signal: the most that a rank loses when the stage is killed.
-    signal_shard_sequences: PositiveInt = placement(256)
+    cached_logits_top_k: PositiveInt = recorded(64)
+    # Sequences per file of cached logits: the most that a rank loses when the stage is killed.
+    cached_logits_shard_sequences: PositiveInt = placement(256)
     # Trains the teacher on the distillation data first, with the language-modeling loss; null: the teacher is not
     # trained. A low learning rate is best, such as that at the end of its pretraining. Part of the identity of the
     # stage correct_teacher.
-    correct_teacher: Training | None = hashed_elsewhere(None)
+    teacher_correction: Training | None = hashed_elsewhere(None)
     # The step at which the corrected teacher replaces the original one; null: it is the teacher from the start.
     swap_teacher_at_step: PositiveInt | None = hashed_if(None, lambda distill: distill.loss is Loss.kd)
     # Further students, trained for the same steps on the same data, for comparison in the report: "ce" (no teacher),
@@ -130,11 +130,11 @@ class DistillConfig(Training):
     @property
     def runs_teacher(self) -> bool:
         """Whether the teacher runs beside the student."""
-        return self.loss is Loss.kd and self.signal is TeacherSignal.live
+        return self.loss is Loss.kd and self.teacher_logits is TeacherLogits.live
 
     @property
     def loss_in_words(self) -> str:
-        """What training minimises, as cards and reports call it."""
+        """What training minimizes, as cards and reports call it."""
         if self.loss is Loss.ce:
             return "cross-entropy on the data"
         kd = self.kd
@@ -150,6 +150,6 @@ class DistillConfig(Training):
         )
 
     @property
-    def reads_signal(self) -> bool:
-        """Whether the student learns from a stored signal."""
-        return self.loss is Loss.kd and self.signal is TeacherSignal.stored
+    def reads_cached_logits(self) -> bool:
+        """Whether the student learns from cached logits."""
+        return self.loss is Loss.kd and self.teacher_logits is TeacherLogits.cached

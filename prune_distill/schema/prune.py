@@ -1,4 +1,4 @@
-"""Pruning: target sizes, a budget to search under, and a tournament among candidates."""
+"""Pruning: target sizes, a budget to search under, and successive halving among candidates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prune_distill.schema.fields import (
 )
 
 
-class Depth(Enum):
+class LayerSelection(Enum):
     """How the layers to drop are chosen where only their number is set.
 
     `importance`: the layers that change the hidden states the least (Minitron). `block`: the block of adjacent layers
@@ -35,35 +35,35 @@ class Depth(Enum):
 class Budget:
     """Limits on the cost of the student; the search finds its sizes. All limits that are set hold together.
 
-    Each limit is an absolute number, or (`_share`) a share of the teacher's cost.
+    Each limit is an absolute number, or (`_fraction`) a fraction of the teacher's cost.
     """
 
     # Largest number of parameters; null: no limit.
     params: PositiveFloat | None = None
     # Largest number of parameters, as a share of the teacher's; null: no limit.
-    params_share: ProperShare | None = None
+    params_fraction: ProperShare | None = None
     # Largest memory in GB (10^9 bytes) of the weights, in convert.export_dtype, and the KV cache of `batch_size`
     # sequences of `seq_length` tokens; null: no limit.
     memory_gb: PositiveFloat | None = None
     # The same memory, as a share of the teacher's; null: no limit.
-    memory_share: ProperShare | None = None
+    memory_fraction: ProperShare | None = None
     # Longest time in milliseconds of a forward pass over `batch_size` sequences of `seq_length` tokens, measured on
     # the machine that searches; null: no limit.
-    latency: PositiveFloat | None = None
+    latency_ms: PositiveFloat | None = None
     # The same time, as a share of the teacher's; null: no limit.
-    latency_share: ProperShare | None = None
+    latency_fraction: ProperShare | None = None
     # Sequences for memory and latency.
     batch_size: PositiveInt = 1
     # Tokens per sequence for memory and latency; null: prune.calibration_seq_length.
     seq_length: PositiveInt | None = None
     # Largest share of the layers that may be dropped.
-    max_depth_cut: ShareBelowOne = 1 / 3
+    max_depth_pruning: ShareBelowOne = 1 / 3
     # Largest share by which each width may be cut.
-    max_width_cut: ShareBelowOne = 0.4
+    max_width_pruning: ShareBelowOne = 0.4
     # Largest number of shapes that are scored. If more fit the budget, they are sampled evenly.
     max_candidates: PositiveInt = 64
-    # Number of layer sets to drop that are tried with each shape: the one that `prune.depth` chooses, and the best of
-    # its variations that swap one dropped layer with a neighbor, by loss on `prune.block_samples` sequences.
+    # Number of layer sets to drop that are tried with each shape: the one that `prune.layer_selection` chooses, and the
+    # best of its variations that swap one dropped layer with a neighbor, by loss on `prune.block_samples` sequences.
     layer_sets: PositiveInt = 2
     # Held-out sequences of `prune.calibration_seq_length` tokens on which each candidate is scored.
     samples: PositiveInt = 64
@@ -83,7 +83,7 @@ class TaskScore:
 
 
 @dataclass
-class Tournament:
+class SuccessiveHalving:
     """Short distillations of the best candidates. Each round drops the worse half, and is as long as all earlier rounds
     together."""
 
@@ -99,7 +99,7 @@ class Tournament:
 class TargetSizes:
     """Sizes after a round of pruning; null keeps the current size."""
 
-    # Number of layers, chosen by `depth`; null: all layers, or those that `drop_layers` keeps.
+    # Number of layers, chosen by `layer_selection`; null: all layers, or those that `drop_layers` keeps.
     num_layers: PositiveInt | None = None
     # Width of the hidden states, in steps of 64; null: unchanged.
     hidden_size: PositiveInt | None = None
@@ -133,11 +133,11 @@ class PruneConfig(TargetSizes):
     # Rounds of pruning and distillation before the last one, whose sizes are those of `prune`. The teacher is the same
     # in all rounds.
     rounds: list[PruneRound] = field(default_factory=list)
-    depth: Depth = Depth.importance
+    layer_selection: LayerSelection = LayerSelection.importance
     # Limits within which the search finds the sizes; null: the sizes are set by hand.
     budget: Budget | None = None
     # Distillations that choose among the best candidates; null: the best candidate of the search is the student.
-    tournament: Tournament | None = None
+    successive_halving: SuccessiveHalving | None = None
     # Sequences of calibration text by which importance is measured.
     calibration_samples: PositiveInt = 1024
     # Tokens per sequence of calibration text.

@@ -25,8 +25,8 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from prune_distill.data.folder import DataFolder
-from prune_distill.distillation.signal import SignalReader
-from prune_distill.distillation.signal_batch import with_signal
+from prune_distill.distillation.cached_logits import CachedLogitsReader
+from prune_distill.distillation.cached_logits_batch import attach_cached_logits
 from prune_distill.errors import InputError
 from prune_distill.nemo import backend
 from prune_distill.nemo.datasets import make_data_module
@@ -51,7 +51,7 @@ class Batches(LightningDataModule):
     Args:
         tokenizer: the model's tokenizer, as NeMo wraps it.
         out: the stage's folder, for Megatron's index of sequences.
-        signal: cached logits of the sequences of a run with one phase, which are added to its batches.
+        cached_logits: cached logits of the sequences of a run with one phase, which are added to its batches.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Batches(LightningDataModule):
         out: Path,
         cfg: Training,
         seed: int,
-        signal: SignalReader | None = None,
+        cached_logits: CachedLogitsReader | None = None,
     ) -> None:
         super().__init__()
-        self.signal = signal
+        self.cached_logits = cached_logits
         self.tokenizer, self.data, self.out, self.cfg, self.seed = tokenizer, data, out, cfg, seed
         self.phases = training_phases(cfg)
         self.spares = spare_batches(cfg)
@@ -116,9 +116,13 @@ class Batches(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the micro batches of this rank, starting from the trainer's current step."""
         datasets = self.datasets
-        if self.signal is not None:
+        if self.cached_logits is not None:
             (phase,) = self.phases
-            datasets = [with_signal(datasets[0], self.signal, phase.seq_length, phase.steps * phase.global_batch_size)]
+            datasets = [
+                attach_cached_logits(
+                    datasets[0], self.cached_logits, phase.seq_length, phase.steps * phase.global_batch_size
+                )
+            ]
         return WrappedDataLoader(
             mode="train",
             dataset=ConcatenatedDatasets(datasets),

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 # Number of losses in the median, and the minimum before a loss is compared with it.
 WINDOW = 50
-LEAST = 10
+MIN_LOSSES = 10
 # Maximum number of documents in a message.
-NAMED = 100
+MAX_DOCUMENTS = 100
 # Part of the error that Megatron raises in the backward pass on a rank with non-finite gradients
 # (megatron/core/distributed/param_and_grad_buffer.py:188 and :197).
 GRADIENTS = "in local grad norm for bucket"
@@ -64,7 +64,7 @@ class LossGuard(Callback):
         """Build the error of a step, counted from 0: what is wrong, in which documents, and how to continue."""
         number = step + 1
         documents = self.batches.documents(step)
-        named = ", ".join(map(str, documents[:NAMED])) + (" and more" if len(documents) > NAMED else "")
+        named = ", ".join(map(str, documents[:MAX_DOCUMENTS])) + (" and more" if len(documents) > MAX_DOCUMENTS else "")
         spans = [*self.cfg.skip_steps, [number, number]]
         skip = f"{self.key}.skip_steps='{spans}'".replace(" ", "")
         newest = newest_checkpoint(self.out / CHECKPOINTS)
@@ -86,7 +86,7 @@ def find_loss_fault(loss: float, losses: deque[float], max_ratio: float | None) 
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
-    if max_ratio is None or len(losses) < LEAST:
+    if max_ratio is None or len(losses) < MIN_LOSSES:
         return None
     median = statistics.median(losses)
     if loss <= max_ratio * median:

@@ -36,7 +36,7 @@ class MetricsWriter(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if rank() == 0:
-            self.file.forget_after(trainer.global_step)
+            self.file.truncate_after(trainer.global_step)
             self.trackers = Trackers(self.cfg, self.out, trainer.global_step)
         self.last_log = (trainer.global_step, time.perf_counter())
 
@@ -62,15 +62,15 @@ class MetricsWriter(Callback):
             # The scheduler has already advanced to the next step.
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             tokens_per_second=round(tokens_per_second, 1),
-            **self._utilisation(step, tokens_per_second),
+            **self._utilization(step, tokens_per_second),
             seconds_left=round(tokens_left / tokens_per_second, 1),
         )
 
-    def _utilisation(self, step: int, tokens_per_second: float) -> dict[str, float]:
+    def _utilization(self, step: int, tokens_per_second: float) -> dict[str, float]:
         if self.meter is None:
             return {}
         seq_length = self.phases[phase_number(self.phases, step - 1)].seq_length
-        return {"mfu": round(self.meter.utilisation(tokens_per_second, seq_length), 4)}
+        return {"mfu": round(self.meter.utilization(tokens_per_second, seq_length), 4)}
 
     def _write(self, step: int, **values: float) -> None:
         self.file.append(step=step, **values)

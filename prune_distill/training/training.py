@@ -21,7 +21,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from prune_distill.data.folder import DataFolder
-from prune_distill.distillation.signal import SignalReader
+from prune_distill.distillation.cached_logits import CachedLogitsReader
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.flops import Meter
 from prune_distill.nemo import backend, nemo_api
@@ -52,7 +52,7 @@ def train(
     start: Path | None,
     key: str = "distill",
     meter: Meter | None = None,
-    signal: SignalReader | None = None,
+    cached_logits: CachedLogitsReader | None = None,
     validate_first: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def train(
         start: NeMo checkpoint with the initial weights; None: random weights.
         key: the config key of `cfg`, for messages.
         meter: computes the utilization of the GPU, if it is known.
-        signal: cached logits of the training sequences, for a model whose `data_step` reads them.
+        cached_logits: cached logits of the training sequences, for a model whose `data_step` reads them.
         validate_first: whether to compute the validation loss before the first step.
         callbacks: more Lightning callbacks.
 
@@ -85,7 +85,7 @@ def train(
         resumed = resume_point(out / CHECKPOINTS)
         if resumed is not None:
             check_resumed(model.config, resumed)
-        batches = Batches(model.tokenizer, data, out, cfg, seed, signal)
+        batches = Batches(model.tokenizer, data, out, cfg, seed, cached_logits)
         guard = LossGuard(cfg, batches, out, key)
         saver = Checkpoints(cfg, out / CHECKPOINTS, out / NEMO, out / METRICS)
         # The order matters: a bad loss is neither recorded nor saved, and a pause comes after its checkpoint.

@@ -235,7 +235,7 @@ def worker(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
             if number == 1:
                 started, cpu = time.perf_counter(), time.process_time()
             made = work.make_shard(shard, Path(out) / "partial", FastokensEncoder.name)
-            assert own.first_other(made.samples) is None
+            assert own.find_mismatch(made.samples) is None
             publish(Path(out) / "partial", Path(out) / shard.name, made.manifest)
             tokens += made.manifest["train"]["tokens"] if number else 0
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
@@ -251,7 +251,7 @@ def fastokens(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
 
 
 def tiktoken(folder: Path, cores: int, quarters: int) -> dict[str, Any]:
-    """tiktoken alone, on text that is normalised beforehand; its ranks are the tokenizer's ids."""
+    """tiktoken alone, on text that is normalized beforehand; its ranks are the tokenizer's ids."""
     import numpy as np
     import tiktoken
 

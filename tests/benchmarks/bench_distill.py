@@ -2,7 +2,7 @@
 
 1. The loss with both output layers, beside ModelOpt's LogitsKLLoss: memory, time, largest difference of the gradients.
 2. A step of the demo's distillation, beside a bare PyTorch loop of the same models, batch, precision and threads; and
-   with the teacher's signal stored.
+   with the teacher's cached logits stored.
 3. The quality of each way to train, three seeds, two students (`tests/benchmarks/quality.py`; takes most of the time).
 
 What is compared takes turns; medians are quoted. Prints tables and writes runs/bench/distill.json.
@@ -97,7 +97,7 @@ def gradients() -> dict[str, Any]:
 
 
 def steps(folder: Path) -> dict[str, Any]:
-    """Steps a second of the demo's distillation, a bare loop's, and those with a stored signal."""
+    """Steps a second of the demo's distillation, a bare loop's, and those with cached logits."""
     from prune_distill.config.load import compose
     from prune_distill.data.folder import DataFolder
     from prune_distill.pipeline.artifact import locate
@@ -116,8 +116,8 @@ def steps(folder: Path) -> dict[str, Any]:
     # Two runs at once need a folder each; what comes before distillation is the same.
     shutil.rmtree(stored_dir, ignore_errors=True)
     shutil.copytree(run_dir, stored_dir, ignore=shutil.ignore_patterns("distill*"))
-    stored = [*overrides(stored_dir), "distill.signal=stored"]
-    _run("-m", "launch.run", *stored, "--until", "teacher_signal")
+    stored = [*overrides(stored_dir), "distill.teacher_logits=cached"]
+    _run("-m", "launch.run", *stored, "--until", "cache_logits")
     teacher, student = stages["demo_model"].folder / "hf", folder / "pruned_hf"
     pruned = stages["prune"].folder / "nemo"
     export = ["--checkpoint", str(pruned), "--hf-model", str(teacher), "--out", str(student), "--dtype", "keep"]
@@ -193,7 +193,7 @@ def table(result: dict[str, Any]) -> str:
         ("time of loss and output layers / upstream's", "<= 1.0", result["loss_time_ratio"]),
         ("largest relative difference of gradients", "<= 1e-6", result["grad_max_rel_diff"]),
         ("steps a second / bare PyTorch's", ">= 0.95", result["step_throughput_vs_plain"]),
-        ("steps a second with a stored signal / without", ">= 1.3", result["stored_signal_speedup"]),
+        ("steps a second with cached logits / without", ">= 1.3", result["stored_signal_speedup"]),
     ]
     lines = ["| | asked | measured |", "|---|---|---|"]
     lines += [f"| {name} | {asked} | {value:.3g} |" for name, asked, value in rows]

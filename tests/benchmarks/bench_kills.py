@@ -49,9 +49,17 @@ TIMES = ("second", "mfu")
 
 BASE = (*tiny.DEPTH, "distill.controls=[]")
 TWO_RANKS = ("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
-BUDGET = ("prune.budget.params_share=0.6", "prune.budget.max_depth_cut=0.5", "prune.budget.max_width_cut=0.5")
-TOURNAMENT = ("prune.budget.samples=16", "prune.tournament.candidates=3", "prune.tournament.round_tokens=512")
-STORED = ("distill.signal=stored", "distill.signal_top_k=16", "distill.signal_shard_sequences=5")
+BUDGET = (
+    "prune.budget.params_fraction=0.6",
+    "prune.budget.max_depth_pruning=0.5",
+    "prune.budget.max_width_pruning=0.5",
+)
+HALVING = (
+    "prune.budget.samples=16",
+    "prune.successive_halving.candidates=3",
+    "prune.successive_halving.round_tokens=512",
+)
+STORED = ("distill.teacher_logits=cached", "distill.cached_logits_top_k=16", "distill.cached_logits_shard_sequences=5")
 ROUNDS = ("prune.rounds=[{steps: 2, drop_layers: [2], ffn_hidden_size: 128}]", "prune.num_layers=2")
 
 
@@ -85,9 +93,9 @@ class Scenario:
 SCENARIOS = {
     "plain": Scenario(BASE),
     "two_ranks": Scenario((*BASE, *TWO_RANKS), ("importance", "prune", "distill", "evaluate"), "evaluate"),
-    "signal": Scenario((*BASE, *STORED), ("teacher_signal", "distill"), "distill"),
-    "tournament": Scenario(
-        ("distill.controls=[]", *BUDGET, *TOURNAMENT), ("search", "tournament", "prune", "distill"), "distill"
+    "cached_logits": Scenario((*BASE, *STORED), ("cache_logits", "distill"), "distill"),
+    "successive_halving": Scenario(
+        ("distill.controls=[]", *BUDGET, *HALVING), ("search", "successive_halving", "prune", "distill"), "distill"
     ),
     "rounds": Scenario(
         ("distill.controls=[]", *ROUNDS), ("importance", "prune.round1", "distill.round1", "distill"), "distill"

@@ -5,9 +5,9 @@ Pruning on the demo's teacher, through the real command lines:
 - exactness: every axis, all together and named layers, beside ModelOpt called directly on the same scores;
 - what a further candidate costs, beside the first: wall time of whole stages, processes and imports included;
 - quality: the search's choice at a budget of two thirds of the parameters, beside two choices by hand of the kind that
-  is published, after as many steps of distillation (those of the tournament are counted in), seed by seed. The
-  tournament's four candidates are distilled for half of these steps, two of them for nearly all: what is ahead turns
-  around as late as that.
+  is published, after as many steps of distillation (those of successive halving are counted in), seed by seed. The
+  successive_halving's four candidates are distilled for half of these steps, two of them for nearly all: what is ahead
+  turns around as late as that.
 
 Writes runs/bench/prune.json.
 """
@@ -28,7 +28,7 @@ from prune_distill.pipeline.artifact import locate, read_manifest, write_json
 
 ROOT = Path(__file__).parents[2]
 NO_SIZES = ("prune.num_layers=null", "prune.ffn_hidden_size=null")
-BUDGET = (*NO_SIZES, "prune.budget.params_share=0.667")
+BUDGET = (*NO_SIZES, "prune.budget.params_fraction=0.667")
 # By hand: four of six layers, the share that is published for Qwen3-8B, which is 70 % of the parameters and so above
 # the budget; and all layers, as wide as the budget allows.
 HAND = {
@@ -98,7 +98,7 @@ def rescoring(teacher: Path, folder: Path) -> dict[str, Any]:
     settings = (
         *BUDGET,
         "prune.calibration_samples=1024",
-        "prune.budget.max_depth_cut=0.5",
+        "prune.budget.max_depth_pruning=0.5",
         "prune.budget.layer_sets=1",
     )
     seconds, counts = {}, {}
@@ -132,7 +132,7 @@ def quality(teacher: Path, folder: Path, seed: int, steps: int) -> dict[str, Any
         *("convert.export_dtype=fp32", f"run_dir={folder}", f"seed={seed}"),
     ]
     tokens = (steps - 1) // 2 * 1024
-    tournament = (f"prune.tournament.round_tokens={tokens}", "prune.tournament.candidates=4")
+    successive_halving = (f"prune.successive_halving.round_tokens={tokens}", "prune.successive_halving.candidates=4")
     arms: dict[str, Any] = {"seed": seed}
 
     def run_arm(name: str, *overrides: str) -> None:
@@ -143,12 +143,12 @@ def quality(teacher: Path, folder: Path, seed: int, steps: int) -> dict[str, Any
         assert distilled is not None
         arms[name] = {"params": pruned["metrics"]["params"], "val_loss": distilled["metrics"]["val_loss"]}
         if name == "search":
-            manifest = read_manifest(located["tournament"].folder)
+            manifest = read_manifest(located["successive_halving"].folder)
             assert manifest is not None
             arms[name]["choice"] = manifest["metrics"]["choice"]
         print(seed, name, arms[name], flush=True)
 
-    run_arm("search", *BUDGET, *tournament)
+    run_arm("search", *BUDGET, *successive_halving)
     for name, overrides in HAND.items():
         run_arm(name, *overrides)
     return arms
@@ -172,7 +172,7 @@ def table(result: dict[str, Any]) -> str:
 
 def copied(teacher: Path, folder: Path) -> Path:
     """A run folder with the stages that the teacher's has, whatever pruning has left in it."""
-    left_out = shutil.ignore_patterns("importance*", "search*", "tournament*", "prune-*", "distill*", ".lock")
+    left_out = shutil.ignore_patterns("importance*", "search*", "successive_halving*", "prune-*", "distill*", ".lock")
     shutil.copytree(teacher, folder, symlinks=True, ignore=left_out)
     return folder
 

@@ -40,7 +40,7 @@ ARMS = {
     "ce": ("distill.loss=ce",),
     "mix": ("distill.kd.kd_weight=0.5", "distill.kd.lm_weight=0.5"),
     "top_k": ("distill.kd.top_k=64",),
-    "stored": ("distill.signal=stored",),
+    "stored": ("distill.teacher_logits=cached",),
     "pairs": ("distill.kd.intermediate_pairs={pairs}", "distill.kd.intermediate_weight=0.5"),
     "scratch": ("distill.loss=ce", "distill.init=random"),
 }

@@ -20,7 +20,7 @@ def main(config: Path) -> None:
     from prune_distill.model.student import AXES
     from prune_distill.nemo import nemo_api
     from prune_distill.pipeline.artifact import locate
-    from prune_distill.pruning.cutting import cut, sizes_for_modelopt
+    from prune_distill.pruning.cutting import complete_sizes, cut
     from prune_distill.pruning.importance import Importance
     from prune_distill.pruning.losses import compute_logits, cross_entropy, held_out_batches
 
@@ -33,7 +33,7 @@ def main(config: Path) -> None:
     table = json.loads((located["search"].folder / "candidates.json").read_text())
     for row in table["candidates"]:
         model, trainer = nemo_api.restore(inputs["teacher"], modelopt_spec=True)
-        cut(model, sizes_for_modelopt({axis: row[axis] for axis in AXES[1:]}, model.config), row["drop_layers"], scores)
+        cut(model, complete_sizes({axis: row[axis] for axis in AXES[1:]}, model.config), row["drop_layers"], scores)
         core = nemo_api.core_model(model).eval()
         total = 0.0
         for batch in batches:

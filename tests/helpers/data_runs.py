@@ -13,7 +13,7 @@ import numpy as np
 
 from prune_distill.config.load import compose, save_resolved
 from prune_distill.data.folder import DataFolder
-from prune_distill.data.shards import SplitWriter, documents_of
+from prune_distill.data.shards import SplitWriter, read_documents
 from prune_distill.pipeline.artifact import locate
 from tests.conftest import QWEN3
 from tests.helpers.hf_folders import write_weights
@@ -73,7 +73,7 @@ def write_masks(folder: Path) -> None:
     data = DataFolder.read(folder)
     for prefix in (*(folder / part["prefix"] for part in data.train), folder / "validation"):
         writer = SplitWriter(Path(f"{prefix}_mask"), np.dtype(np.uint8), 2)
-        for document in documents_of(prefix):
+        for document in read_documents(prefix):
             shares = np.repeat(draw.choice([0.0, 0.1, 1.0], len(document) // 100 + 1), 100)[: len(document)]
             writer.add([(draw.random(len(document)) < shares).astype(np.uint8)], (0, 0, 0))
         writer.finish()

@@ -85,7 +85,7 @@ def _train(steps: int, folder: Path) -> None:
     """Ends the process where it pauses."""
     metrics, checkpoints = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoints"
     step = max((int(path.name.removeprefix("step=")) for path in checkpoints.glob("step=*")), default=0)
-    metrics.forget_after(step)
+    metrics.truncate_after(step)
     while step < steps:
         time.sleep(SECONDS_A_STEP)
         step += 1

@@ -70,10 +70,10 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
 
     from prune_distill.nemo import nemo_api
     from prune_distill.pipeline.stage_main import rank, world_size
-    from prune_distill.pruning.search_space import dynamic_core, restore_scores, to_search_space
+    from prune_distill.pruning.search_space import convert_to_search_space, dynamic_core, restore_scores
 
     model, trainer = nemo_api.restore(teacher, pipeline_model_parallel_size=world_size(), modelopt_spec=True)
-    to_search_space(model)
+    convert_to_search_space(model)
     restore_scores(scores, dynamic_core(model))
     activations, layers = dynamic_core(model).get_activations_and_layer_scores()
     if rank() == 0:

@@ -20,7 +20,7 @@ STAGES = {
     "verify_import": 8.0,
     "importance": 14.0,
     "search": 31.0,
-    "tournament": 80.0,
+    "successive_halving": 80.0,
     "prune": 11.0,
     "distill": 62.0,
     "distill.ce": 47.0,
@@ -195,10 +195,10 @@ def finished(run_dir: Path, *overrides: str, losses: dict[str, float] = MODELS) 
     for stage in ("demo_model", "prepare_data", "hf_to_nemo", "nemo_to_hf"):
         complete(run_dir, stage)
     write_json(complete(run_dir, "importance") / "importance.json", importance())
-    for stage in ("search", "tournament"):
+    for stage in ("search", "successive_halving"):
         folder = complete(run_dir, stage)
-        write_json(folder / "candidates.json", candidates(stage == "tournament"))
-        write_json(folder / "choice.json", candidates(stage == "tournament")["candidates"][1])
+        write_json(folder / "candidates.json", candidates(stage == "successive_halving"))
+        write_json(folder / "choice.json", candidates(stage == "successive_halving")["candidates"][1])
     complete(run_dir, "prune", {"params_before": 5_246_976, "params": 3_279_616, "kept_layers": [1, 2, 5, 6]})
     for stage, name in (("distill", "student"), ("distill.ce", "ce")):
         stage_run_folder = {"backend": "cpu", "steps": 160, "tokens": 163_840, "val_loss": losses[name]}

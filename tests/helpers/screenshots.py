@@ -1,6 +1,6 @@
 """python -m tests.helpers.screenshots RUN_DIR: the README's pictures of a run's report, into docs/images.
 
-Palettes keep the files small: a page has few colours.
+Palettes keep the files small: a page has few colors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.environment import ROOT
 
-# Name, width and height of the window, colour scheme, and the element that is to be at its top.
+# Name, width and height of the window, color scheme, and the element that is to be at its top.
 PICTURES = (
     ("report", 1280, 1000, "light", "header"),
     ("report-training-dark", 1280, 800, "dark", "section:has(#training)"),

@@ -18,7 +18,7 @@ import pytest
 from convert.torch_dist import TorchDistReader
 from convert.verify import digest
 from prune_distill.model.hf_config import read_config
-from prune_distill.model.hf_shape import shape_from
+from prune_distill.model.hf_shape import parse_shape
 from tests.helpers import tolerance
 from tests.helpers.models import MODELS, write_model
 from tests.helpers.tiny import convert, environment
@@ -148,7 +148,7 @@ def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None
         # Through NeMo, which writes its context again.
         assert side_files(pruned / "context" / "tokenizer") == side_files(folders / name / "hf") == side_files(exported)
         shape, before = (
-            dataclasses.asdict(shape_from(read_config(folder / "config.json")))
+            dataclasses.asdict(parse_shape(read_config(folder / "config.json")))
             for folder in (exported, folders / name / "hf")
         )
         assert shape == before | AXES[axis]

@@ -1,4 +1,4 @@
-"""Teacher correction and distillation from a stored signal, through the real command line on a tiny run."""
+"""Teacher correction and distillation from cached logits, through the real command line on a tiny run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.xdist_group("correction")
 
 # Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
 CORRECTION = (
-    "distill.correct_teacher={max_steps: 24, seq_length: 128, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, "
+    "distill.teacher_correction={max_steps: 24, seq_length: 128, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, "
     "min_lr: 1e-4, warmup_steps: 4, precision: fp32, save_every_n_steps: 10, val_every_n_steps: 12, val_batches: 4, "
     "log_every_n_steps: 1, num_workers: 0}"
 )
@@ -90,7 +90,12 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     """Of the same top k; by a data loader's worker, and on two ranks, though one rank made it."""
     top_k = 16
     live = (*tiny.DEPTH, f"distill.kd.top_k={top_k}")
-    stored = (*tiny.DEPTH, "distill.signal=stored", f"distill.signal_top_k={top_k}", "distill.num_workers=1")
+    stored = (
+        *tiny.DEPTH,
+        "distill.teacher_logits=cached",
+        f"distill.cached_logits_top_k={top_k}",
+        "distill.num_workers=1",
+    )
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *live, "--until", "distill")
     tiny.launch(run_dir, *stored, "--until", "distill")
@@ -98,7 +103,7 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     # fp16 moves a log-probability by 5e-4 nats in the mean, to both sides.
     assert tiny.losses(cached_stage.folder) == pytest.approx(tiny.losses(live_stage.folder), rel=0, abs=1e-4)
     assert "teacher" not in cached_stage.inputs
-    signal = cached_stage.inputs["signal"]
+    cached_logits = cached_stage.inputs["cached_logits"]
     for layout in (
         ("distill.parallel.tensor_model_parallel_size=2",),
         ("distill.parallel.pipeline_model_parallel_size=2", "distill.num_workers=0"),
@@ -112,10 +117,10 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
         shutil.rmtree(cached_stage.folder)
         aside.rename(cached_stage.folder)
 
-    # A signal of other data is refused before a step is made.
-    index = json.loads((signal / "signal.json").read_text())
-    (signal / "signal.json").write_text(json.dumps({**index, "packing": "00000000"}))
-    record_again(signal, ["signal.json"])
+    # A cached_logits of other data is refused before a step is made.
+    index = json.loads((cached_logits / "cached_logits.json").read_text())
+    (cached_logits / "cached_logits.json").write_text(json.dumps({**index, "packing": "00000000"}))
+    record_again(cached_logits, ["cached_logits.json"])
     shutil.rmtree(cached_stage.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr

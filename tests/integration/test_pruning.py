@@ -114,9 +114,9 @@ def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:
     assert [student[size] for size in sizes] == [3, 64, 128, 2, 1]
 
 
-def test_a_block_of_neighbours_over_uneven_stages(finished: Path, tmp_path: Path) -> None:
+def test_a_block_of_neighbors_over_uneven_stages(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
-    block = ("prune.num_layers=2", "prune.depth=block")
+    block = ("prune.num_layers=2", "prune.layer_selection=block")
     tiny.launch(run_dir, *block, "--until", "prune")
     located = tiny.stages(run_dir, *block)["prune"]
     found = json.loads((located.folder / "blocks.json").read_text())["loss_without_block_from_layer"]

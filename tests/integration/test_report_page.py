@@ -24,14 +24,14 @@ LEAST_CONTRAST = 4.5
 # Luminance contrast of every visible text with what is behind it, the least of them and whose it is.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data]; };
   const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => [r, g, b].map((v) => linear(v / 255))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const behind = (element) => { for (let at = element; at; at = at.parentElement) {
-    const colour = rgba(getComputedStyle(at).backgroundColor);
-    if (colour[3] === 255) return colour; } return [255, 255, 255]; };
+    const color = rgba(getComputedStyle(at).backgroundColor);
+    if (color[3] === 255) return color; } return [255, 255, 255]; };
   let least = [99, ""];
   for (const element of document.querySelectorAll("body *")) {
     const text = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
@@ -109,7 +109,7 @@ def test_nothing_is_complained_of_or_fetched_and_all_can_be_read(
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
 def test_every_plot_is_seen(browser: Browser, pages: dict[str, Path], name: str) -> None:
-    """It has a size, a description, and more than one colour where it is drawn."""
+    """It has a size, a description, and more than one color where it is drawn."""
     plots = browser.open(pages[name]).page.locator("figure svg")
     assert plots.count() == {"finished": 15, "failed": 3, "comparison": 3}[name]
     for plot in plots.all():

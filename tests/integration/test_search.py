@@ -1,4 +1,5 @@
-"""A budget through the real command lines: the search, the tournament, and the distillation that goes on from it."""
+"""A budget through the real command lines: the search, successive halving, and the distillation that goes on from
+it."""
 
 from __future__ import annotations
 
@@ -21,23 +22,23 @@ from tests.helpers import corruption, tiny, tolerance
 pytestmark = pytest.mark.xdist_group("search")
 
 BUDGET = (
-    *("prune.budget.params_share=0.6", "prune.budget.max_depth_cut=0.5", "prune.budget.max_width_cut=0.5"),
+    *("prune.budget.params_fraction=0.6", "prune.budget.max_depth_pruning=0.5", "prune.budget.max_width_pruning=0.5"),
     "prune.budget.samples=16",
 )
 # A step is 512 tokens: three candidates for one step, two for another.
-TOURNAMENT = (*BUDGET, "prune.tournament.candidates=3", "prune.tournament.round_tokens=512")
+HALVING = (*BUDGET, "prune.successive_halving.candidates=3", "prune.successive_halving.round_tokens=512")
 
 
 @pytest.fixture(scope="module")
 def fought(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a budget and a tournament, to the end of its distillation."""
+    """A run with a budget and successive halving, to the end of its distillation."""
     run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("fought") / "run")
-    tiny.launch(run_dir, *TOURNAMENT, "--until", "distill")
+    tiny.launch(run_dir, *HALVING, "--until", "distill")
     return run_dir
 
 
 def stage(run_dir: Path, name: str, *overrides: str) -> tuple[Located, dict[str, Any]]:
-    located = tiny.stages(run_dir, *(overrides or TOURNAMENT))[name]
+    located = tiny.stages(run_dir, *(overrides or HALVING))[name]
     manifest = read_manifest(located.folder)
     assert manifest is not None
     return located, manifest["metrics"]
@@ -57,8 +58,8 @@ def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
 
 
 def test_no_damage_to_a_search_is_used_silently(fought: Path, tmp_path: Path) -> None:
-    stages = tiny.stages(fought, *TOURNAMENT)
-    tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["search", "tournament"])
+    stages = tiny.stages(fought, *HALVING)
+    tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["search", "successive_halving"])
     assert silent == []
     assert tried > 60
 
@@ -93,7 +94,7 @@ def test_two_pipeline_ranks_find_what_one_finds(fought: Path, tmp_path: Path) ->
 
 
 def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
-    located, metrics = stage(fought, "tournament")
+    located, metrics = stage(fought, "successive_halving")
     choice = json.loads((located.folder / "choice.json").read_text())
     assert choice == metrics["choice"]
     assert len({name_of(row) for row in metrics["candidates"]}) == 3
@@ -112,10 +113,12 @@ def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
 def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
     """With a margin of 0 the score decides, and the loss among those that have the same."""
     run_dir = tiny.copy_run(fought, tmp_path / "run")
-    task = [f"prune.tournament.score.{name}" for name in ("task=heldout_continuations", "metric=acc", "margin=0")]
-    scored = (*TOURNAMENT, *task)
-    tiny.launch(run_dir, *scored, "--until", "tournament")
-    located, metrics = stage(run_dir, "tournament", *scored)
+    task = [
+        f"prune.successive_halving.score.{name}" for name in ("task=heldout_continuations", "metric=acc", "margin=0")
+    ]
+    scored = (*HALVING, *task)
+    tiny.launch(run_dir, *scored, "--until", "successive_halving")
+    located, metrics = stage(run_dir, "successive_halving", *scored)
     rounds = [[row["rounds"][n] for row in metrics["candidates"] if len(row["rounds"]) > n] for n in range(2)]
     assert [len(ended) for ended in rounds] == [3, 2]
     for ended in rounds:
@@ -129,7 +132,7 @@ def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
     assert sorted(map(standing, went_on)) == sorted(map(standing, rounds[0]))[:2]
     assert metrics["choice"]["rounds"][-1] == min(rounds[1], key=standing)
     # Losses are those without a task, as far as the same candidates came.
-    plain = {name_of(row): row["rounds"][0]["val_loss"] for row in stage(fought, "tournament")[1]["candidates"]}
+    plain = {name_of(row): row["rounds"][0]["val_loss"] for row in stage(fought, "successive_halving")[1]["candidates"]}
     assert {name_of(row): row["rounds"][0]["val_loss"] for row in metrics["candidates"]} == plain
     # Of the first candidate before anything was trained, of all three, and of two.
     assert not list((located.folder / "recovery").glob("exported*"))
@@ -138,9 +141,9 @@ def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
 
 def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, tmp_path: Path) -> None:
     located, metrics = stage(fought, "distill")
-    choice = stage(fought, "tournament")[1]["choice"]
+    choice = stage(fought, "successive_halving")[1]["choice"]
     log = (located.folder / "log.txt").read_text()
-    assert "checkpoints/step=2" in log  # where the tournament ended
+    assert "checkpoints/step=2" in log  # where successive halving ended
     by_hand = [f"prune.{axis}={choice[axis]}" for axis in ("hidden_size", "ffn_hidden_size", "num_attention_heads")]
     by_hand.append(f"prune.num_query_groups={choice['num_query_groups']}")
     layers = choice["drop_layers"]
@@ -154,26 +157,26 @@ def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, t
 
 def test_a_paused_and_a_killed_tournament_go_on(fought: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(fought, tmp_path / "run")
-    before = stage(fought, "tournament")[1]
-    shutil.rmtree(next(run_dir.glob("tournament-*")))
-    located = tiny.stages(run_dir, *TOURNAMENT)["tournament"]
+    before = stage(fought, "successive_halving")[1]
+    shutil.rmtree(next(run_dir.glob("successive_halving-*")))
+    located = tiny.stages(run_dir, *HALVING)["successive_halving"]
 
     def start() -> subprocess.Popen[str]:
-        command = tiny.command(run_dir, *TOURNAMENT, "--until", "tournament")
+        command = tiny.command(run_dir, *HALVING, "--until", "successive_halving")
         return subprocess.Popen(
             command, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     first = start()
     # Not before the stage has begun: what is left of an earlier attempt is taken away then.
-    tiny.wait_for("tournament-*/log.txt", run_dir, first)
+    tiny.wait_for("successive_halving-*/log.txt", run_dir, first)
     (located.folder / STOP).touch()
     said, _ = first.communicate(timeout=300)
-    assert "stage tournament is paused at step 1" in said
+    assert "stage successive_halving is paused at step 1" in said
     assert not located.complete
     second = start()
-    tiny.wait_for("tournament-*/candidate-*/checkpoints/step=2", run_dir, second)
+    tiny.wait_for("successive_halving-*/candidate-*/checkpoints/step=2", run_dir, second)
     second.kill()
     second.communicate(timeout=60)
-    tiny.launch(run_dir, *TOURNAMENT, "--until", "tournament")
-    assert stage(run_dir, "tournament")[1] == before
+    tiny.launch(run_dir, *HALVING, "--until", "successive_halving")
+    assert stage(run_dir, "successive_halving")[1] == before

@@ -479,5 +479,5 @@ def test_a_block_that_is_not_tested_has_a_reason(tmp_path: Path) -> None:
 
 
 def test_keys() -> None:
-    assert all(map(is_key, ("seed", "distill.kd.top_k", "data.sources", "prune.tournament.score.task")))
+    assert all(map(is_key, ("seed", "distill.kd.top_k", "data.sources", "prune.successive_halving.score.task")))
     assert not any(map(is_key, ("sed", "distill.kd.top", "prune.budget.none")))

@@ -246,3 +246,34 @@ def test_the_reader_found_the_sources() -> None:
     assert {"prune_distill.config.load", "launch.run", "prune_distill.pipeline.stages"} <= {
         found.by for found in IMPORTS
     }
+
+
+# Each one delays an error to the moment when the function runs.
+MOST_FUNCTION_LEVEL_IMPORTS = 50
+
+
+def test_imports_inside_functions_are_few_and_say_why() -> None:
+    """A comment on the line, or above the statements that follow each other, gives the reason."""
+    silent: list[str] = []
+    count = 0
+    for name, path in modules():
+        source = path.read_text()
+        lines = ["", *source.splitlines()]
+        tree = ast.parse(source)
+        top = {
+            id(node)
+            for statement in tree.body
+            if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            for node in ast.walk(statement)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)) or id(node) in top:
+                continue
+            count += 1
+            before = node.lineno - 1
+            while lines[before].lstrip().startswith(("import ", "from ")) and "#" not in lines[before]:
+                before -= 1
+            if "#" not in lines[node.lineno] and "#" not in lines[before]:
+                silent.append(f"{name}:{node.lineno}: {lines[node.lineno].strip()}")
+    assert not silent, "\n".join(silent)
+    assert count <= MOST_FUNCTION_LEVEL_IMPORTS

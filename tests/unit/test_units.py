@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prune_distill.units import seconds_of_time_limit
+from prune_distill.units import parse_time_limit
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from prune_distill.units import seconds_of_time_limit
     ],
 )
 def test_slurms_long_forms(text: str, seconds: int) -> None:
-    assert seconds_of_time_limit(text) == seconds
+    assert parse_time_limit(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -29,4 +29,4 @@ def test_slurms_long_forms(text: str, seconds: int) -> None:
 )
 def test_other_forms_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="time|more than"):
-        seconds_of_time_limit(text)
+        parse_time_limit(text)

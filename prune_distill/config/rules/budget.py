@@ -1,4 +1,4 @@
-"""Rules of the search in the group `prune`: its budget and its tournament."""
+"""Rules of the search in the group `prune`: its budget and its successive_halving."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
 from prune_distill.config.rules.prune import LENGTH, SPACE
-from prune_distill.config.values import OWN_TASK, require, tournament_rounds
+from prune_distill.config.values import OWN_TASK, halving_rounds, require
 from prune_distill.config.wording import too_long
 from prune_distill.model import student
 from prune_distill.schema import RunConfig
 
 # The absolute limits, and the shares of the teacher's cost that limit the same.
-LIMITS = {"params": "params_share", "memory_gb": "memory_share", "latency": "latency_share"}
+LIMITS = {"params": "params_fraction", "memory_gb": "memory_fraction", "latency": "latency_fraction"}
 OWN_METRICS = ("acc", "acc_norm", "acc_mutual_info")
 
 
@@ -32,7 +32,7 @@ def limits(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "prune.budget",
             "contains no limit; set prune.budget.params, memory_gb or latency, or a share of the teacher's such as "
-            "prune.budget.params_share=0.67",
+            "prune.budget.params_fraction=0.67",
         )
     for limit, share in LIMITS.items():
         if given[limit] is not None and given[share] is not None:
@@ -41,12 +41,12 @@ def limits(cfg: RunConfig) -> Iterator[Finding]:
 
 
 @rule(
-    "prune.budget.latency",
-    *("prune.budget.latency", "prune.budget.latency_share", "prune.pipeline_model_parallel_size"),
+    "prune.budget.latency_ms",
+    *("prune.budget.latency_ms", "prune.budget.latency_fraction", "prune.pipeline_model_parallel_size"),
 )
 def latency(cfg: RunConfig) -> Iterator[Finding]:
     budget, key = require(cfg.prune.budget), "prune.pipeline_model_parallel_size"
-    limited = [name for name in ("latency", "latency_share") if getattr(budget, name) is not None]
+    limited = [name for name in ("latency", "latency_fraction") if getattr(budget, name) is not None]
     if limited and cfg.prune.pipeline_model_parallel_size > 1:
         yield Finding(key, f"prune.budget.{limited[0]} is measured on one rank; set {key}=1")
 
@@ -57,7 +57,7 @@ def reachable(cfg: RunConfig) -> Iterator[Finding]:
     shape = require(cfg.model.shape)
     if shape.num_moe_experts or limits.faults(cfg) or latency.faults(cfg):
         return
-    space = student.space_of(cfg)
+    space = student.build_space(cfg)
     if all((student.depths(space), student.widths(space), student.ffns(space))):
         yield from _reachable_limits(cfg, space)
         return
@@ -65,8 +65,8 @@ def reachable(cfg: RunConfig) -> Iterator[Finding]:
     yield Finding(
         "distill.parallel",
         f"divides no size within prune.budget (tensor parallel {parallel.tensor_model_parallel_size}, pipeline "
-        f"parallel {parallel.pipeline_model_parallel_size}); lower those, or raise prune.budget.max_depth_cut or "
-        "prune.budget.max_width_cut",
+        f"parallel {parallel.pipeline_model_parallel_size}); lower those, or raise prune.budget.max_depth_pruning or "
+        "prune.budget.max_width_pruning",
     )
 
 
@@ -96,8 +96,9 @@ def _reachable_limits(cfg: RunConfig, space: student.Space) -> Iterator[Finding]
             sizes = ", ".join(f"{axis} {getattr(smallest, axis)}" for axis in student.AXES)
             yield Finding(
                 key,
-                f"below the {smallest_value / unit:g} {words} of the smallest shape within max_depth_cut and "
-                f"max_width_cut ({sizes}); set {key} to {_round_up(smallest_value / scale)} or more, or raise those",
+                f"below the {smallest_value / unit:g} {words} of the smallest shape within max_depth_pruning and "
+                f"max_width_pruning ({sizes}); set {key} to {_round_up(smallest_value / scale)} or more, or raise "
+                "those",
             )
 
 
@@ -109,43 +110,48 @@ def _round_up(value: float) -> str:
     return f"{math.ceil(value * digits - 1e-9) / digits:.10g}"
 
 
-@rule("prune.tournament", "prune.tournament?", "prune.budget?")
-def tournament(cfg: RunConfig) -> Iterator[Finding]:
-    if cfg.prune.tournament is not None and cfg.prune.budget is None:
+@rule("prune.successive_halving", "prune.successive_halving?", "prune.budget?")
+def successive_halving(cfg: RunConfig) -> Iterator[Finding]:
+    if cfg.prune.successive_halving is not None and cfg.prune.budget is None:
         yield Finding(
-            "prune.tournament",
+            "prune.successive_halving",
             "there is no search whose candidates could take part; set a limit such as "
-            "prune.budget.params_share=0.67, or prune.tournament=null",
+            "prune.budget.params_fraction=0.67, or prune.successive_halving=null",
         )
 
 
 @rule(
-    "prune.tournament.steps",
-    *("prune.tournament.candidates", "prune.tournament.round_tokens", "distill.phases"),
+    "prune.successive_halving.steps",
+    *("prune.successive_halving.candidates", "prune.successive_halving.round_tokens", "distill.phases"),
     *(f"distill.{name}" for name in ("max_steps", "seq_length", "global_batch_size", "micro_batch_size")),
     *(f"distill.{name}" for name in ("lr", "min_lr", "warmup_steps")),
 )
-def tournament_length(cfg: RunConfig) -> Iterator[Finding]:
-    steps, most = tournament_rounds(cfg)[-1][1], cfg.distill.max_steps
+def halving_length(cfg: RunConfig) -> Iterator[Finding]:
+    steps, most = halving_rounds(cfg)[-1][1], cfg.distill.max_steps
     if steps >= most:
         yield Finding(
-            "prune.tournament.round_tokens",
+            "prune.successive_halving.round_tokens",
             f"the last round would end at step {steps} of distill.max_steps={most}; lower "
-            "prune.tournament.round_tokens or prune.tournament.candidates, or raise distill.max_steps",
+            "prune.successive_halving.round_tokens or prune.successive_halving.candidates, or raise distill.max_steps",
         )
 
 
 @rule(
-    "prune.tournament.score",
-    *("prune.tournament.score.task", "prune.tournament.score.metric", "evaluate.continuations?", "evaluate.tasks"),
+    "prune.successive_halving.score",
+    *(
+        "prune.successive_halving.score.task",
+        "prune.successive_halving.score.metric",
+        "evaluate.continuations?",
+        "evaluate.tasks",
+    ),
 )
 def score(cfg: RunConfig) -> Iterator[Finding]:
-    task, metric = (getattr(require(cfg.prune.tournament).score, name) for name in ("task", "metric"))
+    task, metric = (getattr(require(cfg.prune.successive_halving).score, name) for name in ("task", "metric"))
     known = [*([] if cfg.evaluate.continuations is None else [OWN_TASK]), *cfg.evaluate.tasks]
     if task not in known:
         fix = "evaluate.continuations={}" if task == OWN_TASK else f"evaluate.tasks=[{task}]"
-        key = "prune.tournament.score.task"
+        key = "prune.successive_halving.score.task"
         yield Finding(key, f"not among the tasks of the evaluation, {known}; set {fix}")
     elif task == OWN_TASK and metric not in OWN_METRICS:
-        key = "prune.tournament.score.metric"
+        key = "prune.successive_halving.score.metric"
         yield Finding(key, f"not a metric of {OWN_TASK}; set {key} to one of {', '.join(OWN_METRICS)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
 from prune_distill.schema import RunConfig
-from prune_distill.units import seconds_of_time_limit
+from prune_distill.units import parse_time_limit
 
 # Linux's limits of a file name and a path. Paths in a run folder are up to 500 bytes longer than its own.
 LONGEST_FILE_NAME = 255
@@ -34,7 +34,7 @@ def time_limit(cfg: RunConfig) -> Iterator[Finding]:
     limit = cfg.cluster.time_limit
     if limit is not None:
         try:
-            seconds_of_time_limit(limit)
+            parse_time_limit(limit)
         except ValueError as error:
             number = " (without quotes YAML reads 4:00:00 as a number)" if limit.isdecimal() else ""
             yield Finding("cluster.time_limit", f"{error}{number}; set cluster.time_limit='4:00:00' or '1-12:00:00'")

@@ -14,11 +14,11 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
+    document_field,
     document_files,
     drop_duplicates,
     find_existing,
     is_on_hub,
-    key_of,
     packing,
     sources,
     unreadable,
@@ -178,7 +178,7 @@ def _fault(path: str, source: DataSource) -> str | None:
     reason = unreadable(path)
     if reason is not None:
         return f"{path} {reason}"
-    record, key = _first_record(path), key_of(source)
+    record, key = _first_record(path), document_field(source)
     if record is None or key in record:
         return None
     parents = [name for name, value in record.items() if isinstance(value, dict) and key in value]

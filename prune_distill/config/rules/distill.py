@@ -8,8 +8,8 @@ from prune_distill.config.rule import Finding, rule
 from prune_distill.config.rules.prune import STUDENT
 from prune_distill.config.rules.training import list_models
 from prune_distill.config.values import require
-from prune_distill.config.wording import in_hydra
-from prune_distill.schema import Divergence, Loss, LossImplementation, Recompute, RunConfig, TeacherSignal
+from prune_distill.config.wording import quote_for_hydra
+from prune_distill.schema import Divergence, Loss, LossImplementation, Recompute, RunConfig, TeacherLogits
 
 # Further students that the stage table knows.
 CONTROLS = ("ce", "scratch")
@@ -23,18 +23,20 @@ def controls(cfg: RunConfig) -> Iterator[Finding]:
     key, names = "distill.controls", cfg.distill.controls
     unknown = [name for name in names if name not in CONTROLS]
     if unknown:
-        yield Finding(key, f"contains the unknown names {unknown}; set {key}={in_hydra([*CONTROLS])}")
+        yield Finding(key, f"contains the unknown names {unknown}; set {key}={quote_for_hydra([*CONTROLS])}")
     if len(set(names)) < len(names):
-        yield Finding(key, f"a control is named twice; set {key}={in_hydra(sorted(set(names)))}")
+        yield Finding(key, f"a control is named twice; set {key}={quote_for_hydra(sorted(set(names)))}")
     if cfg.distill.loss is Loss.ce and "ce" in names:
         yield Finding(key, f"distill.loss=ce trains the same student; set {key}=[]")
 
 
-@rule("distill.signal", *(f"distill.{name}" for name in ("signal", "loss", "phases", "skip_steps", "kd")))
-def signal(cfg: RunConfig) -> Iterator[Finding]:
+@rule(
+    "distill.teacher_logits", *(f"distill.{name}" for name in ("teacher_logits", "loss", "phases", "skip_steps", "kd"))
+)
+def cached_logits(cfg: RunConfig) -> Iterator[Finding]:
     """Refuse what needs more than the stored part of the teacher's distributions."""
-    distill, kd, key = cfg.distill, cfg.distill.kd, "distill.signal"
-    if distill.signal is TeacherSignal.live:
+    distill, kd, key = cfg.distill, cfg.distill.kd, "distill.teacher_logits"
+    if distill.teacher_logits is TeacherLogits.live:
         return
     if distill.loss is Loss.ce:
         yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=live")
@@ -42,7 +44,7 @@ def signal(cfg: RunConfig) -> Iterator[Finding]:
         "distill.phases": (bool(distill.phases), "null"),
         "distill.skip_steps": (bool(distill.skip_steps), "[]"),
         "distill.kd.divergence": (kd.divergence is not Divergence.forward_kl, "forward_kl"),
-        TOP_K: (kd.top_k is not None, "null (distill.signal_top_k is the number of stored tokens)"),
+        TOP_K: (kd.top_k is not None, "null (distill.cached_logits_top_k is the number of stored tokens)"),
         PAIRS: (bool(kd.intermediate_pairs), "[]"),
         IMPLEMENTATION: (kd.implementation is not LossImplementation.chunked, "chunked"),
     }
@@ -52,34 +54,34 @@ def signal(cfg: RunConfig) -> Iterator[Finding]:
             yield Finding(other, f"not supported by {key}=stored; {fix}")
 
 
-@rule("distill.signal_top_k", "distill.signal", "distill.signal_top_k", "model.shape.vocab_size")
-def signal_top_k(cfg: RunConfig) -> Iterator[Finding]:
-    key, vocabulary = "distill.signal_top_k", require(cfg.model.shape).vocab_size
-    if cfg.distill.signal is TeacherSignal.stored and cfg.distill.signal_top_k >= vocabulary:
+@rule("distill.cached_logits_top_k", "distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size")
+def cached_logits_top_k(cfg: RunConfig) -> Iterator[Finding]:
+    key, vocabulary = "distill.cached_logits_top_k", require(cfg.model.shape).vocab_size
+    if cfg.distill.teacher_logits is TeacherLogits.cached and cfg.distill.cached_logits_top_k >= vocabulary:
         yield Finding(
             key,
             f"no less than the vocabulary of {vocabulary} tokens; set {key} to at most {vocabulary - 1}, such as 64",
         )
 
 
-@rule("distill.correct_teacher", "distill.correct_teacher?", "distill.loss")
+@rule("distill.teacher_correction", "distill.teacher_correction?", "distill.loss")
 def correct_teacher(cfg: RunConfig) -> Iterator[Finding]:
-    key = "distill.correct_teacher"
-    if cfg.distill.correct_teacher is not None and cfg.distill.loss is Loss.ce:
+    key = "distill.teacher_correction"
+    if cfg.distill.teacher_correction is not None and cfg.distill.loss is Loss.ce:
         yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=null")
 
 
-@rule("distill.swap_teacher", SWAP, "distill.correct_teacher?", "distill.signal", "distill.max_steps")
+@rule("distill.swap_teacher", SWAP, "distill.teacher_correction?", "distill.teacher_logits", "distill.max_steps")
 def swap_teacher(cfg: RunConfig) -> Iterator[Finding]:
     distill, step = cfg.distill, cfg.distill.swap_teacher_at_step
     if step is None:
         return
-    if distill.correct_teacher is None:
-        other = "distill.correct_teacher"
+    if distill.teacher_correction is None:
+        other = "distill.teacher_correction"
         yield Finding(SWAP, f"no teacher is corrected; set {other}, or {SWAP}=null")
-    if distill.signal is TeacherSignal.stored:
-        fix = f"set distill.signal=live, or {SWAP}=null"
-        yield Finding(SWAP, f"distill.signal=stored runs no teacher; {fix}")
+    if distill.teacher_logits is TeacherLogits.cached:
+        fix = f"set distill.teacher_logits=live, or {SWAP}=null"
+        yield Finding(SWAP, f"distill.teacher_logits=cached runs no teacher; {fix}")
     if step >= distill.max_steps:
         yield Finding(
             SWAP, f"not below distill.max_steps={distill.max_steps}; set {SWAP} to at most {distill.max_steps - 1}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prune_distill.config.rule import Finding, rule
 from prune_distill.config.values import OWN_TASK, get_value, require
-from prune_distill.config.wording import in_hydra, too_long
+from prune_distill.config.wording import quote_for_hydra, too_long
 from prune_distill.schema import Engine, RunConfig
 
 # Names of tasks, groups and tags in a definition in YAML; tags are often lists.
@@ -59,7 +59,9 @@ def _generation(cfg: RunConfig, prompt: str, new: str) -> Iterator[Finding]:
 def tasks(cfg: RunConfig) -> Iterator[Finding]:
     names = cfg.evaluate.tasks
     if len(set(names)) < len(names):
-        yield Finding("evaluate.tasks", f"a task is named twice; set evaluate.tasks={in_hydra(sorted(set(names)))}")
+        yield Finding(
+            "evaluate.tasks", f"a task is named twice; set evaluate.tasks={quote_for_hydra(sorted(set(names)))}"
+        )
     if OWN_TASK in names:
         yield Finding(
             "evaluate.tasks", f"the run makes {OWN_TASK} itself; remove it and set evaluate.continuations={{}}"

@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 
 from prune_distill.config.rule import Finding, rule
 from prune_distill.config.values import require
-from prune_distill.config.wording import any_of, around, in_hydra, too_long
+from prune_distill.config.wording import any_of, around, quote_for_hydra, too_long
 from prune_distill.model.student import AXES, EXPERT_AXES, MOST_ROUNDS, loadable, resize, shape_to_prune
-from prune_distill.schema import Depth, RunConfig, Shape, TargetSizes
+from prune_distill.schema import LayerSelection, RunConfig, Shape, TargetSizes
 
 # Step of the sizes that Minitron can prune to (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 WIDTH_STEP = 64
@@ -64,7 +64,7 @@ def budget_or_sizes(cfg: RunConfig) -> Iterator[Finding]:
     if prune.budget is None:
         return
     targets = {f"prune.{name}": getattr(prune, name) for name in (*AXES, *EXPERT_AXES, "drop_layers")}
-    named = [f"{key}={in_hydra(value)}" for key, value in targets.items() if value]
+    named = [f"{key}={quote_for_hydra(value)}" for key, value in targets.items() if value]
     if named:
         yield Finding(
             "prune.budget",
@@ -86,7 +86,7 @@ def nothing(cfg: RunConfig) -> Iterator[Finding]:
         unchanged = all(value in (None, getattr(round_.shape, name)) for name, value in targets.items())
         if round_.by_hand and unchanged and not round_.sizes.drop_layers:
             keys = ", ".join(f"{round_.at}.{name}" for name in ("num_layers", "drop_layers", *WIDTHS))
-            budget = ", or a limit such as prune.budget.params_share=0.67" if round_.at == "prune" else ""
+            budget = ", or a limit such as prune.budget.params_fraction=0.67" if round_.at == "prune" else ""
             yield Finding(round_.at, f"the student would be as large as the {round_.who}; set one of {keys}{budget}")
 
 
@@ -104,21 +104,21 @@ def drop_layers(cfg: RunConfig) -> Iterator[Finding]:
             yield Finding(key, f"the {round_.who} has no layers {outside}; set {key} to numbers from 1 to {count}")
         repeated = sorted({layer for layer in drop if drop.count(layer) > 1})
         if repeated:
-            yield Finding(key, f"names {repeated} more than once; set {key}={in_hydra(sorted(set(drop)))}")
+            yield Finding(key, f"names {repeated} more than once; set {key}={quote_for_hydra(sorted(set(drop)))}")
         if len(set(drop)) >= count:
             yield Finding(key, f"would drop all {count} layers; drop fewer")
 
 
-@rule("prune.depth", *SIZES, "prune.depth", "prune.budget?")
+@rule("prune.layer_selection", *SIZES, "prune.layer_selection", "prune.budget?")
 def depth(cfg: RunConfig) -> Iterator[Finding]:
     by_hand = [] if cfg.prune.budget is not None else [("prune", cfg.prune.num_layers)]
     rounds = [(f"prune.rounds[{number}]", sizes.num_layers) for number, sizes in enumerate(cfg.prune.rounds)]
     for at, count in (*rounds, *by_hand):
-        if cfg.prune.depth is Depth.block and count is None:
+        if cfg.prune.layer_selection is LayerSelection.block and count is None:
             yield Finding(
                 f"{at}.num_layers",
-                f"prune.depth=block chooses the layers to drop, but not how many; set {at}.num_layers, or "
-                "prune.depth=importance",
+                f"prune.layer_selection=block chooses the layers to drop, but not how many; set {at}.num_layers, or "
+                "prune.layer_selection=importance",
             )
 
 

@@ -11,7 +11,7 @@ from prune_distill.config.rule import Finding, Rule, rule
 from prune_distill.config.rules.data import SOURCES, VALIDATION
 from prune_distill.config.values import get_value, require
 from prune_distill.schema import RunConfig
-from prune_distill.units import seconds_of_time_limit
+from prune_distill.units import parse_time_limit
 
 # Slurm sends a warning up to so many seconds early (man sbatch, --signal).
 WARNING_MAY_BE_EARLY = 60
@@ -32,7 +32,7 @@ def time_limit(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(key, f"a Slurm job needs a time limit; set {key}='4:00:00'")
         return
     try:
-        seconds = seconds_of_time_limit(limit)
+        seconds = parse_time_limit(limit)
     except ValueError:
         return  # The rule cluster.time_limit reports it.
     if seconds <= warn_seconds + WARNING_MAY_BE_EARLY:

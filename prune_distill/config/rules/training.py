@@ -18,7 +18,7 @@ from prune_distill.model.student import shape_to_prune, student_shape
 from prune_distill.schema import Phase, RunConfig, Schedule, Shape, Training
 from prune_distill.schema.phases import TrainingPhase, training_phases
 
-DEMO, DISTILL, CORRECTION = "model.demo.training", "distill", "distill.correct_teacher"
+DEMO, DISTILL, CORRECTION = "model.demo.training", "distill", "distill.teacher_correction"
 TRAININGS = (DEMO, DISTILL, CORRECTION)
 # Keys that a rule of a training reads: relative ones, and those that depend on the training.
 SIZES = ("{at}.phases", *(f"{{at}}.{name}" for name in ("seq_length", "global_batch_size", "micro_batch_size")))

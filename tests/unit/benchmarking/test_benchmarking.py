@@ -82,7 +82,7 @@ def test_the_peak_of_some_work_is_what_its_tensors_took() -> None:
         del first
         return second.sum()
 
-    result, peak = devices.peak_of(work)
+    result, peak = devices.measure_peak_memory(work)
     assert result == 2e6
     assert 8e6 <= peak < 8.1e6
     assert devices.free_memory_bytes() > 0

@@ -15,7 +15,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.schema import RunConfig, Shape
 from prune_distill.schema.fields import Bound, NotBlank, PositiveInt, Range, Steps
 
-TRAININGS = ("distill", "distill.correct_teacher", "model.demo.training")
+TRAININGS = ("distill", "distill.teacher_correction", "model.demo.training")
 
 
 def keys_below(group: str, names: str) -> list[str]:
@@ -25,7 +25,7 @@ def keys_below(group: str, names: str) -> list[str]:
 # Every key that has a bound, by the values that the bound refuses.
 ABOVE_ZERO = [
     *keys_below("cluster", "nodes devices_per_node threads_per_rank slurm.warn_seconds slurm.cpus_per_gpu"),
-    *keys_below("cluster.gpu", "memory_gib bf16_tflops utilisation"),
+    *keys_below("cluster.gpu", "memory_gib bf16_tflops mfu"),
     *keys_below("data", "max_document_tokens shard_bytes num_workers array_tasks stale_seconds sample"),
     *keys_below("data.sources.NAME", "weight max_tokens sample"),
     *keys_below("prune", "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups"),
@@ -33,12 +33,14 @@ ABOVE_ZERO = [
     *keys_below("prune", "micro_batch_size pipeline_model_parallel_size tensor_model_parallel_size block_samples"),
     *keys_below("prune.rounds[N]", "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups"),
     *keys_below("prune.rounds[N]", "num_moe_experts moe_ffn_hidden_size steps"),
-    *keys_below("prune.budget", "params memory_gb latency params_share memory_share latency_share batch_size"),
+    *keys_below(
+        "prune.budget", "params memory_gb latency_ms params_fraction memory_fraction latency_fraction batch_size"
+    ),
     *keys_below("prune.budget", "seq_length max_candidates samples layer_sets"),
-    "prune.tournament.round_tokens",
+    "prune.successive_halving.round_tokens",
     *keys_below("distill.kd", "kd_weight temperature top_k chunk_tokens intermediate_weight"),
     *keys_below("distill.kd.intermediate_pairs[N]", "student teacher"),
-    *keys_below("distill", "signal_top_k signal_shard_sequences swap_teacher_at_step"),
+    *keys_below("distill", "cached_logits_top_k cached_logits_shard_sequences swap_teacher_at_step"),
     *keys_below("evaluate", "seq_length micro_batch_size max_sequences task_limit task_batch_size"),
     *keys_below("evaluate", "sample_prompt_tokens sample_new_tokens"),
     *keys_below("evaluate.continuations", "questions context_words choice_words"),
@@ -60,8 +62,8 @@ ABOVE_ZERO = [
 FROM_ZERO = [
     *keys_below("evaluate", "verify_tokens samples num_fewshot"),
     *("seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
-    *("prune.tournament.score.margin", "data.max_bad_share", "prune.budget.max_depth_cut"),
-    "prune.budget.max_width_cut",
+    *("prune.successive_halving.score.margin", "data.max_invalid_fraction", "prune.budget.max_depth_pruning"),
+    "prune.budget.max_width_pruning",
     *(
         key
         for training in TRAININGS
@@ -71,14 +73,14 @@ FROM_ZERO = [
         )
     ),
 ]
-FROM_TWO = ["data.holdout_every", "benchmark.new_tokens", "prune.tournament.candidates"]
+FROM_TWO = ["data.holdout_every", "benchmark.new_tokens", "prune.successive_halving.candidates"]
 ABOVE_ONE = [f"{training}.max_loss_ratio" for training in TRAININGS]
 BELOW_ONE = [
     *(f"{training}.{key}" for training in TRAININGS for key in ("adam_beta1", "adam_beta2")),
-    *keys_below("prune.budget", "params_share memory_share latency_share max_depth_cut max_width_cut"),
-    "data.max_bad_share",
+    *keys_below("prune.budget", "params_fraction memory_fraction latency_fraction max_depth_pruning max_width_pruning"),
+    "data.max_invalid_fraction",
 ]
-UP_TO_ONE = ["data.sample", "data.sources.NAME.sample", "cluster.gpu.utilisation"]
+UP_TO_ONE = ["data.sample", "data.sources.NAME.sample", "cluster.gpu.mfu"]
 MOST = {
     "seed": 2**32 - 1,
     "cluster.nodes": 2**20,
@@ -143,7 +145,7 @@ def test_defaults_are_within_bounds() -> None:
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("prune.budget.max_depth_cut=1", "prune.budget.max_depth_cut"),
+        ("prune.budget.max_depth_pruning=1", "prune.budget.max_depth_pruning"),
         ("prune.rounds=[{num_layers: 0, steps: 40}]", "prune.rounds[0].num_layers"),
         ("distill.phases=[{max_steps: 160, lr: 0}]", "distill.phases[0].lr"),
         ("+data.sources={web: {files: [a.jsonl], sample: 2}}", "data.sources.web.sample"),

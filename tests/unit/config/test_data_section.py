@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.data_files import key_of, packing, sources
+from prune_distill.config.data_files import document_field, packing, sources
 from prune_distill.config.load import compose, load_resolved, save_resolved
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.identity import hashed_values
@@ -80,7 +80,7 @@ def test_sources_travel_through_the_resolved_file(tmp_path: Path) -> None:
 def test_one_source_is_what_train_names() -> None:
     data = DataConfig(train=["a.jsonl"], text_key="content", sample=0.25)
     assert sources(data) == {"train": DataSource(["a.jsonl"], key="content", sample=0.25)}
-    assert key_of(sources(DataConfig(train=[], format=DocumentFormat.chat))["train"]) == "messages"
+    assert document_field(sources(DataConfig(train=[], format=DocumentFormat.chat))["train"]) == "messages"
     assert [packing(name) for name in ("a.jsonl", "a.txt", "b.parquet.gz")][1:] == [None, None]
 
 

@@ -44,7 +44,7 @@ def test_descriptions_are_sentences() -> None:
         ("distill.parallel.tensor_model_parallel_size", "integer", "above 0", "8", "distill=minitron"),
         ("distill.skip_steps", "list of lists of integers", "", "[]", ""),
         ("distill.phases[N].weights", "numbers by name or null", "", "null", ""),
-        ("prune.budget.params_share", "number or null", "above 0 and below 1", "null", ""),
+        ("prune.budget.params_fraction", "number or null", "above 0 and below 1", "null", ""),
         ("data.sources", "groups by name or null", "", "null", ""),
         ("data.shard_bytes", "integer", "above 0", "536870912", ""),
         ("cluster.numa_binding", "one of node, socket, exclusive, core_complex, null", "", "null", ""),

@@ -24,20 +24,32 @@ from tests.helpers.faults import find_faults
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
 CORRECTION = "{max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}"
 MOE = ["model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"]
-BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_share=0.8"]
+BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_fraction=0.8"]
 PAIRS = "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"
 SLURM = [*DEMO, "cluster=slurm", "cluster.slurm.partition=a b", "cluster.slurm.account=null"]
 # Configs with which the rules, in sum, take as many branches as possible.
 CONFIGS = [
     *([f"experiment={name}"] for name in config_groups()["experiment"] if name != "own"),
-    [*DEMO, f"distill.correct_teacher={CORRECTION}", "distill.swap_teacher_at_step=200", "distill.signal=stored"],
-    [*DEMO, "distill.loss=ce", f"distill.correct_teacher={CORRECTION}", "prune.num_layers=null"],
+    [
+        *DEMO,
+        f"distill.teacher_correction={CORRECTION}",
+        "distill.swap_teacher_at_step=200",
+        "distill.teacher_logits=cached",
+    ],
+    [*DEMO, "distill.loss=ce", f"distill.teacher_correction={CORRECTION}", "prune.num_layers=null"],
     [*DEMO, *MOE, "model.shape.moe_router_topk=2", "prune.num_moe_experts=1", "prune.tensor_model_parallel_size=2"],
     [*DEMO, *MOE, "model.shape.moe_router_topk=5", "distill.parallel.expert_model_parallel_size=3"],
-    [*BUDGET, "prune.tournament={round_tokens: 1000, score: {task: mmlu}}", "prune.hidden_size=64"],
-    [*BUDGET, "prune.budget.latency=5", "prune.budget.seq_length=4096", "prune.pipeline_model_parallel_size=2"],
+    [*BUDGET, "prune.successive_halving={round_tokens: 1000, score: {task: mmlu}}", "prune.hidden_size=64"],
+    [*BUDGET, "prune.budget.latency_ms=5", "prune.budget.seq_length=4096", "prune.pipeline_model_parallel_size=2"],
     [*DEMO, "prune.rounds=[{steps: 20, num_layers: 5, num_attention_heads: 3}]", "distill.wandb={project: x}", PAIRS],
-    [*DEMO, "prune.depth=block", "prune.num_layers=null", "prune.drop_layers=[2,9]", "distill.recompute=full", PAIRS],
+    [
+        *DEMO,
+        "prune.layer_selection=block",
+        "prune.num_layers=null",
+        "prune.drop_layers=[2,9]",
+        "distill.recompute=full",
+        PAIRS,
+    ],
     [*DEMO, "distill.phases=[{max_steps: 80}, {tokens: 80, weights: {web: 1}}]", "distill.schedule=wsd"],
     [*DEMO, "distill.parallel={tensor_model_parallel_size: 3, pipeline_model_parallel_size: 2}", PAIRS],
     [*DEMO, "data.sources={web: {files: [w.jsonl], weight: 1}, code: {files: []}}", "data.validation=[w.jsonl]"],

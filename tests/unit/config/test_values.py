@@ -14,7 +14,7 @@ def test_a_value_is_read_by_its_key(demo: Callable[..., RunConfig]) -> None:
     cfg = demo("distill.skip_steps=[[2,3]]")
     assert get_value(cfg, "distill.kd.temperature") == cfg.distill.kd.temperature
     assert get_value(cfg, "distill.skip_steps[0]") == [2, 3]
-    assert get_value(cfg, "distill.correct_teacher.lr") is None  # of a group that is null
+    assert get_value(cfg, "distill.teacher_correction.lr") is None  # of a group that is null
     assert get_value(cfg, "distill.lr", {"distill"}) is None
     with pytest.raises(AttributeError):
         get_value(cfg, "distill.no_such_key")

@@ -16,7 +16,7 @@ from convert import families
 from convert.families import FAMILIES, GateUp, Heads, Qkv, nemo_config, read_config
 from convert.stored import Rows, Span, StoredTensor, blocks, stack
 from prune_distill.errors import InputError
-from prune_distill.model.hf_config import with_both_forms
+from prune_distill.model.hf_config import make_compatible
 from prune_distill.model.hf_weights import expected_shapes
 from prune_distill.schema import Family
 from tests.helpers.models import LLAMA3_ROPE, MODELS, SMALL
@@ -108,7 +108,7 @@ def test_nemo_is_given_the_rope_that_transformers_applies(tmp_path: Path, family
         values = {"rope_parameters": {"rope_type": kind, "rope_theta": 7e4, **scaling}, "head_dim": 32}
         config = read_config(folder_of(tmp_path, least(family, **values)))
         arguments = nemo_config(config, "bfloat16").arguments
-        found = frequencies(with_both_forms(config))
+        found = frequencies(make_compatible(config))
         # megatron/core/models/common/embeddings/rotary_pos_embedding.py
         rotated = int(arguments["kv_channels"] * arguments.get("rotary_percent", 1.0))
         plain = arguments["rotary_base"] ** -(torch.arange(0, rotated, 2).float() / rotated)

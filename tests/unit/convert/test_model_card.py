@@ -63,13 +63,13 @@ def test_a_folders_path_stays_here(
     assert "secret-place" not in body
 
 
-def test_the_licence_is_the_sources(reference: Path) -> None:
+def test_the_license_is_the_sources(reference: Path) -> None:
     (reference / "README.md").write_text(
         "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/L\ntags: [chat]\n---\n# Source\n---\n"
     )
     metadata, _ = card("Qwen/Qwen3-8B", reference)
-    licences = {key: value for key, value in metadata.items() if key.startswith("license")}
-    assert licences == {"license": "other", "license_name": "tongyi", "license_link": "https://x.org/L"}
+    licenses = {key: value for key, value in metadata.items() if key.startswith("license")}
+    assert licenses == {"license": "other", "license_name": "tongyi", "license_link": "https://x.org/L"}
     assert metadata["tags"] == ["nemo"]
 
 
@@ -77,7 +77,7 @@ def test_the_licence_is_the_sources(reference: Path) -> None:
     "readme",
     ["", "# Source\n", "---\nlicense: mit\n", "---\n[: no yaml\n---\n", "---\n- license\n---\n", "\x00\ufffd---\n"],
 )
-def test_a_card_without_metadata_gives_no_licence(reference: Path, readme: str) -> None:
+def test_a_card_without_metadata_gives_no_license(reference: Path, readme: str) -> None:
     (reference / "README.md").write_text(readme)
     metadata, _ = card("Qwen/Qwen3-8B", reference)
     assert "license" not in metadata

@@ -97,7 +97,7 @@ def test_documents_come_back_as_megatron_reads_them(model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("how", "tokens"),
-    [(LongDocuments.cut, [1, 2, 0, 1, 2, 0, 1, 0]), (LongDocuments.split, [1, 2, 3, 0, 1, 2, 0, 1, 0])],
+    [(LongDocuments.truncate, [1, 2, 0, 1, 2, 0, 1, 0]), (LongDocuments.split, [1, 2, 3, 0, 1, 2, 0, 1, 0])],
 )
 def test_long_documents_are_cut_or_split(model: Path, tmp_path: Path, how: LongDocuments, tokens: list[int]) -> None:
     lines = [{"text": "alpha beta gamma"}, {"text": "alpha beta"}, {"text": "alpha"}]
@@ -105,7 +105,7 @@ def test_long_documents_are_cut_or_split(model: Path, tmp_path: Path, how: LongD
     files = {"train": [train], "validation": [train]}
     folder = make(model, tmp_path / "out", files, max_document_tokens=2, long_documents=how)
     assert folder.tokens("train").tolist() == tokens
-    assert folder.train_documents == (3 if how is LongDocuments.cut else 4)
+    assert folder.train_documents == (3 if how is LongDocuments.truncate else 4)
     assert folder.validation_bytes == sum(len(line["text"]) for line in lines)
     check_folder(tmp_path / "out")
 
@@ -191,7 +191,7 @@ def test_repeated_documents_are_left_out_where_that_is_asked(model: Path, tmp_pa
         (
             ['{"text": "alpha"}', "{oops"],
             {},
-            r"max_bad_share=0.001: 1 of 2 lines are invalid.*t.jsonl, line 2: invalid JSON",
+            r"max_invalid_fraction=0.001: 1 of 2 lines are invalid.*t.jsonl, line 2: invalid JSON",
         ),
         (['{"text": "alpha delta"}', '{"text": "alpha"}'], {"vocab_size": 4}, "returns token id 4"),
         ([""], {}, "no training documents in .*1 of them empty"),
@@ -218,10 +218,10 @@ def test_broken_lines_that_were_allowed_once_are_judged_again(model: Path, tmp_p
         "train": [write_lines(tmp_path / "t.jsonl", {"text": "alpha"}, {"text": "beta"}, {"text": "gamma"}, "{oops")],
         "validation": [write_lines(tmp_path / "v.jsonl", {"text": "alpha"})],
     }
-    assert make(model, tmp_path / "out", files, max_bad_share=0.3).worst_bad_share == 0.25
-    assert make(model, tmp_path / "out", files, max_bad_share=0.25).worst_bad_share == 0.25
-    with pytest.raises(InputError, match=r"max_bad_share=0.2: 1 of 4 lines are invalid.*t.jsonl, line 4"):
-        make(model, tmp_path / "out", files, max_bad_share=0.2)
+    assert make(model, tmp_path / "out", files, max_invalid_fraction=0.3).worst_bad_share == 0.25
+    assert make(model, tmp_path / "out", files, max_invalid_fraction=0.25).worst_bad_share == 0.25
+    with pytest.raises(InputError, match=r"max_invalid_fraction=0.2: 1 of 4 lines are invalid.*t.jsonl, line 4"):
+        make(model, tmp_path / "out", files, max_invalid_fraction=0.2)
 
 
 def test_faults_of_several_shards_are_told_together_and_what_is_whole_is_kept(model: Path, tmp_path: Path) -> None:
@@ -376,10 +376,10 @@ def test_a_worker_gives_samples_of_what_fastokens_encoded(
 
     made = work.make_shard(shard, tmp_path / "partial", "fastokens")
     assert [text for text, _ in made.samples] == ["The quick brown", "over the lazy d"]
-    assert own.first_other(made.samples) is None
+    assert own.find_mismatch(made.samples) is None
     monkeypatch.setattr(work, "_encoders", {"fastokens": Wrong(specs["bytes"])})
     made = work.make_shard(shard, tmp_path / "partial", "fastokens")
-    assert own.first_other(made.samples[1:]) == "over the lazy d"
+    assert own.find_mismatch(made.samples[1:]) == "over the lazy d"
     assert work.make_shard(shard, tmp_path / "partial", "tokenizers").samples == []
 
 
@@ -394,7 +394,7 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
     texts = {"one": "The quick brown fox", "two": "jumps", "validation": "over the lazy dog"}
     files = {name: [write_lines(tmp_path / f"{name}.jsonl", {"text": text})] for name, text in texts.items()}
     # The workers are other processes, whose fastokens is right: here what it is held to finds fault with one shard.
-    monkeypatch.setattr(TokenizersEncoder, "first_other", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
+    monkeypatch.setattr(TokenizersEncoder, "find_mismatch", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
     made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
     assert "is encoded again with the model's own tokenizer: fastokens gave other ids for 'jumps'" in caplog.text
     manifests = {shard: read_manifest(shard) for shard in (tmp_path / "out" / "shards").iterdir()}

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from prune_distill.data import readers
-from prune_distill.data.documents import Document, documents, held_out, rank_of, renderer
-from prune_distill.data.readers import Lines, Piece, Source, parse, pieces_of
+from prune_distill.data.documents import Document, documents, held_out, renderer, shuffle_key
+from prune_distill.data.readers import Lines, Piece, Source, parse, split_file
 from prune_distill.errors import InputError
 from tests.helpers.tokenizers import byte_level
 
@@ -79,14 +79,14 @@ def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000, 100_000])
 def test_pieces_of_a_file_make_up_the_whole(tmp_path: Path, piece_bytes: int) -> None:
     path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS[:40])))
-    pieces = [piece for piece, _ in pieces_of(str(path), piece_bytes)]
+    pieces = [piece for piece, _ in split_file(str(path), piece_bytes)]
     assert [text for piece in pieces for text in texts(piece)] == TEXTS[:40]
-    assert sum(size for _, size in pieces_of(str(path), piece_bytes)) == path.stat().st_size
+    assert sum(size for _, size in split_file(str(path), piece_bytes)) == path.stat().st_size
 
 
 def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", other=list(range(300)), text=TEXTS, cluster_id=[n % 4 for n in range(300)])
-    pieces = [piece for piece, _ in pieces_of(str(path), 5000)]
+    pieces = [piece for piece, _ in split_file(str(path), 5000)]
     assert len(pieces) > 1
     assert [text for piece in pieces for text in texts(piece)] == TEXTS
     assert [document.cluster for document in read(pieces[0])[0]][:5] == [0, 1, 2, 3, 0]
@@ -163,13 +163,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, left: float) -> 
     content = path.read_bytes()
     path.write_bytes(content[: left if isinstance(left, int) else int(len(content) * left)])
     with pytest.raises(InputError, match=rf"{name}.*(truncated or corrupt|not a complete parquet file)"):
-        [read(piece) for piece, _ in pieces_of(str(path), 10**9)]
+        [read(piece) for piece, _ in split_file(str(path), 10**9)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_file_of_no_bytes_or_of_nothing_holds_no_documents(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    assert texts(*(piece for piece, _ in pieces_of(str(tmp_path / name), 100))) == []
+    assert texts(*(piece for piece, _ in split_file(str(tmp_path / name), 100))) == []
     write(tmp_path / name, b"")
     assert texts(Piece(str(tmp_path / name))) == []
 
@@ -218,7 +218,7 @@ def test_text_columns_of_parquet_of_any_type(tmp_path: Path, kind: str) -> None:
     if kind == "dictionary":
         column = column.dictionary_encode()
     path = parquet(tmp_path / "a.parquet", text=column)
-    assert texts(*(piece for piece, _ in pieces_of(str(path), 5000))) == TEXTS
+    assert texts(*(piece for piece, _ in split_file(str(path), 5000))) == TEXTS
 
 
 @pytest.mark.parametrize("valid", [True, False])
@@ -264,7 +264,7 @@ def test_random_damage_is_refused_or_counted(tmp_path: Path, name: str) -> None:
             content[at : at + random.choice([0, 1, 9])] = random.randbytes(random.choice([0, 1, 9]))
         path.write_bytes(content)
         try:
-            for piece, _ in pieces_of(str(path), 10**9):
+            for piece, _ in split_file(str(path), 10**9):
                 read(piece)
         except InputError:
             refused += 1
@@ -276,10 +276,10 @@ def test_documents_are_held_out_and_sampled_by_their_text_alone(tmp_path: Path) 
     path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS)))
     keys = [document.key for document in read(Piece(str(path)))[0]]
     assert 45 < sum(held_out(key, 4) for key in keys) < 105  # 75 expected; 4 standard deviations are 30
-    half, lines = read(Piece(str(path)), keep=lambda key: rank_of(key, 1) < 2**63)
+    half, lines = read(Piece(str(path)), keep=lambda key: shuffle_key(key, 1) < 2**63)
     assert 115 < len(half) < 185  # 150 expected; 4 standard deviations are 35
     assert lines.left_out == 300 - len(half)
-    again, _ = read(Piece(str(path)), keep=lambda key: rank_of(key, 2) < 2**63)
+    again, _ = read(Piece(str(path)), keep=lambda key: shuffle_key(key, 2) < 2**63)
     assert again != half
     # Being sampled says nothing about being held out.
     assert 15 < sum(held_out(document.key, 4) for document in half) < 60  # 37.5 expected; 4 deviations are 21

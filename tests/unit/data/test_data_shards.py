@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from prune_distill.data import shards
-from prune_distill.data.shards import Index, SplitWriter, documents_of, known_of, publish, token_dtype, write_index
+from prune_distill.data.shards import (
+    Index,
+    SplitWriter,
+    publish,
+    read_document_info,
+    read_documents,
+    token_dtype,
+    write_index,
+)
 from prune_distill.errors import InputError
 
 DOCUMENTS = [np.arange(1 + number % 17, dtype=np.int64) + number for number in range(300)]
@@ -42,8 +50,8 @@ def test_files_are_those_of_megatrons_builder(
     assert (written.documents, written.tokens, written.bytes) == (300, sum(map(len, DOCUMENTS)), 3000)
     dataset = IndexedDataset(str(tmp_path / "ours"))
     assert [dataset[number].tolist() for number in range(300)] == [ids.tolist() for ids in DOCUMENTS]
-    assert [ids.tolist() for ids in documents_of(tmp_path / "ours")] == [ids.tolist() for ids in DOCUMENTS]
-    assert known_of(tmp_path / "ours")["cluster"].tolist() == [number % 5 for number in range(300)]
+    assert [ids.tolist() for ids in read_documents(tmp_path / "ours")] == [ids.tolist() for ids in DOCUMENTS]
+    assert read_document_info(tmp_path / "ours")["cluster"].tolist() == [number % 5 for number in range(300)]
 
 
 def test_megatron_passes_over_what_an_index_leaves_out(tmp_path: Path) -> None:

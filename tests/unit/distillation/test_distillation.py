@@ -36,7 +36,7 @@ from prune_distill.schema import (  # noqa: E402
     Loss,
     LossImplementation,
     Precision,
-    TeacherSignal,
+    TeacherLogits,
 )
 from tests.helpers.one_rank import (  # noqa: E402
     SHAPE,
@@ -139,8 +139,8 @@ def test_cached_logits_give_the_loss_of_the_live_teachers_top_k() -> None:
     head = FusedHead(alone, None, KD)
     log_probs, ids = (teacher_logits / KD.temperature).log_softmax(-1).topk(4, -1)
     tail = torch.log1p(-log_probs.exp().sum(-1))
-    signal = {"signal_ids": ids.int(), "signal_logprobs": log_probs, "signal_tail": tail}
-    head.batch = {**batch(), **signal}
+    cached = {"cached_ids": ids.int(), "cached_logprobs": log_probs, "cached_tail": tail}
+    head.batch = {**batch(), **cached}
     cached, cached_tokens, _ = run(alone, batch())
     torch.testing.assert_close(cached, expected, **CLOSE)
     torch.testing.assert_close(cached_tokens, kd_tokens, **CLOSE)
@@ -350,7 +350,7 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
     assert live.kd is kd
     assert live._teacher_ckpt_path == "teacher"
     assert live._teacher_config.num_layers == 4
-    stored = student_to_train(dataclasses.replace(distill, signal=TeacherSignal.stored), student, None)
+    stored = student_to_train(dataclasses.replace(distill, teacher_logits=TeacherLogits.cached), student, None)
     assert isinstance(stored, StudentModel)
     assert stored.kd is kd
     alone = student_to_train(dataclasses.replace(distill, loss=Loss.ce), student, None)

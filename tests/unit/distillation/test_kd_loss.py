@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_distill.distillation.kd_loss import Head, TopK, Vocabulary, distillation_loss, top_k_of
+from prune_distill.distillation.kd_loss import Head, TopK, Vocabulary, distillation_loss, select_top_k
 from prune_distill.schema import Divergence, KdConfig
 from tests.helpers.ranks import run_ranks
 
@@ -138,18 +138,18 @@ def test_without_gradients_the_losses_are_the_same() -> None:
     torch.testing.assert_close(total.double(), plain(given, spec)[0], rtol=1e-6, atol=0)
 
 
-def test_a_stored_signal_gives_what_the_live_teacher_gives() -> None:
+def test_cached_logits_give_what_the_live_teacher_gives() -> None:
     given = tensors()
     spec = KdConfig(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
     logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
-    stored = top_k_of(logits - logits.amax(-1, keepdim=True), 9, Vocabulary(VOCABULARY))
+    stored = select_top_k(logits - logits.amax(-1, keepdim=True), 9, Vocabulary(VOCABULARY))
     assert_close(chunked(given, dataclasses.replace(spec, top_k=None), stored), plain(given, spec))
 
 
 def test_top_k_and_tail_are_the_whole_distribution() -> None:
     logits = torch.randn(4, VOCABULARY)
     log_probs = torch.log_softmax(logits, -1)
-    kept = top_k_of(logits - logits.amax(-1, keepdim=True), 5, Vocabulary(VOCABULARY))
+    kept = select_top_k(logits - logits.amax(-1, keepdim=True), 5, Vocabulary(VOCABULARY))
     torch.testing.assert_close(kept.log_probs, log_probs.gather(-1, kept.ids))
     assert torch.equal(kept.ids, log_probs.topk(5, -1).indices)
     torch.testing.assert_close(kept.log_probs.exp().sum(-1) + kept.tail.exp(), torch.ones(4))

@@ -109,7 +109,7 @@ def test_documents_of_one_source_are_not_told_apart(tmp_path: Path) -> None:
 def test_ranks_share_the_sequences(data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     sums = []
     monkeypatch.setattr(heldout, "world_size", lambda: 2)
-    monkeypatch.setattr(heldout.ranks, "sum_over_ranks", lambda values: sums.append(values) or values)
+    monkeypatch.setattr(heldout.ranks, "all_reduce", lambda values: sums.append(values) or values)
     tokens = []
     for rank in range(2):
         monkeypatch.setattr(heldout, "rank", lambda rank=rank: rank)

@@ -178,7 +178,7 @@ def test_the_hubs_token_is_never_shown(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     findings = list(checks.hub())
     assert state_of(findings, "Hub token") is State.ok
-    assert "hf_secret" not in doctor.as_json(findings) + doctor.as_table(findings)
+    assert "hf_secret" not in doctor.format_json(findings) + doctor.format_table(findings)
 
 
 SLURM_COMMANDS = ("sbatch", "squeue", "scancel")

@@ -27,7 +27,7 @@ def test_all_keys_are_printed_and_wrapped() -> None:
 
 
 @pytest.mark.parametrize(
-    "group", ["distill", "distill.kd", "prune.budget", "distill.correct_teacher", "cluster.slurm."]
+    "group", ["distill", "distill.kd", "prune.budget", "distill.teacher_correction", "cluster.slurm."]
 )
 def test_a_group(group: str) -> None:
     group = group.rstrip(".")
@@ -54,7 +54,7 @@ def test_an_unknown_group() -> None:
 
 def test_markdown_has_each_key_once_except_for_other_trainings() -> None:
     page = to_markdown()
-    others = ("distill.correct_teacher.", "model.demo.training.")
+    others = ("distill.teacher_correction.", "model.demo.training.")
     listed = [key for key in KEYS if not key.startswith(others)]
     tops = [key for key in listed if key in {"model", "data", "prune", "distill", "convert", "evaluate", "benchmark"}]
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]

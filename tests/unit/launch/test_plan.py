@@ -107,13 +107,13 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
 
 
 CORRECTION = (
-    "distill.correct_teacher={max_steps: 10, seq_length: 4096, global_batch_size: 8, lr: 1e-5, min_lr: 1e-6, "
+    "distill.teacher_correction={max_steps: 10, seq_length: 4096, global_batch_size: 8, lr: 1e-5, min_lr: 1e-6, "
     "parallel: {tensor_model_parallel_size: 8}}"
 )
 
 
-def test_a_stored_signal_by_hand() -> None:
-    live, stored = planned(DEPTH), planned(DEPTH, "distill.signal=stored", "distill.signal_top_k=10")
+def test_cached_logits_by_hand() -> None:
+    live, stored = planned(DEPTH), planned(DEPTH, "distill.teacher_logits=cached", "distill.cached_logits_top_k=10")
     # Three bytes of an id below 2^24 and two of a log-probability, four of the tail.
     assert stored.disk.needed["signal"] == stored.signal.bytes == 28_600 * 768 * 4096 * (10 * 5 + 4)
     assert stored.disk.total == live.disk.total + stored.signal.bytes
@@ -122,19 +122,19 @@ def test_a_stored_signal_by_hand() -> None:
     assert stored.work.flops_a_token.teacher == 0
     assert stored.signal.spared_share == teacher_flops / live.work.flops_a_token.total
     after = hours_of(stored)
-    assert after["teacher_signal"] + after["distill"] == pytest.approx(hours_of(live)["distill"])
+    assert after["cache_logits"] + after["distill"] == pytest.approx(hours_of(live)["distill"])
     assert all(memory.teacher == 0 for memory in stored.memory["distill"])
-    (signal,) = stored.memory["teacher_signal"]
+    (signal,) = stored.memory["cache_logits"]
     assert signal.weights == live.memory["distill"][0].teacher
     # Whole bf16 logits of a micro batch of 2 x 4096, 3 copies in fp32 of 256 tokens; an eighth of the vocabulary.
     assert signal.loss == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
     assert "every further student of this run" in to_table(stored)
-    assert "teacher_signal" not in live.memory
+    assert "cache_logits" not in live.memory
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
 def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: int) -> None:
-    assert disk.signal_bytes(7, vocab_size) == 7 * (size + 2) + 4
+    assert disk.cached_logits_bytes(7, vocab_size) == 7 * (size + 2) + 4
 
 
 def test_a_corrected_teacher_by_hand() -> None:
@@ -155,9 +155,9 @@ def test_a_corrected_teacher_by_hand() -> None:
 
 
 def test_a_correction_that_does_not_fit_has_a_fix() -> None:
-    plan = planned(DEPTH, CORRECTION, "distill.correct_teacher.micro_batch_size=8", "cluster.gpu.memory_gib=40")
+    plan = planned(DEPTH, CORRECTION, "distill.teacher_correction.micro_batch_size=8", "cluster.gpu.memory_gib=40")
     assert plan.fits is False
-    assert "for correct_teacher raise the sizes of distill.correct_teacher.parallel" in plan.fix
+    assert "for correct_teacher raise the sizes of distill.teacher_correction.parallel" in plan.fix
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
@@ -340,19 +340,19 @@ def test_the_short_form() -> None:
 
 
 def test_a_budget_is_planned_by_its_largest_candidate() -> None:
-    searched = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7")
+    searched = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_fraction=0.7")
     found, student = searched.candidates, searched.student
     assert found.most == student.parameters <= 0.7 * searched.teacher.parameters
     assert 1 < found.shapes <= 64
     assert found.least < found.most
     assert f"the largest of {found.shapes} candidates" in to_table(searched)
     assert "-> at most" in summarize(searched)[0]
-    # The winner's steps are not taken again: what the tournament adds is those of the others.
-    tournament = "prune.tournament.round_tokens=314572800"  # 100 steps
-    fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_share=0.7", tournament)
+    # The winner's steps are not taken again: what successive halving adds is those of the others.
+    successive_halving = "prune.successive_halving.round_tokens=314572800"  # 100 steps
+    fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_fraction=0.7", successive_halving)
     before, after = hours_of(searched), hours_of(fought)
     assert after["distill"] == pytest.approx(before["distill"] * (28600 - 200) / 28600)
-    assert after["tournament"] == pytest.approx(before["distill"] * (4 * 100 + 2 * 100) / 28600)
+    assert after["successive_halving"] == pytest.approx(before["distill"] * (4 * 100 + 2 * 100) / 28600)
     assert fought.disk.needed["checkpoints"] == 5 * searched.disk.needed["checkpoints"]
 
 

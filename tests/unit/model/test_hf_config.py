@@ -11,7 +11,7 @@ import pytest
 
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError, InputError
-from prune_distill.model.hf_config import MAX_BYTES, examine, read_config, with_both_forms
+from prune_distill.model.hf_config import MAX_BYTES, examine, make_compatible, read_config
 from tests.conftest import QWEN3
 
 MIXTURE = {
@@ -57,7 +57,7 @@ def test_both_forms_are_read_alike(tmp_path: Path, newer: dict[str, Any], older:
     )
     assert first == second
     # A file that says both is read as either of them.
-    assert read_config(write(tmp_path, with_both_forms(first))) == first
+    assert read_config(write(tmp_path, make_compatible(first))) == first
 
 
 def test_what_is_read_and_what_is_written(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_read_and_what_is_written(tmp_path: Path) -> None:
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
     assert config["torch_dtype"] == "bfloat16"
     assert not config.keys() & {"dtype", "rope_parameters"}
-    assert with_both_forms(config) == {
+    assert make_compatible(config) == {
         **config,
         "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
     }
@@ -81,7 +81,7 @@ def test_names_that_one_family_has(tmp_path: Path) -> None:
     rope = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}
     config = read_config(write(tmp_path, {**NEMOTRON, "rope_parameters": rope}))
     assert config["partial_rotary_factor"] == 0.25
-    assert with_both_forms(config)["rope_parameters"] == rope
+    assert make_compatible(config)["rope_parameters"] == rope
 
 
 def test_what_is_left_out(tmp_path: Path) -> None:

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from prune_distill.config.load import compose
-from prune_distill.config.values import tournament_rounds
+from prune_distill.config.values import halving_rounds
 from prune_distill.errors import ConfigError
 from prune_distill.model import student
 from prune_distill.model.model_size import parameters
-from prune_distill.model.student import AXES, candidates, space_of, student_shape, student_shapes
-from prune_distill.schema import Depth, PruneConfig, RunConfig, Shape
+from prune_distill.model.student import AXES, build_space, candidates, student_shape, student_shapes
+from prune_distill.schema import LayerSelection, PruneConfig, RunConfig, Shape
 from tests.helpers.faults import check_fault
 
 DEMO = ("experiment=demo", "prune.num_layers=null", "prune.ffn_hidden_size=null")
 QWEN = ("experiment=qwen3_8b_to_6b_depth", "prune.num_layers=null")
 # The demo's teacher has 5,246,976 parameters.
-TWO_THIRDS = "prune.budget.params_share=0.667"
+TWO_THIRDS = "prune.budget.params_fraction=0.667"
 
 
 def demo(*overrides: str) -> RunConfig:
@@ -31,7 +31,7 @@ def sizes(shape: Shape) -> tuple[int, ...]:
 
 def test_candidates_meet_the_budget_and_the_bounds_and_none_is_inside_another() -> None:
     cfg = demo(TWO_THIRDS)
-    found = candidates(space_of(cfg))
+    found = candidates(build_space(cfg))
     teacher = cfg.model.shape
     assert teacher is not None
     whole = parameters(teacher, cfg.model.family)
@@ -50,7 +50,7 @@ def test_candidates_meet_the_budget_and_the_bounds_and_none_is_inside_another() 
 
 
 def test_what_distillation_cuts_divides_every_candidate() -> None:
-    cfg = compose([*QWEN, "prune.budget.params_share=0.7", "prune.budget.max_candidates=1000"])
+    cfg = compose([*QWEN, "prune.budget.params_fraction=0.7", "prune.budget.max_candidates=1000"])
     found = student_shapes(cfg)
     assert len(found) > 20
     for shape in found:
@@ -60,7 +60,7 @@ def test_what_distillation_cuts_divides_every_candidate() -> None:
     limit = 0.7 * parameters(cfg.model.shape, cfg.model.family)  # type: ignore[arg-type]
     assert all(0.97 * limit < parameters(shape, cfg.model.family) <= limit for shape in found)
     pipelined = ("distill.parallel.pipeline_model_parallel_size=2", "distill.parallel.tensor_model_parallel_size=4")
-    halves = student_shapes(compose([*QWEN, "prune.budget.params_share=0.7", *pipelined]))
+    halves = student_shapes(compose([*QWEN, "prune.budget.params_fraction=0.7", *pipelined]))
     assert {shape.num_layers % 2 for shape in halves} == {0}
 
 
@@ -68,24 +68,24 @@ def test_the_plan_reckons_with_the_largest_candidate() -> None:
     cfg = demo(TWO_THIRDS)
     most = max(parameters(shape, cfg.model.family) for shape in student_shapes(cfg))
     assert parameters(student_shape(cfg), cfg.model.family) == most
-    assert len(candidates(space_of(demo(TWO_THIRDS, "prune.budget.max_candidates=2")))) == 2
+    assert len(candidates(build_space(demo(TWO_THIRDS, "prune.budget.max_candidates=2")))) == 2
 
 
 def test_memory_is_weights_and_cache() -> None:
-    cfg = demo("prune.budget.memory_share=0.7", "prune.budget.batch_size=8", "prune.budget.seq_length=1024")
-    space = space_of(cfg)
+    cfg = demo("prune.budget.memory_fraction=0.7", "prune.budget.batch_size=8", "prune.budget.seq_length=1024")
+    space = build_space(cfg)
     weights, cache = 4 * 5_246_976, 4 * 2 * 6 * 2 * 64 * 8 * 1024  # the demo exports in fp32
     assert space.cost(space.shape).memory == weights + cache
     for shape in candidates(space):
         assert space.cost(shape).memory <= 0.7 * (weights + cache)
-    both = candidates(space_of(demo("prune.budget.memory_share=0.7", "prune.budget.params=3.4e6")))
+    both = candidates(build_space(demo("prune.budget.memory_fraction=0.7", "prune.budget.params=3.4e6")))
     assert all(space.cost(shape).params <= 3.4e6 for shape in both)
 
 
 def test_a_limit_on_latency_takes_what_was_measured() -> None:
-    space = space_of(demo("prune.budget.latency=4.5"))
+    space = build_space(demo("prune.budget.latency_ms=4.5"))
     # Until it is measured nothing is ruled out: a shape next to the teacher's is the largest.
-    assert sizes(student_shape(demo("prune.budget.latency_share=0.5"))) == (6, 256, 704, 4, 2)
+    assert sizes(student_shape(demo("prune.budget.latency_fraction=0.5"))) == (6, 256, 704, 4, 2)
     found = candidates(space, lambda shape: shape.num_layers * shape.hidden_size / 256)
     assert found
     assert all(shape.num_layers * shape.hidden_size / 256 <= 4.5 for shape in found)
@@ -93,88 +93,106 @@ def test_a_limit_on_latency_takes_what_was_measured() -> None:
 
 def test_what_needs_importance() -> None:
     assert not student.needs_importance(PruneConfig(drop_layers=[2]))
-    assert not student.needs_importance(PruneConfig(num_layers=2, depth=Depth.block))
+    assert not student.needs_importance(PruneConfig(num_layers=2, layer_selection=LayerSelection.block))
     for prune in (PruneConfig(num_layers=2), PruneConfig(drop_layers=[2], hidden_size=64)):
         assert student.needs_importance(prune)
         assert student.runs_teacher(prune)
     assert not student.runs_teacher(PruneConfig(drop_layers=[2]))
-    assert student.runs_teacher(PruneConfig(num_layers=2, depth=Depth.block))
+    assert student.runs_teacher(PruneConfig(num_layers=2, layer_selection=LayerSelection.block))
 
 
 def test_rounds_halve_the_field_and_double_the_steps() -> None:
-    cfg = demo(TWO_THIRDS, "prune.tournament.round_tokens=10000", "prune.tournament.candidates=5")
-    assert tournament_rounds(cfg) == [(5, 10), (3, 20), (2, 40)]
+    cfg = demo(TWO_THIRDS, "prune.successive_halving.round_tokens=10000", "prune.successive_halving.candidates=5")
+    assert halving_rounds(cfg) == [(5, 10), (3, 20), (2, 40)]
 
 
-SCORED = (TWO_THIRDS, "prune.tournament.round_tokens=10000")
+SCORED = (TWO_THIRDS, "prune.successive_halving.round_tokens=10000")
 # Overrides, and their one fault: its rule, its first key, and a part of the fix.
 BUDGETS: list[tuple[list[str], str, str, str]] = [
     (["prune.budget.params=6e6"], "prune.budget.reachable", "prune.budget.params", "below"),
     (["prune.budget.params=1e6"], "prune.budget.reachable", "prune.budget.params", "or more"),
     (
-        ["prune.budget.params_share=0.1"],
+        ["prune.budget.params_fraction=0.1"],
         "prune.budget.reachable",
-        "prune.budget.params_share",
-        "params_share to 0.4127",
+        "prune.budget.params_fraction",
+        "params_fraction to 0.4127",
     ),
-    (["prune.budget.params_share=1.5"], "value.bounds", "prune.budget.params_share", ""),
-    (["prune.budget.params_share=0"], "value.bounds", "prune.budget.params_share", "above 0"),
+    (["prune.budget.params_fraction=1.5"], "value.bounds", "prune.budget.params_fraction", ""),
+    (["prune.budget.params_fraction=0"], "value.bounds", "prune.budget.params_fraction", "above 0"),
     (["prune.budget.memory_gb=1"], "prune.budget.reachable", "prune.budget.memory_gb", "below 0.0225608"),
     (["prune.budget.memory_gb=0.001"], "prune.budget.reachable", "prune.budget.memory_gb", "to 0.009709"),
     (
-        ["prune.budget.params=3e6", "prune.budget.params_share=0.6"],
+        ["prune.budget.params=3e6", "prune.budget.params_fraction=0.6"],
         "prune.budget.limits",
         "prune.budget.params",
         "",
     ),
-    (["prune.budget.batch_size=2"], "prune.budget.limits", "prune.budget", "params_share=0.67"),
+    (["prune.budget.batch_size=2"], "prune.budget.limits", "prune.budget", "params_fraction=0.67"),
     ([TWO_THIRDS, "prune.num_layers=4"], "prune.budget_or_sizes", "prune.budget", "prune.budget=null"),
     ([TWO_THIRDS, "prune.drop_layers=[2]"], "prune.budget_or_sizes", "prune.budget", "set prune.budget=null"),
-    ([TWO_THIRDS, "prune.budget.max_width_cut=1.2"], "value.bounds", "prune.budget.max_width_cut", ""),
+    ([TWO_THIRDS, "prune.budget.max_width_pruning=1.2"], "value.bounds", "prune.budget.max_width_pruning", ""),
     (
         [TWO_THIRDS, "prune.budget.seq_length=4096"],
         "prune.budget.seq_length",
         "prune.budget.seq_length",
         "at most 2048",
     ),
-    ([TWO_THIRDS, "prune.tournament.candidates=3"], "value.missing", "prune.tournament.round_tokens", ""),
     (
-        [TWO_THIRDS, "prune.tournament.round_tokens=1000000"],
-        "prune.tournament.steps",
-        "prune.tournament.round_tokens",
-        "lower prune.tournament",
-    ),
-    (
-        [*SCORED, "evaluate.continuations=null", "prune.tournament.score.task=heldout_continuations"],
-        "prune.tournament.score",
-        "prune.tournament.score.task",
-        "evaluate.continuations={}",
-    ),
-    (
-        [*SCORED, "prune.tournament.score.task=mmlu"],
-        "prune.tournament.score",
-        "prune.tournament.score.task",
-        "set evaluate.tasks=[mmlu]",
-    ),
-    (
-        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.metric=exact_match"],
-        "prune.tournament.score",
-        "prune.tournament.score.metric",
-        "acc_norm",
-    ),
-    (
-        [*SCORED, "prune.tournament.score.task=heldout_continuations", "prune.tournament.score.margin=-1"],
-        "value.bounds",
-        "prune.tournament.score.margin",
+        [TWO_THIRDS, "prune.successive_halving.candidates=3"],
+        "value.missing",
+        "prune.successive_halving.round_tokens",
         "",
     ),
     (
-        ["prune.num_layers=4", "prune.tournament.round_tokens=10000"],
-        "prune.tournament",
-        "prune.tournament",
-        "prune.budget.params_share=0.67",
+        [TWO_THIRDS, "prune.successive_halving.round_tokens=1000000"],
+        "prune.successive_halving.steps",
+        "prune.successive_halving.round_tokens",
+        "lower prune.successive_halving",
     ),
-    (["prune.depth=block", "prune.hidden_size=192"], "prune.depth", "prune.num_layers", "set prune.num_layers"),
+    (
+        [*SCORED, "evaluate.continuations=null", "prune.successive_halving.score.task=heldout_continuations"],
+        "prune.successive_halving.score",
+        "prune.successive_halving.score.task",
+        "evaluate.continuations={}",
+    ),
+    (
+        [*SCORED, "prune.successive_halving.score.task=mmlu"],
+        "prune.successive_halving.score",
+        "prune.successive_halving.score.task",
+        "set evaluate.tasks=[mmlu]",
+    ),
+    (
+        [
+            *SCORED,
+            "prune.successive_halving.score.task=heldout_continuations",
+            "prune.successive_halving.score.metric=exact_match",
+        ],
+        "prune.successive_halving.score",
+        "prune.successive_halving.score.metric",
+        "acc_norm",
+    ),
+    (
+        [
+            *SCORED,
+            "prune.successive_halving.score.task=heldout_continuations",
+            "prune.successive_halving.score.margin=-1",
+        ],
+        "value.bounds",
+        "prune.successive_halving.score.margin",
+        "",
+    ),
+    (
+        ["prune.num_layers=4", "prune.successive_halving.round_tokens=10000"],
+        "prune.successive_halving",
+        "prune.successive_halving",
+        "prune.budget.params_fraction=0.67",
+    ),
+    (
+        ["prune.layer_selection=block", "prune.hidden_size=192"],
+        "prune.layer_selection",
+        "prune.num_layers",
+        "set prune.num_layers",
+    ),
     (
         [
             "prune.num_layers=4",
@@ -186,10 +204,10 @@ BUDGETS: list[tuple[list[str], str, str, str]] = [
     ),
     (
         [
-            *("prune.budget.latency=5", "prune.pipeline_model_parallel_size=2"),
+            *("prune.budget.latency_ms=5", "prune.pipeline_model_parallel_size=2"),
             *("cluster.devices_per_node=2", "distill.micro_batch_size=2"),
         ],
-        "prune.budget.latency",
+        "prune.budget.latency_ms",
         "prune.pipeline_model_parallel_size",
         "set prune.pipeline_model_parallel_size=1",
     ),
@@ -203,15 +221,15 @@ def test_a_budget_that_cannot_be_met_names_the_nearest(overrides: list[str], rul
 
 def test_the_value_that_is_offered_is_accepted() -> None:
     with pytest.raises(ConfigError) as caught:
-        demo("prune.budget.params_share=0.1")
-    offered = str(caught.value).partition("set prune.budget.params_share to ")[2].split()[0]
-    cfg: Any = demo(f"prune.budget.params_share={offered}")
-    assert candidates(space_of(cfg))
+        demo("prune.budget.params_fraction=0.1")
+    offered = str(caught.value).partition("set prune.budget.params_fraction to ")[2].split()[0]
+    cfg: Any = demo(f"prune.budget.params_fraction={offered}")
+    assert candidates(build_space(cfg))
 
 
 def test_pipeline_stages_divide_the_layers_that_are_left() -> None:
     pipeline = ("distill.parallel.pipeline_model_parallel_size=6", "cluster.devices_per_node=6")
-    cfg = demo("prune.budget.params_share=0.95", *pipeline)
+    cfg = demo("prune.budget.params_fraction=0.95", *pipeline)
     assert {shape.num_layers for shape in student_shapes(cfg)} == {6}
 
 
@@ -247,7 +265,7 @@ def test_widths_of_llama_that_transformers_refuses(overrides: list[str], key: st
 
 def test_a_search_considers_no_widths_that_transformers_refuses() -> None:
     llama, mistral = (
-        space_of(compose([*LLAMA, f"model.family={family}", "prune.budget.params_share=0.7"]))
+        build_space(compose([*LLAMA, f"model.family={family}", "prune.budget.params_fraction=0.7"]))
         for family in ("llama", "mistral")
     )
     assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in candidates(llama))

@@ -48,7 +48,7 @@ def test_a_folder_of_transformers_5_is_loaded_with_its_rope(newer: tuple[Path, t
 
 def test_other_libraries_are_given_a_folder_that_they_read_right(newer: tuple[Path, torch.Tensor]) -> None:
     folder, expected = newer
-    with hf_models.folder_of_both_forms(folder) as loadable:
+    with hf_models.link_compatible_folder(folder) as loadable:
         assert {path.name for path in loadable.iterdir()} == {path.name for path in folder.iterdir()}
         content = json.loads((loadable / "config.json").read_text())
         assert (content["rope_theta"], content["rope_parameters"]["rope_theta"]) == (1e6, 1e6)

@@ -21,6 +21,7 @@ backend.activate()
 
 from prune_distill.distillation.distillation import FusedHead  # noqa: E402
 from prune_distill.nemo import nemo_api, start_check  # noqa: E402
+from prune_distill.nemo.datasets import make_data_module  # noqa: E402
 from prune_distill.nemo.forward import run_forward  # noqa: E402
 from prune_distill.nemo.start_check import StartCheck, _teacher_loss, check_resumed  # noqa: E402
 from prune_distill.nemo.token_loss import TokenLoss, average_over_tokens, masked_sum  # noqa: E402
@@ -195,7 +196,7 @@ def test_nemos_model_averages_over_tokens() -> None:
 def test_sequences_of_documents_count_every_token(tmp_path: Path) -> None:
     """The padding token of the tokenizer, 0, ends documents, and is learned as well."""
     data = write_data(tmp_path, {"a": [[1, 2, 0], [3, 4, 5, 0], [6, 0, 7, 0]]}, [[9, 8, 0]] * 4)
-    module = nemo_api.data_module(
+    module = make_data_module(
         TOKENIZER,
         data,
         tmp_path / "out",
@@ -227,7 +228,7 @@ def test_the_mask_of_a_sequence_is_that_of_its_labels(tmp_path: Path) -> None:
     writer.finish()
     assert data.masked
     options = {"micro_batch_size": 1, "global_batch_size": 1, "num_workers": 0, "seed": 3}
-    module = nemo_api.data_module(TOKENIZER, data, tmp_path / "out", seq_length=4, **options)
+    module = make_data_module(TOKENIZER, data, tmp_path / "out", seq_length=4, **options)
     module.build(3, 3, 1, 0)
     for n in range(3):
         item = module._train_ds[n]

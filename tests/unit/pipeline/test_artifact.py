@@ -66,14 +66,14 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("evaluate.tasks=[mmlu]", ["evaluate", "evaluate.ce", "report"]),
         ("benchmark.rounds=3", ["benchmark", "report"]),
         ("benchmark.cost_per_hour=2", ["report"]),
-        ("data.max_bad_share=0.5", []),
+        ("data.max_invalid_fraction=0.5", []),
         # A control has no teacher; and without pairs of layers their weight is nothing.
         ("distill.kd.temperature=3", OF_STUDENT),
         ("distill.kd.divergence=reverse_kl distill.kd.lm_weight=0.25", OF_STUDENT),
         ("distill.kd.intermediate_weight=7 distill.kd.intermediate_loss=mse", []),
         # An unfinished stage continues with them.
         ("distill.skip_steps=[[3,4]]", []),
-        ("distill.signal_top_k=8", []),
+        ("distill.cached_logits_top_k=8", []),
     ],
 )
 def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:
@@ -83,9 +83,9 @@ def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) 
 def test_a_student_without_a_teacher_ignores_the_teachers_settings(demo: Compose) -> None:
     alone = ("distill.loss=ce", "distill.controls=[]")
     assert changed(demo(*alone), demo(*alone, "distill.kd.temperature=3", "distill.kd.top_k=7")) == []
-    stored = demo("distill.signal=stored")
-    redone = changed(stored, demo("distill.signal=stored", "distill.signal_top_k=8"))
-    assert redone == ["teacher_signal", *OF_STUDENT]
+    stored = demo("distill.teacher_logits=cached")
+    redone = changed(stored, demo("distill.teacher_logits=cached", "distill.cached_logits_top_k=8"))
+    assert redone == ["cache_logits", *OF_STUDENT]
 
 
 def test_a_control_that_is_removed_or_added_redoes_nothing_of_the_others(demo: Compose) -> None:
@@ -97,10 +97,10 @@ def test_a_control_that_is_removed_or_added_redoes_nothing_of_the_others(demo: C
     assert both["report"] != one["report"]
 
 
-BUDGET = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
-TOURNAMENT = (*BUDGET, "prune.tournament.round_tokens=10000")
-SCORED = (*TOURNAMENT, "prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]")
-FOUGHT = ["tournament", "prune", *AFTER_DISTILL]
+BUDGET = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_fraction=0.667")
+HALVING = (*BUDGET, "prune.successive_halving.round_tokens=10000")
+SCORED = (*HALVING, "prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]")
+FOUGHT = ["successive_halving", "prune", *AFTER_DISTILL]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ FOUGHT = ["tournament", "prune", *AFTER_DISTILL]
     [
         ("lm_eval", (), ["evaluate", "evaluate.ce", "report"]),
         ("lm_eval", ("evaluate.continuations=null",), []),
-        ("lm_eval", TOURNAMENT, ["evaluate", "evaluate.ce", "report"]),
+        ("lm_eval", HALVING, ["evaluate", "evaluate.ce", "report"]),
         ("lm_eval", SCORED, FOUGHT),
         ("vllm", (), []),
         ("vllm", ("benchmark.engine=vllm",), ["benchmark", "report"]),
@@ -136,7 +136,7 @@ def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
         ("distill", (), []),
         ("distill", ("distill.micro_batch_size=2",), []),
         ("distill", ("distill.skip_steps=[[3,4]]",), ["distill.skip_steps=[[3,4]] (it has [])"]),
-        ("distill", ("distill.signal_top_k=8",), ["distill.signal_top_k=8 (it has 64)"]),
+        ("distill", ("distill.cached_logits_top_k=8",), ["distill.cached_logits_top_k=8 (it has 64)"]),
         ("distill", ("distill.val_batches=null",), ["distill.val_batches=null (it has 3)"]),
         ("nemo_to_hf", ("name=other",), ["name=other (it has mine)"]),
         ("demo_model", ("model.demo.training.keep_best=false",), ["model.demo.training.keep_best=false (it has true)"]),
@@ -149,7 +149,7 @@ def test_a_complete_stage_names_the_settings_that_no_longer_have_an_effect(
     complete(demo(*made), stage)
     located = locate(demo(*made, *overrides))[stage]
     assert located.complete
-    assert located.without_effect() == said
+    assert located.ignored_changes() == said
 
 
 @pytest.mark.parametrize(("allowed", "whole"), [("0.5", True), ("0.2", True), ("0.1", False)])
@@ -157,7 +157,7 @@ def test_more_broken_lines_than_are_allowed_now_make_the_data_incomplete(
     demo: Compose, allowed: str, whole: bool
 ) -> None:
     complete(demo(), "prepare_data", worst_bad_share=0.2)
-    assert locate(demo(f"data.max_bad_share={allowed}"))["prepare_data"].complete is whole
+    assert locate(demo(f"data.max_invalid_fraction={allowed}"))["prepare_data"].complete is whole
 
 
 def test_another_layout_is_the_same_run(demo: Compose) -> None:

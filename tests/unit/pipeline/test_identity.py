@@ -13,15 +13,15 @@ from prune_distill.config.values import replace_values
 from prune_distill.pipeline.artifact import locate
 from prune_distill.schema import ExportDtype, MatmulPrecision, Precision, RunConfig
 
-STORED = ("distill.signal=stored", "distill.controls=[]")
+STORED = ("distill.teacher_logits=cached", "distill.controls=[]")
 SEARCHED = (
     "prune.num_layers=null",
     "prune.ffn_hidden_size=null",
-    "prune.budget.params_share=0.8",
-    "prune.tournament.candidates=2",
-    "prune.tournament.round_tokens=20480",
+    "prune.budget.params_fraction=0.8",
+    "prune.successive_halving.candidates=2",
+    "prune.successive_halving.round_tokens=20480",
 )
-SCORED = (*SEARCHED, f"prune.tournament.score.task={OWN_TASK}", "prune.tournament.score.metric=acc")
+SCORED = (*SEARCHED, f"prune.successive_halving.score.task={OWN_TASK}", "prune.successive_halving.score.metric=acc")
 
 
 @cache
@@ -47,7 +47,7 @@ def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
         ("distill.precision", Precision.bf16),
         ("distill.float32_matmul_precision", MatmulPrecision.highest),
         ("distill.kd.temperature", 2.0),
-        ("distill.signal_top_k", 8),
+        ("distill.cached_logits_top_k", 8),
         ("distill.max_steps", 150),
         ("distill.seq_length", 128),
         ("distill.global_batch_size", 8),
@@ -55,14 +55,14 @@ def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
     ],
 )
 def test_cached_logits_are_those_of_their_settings(change: tuple[str, Any]) -> None:
-    assert {"teacher_signal", "distill"} <= changed(STORED, *change)
+    assert {"cache_logits", "distill"} <= changed(STORED, *change)
 
 
 @pytest.mark.parametrize("change", [("distill.lr", 0.5), ("distill.kd.lm_weight", 0.25)])
 def test_cached_logits_serve_other_trainings(change: tuple[str, Any]) -> None:
     found = changed(STORED, *change)
     assert "distill" in found
-    assert "teacher_signal" not in found
+    assert "cache_logits" not in found
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_cached_logits_serve_other_trainings(change: tuple[str, Any]) -> None:
     ],
 )
 def test_a_tournament_that_asks_a_task_is_that_of_the_tasks_settings(change: tuple[str, Any]) -> None:
-    assert "tournament" in changed(SCORED, *change)
+    assert "successive_halving" in changed(SCORED, *change)
     if change[0].startswith("evaluate."):  # the search itself weighs exported bytes
-        assert "tournament" not in changed(SEARCHED, *change)
+        assert "successive_halving" not in changed(SEARCHED, *change)
 
 
 @pytest.mark.parametrize(

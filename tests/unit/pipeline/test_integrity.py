@@ -15,9 +15,9 @@ import pytest
 from prune_distill.errors import InputError
 from prune_distill.pipeline import outputs
 from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again, write_json, write_manifest
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damage_of, damaged_inputs, refuse, unrecorded
+from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damaged_inputs, find_damage, refuse, unrecorded
 from prune_distill.pipeline.names import OUTPUTS, find_checkpoints
-from prune_distill.pipeline.outputs import digests, files_in, outputs_of, parse_record, select, share_of
+from prune_distill.pipeline.outputs import digests, list_files, list_outputs, parse_record, select, select_share
 from prune_distill.schema import RunConfig
 from prune_distill.training.checkpoints import resume_point, select_superfluous
 from tests.helpers import corruption
@@ -58,14 +58,14 @@ def made(demo: Compose) -> dict[str, Located]:
 
 def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
-    assert outputs_of(folder) == sorted(RESULTS)
+    assert list_outputs(folder) == sorted(RESULTS)
     record = json.loads((folder / OUTPUTS).read_text())
     assert record == {
         name: {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"} for name, content in RESULTS.items()
     }
     manifest = read_manifest(folder) or {}
     assert (manifest["outputs"]["files"], manifest["outputs"]["bytes"]) == (6, sum(map(len, RESULTS.values())))
-    assert damage_of(folder) is None
+    assert find_damage(folder) is None
     # Metrics of a training are a result; those of work that processes share may still grow.
     for name, recorded in (("prune", False), ("distill", True)):
         fill(made[name].folder, {"metrics.jsonl": b"{}"})
@@ -73,7 +73,7 @@ def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, 
         assert ("metrics.jsonl" in json.loads((made[name].folder / OUTPUTS).read_text())) is recorded
     for name in OTHERS:
         (folder / name).unlink()
-    assert damage_of(folder) is None
+    assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize("damage", corruption.DAMAGES)
@@ -82,12 +82,12 @@ def test_every_damage_is_found_and_undone(made: dict[str, Located], tmp_path: Pa
     folder = made["prune"].folder
     with corruption.damaged(folder / name, damage, tmp_path / "aside"):
         if made["prune"].complete:
-            found = damage_of(folder)
+            found = find_damage(folder)
             assert found is not None
             assert list(found.files) == [name]
         else:
             assert name == "manifest.json"
-    assert damage_of(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_a_changed_figure_in_a_manifest_is_damage(made: dict[str, Located]) -> None:
@@ -97,34 +97,34 @@ def test_a_changed_figure_in_a_manifest_is_damage(made: dict[str, Located]) -> N
     path.write_text(content.replace('"kept_layers": [\n   1,', '"kept_layers": [\n   3,'))
     assert path.read_text() != content
     assert made["prune"].complete
-    assert "manifest.json has other content" in str(damage_of(folder))
+    assert "manifest.json has other content" in str(find_damage(folder))
     # Neither key that vouches may be renamed.
     for key in ("outputs", "crc32"):
         path.write_text(content.replace(f'\n "{key}"', '\n "other"'))
         assert made["prune"].complete
-        assert "manifest.json has other content" in str(damage_of(folder))
+        assert "manifest.json has other content" in str(find_damage(folder))
 
 
 def test_sizes_are_compared_without_reading(made: dict[str, Located], tmp_path: Path) -> None:
     folder = made["prune"].folder
     path = folder / "nemo/weights/__0_0.distcp"
     with corruption.damaged(path, corruption.flip, tmp_path / "aside"):
-        assert damage_of(folder, contents=False) is None
+        assert find_damage(folder, contents=False) is None
     with corruption.damaged(path, corruption.truncate, tmp_path / "aside"):
-        assert "__0_0.distcp has 4,500 bytes instead of 9,000" in str(damage_of(folder, contents=False))
+        assert "__0_0.distcp has 4,500 bytes instead of 9,000" in str(find_damage(folder, contents=False))
     path.unlink()
     path.mkdir()
-    assert "__0_0.distcp is not a file" in str(damage_of(folder, contents=False))
+    assert "__0_0.distcp is not a file" in str(find_damage(folder, contents=False))
 
 
 def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     for name in ("nemo/weights/__0_0.distcp", "nemo/weights/__0_1.distcp"):
         corruption.flip(folder / name)
-    shares = [damage_of(folder, share=(rank, 2)) for rank in range(2)]
+    shares = [find_damage(folder, share=(rank, 2)) for rank in range(2)]
     assert [len(share.files) for share in shares if share] == [1, 1]
     entries = {str(size): {"size": size, "crc32": ""} for size in (1, 2, 3, 4, 5)}
-    assert [sorted(share_of(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
+    assert [sorted(select_share(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
 
 
 def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]) -> None:
@@ -140,7 +140,7 @@ def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]
 
 def test_what_was_not_recorded_is_no_input(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
-    assert "hf is not among what was written" in str(damage_of(folder, "hf"))
+    assert "hf is not among what was written" in str(find_damage(folder, "hf"))
     assert select({"nemo2/a": {}, "nemo/b": {}, "nemo": {}}, "nemo") == {"nemo/b": {}, "nemo": {}}
     assert select({"a/b.json": {}, "a/c.bin": {}}, "a", ("*.json",)) == {"a/b.json": {}}
 
@@ -149,7 +149,7 @@ def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], 
     folder = made["prune"].folder
     for name in RESULTS:
         (folder / name).unlink()
-    damages = [damage_of(folder, part) for part in ("nemo", "winner", ".")]
+    damages = [find_damage(folder, part) for part in ("nemo", "winner", ".")]
     with pytest.raises(InputError) as caught:
         refuse(filter(None, damages), tmp_path)
     told = str(caught.value)
@@ -170,7 +170,7 @@ def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict
     (folder / OUTPUTS).unlink()
     corruption.flip(folder / "nemo/context/model.yaml")
     assert made["prune"].complete
-    assert damage_of(folder) is None
+    assert find_damage(folder) is None
     told = unrecorded(made.values())
     assert told is not None
     assert told.startswith("prune: made before outputs were recorded")
@@ -182,7 +182,7 @@ def test_a_file_rewritten_on_purpose_is_recorded_again_and_nothing_else(made: di
     (folder / "blocks.json").write_text("[]")
     corruption.flip(folder / "nemo/context/model.yaml")
     record_again(folder, ("blocks.json",))
-    found = damage_of(folder)
+    found = find_damage(folder)
     assert found is not None
     assert list(found.files) == ["nemo/context/model.yaml"]
     record_again(made["distill"].folder, ("blocks.json",))  # not complete
@@ -200,7 +200,7 @@ def test_what_is_no_record(made: dict[str, Located], content: str) -> None:
     assert parse_record(content.encode()) is None
     folder = made["prune"].folder
     (folder / OUTPUTS).write_text(content)
-    assert "outputs.json has other content" in str(damage_of(folder))
+    assert "outputs.json has other content" in str(find_damage(folder))
 
 
 def test_large_and_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     """As `Checkpoints` leaves one."""
     path = folder / f"step={step}"
     fill(path, {"weights/.metadata": b"m", "weights/__0_0.distcp": bytes([step]) * 5000, "context/model.yaml": b"a"})
-    write_json(path / OUTPUTS, digests(path, [*files_in(path)]))
+    write_json(path / OUTPUTS, digests(path, [*list_files(path)]))
     return path
 
 

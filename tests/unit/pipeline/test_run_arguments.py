@@ -23,21 +23,23 @@ from prune_distill.schema.fields import Identity, identity_of
 from tests.helpers.config_reads import keys_read, keys_read_of
 
 ROOT = Path(__file__).resolve().parents[3]
-SEARCHED = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
-TOURNAMENT = (*SEARCHED, "prune.tournament.round_tokens=10000")
-TASK = ("prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
-CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
+SEARCHED = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_fraction=0.667")
+HALVING = (*SEARCHED, "prune.successive_halving.round_tokens=10000")
+TASK = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
+CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
 # Together they want every stage of the table.
 VARIANTS = {
-    "stored": ("distill.signal=stored", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
-    "scored": (*TOURNAMENT, *TASK, "benchmark.enabled=true"),
+    "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
+    "scored": (*HALVING, *TASK, "benchmark.enabled=true"),
     "swapped": (*CORRECTED, *ROUNDS, "distill.swap_teacher_at_step=20"),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
-# `Evaluator.measure` reads them, which a tournament does not call.
-NOT_REACHED = {"recipes.tournament": {"evaluate.max_sequences", "evaluate.samples", "evaluate.sample_new_tokens"}}
+# `Evaluator.measure` reads them, which successive halving does not call.
+NOT_REACHED = {
+    "recipes.successive_halving": {"evaluate.max_sequences", "evaluate.samples", "evaluate.sample_new_tokens"}
+}
 # `prune_distill.schema.phases.phase_sizes` reads them by name.
 BY_NAME = {"distill.lr", "distill.min_lr", "distill.seq_length", "distill.global_batch_size"}
 
@@ -128,7 +130,7 @@ def test_declared_keys_and_placement_can_be_read(view: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["name", "data.train", "distill.lr", "distill.kd.top_k", "distill.val_batches", "distill.correct_teacher"]
+    "key", ["name", "data.train", "distill.lr", "distill.kd.top_k", "distill.val_batches", "distill.teacher_correction"]
 )
 def test_another_key_raises_with_the_stage_and_the_key(view: RunConfig, key: str) -> None:
     with pytest.raises(UndeclaredKeyError, match=rf"stage mine reads {key}, "):
@@ -137,10 +139,10 @@ def test_another_key_raises_with_the_stage_and_the_key(view: RunConfig, key: str
 
 def test_properties_see_no_more_than_the_view() -> None:
     cfg = configs()["demo"]
-    both = ConfigView(cfg.distill, frozenset({"loss", "signal"}), "mine")
+    both = ConfigView(cfg.distill, frozenset({"loss", "teacher_logits"}), "mine")
     assert both.runs_teacher is cfg.distill.runs_teacher
     one = ConfigView(dataclasses.replace(cfg.distill, loss=Loss.kd), frozenset({"loss"}), "mine")
-    with pytest.raises(UndeclaredKeyError, match="reads signal"):
+    with pytest.raises(UndeclaredKeyError, match="reads teacher_logits"):
         _ = one.runs_teacher
     with pytest.raises(AttributeError, match="no_such_key"):
         _ = one.no_such_key

@@ -23,7 +23,7 @@ from prune_distill.schema.fields import Identity, identity_of
 DROP = "prune.drop_layers=[2]"
 CONTROLS = "distill.controls=[ce,scratch]"
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
-CORRECTED = ("distill.correct_teacher={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
+CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
 def test_names_are_unique_and_modules_exist() -> None:
@@ -42,7 +42,7 @@ def test_sections_and_settings_are_keys_of_the_schema() -> None:
 def test_every_field_that_is_hashed_elsewhere_is_hashed_by_a_stage() -> None:
     hashed = {key for stage in STAGES for key in stage.sections}
     marked = set(_marked_keys(RunConfig(), Identity.hashed_elsewhere))
-    assert marked == {"distill.correct_teacher", "evaluate.verify_tokens", "benchmark.cost_per_hour"}
+    assert marked == {"distill.teacher_correction", "evaluate.verify_tokens", "benchmark.cost_per_hour"}
     assert marked <= hashed
 
 
@@ -68,10 +68,12 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
 
 def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
     every = [
-        stage.name for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name
+        stage.name
+        for stage in STAGES
+        if stage.name not in ("search", "successive_halving") and ".round" not in stage.name
     ]
-    assert [stage.name for stage in select_stages(demo(*CORRECTED, "distill.signal=stored", CONTROLS))] == every
-    plain = [name for name in every if name not in ("correct_teacher", "teacher_signal")]
+    assert [stage.name for stage in select_stages(demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS))] == every
+    plain = [name for name in every if name not in ("correct_teacher", "cache_logits")]
     assert [stage.name for stage in select_stages(demo(CONTROLS))] == plain
     few = select_stages(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
     controls = {f"{stage}.{name}" for stage in ("distill", "nemo_to_hf", "evaluate") for name in ("ce", "scratch")}
@@ -95,21 +97,26 @@ def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable
 def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> None:
     named = [stage.name for stage in select_stages(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
     assert "importance" not in named
-    budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_share=0.667")
+    budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_fraction=0.667")
     searched = demo(*budget)
     assert [stage.name for stage in select_stages(searched)][4:7] == ["importance", "search", "prune"]
     assert find("prune").inputs(searched)["choice"] == Output("search")
-    fought = demo(*budget, "prune.tournament.round_tokens=10000")
-    assert [stage.name for stage in select_stages(fought)][4:8] == ["importance", "search", "tournament", "prune"]
-    assert find("prune").inputs(fought)["choice"] == Output("tournament")
-    assert find("distill").inputs(fought)["begun"] == Output("tournament", "winner")
-    assert set(find("tournament").inputs(fought)) == {"teacher", "data", "search"}
-    assert find("tournament").more_sections(fought) == ()
-    task = ("prune.tournament.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
-    scored = demo(*budget, "prune.tournament.round_tokens=10000", *task)
-    assert set(find("tournament").inputs(scored)) == {"teacher", "data", "search", "teacher_hf", "task_folder"}
+    fought = demo(*budget, "prune.successive_halving.round_tokens=10000")
+    assert [stage.name for stage in select_stages(fought)][4:8] == [
+        "importance",
+        "search",
+        "successive_halving",
+        "prune",
+    ]
+    assert find("prune").inputs(fought)["choice"] == Output("successive_halving")
+    assert find("distill").inputs(fought)["begun"] == Output("successive_halving", "winner")
+    assert set(find("successive_halving").inputs(fought)) == {"teacher", "data", "search"}
+    assert find("successive_halving").more_sections(fought) == ()
+    task = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
+    scored = demo(*budget, "prune.successive_halving.round_tokens=10000", *task)
+    assert set(find("successive_halving").inputs(scored)) == {"teacher", "data", "search", "teacher_hf", "task_folder"}
     decided_by = {"evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype"}
-    assert set(find("tournament").more_sections(scored)) == decided_by
+    assert set(find("successive_halving").more_sections(scored)) == decided_by
     for name in ("distill.ce", "distill.scratch"):
         control = find(name)
         assert "begun" not in control.inputs(control.configure(fought))
@@ -125,12 +132,12 @@ def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConf
     assert "teacher" in find("distill").inputs(cfg)
 
 
-def test_a_stored_signal_takes_the_teachers_place(demo: Callable[..., RunConfig]) -> None:
-    cfg = demo("distill.signal=stored")
+def test_cached_logits_take_the_teachers_place(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo("distill.teacher_logits=cached")
     inputs = find("distill").inputs(cfg)
-    assert inputs["signal"] == Output("teacher_signal")
+    assert inputs["cached_logits"] == Output("cache_logits")
     assert "teacher" not in inputs
-    assert find("teacher_signal").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
+    assert find("cache_logits").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
 
 
 def test_a_corrected_teacher_teaches_and_is_not_what_is_pruned(demo: Callable[..., RunConfig]) -> None:
@@ -139,21 +146,27 @@ def test_a_corrected_teacher_teaches_and_is_not_what_is_pruned(demo: Callable[..
     assert find("distill").inputs(cfg)["teacher"] == corrected
     assert find("prune").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
     assert find("nemo_to_hf").inputs(cfg)["corrected_teacher"] == corrected
-    assert find("teacher_signal").inputs(demo(*CORRECTED, "distill.signal=stored"))["teacher"] == corrected
+    assert find("cache_logits").inputs(demo(*CORRECTED, "distill.teacher_logits=cached"))["teacher"] == corrected
     swapped = find("distill").inputs(demo(*CORRECTED, "distill.swap_teacher_at_step=20"))
     assert (swapped["teacher"], swapped["corrected_teacher"]) == (Output("hf_to_nemo", "nemo"), corrected)
 
 
 @pytest.mark.parametrize("change", ["distill.lr=3e-4", "distill.kd.temperature=2", "distill.warmup_steps=3"])
-def test_a_sweep_of_the_student_makes_no_signal_anew(demo: Callable[..., RunConfig], change: str) -> None:
-    made, changed = (_folders(demo("distill.signal=stored", *more)) for more in ([], [change]))
+def test_a_sweep_of_the_student_does_not_cache_logits_again(demo: Callable[..., RunConfig], change: str) -> None:
+    made, changed = (_folders(demo("distill.teacher_logits=cached", *more)) for more in ([], [change]))
     assert made["distill"] != changed["distill"]
     assert (made["distill.ce"] == changed["distill.ce"]) == (".kd." in change)
-    assert (made["teacher_signal"] == changed["teacher_signal"]) == ("temperature" not in change)
+    assert (made["cache_logits"] == changed["cache_logits"]) == ("temperature" not in change)
 
 
 @pytest.mark.parametrize(
-    "change", ["distill.signal=stored", "distill.signal_top_k=8", CORRECTED[0], "distill.signal_shard_sequences=1"]
+    "change",
+    [
+        "distill.teacher_logits=cached",
+        "distill.cached_logits_top_k=8",
+        CORRECTED[0],
+        "distill.cached_logits_shard_sequences=1",
+    ],
 )
 def test_a_control_does_not_depend_on_what_is_said_of_the_teacher(demo: Callable[..., RunConfig], change: str) -> None:
     assert _folders(demo())["distill.ce"] == _folders(demo(change))["distill.ce"]
@@ -166,9 +179,11 @@ def _folders(cfg: RunConfig) -> dict[str, str]:
 def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
-    named = [stage for stage in STAGES if stage.name not in ("search", "tournament") and ".round" not in stage.name]
+    named = [
+        stage for stage in STAGES if stage.name not in ("search", "successive_halving") and ".round" not in stage.name
+    ]
     ranks = {stage.name: stage.ranks(cfg) for stage in named}
-    of_all_ranks = {"correct_teacher", "teacher_signal", "distill", "distill.ce", "distill.scratch"}
+    of_all_ranks = {"correct_teacher", "cache_logits", "distill", "distill.ce", "distill.scratch"}
     of_all_ranks |= {"evaluate", "evaluate.ce", "evaluate.scratch"}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 

@@ -20,10 +20,10 @@ from prune_distill.nemo import backend
 backend.activate()
 
 from prune_distill.pruning import latency, layer_sets, losses  # noqa: E402
-from prune_distill.pruning.cutting import cut, sizes_for_modelopt  # noqa: E402
+from prune_distill.pruning.cutting import complete_sizes, cut  # noqa: E402
 from prune_distill.pruning.importance import Importance  # noqa: E402
 from prune_distill.pruning.latency import LatencyTable  # noqa: E402
-from prune_distill.pruning.search_space import dynamic_core, measure, restore_scores, to_search_space  # noqa: E402
+from prune_distill.pruning.search_space import convert_to_search_space, dynamic_core, measure, restore_scores  # noqa: E402
 from prune_distill.pruning.subnets import Subnets  # noqa: E402
 from prune_distill.schema import PruneConfig  # noqa: E402
 from tests.helpers.one_rank import (  # noqa: E402
@@ -132,7 +132,7 @@ def test_importance_is_minitrons() -> None:
 
 def test_scores_are_given_back_to_another_search_space() -> None:
     importance = measured(teacher(), sequences())
-    core = to_search_space(teacher())
+    core = convert_to_search_space(teacher())
     assert core is dynamic_core(core)
     restore_scores(importance, core)
     for layer in core.decoder.layers:
@@ -187,10 +187,10 @@ def test_depth_is_cut_by_importance() -> None:
 def test_modelopt_is_given_heads_and_groups_together() -> None:
     config = SimpleNamespace(num_attention_heads=8, num_query_groups=4)
     every = {"num_layers": None, "hidden_size": 64, "ffn_hidden_size": None}
-    assert sizes_for_modelopt(every, config) == {"hidden_size": 64}
-    assert sizes_for_modelopt({"num_attention_heads": 4}, config) == {"num_attention_heads": 4, "num_query_groups": 4}
-    assert sizes_for_modelopt({"num_query_groups": 2}, config) == {"num_attention_heads": 8, "num_query_groups": 2}
-    assert sizes_for_modelopt({"num_moe_experts": 2, "other": 3}, config) == {"num_moe_experts": 2}
+    assert complete_sizes(every, config) == {"hidden_size": 64}
+    assert complete_sizes({"num_attention_heads": 4}, config) == {"num_attention_heads": 4, "num_query_groups": 4}
+    assert complete_sizes({"num_query_groups": 2}, config) == {"num_attention_heads": 8, "num_query_groups": 2}
+    assert complete_sizes({"num_moe_experts": 2, "other": 3}, config) == {"num_moe_experts": 2}
 
 
 SHAPES = [
@@ -213,7 +213,7 @@ def test_the_search_scores_shapes_as_if_they_were_cut() -> None:
     for (shape, dropped), (loss, kl) in zip(SHAPES, found, strict=True):
         core = teacher()
         sizes = {name: getattr(shape, name) for name in names if getattr(shape, name) != getattr(SHAPE, name)}
-        cut(core, sizes_for_modelopt(sizes, core.config), dropped, importance)
+        cut(core, complete_sizes(sizes, core.config), dropped, importance)
         student = logits_of(core, rows[:, :-1]).log_softmax(-1)
         assert loss == pytest.approx(loss_of(core, rows), rel=1e-4)
         # Weighed by the teacher's probabilities.
@@ -267,7 +267,7 @@ def test_the_search_reads_held_out_documents_and_calibration_training_ones(tmp_p
 def test_losses_without_sets_of_layers() -> None:
     core, rows = teacher(), sequences(4)
     sets = [[1], [2, 3], []]
-    found = layer_sets.compute_losses_without(core, list(rows.split(3)), sets)
+    found = layer_sets.compute_ablation_losses(core, list(rows.split(3)), sets)
     for layers, loss in zip(sets, found, strict=True):
         reference = teacher()
         kept = [layer for n, layer in enumerate(reference.decoder.layers, 1) if n not in layers]
@@ -280,7 +280,7 @@ def test_the_sets_that_are_missed_least_come_first() -> None:
     core, rows = teacher(), list(sequences(4).split(4))
     sets = layer_sets.list_blocks(4, 2)
     assert sets == [[1, 2], [2, 3], [3, 4]]
-    by_loss = sorted(zip(layer_sets.compute_losses_without(core, rows, sets), sets, strict=True))
+    by_loss = sorted(zip(layer_sets.compute_ablation_losses(core, rows, sets), sets, strict=True))
     assert len({loss for loss, _ in by_loss}) == 3
     assert layer_sets.find_best(core, rows, sets, 2) == [layers for _, layers in by_loss[:2]]
     assert layer_sets.find_best(core, rows, sets, 0) == layer_sets.find_best(core, rows, [], 2) == []

@@ -1,4 +1,4 @@
-"""Small parts of importance, search and tournament."""
+"""Small parts of importance, search and successive halving."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.student import AXES
 from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pruning import evidence, finalists, tournament
+from prune_distill.pruning import evidence, finalists, successive_halving
 from prune_distill.pruning.evidence import best_first
 from prune_distill.pruning.importance import Importance, refuse_infinite, warn_if_few_sequences
 from prune_distill.reporting import plots
@@ -109,7 +109,7 @@ def test_candidates_come_in_turns_over_the_layers_that_are_kept() -> None:
     assert [entry["params"] for entry in best_first([*rows, others])] == [4, 3, 7, 1, 5, 2, 6]
 
 
-def test_a_layer_gives_its_place_to_a_neighbour_that_is_kept() -> None:
+def test_a_layer_gives_its_place_to_a_neighbor_that_is_kept() -> None:
     backend.activate()
     from prune_distill.pruning import layer_sets
 
@@ -125,9 +125,9 @@ def test_a_candidate_is_named_by_all_that_makes_it() -> None:
     assert finalists.name_of(one) == "candidate-l4-h256-f704-a4-q2-d3-d4"
     assert finalists.name_of(other) != finalists.name_of(one)
     assert plots.shape_words(one) == "4 layers, hidden 256, FFN 704, heads 4"
-    assert plots.without_words(one) == "without layers 3-4"
-    assert plots.without_words({"drop_layers": [3]}) == "without layer 3"
-    assert plots.without_words({"drop_layers": [2, 4, 7, 8, 9]}) == "without layers 2, 4, 7-9"
+    assert plots.describe_dropped_layers(one) == "without layers 3-4"
+    assert plots.describe_dropped_layers({"drop_layers": [3]}) == "without layer 3"
+    assert plots.describe_dropped_layers({"drop_layers": [2, 4, 7, 8, 9]}) == "without layers 2, 4, 7-9"
 
 
 def test_scores_that_are_clearly_worse() -> None:
@@ -136,11 +136,11 @@ def test_scores_that_are_clearly_worse() -> None:
         "near": {"value": 0.52, "stderr": 0.04},  # 1.6 standard errors of the difference
         "far": {"value": 0.45, "stderr": 0.04},  # 3
     }
-    assert tournament.find_clearly_worse(scores, 2.0) == ["far"]
-    assert tournament.find_clearly_worse(scores, 1.5) == ["near", "far"]
-    assert tournament.find_clearly_worse(scores, 0.0) == ["near", "far"]
+    assert successive_halving.find_clearly_worse(scores, 2.0) == ["far"]
+    assert successive_halving.find_clearly_worse(scores, 1.5) == ["near", "far"]
+    assert successive_halving.find_clearly_worse(scores, 0.0) == ["near", "far"]
     exact = {name: {**score, "stderr": None} for name, score in scores.items()}
-    assert tournament.find_clearly_worse(exact, 2.0) == ["near", "far"]
+    assert successive_halving.find_clearly_worse(exact, 2.0) == ["near", "far"]
 
 
 def test_what_a_round_leaves(tmp_path: Path) -> None:
@@ -151,51 +151,51 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     (candidate / "checkpoints" / ".damaged.step=6").mkdir()
     lines = [{"step": 2, "val_loss": 3.0}, {"step": 4, "loss": 0.1}, {"step": 4, "val_loss": 2.0}]
     (candidate / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert not tournament.has_reached(candidate, 4)
+    assert not successive_halving.has_reached(candidate, 4)
     write_json(candidate / "state.json", {"state": "paused", "step": 4})
-    assert tournament.has_reached(candidate, 4)
-    assert not tournament.has_reached(candidate, 8)
+    assert successive_halving.has_reached(candidate, 4)
+    assert not successive_halving.has_reached(candidate, 8)
     # Saved, but its validation was lost, or its checkpoint damaged: it is trained to that step again.
     (candidate / "metrics.jsonl").rename(tmp_path / "aside.jsonl")
-    assert not tournament.has_reached(candidate, 4)
+    assert not successive_halving.has_reached(candidate, 4)
     (tmp_path / "aside.jsonl").rename(candidate / "metrics.jsonl")
     (candidate / "checkpoints" / "step=4" / "context").rename(tmp_path / "context")
     with pytest.raises(InputError, match="context/ is missing"):
-        tournament.has_reached(candidate, 4)
+        successive_halving.has_reached(candidate, 4)
     (tmp_path / "context").rename(candidate / "checkpoints" / "step=4" / "context")
-    assert tournament.read_val_loss(candidate, 4) == 2.0
-    assert tournament.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
-    assert tournament.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, worse=["b"]) == ["a", "c"]
-    assert tournament.select_survivors({"a": 2.0, "b": 1.0}, 2, worse=["a", "b"]) == ["b", "a"]
+    assert successive_halving.read_val_loss(candidate, 4) == 2.0
+    assert successive_halving.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2) == ["b", "a"]
+    assert successive_halving.select_survivors({"a": 2.0, "b": 1.0, "c": 3.0}, 2, worse=["b"]) == ["a", "c"]
+    assert successive_halving.select_survivors({"a": 2.0, "b": 1.0}, 2, worse=["a", "b"]) == ["b", "a"]
 
     (candidate / "stop").touch()
-    tournament.discard_unfinished(candidate, 5)
-    assert tournament.has_reached(candidate, 4)
+    successive_halving.discard_unfinished(candidate, 5)
+    assert successive_halving.has_reached(candidate, 4)
     assert not (candidate / "stop").exists()
 
-    tournament.keep_winner(candidate, tmp_path / "winner")
+    successive_halving.keep_winner(candidate, tmp_path / "winner")
     out = tmp_path / "distill"
     out.mkdir()
-    tournament.resume_from(tmp_path / "winner", out)
+    successive_halving.resume_from_winner(tmp_path / "winner", out)
     assert (out / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=4"]
     assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
     # A training that has begun goes on from its own.
     (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
     (out / "metrics.jsonl").write_text("")
-    tournament.resume_from(tmp_path / "winner", out)
+    successive_halving.resume_from_winner(tmp_path / "winner", out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=6"]
     assert (out / "metrics.jsonl").read_text() == ""
     # A checkpoint that was saved, but not validated, before a kill.
-    tournament.discard_unfinished(candidate, 4)
+    successive_halving.discard_unfinished(candidate, 4)
     assert not list((candidate / "checkpoints").glob("step=*"))
     assert (tmp_path / "winner" / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
 
 
 def test_every_setting_of_the_search_decides_its_folder() -> None:
     # None of them only places the work, so that a folder never answers for other settings.
-    from prune_distill.schema import Budget, Tournament
+    from prune_distill.schema import Budget, SuccessiveHalving
     from prune_distill.schema.fields import Identity, identity_of
 
-    for cls in (Budget, Tournament):
+    for cls in (Budget, SuccessiveHalving):
         assert all(identity_of(field, None) is Identity.hashed for field in dataclasses.fields(cls))

@@ -1,4 +1,4 @@
-"""The search from a teacher to its table, the front, and the scores of a tournament."""
+"""The search from a teacher to its table, the front, and the scores of a successive_halving."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def importance() -> Importance:
 @pytest.fixture
 def cfg(demo: Compose) -> RunConfig:
     sizes = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.calibration_seq_length=6")
-    budget = "prune.budget={params_share: 0.9, max_depth_cut: 0.5, max_width_cut: 0.5, layer_sets: 2, samples: 3}"
+    budget = (
+        "prune.budget={params_fraction: 0.9, max_depth_pruning: 0.5, max_width_pruning: 0.5, layer_sets: 2, samples: 3}"
+    )
     made = demo(*sizes, "prune.block_samples=4", budget)
     made.model.shape, made.model.family = SHAPE, Family.qwen3
     return made
@@ -60,7 +62,7 @@ def run(cfg: RunConfig, importance: Importance, folder: Path, monkeypatch: pytes
     core = teacher()
     model = SimpleNamespace(module=core, config=core.config, modules=core.modules)
     monkeypatch.setattr(nemo_api, "restore", lambda *_, **__: (model, trainer))
-    monkeypatch.setattr(search, "_space", lambda cfg, model, device: (search.student.space_of(cfg), None))
+    monkeypatch.setattr(search, "_space", lambda cfg, model, device: (search.student.build_space(cfg), None))
     monkeypatch.setattr(search, "Subnets", lambda _, scores, shape: _subnets(core, scores, shape))
     importance.save(folder)
     # Held-out documents that are nothing like those for training.

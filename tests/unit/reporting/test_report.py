@@ -201,7 +201,10 @@ def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pyte
     ("text", "shown"),
     [
         ("tokens: 143360, tokenizer: gpt2", "tokens: 143360, tokenizer: gpt2"),
-        ("round_tokens=20480 text_key: text signal_top_k: 64", "round_tokens=20480 text_key: text signal_top_k: 64"),
+        (
+            "round_tokens=20480 text_key: text cached_logits_top_k: 64",
+            "round_tokens=20480 text_key: text cached_logits_top_k: 64",
+        ),
         ("secret: null", "secret: null"),
         ("password='abcdefgh'", "password='[removed]'"),
         ("Authorization: Bearer abcdefghijklmnop", "Authorization: Bearer [removed]"),

@@ -55,6 +55,6 @@ def test_recorded_fields_are_found_below_the_keys_of_a_stage() -> None:
     values = dict(recorded_values(["distill", "data"], cfg))
     assert values["distill.val_every_n_steps"] == 100
     assert values["distill.skip_steps"] == []
-    assert not {key for key in values if key.startswith(("data.", "distill.correct_teacher", "distill.lr"))}
+    assert not {key for key in values if key.startswith(("data.", "distill.teacher_correction", "distill.lr"))}
     # Of a single field nothing is recorded: it is in the hash.
-    assert dict(recorded_values(["distill.signal_top_k"], cfg)) == {}
+    assert dict(recorded_values(["distill.cached_logits_top_k"], cfg)) == {}

@@ -20,7 +20,7 @@ from megatron.core import num_microbatches_calculator, parallel_state  # noqa: E
 
 from prune_distill.schema import Phase, Training  # noqa: E402
 from prune_distill.training import batches as module  # noqa: E402
-from prune_distill.training.batches import Batches, MicroBatches, Places, UsePhase  # noqa: E402
+from prune_distill.training.batches import Batches, ConcatenatedDatasets, MicroBatches, UsePhase  # noqa: E402
 from tests.helpers.one_rank import TOKENIZER, one_rank, write_data  # noqa: E402
 
 # 3 steps of 4 sequences of 8 tokens, then 2 steps of 2 sequences of 4.
@@ -94,7 +94,7 @@ def test_the_documents_of_a_step_are_those_of_its_tokens(batches: Batches) -> No
     batches.setup()
     seen = set()
     for step in range(5):
-        items = [Places(batches.datasets)[place] for place in batches.places(step)]
+        items = [ConcatenatedDatasets(batches.datasets)[place] for place in batches.places(step)]
         length = 8 if step < 3 else 4
         assert all(item["tokens"].shape == (length,) for item in items)
         ids = {int(number) for item in items for number in (*item["tokens"], item["labels"][-1])} - {0}
@@ -152,7 +152,7 @@ def test_a_loader_gives_what_the_places_say(batches: Batches) -> None:
     first = next(iter(batches.train_dataloader()))
     columns = first[0] if isinstance(first, (tuple, list)) else first
     for row, place in zip(columns["tokens"], batches.places(2), strict=False):
-        assert torch.equal(row, Places(batches.datasets)[place]["tokens"])
+        assert torch.equal(row, ConcatenatedDatasets(batches.datasets)[place]["tokens"])
     assert columns["tokens"].shape == (2, 8)
 
 
@@ -205,7 +205,7 @@ def test_learned_tokens_of_a_step(batches: Batches, monkeypatch: pytest.MonkeyPa
     first, second = torch.zeros(2, 8), torch.zeros(2, 8)
     first[0, 2:5], second[:, 1] = 1, 1
     micro_batches = [{"loss_mask": first}, ({"loss_mask": second}, 0, 0)]
-    assert module._learned(micro_batches) == 5.0
+    assert module._count_unmasked(micro_batches) == 5.0
 
 
 @dataclasses.dataclass(frozen=True)

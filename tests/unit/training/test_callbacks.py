@@ -19,8 +19,8 @@ from prune_distill.pipeline.names import find_checkpoints
 from prune_distill.pipeline.outputs import digests
 from prune_distill.schema import Phase, Training
 from prune_distill.training import checkpoints, loss_guard, metrics, stop_file
-from prune_distill.training.checkpoints import Checkpoints, _record, _writer_of, resume_point
-from prune_distill.training.loss_guard import LEAST, WINDOW, LossGuard
+from prune_distill.training.checkpoints import Checkpoints, _record, _writer_rank, resume_point
+from prune_distill.training.loss_guard import MIN_LOSSES, WINDOW, LossGuard
 from prune_distill.training.metrics import MetricsWriter
 from prune_distill.training.stop_file import StopFile, is_pause_requested
 
@@ -146,7 +146,7 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(tmp_path: Path)
 def test_each_rank_records_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"weights/__0_0.distcp": 0, "weights/__12_1.distcp": 12, "__3_0.distcp": 3, "weights/.metadata": 0}
     names |= {"weights/x__1_0.distcp": 0, "weights/__1_0.distcp.tmp": 0, "context/io.json": 0}
-    assert {name: _writer_of(name) for name in names} == names
+    assert {name: _writer_rank(name) for name in names} == names
     for name in ("weights/__0_0.distcp", "weights/__1_0.distcp", "context"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -206,7 +206,7 @@ def test_a_bad_loss_ends_the_training_and_is_named(tmp_path: Path) -> None:
         trainer.callback_metrics["reduced_train_loss"] = loss
         judge.on_train_batch_end(trainer, None, None, None, 0)
 
-    for _ in range(LEAST - 1):
+    for _ in range(MIN_LOSSES - 1):
         step(1.0)
     step(99.0)  # too few before it
     with pytest.raises(InputError) as caught:
@@ -228,7 +228,7 @@ def test_a_bad_loss_ends_the_training_and_is_named(tmp_path: Path) -> None:
         step(math.nan)
     resumed = guard(tmp_path)
     resumed.load_state_dict(judge.state_dict())
-    assert list(resumed.losses) == [1.0] * (LEAST - 1) + [99.0]
+    assert list(resumed.losses) == [1.0] * (MIN_LOSSES - 1) + [99.0]
     assert resumed.losses.maxlen == WINDOW
 
 
@@ -251,7 +251,7 @@ def test_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock()
     monkeypatch.setattr(metrics, "time", clock)
     asked: list[tuple[float, int]] = []
-    meter: Any = SimpleNamespace(utilisation=lambda speed, length: asked.append((speed, length)) or 0.123456)
+    meter: Any = SimpleNamespace(utilization=lambda speed, length: asked.append((speed, length)) or 0.123456)
     writer, trainer = MetricsWriter(CFG, tmp_path, meter), Trainer(0)
     total: list[str] = []
     reduction = SimpleNamespace(reset=lambda: total.append("reset"), mean=lambda where: 1.5)

@@ -27,7 +27,7 @@ def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
     file.append(step=2, val_loss=0.5)
     with file.path.open("a") as cut:
         cut.write('{"step": 4, "lo')
-    file.forget_after(2)
+    file.truncate_after(2)
     assert read_metrics(file.path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 2, "val_loss": 0.5}]
     assert read_metrics(tmp_path / "none") == []
 
@@ -59,7 +59,7 @@ def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_the
     path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
     assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]
     assert training_status(path, 0) == "step 3/?, loss 1.000, val loss 3.000"
-    MetricsFile(path).forget_after(2)
+    MetricsFile(path).truncate_after(2)
     assert path.read_text().splitlines() == ['{"step": 2, "loss": 2.5}', good[1]]
     assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text
 
@@ -68,10 +68,10 @@ def test_a_missing_metrics_file_is_named_where_a_training_resumes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.forget_after(0)
+    file.truncate_after(0)
     assert caplog.text == ""
     file.path.unlink()
-    file.forget_after(7)
+    file.truncate_after(7)
     assert "metrics.jsonl is missing: the record starts after step 7" in caplog.text
     assert loss_gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
 

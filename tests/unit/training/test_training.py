@@ -20,7 +20,7 @@ backend.activate()
 from prune_distill.nemo import nemo_api  # noqa: E402
 from prune_distill.schema import Parallel, Phase, Precision, Recompute, Schedule, Training  # noqa: E402
 from prune_distill.training import training  # noqa: E402
-from prune_distill.training.optimizer import Rates, _no_decay, connect_optimizer  # noqa: E402
+from prune_distill.training.optimizer import LearningRates, _no_decay, connect_optimizer  # noqa: E402
 from prune_distill.training.schedules import learning_rate  # noqa: E402
 from tests.helpers.one_rank import SHAPE, config, nemo_model, one_rank, write_data  # noqa: E402
 
@@ -58,7 +58,7 @@ def test_the_optimizer_has_the_trainings_settings(precision: Precision) -> None:
     assert found.bf16 is (precision is Precision.bf16)
     assert found.params_dtype is (torch.bfloat16 if precision is Precision.bf16 else torch.float32)
     assert found.use_distributed_optimizer is False
-    assert isinstance(model.optim.lr_scheduler, Rates)
+    assert isinstance(model.optim.lr_scheduler, LearningRates)
 
 
 def test_adam_does_what_the_settings_say() -> None:
@@ -95,7 +95,7 @@ def test_adam_does_what_the_settings_say() -> None:
 def test_rates_change_after_every_step() -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([parameter], lr=CFG.lr)
-    made = Rates(CFG).scheduler(None, optimizer)
+    made = LearningRates(CFG).scheduler(None, optimizer)
     assert made["optimizer"] is optimizer
     assert (made["lr_scheduler"]["interval"], made["lr_scheduler"]["frequency"]) == ("step", 1)
     found = []

@@ -1,4 +1,4 @@
-"""Learning rates, judged losses, kept checkpoints, compared tokenizers, trackers, utilisation: no NeMo."""
+"""Learning rates, judged losses, kept checkpoints, compared tokenizers, trackers, utilization: no NeMo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.flops import Meter, sequence_flops
 from prune_distill.schema import Family, Loss, Mlflow, Phase, Recompute, Schedule, Shape, Training, WeightsAndBiases
 from prune_distill.training.checkpoints import newest_checkpoint, select_superfluous
-from prune_distill.training.loss_guard import LEAST, find_loss_fault
+from prune_distill.training.loss_guard import MIN_LOSSES, find_loss_fault
 from prune_distill.training.schedules import learning_rate
 from prune_distill.training.trackers import Trackers
 
@@ -55,11 +55,11 @@ def test_a_phase_has_a_schedule_of_its_own() -> None:
 
 
 def test_losses_that_end_a_training() -> None:
-    usual = deque([2.0, 1.0, *[1.5] * LEAST])
+    usual = deque([2.0, 1.0, *[1.5] * MIN_LOSSES])
     assert find_loss_fault(14.9, usual, 10.0) is None
     assert find_loss_fault(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times the median of the last 12, 1.5"
     assert find_loss_fault(1e9, usual, None) is None
-    assert find_loss_fault(1e9, deque([1.5] * (LEAST - 1)), 10.0) is None  # too few to tell
+    assert find_loss_fault(1e9, deque([1.5] * (MIN_LOSSES - 1)), 10.0) is None  # too few to tell
     for loss in (math.nan, math.inf):
         assert find_loss_fault(loss, deque(), None) == f"the loss is {loss}"
 
@@ -171,7 +171,7 @@ def test_utilisation_is_the_models_flops_over_the_peak() -> None:
     shape = Shape(2, 8, 16, 2, 1, 4, 32, 64, False)
     flops = sequence_flops(16, Recompute.none, Loss.kd, Family.qwen3, shape, shape).total
     meter = Meter(Loss.kd, Family.qwen3, shape, shape, peak=100.0 * flops)
-    assert meter.utilisation(50.0, 16) == pytest.approx(0.5)
+    assert meter.utilization(50.0, 16) == pytest.approx(0.5)
     assert utilization_meter(compose(["experiment=demo"])) is None
     cfg = compose(["experiment=qwen3_8b_to_6b_depth", "cluster.devices_per_node=8"])
     known = utilization_meter(cfg)

@@ -38,7 +38,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered_gamma: bool) -> Tensor:
-    """`[..., h]` normalised by its root mean square, times `weight` `[h]` (or `1 + weight`)."""
+    """`[..., h]` normalized by its root mean square, times `weight` `[h]` (or `1 + weight`)."""
     gamma = weight.float() + 1 if zero_centered_gamma else weight.float()
     return _RMSNormFunction.apply(x, gamma, eps)
 

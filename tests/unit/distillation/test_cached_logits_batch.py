@@ -15,18 +15,18 @@ from prune_distill.nemo import backend
 
 backend.activate()
 
-from prune_distill.distillation import signal_batch  # noqa: E402
-from prune_distill.distillation.kd_loss import TopK  # noqa: E402
-from prune_distill.distillation.signal import (  # noqa: E402
+from prune_distill.distillation import cached_logits_batch  # noqa: E402
+from prune_distill.distillation.cached_logits import (  # noqa: E402
+    CachedLogits,
+    CachedLogitsReader,
     Description,
     ShardWriter,
-    Signal,
-    SignalReader,
     encode,
     packing_digest,
     tokens_crc,
     write_index,
 )
+from prune_distill.distillation.kd_loss import TopK  # noqa: E402
 from prune_distill.distillation.teacher_forward import compute_top_k  # noqa: E402
 from tests.helpers.one_rank import VOCABULARY, core_model, one_rank, positions  # noqa: E402
 
@@ -51,65 +51,67 @@ class Sequences:
         return {"tokens": tokens(index), "labels": tokens(index) + 1}
 
 
-def signal(index: int) -> Signal:
+def signal(index: int) -> CachedLogits:
     ids = np.tile(np.arange(TOP_K, dtype=np.int32) + index, (LENGTH, 1))
     logprobs = np.log(np.tile([0.5, 0.25, 0.125], (LENGTH, 1))).astype(np.float16)
-    return Signal(ids, logprobs, np.full(LENGTH, np.log(0.125), np.float32))
+    return CachedLogits(ids, logprobs, np.full(LENGTH, np.log(0.125), np.float32))
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> SignalReader:
+def reader(tmp_path: Path) -> CachedLogitsReader:
     writer = ShardWriter(tmp_path, 0, 0)
     for index in range(SEQUENCES):
         writer.add(encode(signal(index)), tokens_crc(tokens(index).numpy()))
     writer.close()
     packing = packing_digest(lambda index: tokens(index).numpy(), SEQUENCES)
     write_index(tmp_path, Description(TOP_K, 1.0, VOCABULARY, LENGTH, SEQUENCES, packing), SEQUENCES)
-    return SignalReader(tmp_path)
+    return CachedLogitsReader(tmp_path)
 
 
-def test_a_sequence_has_the_columns_of_its_own(reader: SignalReader) -> None:
-    dataset = signal_batch.with_signal(Sequences(), reader, LENGTH, SEQUENCES)
+def test_a_sequence_has_the_columns_of_its_own(reader: CachedLogitsReader) -> None:
+    dataset = cached_logits_batch.attach_cached_logits(Sequences(), reader, LENGTH, SEQUENCES)
     assert len(dataset) == SEQUENCES
     for index in (3, 0):
         item = dataset[index]
         assert torch.equal(item["tokens"], tokens(index))
         assert torch.equal(item["labels"], tokens(index) + 1)
         for name, expected in zip(("ids", "logprobs", "tail"), signal(index), strict=True):
-            np.testing.assert_array_equal(item[f"signal_{name}"].numpy(), expected)
+            np.testing.assert_array_equal(item[f"cached_{name}"].numpy(), expected)
 
 
 @pytest.mark.parametrize(
     ("length", "count", "named"), [(LENGTH + 1, SEQUENCES, "seq_length"), (LENGTH, 4, "sequences")]
 )
-def test_the_signal_of_another_training_is_refused(reader: SignalReader, length: int, count: int, named: str) -> None:
+def test_the_signal_of_another_training_is_refused(
+    reader: CachedLogitsReader, length: int, count: int, named: str
+) -> None:
     with pytest.raises(InputError, match=named):
-        signal_batch.with_signal(Sequences(), reader, length, count)
+        cached_logits_batch.attach_cached_logits(Sequences(), reader, length, count)
 
 
-def test_other_sequences_are_noticed_before_any_is_read(reader: SignalReader) -> None:
+def test_other_sequences_are_noticed_before_any_is_read(reader: CachedLogitsReader) -> None:
     class Other(Sequences):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             return super().__getitem__((index + 1) % SEQUENCES)
 
     with pytest.raises(InputError, match="packing"):
-        signal_batch.with_signal(Other(), reader, LENGTH, SEQUENCES)
+        cached_logits_batch.attach_cached_logits(Other(), reader, LENGTH, SEQUENCES)
 
 
-def test_only_the_last_pipeline_stage_reads_it(reader: SignalReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signal_batch.parallel_state, "is_pipeline_last_stage", lambda: False)
+def test_only_the_last_pipeline_stage_reads_it(reader: CachedLogitsReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_logits_batch.parallel_state, "is_pipeline_last_stage", lambda: False)
     sequences = Sequences()
-    assert signal_batch.with_signal(sequences, reader, LENGTH, SEQUENCES) is sequences
+    assert cached_logits_batch.attach_cached_logits(sequences, reader, LENGTH, SEQUENCES) is sequences
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_step_keeps_the_columns_and_what_nemo_keeps(reader: SignalReader, wrapped: bool) -> None:
-    dataset = signal_batch.with_signal(Sequences(), reader, LENGTH, SEQUENCES)
+def test_a_step_keeps_the_columns_and_what_nemo_keeps(reader: CachedLogitsReader, wrapped: bool) -> None:
+    dataset = cached_logits_batch.attach_cached_logits(Sequences(), reader, LENGTH, SEQUENCES)
     items = [dataset[0], dataset[1]]
     batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     batch |= {"loss_mask": torch.ones(2, LENGTH), "position_ids": positions(batch["tokens"])}
     given = iter([(batch, 0, 0) if wrapped else batch])
-    step = signal_batch.data_step(given)
+    step = cached_logits_batch.data_step(given)
     for name in batch:
         assert torch.equal(step[name], batch[name]), name
 
@@ -117,7 +119,7 @@ def test_a_step_keeps_the_columns_and_what_nemo_keeps(reader: SignalReader, wrap
 def test_a_step_without_cached_logits_has_no_columns() -> None:
     ids = torch.zeros(2, LENGTH, dtype=torch.long)
     batch = {"tokens": ids, "labels": ids, "loss_mask": torch.ones(2, LENGTH), "position_ids": ids}
-    assert not set(signal_batch.COLUMNS) & set(signal_batch.data_step(iter([batch])))
+    assert not set(cached_logits_batch.COLUMNS) & set(cached_logits_batch.data_step(iter([batch])))
 
 
 def test_the_teachers_top_k_of_each_sequence_in_order() -> None:

@@ -1,7 +1,8 @@
-"""torchrun --nproc_per_node 8 -m recipes teacher_signal --config RUN_DIR/resolved.yaml
+"""torchrun --nproc_per_node 8 -m recipes cache_logits --config RUN_DIR/resolved.yaml
 
-The teacher's signal, once: the teacher runs over the sequences that distillation will read, in its order, and the
-`distill.signal_top_k` most probable next tokens at each position are kept. Students then learn without it.
+The teacher's cached logits, once: the teacher runs over the sequences that distillation will read, in its order, and
+the
+`distill.cached_logits_top_k` most probable next tokens at each position are kept. Students then learn without it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from megatron.core import parallel_state
 
 from prune_distill.data.folder import DataFolder
-from prune_distill.distillation.signal import (
+from prune_distill.distillation.cached_logits import (
+    CachedLogits,
     Description,
     ShardWriter,
-    Signal,
     encode,
     packing_digest,
     prediction_loss,
@@ -55,8 +56,8 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `shard-N.bin`, `signal.json` (see
-    prune_distill/distillation/signal.py).
+    """Output: `shard-N.bin`, `cached_logits.json` (see
+    prune_distill/distillation/cached_logits.py).
 
     Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
     further replicas here. A stage that was killed or paused goes on with the shards that are missing.
@@ -75,17 +76,17 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     teacher = nemo_api.core_model(model)
     count = distill.max_steps * distill.global_batch_size
     description = Description(
-        top_k=distill.signal_top_k,
+        top_k=distill.cached_logits_top_k,
         temperature=distill.kd.temperature,
         vocab_size=teacher.vocab_size,
         seq_length=distill.seq_length,
         sequences=count,
         packing=packing_digest(lambda index: sequences[index]["tokens"].numpy(), count),
     )
-    sizes = shard_sizes(count, distill.signal_shard_sequences)
+    sizes = shard_sizes(count, distill.cached_logits_shard_sequences)
     missing = _missing(out, sizes)
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    progress = SignalProgress(out, distill, count - sum(sizes[number] for number in missing), count)
+    progress = CacheProgress(out, distill, count - sum(sizes[number] for number in missing), count)
     for start in range(0, len(missing), replicas):
         shards = missing[start : start + replicas]
         if replica < len(shards):
@@ -96,7 +97,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
             progress.end("paused")
             raise PausedError(f"paused at sequence {progress.done} of {count}")
     if rank() == 0:
-        write_index(out, description, distill.signal_shard_sequences)
+        write_index(out, description, distill.cached_logits_shard_sequences)
     progress.end("done")
     return {
         "backend": backend.activate().name,
@@ -118,7 +119,7 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
 
 def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
     """Makes one shard, by all ranks of a replica; the first tensor-parallel rank of the last stage writes it."""
-    first = number * distill.signal_shard_sequences
+    first = number * distill.cached_logits_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
     writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -129,15 +130,15 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
         def take(top: Any) -> None:
             if writes:
                 ids, logprobs, tail = (part.cpu().numpy() for part in (top.ids, top.log_probs, top.tail))
-                signal = Signal(ids.astype(np.int32), logprobs.astype(np.float16), tail)
-                losses.append(prediction_loss(signal, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
-                frames.append(compressors.submit(encode, signal))
+                cached_logits = CachedLogits(ids.astype(np.int32), logprobs.astype(np.float16), tail)
+                losses.append(prediction_loss(cached_logits, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
+                frames.append(compressors.submit(encode, cached_logits))
 
         compute_top_k(
             teacher,
             tokens,
             micro_batch_size=distill.micro_batch_size,
-            top_k=distill.signal_top_k,
+            top_k=distill.cached_logits_top_k,
             temperature=distill.kd.temperature,
             receive=take,
         )
@@ -154,7 +155,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             writer.close()
 
 
-class SignalProgress:
+class CacheProgress:
     """Writes `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
 
     Args:
@@ -166,7 +167,7 @@ class SignalProgress:
         self.file = MetricsFile(out / METRICS)
         self.before, self.started = done, time.perf_counter()
         if rank() == 0:
-            self.file.forget_after(done)
+            self.file.truncate_after(done)
 
     def add(self, sequences: int) -> None:
         self.done += sequences

@@ -109,7 +109,7 @@ def keep_winner(folder: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def resume_from(winner: Path, out: Path) -> None:
+def resume_from_winner(winner: Path, out: Path) -> None:
     """Make the training in `out` resume from the winner's checkpoint, unless it has its own checkpoints.
 
     All ranks call it, and return when the checkpoint exists.

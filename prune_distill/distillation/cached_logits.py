@@ -1,7 +1,7 @@
 """Cached logits of a teacher on disk: for each token, the k most probable next tokens and the mass of all others.
 
-A folder contains shards of `shard_sequences` training sequences each. `signal.json`, which is written after the last
-shard, describes what they were made from. A shard is written under a hidden name and renamed when it is complete:
+A folder contains shards of `shard_sequences` training sequences each. `cached_logits.json`, which is written after the
+last shard, describes what they were made from. A shard is written under a hidden name and renamed when it is complete:
 
     one frame per sequence | a table of the frames (TABLE) | a trailer (TRAILER) with the table's checksum
 
@@ -33,7 +33,7 @@ from prune_distill.atomic_files import sync
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import write_json
 
-INDEX = "signal.json"
+INDEX = "cached_logits.json"
 FORMAT = 1
 # For each frame: the number of its sequence, its offset and size in bytes, its CRC-32, and the CRC-32 of its tokens
 # (int32).
@@ -47,7 +47,7 @@ CODEC = pyarrow.Codec("zstd", compression_level=3)
 SAMPLED_SEQUENCES = 16
 
 
-class Signal(NamedTuple):
+class CachedLogits(NamedTuple):
     """The cached logits of one sequence of s tokens.
 
     Attributes:
@@ -97,15 +97,19 @@ def tokens_crc(tokens: np.ndarray) -> int:
     return _crc(np.ascontiguousarray(tokens, dtype="<i4"))
 
 
-def encode(signal: Signal) -> bytes:
+def encode(cached_logits: CachedLogits) -> bytes:
     """Encode the cached logits of a sequence as a frame. Lossless, given fp16 log-probabilities."""
-    bits = np.ascontiguousarray(-signal.logprobs).view(np.uint16)
+    bits = np.ascontiguousarray(-cached_logits.logprobs).view(np.uint16)
     steps = np.diff(bits, axis=1, prepend=np.uint16(0))
-    parts = (_to_planes(signal.ids.astype("<i4").T), _to_planes(steps.T), signal.tail.astype("<f4").tobytes())
+    parts = (
+        _to_planes(cached_logits.ids.astype("<i4").T),
+        _to_planes(steps.T),
+        cached_logits.tail.astype("<f4").tobytes(),
+    )
     return bytes(CODEC.compress(b"".join(parts), asbytes=True))
 
 
-def decode(frame: bytes, seq_length: int, top_k: int) -> Signal:
+def decode(frame: bytes, seq_length: int, top_k: int) -> CachedLogits:
     """Decode a frame whose checksum was verified."""
     count = seq_length * top_k
     plain = CODEC.decompress(frame, count * 6 + seq_length * 4, asbytes=True)
@@ -113,14 +117,14 @@ def decode(frame: bytes, seq_length: int, top_k: int) -> Signal:
     steps = _from_planes(plain[4 * count : 6 * count], "<u2").reshape(top_k, seq_length).T
     # The sum wraps around in the same way as the difference.
     logprobs = -np.cumsum(steps, axis=1, dtype=np.uint16).view(np.float16)
-    return Signal(np.ascontiguousarray(ids), logprobs, np.frombuffer(plain[6 * count :], "<f4").copy())
+    return CachedLogits(np.ascontiguousarray(ids), logprobs, np.frombuffer(plain[6 * count :], "<f4").copy())
 
 
-def prediction_loss(signal: Signal, labels: np.ndarray, vocab_size: int) -> float:
+def prediction_loss(cached_logits: CachedLogits, labels: np.ndarray, vocab_size: int) -> float:
     """Return the mean loss (nats per token) of predicting `labels` `[s]`; the tail is distributed evenly."""
-    chances = np.exp(signal.logprobs.astype(np.float64))
-    other_chance = np.exp(signal.tail.astype(np.float64)) / (vocab_size - signal.ids.shape[1])
-    hit = signal.ids == labels[:, None]
+    chances = np.exp(cached_logits.logprobs.astype(np.float64))
+    other_chance = np.exp(cached_logits.tail.astype(np.float64)) / (vocab_size - cached_logits.ids.shape[1])
+    hit = cached_logits.ids == labels[:, None]
     chance = np.where(hit.any(1), (chances * hit).sum(1), other_chance)
     return float(-np.log(np.maximum(chance, np.finfo(np.float64).tiny)).mean())
 
@@ -236,7 +240,7 @@ def write_index(folder: Path, description: Description, shard_sequences: int) ->
     write_json(folder / INDEX, {"format": FORMAT, "shard_sequences": shard_sequences, **vars(description)})
 
 
-class SignalReader:
+class CachedLogitsReader:
     """Reads cached logits one sequence at a time, in any order. Picklable, for data loader workers.
 
     Args:
@@ -254,7 +258,7 @@ class SignalReader:
             version, self.shard_sequences = content.pop("format"), content.pop("shard_sequences")
             self.description = Description(**content)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder} holds no cached logits ({error!r}); run the stage teacher_signal") from error
+            raise InputError(f"{folder} holds no cached logits ({error!r}); run the stage cache_logits") from error
         if version != FORMAT:
             raise InputError(
                 f"{folder} holds cached logits of format {version}, and this version reads format {FORMAT}; remove "
@@ -268,10 +272,10 @@ class SignalReader:
         if differing:
             raise InputError(
                 f"the cached logits in {self.folder} were made for other data or settings: {'; '.join(differing)};"
-                " run the stage teacher_signal for this run, or set distill.signal=live"
+                " run the stage cache_logits for this run, or set distill.teacher_logits=live"
             )
 
-    def read(self, index: int, tokens: np.ndarray) -> Signal:
+    def read(self, index: int, tokens: np.ndarray) -> CachedLogits:
         """Read the cached logits of a sequence.
 
         Args:
@@ -293,7 +297,7 @@ class SignalReader:
         if tokens_crc(tokens) != row["tokens_crc"]:
             raise InputError(
                 f"the cached logits in {self.folder} belong to other data: the tokens of sequence {index} differ;"
-                " run the stage teacher_signal for this run, or set distill.signal=live"
+                " run the stage cache_logits for this run, or set distill.teacher_logits=live"
             )
         return decode(frame, self.description.seq_length, self.description.top_k)
 

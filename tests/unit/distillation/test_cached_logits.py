@@ -1,4 +1,4 @@
-"""The stored signal's format: what goes in comes out, and nothing that is cut, damaged or of other data is read."""
+"""The cached logits's format: what goes in comes out, and nothing that is cut, damaged or of other data is read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prune_distill.distillation import signal
-from prune_distill.distillation.signal import Description, ShardWriter, Signal, SignalReader, shard_name
+from prune_distill.distillation import cached_logits
+from prune_distill.distillation.cached_logits import (
+    CachedLogits,
+    CachedLogitsReader,
+    Description,
+    ShardWriter,
+    shard_name,
+)
 from prune_distill.errors import InputError
 
 SEQUENCES, SEQ_LENGTH, TOP_K, VOCAB = 7, 13, 5, 151_936
@@ -34,29 +40,29 @@ def exact(index: int, top_k: int = TOP_K) -> tuple[np.ndarray, np.ndarray, np.nd
     return ids[:, :top_k], logprobs[:, :top_k], np.log(np.exp(logprobs[:, top_k:]).sum(1))
 
 
-def made(index: int, top_k: int = TOP_K) -> Signal:
+def made(index: int, top_k: int = TOP_K) -> CachedLogits:
     ids, logprobs, tail = exact(index, top_k)
-    return Signal(ids.astype(np.int32), logprobs.astype(np.float16), tail.astype(np.float32))
+    return CachedLogits(ids.astype(np.int32), logprobs.astype(np.float16), tail.astype(np.float32))
 
 
 def write(folder: Path, shards: tuple[int, ...] = (0, 1, 2)) -> None:
-    sizes = signal.shard_sizes(SEQUENCES, SHARD)
+    sizes = cached_logits.shard_sizes(SEQUENCES, SHARD)
     for number in shards:
         writer = ShardWriter(folder, number, number * SHARD)
         for index in range(number * SHARD, number * SHARD + sizes[number]):
-            writer.add(signal.encode(made(index)), signal.tokens_crc(tokens(index)))
+            writer.add(cached_logits.encode(made(index)), cached_logits.tokens_crc(tokens(index)))
         writer.close()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(tmp_path)
-    signal.write_index(tmp_path, DESCRIPTION, SHARD)
+    cached_logits.write_index(tmp_path, DESCRIPTION, SHARD)
     return tmp_path
 
 
 def test_sequences_come_back_as_they_were_in_any_order(folder: Path) -> None:
-    reader = pickle.loads(pickle.dumps(SignalReader(folder)))  # as a data loader's worker may have it
+    reader = pickle.loads(pickle.dumps(CachedLogitsReader(folder)))  # as a data loader's worker may have it
     for index in (5, 0, 6, 2, 3, 1, 4):
         back = reader.read(index, tokens(index))
         for got, wanted in zip(back, made(index), strict=True):
@@ -67,7 +73,7 @@ def test_sequences_come_back_as_they_were_in_any_order(folder: Path) -> None:
 @pytest.mark.parametrize("top_k", [1, 64, 299])
 def test_what_fp16_loses_is_a_thousandth_of_a_nat(top_k: int) -> None:
     ids, logprobs, tail = exact(0, top_k)
-    back = signal.decode(signal.encode(made(0, top_k)), SEQ_LENGTH, top_k)
+    back = cached_logits.decode(cached_logits.encode(made(0, top_k)), SEQ_LENGTH, top_k)
     np.testing.assert_array_equal(back.ids, ids)
     # Half a unit of 11 bits, and half of fp16's least step near 0; the tail is rounded to 24 bits.
     np.testing.assert_allclose(back.logprobs, logprobs, rtol=2**-11, atol=2**-25)
@@ -77,23 +83,23 @@ def test_what_fp16_loses_is_a_thousandth_of_a_nat(top_k: int) -> None:
 
 
 def test_the_loss_of_what_it_predicts() -> None:
-    halves = Signal(
+    halves = CachedLogits(
         np.array([[3, 9], [4, 3]], np.int32),
         np.log(np.array([[0.5, 0.25], [0.5, 0.25]])).astype(np.float16),
         np.log(np.array([0.25, 0.25], np.float32)),
     )
     # The second of two, and one of the eight others.
-    loss = signal.prediction_loss(halves, np.array([9, 7]), 10)
+    loss = cached_logits.prediction_loss(halves, np.array([9, 7]), 10)
     assert loss == pytest.approx(-(np.log(0.25) + np.log(0.25 / 8)) / 2, abs=1e-3)  # fp16
     broken = halves._replace(logprobs=np.full((2, 2), np.nan, np.float16))
-    assert np.isnan(signal.prediction_loss(broken, np.array([9, 3]), 10))
+    assert np.isnan(cached_logits.prediction_loss(broken, np.array([9, 3]), 10))
 
 
 def test_certainty_leaves_no_tail() -> None:
-    certain = Signal(
+    certain = CachedLogits(
         np.array([[3, 9]], np.int32), np.array([[0.0, -np.inf]], np.float16), np.array([-np.inf], np.float32)
     )
-    back = signal.decode(signal.encode(certain), 1, 2)
+    back = cached_logits.decode(cached_logits.encode(certain), 1, 2)
     for got, wanted in zip(back, certain, strict=True):
         np.testing.assert_array_equal(got, wanted)
 
@@ -106,92 +112,94 @@ def test_a_shard_that_was_cut_is_refused_and_made_anew(folder: Path, cut: str) -
     with pytest.raises(
         InputError, match=r"shard-000001.bin is truncated or damaged \(.*remove it and the manifest.json"
     ):
-        SignalReader(folder).read(3, tokens(3))
-    sizes = signal.shard_sizes(SEQUENCES, SHARD)
-    assert signal.whole_shards(folder, sizes) == [0, 2]
+        CachedLogitsReader(folder).read(3, tokens(3))
+    sizes = cached_logits.shard_sizes(SEQUENCES, SHARD)
+    assert cached_logits.whole_shards(folder, sizes) == [0, 2]
     write(folder, (1,))
-    assert signal.whole_shards(folder, sizes) == [0, 1, 2]
+    assert cached_logits.whole_shards(folder, sizes) == [0, 1, 2]
 
 
 def test_a_byte_that_changed_is_seen_where_it_is_read(folder: Path) -> None:
     shard = folder / shard_name(0)
-    second = int(signal.read_table(shard)["offset"][1])
+    second = int(cached_logits.read_table(shard)["offset"][1])
     with shard.open("r+b") as file:
         file.seek(second + 7)
         byte = file.read(1)[0]
         file.seek(second + 7)
         file.write(bytes([byte ^ 1]))
-    reader = SignalReader(folder)
+    reader = CachedLogitsReader(folder)
     reader.read(0, tokens(0))
     with pytest.raises(InputError, match="the checksum of sequence 1 does not match"):
         reader.read(1, tokens(1))
     # Where the stage resumes, that shard is made again.
-    assert signal.whole_shards(folder, signal.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
+    assert cached_logits.whole_shards(folder, cached_logits.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
 
 
 def test_shards_of_another_size_are_made_anew(folder: Path) -> None:
     # The second of 4 + 3 sequences is as long as the second of 3 + 3 + 1, but begins elsewhere.
-    assert signal.whole_shards(folder, signal.shard_sizes(SEQUENCES, 4)) == []
+    assert cached_logits.whole_shards(folder, cached_logits.shard_sizes(SEQUENCES, 4)) == []
     assert list(folder.glob("shard-*")) == []
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / shard_name(2)).unlink()
     with pytest.raises(InputError, match=r"shard-000002.bin is truncated or damaged .*No such file"):
-        SignalReader(folder).read(6, tokens(6))
+        CachedLogitsReader(folder).read(6, tokens(6))
 
 
-def test_the_signal_of_other_tokens_is_refused(folder: Path) -> None:
+def test_cached_logits_of_other_tokens_are_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="belong to other data: the tokens of sequence 4 differ"):
-        SignalReader(folder).read(4, tokens(5))
+        CachedLogitsReader(folder).read(4, tokens(5))
 
 
 def test_all_differences_are_named_at_once(folder: Path) -> None:
-    reader = SignalReader(folder)
+    reader = CachedLogitsReader(folder)
     reader.require(**vars(DESCRIPTION))
     with pytest.raises(InputError) as refused:
         reader.require(top_k=64, temperature=1.0, vocab_size=VOCAB, packing="ffffffff")
     told = str(refused.value)
     assert "top_k 5, not 64; temperature 2.0, not 1.0; packing 0a1b2c3d, not ffffffff" in told
-    assert "distill.signal=live" in told
+    assert "distill.teacher_logits=live" in told
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"format": 1, "shard_sequences": 3}'])
-def test_a_folder_without_a_whole_signal_is_refused(folder: Path, content: str | None) -> None:
-    (folder / signal.INDEX).unlink()
+def test_a_folder_without_complete_cached_logits_is_refused(folder: Path, content: str | None) -> None:
+    (folder / cached_logits.INDEX).unlink()
     if content is not None:
-        (folder / signal.INDEX).write_text(content)
+        (folder / cached_logits.INDEX).write_text(content)
     with pytest.raises(InputError, match="holds no cached logits"):
-        SignalReader(folder)
+        CachedLogitsReader(folder)
 
 
 def test_another_format_is_refused(folder: Path) -> None:
-    index = folder / signal.INDEX
+    index = folder / cached_logits.INDEX
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match="of format 2, and this version reads format 1"):
-        SignalReader(folder)
+        CachedLogitsReader(folder)
 
 
 def test_a_writer_that_is_killed_leaves_whole_shards_only(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from tests.unit.distillation import test_signal as t;"
+        "import os, signal, sys; from pathlib import Path; from tests.unit.distillation import test_cached_logits as t;"
         "folder = Path(sys.argv[1]); t.write(folder, (0,)); writer = t.ShardWriter(folder, 1, 3);"
-        "writer.add(t.signal.encode(t.made(3)), 0); writer.file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+        "writer.add(t.cached_logits.encode(t.made(3)), 0); writer.file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
     assert killed.returncode == -signals.SIGKILL
     assert (tmp_path / f".partial.{shard_name(1)}").exists()
-    sizes = signal.shard_sizes(SEQUENCES, SHARD)
-    assert signal.whole_shards(tmp_path, sizes) == [0]
+    sizes = cached_logits.shard_sizes(SEQUENCES, SHARD)
+    assert cached_logits.whole_shards(tmp_path, sizes) == [0]
     write(tmp_path, (1, 2))
-    signal.write_index(tmp_path, DESCRIPTION, SHARD)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [*map(shard_name, range(3)), signal.INDEX]
+    cached_logits.write_index(tmp_path, DESCRIPTION, SHARD)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [*map(shard_name, range(3)), cached_logits.INDEX]
 
 
 def test_the_packing_is_known_by_a_sample_with_both_ends() -> None:
-    digest = signal.packing_digest(tokens, 100)
-    assert digest == signal.packing_digest(tokens, 100)
+    digest = cached_logits.packing_digest(tokens, 100)
+    assert digest == cached_logits.packing_digest(tokens, 100)
     for changed in (0, 99):
-        assert digest != signal.packing_digest(lambda index, of=changed: tokens(7 if index == of else index), 100)
-    assert digest != signal.packing_digest(tokens, 101)
-    assert len(signal.packing_digest(tokens, 1)) == 8
+        assert digest != cached_logits.packing_digest(
+            lambda index, of=changed: tokens(7 if index == of else index), 100
+        )
+    assert digest != cached_logits.packing_digest(tokens, 101)
+    assert len(cached_logits.packing_digest(tokens, 1)) == 8

@@ -1,4 +1,4 @@
-"""The teacher's stored signal through the real command line: the same in every layout, resumed, read in batches."""
+"""The teacher's cached logits through the real command line: the same in every layout, resumed, read in batches."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from prune_distill.distillation.signal import SignalReader, read_table, shard_name
+from prune_distill.distillation.cached_logits import CachedLogitsReader, read_table, shard_name
 from prune_distill.pipeline.artifact import read_manifest, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import corruption, tiny
 from tests.helpers.ranks import run_ranks
 
 # What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("signal")
+pytestmark = pytest.mark.xdist_group("cached_logits")
 
 TOP_K, SHARD = 16, 5
 SEQUENCES = tiny.DISTILL["max_steps"] * tiny.DISTILL["global_batch_size"]
 STORED = (
     *tiny.DEPTH,
-    *("distill.signal=stored", f"distill.signal_top_k={TOP_K}", f"distill.signal_shard_sequences={SHARD}"),
+    *(
+        "distill.teacher_logits=cached",
+        f"distill.cached_logits_top_k={TOP_K}",
+        f"distill.cached_logits_shard_sequences={SHARD}",
+    ),
     "distill.kd.temperature=2",
 )
 TWO_RANKS = "cluster.devices_per_node=2"
@@ -44,19 +48,19 @@ ONE_STEP = 2**-8
 
 @pytest.fixture(scope="module")
 def one_rank(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run with a signal made by one rank."""
-    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("signal") / "run")
-    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    """A tiny run with a cached_logits made by one rank."""
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("cached_logits") / "run")
+    tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     return run_dir
 
 
 def folder_of(run_dir: Path) -> Path:
-    return tiny.stages(run_dir, *STORED)["teacher_signal"].folder
+    return tiny.stages(run_dir, *STORED)["cache_logits"].folder
 
 
 def read(folder: Path, tokens: np.ndarray) -> list[np.ndarray]:
     """Ids, log-probabilities and tails of all sequences."""
-    reader = SignalReader(folder)
+    reader = CachedLogitsReader(folder)
     signals = [reader.read(index, tokens[index]) for index in range(SEQUENCES)]
     return [np.stack(parts) for parts in zip(*signals, strict=True)]
 
@@ -101,7 +105,7 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
 
 
 def test_no_damage_to_a_signal_is_used_silently(one_rank: Path, tmp_path: Path) -> None:
-    tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["teacher_signal"])
+    tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
     assert silent == []
     assert tried >= 20
 
@@ -132,7 +136,7 @@ def test_a_layout_gives_the_signal_of_one_rank(
     finished: Path, one_rank: Path, tokens: np.ndarray, tmp_path: Path, layout: str
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
-    tiny.launch(run_dir, *STORED, *LAYOUTS[layout], "--until", "teacher_signal")
+    tiny.launch(run_dir, *STORED, *LAYOUTS[layout], "--until", "cache_logits")
     (ids, logprobs, tail), (own_ids, own_logprobs, own_tail) = (
         read(folder_of(folder), tokens) for folder in (run_dir, one_rank)
     )
@@ -148,12 +152,12 @@ def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens
     folder = folder_of(run_dir)
     before = read(folder, tokens)
     (folder / "manifest.json").unlink()
-    (folder / "signal.json").unlink()
+    (folder / "cached_logits.json").unlink()
     (folder / shard_name(3)).unlink()
     os.truncate(folder / shard_name(1), 1000)
     kept = {number: (folder / shard_name(number)).stat().st_mtime_ns for number in (0, 2, 4)}
     (folder / f".partial.{shard_name(3)}").write_bytes(b"half")
-    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     assert {number: (folder / shard_name(number)).stat().st_mtime_ns for number in kept} == kept
     assert not list(folder.glob(".partial.*"))
     for again, was in zip(read(folder, tokens), before, strict=True):
@@ -164,16 +168,16 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = folder_of(run_dir)
     folder.mkdir()
-    command, pipe = tiny.command(run_dir, *STORED, "--until", "teacher_signal"), subprocess.PIPE
+    command, pipe = tiny.command(run_dir, *STORED, "--until", "cache_logits"), subprocess.PIPE
     launcher = subprocess.Popen(command, env=tiny.environment(), stdout=pipe, stderr=pipe, text=True)
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
     _, told = launcher.communicate(timeout=600)
-    assert f"stage teacher_signal is paused at step {SHARD}; the same command goes on from there" in told
+    assert f"stage cache_logits is paused at step {SHARD}; the same command goes on from there" in told
     assert read_state(folder) == {"state": "paused", "step": SHARD}
     assert [path.name for path in folder.glob("shard-*")] == [shard_name(0)]
-    assert not (folder / "signal.json").exists()
-    tiny.launch(run_dir, *STORED, "--until", "teacher_signal")
+    assert not (folder / "cached_logits.json").exists()
+    tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
     assert steps == [5, 10, 15, 20, 24]
     assert read_state(folder) == {"state": "done", "step": SEQUENCES}
@@ -182,7 +186,7 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
 def test_every_row_of_the_tables_tells_its_sequence(one_rank: Path) -> None:
     rows = [read_table(folder_of(one_rank) / shard_name(number))["sequence"] for number in range(5)]
     assert np.concatenate(rows).tolist() == list(range(SEQUENCES))
-    assert json.loads((folder_of(one_rank) / "signal.json").read_text())["temperature"] == 2
+    assert json.loads((folder_of(one_rank) / "cached_logits.json").read_text())["temperature"] == 2
 
 
 def test_context_parallel_ranks_share_the_columns_of_a_batch() -> None:
@@ -200,20 +204,20 @@ def cut_batch() -> Any:
     backend.activate()
     from megatron.core import parallel_state
 
-    from prune_distill.distillation.signal_batch import data_step
+    from prune_distill.distillation.cached_logits_batch import data_step
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
     counted = torch.arange(3 * 8 * 2).view(3, 8, 2)
     plain = {name: torch.zeros(3, 8) for name in ("tokens", "labels", "loss_mask", "position_ids")}
-    signal = {
-        "signal_ids": counted.int(),
-        "signal_logprobs": -counted.half(),
-        "signal_tail": torch.arange(3 * 8.0).view(3, 8),
+    cached_logits = {
+        "cached_ids": counted.int(),
+        "cached_logprobs": -counted.half(),
+        "cached_tail": torch.arange(3 * 8.0).view(3, 8),
     }
-    batch = data_step(iter([{**plain, **signal}]))
+    batch = data_step(iter([{**plain, **cached_logits}]))
     assert batch["labels"].shape == (3, 4)
     return (
-        tuple(batch["signal_ids"].shape),
-        batch["signal_ids"][..., 0].tolist(),
-        batch["signal_tail"].tolist(),
+        tuple(batch["cached_ids"].shape),
+        batch["cached_ids"][..., 0].tolist(),
+        batch["cached_tail"].tolist(),
     )

@@ -1,7 +1,7 @@
-"""torchrun --nproc_per_node 8 -m recipes tournament --config RUN_DIR/resolved.yaml
+"""torchrun --nproc_per_node 8 -m recipes successive_halving --config RUN_DIR/resolved.yaml
 
 The best candidates of the search, distilled shortly, the worse half of them dropped round by round
-(`prune.tournament`): a loss just after pruning says little of what becomes of a shape.
+(`prune.successive_halving`): a loss just after pruning says little of what becomes of a shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from convert.exporting import exporter
-from prune_distill.config.values import tournament_rounds
+from prune_distill.config.values import halving_rounds
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import student_to_train
 from prune_distill.evaluation.evaluator import Evaluator
@@ -27,14 +27,14 @@ from prune_distill.pipeline.artifact import remove_folder, write_json
 from prune_distill.pipeline.names import CANDIDATES, CHECKPOINTS, CHOICE, WINNER, checkpoint_name
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import PausedError, rank
-from prune_distill.pruning import finalists, tournament
+from prune_distill.pruning import finalists, successive_halving
 from prune_distill.pruning.scoring import Scores
 from prune_distill.reporting import plots
 from prune_distill.schema import Loss, RunConfig, TaskScore
 from prune_distill.training.stop_file import is_pause_requested
 from prune_distill.training.training import train
 
-log = logging.getLogger("recipes.tournament")
+log = logging.getLogger("recipes.successive_halving")
 # name, checkpoint -> `value`, `stderr`
 Scored = Callable[[str, Path], dict[str, Any]]
 
@@ -62,11 +62,11 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
     """
     table = json.loads((inputs.search / CANDIDATES).read_text())
-    plan = tournament_rounds(cfg)
+    plan = halving_rounds(cfg)
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
     _join_ranks(cfg, inputs)
     finalists.release()
-    asked = cfg.prune.tournament.score if cfg.prune.tournament is not None else None
+    asked = cfg.prune.successive_halving.score if cfg.prune.successive_halving is not None else None
     scores_of = None if asked is None else _scores(cfg, asked, inputs, out, next(iter(rows)))
     taking_part = list(rows)
     for number, (_, step) in enumerate(plan, 1):
@@ -74,7 +74,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         for name in taking_part:
             _distil(cfg, inputs, name, out, step)
             finalists.release()
-            ended[name] = {"step": step, "val_loss": tournament.read_val_loss(out / name, step)}
+            ended[name] = {"step": step, "val_loss": successive_halving.read_val_loss(out / name, step)}
             if scores_of is not None:
                 checkpoint = out / name / CHECKPOINTS / checkpoint_name(step)
                 ended[name]["score"] = scores_of(f"{name}/{checkpoint_name(step)}", checkpoint)
@@ -86,12 +86,12 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         behind = (
             []
             if asked is None
-            else tournament.find_clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
+            else successive_halving.find_clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
         )
-        taking_part = tournament.select_survivors(losses, left, behind)
+        taking_part = successive_halving.select_survivors(losses, left, behind)
     (winner,) = taking_part
     if rank() == 0:
-        tournament.keep_winner(out / winner, out / WINNER)
+        successive_halving.keep_winner(out / winner, out / WINNER)
         for name in rows:
             # All that is left to do of the others is to be looked at.
             if (out / name / CHECKPOINTS).exists():
@@ -129,16 +129,16 @@ def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> 
     Raises: PausedError, where a stop file in the stage's folder asked for it.
     """
     pruned, folder = inputs.search / name, out / name
-    if tournament.has_reached(folder, step):
+    if successive_halving.has_reached(folder, step):
         return
     teacher = inputs.teacher if cfg.distill.loss is Loss.kd else None
     model = student_to_train(cfg.distill, pruned, teacher)
     if rank() == 0:
-        tournament.discard_unfinished(folder, step)
+        successive_halving.discard_unfinished(folder, step)
     torch.distributed.barrier()
     # Validated where rounds end: each is as long as all before it.
-    training = dataclasses.replace(cfg.distill, val_every_n_steps=tournament_rounds(cfg)[0][1])
-    data, pause = DataFolder.read(inputs.data), tournament.PauseAt(folder, step, out)
+    training = dataclasses.replace(cfg.distill, val_every_n_steps=halving_rounds(cfg)[0][1])
+    data, pause = DataFolder.read(inputs.data), successive_halving.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:
@@ -146,5 +146,5 @@ def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> 
     torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
     if is_pause_requested(out):
         if rank() == 0:
-            tournament.pause(out, folder)
+            successive_halving.pause(out, folder)
         raise PausedError(f"paused in {folder.name}")

@@ -11,30 +11,30 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections.llm.gpt.model.base import gpt_data_step
 from torch.utils.data import Dataset
 
-from prune_distill.distillation.signal import SignalReader, packing_digest
+from prune_distill.distillation.cached_logits import CachedLogitsReader, packing_digest
 
-COLUMNS = ("signal_ids", "signal_logprobs", "signal_tail")
+COLUMNS = ("cached_ids", "cached_logprobs", "cached_tail")
 
 
-class SignalDataset(Dataset[dict[str, torch.Tensor]]):
+class CachedLogitsDataset(Dataset[dict[str, torch.Tensor]]):
     """Training sequences with their cached logits.
 
-    Adds `signal_ids` `[s, k]` int32, `signal_logprobs` `[s, k]` float16 and `signal_tail` `[s]` float32.
+    Adds `cached_ids` `[s, k]` int32, `cached_logprobs` `[s, k]` float16 and `cached_tail` `[s]` float32.
     """
 
-    def __init__(self, sequences: Any, signal: SignalReader) -> None:
-        self.sequences, self.signal = sequences, signal
+    def __init__(self, sequences: Any, cached_logits: CachedLogitsReader) -> None:
+        self.sequences, self.cached_logits = sequences, cached_logits
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         item = self.sequences[index]
-        columns = self.signal.read(index, item["tokens"].numpy())
+        columns = self.cached_logits.read(index, item["tokens"].numpy())
         return {**item, **{name: torch.from_numpy(array) for name, array in zip(COLUMNS, columns, strict=True)}}
 
 
-def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: int) -> Any:
+def attach_cached_logits(sequences: Any, cached_logits: CachedLogitsReader, seq_length: int, count: int) -> Any:
     """Add the columns of the cached logits to the training sequences on the last pipeline stage, which computes the
     loss.
 
@@ -45,8 +45,8 @@ def with_signal(sequences: Any, signal: SignalReader, seq_length: int, count: in
         InputError: the cache was made for other sequences.
     """
     digest = packing_digest(lambda index: sequences[index]["tokens"].numpy(), count)
-    signal.require(seq_length=seq_length, sequences=count, packing=digest)
-    return SignalDataset(sequences, signal) if parallel_state.is_pipeline_last_stage() else sequences
+    cached_logits.require(seq_length=seq_length, sequences=count, packing=digest)
+    return CachedLogitsDataset(sequences, cached_logits) if parallel_state.is_pipeline_last_stage() else sequences
 
 
 def data_step(batches: Iterator[Any]) -> dict[str, Any]:
@@ -56,5 +56,5 @@ def data_step(batches: Iterator[Any]) -> dict[str, Any]:
     """
     batch = next(batches)
     columns = batch[0] if isinstance(batch, tuple) else batch
-    signal = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}
-    return {**gpt_data_step(iter([batch])), **get_batch_on_this_cp_rank(signal)}
+    cached_logits = {name: columns[name].cuda(non_blocking=True) for name in COLUMNS if name in columns}
+    return {**gpt_data_step(iter([batch])), **get_batch_on_this_cp_rank(cached_logits)}
