@@ -175,7 +175,7 @@ def _cached_logits(plan: Plan) -> list[str]:
     text = (
         f"the teacher runs once, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
         f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
-        f"successive_halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
+        f"successive halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
 

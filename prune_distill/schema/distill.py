@@ -112,7 +112,7 @@ class DistillConfig(Training):
     init: Init = Init.pruned
     kd: KdConfig = hashed_if(KdConfig, lambda distill: distill.loss is Loss.kd)
     teacher_logits: TeacherLogits = hashed_if(TeacherLogits.live, lambda distill: distill.loss is Loss.kd)
-    # Tokens of each distribution that cached logits keeps. Part of the identity of the stage cache_logits, and
+    # Tokens of each distribution that the cache keeps. Part of the identity of the stage cache_logits, and
     # through its output of the stages that read it.
     cached_logits_top_k: PositiveInt = recorded(64)
     # Sequences per file of cached logits: the most that a rank loses when the stage is killed.

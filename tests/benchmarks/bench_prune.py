@@ -6,7 +6,7 @@ Pruning on the demo's teacher, through the real command lines:
 - what a further candidate costs, beside the first: wall time of whole stages, processes and imports included;
 - quality: the search's choice at a budget of two thirds of the parameters, beside two choices by hand of the kind that
   is published, after as many steps of distillation (those of successive halving are counted in), seed by seed. The
-  successive_halving's four candidates are distilled for half of these steps, two of them for nearly all: what is ahead
+  successive halving's four candidates are distilled for half of these steps, two of them for nearly all: what is ahead
   turns around as late as that.
 
 Writes runs/bench/prune.json.

@@ -18,7 +18,7 @@ from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 # What takes longest starts first: groups of tests (`xdist_group`) and single ones. The first two do not need
 # `finished`, which the third makes meanwhile.
 LONGEST = (
-    *("layouts", "mixture", "correction", "conversion", "signal", "search"),
+    *("layouts", "mixture", "correction", "conversion", "cached_logits", "search"),
     *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
     *("test_each_round_prunes_what_the_one_before_has_learned", "masked"),
 )

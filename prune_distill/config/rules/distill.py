@@ -51,7 +51,7 @@ def cached_logits(cfg: RunConfig) -> Iterator[Finding]:
     for other, (is_set, supported) in unsupported.items():
         if is_set:
             fix = f"set {other}={supported}, or {key}=live"
-            yield Finding(other, f"not supported by {key}=stored; {fix}")
+            yield Finding(other, f"not supported by {key}=cached; {fix}")
 
 
 @rule("distill.cached_logits_top_k", "distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size")
