@@ -199,7 +199,7 @@ def _data_record(chunk: Chunk, size: int, whole: ChunkedTensor) -> Record:
         in_rows = in_rows and is_contiguous(shape, strides)
     except Exception as error:  # whatever a damaged zip or pickle makes its reader raise
         raise InputError(
-            f"{chunk.file} does not hold all of {whole.key} ({error!r}): it is cut short or damaged"
+            f"{chunk.file} is truncated or damaged: {whole.key} cannot be read ({error!r}); restore it from a copy"
         ) from error
     if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
         raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")

@@ -27,7 +27,7 @@ class Inputs:
     Attributes:
         teacher: None where the student learns from the data alone or from `cached_logits`.
         corrected_teacher: takes the teacher's place at a step.
-        begun: what successive halving left of the first steps of this distillation.
+        winner: what successive halving left of the first steps of this distillation.
     """
 
     student: Path

@@ -13,7 +13,7 @@ from prune_distill.model import student
 from prune_distill.schema import RunConfig
 
 # The absolute limits, and the shares of the teacher's cost that limit the same.
-LIMITS = {"params": "params_fraction", "memory_gb": "memory_fraction", "latency": "latency_fraction"}
+LIMITS = {"params": "params_fraction", "memory_gb": "memory_fraction", "latency_ms": "latency_fraction"}
 OWN_METRICS = ("acc", "acc_norm", "acc_mutual_info")
 
 
@@ -46,7 +46,7 @@ def limits(cfg: RunConfig) -> Iterator[Finding]:
 )
 def latency(cfg: RunConfig) -> Iterator[Finding]:
     budget, key = require(cfg.prune.budget), "prune.pipeline_model_parallel_size"
-    limited = [name for name in ("latency", "latency_fraction") if getattr(budget, name) is not None]
+    limited = [name for name in ("latency_ms", "latency_fraction") if getattr(budget, name) is not None]
     if limited and cfg.prune.pipeline_model_parallel_size > 1:
         yield Finding(key, f"prune.budget.{limited[0]} is measured on one rank; set {key}=1")
 

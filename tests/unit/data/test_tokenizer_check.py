@@ -42,7 +42,7 @@ def test_the_first_id_that_differs_is_named(tmp_path: Path) -> None:
 
     first = checkpoint(tmp_path / "a", described({"a": 0, "b": 1, "c": 2, "d": 3}))
     second = checkpoint(tmp_path / "b", described({"a": 0, "b": 1, "d": 2, "c": 3}))
-    with pytest.raises(InputError, match=r"the id 2 \('c'\)"):
+    with pytest.raises(InputError, match=r"in id 2 \('c'\)"):
         check_tokenizers(first, second)
     alone = described({"a": 0, "b": 1, "c": 2, "d": 3})["tokenizer.json"]
     check_tokenizers(first, checkpoint(tmp_path / "c", {"tokenizer.json": alone}))

@@ -191,7 +191,7 @@ def test_a_writer_that_is_killed_leaves_whole_shards_only(tmp_path: Path) -> Non
     assert cached_logits.whole_shards(tmp_path, sizes) == [0]
     write(tmp_path, (1, 2))
     cached_logits.write_index(tmp_path, DESCRIPTION, SHARD)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [*map(shard_name, range(3)), cached_logits.INDEX]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [cached_logits.INDEX, *map(shard_name, range(3))]
 
 
 def test_the_packing_is_known_by_a_sample_with_both_ends() -> None:

@@ -232,7 +232,7 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
     corruption.hole(newer / "weights/__0_0.distcp")
     assert resume_point(tmp_path) == older
     assert "step=10 is damaged: weights/__0_0.distcp has other content" in caplog.text
-    assert "resuming from step=2, and the damaged one is kept as .damaged.step=10" in caplog.text
+    assert "resuming from step=2; the damaged checkpoint is kept as .damaged.step=10" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged.step=10", "step=2"]
     # None is left: the work of a whole training is not thrown away without a word.
     corruption.delete(older / "context/model.yaml")

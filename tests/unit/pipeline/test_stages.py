@@ -109,7 +109,7 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
         "prune",
     ]
     assert find("prune").inputs(fought)["choice"] == Output("successive_halving")
-    assert find("distill").inputs(fought)["begun"] == Output("successive_halving", "winner")
+    assert find("distill").inputs(fought)["winner"] == Output("successive_halving", "winner")
     assert set(find("successive_halving").inputs(fought)) == {"teacher", "data", "search"}
     assert find("successive_halving").more_sections(fought) == ()
     task = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
@@ -119,7 +119,7 @@ def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> 
     assert set(find("successive_halving").more_sections(scored)) == decided_by
     for name in ("distill.ce", "distill.scratch"):
         control = find(name)
-        assert "begun" not in control.inputs(control.configure(fought))
+        assert "winner" not in control.inputs(control.configure(fought))
 
 
 def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConfig]) -> None:

@@ -57,7 +57,7 @@ def test_activations_that_are_not_finite_are_refused_by_their_layer(part: str, w
     refuse_infinite(damaged)
     values: Any = getattr(damaged, part)
     values[3] = math.nan if part == "layers" else torch.tensor([1.0, math.inf])
-    with pytest.raises(InputError, match=f"layer 3: activations of its {words} are not finite"):
+    with pytest.raises(InputError, match=f"layer 3: activations of its {words} are non-finite"):
         refuse_infinite(damaged)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.reporting import comparison, words
+from prune_distill.reporting import figures, words
 from prune_distill.reporting.plots import pareto_front
 from prune_distill.reporting.run_page import _tiles
 
@@ -37,8 +37,8 @@ def line_of(plot: Any) -> list[tuple[float, float]]:
 def test_the_front_of_costs_and_that_of_speeds() -> None:
     students = {name: {"val_loss": loss} for name, loss in (("a", 2.0), ("b", 3.0), ("c", 2.5), ("d", 3.5))}
     numbers = {"a": 30.0, "b": 10.0, "c": 20.0, "d": 15.0}
-    cheaper = comparison._pareto(students, numbers, "x", 1)
+    cheaper = figures.trade(students, numbers, "x", 1)
     assert line_of(cheaper) == [(10, 3.0), (20, 2.5), (30, 2.0)]
-    faster = comparison._pareto(students, numbers, "x", -1)
+    faster = figures.trade(students, numbers, "x", -1)
     assert line_of(faster) == [(30, 2.0)]
     assert pareto_front([(1, 3), (2, 2), (2, 4), (3, 2)]) == [(1, 3), (2, 2)]

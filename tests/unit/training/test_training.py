@@ -140,8 +140,8 @@ def test_data_and_ranks_that_fit_pass(data: Any, monkeypatch: pytest.MonkeyPatch
         (2, Parallel(1, 4), "2 ranks .* 4"),
         (6, Parallel(2, 2), "6 ranks .* 4"),
         (6, Parallel(1, 1, 4), "6 ranks .* 4"),
-        (4, Parallel(1), "global_batch_size 4 .* 8"),
-        (3, Parallel(1), "global_batch_size 4 .* 6"),
+        (4, Parallel(1), "global_batch_size=4: .* 8"),
+        (3, Parallel(1), "global_batch_size=4: .* 6"),
     ],
 )
 def test_ranks_that_do_not_fit_are_refused(
@@ -154,7 +154,7 @@ def test_ranks_that_do_not_fit_are_refused(
 
 def test_a_phases_batch_has_to_fit_as_well(data: Any) -> None:
     phases = [Phase(max_steps=5), Phase(max_steps=5, global_batch_size=3)]
-    with pytest.raises(ConfigError, match="global_batch_size 3 .* 2"):
+    with pytest.raises(ConfigError, match="global_batch_size=3: .* 2"):
         training.check(dataclasses.replace(CFG, phases=phases), data)
 
 
@@ -171,7 +171,7 @@ def test_too_few_documents_are_refused(data: Any) -> None:
         training.check(dataclasses.replace(CFG, seq_length=16, phases=only_a), data)
     # The whole set at once has to fill a global batch.
     training.check(dataclasses.replace(CFG, val_batches=None), data)
-    with pytest.raises(InputError, match="validation .* 2 sequences of 16; 4 are needed"):
+    with pytest.raises(InputError, match="validation .* 2 sequences of 16, but 4 are needed"):
         training.check(dataclasses.replace(CFG, seq_length=16, val_batches=None), data)
 
 
@@ -264,7 +264,7 @@ def test_gradients_that_are_not_finite_are_an_input_error() -> None:
 
 @pytest.mark.parametrize(("layers", "stages", "last"), [(8, 2, None), (7, 2, 3), (5, 4, 2), (9, 4, 0), (3, 2, 1)])
 def test_the_last_stage_takes_what_is_left(layers: int, stages: int, last: int | None) -> None:
-    found = nemo_api._last_stage(layers, stages)
+    found = nemo_api._layers_in_last_stage(layers, stages)
     if last is None:
         assert found is None
         return
