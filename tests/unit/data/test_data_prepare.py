@@ -400,7 +400,7 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
     manifests = {shard: read_manifest(shard) for shard in (tmp_path / "out" / "shards").iterdir()}
     assert Counter(manifest["encoder"] for manifest in manifests.values()) == {"fastokens": 2, "tokenizers": 1}
     (again,) = (shard for shard, manifest in manifests.items() if manifest["encoder"] == "tokenizers")
-    assert manifests[again]["encoder_note"] == "fastokens gave other ids for 'jumps'"
+    assert manifests[again]["encoder_note"] == "fastokens returned other ids for 'jumps'"
     own, eod = TokenizersEncoder(specs["bytes"]), specs["bytes"].eod_token
     tokens = {name: [*own(text).tolist(), eod] for name, text in texts.items()}
     assert np.fromfile(again / "train.bin", dtype=np.uint16).tolist() == tokens["two"]

@@ -158,7 +158,7 @@ def test_documents_of_another_tokenizer_are_refused(tmp_path: Path, monkeypatch:
     nemo_api.match_tokenizer(Path("x"), data)
     with pytest.raises(InputError, match="vocabulary 47, but 48 in the model"):
         nemo_api.match_tokenizer(Path("x"), dataclasses.replace(data, vocab_size=47))
-    with pytest.raises(InputError, match="end-of-document id 5, not 0"):
+    with pytest.raises(InputError, match="end-of-document id 5, but 0 in the model"):
         nemo_api.match_tokenizer(Path("x"), dataclasses.replace(data, eod_token=5))
 
 

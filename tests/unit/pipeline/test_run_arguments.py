@@ -158,9 +158,9 @@ def test_whether_a_group_is_null_has_to_be_declared_as_well(view: RunConfig) -> 
 def test_a_field_that_is_hashed_under_a_condition_is_placement_otherwise() -> None:
     distill = configs()["demo"].distill
     alone: DistillConfig = dataclasses.replace(distill, loss=Loss.ce)
-    assert ConfigView(alone, frozenset(), "mine").signal is alone.signal
+    assert ConfigView(alone, frozenset(), "mine").teacher_logits is alone.teacher_logits
     with pytest.raises(UndeclaredKeyError):
-        _ = ConfigView(distill, frozenset(), "mine").signal
+        _ = ConfigView(distill, frozenset(), "mine").teacher_logits
 
 
 def test_a_view_survives_copies(view: RunConfig) -> None:

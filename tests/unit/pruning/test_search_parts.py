@@ -71,7 +71,7 @@ def run(cfg: RunConfig, importance: Importance, folder: Path, monkeypatch: pytes
     content["validation"] = {"documents": 2, "tokens": 56, "bytes": 1}
     content["train"] = [{"prefix": "train-a", "source": "a", "documents": 6, "tokens": 120, "weight": 1.0}]
     (folder / "data.json").write_text(json.dumps(content))
-    return search.run(cfg, {"teacher": folder, "data": folder, "importance": folder}, folder)
+    return search.run(cfg, search.Inputs(teacher=folder, data=folder, importance=folder), folder)
 
 
 def _subnets(core: Any, scores: Importance, shape: Any) -> Any:
