@@ -25,7 +25,6 @@ from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import devices
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import BENCHMARK
-from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
@@ -64,7 +63,6 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     Raises:
         InputError: models that do not fit beside each other, or a prompt that none of them takes.
     """
-    import_libraries("transformers.models.auto.modeling_auto")  # or a first model imports it, and more slowly
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     models, dtype = _load(folders, cfg, seed)

@@ -19,7 +19,6 @@ from prune_distill.model.huggingface import local_folder
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import EVALUATION, ROOM, SAMPLES, find_checkpoints
-from prune_distill.pipeline.processes import import_libraries
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import RunConfig
@@ -45,7 +44,6 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part."""
-    import_libraries("transformers.models.auto.modeling_auto")  # or a first model imports it, and more slowly
     teacher = local_folder(inputs.teacher, cfg.model.revision, weights=True)
     models = {name: local_folder(folder, None, weights=True) for name, folder in inputs.models.items()}
     # The stage of a control needs the teacher for the agreement alone; the student's measures it.

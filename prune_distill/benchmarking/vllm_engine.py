@@ -33,9 +33,9 @@ class Model:
     """
 
     def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
-        from vllm import LLM  # optional
+        from vllm import LLM, SamplingParams  # optional
 
-        self.folder, self.cfg = folder, cfg
+        self.folder, self.cfg, self.sampling = folder, cfg, SamplingParams
         self.prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
         with hf_models.link_compatible_folder(folder) as loadable:
             self.llm = LLM(
@@ -72,9 +72,7 @@ class Model:
         return time.perf_counter() - started
 
     def _generate(self, new_tokens: int) -> None:
-        from vllm import SamplingParams  # optional
-
-        wanted = SamplingParams(
+        wanted = self.sampling(
             temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
         self.llm.generate(self.prompts, wanted, use_tqdm=False)

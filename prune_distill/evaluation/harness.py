@@ -171,20 +171,18 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 @cache
 def _manager(place: Path | None, task: str) -> Any:
     """The harness's index of a task's definitions: of the folder alone where that has it, as reading all takes 2 s."""
-    from lm_eval.tasks import TaskManager  # takes seconds; only for tasks
-
     if place is not None:
-        manager = TaskManager(include_path=str(place), include_defaults=False)
+        manager = _read_index(place, include_defaults=False)
         if task in manager.all_tasks:
             return manager
-    return _whole_index(place)
+    return _read_index(place, include_defaults=True)
 
 
 @cache
-def _whole_index(place: Path | None) -> Any:
+def _read_index(place: Path | None, include_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager  # takes seconds; only for tasks
 
-    return TaskManager(include_path=None if place is None else str(place))
+    return TaskManager(include_path=None if place is None else str(place), include_defaults=include_defaults)
 
 
 @contextlib.contextmanager

@@ -89,12 +89,11 @@ def local_folder(hf_path: str, revision: str | None) -> Path | None:
     if not may_be_hub_id(hf_path):
         return None
     # Costs half a second, so only where it is needed.
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, try_to_load_from_cache
 
     try:
         cached = try_to_load_from_cache(hf_path, "config.json", revision=revision)
-    except HFValidationError:
+    except errors.HFValidationError:
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
 from prune_distill.errors import InputError
 from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
 from prune_distill.model.model_size import ModelSizes
+from prune_distill.nemo import devices
 from prune_distill.schema import ExportDtype
 
 log = logging.getLogger("recipes.hf_models")
@@ -31,12 +35,6 @@ def load(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> Any:
 
     The config is passed as an object, because transformers 4 and 5 each ignore keys that the other version writes.
     """
-    # `convert.verify` imports this module, and starts without PyTorch.
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from prune_distill.nemo import devices  # imports PyTorch
-
     types = {ExportDtype.bf16: torch.bfloat16, ExportDtype.fp16: torch.float16, ExportDtype.fp32: torch.float32}
     config = AutoConfig.for_model(**hf_config.make_compatible(hf_config.read_config(folder / "config.json")))
     model = AutoModelForCausalLM.from_pretrained(
@@ -57,8 +55,6 @@ def generation_options(folder: Path) -> dict[str, Any]:
     `from_pretrained` reads that file last and does not handle its errors (modeling_utils.py). Only its token ids are
     kept.
     """
-    from transformers import GenerationConfig  # as in `load`
-
     path = folder / "generation_config.json"
     if not path.exists():
         return {}
@@ -127,8 +123,6 @@ def check_fits(needs: Sequence[tuple[str, int]], fix: str) -> None:
     Raises:
         InputError: the sum exceeds the free memory.
     """
-    from prune_distill.nemo import devices  # as in `load`
-
     total, free = sum(size for _, size in needs), devices.free_memory_bytes()
     if total > free:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needs)

@@ -16,12 +16,12 @@ def main() -> None:
     backend.activate()
     import torch
 
-    from convert.verify import compare_logits
+    from convert.parity import compare_logits
 
     # More tokens than the window of the one model that has a window.
     ids = torch.randint(517, (2, 96), generator=torch.Generator().manual_seed(0))
     for first, second in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        found = compare_logits(Path(first), Path(second), ids)
+        found = compare_logits(Path(first), Path(second), ids.numpy())
         print(json.dumps([second, found.max_abs_diff, found.largest, found.top1_agreement]))
 
 

@@ -146,7 +146,8 @@ def test_configs_and_launchers_know_nothing_heavy() -> None:
 
 def test_upstream_is_imported_by_the_library_or_stages_that_need_it_or_inside_functions() -> None:
     """Anything else could import it before the backend is activated."""
-    elsewhere = [found for found in IMPORTS if not within(found.by, "prune_distill.", *NEED_NEMO)]
+    # `convert.verify` imports `convert.parity` once the backend is active.
+    elsewhere = [found for found in IMPORTS if not within(found.by, "prune_distill.", "convert.parity", *NEED_NEMO)]
     broken = [found for found in elsewhere if found.package in UPSTREAM and found.top_level]
     assert not broken, report(broken)
 
@@ -249,7 +250,7 @@ def test_the_reader_found_the_sources() -> None:
 
 
 # Each one delays an error to the moment when the function runs.
-MOST_FUNCTION_LEVEL_IMPORTS = 50
+MOST_FUNCTION_LEVEL_IMPORTS = 39
 
 
 def test_imports_inside_functions_are_few_and_say_why() -> None:
