@@ -26,7 +26,7 @@ unit: setup ## some of the launchers mostly sleep: more workers than cores
 	$(BIN)/pytest -n 3 tests/unit
 
 integration: setup
-	$(BIN)/pytest -n 3 --dist loadgroup --no-loadscope-reorder tests/integration tests/gpu
+	$(BIN)/pytest -n 3 --no-loadscope-reorder tests/integration tests/gpu
 
 test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
 	python -m pytest tests/gpu
@@ -64,7 +64,7 @@ screenshots: RUN ?= runs/demo
 setup: $(INSTALLED)
 
 test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
-	$(NEMO26)/bin/pytest -n 3 --dist loadgroup --no-loadscope-reorder tests/integration
+	$(NEMO26)/bin/pytest -n 3 --no-loadscope-reorder tests/integration
 
 $(INSTALLED): SET := cpu
 $(NEMO26)/installed: SET := nemo26

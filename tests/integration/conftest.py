@@ -7,28 +7,48 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.helpers import tiny, tolerance
 from tests.helpers.fork_server import fork_server, real_starts
 from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 
-# What takes longest starts first: groups of tests (`xdist_group`) and single ones. The first two do not need
-# `finished`, which the third makes meanwhile.
+# Modules whose tests share what a fixture of theirs makes, so that one worker runs all of a module.
+SHARED = (
+    *("test_layouts.py", "test_mixture.py", "test_correct_teacher.py", "test_conversion.py", "test_cached_logits.py"),
+    *("test_search.py", "test_masked_losses.py", "test_report_page.py"),
+)
+# What takes longest starts first. The first two modules do not need `finished`, which the third makes meanwhile.
 LONGEST = (
-    *("layouts", "mixture", "correction", "conversion", "cached_logits", "search"),
+    *SHARED[:6],
     *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
-    *("test_each_round_prunes_what_the_one_before_has_learned", "masked"),
+    *("test_each_round_prunes_what_the_one_before_has_learned", "test_masked_losses.py"),
 )
 _session = ExitStack()
 
 
+class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives each worker one test at a time, or a whole module of `SHARED`.
+
+    pytest-xdist's own groups need node ids that can be set, which those of pytest 9.2 cannot (xdist/remote.py:254).
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if Path(module).name in SHARED else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        names = {item.name, *(mark.args[0] for mark in item.iter_markers("xdist_group"))}
-        return next((place for place, name in enumerate(LONGEST) if name in names), len(LONGEST))
+        return next((n for n, name in enumerate(LONGEST) if name in (item.name, item.path.name)), len(LONGEST))
 
     items.sort(key=place)
 

@@ -18,9 +18,6 @@ from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import corruption, tiny
 from tests.helpers.ranks import run_ranks
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("cached_logits")
-
 TOP_K, SHARD = 16, 5
 SEQUENCES = tiny.DISTILL["max_steps"] * tiny.DISTILL["global_batch_size"]
 STORED = (

@@ -25,9 +25,6 @@ from tests.helpers.tiny import convert, environment
 from tests.helpers.tokenizers import sentencepiece_model
 from tests.integration.conftest import SmallDisk
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("conversion")
-
 # NeMo's importers are wrong of Qwen3 models whose heads are not of 128, of Qwen2 models whose heads are not
 # hidden_size / num_attention_heads or which are tied, and of windows; that of Qwen3's mixtures ends in an IndexError
 # here (nemo/lightning/io/state.py:342). Those are compared by their logits alone.

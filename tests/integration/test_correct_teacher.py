@@ -12,9 +12,6 @@ import pytest
 from prune_distill.pipeline.artifact import read_manifest, record_again
 from tests.helpers import corruption, tiny, tolerance
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("correction")
-
 # Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
 CORRECTION = (
     "distill.teacher_correction={max_steps: 24, seq_length: 128, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, "

@@ -13,9 +13,6 @@ import pytest
 from tests.helpers import tiny, tolerance
 from tests.helpers.data_runs import write_masks
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("layouts")
-
 STEPS = 20
 TIED = (*tiny.DEPTH, "model.shape.tie_word_embeddings=true", f"distill.max_steps={STEPS}", "distill.controls=[]")
 # All that the loss can mix, and hidden states of layers that the last pipeline stage has.

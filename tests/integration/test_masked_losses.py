@@ -14,9 +14,6 @@ from tests.helpers import tiny, tolerance
 from tests.helpers.data_runs import write_masks
 from tests.helpers.masked_trainings import KINDS
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("masked")
-
 STEPS = 3
 # All that the loss can mix. The checkpoint of step 2 has the optimizer's moments.
 SETTINGS = (

@@ -15,9 +15,6 @@ from prune_distill.config.load import compose, save_resolved
 from prune_distill.pipeline.artifact import locate, read_manifest
 from tests.helpers import tiny, tolerance
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("mixture")
-
 STEPS = 20
 # Every axis that mixtures have: 3 layers to 2, 128 hidden channels to 64, 6 experts to 4 and their FFN from 128 to 64.
 MIXTURE = (

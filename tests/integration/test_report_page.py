@@ -15,9 +15,6 @@ import pytest
 from recipes import report
 from tests.helpers import report_runs
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("page")
-
 DESKTOP, PHONE = (1280, 900), (390, 844)
 # WCAG 2.1, level AA, of text.
 LEAST_CONTRAST = 4.5

@@ -18,9 +18,6 @@ from prune_distill.pipeline.names import STOP
 from prune_distill.pruning.finalists import name_of
 from tests.helpers import corruption, tiny, tolerance
 
-# What its fixtures make is made once.
-pytestmark = pytest.mark.xdist_group("search")
-
 BUDGET = (
     *("prune.budget.params_fraction=0.6", "prune.budget.max_depth_pruning=0.5", "prune.budget.max_width_pruning=0.5"),
     "prune.budget.samples=16",
