@@ -11,8 +11,7 @@ PIP := pip --disable-pip-version-check
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-test: lint types unit ## Slurm's tests wait most of the time, so they run beside the integration tests
-	$(MAKE) -j 2 --output-sync=line integration test-slurm
+test: lint types unit integration test-slurm
 
 lint: setup
 	$(BIN)/ruff check .
