@@ -121,5 +121,5 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     shutil.rmtree(cached_stage.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr
-    assert f"was made for other data or settings: packing {'0' * 8}, not {index['packing']}" in refused.stderr
+    assert f"were made for other data or settings: packing {'0' * 8}, not {index['packing']}" in refused.stderr
     assert not list(cached_stage.folder.glob("checkpoints/*"))

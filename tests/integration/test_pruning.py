@@ -101,7 +101,7 @@ def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Pa
     record_again(located["prepare_data"].folder, ["data.json"])
     done = tiny.launch(run_dir, *tiny.DEPTH, "--until", "importance", check=False)
     assert done.returncode == 2
-    assert "made by another tokenizer than the model's: entries of the vocabulary 523, not 522" in done.stderr
+    assert "prepared with another tokenizer: entries of the vocabulary 523, but 522 in the model" in done.stderr
 
 
 def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_p
     shutil.copytree(checkpoint, stage.folder / "checkpoints" / checkpoint.name)
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
-    assert "global batch size of [[6, 128, 4]], this training has [[6, 128, 8]]" in failed.stderr
+    assert "global batch size [[6, 128, 4]], and this run has [[6, 128, 8]]" in failed.stderr
 
 
 def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
