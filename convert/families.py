@@ -271,7 +271,7 @@ FAMILIES: dict[str, NemoClasses] = {
     ),
 }
 
-# By `dtype` of a config.json: what a NeMo config is told of it.
+# Arguments of a NeMo config by `dtype` of a config.json.
 PRECISIONS = {
     "bfloat16": {"bf16": True, "fp16": False},
     "float16": {"bf16": False, "fp16": True},

@@ -45,8 +45,8 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; for a
-    successive halving a NeMo checkpoint a candidate that takes part.
+    """Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; before
+    successive halving, a NeMo checkpoint for each candidate that takes part.
     """
     prune, budget, device = cfg.prune, cfg.prune.budget, backend.activate().device
     assert budget is not None

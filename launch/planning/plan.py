@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class CachedLogits:
-    """The cost of a stored cached logits.
+    """The cost of caching the teacher's logits.
 
     Attributes:
         bytes: on disk, at most.

@@ -19,7 +19,7 @@ from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
 from prune_distill.schema import Engine, Init, Loss, RunConfig, TeacherLogits
 
-# How a candidate is exported, and asked a task: what else is evaluated does not concern the successive_halving.
+# How a candidate is exported and scored on a task: successive halving depends on nothing else of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
 CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
 # What a model card says of the run. A new name is no reason to write the weights again.

@@ -14,17 +14,11 @@ from prune_distill.nemo import backend
 from prune_distill.pipeline.run_arguments import StageModule
 from prune_distill.schema import DistillConfig, LossImplementation, RunConfig
 from recipes.__main__ import main
+from tests.helpers.tiny import DistillInputs as Inputs
 
 # By whose loss: ours of distillation, upstream's, and that of a model which learns from the data alone.
 KINDS = ("distilled", "upstream", "plain")
 MICRO_BATCHES = (1, 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    student: Path
-    teacher: Path
-    data: Path
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from prune_distill.nemo import backend
 from prune_distill.pipeline.run_arguments import StageModule
 from prune_distill.schema import LossImplementation, RunConfig
 from recipes.__main__ import main
+from tests.helpers.tiny import DistillInputs as Inputs
 
 # By name: whose loss, and the weight of the router's auxiliary loss (None: as the checkpoint has it).
 VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
@@ -24,13 +25,6 @@ VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
     "ours_without": (LossImplementation.chunked, 0.0),
     "ours_doubled": (LossImplementation.chunked, 2e-3),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    student: Path
-    teacher: Path
-    data: Path
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:

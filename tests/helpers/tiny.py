@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from prune_distill.config.load import compose
 from prune_distill.pipeline.artifact import Located, locate
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers.fork_server import python_path
+
+
+@dataclass(frozen=True)
+class DistillInputs:
+    """The inputs of a helper that runs in the place of `recipes.distill`."""
+
+    student: Path
+    teacher: Path
+    data: Path
+
 
 # Odd where it can be: heads of 48 are not hidden_size / num_attention_heads, and 522 is no multiple of 64.
 SHAPE = {

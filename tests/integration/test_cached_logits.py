@@ -45,7 +45,7 @@ ONE_STEP = 2**-8
 
 @pytest.fixture(scope="module")
 def one_rank(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run with a cached_logits made by one rank."""
+    """A tiny run whose cached logits one rank made."""
     run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("cached_logits") / "run")
     tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     return run_dir

@@ -114,7 +114,7 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
         shutil.rmtree(cached_stage.folder)
         aside.rename(cached_stage.folder)
 
-    # A cached_logits of other data is refused before a step is made.
+    # Cached logits of other data are refused before a step is made.
     index = json.loads((cached_logits / "cached_logits.json").read_text())
     (cached_logits / "cached_logits.json").write_text(json.dumps({**index, "packing": "00000000"}))
     record_again(cached_logits, ["cached_logits.json"])

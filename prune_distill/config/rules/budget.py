@@ -1,4 +1,4 @@
-"""Rules of the search in the group `prune`: its budget and its successive_halving."""
+"""Rules of the search in the group `prune`: its budget and its successive halving."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def limits(cfg: RunConfig) -> Iterator[Finding]:
     if all(value is None for value in given.values()):
         yield Finding(
             "prune.budget",
-            "contains no limit; set prune.budget.params, memory_gb or latency, or a share of the teacher's such as "
-            "prune.budget.params_fraction=0.67",
+            "contains no limit; set prune.budget.params, memory_gb or latency_ms, or a fraction of the teacher's such "
+            "as prune.budget.params_fraction=0.67",
         )
     for limit, share in LIMITS.items():
         if given[limit] is not None and given[share] is not None:

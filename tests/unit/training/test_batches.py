@@ -1,4 +1,4 @@
-"""Which sequences a step takes, what documents they are of, and the sizes that Megatron is told."""
+"""Which sequences a step takes, what documents they are of, and the sizes that Megatron gets."""
 
 from __future__ import annotations
 
