@@ -24,12 +24,12 @@ import pytest
 
 import recipes
 from launch.help_config import to_markdown, to_text
+from launch.planning.automatic import compose
 from launch.planning.output import to_table
 from launch.planning.plan import make_plan
 from launch.run import read_arguments
 from prune_distill.config.composition import sweep
 from prune_distill.config.input_files import HUB_FOLDERS
-from prune_distill.config.load import compose
 from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import RunConfig
 from tests.conftest import QWEN3

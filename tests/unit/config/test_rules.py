@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config import load
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.config.rule import Finding, Rule, rule
 from prune_distill.config.typed import schema_keys
 from prune_distill.config.validate import ALL_RULES, validate

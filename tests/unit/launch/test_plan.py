@@ -12,10 +12,10 @@ import pytest
 
 from launch import plan
 from launch.planning import disk, hours
+from launch.planning.automatic import compose
 from launch.planning.output import summarize, to_table
 from launch.planning.plan import Plan, make_plan
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import training_flops
 from prune_distill.schema import Family, Gpu, Loss, Precision, PruneConfig, Recompute, RunConfig, Shape, Training
