@@ -10,7 +10,16 @@ from typing import Any
 
 from launch.planning.advice import suggest_shorter
 from launch.planning.disk import teacher_weight_bytes
-from launch.planning.layouts import CORRECTION, DISTILL, MICRO_BATCHES, Layout, Task, fitting, smallest_layout
+from launch.planning.layouts import (
+    CORRECTION,
+    DISTILL,
+    MICRO_BATCHES,
+    Layout,
+    Task,
+    fitting,
+    smallest_layout,
+    undivided,
+)
 from launch.planning.memory import Models, fullest, prune_memory
 from launch.planning.plan import distillation, stage_memory
 from prune_distill.config import load
@@ -24,6 +33,7 @@ from prune_distill.units import GIB
 
 # The share of the GPU's memory that a chosen layout leaves free, beyond the reserve that every estimate has.
 MARGIN = 0.05
+REASONS_SHOWN = 3
 PRUNE_STAGES, PRUNE_BATCH = "prune.pipeline_model_parallel_size", "prune.micro_batch_size"
 
 
@@ -130,8 +140,13 @@ def _nothing_fits(task: Task) -> Fault:
     key, gpu = f"{task.key}.parallel", task.cfg.cluster.gpu
     smallest = smallest_layout(task)
     if gpu is None or smallest is None:
-        message = f"{key}=auto: no layout of {task.ranks} ranks divides the model and the batch; change the ranks or "
-        return Fault("launch.layout", (key,), f"{message}{task.key}.global_batch_size")
+        given = ", ".join(f"{task.key}.{name}={getattr(value, 'value', value)}" for name, value in task.fixed.items())
+        reasons = "".join(f"; {reason}" for reason in undivided(task)[:REASONS_SHOWN])
+        message = (
+            f"{key}=auto: no layout of {task.ranks} ranks{f' with {given}' if given else ''} divides the model and the "
+            f"batch{reasons}; change the number of ranks, {task.key}.global_batch_size, or what is set"
+        )
+        return Fault("launch.layout", (key,), message)
     missing = smallest.peak / GIB - _limit(task.cfg) / GIB
     sizes = ", ".join(
         f"{name.rpartition('.')[2]}={getattr(value, 'value', value)}" for name, value in smallest.values.items()

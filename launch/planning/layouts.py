@@ -12,7 +12,7 @@ from launch.planning.memory import Models, fullest, training_memory
 from launch.planning.time import Machine, training_seconds
 from prune_distill.config.validate import layout_faults
 from prune_distill.errors import Fault
-from prune_distill.schema import Loss, Parallel, Recompute, RunConfig, Training
+from prune_distill.schema import DistillConfig, Loss, Parallel, Recompute, RunConfig, Training
 
 MICRO_BATCHES = (8, 4, 2, 1)
 DISTILL, CORRECTION = "distill", "distill.teacher_correction"
@@ -100,12 +100,11 @@ class Task:
 
     def replace(self, **changes: Any) -> Task:
         """The same with other settings of the training."""
-        distill, changed = self.cfg.distill, dataclasses.replace(self.training, **changes)
-        if self.key == DISTILL:
-            cfg = dataclasses.replace(self.cfg, distill=changed)
-        else:
-            cfg = dataclasses.replace(self.cfg, distill=dataclasses.replace(distill, teacher_correction=changed))
-        return dataclasses.replace(self, cfg=cfg)
+        changed = dataclasses.replace(self.training, **changes)
+        if self.key == CORRECTION:
+            changed = dataclasses.replace(self.cfg.distill, teacher_correction=changed)
+        assert isinstance(changed, DistillConfig)
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, distill=changed))
 
     @property
     def faults(self) -> list[Fault]:

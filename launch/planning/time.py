@@ -140,7 +140,7 @@ class Machine:
         return size * (ranks - 1) / ranks / self.bandwidth(ranks, stride) + COLLECTIVE_SECONDS
 
     def exchange(self, size: float, ranks: int) -> float:
-        """Seconds of an all-to-all between neighbouring ranks, each of which has `size` bytes for all of them."""
+        """Seconds of an all-to-all between neighboring ranks, each of which has `size` bytes for all of them."""
         if ranks == 1:
             return 0.0
         in_node = min(ranks, self.devices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def parse_overrides(
     for line in overrides:
         try:
             found = parser.parse_override(line)
-            lines = _expand(found, config_dir) or [_normalize(line, found, found.key_or_group in groups)]
+            lines = _expand(found, config_dir) or [_normalize(line, found, _is_group(found.key_or_group, groups))]
             parsed += map(parser.parse_override, lines)
         except ConfigError as error:
             faults += error.faults
@@ -106,6 +106,11 @@ def parse_overrides(
     if faults:
         raise ConfigError(faults)
     return parsed
+
+
+def _is_group(key: str, groups: Collection[str]) -> bool:
+    """Whether a key names a group of files, such as `cluster` or `cluster/gpu`."""
+    return key in groups or "/" in key
 
 
 def _expand(override: Override, config_dir: str | os.PathLike[str] | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,8 @@ def read_config(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tu
     """A config and its unreadable keys, whatever its faults."""
     found: list[tuple[RunConfig, set[str]]] = []
 
-    def record(cfg: RunConfig, unreadable: set[str]) -> list[Fault]:
-        found.append((cfg, unreadable))
+    def record(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[Fault]:
+        found.append((cfg, set(unreadable)))
         return []
 
     with monkeypatch.context() as patched:
