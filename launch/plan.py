@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(arguments)
     try:
-        cfg = compose(args.overrides, config_dir=args.config_dir, require_site=False)
+        cfg = compose(args.overrides, config_dir=args.config_dir, for_plan=True)
         plan = make_plan(cfg)
         variants = what_if(cfg) if args.what_if else []
     except ConfigError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,25 @@ def compose(
     overrides: Sequence[str],
     check_files: bool = False,
     config_dir: str | os.PathLike[str] | None = None,
-    require_site: bool = True,
+    for_plan: bool = False,
 ) -> RunConfig:
     """The config of a run from `key=value` overrides, with values for all keys that are `auto`; see `load.compose`.
+
+    Args:
+        for_plan: a plan needs nothing that differs from site to site, and shows the nearest layout where none fits.
 
     Raises:
         ConfigError: all faults found, or no layout fits.
     """
-    return load.compose(overrides, check_files, config_dir, choose, require_site)
+    return load.compose(overrides, check_files, config_dir, partial(choose, accept_nearest=for_plan), not for_plan)
 
 
-def choose(cfg: RunConfig, automatic: Collection[str]) -> RunConfig:
+def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = False) -> RunConfig:
     """The config with values for the keys `automatic`: those of the run's folder if they were chosen for the same GPUs
     and still fit, and otherwise new ones.
+
+    Args:
+        accept_nearest: choose what needs the least memory where nothing fits.
 
     Raises:
         ConfigError: nothing fits; it names the nearest layout and by how much that misses.
@@ -65,8 +72,15 @@ def choose(cfg: RunConfig, automatic: Collection[str]) -> RunConfig:
         fixed = {name: get_value(cfg, f"{key}.{name}") for name in LAYOUT if f"{key}.{name}" not in automatic}
         if len(fixed) < len(LAYOUT) and get_value(cfg, key) is not None:
             task = _task(cfg, key, fixed)
-            cfg = _set(cfg, {f"{key}.{name}": value for name, value in _best(task).values.items() if name not in fixed})
-    return _choose_pruning(cfg, automatic)
+            cfg = _set(
+                cfg,
+                {
+                    f"{key}.{name}": value
+                    for name, value in _best(task, accept_nearest).values.items()
+                    if name not in fixed
+                },
+            )
+    return _choose_pruning(cfg, automatic, accept_nearest)
 
 
 def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
@@ -110,7 +124,7 @@ def _task(cfg: RunConfig, key: str, fixed: dict[str, Any]) -> Task:
     return dataclasses.replace(task, fixed=fixed)
 
 
-def _best(task: Task) -> Layout:
+def _best(task: Task, accept_nearest: bool) -> Layout:
     """The best layout whose stages all fit. Without a stated GPU the first that divides everything: least parallelism,
     one sequence at a time."""
     if task.cfg.cluster.gpu is None:
@@ -119,9 +133,12 @@ def _best(task: Task) -> Layout:
     else:
         limit = _limit(task.cfg)
         layouts = [layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout, limit)]
-    if not layouts:
-        raise ConfigError([_nothing_fits(task)])
-    return layouts[0]
+    if layouts:
+        return layouts[0]
+    nearest = smallest_layout(task)
+    if accept_nearest and nearest is not None:
+        return nearest
+    raise ConfigError([_nothing_fits(task, nearest)])
 
 
 def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
@@ -135,10 +152,9 @@ def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
     )
 
 
-def _nothing_fits(task: Task) -> Fault:
+def _nothing_fits(task: Task, smallest: Layout | None) -> Fault:
     """The fault of a training for which no layout fits: the nearest one, by how much it misses, and what to change."""
     key, gpu = f"{task.key}.parallel", task.cfg.cluster.gpu
-    smallest = smallest_layout(task)
     if gpu is None or smallest is None:
         given = ", ".join(f"{task.key}.{name}={getattr(value, 'value', value)}" for name, value in task.fixed.items())
         reasons = "".join(f"; {reason}" for reason in undivided(task)[:REASONS_SHOWN])
@@ -158,7 +174,7 @@ def _nothing_fits(task: Task) -> Fault:
     return Fault("launch.layout", (key,), f"{key}=auto: {problem}; {suggest_shorter(task, _limit(task.cfg))}")
 
 
-def _choose_pruning(cfg: RunConfig, automatic: Collection[str]) -> RunConfig:
+def _choose_pruning(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
     """The fewest pipeline stages, and then the largest micro batch, with which pruning fits."""
     if not {PRUNE_STAGES, PRUNE_BATCH} & set(automatic):
         return cfg
@@ -181,6 +197,8 @@ def _choose_pruning(cfg: RunConfig, automatic: Collection[str]) -> RunConfig:
     if fit is not None:
         return fit
     least = min(needed)
+    if accept_nearest:
+        return options[needed.index(least)]
     message = (
         f"{PRUNE_STAGES}=auto: pruning needs at least {least / GIB:.1f} GiB a rank, {(least - _limit(cfg)) / GIB:.1f} "
         f"GiB too much for {cfg.cluster.gpu.name} with {MARGIN:.0%} to spare; lower prune.calibration_seq_length, or "

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models, caching_layout
-from launch.planning.time import BF16, Fp8, Machine, describe_machine, forward_seconds, training_seconds
+from launch.planning.time import BF16, Fp8, forward_seconds, training_seconds
 from prune_distill.config.values import halving_rounds, halving_steps
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes

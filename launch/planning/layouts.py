@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from launch.planning.machine import Machine
 from launch.planning.memory import Models, fullest, training_memory
-from launch.planning.time import Machine, training_seconds
+from launch.planning.time import training_seconds
 from prune_distill.config.validate import layout_faults
 from prune_distill.errors import Fault
 from prune_distill.schema import DistillConfig, Loss, Parallel, Recompute, RunConfig, Training

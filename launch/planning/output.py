@@ -265,7 +265,7 @@ def _speed(plan: Plan, gpu: Gpu) -> list[str]:
         f"published distillations on H100s, whose layouts are not known, reached {known}",
     ]
     if plan.teacher.shape.num_moe_experts:
-        sentences.append("mixtures of experts: one published pretraining on H100s took 2.3 times the estimate")
+        sentences.append("mixtures of experts: one published pretraining on H100s took 2.2 times the estimate")
     return [line for text in sentences for line in WRAP.wrap(text)]
 
 

@@ -11,8 +11,9 @@ from launch.planning.advice import suggest_fix, warnings
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
 from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
+from launch.planning.machine import describe_machine
 from launch.planning.memory import Memory, Models, cached_logits_memory, fullest, prune_memory, training_memory
-from launch.planning.time import Seconds, describe_machine, step_seconds
+from launch.planning.time import Seconds, step_seconds
 from prune_distill.config.values import count_ranks
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops

@@ -1,8 +1,8 @@
 """The time of an optimizer step and of a forward pass, from shapes, the parallel layout and the GPU's figures.
 
 A roofline model: each operation takes the time of its arithmetic or of its memory traffic, whichever is longer;
-collectives take the time of their bytes on the slowest link; what overlaps in Megatron overlaps here. The constants
-below are the only assumptions. docs/planning.md compares the model with published runs.
+collectives take the time of their bytes on the slowest link; what overlaps in Megatron overlaps here. Constants, here
+and in `launch.planning.machine`, are the only assumptions. docs/planning.md compares the model with published runs.
 """
 
 from __future__ import annotations
@@ -10,41 +10,24 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields
 
+from launch.planning.machine import BF16_BYTES, COLLECTIVE_SECONDS, FP32_BYTES, KERNEL_SECONDS, Machine
 from launch.planning.memory import Models
 from prune_distill.model.model_size import rank_experts, rank_parameters
-from prune_distill.schema import ClusterConfig, DistillConfig, Family, Loss, Parallel, Recompute, Shape, Training
+from prune_distill.schema import DistillConfig, Family, Loss, Parallel, Recompute, Shape, Training
 from prune_distill.schema.phases import training_phases
 
-# The share of a GPU's peak that large bf16 products reach: fitted to the one bf16 run in `anchors.FITTED`. H100s are
-# limited by their power; cuBLAS alone reaches 0.7 to 0.75 there.
-PRODUCT_SHARE = 0.61
-# The same for FP8, in shares of the FP8 peak: fitted to the one FP8 run.
-FP8_PRODUCT_SHARE = 0.59
-# Start, tail and epilogue of a product, which do not shrink with its size: half of a last wave of tiles.
-PRODUCT_SECONDS = 10e-6
 # FlashAttention-3 with causal masks, heads of 128, bf16 (arXiv 2407.08608, figures 5 and 6): 550 to 650 TFLOP/s
 # forward and 400 to 550 backward for sequences of 4,096 and more.
 ATTENTION_SHARE = {"forward": 0.55, "backward": 0.45}
 # A backward pass computes the scores again: five products to the forward pass's two (FlashAttention, arXiv 2205.14135).
 ATTENTION_BACKWARD = 2.5
-# Elementwise kernels reach this share of the memory's bandwidth (STREAM-like copies on A100 and H100: 0.8 to 0.9).
-MEMORY_SHARE = 0.8
-# From the launch of one small kernel to that of the next.
-KERNEL_SECONDS = 4e-6
-# NCCL's bus bandwidth on large messages within a node: 320 to 370 GB/s of an H100's 450 a direction.
-LINK_SHARE = 0.72
-NETWORK_SHARE = 0.8
-# An NCCL collective of a few bytes.
-COLLECTIVE_SECONDS = 20e-6
-BF16_BYTES = 2
-FP32_BYTES = 4
 # Bytes that the optimizer reads and writes for each parameter of its share: gradient, master weight and two moments
 # are read (16), the last three and the bf16 weight written (14), and the gradient is read once more for its norm (4).
 OPTIMIZER_BYTES = 34
-# Bytes that are read and written for each logit of the student and, with a live teacher, of both models together
-# (prune_distill/distillation/kd_loss.py, loss_terms.py): products in bf16 and their fp32 copies, maximum, subtraction,
-# exponentials, sums, and the gradient.
-LOSS_BYTES = {"ce": 44, "cached": 52, "live": 92}
+# Bytes that are read and written for each logit of the student and, with a live teacher, of both models together, as
+# counted in prune_distill/distillation/kd_loss.py and loss_terms.py: for each model the product in bf16 and its fp32
+# copy (8), maximum and subtraction (12), exponentials and their sum (12); then differences, gradient, its bf16 copy.
+LOSS_BYTES = {"ce": 54, "cached": 54, "live": 102}
 
 # Whether the layers of the student, and of the teacher, compute in FP8.
 Fp8 = tuple[bool, bool]
@@ -89,81 +72,6 @@ class Seconds:
 
     def __mul__(self, factor: float) -> Seconds:
         return Seconds(**{name: value * factor for name, value in self.parts.items()})
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The GPUs of a run. Bandwidths in bytes a second, each way.
-
-    Attributes:
-        devices: GPUs of a node.
-        network: None where there is one node.
-    """
-
-    flops: float
-    fp8_flops: float | None
-    memory: float
-    link: float
-    network: float | None
-    devices: int
-
-    def product(
-        self, rows: float, inner: float, columns: float, output_bytes: int = BF16_BYTES, fp8: bool = False
-    ) -> float:
-        """Seconds of a product `[rows, inner] x [inner, columns]`."""
-        share, peak = (FP8_PRODUCT_SHARE, self.fp8_flops) if fp8 and self.fp8_flops else (PRODUCT_SHARE, self.flops)
-        traffic = BF16_BYTES * inner * (rows + columns) + output_bytes * rows * columns
-        return max(2 * rows * inner * columns / (share * peak), self.copy(traffic)) + PRODUCT_SECONDS
-
-    def copy(self, size: float) -> float:
-        """Seconds to read or write so many bytes of the GPU's memory."""
-        return size / (MEMORY_SHARE * self.memory)
-
-    def elementwise(self, size: float, kernels: int) -> float:
-        return self.copy(size) + kernels * KERNEL_SECONDS
-
-    def bandwidth(self, ranks: int, stride: int) -> float:
-        """Bytes a second that a ring over `ranks` ranks, `stride` apart, moves on each.
-
-        Ranks of a group that share a node use that many of the node's network cards.
-        """
-        in_node = min(ranks, max(1, self.devices // stride))
-        link = LINK_SHARE * self.link
-        if in_node == ranks or self.network is None:
-            return link
-        return min(link, NETWORK_SHARE * self.network * in_node)
-
-    def gather(self, size: float, ranks: int, stride: int) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes in all; an all-reduce takes two."""
-        if ranks == 1:
-            return 0.0
-        return size * (ranks - 1) / ranks / self.bandwidth(ranks, stride) + COLLECTIVE_SECONDS
-
-    def exchange(self, size: float, ranks: int) -> float:
-        """Seconds of an all-to-all between neighboring ranks, each of which has `size` bytes for all of them."""
-        if ranks == 1:
-            return 0.0
-        in_node = min(ranks, self.devices)
-        near = size * (in_node - 1) / ranks / (LINK_SHARE * self.link)
-        far = size * (ranks - in_node) / ranks / (NETWORK_SHARE * (self.network or self.link))
-        return near + far + COLLECTIVE_SECONDS
-
-
-def describe_machine(cluster: ClusterConfig) -> Machine | None:
-    """A cluster's figures; None where one that the model needs is not stated."""
-    gpu, ranks = cluster.gpu, cluster.nodes * cluster.devices_per_node
-    if gpu is None or gpu.memory_gbs is None:
-        return None
-    if (ranks > 1 and gpu.link_gbs is None) or (cluster.nodes > 1 and gpu.network_gbs is None):
-        return None
-    return Machine(
-        flops=gpu.bf16_tflops * 1e12,
-        fp8_flops=gpu.fp8_tflops * 1e12 if gpu.fp8_tflops else None,
-        memory=gpu.memory_gbs * 1e9,
-        link=(gpu.link_gbs or gpu.memory_gbs) * 1e9,
-        network=gpu.network_gbs * 1e9 if gpu.network_gbs and cluster.nodes > 1 else None,
-        devices=cluster.devices_per_node,
-    )
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ class Checker:
         elif module in ("launch.plan", "launch.doctor"):
             args = self.parse(module, arguments)
             if args.overrides:
-                compose(args.overrides, check_files=module == "launch.doctor", config_dir=args.config_dir)
+                for_plan = module == "launch.plan"
+                compose(args.overrides, not for_plan, args.config_dir, for_plan)
         else:
             package, _, name = module.partition(".")
             assert package != "recipes" or name in ("", *recipes.COMMANDS), f"python -m {module} is no command"

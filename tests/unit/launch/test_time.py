@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from launch.planning import machine as figures
 from launch.planning import time
+from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models
-from launch.planning.time import Machine, Pass, Seconds, describe_machine, step_seconds
+from launch.planning.time import Pass, Seconds, step_seconds
 from prune_distill.config.composition import CONFIG_DIR
 from prune_distill.model.flops import sequence_flops
 from prune_distill.schema import (
@@ -138,13 +140,15 @@ def test_the_published_layout_against_two_tensor_parallel_ranks() -> None:
 def test_a_large_product_by_hand() -> None:
     at = Machine(flops=1e15, fp8_flops=2e15, memory=1e12, link=1e11, network=None, devices=8)
     seconds = at.product(8192, 4096, 8192)
-    assert seconds == pytest.approx(2 * 8192 * 4096 * 8192 / (time.PRODUCT_SHARE * 1e15) + time.PRODUCT_SECONDS)
+    assert seconds == pytest.approx(2 * 8192 * 4096 * 8192 / (figures.PRODUCT_SHARE * 1e15) + figures.PRODUCT_SECONDS)
     in_fp8 = at.product(8192, 4096, 8192, fp8=True)
-    assert in_fp8 - time.PRODUCT_SECONDS == pytest.approx(2 * 8192 * 4096 * 8192 / (time.FP8_PRODUCT_SHARE * 2e15))
+    assert in_fp8 - figures.PRODUCT_SECONDS == pytest.approx(
+        2 * 8192 * 4096 * 8192 / (figures.FP8_PRODUCT_SHARE * 2e15)
+    )
     # A few rows: the weight is read once.
     few = at.product(8, 4096, 8192)
     assert few == pytest.approx(
-        2 * (8 * 4096 + 4096 * 8192 + 8 * 8192) / (time.MEMORY_SHARE * 1e12) + time.PRODUCT_SECONDS
+        2 * (8 * 4096 + 4096 * 8192 + 8 * 8192) / (figures.MEMORY_SHARE * 1e12) + figures.PRODUCT_SECONDS
     )
 
 
@@ -158,14 +162,16 @@ def test_the_efficiency_of_products_falls_with_their_size() -> None:
 def test_collectives_by_hand() -> None:
     one, two = machine(), machine(nodes=2)
     assert one.gather(450e9, 1, 1) == 0.0
-    assert one.gather(450e9, 8, 1) == pytest.approx(7 / 8 / time.LINK_SHARE, rel=1e-3)
+    assert one.gather(450e9, 8, 1) == pytest.approx(7 / 8 / figures.LINK_SHARE, rel=1e-3)
     # A ring over both nodes uses the network card of each of its ranks in a node.
-    assert two.bandwidth(16, 1) == pytest.approx(min(450e9 * time.LINK_SHARE, 8 * 50e9 * time.NETWORK_SHARE))
-    assert two.bandwidth(2, 8) == pytest.approx(50e9 * time.NETWORK_SHARE)
+    assert two.bandwidth(16, 1) == pytest.approx(min(450e9 * figures.LINK_SHARE, 8 * 50e9 * figures.NETWORK_SHARE))
+    assert two.bandwidth(2, 8) == pytest.approx(50e9 * figures.NETWORK_SHARE)
     assert two.bandwidth(8, 1) == one.bandwidth(8, 1)
     # Of an exchange over both nodes, eight sixteenths leave the node.
     assert two.exchange(1e9, 16) == pytest.approx(
-        1e9 * 7 / 16 / (450e9 * time.LINK_SHARE) + 1e9 * 8 / 16 / (50e9 * time.NETWORK_SHARE) + time.COLLECTIVE_SECONDS
+        1e9 * 7 / 16 / (450e9 * figures.LINK_SHARE)
+        + 1e9 * 8 / 16 / (50e9 * figures.NETWORK_SHARE)
+        + figures.COLLECTIVE_SECONDS
     )
 
 
@@ -173,10 +179,12 @@ def test_attention_by_hand() -> None:
     one = Pass(QWEN3_8B, Family.qwen3, Parallel(), machine(), tokens=4096, seq_length=4096)
     # Causal: half of 4 x 4096 x 4096 x 4096 FLOP.
     assert one.layer_forward().attention == pytest.approx(
-        2 * 4096**3 / (time.ATTENTION_SHARE["forward"] * 989.4e12) + time.KERNEL_SECONDS
+        2 * 4096**3 / (time.ATTENTION_SHARE["forward"] * 989.4e12) + figures.KERNEL_SECONDS
     )
     halves = dataclasses.replace(one, parallel=Parallel(tensor_model_parallel_size=2)).layer_forward().attention
-    assert halves - time.KERNEL_SECONDS == pytest.approx((one.layer_forward().attention - time.KERNEL_SECONDS) / 2)
+    assert halves - figures.KERNEL_SECONDS == pytest.approx(
+        (one.layer_forward().attention - figures.KERNEL_SECONDS) / 2
+    )
 
 
 def test_products_count_the_flops_of_the_models() -> None:
@@ -185,7 +193,7 @@ def test_products_count_the_flops_of_the_models() -> None:
     step = step_seconds(run, Loss.kd, Models(Family.qwen3, QWEN3_6B, QWEN3_8B), at, 8)
     flops = sequence_flops(4096, Recompute.none, Loss.kd, Family.qwen3, QWEN3_6B, QWEN3_8B).total
     attention = step.attention * time.ATTENTION_SHARE["forward"]
-    counted = (step.products * time.PRODUCT_SHARE + attention) * 8 * 989.4e12 / (768 * 4096)
+    counted = (step.products * figures.PRODUCT_SHARE + attention) * 8 * 989.4e12 / (768 * 4096)
     # The start of each product is no FLOP; attention's backward pass computes the scores again, at another share.
     assert counted == pytest.approx(flops, rel=0.06)
 
