@@ -45,7 +45,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     if config["model_type"] != model.family.value:
         says = config["model_type"]
         faults = [
-            f"model.family={model.family.name}, but {path} says model_type {says}; set model.family={says}",
+            f"model.family={model.family.name}: {path} has model_type={says}; set model.family={says}",
             *faults,
         ]
     if model.shape is None:
@@ -107,7 +107,7 @@ def _nowhere(hf_path: str) -> str:
 
 def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:
     return [
-        f"model.shape.{ours}={getattr(given, ours)}, but {path} says {theirs} {getattr(found, ours)}; "
+        f"model.shape.{ours}={getattr(given, ours)}: {path} has {theirs}={getattr(found, ours)}; "
         f"set model.shape.{ours}={getattr(found, ours)}, or model.shape=null to read it from there"
         for ours, theirs in (_TERMS | _MOE_TERMS).items()
         if getattr(given, ours) != getattr(found, ours)

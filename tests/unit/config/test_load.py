@@ -311,7 +311,7 @@ def test_an_own_model_takes_a_path_documents_and_a_size(hf_folder: Callable[...,
     # One key for all lengths.
     short = compose([*own, "distill.seq_length=64"])
     assert {short.prune.calibration_seq_length, short.distill.seq_length, short.evaluate.seq_length} == {64}
-    with pytest.raises(ConfigError, match="model.family=qwen3, but .* says model_type llama; set model.family=llama"):
+    with pytest.raises(ConfigError, match="model.family=qwen3, .* has model_type=llama; set model.family=llama"):
         compose([*own, "model.family=qwen3"])
 
 

@@ -108,7 +108,7 @@ import transformer_engine
     )
     assert done.returncode == 1
     assert "ImportError: the CPU stand-in" in done.stderr
-    assert "was imported where CUDA is available (H100)" in done.stderr
+    assert "was imported although CUDA is available (H100)" in done.stderr
 
 
 @pytest.fixture
