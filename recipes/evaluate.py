@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.exporting import exporter
+from convert.exporting import make_exporter
 from prune_distill.data.folder import DataFolder
 from prune_distill.evaluation import recovery
 from prune_distill.evaluation.evaluator import TEACHER, Evaluator
@@ -61,7 +61,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _measure_checkpoints(evaluator: Evaluator, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
-    export = exporter(cfg, teacher)
+    export = make_exporter(cfg, teacher)
     for step, checkpoint in find_checkpoints(checkpoints).items():
         recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
     if rank() == 0:

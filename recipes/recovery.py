@@ -93,10 +93,10 @@ class Follower:
             record_again(self.out, (RECOVERY,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
-        from convert.exporting import exporter  # after the watcher holds the checkpoints
+        from convert.exporting import make_exporter  # after the watcher holds the checkpoints
         from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
-        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, make_exporter(self.cfg, self.teacher))
 
 
 def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from convert.exporting import exporter
+from convert.exporting import make_exporter
 from prune_distill.config.values import halving_rounds
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import student_to_train
@@ -108,7 +108,7 @@ def _scores(cfg: RunConfig, asked: TaskScore, inputs: Inputs, out: Path, first: 
     assert inputs.teacher_hf is not None  # an input wherever a task is scored
     teacher = local_folder(inputs.teacher_hf, cfg.model.revision, weights=False)
     evaluator = Evaluator(cfg, DataFolder.read(inputs.data), teacher, out, inputs.task_folder)
-    scores = Scores(evaluator, asked, exporter(cfg, teacher), out)
+    scores = Scores(evaluator, asked, make_exporter(cfg, teacher), out)
     scores.of(f"{first}/{checkpoint_name(0)}", inputs.search / first)
     return scores.of
 

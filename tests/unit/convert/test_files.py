@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.files import replaced
+from convert.files import replace_folder
 from prune_distill.errors import InputError
 
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, *sources: Path, error: BaseException | None = None) -> None:
-    with replaced(folder, *sources) as partial:
+    with replace_folder(folder, *sources) as partial:
         (partial / "config.json").write_text("new")
         if error is not None:
             raise error
@@ -33,7 +33,7 @@ def everything(folder: Path) -> dict[str, str | None]:
 
 def test_a_folder_appears_whole(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
-    with replaced(out, source) as partial:
+    with replace_folder(out, source) as partial:
         assert not out.exists()
         (partial / "config.json").write_text("new")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -70,16 +70,16 @@ def test_a_link_is_followed(tmp_path: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("out", "told"),
     [
-        (lambda source: source, "must not lie in each other"),
-        (lambda source: source / "within" / "out", "must not lie in each other"),
-        (lambda source: source.parent, "must not lie in each other"),
-        (lambda source: Path("/"), "must not lie in each other"),
-        (lambda source: Path(".."), "must not lie in each other"),  # from the folder within the source
-        (lambda source: Path("."), "must not lie in each other"),
-        (lambda source: source.parent / "link", "must not lie in each other"),
+        (lambda source: source, "must not contain each other"),
+        (lambda source: source / "within" / "out", "must not contain each other"),
+        (lambda source: source.parent, "must not contain each other"),
+        (lambda source: Path("/"), "must not contain each other"),
+        (lambda source: Path(".."), "must not contain each other"),  # from the folder within the source
+        (lambda source: Path("."), "must not contain each other"),
+        (lambda source: source.parent / "link", "must not contain each other"),
         (lambda source: source.parent / "file", "is a file"),
         (lambda source: source.parent / "file" / "out", r"cannot be written \(Not a directory\)"),
-        (lambda source: source.parent / "mine", "holds something else than a model, and would be replaced"),
+        (lambda source: source.parent / "mine", "would be replaced, but does not contain a model"),
         (lambda source: Path("/proc/out"), "cannot be written"),
         (lambda source: source.parent / ("x" * 250), r"cannot be written \(File name too long\)"),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from convert.model_card import Making, model_card
+from convert.model_card import Provenance, model_card
 from tests.conftest import QWEN3
 
 
@@ -21,9 +21,9 @@ def reference(tmp_path: Path) -> Path:
     return folder
 
 
-def card(base: str, reference: Path, making: Making | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
+def card(base: str, reference: Path, provenance: Provenance | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
     """The metadata at its head, and what follows."""
-    text = model_card("small", base, reference, {**QWEN3, **sizes}, making or Making())
+    text = model_card("small", base, reference, {**QWEN3, **sizes}, provenance or Provenance())
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
 
@@ -103,7 +103,7 @@ def stage(run: Path, name: str, student: str | None = None, **metrics: Any) -> P
 def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: Path) -> None:
     stage(tmp_path, "prune-1", params=3_000_000, params_before=5_000_000, kept_layers=[1, 2, 3, 6])
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=160_000, steps=160, val_loss=3.65432)
-    metadata, body = card("Qwen/Qwen3-8B", reference, Making.of(checkpoint))
+    metadata, body = card("Qwen/Qwen3-8B", reference, Provenance.read(checkpoint))
     told = body.splitlines()
     begin = told.index("Made from Qwen/Qwen3-8B.")
     assert told[begin + 1 : begin + 3] == [
@@ -111,19 +111,19 @@ def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: P
         "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
     ]
     assert metadata["tags"] == ["nemo", "distillation"]
-    assert Making.of(tmp_path / "elsewhere" / "nemo").sentences == []
+    assert Provenance.read(tmp_path / "elsewhere" / "nemo").sentences == []
 
 
 @pytest.mark.parametrize("student", ["distill-1/nemo", "../" + "run/distill-1/nemo", "./distill-1/../distill-1/nemo"])
 def test_a_manifest_that_names_itself_is_followed_once(tmp_path: Path, student: str) -> None:
     checkpoint = stage(tmp_path / "run", "distill-1", student, tokens=8, steps=2)
-    assert Making.of(checkpoint).sentences == ["Trained on 8 tokens in 2 steps after pruning."]
+    assert Provenance.read(checkpoint).sentences == ["Trained on 8 tokens in 2 steps after pruning."]
 
 
 def test_manifests_that_name_each_other_are_followed_once(tmp_path: Path) -> None:
     stage(tmp_path, "prune-1", "distill-2/nemo", params=3, params_before=5)
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=8, steps=2)
-    assert len(Making.of(checkpoint).sentences) == 2
+    assert len(Provenance.read(checkpoint).sentences) == 2
 
 
 @pytest.mark.parametrize(
@@ -144,4 +144,4 @@ def test_a_strangers_manifest_is_no_reason_to_fail(tmp_path: Path, odd: dict[str
     checkpoint = stage(tmp_path, "distill-1")
     manifest = {"stage": "distill", "status": "complete", "inputs": {}, "metrics": {}, **odd}
     (checkpoint.parent / "manifest.json").write_text(json.dumps(manifest))
-    assert Making.of(checkpoint).sentences == []
+    assert Provenance.read(checkpoint).sentences == []

@@ -120,7 +120,7 @@ def test_names_that_cannot_be_told_are_refused(checkpoint: Path) -> None:
         names["type"]["name"] = "dict"
 
     change(checkpoint, hide)
-    with pytest.raises(InputError, match=r"io\.json is not as NeMo writes it"):
+    with pytest.raises(InputError, match=r"io\.json is not in NeMo.s format"):
         trusts_remote_code(checkpoint)
 
 
@@ -128,7 +128,7 @@ def test_names_that_cannot_be_told_are_refused(checkpoint: Path) -> None:
 def test_objects_that_cannot_be_told_are_refused(checkpoint: Path, items: Any) -> None:
     node = {"type": {"type": "pyref", "module": "nemo", "name": "M"}, "items": items}
     change(checkpoint, lambda content: content["objects"].update(more=node))
-    with pytest.raises(InputError, match=r"io\.json is not as NeMo writes it"):
+    with pytest.raises(InputError, match=r"io\.json is not in NeMo.s format"):
         pickled_files(checkpoint)
 
 
@@ -156,12 +156,12 @@ def test_files_that_are_unpickled_are_known(checkpoint: Path) -> None:
 )
 def test_a_context_that_describes_no_model_is_refused(checkpoint: Path, how: Callable[[Any], Any]) -> None:
     change(checkpoint, how)
-    with pytest.raises(InputError, match=r"context/io\.json (describes no model|cannot be read)"):
+    with pytest.raises(InputError, match=r"context/io\.json (does not describe a model|cannot be read)"):
         read_context(checkpoint)
 
 
 def test_a_folder_without_a_context_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no NeMo checkpoint \(it has no context/io\.json\)"):
+    with pytest.raises(InputError, match=r"is not a NeMo checkpoint \(it has no context/io\.json\)"):
         read_context(tmp_path)
     with pytest.raises(InputError, match=r"io\.json cannot be read"):
         references(tmp_path)

@@ -112,18 +112,18 @@ def without(end: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("write", "told"),
     [
-        (saved({"w": torch.ones(2)}, _use_new_zipfile_serialization=False), "is no whole file of torch.save"),
-        (saved({"w": torch.ones(3, 2).t()}), "w does not lie row by row"),
-        (saved({"w": torch.ones(3, 4)[:, :2]}), "w does not lie row by row"),
-        (saved({"w": torch.ones(2).expand(3, 2)}), "w does not lie row by row"),
-        (saved([torch.ones(2)]), "holds no dict of tensors"),
+        (saved({"w": torch.ones(2)}, _use_new_zipfile_serialization=False), "is not a complete file of torch.save"),
+        (saved({"w": torch.ones(3, 2).t()}), "w is not contiguous"),
+        (saved({"w": torch.ones(3, 4)[:, :2]}), "w is not contiguous"),
+        (saved({"w": torch.ones(2).expand(3, 2)}), "w is not contiguous"),
+        (saved([torch.ones(2)]), "does not contain a dict of tensors"),
         (saved({"epoch": 3}), "epoch is no tensor"),
         (saved({"w": torch.ones(2), "code": Evil()}), r"names (posix|os)\.system, which no tensor needs: refused"),
         (saved(torch.nn.Linear(2, 2)), r"names torch\.nn\.modules\.linear\.Linear"),
         (saved({"w": torch.ones(2).to(torch.complex64)}), "names torch.ComplexFloatStorage"),
-        (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is no whole file of torch.save"),
-        (damaged(lambda path: path.write_bytes(b"")), "is no whole file of torch.save"),
-        (damaged(without("data.pkl")), "is no whole file of torch.save"),
+        (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is not a complete file of torch.save"),
+        (damaged(lambda path: path.write_bytes(b"")), "is not a complete file of torch.save"),
+        (damaged(without("data.pkl")), "is not a complete file of torch.save"),
         (damaged(without("data/0")), "does not hold w"),
         (damaged(lambda path: repack(path, lambda name, data: data, zipfile.ZIP_DEFLATED)), "does not hold w"),
         (
@@ -132,7 +132,7 @@ def without(end: str) -> Callable[[Path], None]:
         ),
         (
             damaged(lambda path: repack(path, lambda name, data: b"\x80\x02(." if "pkl" in name else data)),
-            "is no whole file of torch.save",
+            "is not a complete file of torch.save",
         ),
     ],
 )

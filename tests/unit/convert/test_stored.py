@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from convert import stored
-from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, report_nonfinite, stack
+from convert.stored import CopyResult, Rows, Span, StoredTensor, blocks, copy, report_nonfinite, stack
 from prune_distill.errors import InputError
 from prune_distill.nemo.saved_records import Record, is_finite
 
@@ -50,7 +50,7 @@ def copied(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes
     return content, found.crc
 
 
-def copied_and_found(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, Copied]:
+def copied_and_found(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, CopyResult]:
     with (folder / "target").open("wb+") as file:
         found = copy(tensor, file.fileno(), 7, **options)  # type: ignore[arg-type]
         file.seek(0)
@@ -250,7 +250,7 @@ def test_tensors_that_are_not_finite_are_named_with_their_counts(
     tensors = [store(matrix(), "good"), store(spoiled, "bad"), store(both, "worse")]
     with pytest.raises(InputError) as refused:
         report_nonfinite(tensors, Path("model"), "BF16", allow=False)
-    assert "2 tensors hold values that are not finite: bad (2 NaN or infinite), worse (2 NaN or infinite);" in str(
+    assert "2 tensors contain non-finite values: bad (2 NaN or infinite), worse (2 NaN or infinite);" in str(
         refused.value
     )
     report_nonfinite(tensors, Path("model"), "F16", allow=True)

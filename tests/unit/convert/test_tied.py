@@ -41,6 +41,6 @@ def test_its_copy_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("output", [torch.full((1,), 1e-3), torch.zeros(1, dtype=torch.float64)])
 def test_another_output_layer_is_refused(tmp_path: Path, output: torch.Tensor) -> None:
     other, without = write(tmp_path / "other", output), write(tmp_path / "without", None)
-    with pytest.raises(InputError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         check(read_folder(other), read_config(other), other)
     assert compare_tensors(other, without)[1] == [f"lm_head.weight is only in {other}"]

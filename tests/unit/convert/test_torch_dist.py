@@ -165,7 +165,7 @@ def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[in
 def test_a_cut_behind_the_rows_is_refused(tmp_path: Path) -> None:
     whole = torch.zeros(3, 5, 7)
     reader = TorchDistReader(save_as_torch(tmp_path, whole, pieces(whole, [3, 5, 4])))
-    with pytest.raises(InputError, match="key is cut along a dimension behind its rows"):
+    with pytest.raises(InputError, match="key is sharded along an inner dimension"):
         reader.tensor("key")
 
 
@@ -179,17 +179,17 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
             reader.tensor("key", *index)
     with pytest.raises(InputError, match="lacks other"):
         reader.tensor("other")
-    with pytest.raises(InputError, match=r"key is \[3, 5, 7\], which has no part \[0, 0, 0\]"):
+    with pytest.raises(InputError, match=r"key has shape \[3, 5, 7\] and no part \[0, 0, 0\]"):
         reader.tensor("key", 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("part", "told"),
     [
-        (torch.zeros(8, 7)[2:7], "does not lie in rows of its own"),  # its storage holds more
-        (torch.zeros(7, 5).t(), "does not lie in rows of its own"),
-        (torch.zeros(5, 7, dtype=torch.int32), "does not lie in rows of its own"),  # as many bytes of another type
-        (torch.zeros(5, 7, dtype=torch.float64), "does not lie in rows of its own"),
+        (torch.zeros(8, 7)[2:7], "is not contiguous"),  # its storage holds more
+        (torch.zeros(7, 5).t(), "is not contiguous"),
+        (torch.zeros(5, 7, dtype=torch.int32), "is not contiguous"),  # as many bytes of another type
+        (torch.zeros(5, 7, dtype=torch.float64), "is not contiguous"),
         ({"a": 1}, "is truncated or damaged: key"),
         (print, "is truncated or damaged: key"),
     ],
@@ -207,7 +207,7 @@ def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
     """Its bytes are damaged, though its size in the directory is right."""
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match="a part of key does not lie in rows of its own"):
+    with pytest.raises(InputError, match="a part of key is not contiguous"):
         TorchDistReader(weights).tensor("key")
 
 
@@ -216,7 +216,7 @@ def test_a_fifo_in_a_checkpoint_hangs_nothing(tmp_path: Path, name: str) -> None
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     (weights / name).unlink()
     os.mkfifo(weights / name)
-    with pytest.raises(InputError, match="is no torch_dist checkpoint|it is a FIFO"):
+    with pytest.raises(InputError, match="is not a torch_dist checkpoint|it is a FIFO"):
         TorchDistReader(weights)
 
 
@@ -295,7 +295,7 @@ def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
 
 
 def test_no_description_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no torch_dist checkpoint \(it has no \.metadata\)"):
+    with pytest.raises(InputError, match=r"is not a torch_dist checkpoint \(it has no \.metadata\)"):
         TorchDistReader(tmp_path)
 
 
@@ -357,6 +357,6 @@ def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
     shutil.rmtree(weights)
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: evil if name.endswith("data.pkl") else data)
-    with pytest.raises(InputError, match="system, which none needs"):
+    with pytest.raises(InputError, match="system, which tensors do not need"):
         TorchDistReader(weights).tensor("key")
     assert not marker.exists()
