@@ -170,7 +170,7 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
     _, told = launcher.communicate(timeout=600)
-    assert f"stage cache_logits is paused at step {SHARD}; the same command goes on from there" in told
+    assert f"stage cache_logits is paused at step {SHARD}; run the same command to resume it" in told
     assert read_state(folder) == {"state": "paused", "step": SHARD}
     assert [path.name for path in folder.glob("shard-*")] == [shard_name(0)]
     assert not (folder / "cached_logits.json").exists()

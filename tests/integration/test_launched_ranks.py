@@ -34,7 +34,7 @@ def test_ranks_start_unbound_where_there_is_no_gpu_and_the_log_says_so(
         _, err = launcher.communicate(timeout=120)
     assert (launcher.returncode, err) == (0, "")
     (log,) = tmp_path.glob("ranks-*/log.txt")
-    assert "numa-binding=node is left out: no GPU is visible\n" in log.read_text()
+    assert "numa-binding=node is ignored: no GPU is visible\n" in log.read_text()
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     _, told = launcher.communicate(timeout=600)
     log = (folder / "log.txt").read_text()
     assert launcher.returncode == 1, told + log
-    assert "stage distill is paused at step 1; the same command goes on from there" in told
+    assert "stage distill is paused at step 1; run the same command to resume it" in told
     assert read_state(folder) == {"state": "paused", "step": 1}
     assert [path.name for path in folder.glob("checkpoints/*")] == ["step=1"]
     assert not (folder / "stop").exists()

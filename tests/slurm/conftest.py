@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch.environment import ROOT
-from launch.queue import active, submitted
+from launch.queue import filter_active, read_submissions
 from prune_distill.pipeline.names import STATE
 from tests.helpers import slurm_cluster
 from tests.helpers.fake_stage import PLAN
@@ -78,7 +78,7 @@ class Chain:
         assert done.returncode == 0, done.stderr
 
     def jobs(self, stage: str) -> list[str]:
-        return list(submitted(self.run_dir)[stage]["jobs"])
+        return list(read_submissions(self.run_dir)[stage]["jobs"])
 
     def folder(self, stage: str) -> Path:
         (found,) = self.run_dir.glob(f"{stage}*")
@@ -103,8 +103,8 @@ class Chain:
 
     def wait_until_ended(self, seconds: float = PATIENCE) -> None:
         """All jobs have ended; Slurm was seen to know them at least."""
-        ids = [job for entry in submitted(self.run_dir).values() for job in entry["jobs"]]
-        self.wait(lambda: not active(ids), seconds)
+        ids = [job for entry in read_submissions(self.run_dir).values() for job in entry["jobs"]]
+        self.wait(lambda: not filter_active(ids), seconds)
 
     def status(self, mode: str = "status") -> dict[str, dict[str, Any]]:
         """What `launch.status --json` says of each stage."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.queue import submitted
+from launch.queue import read_submissions
 from launch.status import status
 from prune_distill.config.load import load_resolved
 from prune_distill.pipeline.artifact import read_state
@@ -71,7 +71,7 @@ def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbr
     # The first attempt waits for most of the time in which Slurm may warn: a fast machine would end before.
     site = {"cluster.slurm.sbatch": WARNED_EARLY, "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 35']"}
     chain = submit(run_dir, site, "--until", "distill")
-    assert list(submitted(run_dir)) == ["distill"]
+    assert list(read_submissions(run_dir)) == ["distill"]
     # All but the first attempt may take their time, so that there are two however slow the machine is.
     chain.wait(lambda: "requeued" in chain.log("distill-"))
     slurm("scontrol", "update", f"JobId={chain.jobs('distill')[0]}", "TimeLimit=30")

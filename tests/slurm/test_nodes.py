@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from launch.queue import ask
+from launch.queue import query_jobs
 from tests.slurm.conftest import Chain, slurm
 
 RANKS = (
@@ -48,7 +48,7 @@ def test_a_chain_goes_on_after_a_node_went_down(chain: Chain) -> None:
     slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
     chain.wait_until_ended()
     assert chain.complete() == {"ranks"}, chain.told()
-    assert [ask(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
+    assert [query_jobs(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
     assert "job " + jobs[1] in chain.log("ranks")
 
 

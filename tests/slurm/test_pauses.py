@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.queue import ask
+from launch.queue import query_jobs
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers.slurm_cluster import GRACE_SECONDS
 from tests.slurm.conftest import WARNED_EARLY, Chain, slurm
@@ -80,7 +80,7 @@ def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 2"
     ).strip()
     chain.wait(lambda: chain.state("second").get("state") == "paused")
-    chain.wait(lambda: ask([urgent])[urgent].state == "COMPLETED")
+    chain.wait(lambda: query_jobs([urgent])[urgent].state == "COMPLETED")
     # The step was asked at once, and the job did not use up its time of grace.
     assert time.monotonic() - started < GRACE_SECONDS
     chain.wait_until_ended()
@@ -98,7 +98,7 @@ def test_a_cancelled_training_saves_and_stays_cancelled(chain: Chain) -> None:
     assert chain.state("second")["state"] == "paused"
     assert chain.status()["report"]["state"] == "cancelled"
     time.sleep(3)
-    assert ask(chain.jobs("second"))[chain.jobs("second")[0]].state == "CANCELLED"
+    assert query_jobs(chain.jobs("second"))[chain.jobs("second")[0]].state == "CANCELLED"
     before = steps(chain)[-1]
     chain.submit({"second": f"steps {before + 5}"})
     chain.wait_until_ended()
@@ -114,13 +114,13 @@ def test_no_progress_and_too_many_restarts_end_a_chain(chain: Chain) -> None:
     chain.wait_until_ended()
     stages = chain.status()
     assert stages["second"]["state"] == "paused"
-    assert "after 1 restarts, as many as cluster.slurm.max_restarts allows" in stages["second"]["cause"]
+    assert "after 1 restarts, the limit cluster.slurm.max_restarts" in stages["second"]["cause"]
     assert stages["report"]["state"] == "cancelled"
     assert not ({"second", "report"} & chain.complete())
 
     chain.submit({"second": "stuck"}, "cluster.slurm.max_restarts=1")
     chain.wait_until_ended()
-    assert "paused at step 0, no further than before" in chain.status()["second"]["cause"]
+    assert "paused at step 0, without progress" in chain.status()["second"]["cause"]
 
 
 def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
@@ -129,13 +129,13 @@ def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
     for job, step in ((first, 10), (second, 30)):
         wait_for_step(chain, step)
         slurm("scancel", "--signal=USR1", "--batch", job)
-        chain.wait(lambda job=job: ask([job])[job].state == "COMPLETED")  # type: ignore[misc]
+        chain.wait(lambda job=job: query_jobs([job])[job].state == "COMPLETED")  # type: ignore[misc]
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
     assert steps(chain) == list(range(1, 101))
     log = chain.log("second")
     assert [f"job {job}, restart 0" in log for job in (first, second, third)] == [True] * 3
-    assert "the next job of the chain goes on" in log
+    assert "the next job of the chain resumes" in log
 
 
 def kill(job: str) -> None:
@@ -157,7 +157,7 @@ def test_a_chain_goes_on_after_a_job_that_is_killed_without_a_warning(chain: Cha
     kill(first)
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
-    assert {job: ask([job])[job].state for job in (first, second, third)} == {
+    assert {job: query_jobs([job])[job].state for job in (first, second, third)} == {
         first: "FAILED",
         second: "COMPLETED",
         third: "COMPLETED",
@@ -172,10 +172,12 @@ def test_a_chain_ends_where_a_killed_job_got_no_further(chain: Chain) -> None:
     chain.wait(lambda: attempts(chain) == 1 and list(chain.folder("second").glob("pid-0")))
     kill(jobs[0])
     chain.wait_until_ended()
-    assert [ask([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], chain.told()
+    assert [query_jobs([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], (
+        chain.told()
+    )
     stages = chain.status()
     assert stages["second"]["state"] == "failed"
-    assert stages["second"]["cause"].startswith("the job before left no checkpoint beyond step 0")
+    assert stages["second"]["cause"].startswith("the previous job saved no checkpoint beyond step 0")
     assert stages["report"]["state"] == "cancelled"
 
 
@@ -187,7 +189,7 @@ def test_a_job_that_fails_or_is_cancelled_ends_its_chain(chain: Chain, action: s
         wait_for_step(chain, 5)
         slurm("scancel", jobs[0])
     chain.wait_until_ended()
-    assert [ask([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.told()
+    assert [query_jobs([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.told()
     assert attempts(chain) == 1
     assert chain.status()["second"]["state"] == ("failed" if action == "fail" else "paused")
     assert chain.status()["report"]["state"] == "cancelled"
@@ -199,8 +201,8 @@ def test_a_waiting_job_that_is_cancelled_starts_no_other_beside_the_one_that_run
     wait_for_step(chain, 5)
     slurm("scancel", second)
     time.sleep(2)
-    assert ask([third])[third].state == "PENDING"
-    assert ask([first])[first].state == "RUNNING"
+    assert query_jobs([third])[third].state == "PENDING"
+    assert query_jobs([first])[first].state == "RUNNING"
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
 
@@ -213,11 +215,11 @@ def test_the_last_job_of_a_chain_that_is_not_enough_fails_what_depends_on_it(cha
     if done_in == 1:
         chain.wait_until_ended()
         assert chain.complete() == {"first", "second", "aside", "report"}
-        assert "complete already" in chain.log("second")
+        assert "already complete" in chain.log("second")
         return
     for job, step in zip(chain.jobs("second"), (5, 15), strict=True):
         wait_for_step(chain, step)
         slurm("scancel", "--signal=USR1", "--batch", job)
     chain.wait_until_ended()
-    assert "in the last job of the chain; launch.run goes on from here" in chain.log("second")
+    assert "in the last job of the chain; run launch.run again to resume" in chain.log("second")
     assert chain.status()["report"]["state"] == "cancelled"

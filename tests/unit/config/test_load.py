@@ -170,8 +170,8 @@ def test_a_shape_that_contradicts_config_json_is_named_field_by_field(hf_folder:
     with pytest.raises(ConfigError) as caught:
         compose(_own_model(hf_folder(), *(f"model.shape.{key}={value}" for key, value in shape.items())))
     first, second = map(str, caught.value.faults)
-    assert "model.shape.hidden_size=64, but " in first
-    assert "says hidden_size 128; set model.shape.hidden_size=128, or model.shape=null" in first
+    assert "model.shape.hidden_size=64: " in first
+    assert "has hidden_size=128; set model.shape.hidden_size=128, or model.shape=null" in first
     assert "model.shape.vocab_size=500" in second
 
 

@@ -21,7 +21,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for name in (*docker.PASSED_ON, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+    for name in (*docker.PASSED_VARIABLES, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -130,5 +130,5 @@ def test_what_is_wrong_is_said_before_docker_starts(
     assert "distill.lrr: not a known key" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert docker.main(["--", "experiment=demo"]) == 2
-    assert "docker cannot be found" in capsys.readouterr().err
+    assert "docker not found" in capsys.readouterr().err
     assert os.listdir(here) == []

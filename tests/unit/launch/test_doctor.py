@@ -128,9 +128,14 @@ def test_the_probe_runs_here() -> None:
 @pytest.mark.parametrize(
     ("overrides", "numactl", "state", "part"),
     [
-        ([], "exit 0", "warn", "2 nodes, and ranks run on the cores of any"),
+        ([], "exit 0", "warn", "2 nodes, but ranks are not bound to one"),
         (["cluster.numa_binding=core_complex"], "exit 0", "ok", "are bound (cluster.numa_binding=core-complex)"),
-        (["cluster.numa_binding=node"], "echo denied >&2; exit 1", "warn", "numactl does not work here (denied)"),
+        (
+            ["cluster.numa_binding=node"],
+            "echo denied >&2; exit 1",
+            "warn",
+            "numactl does not work on this machine (denied)",
+        ),
         (None, "exit 0", "ok", "2 nodes; ranks can be bound"),
     ],
 )
@@ -150,9 +155,7 @@ def test_numa_nodes(
     assert (finding.state.value, part in finding.found) == (state, True), finding
     (tmp_path / "sys/devices/system/node/node1/cpulist").write_text("\n")
     (finding,) = checks.numa(None, tmp_path)
-    assert finding == Finding(
-        "NUMA", State.ok, "1 node; nothing to bind: all cores that may be used are of one NUMA node"
-    )
+    assert finding == Finding("NUMA", State.ok, "1 node; nothing to bind: all available cores belong to one NUMA node")
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +217,7 @@ def test_a_full_disk_is_what_the_plan_warns_of(
 ) -> None:
     monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 1 << 20)
     cfg = demo(f"run_dir={tmp_path}")
-    (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
+    (finding,) = [finding for finding in doctor.check_run(cfg) if finding.name == "disk"]
     assert finding.state is State.fail
     assert f"{finding.found}; {finding.fix}" in doctor.make_plan(cfg).warnings
     assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")

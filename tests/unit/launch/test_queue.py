@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.queue import active, ask
+from launch.queue import filter_active, query_jobs
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,5 @@ def test_the_task_that_matters_most_speaks_for_an_array(
     squeue.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(rows) + "\nEND\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert {job: queued.state for job, queued in ask(["7", "8"]).items()} == {"7": state}
-    assert active(["7", "8"]) == (["7"] if state in ("RUNNING", "PENDING") else [])
+    assert {job: queued.state for job, queued in query_jobs(["7", "8"]).items()} == {"7": state}
+    assert filter_active(["7", "8"]) == (["7"] if state in ("RUNNING", "PENDING") else [])

@@ -228,8 +228,8 @@ def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
     status, out, err = dry_run("cluster.run_dir_is_shared=false", dry="experiment=demo")
     assert (status, out) == (2, "")
     assert "2 faults in the configuration" in err
-    assert "sbatch, srun, squeue, scontrol, scancel cannot be found; start this on a login node, or add" in err
-    assert f"run_dir={dry_run.run_dir} is on ext4, by the look of it a disk of this machine only" in err
+    assert "sbatch, srun, squeue, scontrol, scancel not found; run this on a login node, or add" in err
+    assert f"run_dir={dry_run.run_dir}: ext4 appears to be a local disk of this machine" in err
     assert "cluster.run_dir_is_shared=true" in err
     assert not dry_run.run_dir.exists()
     # To look at what would be submitted, any machine will do.

@@ -58,7 +58,7 @@ def test_a_report_that_cannot_be_made_is_no_error_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_interim_report(tmp_path)
-    assert capsys.readouterr().out.startswith("no report could be made: error: ")
+    assert capsys.readouterr().out.startswith("cannot write the report: error: ")
 
 
 def test_a_paused_stage_is_no_failure_and_goes_on(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_paused_stage_is_no_failure_and_goes_on(tmp_path: Path) -> None:
         _, told = launcher.communicate(timeout=60)
     step = read_state(folder)["step"]
     assert launcher.returncode == 1
-    assert told == f"stage second is paused at step {step}; the same command goes on from there\n"
+    assert told == f"stage second is paused at step {step}; run the same command to resume it\n"
     assert states(tmp_path) == ["complete", "paused", "to do", "to do"]
     assert status(tmp_path, TABLE)[1].detail == f"at step {step}"
     # What was left over asks nobody to stop.
