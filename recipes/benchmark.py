@@ -66,7 +66,7 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     models, dtype = _load(folders, cfg, seed)
-    memory, timed = timing.race(models, cfg.rounds)
+    memory, timed = timing.run_rounds(models, cfg.rounds)
     base, *others = folders
     return {
         "engine": cfg.engine.value,

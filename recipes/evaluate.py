@@ -63,6 +63,6 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 def _measure_checkpoints(evaluator: Evaluator, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
     export = make_exporter(cfg, teacher)
     for step, checkpoint in find_checkpoints(checkpoints).items():
-        recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
+        recovery.measure_checkpoint(evaluator, recovery.measurement_name(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)

@@ -80,7 +80,7 @@ class Follower:
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
                 log.warning("%s; step %d is left out of the curve", damage, step)
             else:
-                self._measure(recovery.name_of(step), checkpoint)
+                self._measure(recovery.measurement_name(step), checkpoint)
             remove_folder(checkpoint)
         ends = {"student": self.stages["distill"]}
         if self.cfg.distill.init is Init.pruned:

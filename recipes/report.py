@@ -50,7 +50,7 @@ def write_report(found: RunFolder, out: Path) -> Report:
 def write_comparison(paths: Sequence[Path], out: Path) -> None:
     """Writes the comparison of several runs; `report.json` then holds those of all of them, by name."""
     privacy = Privacy(tuple(paths))
-    runs = comparison.named([read_run(path) for path in paths])
+    runs = comparison.name_runs([read_run(path) for path in paths])
     reports = {name: privacy.value(strict(summarize(found))) for name, found in runs.items()}
     html.write(comparison.page(runs, reports, privacy.text), out / REPORT_PAGE, privacy)
     write_json(out / REPORT_JSON, {"runs": reports})

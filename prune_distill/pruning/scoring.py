@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
-from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.evaluation.recovery import Export, export_temporarily
 from prune_distill.evaluation.results import Metric
 from prune_distill.pipeline.names import ROOM
 from prune_distill.schema import TaskScore
@@ -34,7 +34,7 @@ class Scores:
         from lm_eval.api.registry import is_higher_better  # seconds, only where a task is scored
 
         task, metric = self.score.task, self.score.metric
-        with exported(name, checkpoint, self.room, self.export) as make:
+        with export_temporarily(name, checkpoint, self.room, self.export) as make:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(

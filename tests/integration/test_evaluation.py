@@ -136,7 +136,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(
         assert ours["tasks"][OWN_TASK] == theirs["tasks"][OWN_TASK]
         assert ours["tasks"]["with_data"]["samples"] == 12
         assert set(ours["tasks_failed"]) == {"without_data"}
-        assert "bring the data set into the Hub's cache or " in ours["tasks_failed"]["without_data"]
+        assert "download the data set to the Hub's cache or " in ours["tasks_failed"]["without_data"]
     assert evaluation["student"]["val_loss"] is None
     assert evaluation["student"]["agreement"]["kl"] is None
 
@@ -230,7 +230,7 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
     ("option", "said"),
     [
         (("--batch-size", "10000000"), "GiB are needed (teacher "),
-        (("--prompt-tokens", "4000"), "teacher takes 2048 tokens at most"),
+        (("--prompt-tokens", "4000"), "exceeds the 2048 tokens of teacher"),
         (("--new-tokens", "1"), "leaves nothing to time"),
     ],
 )

@@ -34,7 +34,7 @@ class Clockwork:
 def test_models_take_turns_and_are_compared_round_by_round() -> None:
     log: list[str] = []
     models = {"teacher": Clockwork(log, "teacher", 1.0), "student": Clockwork(log, "student", 0.5)}
-    memory, timed = timing.race(models, CFG.rounds)
+    memory, timed = timing.run_rounds(models, CFG.rounds)
     order = ["teacher", "student", "student", "teacher", "teacher", "student"]
     assert log == ["warm up teacher", "warm up student", *order]
     ratios = timing.ratios("student", "teacher", memory, timed)

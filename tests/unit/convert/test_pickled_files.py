@@ -124,11 +124,11 @@ def without(end: str) -> Callable[[Path], None]:
         (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is not a complete file of torch.save"),
         (damaged(lambda path: path.write_bytes(b"")), "is not a complete file of torch.save"),
         (damaged(without("data.pkl")), "is not a complete file of torch.save"),
-        (damaged(without("data/0")), "does not hold w"),
-        (damaged(lambda path: repack(path, lambda name, data: data, zipfile.ZIP_DEFLATED)), "does not hold w"),
+        (damaged(without("data/0")), "does not contain w"),
+        (damaged(lambda path: repack(path, lambda name, data: data, zipfile.ZIP_DEFLATED)), "does not contain w"),
         (
             damaged(lambda path: repack(path, lambda name, data: data[:100] if name.endswith("/0") else data)),
-            "does not hold w",
+            "does not contain w",
         ),
         (
             damaged(lambda path: repack(path, lambda name, data: b"\x80\x02(." if "pkl" in name else data)),

@@ -208,7 +208,7 @@ def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callab
 )
 def test_a_context_that_names_more_is_refused(tmp_path: Path, argument: Any, told: str) -> None:
     checkpoint = write(tmp_path / "nemo", more=argument)
-    with pytest.raises(InputError, match=rf"would run code of its own: .*{told}.*--trust-source"):
+    with pytest.raises(InputError, match=rf"would run code: .*{told}.*--trust-source"):
         refuse_code(checkpoint)
 
 

@@ -25,7 +25,7 @@ from prune_distill.errors import InputError
 from prune_distill.evaluation import continuations, heldout, recovery
 from prune_distill.evaluation.generation import Prompts
 from prune_distill.evaluation.harness import scores
-from prune_distill.evaluation.heldout import Logits, _by_token
+from prune_distill.evaluation.heldout import Logits, _score_tokens
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import devices, hf_models
@@ -62,7 +62,7 @@ def test_questions_are_as_many_as_there_is_room_for() -> None:
 
 
 def test_too_few_documents_are_told() -> None:
-    with pytest.raises(InputError, match="of 4 there are 3; bring more of them, or set evaluate.continuations=null"):
+    with pytest.raises(InputError, match="only 3 of 4 have them; add documents, or set evaluate.continuations=null"):
         continuations.make_questions([*DOCUMENTS[:3], "short"], SMALL, seed=0)
 
 
@@ -79,14 +79,14 @@ def test_losses_and_agreement_of_tokens() -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(7, 11), torch.randn(7, 11), torch.arange(7)
     teacher[3] = logits[3]
-    values = _by_token(logits, teacher, targets)
+    values = _score_tokens(logits, teacher, targets)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
     assert torch.allclose(values[:, 0], expected, atol=1e-6)  # fp32
     assert values[:, 1].tolist() == [1.0] * 7
     assert values[3, 2:].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     p, q = teacher.softmax(-1), logits.softmax(-1)
     assert torch.allclose(values[:, 3], (p * (p / q).log()).sum(-1).double(), atol=1e-5)
-    assert _by_token(logits, None, targets)[:, 2:].abs().sum() == 0
+    assert _score_tokens(logits, None, targets)[:, 2:].abs().sum() == 0
 
 
 class CountingModel:

@@ -17,7 +17,7 @@ from prune_distill.data.shards import SplitWriter
 from prune_distill.errors import InputError
 from prune_distill.evaluation import harness, heldout, recovery
 from prune_distill.evaluation.harness import Harness
-from prune_distill.evaluation.heldout import Logits, comparable, held_out
+from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DistillConfig, EvaluateConfig, Phase
 
@@ -72,7 +72,7 @@ def data(tmp_path: Path) -> DataFolder:
 def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: int) -> None:
     model, teacher = Model(0), Model(1)
     cfg = EvaluateConfig(seq_length=LENGTH, micro_batch_size=batch)
-    found = held_out(Logits(model), Logits(teacher, keep=True), data, cfg)
+    found = measure_heldout(Logits(model), Logits(teacher, keep=True), data, cfg)
     q, p = (one.weights.double().log_softmax(-1) for one in (model, teacher))
     losses = [-q[before, token].item() for before, token, _ in pairs()]
     assert found["tokens"] == len(losses) == 20
@@ -92,7 +92,7 @@ def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: in
 
 def test_the_first_sequences_alone(data: DataFolder) -> None:
     model = Model(0)
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
     q = model.weights.log_softmax(-1)
     assert found["tokens"] == 8
     assert found["val_loss"] == pytest.approx(sum(-q[b, t].item() for b, t, _ in pairs(2)) / 8, rel=1e-5)
@@ -101,7 +101,7 @@ def test_the_first_sequences_alone(data: DataFolder) -> None:
 
 def test_documents_of_one_source_are_not_told_apart(tmp_path: Path) -> None:
     data = write_documents(tmp_path / "one", {"web": [*DOCUMENTS["web"], *DOCUMENTS["code"]]})
-    found = held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))
     assert found["tokens"] == 20
     assert "per_source" not in found
 
@@ -113,7 +113,7 @@ def test_ranks_share_the_sequences(data: DataFolder, monkeypatch: pytest.MonkeyP
     tokens = []
     for rank in range(2):
         monkeypatch.setattr(heldout, "rank", lambda rank=rank: rank)
-        tokens.append(held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))["tokens"])
+        tokens.append(measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))["tokens"])
     assert tokens == [12, 8]
     model = Model(0).weights.double().log_softmax(-1)
     whole = sum(-model[before, token].item() for before, token, _ in pairs())
@@ -121,31 +121,31 @@ def test_ranks_share_the_sequences(data: DataFolder, monkeypatch: pytest.MonkeyP
 
 
 def test_fewer_tokens_than_a_sequence_are_refused(data: DataFolder) -> None:
-    held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=22))
+    measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=22))
     with pytest.raises(InputError, match="evaluate.seq_length"):
-        held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=23))
+        measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=23))
 
 
 def test_a_loss_that_is_not_finite_is_told(data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
     model = Model(0)
     model.weights[3] = torch.nan
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
     assert math.isnan(found["val_loss"])
     assert "not finite" in caplog.text
     model = Model(0)
     model.weights[:, 0] = 1e6
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
     assert found["perplexity"] == math.inf
 
 
 def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(7, 11), torch.randn(7, 11), torch.arange(7)
-    whole = heldout._by_token(logits, teacher, targets)
+    whole = heldout._score_tokens(logits, teacher, targets)
     monkeypatch.setattr(heldout, "CHUNK_LOGITS", 22)
-    torch.testing.assert_close(heldout._by_token(logits, teacher, targets), whole)
+    torch.testing.assert_close(heldout._score_tokens(logits, teacher, targets), whole)
     monkeypatch.setattr(heldout, "CHUNK_LOGITS", 1)
-    torch.testing.assert_close(heldout._by_token(logits, teacher, targets), whole)
+    torch.testing.assert_close(heldout._score_tokens(logits, teacher, targets), whole)
 
 
 def test_models_of_one_vocabulary_are_comparable() -> None:

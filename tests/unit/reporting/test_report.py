@@ -15,7 +15,7 @@ import pytest
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import LOCK, MANIFEST, PLAN, RESOLVED
 from prune_distill.reporting import words
-from prune_distill.reporting.comparison import named
+from prune_distill.reporting.comparison import name_runs
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.run_folder import read_run
 from recipes import report
@@ -52,8 +52,8 @@ def test_a_finished_run(finished: Path) -> None:
     said = text_of(page)
     assert "The student keeps 63 % of the teacher's parameters. Its held-out loss is 3.547 nats per token" in said
     assert "0.033 below the teacher's and 0.173 better than just pruned" in said
-    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and takes 66 % of the memory" in said
-    assert "distil for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in said
+    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and uses 66 % of the memory" in said
+    assert "distill for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in said
     assert "0.676 ± 0.021" in said
     assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in said
     assert "python -m launch.run experiment=demo" in said
@@ -100,7 +100,7 @@ def test_planned_against_actual(finished: Path) -> None:
     assert "distill: time 58 s 1 min 02 s" in said
     assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in said
     (finished / PLAN).unlink()
-    assert "What was planned was not kept" in text_of(build(finished)[0])
+    assert "This run has no plan" in text_of(build(finished)[0])
 
 
 def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     assert "distill 3 times" in said
     assert "<script>alert" not in page
     # The losses until then are drawn.
-    assert "Held-out loss of the students while they train." in said
+    assert "Held-out loss of the students during training." in said
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -284,14 +284,14 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
     for path in paths:
         report_runs.begin(path)
-    assert list(named([read_run(path) for path in paths])) == ["demo: x", "demo: x (2)"]
+    assert list(name_runs([read_run(path) for path in paths])) == ["demo: x", "demo: x (2)"]
 
 
 def test_a_config_of_another_version_is_shown_as_it_stands(finished: Path) -> None:
     with (finished / RESOLVED).open("a") as file:
         file.write("forgotten_setting: 3\n")
     said = text_of(build(finished)[0])
-    assert "The run's config cannot be used here" in said
+    assert "The run's config is not valid here" in said
     assert "forgotten_setting: 3" in said
     assert "The student keeps 63 %" in said
 

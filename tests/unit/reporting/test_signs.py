@@ -16,8 +16,8 @@ def test_a_higher_loss_than_the_teachers_is_a_plus(student: float, told: str) ->
     models = {"teacher": {"val_loss": 3.0, "params": 200}, "student": {"val_loss": student, "params": 150}}
     report: Any = {"models": models, "benchmark": None}
     tiles = {tile.label: tile for tile in _tiles(report)}
-    assert tiles["Held-out loss"].detail == f"{told} against the teacher"
-    assert tiles["Parameters"].detail == f"{words.MINUS}25 % against 200"
+    assert tiles["Held-out loss"].detail == f"{told} relative to the teacher"
+    assert tiles["Parameters"].detail == f"{words.MINUS}25 % from 200"
 
 
 def test_numbers_have_true_signs() -> None:
