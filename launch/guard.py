@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from prune_distill.pipeline.stage_log import exit_words
+from prune_distill.pipeline.stage_log import describe_exit
 
 BLOCKED = {signal.SIGTERM, signal.SIGUSR1}
 
@@ -31,7 +31,7 @@ def main() -> int:
     process = subprocess.Popen(command, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED))
     code = process.wait()
     if code != 0:
-        print(exit_words(code), file=sys.stderr)
+        print(describe_exit(code), file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 

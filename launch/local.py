@@ -18,7 +18,7 @@ from typing import BinaryIO
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.processes import RANK_VARIABLES, signal_at_parents_death
+from prune_distill.pipeline.processes import RANK_VARIABLES, set_parent_death_signal
 
 # Environment variable that identifies all processes of a stage, even after their parents have ended.
 MARK = "PRUNE_DISTILL_STAGE_PROCESS"
@@ -76,7 +76,7 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
         start_new_session=True,
         pass_fds=keep_open,
         # Safe here: the launcher has one thread.
-        preexec_fn=partial(signal_at_parents_death, signal.SIGTERM, os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=partial(set_parent_death_signal, signal.SIGTERM, os.getpid()) if sys.platform == "linux" else None,
     )
     process.mark = env[MARK]
     return process

@@ -20,7 +20,7 @@ from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
 from prune_distill.pipeline.stage import Stage
-from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
+from prune_distill.pipeline.stage_log import Reason, describe_exit, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
@@ -71,7 +71,7 @@ def run(
     refuse_damaged(located, run_dir)
     plan = make_plan(cfg)
     plan.refuse_impossible(to_do)
-    with lock.held(run_dir) as lock_file:
+    with lock.hold_lock(run_dir) as lock_file:
         records.write_records(cfg, plan, command)
         for line in summarize(plan) if to_do else []:
             progress.event(line)
@@ -160,7 +160,7 @@ def _run_stage(
 
 
 def _failure(located: Located, code: int, reason: Reason, log: Path) -> StageFailedError:
-    ending = reason.death or exit_words(code)
+    ending = reason.death or describe_exit(code)
     if code == 0:
         ending = f"exit code 0, but no manifest.json in {located.folder}, so it is incomplete"
     parts = [f"stage {located.stage.name} failed ({ending})"]

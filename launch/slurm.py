@@ -80,7 +80,7 @@ def run(
         for fault in find_unshared(cfg):
             print(f"warning: {fault}", file=sys.stderr)
         return
-    with lock.held(run_dir):
+    with lock.hold_lock(run_dir):
         _refuse_running(run_dir)
         records.write_records(cfg, plan, command)
         for line in summarize(plan) if jobs else []:

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, find_damage, read_record, refuse, unrecorded
+from prune_distill.pipeline.integrity import (
+    Damage,
+    checkpoint_damage,
+    describe_unrecorded,
+    find_damage,
+    raise_if_damaged,
+    read_record,
+)
 from prune_distill.pipeline.names import CHECKPOINTS, find_checkpoints
 from prune_distill.pipeline.outputs import total_bytes
 
@@ -20,9 +27,9 @@ def check_sizes(stage: Located) -> Damage | None:
 
 def refuse_damaged(stages: Sequence[Located], run_dir: Path) -> None:
     """Check sizes, and print which stages cannot be checked. Raises: InputError, if files are missing or differ."""
-    if notice := unrecorded(stages):
+    if notice := describe_unrecorded(stages):
         print(notice, file=sys.stderr)
-    refuse(filter(None, map(check_sizes, stages)), run_dir)
+    raise_if_damaged(filter(None, map(check_sizes, stages)), run_dir)
 
 
 def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
@@ -40,7 +47,7 @@ def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
         for damage in found:
             print(*(f"  {damage.folder / file} {fault}" for file, fault in damage.files.items()), sep="\n", flush=True)
     try:
-        refuse(damages, run_dir)
+        raise_if_damaged(damages, run_dir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
     return not damages

@@ -23,8 +23,8 @@ from typing import Any
 from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.evaluation.holding import hold, holding
-from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
-from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, refuse
+from prune_distill.pipeline.artifact import Located, locate, remove_folder, update_record
+from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, raise_if_damaged
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
 from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
@@ -90,7 +90,7 @@ class Follower:
                 self._measure(name, stage.folder / NEMO)
         recovery.write(self.evaluator, self.cfg.distill, self.out)
         if self.stages["evaluate"].complete:
-            record_again(self.out, (RECOVERY,))
+            update_record(self.out, (RECOVERY,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
         from convert.exporting import make_exporter  # after the watcher holds the checkpoints
@@ -136,7 +136,7 @@ def _follower(run_dir: Path) -> Follower:
         raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} has to be complete first")
     made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
     damages = [find_damage(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
-    refuse(filter(None, damages), run_dir)
+    raise_if_damaged(filter(None, damages), run_dir)
     return Follower(cfg, stages)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
+from prune_distill.pipeline.artifact import read_manifest, update_record, write_json
 from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = read_run(paths[0])
             _withdraw(found, out)
             write_report(found, out)
-            record_again(out, (REPORT_JSON, REPORT_PAGE))
+            update_record(out, (REPORT_JSON, REPORT_PAGE))
         else:
             out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / REPORT)
             write_comparison(paths, out)

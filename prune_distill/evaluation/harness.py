@@ -26,7 +26,7 @@ from prune_distill.schema import EvaluateConfig
 
 log = logging.getLogger("recipes.evaluate")
 
-# The used entries of the harness's results (lm_eval/result_schema.py). `results` and `groups` are indexed by task, then by
+# The used entries of the harness's results (lm_eval/result_schema.py). Keys in `results` and `groups` are tasks, then
 # `metric,filter`.
 Results = TypedDict(
     "Results",

@@ -16,7 +16,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import JOBS, LAUNCHES, LOG, MANIFEST, METRICS, PLAN, REPORT, RESOLVED, SLURM
-from prune_distill.pipeline.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
+from prune_distill.pipeline.stage_log import Attempt, last_attempt, parse_object, read_attempts, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.reporting import Json
 from prune_distill.reporting.words import finite
@@ -256,7 +256,7 @@ def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool
 
 def _stage(name: str, folder: Path, complete: bool | None, working: bool, submitted: bool) -> StageFolder:
     log = folder / LOG
-    starts = tuple(attempts(log))
+    starts = tuple(read_attempts(log))
     manifest = _object(read_json(folder / MANIFEST))
     if complete if complete is not None else manifest.get("status") == "complete":
         return StageFolder(name, folder, "complete", starts, Manifest.read(manifest))

@@ -32,7 +32,7 @@ from typing import Any
 from prune_distill.pipeline.artifact import Located, read_manifest, write_json
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import LOCK
-from prune_distill.pipeline.stage_log import attempts
+from prune_distill.pipeline.stage_log import read_attempts
 from tests.helpers import tiny
 
 MARK = "BENCH_KILLS_ATTEMPT"
@@ -247,7 +247,7 @@ def _seconds(stage: Located) -> float:
     """From a stage's start, imports and all, to its manifest."""
     manifest = read_manifest(stage.folder)
     assert manifest is not None
-    return float(manifest["ended"]) - attempts(stage.folder / "log.txt")[-1].started
+    return float(manifest["ended"]) - read_attempts(stage.folder / "log.txt")[-1].started
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from prune_distill.config.values import count_ranks
 from prune_distill.pipeline.artifact import locate, read_state, write_json, write_manifest
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
 from prune_distill.pipeline.names import STATE, STOP
-from prune_distill.pipeline.processes import end_with_torchrun
+from prune_distill.pipeline.processes import exit_with_torchrun
 from prune_distill.pipeline.stage import Output, Source, Stage
 
 PLAN = "FAKE_STAGES"
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("stage")
     parser.add_argument("--config", type=Path)
     args = parser.parse_args()
-    end_with_torchrun()
+    exit_with_torchrun()
     table = DISTRIBUTED if args.stage == "ranks" else TABLE
     located = locate(load_resolved(args.config), table)[args.stage]
     rank = os.environ.get("RANK", "0")

@@ -44,7 +44,7 @@ from unittest.mock import patch
 
 from launch.environment import ROOT
 from prune_distill.nemo import backend
-from prune_distill.pipeline.processes import import_libraries, signal_at_parents_death
+from prune_distill.pipeline.processes import import_libraries, set_parent_death_signal
 from prune_distill.pipeline.stages import STAGES
 from tests.helpers.fork_site.sitecustomize import (
     COMMANDS,
@@ -240,7 +240,7 @@ def _guarded(connection: socket.socket, own: dict[bytes, bytes], set_by_imports:
     guard = os.getpid()
     child = os.fork()
     if not child:
-        signal_at_parents_death(signal.SIGKILL, guard)
+        set_parent_death_signal(signal.SIGKILL, guard)
         connection.close()
         request.become(set_by_imports)
         return request

@@ -280,7 +280,7 @@ def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) 
         done = convert(*command, "--out", out, check=False)
         assert done.returncode == 2, done.stderr
         assert "error: no space left" in done.stderr
-        assert "free some and run again" in done.stderr
+        assert "free some space and run again" in done.stderr
         assert not out.exists()
 
 

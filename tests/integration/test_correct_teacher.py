@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import corruption, tiny, tolerance
 
 # Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
@@ -117,7 +117,7 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
     # Cached logits of other data are refused before a step is made.
     index = json.loads((cached_logits / "cached_logits.json").read_text())
     (cached_logits / "cached_logits.json").write_text(json.dumps({**index, "packing": "00000000"}))
-    record_again(cached_logits, ["cached_logits.json"])
+    update_record(cached_logits, ["cached_logits.json"])
     shutil.rmtree(cached_stage.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr

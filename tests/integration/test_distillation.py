@@ -73,7 +73,7 @@ def test_a_disk_that_fills_up_loses_nothing(finished: Path, small_disk: SmallDis
     failed = tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill", check=False)
     assert failed.returncode == 2, failed.stderr
     assert "no space left" in failed.stderr
-    assert "free some and run again" in failed.stderr
+    assert "free some space and run again" in failed.stderr
     assert [path.name for path in folder.glob("checkpoints/step=*")] == ["step=2"]
     small_disk("1g")
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")

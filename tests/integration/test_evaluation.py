@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from prune_distill.config.values import OWN_TASK
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import tiny
 
 # By stage: a control has one of its own.
@@ -160,7 +160,7 @@ def _spoil(folder: Path, name: str) -> None:
     tensors = load_file(folder / name)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, folder / name, metadata={"format": "pt"})
-    record_again(folder, [name])
+    update_record(folder, [name])
 
 
 def test_every_checkpoint_is_measured_beside_the_training(finished: Path, tmp_path: Path) -> None:

@@ -112,14 +112,14 @@ def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_pat
         environment = {**tiny.environment(), **more}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
-    with lock.held(folder):
+    with lock.hold_lock(folder):
         second = start()
     assert second.returncode == 2
     (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
     assert f"stage hf_to_nemo={folder}: in use by process {os.getpid()} on " in line
     foreign = start(RANK="0", WORLD_SIZE="2")
     assert foreign.returncode == 2
-    assert "error: WORLD_SIZE=2 " in foreign.stderr
+    assert "error: WORLD_SIZE=2: " in foreign.stderr
     assert not (folder / "manifest.json").exists()
     assert start(RANK="1", WORLD_SIZE="1").returncode == 0
     assert (folder / "manifest.json").exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import tiny, tolerance
 
 HEADS = ("prune.num_attention_heads=2", "prune.num_query_groups=1")
@@ -98,7 +98,7 @@ def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Pa
     described = located["prepare_data"].folder / "data.json"
     content = json.loads(described.read_text())
     described.write_text(json.dumps({**content, "vocab_size": content["vocab_size"] + 1}))
-    record_again(located["prepare_data"].folder, ["data.json"])
+    update_record(located["prepare_data"].folder, ["data.json"])
     done = tiny.launch(run_dir, *tiny.DEPTH, "--until", "importance", check=False)
     assert done.returncode == 2
     assert "prepared with another tokenizer: entries of the vocabulary 523, but 522 in the model" in done.stderr

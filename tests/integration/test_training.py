@@ -19,7 +19,7 @@ from convert.stored import blocks
 from convert.torch_dist import TorchDistReader
 from launch import local
 from prune_distill.config.load import compose, save_resolved
-from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.training.schedules import learning_rate
 from tests.helpers import tiny, tolerance
@@ -211,7 +211,7 @@ def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
     first, second = list(vocabulary)[5:7]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     described.write_text(json.dumps(content))
-    record_again(stage.inputs["student"].parent, ["nemo/context/tokenizer/tokenizer.json"])
+    update_record(stage.inputs["student"].parent, ["nemo/context/tokenizer/tokenizer.json"])
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
     assert re.search(r"error: the tokenizers in .* differ, for example in id 5", failed.stderr)
@@ -236,7 +236,7 @@ def test_a_teacher_that_does_no_better_than_chance_is_refused(
     size = validation.stat().st_size // 2
     tokens = np.random.default_rng(1).integers(0, tiny.SHAPE["vocab_size"], size, dtype=np.uint16)
     validation.write_bytes(tokens.tobytes())
-    record_again(stage.inputs["data"], ["validation.bin"])
+    update_record(stage.inputs["data"], ["validation.bin"])
     failed = train(stage)
     assert failed.returncode == (1 if layout else 2), failed.stderr[-4000:]
     found = re.search(r"error: the teacher's loss .* is ([\d.]+) nats per token, no better than chance", failed.stderr)

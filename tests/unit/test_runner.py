@@ -29,14 +29,14 @@ def test_an_unknown_stage_is_one_line_that_names_the_known_ones() -> None:
     done = run("recipes", "distil", "--config", "resolved.yaml")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: there is no stage 'distil'; the stages are demo_model, ")
+    assert line.startswith("error: there is no stage 'distil'; use one of demo_model, ")
     assert " distill.ce, " in line
 
 
 def test_a_config_that_does_not_exist() -> None:
     done = run("recipes", "distill", "--config", "no/resolved.yaml")
     assert done.returncode == 2
-    assert "--config no/resolved.yaml does not exist" in done.stderr
+    assert "--config=no/resolved.yaml: does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["distill", "evaluate", "report", "benchmark", "prepare_data"])

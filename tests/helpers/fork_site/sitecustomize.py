@@ -119,7 +119,7 @@ def run_by_server(address: str) -> None:
     for signum in forwarded:
         signal.signal(signum, lambda number, _: connection.sendall(bytes([number])))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent()  # as a rank does itself (prune_distill/pipeline/processes.py:end_with_torchrun)
+        _end_with_parent()  # as a rank does itself (prune_distill/pipeline/processes.py:exit_with_torchrun)
     content = marshal.dumps(request)
     try:
         socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)

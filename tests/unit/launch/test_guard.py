@@ -55,8 +55,8 @@ def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
     """Python would wait for ever for daemonic children that cannot be terminated."""
     script = (
         "import multiprocessing, time\n"
-        "from prune_distill.pipeline.stage_main import stay_guarded\n"
-        "stay_guarded()\n"
+        "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"
+        "keep_signals_blocked()\n"
         "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), daemon=True).start()\n"
         "raise ValueError('x')\n"
     )
@@ -67,8 +67,8 @@ def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
 def test_what_takes_the_block_away_does_not(tmp_path: Path) -> None:
     script = (
         "import multiprocessing, os, signal\n"
-        "from prune_distill.pipeline.stage_main import stay_guarded\n"
-        "stay_guarded()\n"
+        "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"
+        "keep_signals_blocked()\n"
         "multiprocessing.get_context('spawn').Manager().shutdown()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "raise SystemExit(7)\n"

@@ -13,7 +13,7 @@ import pytest
 from launch import progress
 from launch.progress import StatusLine, duration, summary, training_status
 from prune_distill.pipeline.artifact import locate, write_json, write_manifest
-from prune_distill.pipeline.stage_log import exit_words, last_attempt, read_reason
+from prune_distill.pipeline.stage_log import describe_exit, last_attempt, read_reason
 from prune_distill.schema import RunConfig
 
 
@@ -66,10 +66,10 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def test_exit_words() -> None:
-    assert exit_words(3) == "exit code 3"
-    assert exit_words(-9) == "killed by SIGKILL (out of memory?)"
-    assert exit_words(-15) == "killed by SIGTERM"
-    assert exit_words(-7) == "killed by SIGBUS (a full disk, or a file that was cut short?)"
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(-9) == "killed by SIGKILL (out of memory?)"
+    assert describe_exit(-15) == "killed by SIGTERM"
+    assert describe_exit(-7) == "killed by SIGBUS (a full disk, or a truncated file?)"
 
 
 def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:

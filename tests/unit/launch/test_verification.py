@@ -104,7 +104,7 @@ def test_a_run_made_before_outputs_were_recorded_is_used_and_named(launch: Launc
         write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k not in ("outputs", "crc32")})
     code, out, err = launch("--until", "second")
     assert (code, out.count("complete, skipped")) == (0, 2)
-    assert err == "first, second: made before outputs were recorded, so not checked\n"
+    assert err == "first, second: not checked, because made before outputs were recorded\n"
     code, out, _ = launch("--verify")
     assert code == 0
     assert out.count("not checked: made before outputs were recorded") == 2

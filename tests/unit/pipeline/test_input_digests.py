@@ -17,7 +17,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.artifact import locate, remember_inputs
 from prune_distill.pipeline.identity import fingerprints
-from prune_distill.pipeline.input_digests import REMEMBERED, digests, recall
+from prune_distill.pipeline.input_digests import CACHE, digests, load_cache
 from prune_distill.schema import RunConfig
 
 Reads = Callable[[], list[str]]
@@ -110,17 +110,17 @@ def test_a_runs_folder_remembers_for_the_next_process(
     run_dir.mkdir()
     remember_inputs(run_dir)
     forget(monkeypatch)
-    recall(run_dir)
+    load_cache(run_dir)
     known += digests([tmp_path / "b"])
     remember_inputs(run_dir)
     reads()
     forget(monkeypatch)
-    recall(run_dir)
-    before = (run_dir / REMEMBERED).stat().st_ino
+    load_cache(run_dir)
+    before = (run_dir / CACHE).stat().st_ino
     assert digests([tmp_path / "a", tmp_path / "b"]) == known
     assert reads() == []
     remember_inputs(run_dir)
-    assert (run_dir / REMEMBERED).stat().st_ino == before  # nothing new: not written again
+    assert (run_dir / CACHE).stat().st_ino == before  # nothing new: not written again
 
 
 def damage(content: str) -> list[str]:
@@ -136,10 +136,10 @@ def test_damage_to_what_is_remembered_costs_time_only(
     (tmp_path / "a").write_bytes(b"a")
     known = digests([tmp_path / "a"])
     remember_inputs(tmp_path)
-    path = tmp_path / REMEMBERED
+    path = tmp_path / CACHE
     path.write_text(damage(path.read_text())[number])
     forget(monkeypatch)
-    recall(tmp_path)
+    load_cache(tmp_path)
     reads()
     assert digests([tmp_path / "a"]) == known
     assert reads() == ["a"]

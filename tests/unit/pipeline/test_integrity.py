@@ -14,8 +14,15 @@ import pytest
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline import outputs
-from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again, write_json, write_manifest
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damaged_inputs, find_damage, refuse, unrecorded
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record, write_json, write_manifest
+from prune_distill.pipeline.integrity import (
+    Damage,
+    checkpoint_damage,
+    damaged_inputs,
+    describe_unrecorded,
+    find_damage,
+    raise_if_damaged,
+)
 from prune_distill.pipeline.names import OUTPUTS, find_checkpoints
 from prune_distill.pipeline.outputs import digests, list_files, list_outputs, parse_record, select, select_share
 from prune_distill.schema import RunConfig
@@ -151,7 +158,7 @@ def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], 
         (folder / name).unlink()
     damages = [find_damage(folder, part) for part in ("nemo", "winner", ".")]
     with pytest.raises(InputError) as caught:
-        refuse(filter(None, damages), tmp_path)
+        raise_if_damaged(filter(None, damages), tmp_path)
     told = str(caught.value)
     assert "\n" not in told
     assert told.startswith(f"{folder} is damaged: ")
@@ -159,8 +166,8 @@ def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], 
     assert told.endswith(f"rm -r {folder} && the command that started the run")
     (tmp_path / "launches.jsonl").write_text('{"command": "first"}\n{"command": "python -m launch.run a=1"}\n')
     with pytest.raises(InputError, match=f"rm -r '/a b' {folder} && python -m launch.run a=1"):
-        refuse([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
-    refuse([], tmp_path)
+        raise_if_damaged([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
+    raise_if_damaged([], tmp_path)
 
 
 def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict[str, Located]) -> None:
@@ -171,21 +178,21 @@ def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict
     corruption.flip(folder / "nemo/context/model.yaml")
     assert made["prune"].complete
     assert find_damage(folder) is None
-    told = unrecorded(made.values())
+    told = describe_unrecorded(made.values())
     assert told is not None
-    assert told.startswith("prune: made before outputs were recorded")
-    assert unrecorded([made["prepare_data"], made["distill"]]) is None
+    assert told.startswith("prune: not checked, because made before outputs were recorded")
+    assert describe_unrecorded([made["prepare_data"], made["distill"]]) is None
 
 
 def test_a_file_rewritten_on_purpose_is_recorded_again_and_nothing_else(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     (folder / "blocks.json").write_text("[]")
     corruption.flip(folder / "nemo/context/model.yaml")
-    record_again(folder, ("blocks.json",))
+    update_record(folder, ("blocks.json",))
     found = find_damage(folder)
     assert found is not None
     assert list(found.files) == ["nemo/context/model.yaml"]
-    record_again(made["distill"].folder, ("blocks.json",))  # not complete
+    update_record(made["distill"].folder, ("blocks.json",))  # not complete
     assert not made["distill"].folder.exists()
 
 

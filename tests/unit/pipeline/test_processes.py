@@ -15,7 +15,7 @@ import pytest
 from launch.environment import ROOT
 from prune_distill.errors import InputError
 from prune_distill.pipeline import processes
-from prune_distill.pipeline.processes import drop_foreign_ranks, shorten_socket_paths
+from prune_distill.pipeline.processes import remove_foreign_ranks, shorten_socket_paths
 from tests.helpers.launches import ends
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
@@ -37,7 +37,7 @@ def start(kind, target):
     multiprocessing.get_context(kind).Process(target=target).start()
 
 if __name__ == "__main__":
-    stage_main.end_with_parent()
+    stage_main.exit_with_parent()
     HOW
     time.sleep(100)
 """
@@ -91,7 +91,7 @@ import multiprocessing, runpy, sys, time
 from prune_distill.pipeline import stage_main
 
 def run_stage(name, config, load):
-    stage_main.end_with_parent()
+    stage_main.exit_with_parent()
     manager = multiprocessing.get_context("spawn").Manager()
     print(manager._process.pid, flush=True)
     time.sleep(100)
@@ -117,10 +117,10 @@ def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
 
 def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PATH": "/bin"}
-    with pytest.raises(InputError, match=r"^WORLD_SIZE=2 .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
-        drop_foreign_ranks(environment)
-    with pytest.raises(InputError, match="^WORLD_SIZE=two "):
-        drop_foreign_ranks({"WORLD_SIZE": "two"})
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=2: .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
+        remove_foreign_ranks(environment)
+    with pytest.raises(InputError, match="^WORLD_SIZE=two: "):
+        remove_foreign_ranks({"WORLD_SIZE": "two"})
 
 
 @pytest.mark.parametrize(
@@ -128,19 +128,19 @@ def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
 )
 def test_ranks_of_torchrun_and_srun_keep_their_variables(starter: dict[str, str]) -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "2", **starter}
-    drop_foreign_ranks(environment)
+    remove_foreign_ranks(environment)
     assert environment == {"RANK": "1", "WORLD_SIZE": "2", **starter}
 
 
 def test_a_job_script_of_another_size_did_not_start_this_rank() -> None:
     """The shell of a Slurm allocation has its variables as well."""
     with pytest.raises(InputError, match="WORLD_SIZE=2"):
-        drop_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+        remove_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
 
 
 def test_a_single_process_forgets_its_rank() -> None:
     environment = {"RANK": "3", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "PATH": "/bin"}
-    drop_foreign_ranks(environment)
+    remove_foreign_ranks(environment)
     assert environment == {"PATH": "/bin"}
 
 

@@ -198,7 +198,7 @@ def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[...,
 
 
 def test_an_unknown_stage_is_named_with_those_there_are() -> None:
-    with pytest.raises(KeyError, match="no stage 'destil'; the stages are demo_model, prepare_data"):
+    with pytest.raises(KeyError, match="no stage 'destil'; use one of demo_model, prepare_data"):
         find("destil")
 
 
