@@ -10,7 +10,7 @@ from prune_distill.benchmarking import energy, timing
 from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import devices
 from prune_distill.schema import BenchmarkConfig
-from recipes.benchmark import words
+from recipes.benchmark import format_command
 
 CFG = BenchmarkConfig(batch_size=2, prompt_tokens=100, new_tokens=11, rounds=3, cost_per_hour=3.6)
 
@@ -66,7 +66,7 @@ def test_joules_are_read_from_the_packages_alone(tmp_path: Path) -> None:
 
 
 def test_the_command_names_all_that_decides() -> None:
-    told = words({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
+    told = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
     assert told == (
         "python -m recipes.benchmark --models teacher=a 'student=b c' --out out --engine transformers --dtype keep"
         " --seed 5 --batch-size 2 --prompt-tokens 100 --new-tokens 11 --rounds 3 --cost-per-hour 3.6"

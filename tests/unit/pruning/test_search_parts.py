@@ -163,9 +163,9 @@ def scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> scoring.Scores:
 
 
 def test_a_candidates_score(scores: scoring.Scores) -> None:
-    assert scores.of("x", Path("x")) == {"value": 0.5, "stderr": 0.1}
+    assert scores.measure("x", Path("x")) == {"value": 0.5, "stderr": 0.1}
     scores.score = TaskScore(task="own", metric="mine (strict)")
-    assert scores.of("x", Path("x"))["value"] == 0.25
+    assert scores.measure("x", Path("x"))["value"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_a_candidates_score(scores: scoring.Scores) -> None:
 def test_scores_that_cannot_rank_are_refused(scores: scoring.Scores, task: str, metric: str, told: str) -> None:
     scores.score = TaskScore(task=task, metric=metric)
     with pytest.raises(InputError, match=told):
-        scores.of("x", Path("x"))
+        scores.measure("x", Path("x"))

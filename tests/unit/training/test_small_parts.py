@@ -16,7 +16,7 @@ from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.metrics_file import MetricsFile, loss_gain, read_metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.pruning.importance import check_loss
-from recipes.prepare_data import repetition
+from recipes.prepare_data import describe_repetition
 from tests.conftest import QWEN3
 
 
@@ -139,7 +139,7 @@ def test_other_errors_keep_their_traceback() -> None:
 
 
 def test_documents_that_are_read_more_than_once_are_told() -> None:
-    assert repetition(there=1000, read=1000) is None
-    said = repetition(there=4_000, read=10_000)
+    assert describe_repetition(available=1000, read=1000) is None
+    said = describe_repetition(available=4_000, read=10_000)
     assert said is not None
-    assert "10,000 tokens of 4,000: each document 2.5 times" in said
+    assert "10,000 tokens, but there are 4,000: each document is read 2.5 times" in said
