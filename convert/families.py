@@ -391,5 +391,5 @@ def count_layers(reader: TorchDistReader) -> int:
     stacked = reader.tensors.get(f"module.{LAYERS}{norm}")
     named = sum(key.startswith(f"module.{LAYERS}") and key.endswith(f".{norm}") for key in reader.tensors)
     if not named:
-        raise InputError(f"{reader.folder} lacks module.{LAYERS}{norm}")
+        raise InputError(f"{reader.folder} has no tensor module.{LAYERS}{norm}")
     return stacked.shape[0] if stacked else named

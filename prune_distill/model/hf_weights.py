@@ -177,21 +177,21 @@ def read_index(index: Path) -> dict[str, str]:
     except InputError:
         raise
     except (*DAMAGED, OSError) as error:
-        raise InputError(f"{index.name} is no index of shards ({error}); fetch it again") from error
+        raise InputError(f"{index.name} is not an index of shards ({error}); download it again") from error
     for name in names:
         if not name or not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index.name} names {name!r}, which can be no file of its folder; fetch it again")
+            raise InputError(f"{index.name} names {name!r}, which is outside its folder; download it again")
     return weight_map
 
 
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Entry], int]:
-    """Where each tensor of one file lies, and the header's size in bytes.
+    """Locate the tensors of one file, and return the header's size in bytes.
 
     Args:
-        limit: the most bytes that the header may have.
+        limit: maximum size of the header in bytes.
 
     Raises:
-        InputError: the file is cut short, is not a safetensors file, or its header is too large.
+        InputError: the file is truncated, not a safetensors file, or its header is too large.
     """
     try:
         with path.open("rb") as file:
@@ -199,12 +199,12 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, En
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > size - 8:
                 raise InputError(
-                    f"{path.name} is not a whole safetensors file (its header does not fit in it); fetch it again"
+                    f"{path.name} is not a complete safetensors file (its header does not fit in it); download it again"
                 )
             if length > limit:
                 raise InputError(
                     f"{path.name} has a header of {length} bytes; headers of more than {MAX_HEADER_BYTES} bytes in a"
-                    " folder are refused, as no model that can be converted has them"
+                    " folder are rejected, because no supported model has them"
                 )
             header = json.loads(file.read(length))
         start = 8 + length
@@ -216,7 +216,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, En
     except OSError as error:
         raise InputError(f"{path.name} cannot be read ({error.strerror})") from error
     except DAMAGED as error:
-        raise InputError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+        raise InputError(f"{path.name} has a damaged header ({error}); download it again") from error
     _refuse_gaps(path, entries, start, size)
     return entries, length
 
@@ -225,30 +225,30 @@ def _entry(path: Path, name: str, value: Mapping[str, Any], start: int, size: in
     dtype, shape = str(value["dtype"]), tuple(int(extent) for extent in value["shape"])
     first, last = (int(offset) for offset in value["data_offsets"])
     if dtype not in ITEM_BYTES:
-        raise InputError(f"{path.name}: {name} is of type {dtype}, which is not known here; save the model in bf16")
+        raise InputError(f"{path.name}: {name} has the unsupported type {dtype}; save the model in bf16")
     if min(shape, default=0) < 0 or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
         raise InputError(f"{path.name}: {name} has {last - first} bytes, not those of {dtype} {list(shape)}")
     if start + last > size:
-        raise InputError(f"{path.name} ends within {name}: it is cut short; fetch it again")
+        raise InputError(f"{path.name} is truncated: it ends within {name}; download it again")
     return Entry(dtype, shape, path, start + first, last - first)
 
 
 def _refuse_gaps(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """Tensors lie end to end from the header to the end of the file, as the library asks too."""
+    """Check that tensors are contiguous from the header to the end of the file, as the library does."""
     places = sorted((entry.offset, entry.bytes, name) for name, entry in entries.items())
     for offset, length, name in places:
         if offset != start:
-            raise InputError(f"{path.name} has a damaged header ({name} does not begin where the one before ends)")
+            raise InputError(f"{path.name} has a damaged header ({name} does not begin at the end of the previous one)")
         start += length
     if start != size:
-        raise InputError(f"{path.name} holds {size - start} bytes more than its header describes; fetch it again")
+        raise InputError(f"{path.name} has {size - start} bytes more than its header describes; download it again")
 
 
 def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[str]:
-    """How tensors differ from those that a `config.json` describes: one sentence for each kind of difference."""
+    """Compare tensors with those that a `config.json` describes; return one sentence per kind of difference."""
     count = tensor_count(config)
     if count > MAX_TENSORS:
-        return [f"config.json describes {count} tensors, more than any model has; fetch it again"]
+        return [f"config.json describes {count} tensors, more than any model has; download it again"]
     quantized = _quantized(tensors)
     if quantized:
         return [f"the weights are quantized ({quantized}); set model.hf_path to the model in bf16"]
@@ -264,14 +264,14 @@ def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[st
     untrainable = [name for name in types if name not in TRAINABLE]
     model_type, found = config["model_type"], []
     if missing:
-        found.append(f"it lacks {_some(missing)}, which config.json describes; fetch the model again")
+        found.append(f"it lacks {_some(missing)}, which config.json describes; download the model again")
     if foreign:
         found.append(
             f"it holds {_some(foreign)}, not a tensor of model_type {model_type}; set model.hf_path to a plain causal"
             " language model, with adapters merged and without other towers"
         )
     if misshapen:
-        found.append(f"shapes differ from config.json: {_some(misshapen)}; fetch config.json and the weights together")
+        found.append(f"shapes differ from config.json: {_some(misshapen)}; download config.json and weights together")
     if untrainable:
         found.append(f"weights of type {', '.join(untrainable)} cannot be trained; save the model in bf16")
     elif len(types) > 1:
@@ -280,7 +280,7 @@ def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[st
 
 
 def _quantized(tensors: Mapping[str, Described]) -> str:
-    """What shows that a model is quantized, whatever its `config.json` says; empty where nothing does."""
+    """Return signs that a model is quantized, regardless of its `config.json`; empty if there are none."""
     scales = [name for name in tensors if name.rpartition(".")[2] in _QUANTIZED]
     types = sorted({tensor.dtype for tensor in tensors.values() if tensor.dtype.startswith("F8_")})
     signs = [f"tensors of type {', '.join(types)}"] if types else []

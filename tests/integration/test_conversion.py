@@ -230,7 +230,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Pa
     (broken / "weights" / ".metadata").write_bytes(content.replace(key.encode(), other.encode()))
     done = convert("nemo_to_hf", "--checkpoint", broken, "--hf-model", hf, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
-    assert f"error: {broken / 'weights'} lacks {key}" in done.stderr
+    assert f"error: {broken / 'weights'} has no tensor {key}" in done.stderr
     assert not (tmp_path / "out").exists()
     loaded = restore(broken)
     assert loaded.returncode != 0

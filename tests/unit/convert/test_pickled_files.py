@@ -70,7 +70,7 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="w1 is in pytorch_model-00002-of-00002.bin and in another file"):
         read_folder(tmp_path)
     (tmp_path / next(iter(parts))).unlink()
-    with pytest.raises(InputError, match="lacks pytorch_model-00001-of-00002.bin"):
+    with pytest.raises(InputError, match="has no pytorch_model-00001-of-00002.bin"):
         read_folder(tmp_path)
     (tmp_path / INDEX).write_text("[]")
     with pytest.raises(InputError, match="is no index of shards"):
@@ -117,8 +117,8 @@ def without(end: str) -> Callable[[Path], None]:
         (saved({"w": torch.ones(3, 4)[:, :2]}), "w is not contiguous"),
         (saved({"w": torch.ones(2).expand(3, 2)}), "w is not contiguous"),
         (saved([torch.ones(2)]), "does not contain a dict of tensors"),
-        (saved({"epoch": 3}), "epoch is no tensor"),
-        (saved({"w": torch.ones(2), "code": Evil()}), r"names (posix|os)\.system, which no tensor needs: refused"),
+        (saved({"epoch": 3}), "epoch is not a tensor"),
+        (saved({"w": torch.ones(2), "code": Evil()}), r"names (posix|os)\.system, which could be code"),
         (saved(torch.nn.Linear(2, 2)), r"names torch\.nn\.modules\.linear\.Linear"),
         (saved({"w": torch.ones(2).to(torch.complex64)}), "names torch.ComplexFloatStorage"),
         (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is not a complete file of torch.save"),
@@ -148,5 +148,5 @@ def test_what_is_no_state_dict_is_refused(
 
 
 def test_a_folder_without_files_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lacks pytorch_model.bin"):
+    with pytest.raises(InputError, match="has no pytorch_model.bin"):
         read_folder(tmp_path)

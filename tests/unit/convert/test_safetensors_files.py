@@ -123,12 +123,12 @@ def entry(**values: Any) -> Callable[[Path], None]:
         (lambda file: header(lambda _: [], file), "has a damaged header"),
         (lambda file: header(lambda _: {"b": 3}, file), "has a damaged header"),
         (lambda file: header(lambda _: "[" * 100_000, file), "has a damaged header"),
-        (lambda file: header(lambda old: {"b": old["b"]}, file), "b does not begin where the one before ends"),
+        (lambda file: header(lambda old: {"b": old["b"]}, file), "b does not begin at the end of the previous one"),
         (entry(shape=[4, 3]), r"b has 16 bytes, not those of BF16 \[4, 3\]"),
         (entry(shape=[-4, -2]), r"b has 16 bytes, not those of BF16 \[-4, -2\]"),
-        (entry(dtype="Q4"), "b is of type Q4, which is not known here"),
-        (entry(data_offsets=[0, 16]), "does not begin where the one before ends"),
-        (entry(data_offsets=[-16, 0]), "does not begin where the one before ends"),
+        (entry(dtype="Q4"), "b has the unsupported type Q4"),
+        (entry(data_offsets=[0, 16]), "does not begin at the end of the previous one"),
+        (entry(data_offsets=[-16, 0]), "does not begin at the end of the previous one"),
         (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} ends within b"),
         (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
     ],
@@ -165,7 +165,7 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
     told = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
     assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in told
     assert "a is in two files, 1.safetensors and 2.safetensors" in told
-    assert any(fault.startswith("3.safetensors is not a whole safetensors file") for fault in told)
+    assert any(fault.startswith("3.safetensors is not a complete safetensors file") for fault in told)
     assert f"{INDEX} names b, which its files do not hold" in told
 
 
@@ -223,7 +223,7 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (b"[]", "is no index of shards"),
         (b'{"weight_map": ["a"]}', "is no index of shards"),
         (b'{"weight_map": {"a": {}}}', "is no index of shards"),
-        (b'{"weight_map": {"a": 3}}', "names 3, which can be no file of its folder"),
+        (b'{"weight_map": {"a": 3}}', "names 3, which is outside its folder"),
         (b'{"weight_map": {"a": "../a"}}', r"names '\.\./a'"),
         (b'{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts'"),
         (b'{"weight_map": {"a": ""}}', "names ''"),

@@ -165,7 +165,7 @@ def test_other_failures_of_the_file_system_are_not_hidden(
 def test_a_short_file_is_named_with_the_tensor(store: Store, tmp_path: Path, options: dict[str, object]) -> None:
     tensor = store(matrix())
     os.truncate(tmp_path / "weight.bin", 100)
-    with pytest.raises(InputError, match=r"weight\.bin ends within weight: it is cut short"):
+    with pytest.raises(InputError, match=r"weight\.bin is truncated: it ends within weight"):
         copied(tensor, tmp_path, **options)
 
 

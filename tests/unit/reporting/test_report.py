@@ -277,7 +277,7 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert build(*runs, out=tmp_path / "out")[1] == content
     assert str(tmp_path) not in page
     assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "holds no resolved.yaml" in capsys.readouterr().err
+    assert "has no resolved.yaml" in capsys.readouterr().err
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
