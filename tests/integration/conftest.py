@@ -25,8 +25,8 @@ SHARED = (
 # What takes longest starts first. The first two modules do not need `finished`, which the third makes meanwhile.
 LONGEST = (
     *SHARED[:6],
-    *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
-    *("test_each_round_prunes_what_the_one_before_has_learned", "test_masked_losses.py"),
+    *("test_a_training_killed_ten_times_gives_the_same_curve", "test_a_run_that_prunes_all_axes"),
+    *("test_each_round_prunes_the_student_of_the_previous_round", "test_masked_losses.py"),
 )
 _session = ExitStack()
 

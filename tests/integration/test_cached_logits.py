@@ -101,13 +101,13 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
     return [train[index]["tokens"].tolist() for index in range(SEQUENCES)]
 
 
-def test_no_damage_to_a_signal_is_used_silently(one_rank: Path, tmp_path: Path) -> None:
+def test_damaged_cached_logits_are_rejected(one_rank: Path, tmp_path: Path) -> None:
     tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
     assert silent == []
     assert tried >= 20
 
 
-def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.ndarray) -> None:
+def test_cached_logits_match_transformers(one_rank: Path, tokens: np.ndarray) -> None:
     from transformers import AutoModelForCausalLM
 
     ids, logprobs, tail = read(folder_of(one_rank), tokens)
@@ -129,7 +129,7 @@ def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_signal_of_one_rank(
+def test_layouts_match_one_rank(
     finished: Path, one_rank: Path, tokens: np.ndarray, tmp_path: Path, layout: str
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -143,7 +143,7 @@ def test_a_layout_gives_the_signal_of_one_rank(
     assert (ids == own_ids).mean() > 0.999
 
 
-def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_a_stage_resumes_with_the_missing_shards(one_rank: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     subprocess.run(["cp", "-a", one_rank, run_dir], check=True)
     folder = folder_of(run_dir)
@@ -161,7 +161,7 @@ def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens
         np.testing.assert_array_equal(again, was)
 
 
-def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_paused_stage_keeps_complete_shards_and_resumes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = folder_of(run_dir)
     folder.mkdir()
@@ -180,7 +180,7 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
     assert read_state(folder) == {"state": "done", "step": SEQUENCES}
 
 
-def test_every_row_of_the_tables_tells_its_sequence(one_rank: Path) -> None:
+def test_every_table_row_records_its_sequence(one_rank: Path) -> None:
     rows = [read_table(folder_of(one_rank) / shard_name(number))["sequence"] for number in range(5)]
     assert np.concatenate(rows).tolist() == list(range(SEQUENCES))
     assert json.loads((folder_of(one_rank) / "cached_logits.json").read_text())["temperature"] == 2

@@ -111,7 +111,7 @@ def run_helper(module: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_logits_are_those_of_transformers(folders: Path) -> None:
+def test_logits_match_transformers(folders: Path) -> None:
     check_logits([(folders / name / "hf", folders / name / "nemo") for name in MODELS])
 
 
@@ -131,7 +131,7 @@ AXES = {
 }
 
 
-def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None:
+def test_models_pruned_by_modelopt_are_exported(folders: Path, tmp_path: Path) -> None:
     """Every axis alone and all together of one family, all together of the others."""
     cases = [("qwen3_tied", axis) for axis in AXES]
     cases += [(name, "together") for name in ("qwen2", "llama31_tied", "mistral_nemo", "nemotron")]
@@ -215,7 +215,7 @@ def test_a_checkpoint_saved_by_several_ranks_is_read(folders: Path, tmp_path: Pa
         assert numbers[0] == numbers[1]
 
 
-def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_parameter_is_rejected(folders: Path, tmp_path: Path) -> None:
     """Loaded leniently, the parameter would stay at its random start, unseen."""
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     key = "module.decoder.final_layernorm.weight"
@@ -247,7 +247,7 @@ def restore(checkpoint: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Path, tmp_path: Path) -> None:
+def test_a_changed_byte_of_a_checkpoint_is_detected_by_all_readers(folders: Path, tmp_path: Path) -> None:
     """torch.load gives the wrong number without a word."""
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     damaged = tmp_path / "damaged"
@@ -270,7 +270,7 @@ def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Pat
     assert fault in loaded.stderr
 
 
-def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) -> None:
+def test_a_full_disk_is_reported_in_one_message(folders: Path, small_disk: SmallDisk) -> None:
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     for command in (
         ("hf_to_nemo", "--hf-model", hf),
@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) 
 
 @pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("module", ["hf_to_nemo", "nemo_to_hf"])
-def test_killed_anywhere_nothing_half_written_is_left_and_a_rerun_completes(
+def test_a_killed_conversion_leaves_no_partial_files_and_can_be_repeated(
     folders: Path, tmp_path: Path, module: str
 ) -> None:
     hf, nemo = (folders / "qwen3_tied" / kind for kind in ("hf", "nemo"))
@@ -375,7 +375,7 @@ def settings(**values: object) -> None:
         (settings(hidden_size=128), "model.embed_tokens.weight [517, 96] (config.json: [517, 128])"),
     ],
 )
-def test_a_model_that_cannot_be_converted_is_told_of(folders: Path, tmp_path: Path, change: object, told: str) -> None:
+def test_models_that_cannot_be_converted_are_reported(folders: Path, tmp_path: Path, change: object, told: str) -> None:
     source = tmp_path / "hf"
     shutil.copytree(folders / "qwen3_tied" / "hf", source)
     expected = change(source)  # type: ignore[operator]

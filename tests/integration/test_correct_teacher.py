@@ -46,14 +46,14 @@ def test_the_gain_is_measured_and_reported(corrected: Path) -> None:
     assert "Teacher, corrected" in (corrected / "report" / "index.html").read_text()
 
 
-def test_no_damage_to_a_correction_is_used_silently(corrected: Path, tmp_path: Path) -> None:
+def test_a_damaged_correction_is_rejected(corrected: Path, tmp_path: Path) -> None:
     stages = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)
     tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["correct_teacher"])
     assert silent == []
     assert tried > 60
 
 
-def test_a_corrected_teacher_teaches_another_thing_from_the_first_step(finished: Path, corrected: Path) -> None:
+def test_a_corrected_teacher_changes_the_loss_from_the_first_step(finished: Path, corrected: Path) -> None:
     original, other = (
         tiny.losses(tiny.stages(run_dir, *tiny.DEPTH, *more)["distill"].folder)
         for run_dir, more in ((finished, ()), (corrected, (CORRECTION,)))
@@ -83,7 +83,7 @@ def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, co
     assert tiny.losses(folder) == pytest.approx(swapped, rel=0, abs=tolerance.RESUMED)
 
 
-def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_path: Path) -> None:
+def test_cached_logits_give_the_losses_of_the_live_teacher(finished: Path, tmp_path: Path) -> None:
     """Of the same top k; by a data loader's worker, and on two ranks, though one rank made it."""
     top_k = 16
     live = (*tiny.DEPTH, f"distill.kd.top_k={top_k}")

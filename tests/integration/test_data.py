@@ -66,7 +66,7 @@ def test_files_of_all_kinds_become_a_checked_folder(model: Path, tmp_path: Path)
     assert done.stderr.startswith(f"error: {folder}: {victim} has changed")
 
 
-def test_a_fault_in_a_file_is_told_and_once_mended_only_its_shard_is_made(model: Path, tmp_path: Path) -> None:
+def test_after_a_faulty_file_is_fixed_only_its_shard_is_made(model: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", texts(100))
     whole = write(tmp_path / "b.jsonl.gz", texts(100, seed=1)).read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(whole[:-20])
@@ -78,7 +78,7 @@ def test_a_fault_in_a_file_is_told_and_once_mended_only_its_shard_is_made(model:
 
 
 @pytest.mark.usefixtures("real_start")
-def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(30_000))
     more = (f"data.train=[{source}]", "data.shard_bytes=500000")
     unbroken = command(model, tmp_path / "unbroken", *more)
@@ -129,7 +129,7 @@ def test_several_processes_share_the_shards_and_one_declares_them(model: Path, t
     assert "nothing has changed" in check(folder).stdout
 
 
-def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_path: Path) -> None:
+def test_a_stop_file_pauses_preparation_and_the_same_command_resumes(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(20_000))
     arguments = command(model, tmp_path / "run", f"data.train=[{source}]", "data.shard_bytes=100000")
     folder = folder_of(arguments)
@@ -147,7 +147,7 @@ def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_pat
     assert "nothing has changed" in check(folder).stdout
 
 
-def test_a_full_disk_is_told_and_nothing_half_written_is_used(
+def test_a_full_disk_is_reported_and_partial_files_are_not_used(
     model: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
     source = write(tmp_path / "a.jsonl", texts(20_000))
@@ -171,7 +171,7 @@ def drawn(folder: Path, model: Path, length: int) -> dict[str, Any]:
     return result
 
 
-def test_training_reads_a_blend_by_its_weights(model: Path, tmp_path: Path) -> None:
+def test_training_reads_a_blend_with_its_weights(model: Path, tmp_path: Path) -> None:
     """Of two sources of one letter each, of the same size: a third and two thirds of the sequences."""
     write(tmp_path / "x.jsonl", ["x" * 200] * 2000)
     write(tmp_path / "y.jsonl", ["y" * 200] * 2000)
@@ -192,7 +192,7 @@ def test_training_reads_a_blend_by_its_weights(model: Path, tmp_path: Path) -> N
     assert share["y"] == pytest.approx(2 / 3, abs=0.01)
 
 
-def test_training_takes_loss_on_what_the_assistant_says(model: Path, tmp_path: Path) -> None:
+def test_training_only_learns_the_assistants_messages(model: Path, tmp_path: Path) -> None:
     chats = [
         [
             {"role": "user", "content": "xxx" * (number % 9 + 1)},

@@ -20,7 +20,7 @@ TWO_RANKS = "cluster.devices_per_node=2"
 DP2 = (TWO_RANKS,)
 
 
-def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path) -> None:
+def test_settings_of_a_published_recipe_in_bf16(finished: Path, tmp_path: Path) -> None:
     """The settings of the 8B recipes as they stand (bf16, tensor parallel), only sizes and steps cut down."""
     recipe = ("distill=minitron", TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2", "distill.lr=1e-3")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -36,7 +36,7 @@ def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("real_start")
-def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_other_and_training_resumes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
     launcher = subprocess.Popen(
@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path
     assert tiny.losses(folder) == pytest.approx(tiny.losses(one_rank), abs=tolerance.LOSS)
 
 
-def test_a_disk_that_fills_up_loses_nothing(finished: Path, small_disk: SmallDisk) -> None:
+def test_training_resumes_after_a_full_disk(finished: Path, small_disk: SmallDisk) -> None:
     done = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     (checkpoint,) = done.glob("checkpoints/step=*")
     disk = small_disk("1g")

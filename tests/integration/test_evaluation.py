@@ -53,7 +53,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_all_that_is_told_of_a_model(finished: Path) -> None:
+def test_the_entry_of_a_model(finished: Path) -> None:
     evaluation: dict[str, Any] = {}
     for stage, models in MODELS.items():
         folder = tiny.stages(finished, *tiny.DEPTH)[stage].folder
@@ -77,7 +77,7 @@ def test_all_that_is_told_of_a_model(finished: Path) -> None:
     assert 0 < evaluation["pruned"]["agreement"]["top1"] < evaluation["student"]["agreement"]["top1"] < 1
 
 
-def test_the_curve_of_recovery_joins_the_pruned_model_and_the_student(finished: Path) -> None:
+def test_the_recovery_curve_starts_at_the_pruned_model_and_ends_at_the_student(finished: Path) -> None:
     stages = tiny.stages(finished, *tiny.DEPTH)
     evaluation = strict(stages["evaluate"].folder / "evaluation.json")
     curve = strict(stages["evaluate"].folder / "recovery.json")
@@ -91,7 +91,7 @@ def test_the_curve_of_recovery_joins_the_pruned_model_and_the_student(finished: 
     assert list((stages["evaluate"].folder / "recovery").iterdir()) == []
 
 
-def test_scores_are_those_of_the_harness_by_itself(finished: Path) -> None:
+def test_scores_equal_those_of_the_plain_harness(finished: Path) -> None:
     """On the same exported model and task, with the same batch size: to the last digit."""
     located = tiny.stages(finished, *tiny.DEPTH)
     folder, batch_size = located["evaluate"].folder, located["evaluate"].cfg.evaluate.task_batch_size
@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_harness_by_itself(finished: Path) -> None:
         assert ours[metric] == {"value": directly[f"{metric},none"], "stderr": directly[f"{metric}_stderr,none"]}
 
 
-def test_killed_evaluation_goes_on_with_what_is_missing(
+def test_a_killed_evaluation_resumes_with_missing_measurements(
     finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed on one rank, it goes on with two, which share the work: the results are those of one. Of two tasks in the
@@ -163,7 +163,7 @@ def _spoil(folder: Path, name: str) -> None:
     update_record(folder, [name])
 
 
-def test_every_checkpoint_is_measured_beside_the_training(finished: Path, tmp_path: Path) -> None:
+def test_every_checkpoint_is_measured_during_training(finished: Path, tmp_path: Path) -> None:
     """The training keeps the newest checkpoint and the best; the watcher has measured all, each once."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     for left_over in (*run_dir.glob("evaluate*"), *run_dir.glob("benchmark*")):
@@ -234,7 +234,7 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
         (("--new-tokens", "1"), "leaves nothing to time"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_a_line(benchmark: Benchmark, option: tuple[str, str], said: str) -> None:
+def test_faults_of_a_benchmark_are_one_line(benchmark: Benchmark, option: tuple[str, str], said: str) -> None:
     done = benchmark(*option)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(("error:", "  - "))

@@ -32,12 +32,12 @@ def log() -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_stages_that_need_nemo_find_it_imported_and_no_others(stage: Any) -> None:
+def test_stages_find_the_libraries_that_they_need_imported(stage: Any) -> None:
     found = libraries_of(["-u", "-m", "recipes", stage.name, "--config", "resolved.yaml"])
     assert (found == NEMO) == stage.needs_nemo
 
 
-def test_a_child_is_what_a_real_start_is(tmp_path: Path) -> None:
+def test_a_child_equals_a_real_start(tmp_path: Path) -> None:
     def ignore_and_block() -> None:
         os.umask(0o27)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -67,7 +67,7 @@ def test_a_child_is_what_a_real_start_is(tmp_path: Path) -> None:
     assert served == real
 
 
-def test_ends_are_those_of_a_real_start() -> None:
+def test_exits_equal_those_of_a_real_start() -> None:
     exits, fails, killed = probe("exit"), probe("fail"), probe("signal")
     assert (exits.returncode, exits.stderr) == (1, "it ends\n")
     assert (fails.returncode, fails.stderr.splitlines()[-1]) == (1, "ValueError: it fails")
@@ -85,7 +85,7 @@ def test_signals_are_passed_on(signum: int, status: int) -> None:
         assert ends(child)
 
 
-def test_a_child_dies_with_the_process_that_stands_for_it() -> None:
+def test_a_child_dies_with_its_client() -> None:
     with subprocess.Popen([*PROBE, "wait"], env=tiny.environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())

@@ -12,7 +12,7 @@ from prune_distill.pipeline.artifact import Located
 from tests.helpers import corruption, tiny, tolerance
 
 
-def test_no_damage_is_used_silently(finished: Path, tmp_path: Path) -> None:
+def test_damage_is_never_used_silently(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir, ignore=shutil.ignore_patterns(".lock"))
     tried, silent = corruption.silent_uses(tiny.stages(run_dir, *tiny.DEPTH), tmp_path / "aside")
@@ -30,7 +30,7 @@ def stage(run_dir: Path, name: str) -> Located:
     return tiny.stages(run_dir, *tiny.DEPTH)[name]
 
 
-def test_a_hole_in_weights_is_refused_also_where_only_sizes_are_compared(run_dir: Path) -> None:
+def test_a_hole_in_weights_is_rejected_even_if_only_sizes_are_compared(run_dir: Path) -> None:
     made, reader = stage(run_dir, "hf_to_nemo"), stage(run_dir, "prune")
     shutil.rmtree(reader.folder)
     corruption.hole(made.folder / "nemo/weights/__0_0.distcp")

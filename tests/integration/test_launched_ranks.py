@@ -25,9 +25,7 @@ def test_two_ranks_complete(tmp_path: Path) -> None:
     assert (tmp_path / "calls.txt").read_text().split() == ["ranks", "ranks"]
 
 
-def test_ranks_start_unbound_where_there_is_no_gpu_and_the_log_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gpu_ranks_start_unbound_with_a_log_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun by itself would raise."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with launched(tmp_path, {}, *TWO_RANKS, "cluster.numa_binding=node", mode="launch_ranks") as launcher:
@@ -37,7 +35,7 @@ def test_ranks_start_unbound_where_there_is_no_gpu_and_the_log_says_so(
     assert "numa-binding=node is ignored: no GPU is visible\n" in log.read_text()
 
 
-def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_others_and_is_reported(tmp_path: Path) -> None:
     with launched(tmp_path, {"ranks": "die_on_rank_1"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         other = wait_for(tmp_path, "ranks")
         started = time.monotonic()
@@ -58,7 +56,7 @@ def test_a_fault_of_the_user_is_read_from_torchruns_log(tmp_path: Path) -> None:
     assert "1 fault in the configuration:\n  - distill.lr=9" in err
 
 
-def test_a_killed_launcher_takes_all_ranks_along(tmp_path: Path) -> None:
+def test_a_killed_launcher_kills_all_ranks(tmp_path: Path) -> None:
     with launched(tmp_path, {"ranks": "sleep"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         ranks = [wait_for(tmp_path, "ranks", rank) for rank in (0, 1)]
         launcher.kill()
@@ -77,9 +75,7 @@ def test_a_killed_torchrun_leaves_no_rank(tmp_path: Path) -> None:
     assert "killed by SIGKILL" in err
 
 
-def test_what_a_shell_has_of_another_jobs_ranks_reaches_no_stage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_variables_of_another_job_do_not_reach_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
     for name, value in {**foreign, "PET_NNODES": "2", "TORCHELASTIC_RUN_ID": "another"}.items():
         monkeypatch.setenv(name, value)

@@ -62,7 +62,7 @@ def assert_same_gradients(folder: Path, reference: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
+def test_layouts_give_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
     folder = distil(pruned, tmp_path, *LAYOUTS[layout])
     assert_same(folder, one_rank, tolerance.LOSS)
     assert_same_gradients(folder, one_rank)
@@ -74,12 +74,14 @@ def upstream(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_same_with_upstreams_loss(pruned: Path, upstream: Path, tmp_path: Path, layout: str) -> None:
+def test_layouts_give_the_same_losses_with_upstreams_loss(
+    pruned: Path, upstream: Path, tmp_path: Path, layout: str
+) -> None:
     folder = distil(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
     assert_same(folder, upstream, tolerance.LOSS)
 
 
-def test_our_loss_trains_as_upstreams_does(one_rank: Path, upstream: Path) -> None:
+def test_our_loss_trains_like_upstreams(one_rank: Path, upstream: Path) -> None:
     # Gradients of rare tokens' rows, all but zero, differ in their last digits, and Adam's first steps make of each a
     # step of full size: 5e-5 seen.
     assert_same(one_rank, upstream, 20 * tolerance.LOSS)

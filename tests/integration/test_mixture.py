@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_mixture_goes_through_all_stages(finished: Path) -> None:
+def test_an_moe_model_passes_all_stages(finished: Path) -> None:
     report = tiny.report(finished)
     assert report["checks"]["import_max_abs_logit_diff"] < tolerance.LOGITS
     assert report["checks"]["export_max_abs_logit_diff"] < tolerance.LOGITS
@@ -61,7 +61,7 @@ def test_a_mixture_goes_through_all_stages(finished: Path) -> None:
     assert all(sum(row["expert_tokens"]) == 16 * 128 * 2 for row in rows)
 
 
-def test_the_exported_mixture_needs_nothing_of_ours(finished: Path) -> None:
+def test_the_exported_moe_model_needs_no_code_of_this_repository(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished / tiny.report(finished)["models"]["student"]["hf_path"]

@@ -21,7 +21,7 @@ RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_s
 
 # Workers of the data loader, too: they are what a pause could leave behind.
 @pytest.mark.parametrize("layout", [("distill.num_workers=1",), RANKS], ids=["one_rank", "two_ranks"])
-def test_a_paused_distillation_goes_on_with_the_same_losses(
+def test_a_paused_distillation_resumes_with_the_same_losses(
     finished: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -55,7 +55,7 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
 
 @pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path, ranks: int) -> None:
+def test_sigterm_from_slurm_to_every_process_pauses(finished: Path, tmp_path: Path, ranks: int) -> None:
     """As a step is preempted: torchrun, the ranks and the data loader's workers get it, and none may die of it."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     settings = (*tiny.DEPTH, "distill.num_workers=1", "distill.max_steps=500", "distill.save_every_n_steps=2")

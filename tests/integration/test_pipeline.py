@@ -18,7 +18,7 @@ from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
 
 
-def test_report_keeps_its_contract(finished: Path) -> None:
+def test_the_format_of_the_report(finished: Path) -> None:
     report = tiny.report(finished)
     assert report["experiment"] == "demo"
     assert report["backend"] == tolerance.BACKEND
@@ -59,7 +59,7 @@ def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
     assert nemo == pytest.approx(seen["loss"], abs=tolerance.LOSS)
 
 
-def test_exported_student_needs_nothing_of_ours(finished: Path) -> None:
+def test_the_exported_student_needs_no_code_of_this_repository(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished / tiny.report(finished)["models"]["student"]["hf_path"]
@@ -102,7 +102,7 @@ def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("real_start")
-def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
+def test_a_stage_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["hf_to_nemo"].folder
     (folder / "manifest.json").unlink()

@@ -78,7 +78,9 @@ def planned(cfg: RunConfig, ranks: int) -> list[Memory]:
     ],
     ids=["dp2", "recompute", "pp2", "mix", "upstream"],
 )
-def test_a_ranks_memory_is_as_planned(finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]) -> None:
+def test_the_memory_of_a_rank_matches_the_plan(
+    finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]
+) -> None:
     cfg, found = measured(finished, tmp_path / "run", ranks, *more)
     for plan, real in zip(planned(cfg, ranks), found, strict=True):
         for part in STATIC:

@@ -33,7 +33,7 @@ def metrics(run_dir: Path, *targets: str) -> dict[str, dict[str, Any]]:
     return {name: manifest["metrics"] for name, manifest in manifests.items() if manifest is not None}
 
 
-def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_path: Path) -> None:
+def test_a_width_pruned_student_gives_the_same_logits_in_transformers(finished: Path, tmp_path: Path) -> None:
     checkpoint, metrics = prune(finished, tmp_path / "run", *tiny.WIDTH, *HEADS)
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
@@ -49,7 +49,7 @@ def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_pa
     assert float(done.stdout.partition("max_abs_diff ")[2].partition(",")[0]) < tolerance.LOGITS
 
 
-def test_two_pipeline_ranks_prune_as_one(finished: Path, tmp_path: Path) -> None:
+def test_two_pipeline_ranks_prune_like_one(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     for folder in [*run_dir.glob("importance-*"), *run_dir.glob("prune-*")]:
@@ -74,7 +74,7 @@ AXES = (
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, stages: int) -> None:
+def test_pruning_equals_modelopt_called_directly(finished: Path, tmp_path: Path, stages: int) -> None:
     located = tiny.stages(finished, *tiny.DEPTH)
     inputs = located["hf_to_nemo"].folder / "nemo", located["importance"].folder
     start = [sys.executable, "-W", "ignore"]
@@ -91,7 +91,7 @@ def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, st
         assert line["tensors"] > 0
 
 
-def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Path) -> None:
+def test_documents_of_another_tokenizer_are_rejected(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     located = tiny.stages(run_dir, *tiny.DEPTH)
     (located["importance"].folder / "manifest.json").unlink()
@@ -104,7 +104,7 @@ def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Pa
     assert "prepared with another tokenizer: entries of the vocabulary 523, but 522 in the model" in done.stderr
 
 
-def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:
+def test_a_run_that_prunes_all_axes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, "prune.num_layers=3", *tiny.WIDTH, *HEADS)
     checks = tiny.report(run_dir)["checks"]

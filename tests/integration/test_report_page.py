@@ -94,7 +94,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_complained_of_or_fetched_and_all_can_be_read(
+def test_a_page_has_no_console_messages_no_requests_and_enough_contrast(
     browser: Browser, pages: dict[str, Path], name: str, scheme: str
 ) -> None:
     opened = browser.open(pages[name], scheme=scheme)
@@ -105,7 +105,7 @@ def test_nothing_is_complained_of_or_fetched_and_all_can_be_read(
 
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
-def test_every_plot_is_seen(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_every_plot_is_visible(browser: Browser, pages: dict[str, Path], name: str) -> None:
     """It has a size, a description, and more than one color where it is drawn."""
     plots = browser.open(pages[name]).page.locator("figure svg")
     assert plots.count() == {"finished": 15, "failed": 3, "comparison": 3}[name]
@@ -118,7 +118,7 @@ def test_every_plot_is_seen(browser: Browser, pages: dict[str, Path], name: str)
         assert len(plot.screenshot()) > 3000
 
 
-def test_marks_tell_their_values(browser: Browser, pages: dict[str, Path]) -> None:
+def test_marks_have_tooltips(browser: Browser, pages: dict[str, Path]) -> None:
     titles = browser.open(pages["finished"]).page.locator("svg use > title").all_text_contents()
     assert "Student, 160 step: 3.5720" in titles
     assert any(re.fullmatch(r"layer 1: 0\.8333", title) for title in titles)
@@ -151,7 +151,7 @@ def test_tables_sort_both_ways_by_mouse_and_keyboard(browser: Browser, pages: di
 
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
-def test_a_telephone_need_not_scroll_sideways(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_a_phone_does_not_scroll_sideways(browser: Browser, pages: dict[str, Path], name: str) -> None:
     page = browser.open(pages[name], PHONE).page
     page.mouse.wheel(500, 0)
     assert page.evaluate("[document.documentElement.scrollWidth, scrollX]") == [PHONE[0], 0]

@@ -18,7 +18,7 @@ ROUNDS = (
 )
 
 
-def test_each_round_prunes_what_the_one_before_has_learned(finished: Path, tmp_path: Path) -> None:
+def test_each_round_prunes_the_student_of_the_previous_round(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *ROUNDS, "--until", "verify")
     located = tiny.stages(run_dir, *ROUNDS)

@@ -41,7 +41,7 @@ def stage(run_dir: Path, name: str, *overrides: str) -> tuple[Located, dict[str,
     return located, manifest["metrics"]
 
 
-def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
+def test_scores_equal_those_of_pruned_models(fought: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.candidate_losses", fought / "resolved.yaml"]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,14 +54,14 @@ def test_scores_are_those_of_models_that_are_really_cut(fought: Path) -> None:
     assert max(row["found"] for row in rows) - min(row["found"] for row in rows) > 10 * tolerance.LOSS
 
 
-def test_no_damage_to_a_search_is_used_silently(fought: Path, tmp_path: Path) -> None:
+def test_a_damaged_search_is_rejected(fought: Path, tmp_path: Path) -> None:
     stages = tiny.stages(fought, *HALVING)
     tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["search", "successive_halving"])
     assert silent == []
     assert tried > 60
 
 
-def test_each_shape_is_tried_without_two_sets_of_layers(fought: Path) -> None:
+def test_each_shape_is_tried_with_two_layer_sets(fought: Path) -> None:
     located, _ = stage(fought, "search")
     rows = json.loads((located.folder / "candidates.json").read_text())["candidates"]
     by_shape: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
@@ -76,7 +76,7 @@ def test_each_shape_is_tried_without_two_sets_of_layers(fought: Path) -> None:
             assert abs(gone - come) == 1
 
 
-def test_two_pipeline_ranks_find_what_one_finds(fought: Path, tmp_path: Path) -> None:
+def test_two_pipeline_ranks_find_the_results_of_one(fought: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(fought, tmp_path / "run")
     two = (*BUDGET, "cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
     tiny.launch(run_dir, *two, "--until", "search")
@@ -107,7 +107,7 @@ def test_the_winner_is_chosen_by_its_loss_and_pruned(fought: Path) -> None:
         assert (located.folder / name).stat().st_size > 0
 
 
-def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
+def test_a_task_score_affects_the_ranking(fought: Path, tmp_path: Path) -> None:
     """With a margin of 0 the score decides, and the loss among those that have the same."""
     run_dir = tiny.copy_run(fought, tmp_path / "run")
     task = [
@@ -136,7 +136,7 @@ def test_a_task_has_a_say(fought: Path, tmp_path: Path) -> None:
     assert len(list(located.folder.glob("measured/candidate-*/step=*/task.*.json"))) == 3 + 2 + 1
 
 
-def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, tmp_path: Path) -> None:
+def test_the_winners_steps_equal_those_of_an_uninterrupted_distillation(fought: Path, tmp_path: Path) -> None:
     located, metrics = stage(fought, "distill")
     choice = stage(fought, "successive_halving")[1]["choice"]
     log = (located.folder / "log.txt").read_text()
@@ -152,7 +152,7 @@ def test_the_winners_steps_are_those_of_an_unbroken_distillation(fought: Path, t
     assert metrics["val_loss"] == of_alone["val_loss"]
 
 
-def test_a_paused_and_a_killed_tournament_go_on(fought: Path, tmp_path: Path) -> None:
+def test_a_paused_and_a_killed_successive_halving_resume(fought: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(fought, tmp_path / "run")
     before = stage(fought, "successive_halving")[1]
     shutil.rmtree(next(run_dir.glob("successive_halving-*")))

@@ -69,7 +69,7 @@ def documents_in(message: str) -> list[int]:
     ],
     ids=["nan", "nan_two_ranks", "explodes", "explodes_two_ranks"],
 )
-def test_a_bad_loss_ends_a_training_before_it_is_saved(
+def test_a_bad_loss_stops_training_before_a_save(
     finished: Path, tmp_path: Path, ranks: tuple[str, ...], spoiled: str, fault: str
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -108,7 +108,7 @@ PHASES = (
 )
 
 
-def test_phases_keep_count_and_resume_anywhere(finished: Path, tmp_path: Path) -> None:
+def test_phases_count_tokens_and_resume_at_any_step(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir, *PHASES)
     done = train(stage)
@@ -202,7 +202,7 @@ def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_p
     assert "global batch size [[6, 128, 4]], and this run has [[6, 128, 8]]" in failed.stderr
 
 
-def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
+def test_different_tokenizers_are_rejected(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir)
     described = stage.inputs["student"] / "context" / "tokenizer" / "tokenizer.json"
@@ -226,9 +226,7 @@ def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
     ],
     ids=["one_rank", "tp2", "pp2"],
 )
-def test_a_teacher_that_does_no_better_than_chance_is_refused(
-    finished: Path, tmp_path: Path, layout: tuple[str, ...]
-) -> None:
+def test_a_teacher_no_better_than_chance_is_rejected(finished: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir, *layout)
     # Another tokenizer's ids, in effect: any of them, anywhere.
@@ -244,7 +242,7 @@ def test_a_teacher_that_does_no_better_than_chance_is_refused(
     assert float(found[1]) > math.log(tiny.SHAPE["vocab_size"])
 
 
-def test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one(finished: Path, tmp_path: Path) -> None:
+def test_a_training_killed_ten_times_gives_the_same_curve(finished: Path, tmp_path: Path) -> None:
     settings = ("distill.max_steps=20", "distill.save_every_n_steps=2", "distill.val_every_n_steps=7")
     stage = located(tiny.copy_run(finished, tmp_path / "unbroken"), *settings)
     done = train(stage)

@@ -17,7 +17,7 @@ from tests.slurm.conftest import Chain, slurm
 ALL = {"first", "second", "aside", "report"}
 
 
-def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Chain) -> None:
+def test_a_chain_completes_and_a_second_submission_does_nothing(chain: Chain) -> None:
     chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole" $(id) `id` $HOME #1 -é 汉字'
     chain.submit({})
     chain.wait_until_ended()
@@ -31,7 +31,7 @@ def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Cha
     assert done.stdout.count("complete, skipped") == 4
 
 
-def test_what_is_complete_is_left_out(chain: Chain) -> None:
+def test_complete_stages_are_not_submitted(chain: Chain) -> None:
     chain.submit({}, "--until", "second")
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second"}
@@ -48,7 +48,7 @@ def test_what_is_complete_is_left_out(chain: Chain) -> None:
     assert (chain.run_dir / "calls.txt").read_text().split().count("second") == 1
 
 
-def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> None:
+def test_a_failing_stage_cancels_its_dependents_and_reports_the_cause(chain: Chain) -> None:
     chain.submit({"second": "fail"})
     chain.wait_until_ended()
     assert chain.complete() == {"first", "aside"}
@@ -70,7 +70,7 @@ def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> N
     assert {stage["state"] for stage in chain.status().values()} == {"complete"}
 
 
-def test_a_fault_of_the_user_is_the_cause_by_itself(chain: Chain) -> None:
+def test_a_user_error_is_reported_as_the_cause(chain: Chain) -> None:
     chain.submit({"first": "fault"}, "--until", "first")
     chain.wait_until_ended()
     cause = chain.status()["first"]["cause"]
@@ -101,7 +101,7 @@ def test_a_run_is_not_submitted_twice(chain: Chain) -> None:
     slurm("scancel", *(job for name in ALL for job in chain.jobs(name)))
 
 
-def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_path: Path) -> None:
+def test_a_rejected_submission_cancels_earlier_jobs(chain: Chain, tmp_path: Path) -> None:
     refusing = tmp_path / "bin" / "sbatch"
     refusing.parent.mkdir()
     refusing.write_text(
@@ -121,7 +121,7 @@ def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_pat
     assert {job.state for job in query_jobs(ids).values()} == {"CANCELLED"}
 
 
-def test_what_the_partition_can_never_run_is_refused(chain: Chain) -> None:
+def test_jobs_beyond_the_limits_of_the_partition_are_rejected(chain: Chain) -> None:
     """sbatch itself takes such jobs, and they wait for ever."""
     more = ("cluster.time_limit='9:00:00'", "cluster.nodes=3", "distill.global_batch_size=12")
     done = chain.launch({}, *more)
@@ -144,7 +144,7 @@ def test_a_line_of_setup_that_fails_fails_the_job(chain: Chain, tmp_path: Path) 
     assert stage["cause"] == "cluster.slurm.setup: module load cuda failed with exit code 127"
 
 
-def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:
+def test_a_sweep_submits_one_chain_per_run(chain: Chain) -> None:
     chain.submit({}, "-m", "distill.lr=1e-3,2e-3", "--until", "second")
     runs = [Chain(chain.run_dir / number) for number in "01"]
     for run in runs:
@@ -153,7 +153,7 @@ def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:
     assert len({job for run in runs for job in run.jobs("second")}) == 2
 
 
-def test_nothing_but_what_is_named_reaches_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_named_variables_reach_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OTHER_TOKEN", "other_secret")
     monkeypatch.setenv("HF_HOME", "/shared/hub")

@@ -46,7 +46,7 @@ def _at_work(folder: Path) -> list[Path]:
     return [log for log in folder.glob("log*.txt") if "worker processes" in log.read_text()]
 
 
-def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path, model: Path, tmp_path: Path) -> None:
+def test_array_tasks_share_the_shards_and_declare_them_once(cluster: Path, model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(60_000))
     more = (f"data.train=[{source}]", "data.shard_bytes=400000", "data.array_tasks=3", "data.num_workers=1")
     arguments = submit(model, tmp_path / "run", *more)

@@ -66,7 +66,7 @@ def test_every_stage_of_the_demo_as_a_job_down_to_the_report(unbroken: Path) -> 
     assert (unbroken / "report" / "index.html").exists()
 
 
-def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbroken: Path, tmp_path: Path) -> None:
+def test_a_distillation_interrupted_by_its_time_limit_gives_the_same_losses(unbroken: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(unbroken, tmp_path / "run")
     # The first attempt waits for most of the time in which Slurm may warn: a fast machine would end before.
     site = {"cluster.slurm.sbatch": WARNED_EARLY, "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 35']"}

@@ -39,7 +39,7 @@ def test_a_rank_that_dies_ends_the_job_on_both_nodes(chain: Chain) -> None:
     assert "TresPerNode=gres:gpu:2" in slurm("scontrol", "show", "job", "-o", job)
 
 
-def test_a_chain_goes_on_after_a_node_went_down(chain: Chain) -> None:
+def test_a_chain_resumes_after_a_node_failure(chain: Chain) -> None:
     more = ("cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     chain.submit({"ranks": "lead 300"}, *RANKS, *more, mode="launch_ranks")
     jobs = chain.jobs("ranks")
@@ -75,7 +75,7 @@ os.execv({srun!r}, ["srun", *rest])
 """
 
 
-def test_pyxis_is_given_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> None:
+def test_pyxis_gets_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> None:
     chain.run_dir = tmp_path / "it's a run"
     stand_ins, seen = tmp_path / "bin", tmp_path / "seen.json"
     stand_ins.mkdir()

@@ -72,7 +72,7 @@ def test_a_warning_before_the_trainer_is_up_and_a_stale_stop_file(chain: Chain) 
     slurm("scancel", *chain.jobs("second"))
 
 
-def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None:
+def test_a_preempted_training_resumes_after_the_urgent_job(chain: Chain) -> None:
     chain.submit({"second": "steps 150"})
     wait_for_step(chain, 5)
     started = time.monotonic()
@@ -89,7 +89,7 @@ def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None
     assert attempts(chain) == 2
 
 
-def test_a_cancelled_training_saves_and_stays_cancelled(chain: Chain) -> None:
+def test_a_canceled_training_saves_and_stays_canceled(chain: Chain) -> None:
     chain.submit({"second": f"steps {LONG}"})
     wait_for_step(chain, 5)
     slurm("scancel", *chain.jobs("second"))
@@ -123,7 +123,7 @@ def test_no_progress_and_too_many_restarts_end_a_chain(chain: Chain) -> None:
     assert "paused at step 0, without progress" in chain.status()["second"]["cause"]
 
 
-def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
+def test_without_requeue_the_next_job_resumes(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     for job, step in ((first, 10), (second, 30)):
@@ -150,7 +150,7 @@ def kill(job: str) -> None:
     assert killed > 1
 
 
-def test_a_chain_goes_on_after_a_job_that_is_killed_without_a_warning(chain: Chain) -> None:
+def test_a_chain_resumes_after_a_job_killed_without_warning(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     wait_for_step(chain, 15)
@@ -166,7 +166,7 @@ def test_a_chain_goes_on_after_a_job_that_is_killed_without_a_warning(chain: Cha
     assert steps(chain) == list(range(1, 101))
 
 
-def test_a_chain_ends_where_a_killed_job_got_no_further(chain: Chain) -> None:
+def test_a_chain_ends_if_a_killed_job_made_no_progress(chain: Chain) -> None:
     chain.submit({"second": f"late {LONG}"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=3")
     jobs = chain.jobs("second")
     chain.wait(lambda: attempts(chain) == 1 and list(chain.folder("second").glob("pid-0")))
@@ -182,7 +182,7 @@ def test_a_chain_ends_where_a_killed_job_got_no_further(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize(("action", "states"), [("fail", "FAILED"), (f"steps {LONG}", "CANCELLED")])
-def test_a_job_that_fails_or_is_cancelled_ends_its_chain(chain: Chain, action: str, states: str) -> None:
+def test_a_failed_or_canceled_job_ends_its_chain(chain: Chain, action: str, states: str) -> None:
     chain.submit({"second": action}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     jobs = chain.jobs("second")
     if states == "CANCELLED":
@@ -195,7 +195,7 @@ def test_a_job_that_fails_or_is_cancelled_ends_its_chain(chain: Chain, action: s
     assert chain.status()["report"]["state"] == "cancelled"
 
 
-def test_a_waiting_job_that_is_cancelled_starts_no_other_beside_the_one_that_runs(chain: Chain) -> None:
+def test_a_canceled_pending_job_does_not_start_a_second_running_job(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     wait_for_step(chain, 5)
@@ -208,7 +208,7 @@ def test_a_waiting_job_that_is_cancelled_starts_no_other_beside_the_one_that_run
 
 
 @pytest.mark.parametrize("done_in", [1, 3])
-def test_the_last_job_of_a_chain_that_is_not_enough_fails_what_depends_on_it(chain: Chain, done_in: int) -> None:
+def test_a_chain_that_is_too_short_fails_its_dependents(chain: Chain, done_in: int) -> None:
     """Links that come after the last one do nothing."""
     plan = {"second": "steps 20" if done_in == 1 else f"steps {LONG}"}
     chain.submit(plan, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=1")

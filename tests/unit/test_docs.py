@@ -337,7 +337,7 @@ def test_commands(block: Block, checker: Checker) -> None:
         ("make demo | tee log", "one command per line"),
     ],
 )
-def test_a_command_at_fault_is_found(command: str, part: str, checker: Checker) -> None:
+def test_faulty_commands_are_detected(command: str, part: str, checker: Checker) -> None:
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         checker.check(shlex.split(command))
     assert part in str(caught.value)
@@ -351,7 +351,7 @@ def test_the_list_of_unchecked_programs_is_short() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.place for block in BLOCKS])
-def test_every_block_says_what_it_holds(block: Block) -> None:
+def test_every_block_has_a_language(block: Block) -> None:
     assert block.language in LANGUAGES
     assert block.not_tested != "", "say why: <!-- not tested: REASON -->"
 
@@ -408,7 +408,7 @@ def list_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", read_prose(page)):
         if link.startswith("https://"):

@@ -190,7 +190,7 @@ def test_recipes_import_at_the_top() -> None:
     assert not broken, report(broken)
 
 
-def test_the_runner_alone_names_the_module_of_a_stage_to_import_it() -> None:
+def test_only_the_runner_imports_stage_modules_by_name() -> None:
     importers = {"import_module", "import_libraries", "run_module", "__import__"}
     found = [
         (name, ast.unparse(node))

@@ -53,7 +53,7 @@ def listen(path: Path) -> None:
         (lambda path: path.symlink_to(path.name), "cannot be reached"),
     ],
 )
-def test_what_must_not_be_read_is_named(model: Path, spoil: Callable[[Path], None], told: str) -> None:
+def test_special_files_are_reported(model: Path, spoil: Callable[[Path], None], told: str) -> None:
     (model.parent / "outside").write_text("")
     assert folder_faults(model) == []
     spoil(model / "sub" / "x")
@@ -90,7 +90,7 @@ def test_a_hub_cache_is_a_folder_of_links(tmp_path: Path) -> None:
     assert "outside the model's folder" in folder_faults(snapshot)[0]
 
 
-def test_a_fifo_hangs_nothing(model: Path) -> None:
+def test_a_fifo_does_not_hang(model: Path) -> None:
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
     words = ["model=local", "data=jsonl", f"model.hf_path={model}"]

@@ -25,7 +25,7 @@ def test_help_lists_the_stages() -> None:
     assert listed == [stage.name for stage in STAGES]
 
 
-def test_an_unknown_stage_is_one_line_that_names_the_known_ones() -> None:
+def test_an_unknown_stage_is_one_line_with_the_known_ones() -> None:
     done = run("recipes", "distil", "--config", "resolved.yaml")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -40,7 +40,7 @@ def test_a_config_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize("name", ["distill", "evaluate", "report", "benchmark", "prepare_data"])
-def test_a_stage_module_that_is_run_itself_names_the_command(name: str) -> None:
+def test_running_a_stage_module_prints_the_command(name: str) -> None:
     done = run(f"recipes.{name}", "--config", "resolved.yaml")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

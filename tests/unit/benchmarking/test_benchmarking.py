@@ -31,7 +31,7 @@ class Clockwork:
         return Timed(self.seconds * self.calls, 2 * self.seconds * self.calls, None)
 
 
-def test_models_take_turns_and_are_compared_round_by_round() -> None:
+def test_models_are_interleaved_and_compared_per_round() -> None:
     log: list[str] = []
     models = {"teacher": Clockwork(log, "teacher", 1.0), "student": Clockwork(log, "student", 0.5)}
     memory, timed = timing.run_rounds(models, CFG.rounds)
@@ -65,7 +65,7 @@ def test_joules_are_read_from_the_packages_alone(tmp_path: Path) -> None:
     assert energy.joules(None, 1.0) is None
 
 
-def test_the_command_names_all_that_decides() -> None:
+def test_the_command_contains_all_settings() -> None:
     told = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
     assert told == (
         "python -m recipes.benchmark --models teacher=a 'student=b c' --out out --engine transformers --dtype keep"
@@ -73,7 +73,7 @@ def test_the_command_names_all_that_decides() -> None:
     )
 
 
-def test_the_peak_of_some_work_is_what_its_tensors_took() -> None:
+def test_peak_memory_of_work() -> None:
     import torch
 
     def work() -> torch.Tensor:

@@ -172,7 +172,7 @@ def test_an_unreadable_value_is_skipped() -> None:
     assert refused(cfg, "seed", "distill.parallel") == ["distill.lr"]
 
 
-def test_hints_are_taken_apart() -> None:
+def test_type_hints_are_parsed() -> None:
     assert split_hint(PositiveInt | None).optional
     assert split_hint(Steps).bounds == (Range(above=0), Range(at_most=2**31 - 1))
     assert split_hint(list[PositiveInt]).item.bounds == (Range(above=0),)

@@ -23,7 +23,7 @@ EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_whole_and_survives_its_file(tmp_path: Path, name: str) -> None:
+def test_every_experiment_is_valid_and_round_trips(tmp_path: Path, name: str) -> None:
     cfg = compose([f"experiment={name}"])
     assert cfg.name == name
     assert cfg.run_dir == f"runs/{name}"
@@ -34,7 +34,7 @@ def test_every_experiment_is_whole_and_survives_its_file(tmp_path: Path, name: s
     assert [entry.name for entry in tmp_path.iterdir()] == ["resolved.yaml"]
 
 
-def test_the_experiments_that_are_promised_are_there() -> None:
+def test_documented_experiments_exist() -> None:
     promised = {"demo", "qwen3_8b_to_6b_depth", "qwen3_8b_to_6b_width", "llama3_1_8b_to_4b_depth"}
     assert promised | {"llama3_1_8b_to_4b_width", "qwen3_0_6b_one_gpu"} <= set(EXPERIMENTS)
 
@@ -106,7 +106,7 @@ def test_an_experiment_may_be_added_with_a_plus_from_any_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_environment_says_where_climbmix_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_path_of_climbmix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIMBMIX_DIR", "/data/mix")
     train = compose(["experiment=qwen3_8b_to_6b_depth"]).data.train
     assert train is not None
@@ -152,7 +152,7 @@ def test_spellings_of_config_json(
         ({"max_position_embeddings": 256}, ["prune.calibration_seq_length=512: longer"]),
     ],
 )
-def test_a_config_json_at_fault(hf_folder: Callable[..., Path], changes: dict[str, Any], parts: list[str]) -> None:
+def test_faults_of_a_config_json(hf_folder: Callable[..., Path], changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(_own_model(hf_folder(**changes)))
     for part in parts:
@@ -202,7 +202,7 @@ def test_a_hub_id_is_read_from_the_local_cache(
         ("\xff\xfe", "start launch.run again"),
     ],
 )
-def test_a_resolved_file_at_fault(tmp_path: Path, content: str, part: str) -> None:
+def test_faults_of_a_resolved_file(tmp_path: Path, content: str, part: str) -> None:
     path = tmp_path / "resolved.yaml"
     path.write_bytes(content.encode("latin1"))
     with pytest.raises(ConfigError) as caught:
@@ -210,7 +210,7 @@ def test_a_resolved_file_at_fault(tmp_path: Path, content: str, part: str) -> No
     assert part in str(caught.value)
 
 
-def test_a_resolved_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_resolved_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_resolved(tmp_path / "resolved.yaml")
 
@@ -229,7 +229,7 @@ def _full_disk(handle: int) -> None:
     raise OSError("No space left on device")
 
 
-def test_texts_that_look_like_something_else_survive(tmp_path: Path) -> None:
+def test_strings_that_look_like_other_types_round_trip(tmp_path: Path) -> None:
     cfg = compose(["experiment=demo"])
     cfg.data.text_key, cfg.model.revision = "1e5", "0123"
     save_resolved(cfg, tmp_path / "r.yaml")
@@ -266,11 +266,11 @@ def test_sweeps() -> None:
         ),
     ],
 )
-def test_the_loss_is_called_what_it_is(overrides: list[str], words: str) -> None:
+def test_the_description_of_the_loss(overrides: list[str], words: str) -> None:
     assert compose(["experiment=demo", *overrides]).distill.loss_in_words == words
 
 
-def test_a_folder_of_ones_own_group_files(tmp_path: Path) -> None:
+def test_a_user_config_folder(tmp_path: Path) -> None:
     site = tmp_path / "it's my site"
     (site / "cluster").mkdir(parents=True)
     (site / "experiment").mkdir()
@@ -294,7 +294,7 @@ def test_a_folder_of_ones_own_group_files(tmp_path: Path) -> None:
         compose(["experiment=demo", "cluster=my_sit"], config_dir=site)
 
 
-def test_a_folder_of_group_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_faults_of_a_user_config_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: not a folder"):
         compose(["experiment=demo"], config_dir=tmp_path / "nowhere")
     (tmp_path / "cluster").mkdir()
@@ -303,7 +303,7 @@ def test_a_folder_of_group_files_that_cannot_be_used(tmp_path: Path) -> None:
         compose(["experiment=demo"], config_dir=tmp_path)
 
 
-def test_an_own_model_takes_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:
+def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:
     folder = hf_folder(model_type="llama", max_position_embeddings=2048)
     own = ["experiment=own", f"model.hf_path={folder}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
     cfg = compose(own)

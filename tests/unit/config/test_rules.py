@@ -123,7 +123,7 @@ def test_rules_read_only_the_keys_that_they_declare(tmp_path: Path, monkeypatch:
     assert {(one.id, one.reads) for one in ALL_RULES} - tried == set()
 
 
-def test_an_undeclared_read_is_noticed() -> None:
+def test_an_undeclared_read_raises() -> None:
     cfg = compose(["experiment=demo"])
     guarded = guard(cfg, ["distill.lr", "model.shape.num_layers", "model.demo?", "prune"])
     assert (guarded.distill.lr, guarded.model.shape.num_layers, guarded.prune.rounds) == (0.001, 6, [])
@@ -162,7 +162,7 @@ def test_rules_declare_keys_that_exist() -> None:
         (["cluster.slurm?"], [], True),
     ],
 )
-def test_a_rule_is_skipped_where_a_key_is_not_usable(reads: list[str], unreadable: list[str], applies: bool) -> None:
+def test_rules_with_unusable_keys_are_skipped(reads: list[str], unreadable: list[str], applies: bool) -> None:
     cfg = compose(["experiment=demo"])
     assert Rule("any", tuple(reads), lambda cfg: iter(())).applies_to(cfg, unreadable) is applies
 

@@ -31,7 +31,7 @@ def everything(folder: Path) -> dict[str, str | None]:
     return {str(path): path.read_text() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_a_folder_appears_whole(tmp_path: Path, source: Path) -> None:
+def test_a_folder_appears_complete(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
     with replace_folder(out, source) as partial:
         assert not out.exists()
@@ -41,7 +41,7 @@ def test_a_folder_appears_whole(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["config.json", "context/io.json"])
-def test_an_older_model_or_an_attempts_remains_are_replaced(tmp_path: Path, model: str) -> None:
+def test_older_models_and_leftovers_are_replaced(tmp_path: Path, model: str) -> None:
     out = tmp_path / "out"
     (out / model).parent.mkdir(parents=True)
     (out / model).write_text("old")
@@ -52,7 +52,7 @@ def test_an_older_model_or_an_attempts_remains_are_replaced(tmp_path: Path, mode
 
 
 @pytest.mark.parametrize("error", [InputError("damaged"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
-def test_a_failure_leaves_what_there_was(tmp_path: Path, source: Path, error: BaseException) -> None:
+def test_a_failure_does_not_change_the_folder(tmp_path: Path, source: Path, error: BaseException) -> None:
     before = everything(tmp_path)
     for out in (tmp_path / "out", source):
         with pytest.raises(type(error)):
@@ -98,7 +98,7 @@ def test_nothing_else_is_replaced(
     assert everything(tmp_path) == before
 
 
-def test_a_full_disk_is_told_of_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command lines have a message of their own for it."""
 
     def full(*_: object, **__: object) -> None:

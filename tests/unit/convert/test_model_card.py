@@ -28,7 +28,7 @@ def card(base: str, reference: Path, provenance: Provenance | None = None, **siz
     return yaml.safe_load(head), body
 
 
-def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
+def test_a_hub_model_is_in_the_metadata(reference: Path) -> None:
     metadata, body = card("Qwen/Qwen3-8B", reference)
     assert metadata == {
         "library_name": "transformers",
@@ -52,7 +52,7 @@ def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
         ("secret-place/source", "."),
     ],
 )
-def test_a_folders_path_stays_here(
+def test_local_paths_are_not_published(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, where: str, base: str
 ) -> None:
     monkeypatch.chdir(tmp_path / where)
@@ -63,7 +63,7 @@ def test_a_folders_path_stays_here(
     assert "secret-place" not in body
 
 
-def test_the_license_is_the_sources(reference: Path) -> None:
+def test_the_license_comes_from_the_source(reference: Path) -> None:
     (reference / "README.md").write_text(
         "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/L\ntags: [chat]\n---\n# Source\n---\n"
     )
@@ -83,7 +83,7 @@ def test_a_card_without_metadata_gives_no_license(reference: Path, readme: str) 
     assert "license" not in metadata
 
 
-def test_the_table_has_what_changed(reference: Path) -> None:
+def test_the_table_shows_changed_sizes(reference: Path) -> None:
     metadata, body = card("Qwen/Qwen3-8B", reference, num_hidden_layers=2, num_key_value_heads=1)
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows == ["| | Qwen/Qwen3-8B | this model |", "| layers | 4 | 2 |", "| query groups | 2 | 1 |"]
@@ -100,7 +100,7 @@ def stage(run: Path, name: str, student: str | None = None, **metrics: Any) -> P
     return folder / "nemo"
 
 
-def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: Path) -> None:
+def test_stages_are_described_in_order(tmp_path: Path, reference: Path) -> None:
     stage(tmp_path, "prune-1", params=3_000_000, params_before=5_000_000, kept_layers=[1, 2, 3, 6])
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=160_000, steps=160, val_loss=3.65432)
     metadata, body = card("Qwen/Qwen3-8B", reference, Provenance.read(checkpoint))
@@ -140,7 +140,7 @@ def test_manifests_that_name_each_other_are_followed_once(tmp_path: Path) -> Non
         {"metrics": {"tokens": "many", "steps": None}},
     ],
 )
-def test_a_strangers_manifest_is_no_reason_to_fail(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_odd_manifests_do_not_fail(tmp_path: Path, odd: dict[str, Any]) -> None:
     checkpoint = stage(tmp_path, "distill-1")
     manifest = {"stage": "distill", "status": "complete", "inputs": {}, "metrics": {}, **odd}
     (checkpoint.parent / "manifest.json").write_text(json.dumps(manifest))

@@ -136,7 +136,7 @@ def without(end: str) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_what_is_no_state_dict_is_refused(
+def test_files_without_a_state_dict_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -147,6 +147,6 @@ def test_what_is_no_state_dict_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_folder_without_files_is_told_of(tmp_path: Path) -> None:
+def test_a_folder_without_files_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no pytorch_model.bin"):
         read_folder(tmp_path)

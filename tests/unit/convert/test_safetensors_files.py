@@ -36,7 +36,7 @@ def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert b"".join(map(bytes, blocks(tensor))) == content(expected[name]), name
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     types = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
     tensors = {str(dtype): torch.arange(6).reshape(3, 2).to(dtype) for dtype in types}
     tensors |= {"fp8": torch.randn(3).to(torch.float8_e4m3fn), "wide fp8": torch.randn(3).to(torch.float8_e5m2)}
@@ -46,7 +46,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "BF16"])
-def test_what_is_written_the_library_reads(tmp_path: Path, dtype: str | None) -> None:
+def test_the_library_reads_written_files(tmp_path: Path, dtype: str | None) -> None:
     tensors = {"b": B, "a": A, "none": torch.empty(0, 3), "ключ": torch.ones(1)}
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -88,7 +88,7 @@ def test_weights_may_be_links(tmp_path: Path) -> None:
     holds(tmp_path, {"a": A})
 
 
-def test_one_whole_file_goes_before_an_index(tmp_path: Path) -> None:
+def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
     """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be an older save's."""
     save_file({"a": A}, tmp_path / FILE)
     save_file({"b": B}, tmp_path / "model-00001-of-00001.safetensors")
@@ -133,7 +133,7 @@ def entry(**values: Any) -> Callable[[Path], None]:
         (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
     ],
 )
-def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any], told: str) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any], told: str) -> None:
     save_file({"a": A, "b": B}, tmp_path / FILE)
     damage(tmp_path / FILE)
     with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{told}") as refused:
@@ -147,14 +147,14 @@ def write_index(folder: Path, **files: str) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": files}))
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "1.safetensors").mkdir()
     write_index(tmp_path, a="1.safetensors")
     with pytest.raises(InputError, match=r"1\.safetensors cannot be read \(Is a directory\)"):
         read_folder(tmp_path)
 
 
-def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_folder_are_reported_at_once(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({"a": A, f"only {number}": B}, tmp_path / f"{number}.safetensors")
     (tmp_path / "3.safetensors").write_bytes(b"")
@@ -170,7 +170,7 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "weights.safetensors"])
-def test_files_that_transformers_would_not_find_are_refused(tmp_path: Path, name: str) -> None:
+def test_files_that_transformers_would_not_find_are_rejected(tmp_path: Path, name: str) -> None:
     save_file({"a": A}, tmp_path / name)
     with pytest.raises(InputError, match=f"{name} is not called {FILE}"):
         read_folder(tmp_path)
@@ -179,7 +179,7 @@ def test_files_that_transformers_would_not_find_are_refused(tmp_path: Path, name
         read_folder(tmp_path)
 
 
-def test_files_beside_those_that_an_index_names_are_left_out(tmp_path: Path) -> None:
+def test_files_that_are_not_in_the_index_are_ignored(tmp_path: Path) -> None:
     """Some models bring their weights twice: Mistral's as consolidated.safetensors too."""
     save_file({"a": A}, tmp_path / "1.safetensors")
     save_file({"b": B}, tmp_path / "consolidated.safetensors")
@@ -187,7 +187,7 @@ def test_files_beside_those_that_an_index_names_are_left_out(tmp_path: Path) -> 
     holds(tmp_path, {"a": A})
 
 
-def test_large_headers_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_headers_are_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """1.5 M tensors, and a header that is a hole of 90 MB: whether it is JSON is not asked."""
     with (tmp_path / FILE).open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000))
@@ -229,7 +229,7 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (b'{"weight_map": {"a": ""}}', "names ''"),
     ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, index: bytes, told: str) -> None:
+def test_invalid_indices_are_rejected(tmp_path: Path, index: bytes, told: str) -> None:
     (tmp_path / INDEX).write_bytes(index)
     with pytest.raises(InputError, match=told):
         read_folder(tmp_path)

@@ -76,7 +76,7 @@ CUTS = {"stacked": [1], "F32": [2, 4], "BF16": [5, 2]}
 
 
 @pytest.mark.parametrize("checksum", [True, False])
-def test_torch_reads_what_is_written(tmp_path: Path, checksum: bool) -> None:
+def test_torch_reads_written_checkpoints(tmp_path: Path, checksum: bool) -> None:
     expected = tensors()
     weights = write(tmp_path, expected, CUTS, checksum=checksum)
     # Of an empty tensor of each kind; torch takes Megatron's class of `.metadata` for its own.
@@ -122,7 +122,7 @@ def test_every_chunk_is_a_file_of_torch_save(tmp_path: Path, checksum: bool) -> 
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2], [3, 2], [1, 5, 3], [1, 2, 7], [2, 5, 4], [2, 2, 3], [3, 1, 1]])
-def test_chunks_of_any_cut_are_put_together(tmp_path: Path, cuts: list[int]) -> None:
+def test_chunks_of_any_layout_are_assembled(tmp_path: Path, cuts: list[int]) -> None:
     """As torch saves them: by tensor, pipeline and expert parallelism, alone and together, in any order."""
     whole = torch.arange(3 * 5 * 7, dtype=torch.float32).reshape(3, 5, 7)
     weights = save_as_torch(tmp_path, whole, pieces(whole, cuts))
@@ -162,14 +162,14 @@ def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[in
     return weights
 
 
-def test_a_cut_behind_the_rows_is_refused(tmp_path: Path) -> None:
+def test_sharding_along_an_inner_dimension_is_rejected(tmp_path: Path) -> None:
     whole = torch.zeros(3, 5, 7)
     reader = TorchDistReader(save_as_torch(tmp_path, whole, pieces(whole, [3, 5, 4])))
     with pytest.raises(InputError, match="key is sharded along an inner dimension"):
         reader.tensor("key")
 
 
-def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+def test_missing_parts_are_reported(tmp_path: Path) -> None:
     whole = torch.zeros(3, 5, 7)
     chunks = [(offsets, part) for offsets, part in pieces(whole, [1, 2]) if offsets != (1, 2, 0)]
     reader = TorchDistReader(save_as_torch(tmp_path, whole, chunks))
@@ -194,7 +194,7 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
         (print, "is truncated or damaged: key"),
     ],
 )
-def test_chunks_that_are_not_rows_are_refused(tmp_path: Path, part: Any, told: str) -> None:
+def test_chunks_that_are_not_contiguous_are_rejected(tmp_path: Path, part: Any, told: str) -> None:
     whole = torch.zeros(5, 7)
     weights = save_as_torch(tmp_path, whole, [((0, 0), whole)])
     torch.save(part, weights / "__3_0.distcp")
@@ -203,7 +203,7 @@ def test_chunks_that_are_not_rows_are_refused(tmp_path: Path, part: Any, told: s
         TorchDistReader(weights).tensor("key")
 
 
-def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
+def test_a_compressed_chunk_is_rejected(tmp_path: Path) -> None:
     """Its bytes are damaged, though its size in the directory is right."""
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
@@ -212,7 +212,7 @@ def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".metadata", "__3_0.distcp"])
-def test_a_fifo_in_a_checkpoint_hangs_nothing(tmp_path: Path, name: str) -> None:
+def test_a_fifo_in_a_checkpoint_does_not_hang(tmp_path: Path, name: str) -> None:
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     (weights / name).unlink()
     os.mkfifo(weights / name)
@@ -220,7 +220,7 @@ def test_a_fifo_in_a_checkpoint_hangs_nothing(tmp_path: Path, name: str) -> None
         TorchDistReader(weights)
 
 
-def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> None:
+def test_the_crc_of_torch_detects_a_changed_byte(tmp_path: Path) -> None:
     """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
     whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
     for with_crc in (True, False):
@@ -261,7 +261,7 @@ def describe_the_whole_file(weights: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 300), os.unlink, lambda file: file.write_bytes(b"")])
-def test_a_file_cut_short_is_named_with_the_tensor(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_truncated_files_are_reported_with_the_tensor(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     weights = write(tmp_path, {"one": torch.zeros(5, 7), "two": torch.zeros(5, 7)}, {})
     damage(weights / "__0_0.distcp")
     reader = TorchDistReader(weights)
@@ -294,7 +294,7 @@ def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
         assert saved.getinfo("archive/data/0").file_size == size
 
 
-def test_no_description_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_without_metadata_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a torch_dist checkpoint \(it has no \.metadata\)"):
         TorchDistReader(tmp_path)
 
@@ -317,7 +317,7 @@ def rewritten(weights: Path, change: Callable[[Any], Any]) -> None:
         lambda weights: rewritten(weights, leave_the_folder),
     ],
 )
-def test_a_damaged_description_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_description_is_rejected(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})
     damage(weights)
     with pytest.raises(InputError, match=r"weights/\.metadata is damaged"):
@@ -339,7 +339,7 @@ class Evil:
         return os.system, (self.command,)
 
 
-def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
+def test_malicious_pickles_do_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     evil = pickle.dumps(Evil(marker))
     pickle.loads(evil)

@@ -68,11 +68,11 @@ def ran(tmp_path: Path) -> Path:
     return marker
 
 
-def test_an_honest_checkpoint_passes(tmp_path: Path) -> None:
+def test_a_safe_checkpoint_passes(tmp_path: Path) -> None:
     refuse_code(write(tmp_path / "nemo"))
 
 
-def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> None:
+def test_states_of_transformer_engine_and_a_trainer_pass(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "nemo")
     plugin = {
         "type": "pyref",
@@ -87,7 +87,7 @@ def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> 
     refuse_code(checkpoint)
 
 
-def test_a_description_as_torch_pickles_it_is_honest(tmp_path: Path) -> None:
+def test_metadata_pickled_by_torch_passes(tmp_path: Path) -> None:
     """With all that Megatron's writer leaves in one, its own class apart (filesystem_async.py:496)."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
@@ -184,7 +184,7 @@ def type_alone(checkpoint: Path) -> None:
         (type_alone, r"not in NeMo.s format|names stranger\.x"),
     ],
 )
-def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callable[[Path], None], told: str) -> None:
+def test_code_is_rejected_and_never_run(tmp_path: Path, ran: Path, change: Callable[[Path], None], told: str) -> None:
     checkpoint = write(tmp_path / "nemo")
     change(checkpoint)
     with pytest.raises(InputError, match=told):
@@ -206,14 +206,14 @@ def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callab
         (Reference("stranger.torch", "float32"), r"names stranger\.torch\.float32"),
     ],
 )
-def test_a_context_that_names_more_is_refused(tmp_path: Path, argument: Any, told: str) -> None:
+def test_a_context_with_other_names_is_rejected(tmp_path: Path, argument: Any, told: str) -> None:
     checkpoint = write(tmp_path / "nemo", more=argument)
     with pytest.raises(InputError, match=rf"would run code: .*{told}.*--trust-source"):
         refuse_code(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip file", pickle.dumps(1)])
-def test_a_damaged_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_pickle_is_reported(tmp_path: Path, content: bytes) -> None:
     checkpoint = write(tmp_path / "nemo")
     (checkpoint / "weights" / "common.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"common\.pt is damaged or not written by torch\.save"):

@@ -54,7 +54,7 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
         ("{{ messages[0].content }}{% if add_generation_prompt %}" + ENDLESS + "{% endif %}", "takes more than 0.3 s"),
     ],
 )
-def test_a_template_that_goes_on_is_one_error(
+def test_an_endless_template_is_one_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, template: str, limit: str
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -80,7 +80,7 @@ class Records:
         return "chat.jsonl:1"
 
 
-def test_it_is_no_broken_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_is_not_an_invalid_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(template: str, lines: Lines) -> list[str]:
         source: Any = Records({"messages": CHAT}, {"messages": 3})
         call = render(folder, template, monkeypatch)
@@ -97,14 +97,14 @@ def test_it_is_no_broken_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (lines.documents, lines.bad) == (1, 1)
 
 
-def test_long_conversations_are_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_conversations_do_not_reach_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a template writes may be as much longer as there is to write."""
     call = render(folder, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", monkeypatch)
     text, _ = call([{"role": "user", "content": "x" * 3_000_000}])
     assert len(text) == 3_000_006
 
 
-def test_limits_count_each_block_by_itself() -> None:
+def test_limits_apply_to_each_block() -> None:
     limits = Limits(0.2, 2**26)
     for _ in range(3):
         with limits.applied():

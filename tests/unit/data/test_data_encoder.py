@@ -43,7 +43,7 @@ def test_fastokens_is_chosen_and_gives_the_tokenizers_ids(specs: dict[str, Token
     assert np.array_equal(fast(spaces), fast.own(spaces))
 
 
-def test_added_tokens_need_not_begin_alike(specs: dict[str, TokenizerSpec]) -> None:
+def test_added_tokens_with_different_prefixes(specs: dict[str, TokenizerSpec]) -> None:
     tokens = specs["qwen"].json["added_tokens"]
     more = {**tokens[0], "id": max(specs["qwen"].json["model"]["vocab"].values()) + 1, "special": False}
     spec = changed(specs["qwen"], added_tokens=[*tokens, {**more, "content": "</tool_call>"}])
@@ -55,7 +55,7 @@ def test_added_tokens_need_not_begin_alike(specs: dict[str, TokenizerSpec]) -> N
 
 
 @pytest.mark.parametrize("style", ["qwen", "gpt2"])
-def test_every_code_point_is_split_alike(
+def test_every_code_point_is_split_equally(
     specs: dict[str, TokenizerSpec], style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both libraries' tables of Unicode say the same of each: here every fifth, at a run's start every 61st."""
@@ -65,7 +65,7 @@ def test_every_code_point_is_split_alike(
         assert np.array_equal(fast(text), fast.own(text)), text[:50]
 
 
-def test_sentencepieces_bpe_is_served_too(tmp_path: Path) -> None:
+def test_sentencepiece_bpe_is_supported(tmp_path: Path) -> None:
     spec = read_tokenizer(sentencepiece_bpe(tmp_path / "sentencepiece"))
     name, reason = choose(spec)
     assert name == "fastokens", reason
@@ -108,7 +108,7 @@ def test_tokenizers_of_other_kinds_keep_their_own_encoder(
     assert reason is None or reason in told
 
 
-def test_a_text_that_fastokens_gives_up_on_goes_to_the_tokenizer(specs: dict[str, TokenizerSpec]) -> None:
+def test_texts_that_fastokens_rejects_use_the_fallback(specs: dict[str, TokenizerSpec]) -> None:
     pattern = {"Regex": r"(?:a|b)*c|\s+(?!\S)|\S+|\s"}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -121,7 +121,7 @@ def test_a_text_that_fastokens_gives_up_on_goes_to_the_tokenizer(specs: dict[str
     assert fast(backtracking).tolist() == fast.own(backtracking).tolist()
 
 
-def test_truncation_and_padding_in_the_file_are_passed_over(specs: dict[str, TokenizerSpec]) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(specs: dict[str, TokenizerSpec]) -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     padding = {
         "strategy": {"Fixed": 8},
@@ -136,7 +136,9 @@ def test_truncation_and_padding_in_the_file_are_passed_over(specs: dict[str, Tok
         assert fast(text).tolist() == fast.own(text).tolist() == FastokensEncoder(specs["qwen"])(text).tolist()
 
 
-def test_a_difference_is_found_and_told(specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_is_detected_and_reported(
+    specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(FastokensEncoder):
         def __init__(self, spec: TokenizerSpec) -> None:
             super().__init__(spec)
@@ -148,7 +150,7 @@ def test_a_difference_is_found_and_told(specs: dict[str, TokenizerSpec], monkeyp
     assert reason.startswith("fastokens returns other ids for ")
 
 
-def test_a_tokenizer_of_words_is_served_by_its_own_library(tmp_path: Path) -> None:
+def test_a_word_tokenizer_uses_its_own_library(tmp_path: Path) -> None:
     spec = read_tokenizer(words(tmp_path / "words", ["<eos>", "alpha", "beta"], 3))
     name, reason = choose(spec)
     assert name == "tokenizers"
@@ -161,7 +163,7 @@ def test_a_tokenizer_of_words_is_served_by_its_own_library(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("vocab_size", "eos", "fault"), [(3, None, "has no eos_token"), (0, "<eos>", "ends documents with token id 0")]
 )
-def test_a_tokenizer_that_cannot_end_documents_is_refused(
+def test_a_tokenizer_that_cannot_end_documents_is_rejected(
     tmp_path: Path, vocab_size: int, eos: str | None, fault: str
 ) -> None:
     folder = words(tmp_path / "words", ["<eos>", "alpha", "beta"], vocab_size, eos)
@@ -171,7 +173,7 @@ def test_a_tokenizer_that_cannot_end_documents_is_refused(
         read_tokenizer(folder)
 
 
-def test_the_fingerprint_follows_what_decides_ids(specs: dict[str, TokenizerSpec]) -> None:
+def test_the_fingerprint_covers_everything_that_affects_ids(specs: dict[str, TokenizerSpec]) -> None:
     spec = specs["qwen"]
     assert replace(spec, folder="elsewhere").fingerprint == spec.fingerprint
     assert replace(spec, eod_token=0).fingerprint != spec.fingerprint

@@ -62,7 +62,7 @@ def texts(*pieces: Piece) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.ndjson"])
-def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str) -> None:
+def test_lines_are_read_from_any_compression(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, lines_of(*({"text": text, "cluster_id": 3} for text in TEXTS)))
     found, lines = read(Piece(str(path)))
     assert [document.text for document in found] == TEXTS
@@ -77,7 +77,7 @@ def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000, 100_000])
-def test_pieces_of_a_file_make_up_the_whole(tmp_path: Path, piece_bytes: int) -> None:
+def test_pieces_of_a_file_cover_it(tmp_path: Path, piece_bytes: int) -> None:
     path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS[:40])))
     pieces = [piece for piece, _ in split_file(str(path), piece_bytes)]
     assert [text for piece in pieces for text in texts(piece)] == TEXTS[:40]
@@ -108,7 +108,7 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
         (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
-def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_invalid_lines_are_counted_and_the_first_is_reported(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, line, b"", {"text": " \n"}, {"text": "y"}, b"{"))
     found, lines = read(Piece(str(path)))
     assert [document.text for document in found] == ["x", "y"]
@@ -129,13 +129,13 @@ def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: b
         b'{"text": "\\u0061", "note": "\\ud83d"}',
     ],
 )
-def test_json_is_what_python_takes_for_it(tmp_path: Path, line: bytes) -> None:
+def test_json_is_accepted_as_in_python(tmp_path: Path, line: bytes) -> None:
     """Though another library reads it, which is stricter."""
     assert json.loads(line)["text"] == "a"
     assert parse(line)["text"] == "a"
 
 
-def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported_with_its_position(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x" * 50}, {"text": "y"}, b"{oops"))
     _, lines = read(Piece(str(path), 20, path.stat().st_size))
     assert lines.first_bad is not None
@@ -143,7 +143,7 @@ def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> No
     assert path.read_bytes()[at:] == b"{oops\n"
 
 
-def test_an_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_not_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, {"text": "long" * 2000}, {"text": "y"}))
     found, lines = read(Piece(str(path)))
@@ -154,7 +154,7 @@ def test_an_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 @pytest.mark.parametrize("left", [1, 30, 0.5, 0.999])
-def test_a_truncated_file_is_refused(tmp_path: Path, name: str, left: float) -> None:
+def test_a_truncated_file_is_rejected(tmp_path: Path, name: str, left: float) -> None:
     path = tmp_path / name
     if name.endswith("parquet"):
         parquet(path, text=TEXTS)
@@ -222,7 +222,7 @@ def test_text_columns_of_parquet_of_any_type(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("valid", [True, False])
-def test_one_row_of_parquet_that_is_not_utf8_is_one_broken_row(tmp_path: Path, valid: bool) -> None:
+def test_a_parquet_row_that_is_not_utf8_is_one_invalid_row(tmp_path: Path, valid: bool) -> None:
     column = pyarrow.array([b"a", b"b\xff", b"c"])
     if not valid:  # a writer that does not look
         column = pyarrow.StringArray.from_buffers(3, *column.buffers()[1:])
@@ -248,7 +248,7 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_random_damage_is_refused_or_counted(tmp_path: Path, name: str) -> None:
+def test_random_damage_is_rejected_or_counted(tmp_path: Path, name: str) -> None:
     """No crash, and nothing lost in silence: read + skipped = lines, which `read` asserts."""
     path = tmp_path / name
     refused = 0

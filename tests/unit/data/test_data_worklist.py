@@ -30,7 +30,7 @@ def claim_and_die(folder: Path) -> None:
     os._exit(9)
 
 
-def test_several_processes_draw_each_item_once(tmp_path: Path) -> None:
+def test_several_processes_claim_each_item_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     targets = [tmp_path / f"{number}.txt" for number in range(3)]
     barrier = context.Barrier(len(targets))
@@ -43,7 +43,7 @@ def test_several_processes_draw_each_item_once(tmp_path: Path) -> None:
     assert sorted(drawn) == ITEMS
 
 
-def test_what_one_holds_no_other_gets(tmp_path: Path) -> None:
+def test_claimed_items_are_not_claimed_again(tmp_path: Path) -> None:
     one, two = Worklist(tmp_path, 60), Worklist(tmp_path, 60)
     assert one.claim(["a", "b"]) == "a"
     assert one.claim(["a", "b"]) == "b"
@@ -53,7 +53,7 @@ def test_what_one_holds_no_other_gets(tmp_path: Path) -> None:
     assert one.claim(["a", "b"]) is None
 
 
-def test_the_claim_of_a_process_that_died_here_is_free_at_once(tmp_path: Path) -> None:
+def test_claims_of_dead_local_processes_are_free_at_once(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=claim_and_die, args=(tmp_path,))
     process.start()
     process.join(60)
@@ -68,7 +68,7 @@ def elsewhere(claim: Path) -> None:
     claim.write_text("another-node boot pid:[1] 1 1")
 
 
-def test_a_claim_from_elsewhere_is_dead_once_it_stays_untouched(tmp_path: Path) -> None:
+def test_remote_claims_expire_without_heartbeat(tmp_path: Path) -> None:
     one, two = Worklist(tmp_path, 0.3), Worklist(tmp_path, 0.3)
     assert one.claim(["a"]) == "a"
     elsewhere(tmp_path / "a.0")
@@ -86,7 +86,7 @@ def test_a_claim_from_elsewhere_is_dead_once_it_stays_untouched(tmp_path: Path) 
     assert (tmp_path / "a.1").exists()
 
 
-def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
+def test_one_of_several_observers_takes_over(tmp_path: Path) -> None:
     assert Worklist(tmp_path, 0.1).claim(["a"]) == "a"
     elsewhere(tmp_path / "a.0")
     observers = [Worklist(tmp_path, 0.1) for _ in range(5)]
@@ -96,11 +96,11 @@ def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "x", "another-node boot pid:[1] 1 1", None])
-def test_a_holder_that_may_live_is_given_its_time(tmp_path: Path, content: str | None) -> None:
+def test_a_claim_of_a_possibly_live_process_is_kept(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "a.0").write_text(identity(os.getpid()) if content is None else content)
     assert Worklist(tmp_path, 60).claim(["a"]) is None
 
 
-def test_another_process_of_the_same_number_is_another(tmp_path: Path) -> None:
+def test_a_reused_pid_is_another_process(tmp_path: Path) -> None:
     (tmp_path / "a.0").write_text(identity(os.getpid()).rpartition(" ")[0] + " 1")
     assert Worklist(tmp_path, 60).claim(["a"]) == "a"

@@ -67,7 +67,7 @@ def test_special_tokens_as_transformers_5_lists_them(folder: Path) -> None:
     assert load_tokenizer(folder).image_token == "<|im_start|>"
 
 
-def test_what_tokenizer_json_cannot_replace_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_tokenizers_are_reported_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise Exception("untagged enum\nModelWrapper")
 
@@ -120,6 +120,6 @@ def test_documents_get_the_ids_of_sentencepiece(tmp_path: Path) -> None:
     assert [encode(text).tolist() for text in HARD] == [pieces.encode(text) for text in HARD]
 
 
-def test_vocabularies_of_both_forms() -> None:
+def test_vocabularies_of_both_formats() -> None:
     assert ids_by_token({"model": {"vocab": {"a": 0, "b": 1}}}) == {"a": 0, "b": 1}
     assert ids_by_token({"model": {"vocab": [["a", 0.0], ["b", -1.5]]}}) == {"a": 0, "b": 1}

@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sequences_come_back_as_they_were_in_any_order(folder: Path) -> None:
+def test_sequences_are_read_in_any_order(folder: Path) -> None:
     reader = pickle.loads(pickle.dumps(CachedLogitsReader(folder)))  # as a data loader's worker may have it
     for index in (5, 0, 6, 2, 3, 1, 4):
         back = reader.read(index, tokens(index))
@@ -71,7 +71,7 @@ def test_sequences_come_back_as_they_were_in_any_order(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 64, 299])
-def test_what_fp16_loses_is_a_thousandth_of_a_nat(top_k: int) -> None:
+def test_fp16_loses_at_most_a_thousandth_of_a_nat(top_k: int) -> None:
     ids, logprobs, tail = exact(0, top_k)
     back = cached_logits.decode(cached_logits.encode(made(0, top_k)), SEQ_LENGTH, top_k)
     np.testing.assert_array_equal(back.ids, ids)
@@ -82,7 +82,7 @@ def test_what_fp16_loses_is_a_thousandth_of_a_nat(top_k: int) -> None:
     assert (np.exp(logprobs) * np.abs(back.logprobs - logprobs)).sum(1).max() < 1e-3
 
 
-def test_the_loss_of_what_it_predicts() -> None:
+def test_the_loss_of_cached_predictions() -> None:
     halves = CachedLogits(
         np.array([[3, 9], [4, 3]], np.int32),
         np.log(np.array([[0.5, 0.25], [0.5, 0.25]])).astype(np.float16),
@@ -105,7 +105,7 @@ def test_certainty_leaves_no_tail() -> None:
 
 
 @pytest.mark.parametrize("cut", ["all", "one byte", "the trailer"])
-def test_a_shard_that_was_cut_is_refused_and_made_anew(folder: Path, cut: str) -> None:
+def test_a_truncated_shard_is_rejected_and_made_again(folder: Path, cut: str) -> None:
     shard = folder / shard_name(1)
     left = {"all": 0, "one byte": shard.stat().st_size - 1, "the trailer": shard.stat().st_size - 12}
     os.truncate(shard, left[cut])
@@ -119,7 +119,7 @@ def test_a_shard_that_was_cut_is_refused_and_made_anew(folder: Path, cut: str) -
     assert cached_logits.whole_shards(folder, sizes) == [0, 1, 2]
 
 
-def test_a_byte_that_changed_is_seen_where_it_is_read(folder: Path) -> None:
+def test_a_changed_byte_is_detected_on_read(folder: Path) -> None:
     shard = folder / shard_name(0)
     second = int(cached_logits.read_table(shard)["offset"][1])
     with shard.open("r+b") as file:
@@ -135,7 +135,7 @@ def test_a_byte_that_changed_is_seen_where_it_is_read(folder: Path) -> None:
     assert cached_logits.whole_shards(folder, cached_logits.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
 
 
-def test_shards_of_another_size_are_made_anew(folder: Path) -> None:
+def test_shards_of_another_size_are_made_again(folder: Path) -> None:
     # The second of 4 + 3 sequences is as long as the second of 3 + 3 + 1, but begins elsewhere.
     assert cached_logits.whole_shards(folder, cached_logits.shard_sizes(SEQUENCES, 4)) == []
     assert list(folder.glob("shard-*")) == []
@@ -147,7 +147,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
         CachedLogitsReader(folder).read(6, tokens(6))
 
 
-def test_cached_logits_of_other_tokens_are_refused(folder: Path) -> None:
+def test_cached_logits_of_other_tokens_are_rejected(folder: Path) -> None:
     with pytest.raises(InputError, match="belong to other data: the tokens of sequence 4 differ"):
         CachedLogitsReader(folder).read(4, tokens(5))
 
@@ -163,7 +163,7 @@ def test_all_differences_are_named_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"format": 1, "shard_sequences": 3}'])
-def test_a_folder_without_complete_cached_logits_is_refused(folder: Path, content: str | None) -> None:
+def test_a_folder_without_complete_cached_logits_is_rejected(folder: Path, content: str | None) -> None:
     (folder / cached_logits.INDEX).unlink()
     if content is not None:
         (folder / cached_logits.INDEX).write_text(content)
@@ -171,7 +171,7 @@ def test_a_folder_without_complete_cached_logits_is_refused(folder: Path, conten
         CachedLogitsReader(folder)
 
 
-def test_another_format_is_refused(folder: Path) -> None:
+def test_another_format_is_rejected(folder: Path) -> None:
     index = folder / cached_logits.INDEX
     index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(InputError, match="of format 2, and this version reads format 1"):
@@ -194,7 +194,7 @@ def test_a_writer_that_is_killed_leaves_whole_shards_only(tmp_path: Path) -> Non
     assert [path.name for path in sorted(tmp_path.iterdir())] == [cached_logits.INDEX, *map(shard_name, range(3))]
 
 
-def test_the_packing_is_known_by_a_sample_with_both_ends() -> None:
+def test_the_packing_is_detected_from_a_sample() -> None:
     digest = cached_logits.packing_digest(tokens, 100)
     assert digest == cached_logits.packing_digest(tokens, 100)
     for changed in (0, 99):

@@ -113,14 +113,14 @@ def test_the_fused_loss_has_the_gradients_of_the_plain_one() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_validation_takes_the_cross_entropy_alone() -> None:
+def test_validation_uses_only_the_cross_entropy() -> None:
     student, _, _, student_logits, _ = heads()
     losses = run(student.eval(), batch())
     expected = torch.nn.functional.cross_entropy(student_logits.transpose(1, 2), batch()["labels"], reduction="none")
     torch.testing.assert_close(losses, expected, **CLOSE)
 
 
-def test_a_teachers_hidden_states_serve_one_step() -> None:
+def test_teacher_hidden_states_are_used_for_one_step() -> None:
     student, teacher, head, *_ = heads()
     with torch.no_grad():
         run(teacher, batch())
@@ -164,7 +164,7 @@ def test_the_output_layers_own_weight_is_used(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("change", [{"bias": torch.zeros(1)}, {"mtp": True}])
-def test_ends_that_cannot_be_replaced_are_refused(change: dict[str, Any]) -> None:
+def test_output_layers_that_cannot_be_replaced_are_rejected(change: dict[str, Any]) -> None:
     student = core_model(SMALL)
     if "mtp" in change:
         student.mtp_process = True
@@ -174,7 +174,7 @@ def test_ends_that_cannot_be_replaced_are_refused(change: dict[str, Any]) -> Non
         FusedHead(student, None, KD)
 
 
-def test_the_weights_of_a_loss_and_what_is_reported() -> None:
+def test_the_weights_of_a_loss_and_its_reported_parts() -> None:
     kd = KdConfig(kd_weight=0.5, lm_weight=2.0)
     kd_tokens, lm_tokens = torch.arange(10.0).view(2, 5), 10 * torch.ones(2, 5)
     reduction = LossReduction(kd, object(), fused=True)
@@ -260,7 +260,7 @@ def test_a_step_of_both_implementations_is_the_plain_loss(
     torch.testing.assert_close(loss, found[0].float(), rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_count_as_their_mean_and_parts_without_a_weight_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_averaged_and_parts_without_weight_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [LayerPair(student=1, teacher=2), LayerPair(student=2, teacher=4)]
     kd = KdConfig(intermediate_pairs=pairs, intermediate_loss=HiddenLoss.mse)
     given = batch()
@@ -360,7 +360,7 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
         assert model.__io__ is nemo_api.load_model(student).__io__
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_of_another_vocabulary_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = models(monkeypatch, vocab_size=64)
     with pytest.raises(InputError, match="48 .* 64"):
         student_to_train(DistillConfig(max_steps=1), student, teacher)

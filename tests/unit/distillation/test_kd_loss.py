@@ -98,13 +98,13 @@ def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_loss_and_gradients_are_those_of_the_plain_one(spec: KdConfig) -> None:
+def test_loss_and_gradients_match_the_plain_implementation(spec: KdConfig) -> None:
     given = tensors()
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=8)), plain(given, spec))
 
 
 @pytest.mark.parametrize("chunk", [1, 36, 37, 1000])
-def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
+def test_the_chunk_size_does_not_change_the_loss(chunk: int) -> None:
     given, spec = tensors(), KdConfig(lm_weight=0.5)
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=chunk)), plain(given, spec))
 
@@ -118,7 +118,7 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_losses_of_tokens_are_not_masked_and_carry_no_gradient() -> None:
+def test_token_losses_are_not_masked_and_have_no_gradient() -> None:
     given, spec = tensors(), KdConfig(temperature=2.0, lm_weight=0.5, chunk_tokens=8)
     student = Head(given["hidden"].requires_grad_(), given["weight"].requires_grad_())
     teacher = Head(given["teacher_hidden"], given["teacher_weight"])
@@ -138,7 +138,7 @@ def test_without_gradients_the_losses_are_the_same() -> None:
     torch.testing.assert_close(total.double(), plain(given, spec)[0], rtol=1e-6, atol=0)
 
 
-def test_cached_logits_give_what_the_live_teacher_gives() -> None:
+def test_cached_logits_match_the_live_teacher() -> None:
     given = tensors()
     spec = KdConfig(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
     logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
@@ -155,7 +155,7 @@ def test_top_k_and_tail_are_the_whole_distribution() -> None:
     torch.testing.assert_close(kept.log_probs.exp().sum(-1) + kept.tail.exp(), torch.ones(4))
 
 
-def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
+def test_a_teacher_without_tail_gives_a_finite_loss() -> None:
     given = tensors()
     teacher = TopK(
         torch.arange(3).repeat(TOKENS, 1), torch.full((TOKENS, 3), 1 / 3).log(), torch.full((TOKENS,), -torch.inf)
@@ -180,7 +180,7 @@ def test_bf16_weights_give_gradients_of_their_type() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
+def test_the_weight_gradient_goes_to_megatrons_buffer(tied: bool) -> None:
     given, spec = tensors(), KdConfig()
     weight = torch.nn.Parameter(given["weight"].clone())
     weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return results
 
 
-def test_a_vocabulary_in_slices_gives_the_same() -> None:
+def test_a_sharded_vocabulary_gives_the_same_loss() -> None:
     specs = [dataclasses.replace(spec, chunk_tokens=8) for spec in SPECS]
     first, second = run_ranks(sliced, 2, specs)
     given = tensors(vocabulary=2 * 31)

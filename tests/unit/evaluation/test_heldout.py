@@ -69,7 +69,7 @@ def data(tmp_path: Path) -> DataFolder:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: int) -> None:
+def test_the_heldout_loss_is_the_next_token_loss(data: DataFolder, batch: int) -> None:
     model, teacher = Model(0), Model(1)
     cfg = EvaluateConfig(seq_length=LENGTH, micro_batch_size=batch)
     found = measure_heldout(Logits(model), Logits(teacher, keep=True), data, cfg)
@@ -90,7 +90,7 @@ def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: in
         assert found["per_source"][source]["val_loss"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
-def test_the_first_sequences_alone(data: DataFolder) -> None:
+def test_max_sequences_limits_the_evaluation(data: DataFolder) -> None:
     model = Model(0)
     found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
     q = model.weights.log_softmax(-1)
@@ -99,7 +99,7 @@ def test_the_first_sequences_alone(data: DataFolder) -> None:
     assert "agreement" not in found
 
 
-def test_documents_of_one_source_are_not_told_apart(tmp_path: Path) -> None:
+def test_documents_of_one_source_have_no_groups(tmp_path: Path) -> None:
     data = write_documents(tmp_path / "one", {"web": [*DOCUMENTS["web"], *DOCUMENTS["code"]]})
     found = measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))
     assert found["tokens"] == 20
@@ -120,13 +120,13 @@ def test_ranks_share_the_sequences(data: DataFolder, monkeypatch: pytest.MonkeyP
     assert float(sum(sums)[:, 0].sum()) == pytest.approx(whole, rel=1e-5)
 
 
-def test_fewer_tokens_than_a_sequence_are_refused(data: DataFolder) -> None:
+def test_fewer_tokens_than_a_sequence_are_rejected(data: DataFolder) -> None:
     measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=22))
     with pytest.raises(InputError, match="evaluate.seq_length"):
         measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=23))
 
 
-def test_a_loss_that_is_not_finite_is_told(data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_non_finite_loss_is_logged(data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
     model = Model(0)
     model.weights[3] = torch.nan
     found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_is_told(data: DataFolder, caplog: pytest.LogC
     assert found["perplexity"] == math.inf
 
 
-def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_logits_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(7, 11), torch.randn(7, 11), torch.arange(7)
     whole = heldout._score_tokens(logits, teacher, targets)
@@ -155,7 +155,7 @@ def test_models_of_one_vocabulary_are_comparable() -> None:
     assert not comparable(Model(0), other)
 
 
-def test_kept_logits_stop_at_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_logits_are_limited_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[1, 2, 3]])
     size = 2 * VOCABULARY * 4
     for room, kept in ((size - 1, []), (size, [0]), (2 * size, [0, 1]), (3 * size - 1, [0, 1])):
@@ -166,7 +166,7 @@ def test_kept_logits_stop_at_their_room(monkeypatch: pytest.MonkeyPatch) -> None
         assert list(logits._kept) == kept
 
 
-def test_a_task_is_asked_as_the_config_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_task_uses_the_settings_of_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
     def simple_evaluate(**options: Any) -> dict[str, Any]:

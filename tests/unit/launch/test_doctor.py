@@ -99,7 +99,7 @@ def test_gpus(
     assert {finding.name: finding.state.value for finding in findings} == expected
 
 
-def test_fewer_gpus_than_the_run_asks_for(
+def test_fewer_gpus_than_the_run_needs(
     demo: Callable[..., Any], fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("python", f"echo '{seen()}'")
@@ -203,7 +203,7 @@ def test_slurm(ping: str, srun: str, expected: dict[str, str], fake: Fake) -> No
     assert {finding.name: finding.state.value for finding in checks.slurm(None)} == expected
 
 
-def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fake) -> None:
+def test_missing_slurm_only_fails_runs_that_need_it(demo: Callable[..., Any], fake: Fake) -> None:
     assert [finding.state for finding in checks.slurm(None)] == [State.ok]
     asked = "{partition:null,account:null,container_image:null}"
     cfg = demo(f"cluster.slurm={asked}", "cluster.time_limit='4:00:00'")
@@ -212,9 +212,7 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
     assert missing.found.startswith("sbatch, srun")
 
 
-def test_a_full_disk_is_what_the_plan_warns_of(
-    demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_fails_the_check(demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 1 << 20)
     cfg = demo(f"run_dir={tmp_path}")
     (finding,) = [finding for finding in doctor.check_run(cfg) if finding.name == "disk"]

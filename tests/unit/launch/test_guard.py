@@ -29,7 +29,7 @@ def guarded(stop: Path, *command: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: int) -> None:
+def test_a_signal_to_all_processes_creates_a_stop_file(tmp_path: Path, signum: int) -> None:
     with guarded(tmp_path / "stop", sys.executable, "-c", COMMAND) as guard:
         assert guard.stdout is not None
         child = int(guard.stdout.readline())
@@ -42,7 +42,7 @@ def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: in
     assert guard.returncode == 5
 
 
-def test_exit_codes_pass_and_no_file_is_left(tmp_path: Path) -> None:
+def test_exit_codes_are_passed_on_without_a_stop_file(tmp_path: Path) -> None:
     killed = "killed by SIGKILL (out of memory?)\n"
     for command, code, told in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
         guard = guarded(tmp_path / "stop", "bash", "-c", command)
@@ -51,7 +51,7 @@ def test_exit_codes_pass_and_no_file_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists()
 
 
-def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
+def test_a_failing_process_with_waiting_children_ends(tmp_path: Path) -> None:
     """Python would wait for ever for daemonic children that cannot be terminated."""
     script = (
         "import multiprocessing, time\n"
@@ -64,7 +64,7 @@ def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
         assert guard.wait(timeout=30) == 1
 
 
-def test_what_takes_the_block_away_does_not(tmp_path: Path) -> None:
+def test_signals_stay_blocked(tmp_path: Path) -> None:
     script = (
         "import multiprocessing, os, signal\n"
         "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"

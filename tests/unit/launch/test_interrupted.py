@@ -23,7 +23,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_stage_and_says_how_to_go_on(
+def test_a_signal_stops_the_stage_and_prints_how_to_resume(
     tmp_path: Path, signum: int, status: int, interruptible: None
 ) -> None:
     with launched(tmp_path, {"first": "sleep"}) as launcher:
@@ -35,7 +35,7 @@ def test_a_signal_ends_the_stage_and_says_how_to_go_on(
     assert ends(pid)
 
 
-def test_nohup_is_heeded(tmp_path: Path) -> None:
+def test_nohup_is_respected(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with launched(tmp_path, {"first": "train"}, "--until", "first") as launcher:
@@ -47,7 +47,7 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
     assert launcher.returncode == 0
 
 
-def test_a_killed_launcher_takes_its_stage_along_and_the_next_one_goes_on(tmp_path: Path) -> None:
+def test_a_killed_launcher_kills_its_stage_and_the_next_one_resumes(tmp_path: Path) -> None:
     with launched(tmp_path, {"second": "sleep"}) as launcher:
         pid = wait_for(tmp_path, "second")
         launcher.kill()
@@ -61,7 +61,7 @@ def test_a_killed_launcher_takes_its_stage_along_and_the_next_one_goes_on(tmp_pa
     assert (tmp_path / "calls.txt").read_text().split() == ["first", "second", "second", "aside", "report"]
 
 
-def test_one_launcher_a_run_folder(tmp_path: Path) -> None:
+def test_one_launcher_per_run_folder(tmp_path: Path) -> None:
     with launched(tmp_path, {"first": "sleep"}) as launcher:
         wait_for(tmp_path, "first")
         with launched(tmp_path, {}) as second:

@@ -53,7 +53,7 @@ def test_ranks_of_two_nodes_join(tmp_path: Path, port: int) -> None:
     assert len(list(tmp_path.glob("ranks-*/manifest.json"))) == 1
 
 
-def test_other_nodes_wait_for_the_stages_of_one_rank_and_end_with_the_first_node(tmp_path: Path, port: int) -> None:
+def test_other_nodes_wait_for_single_rank_stages_and_end_with_the_first_node(tmp_path: Path, port: int) -> None:
     with launched(tmp_path, {}, *settings(1, port), mode="launch_talkative") as other:
         wait_to_follow(other)
         with launched(tmp_path, {"second": "fail"}, *settings(0, port)) as first:
@@ -77,7 +77,7 @@ def test_a_stopped_first_node_stops_the_others(tmp_path: Path, port: int) -> Non
     assert "the first node was stopped" in err
 
 
-def test_a_silent_first_node_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_silent_first_node_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What an earlier run left is no sign of life.
     (tmp_path / nodes.PULSE).write_text('{"stage": "ranks", "beat": 1.0}')
     monkeypatch.setattr(nodes, "SECONDS_WITHOUT_PULSE", 0.3)
@@ -108,7 +108,7 @@ def test_faults(tmp_path: Path, changed: str, part: str) -> None:
     assert part in fault
 
 
-def test_a_disk_of_one_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_disk_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.filesystem.local_type", lambda path: "xfs")
     cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(0, 1234)])
     cfg.cluster.run_dir_is_shared = False

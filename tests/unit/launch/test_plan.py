@@ -78,7 +78,7 @@ def test_hours_by_hand() -> None:
     assert hours.training_hours(1.0, Precision.bf16, None, 8) is None
 
 
-def test_six_n_for_the_large_ones() -> None:
+def test_flops_of_large_models_are_six_n() -> None:
     """Within a few percent FLOP a token are 6 x student + 2 x teacher: attention adds, the embedding takes away."""
     of_plan = planned(DEPTH)
     student, teacher = of_plan.student.parameters, of_plan.teacher.parameters
@@ -133,7 +133,7 @@ def test_cached_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
-def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: int) -> None:
+def test_bytes_of_a_cached_token(vocab_size: int, size: int) -> None:
     assert disk.cached_logits_bytes(7, vocab_size) == 7 * (size + 2) + 4
 
 
@@ -161,11 +161,11 @@ def test_a_correction_that_does_not_fit_has_a_fix() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
-def test_bytes_of_a_token_are_megatrons(vocab_size: int, size: int) -> None:
+def test_bytes_of_a_token_match_megatron(vocab_size: int, size: int) -> None:
     assert disk.token_bytes(vocab_size) == size
 
 
-def test_what_a_run_folder_holds_is_no_longer_to_come(
+def test_existing_files_reduce_the_needed_disk(
     demo: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     cfg = demo()
@@ -182,7 +182,7 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
 
 
 @pytest.mark.parametrize("overrides", [[DEPTH], [DEPTH, SMALL], ["experiment=llama3_1_8b_to_4b_width"]])
-def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None:
+def test_suggested_layouts_are_valid(overrides: list[str]) -> None:
     of_plan = planned(*overrides)
     assert of_plan.layouts
     for layout in of_plan.layouts:
@@ -199,7 +199,7 @@ def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None
         assert layout.tensor * layout.pipeline * layout.context * layout.data == 8
 
 
-def test_a_mixture_is_planned_with_its_experts_shared_out() -> None:
+def test_an_moe_model_is_planned_with_sharded_experts() -> None:
     of_plan = planned(*MIXTURE)
     teacher = of_plan.teacher
     assert (teacher.parameters, teacher.active_parameters) == (30_532_122_624, 3_353_032_704)
@@ -231,7 +231,7 @@ def test_the_first_layout_communicates_least() -> None:
     assert sizes[0] > 1
 
 
-def test_what_does_not_divide_is_named() -> None:
+def test_indivisible_sizes_are_reported() -> None:
     of_plan = planned(DEPTH)
     assert of_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
     odd = planned(DEPTH, "distill.global_batch_size=510")
@@ -307,7 +307,7 @@ def test_columns_are_aligned() -> None:
     assert re.findall(r"\S+", heading)[-2:] == ["reserve*", "total"]
 
 
-def test_json_holds_what_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([DEPTH, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     documented = re.findall(r"^(\w+) {2,}\S", (plan.__doc__ or "").partition("`--json`")[2], flags=re.MULTILINE)
@@ -356,7 +356,7 @@ def test_a_budget_is_planned_by_its_largest_candidate() -> None:
     assert fought.disk.needed["checkpoints"] == 5 * searched.disk.needed["checkpoints"]
 
 
-def test_a_deep_cut_is_proposed_in_rounds() -> None:
+def test_rounds_are_suggested_for_large_cuts() -> None:
     (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12").warnings if "pruning removes" in text]
     assert "3 rounds that each leave 76% (76% -> 57% -> 43% of the parameters)" in warning
 

@@ -37,7 +37,7 @@ def test_a_terminals_line_is_rewritten() -> None:
     assert (done, after) == ("\x1b[2Kdone", "next")
 
 
-def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_lines_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -48,7 +48,7 @@ def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue().split() == ["15", "30"]
 
 
-def test_training_status_takes_the_newest_of_each(tmp_path: Path) -> None:
+def test_training_status_shows_the_newest_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "max_steps": 5000, "loss": 3.0 - step / 5000} for step in range(1000)]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 999, "val_loss": 3.5}])
@@ -65,7 +65,7 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_exit_words() -> None:
+def test_describe_exit() -> None:
     assert describe_exit(3) == "exit code 3"
     assert describe_exit(-9) == "killed by SIGKILL (out of memory?)"
     assert describe_exit(-15) == "killed by SIGTERM"
@@ -86,7 +86,7 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
     assert reason.lines == [f"line {number}" for number in range(20, 50)]
 
 
-def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path) -> None:
+def test_only_the_last_attempt_counts_and_srun_messages_are_ignored(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text(
         "--- 2030-01-01 00:00:00 +0000 job 1, restart 0, on n1\nerror: fixed since\n"
@@ -100,7 +100,7 @@ def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path)
     assert last_attempt(log) == 0
 
 
-def test_a_fault_of_several_lines_is_taken_whole_and_once(tmp_path: Path) -> None:
+def test_a_fault_with_several_lines_is_read_once(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     fault = "error: 2 faults in the configuration:\n  - one\n  - two\n"
     log.write_text(f"Loading\n{fault}[rank1]: {fault}W1122 torchrun\n")

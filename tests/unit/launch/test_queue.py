@@ -19,7 +19,7 @@ from launch.queue import filter_active, query_jobs
         (["7|RUNNING|None|9:00", "71_0|FAILED|None|0:00"], "RUNNING"),
     ],
 )
-def test_the_task_that_matters_most_speaks_for_an_array(
+def test_an_array_has_the_state_of_its_most_relevant_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[str], state: str
 ) -> None:
     squeue = tmp_path / "squeue"

@@ -54,7 +54,7 @@ def test_cores_that_are_too_far_from_a_gpu(machine: Path) -> None:
     assert torchrun.explain_impossible(machine) == "the NUMA node of GPU 0000:dc:00.0 is unknown"
 
 
-def test_no_numactl_or_one_that_may_not(machine: Path) -> None:
+def test_missing_or_blocked_numactl(machine: Path) -> None:
     numactl(machine, "echo 'numactl: This system does not support NUMA policy' >&2; exit 1")
     forbidden = "numactl does not work on this machine (numactl: This system does not support NUMA policy)"
     assert torchrun.explain_impossible(machine) == forbidden

@@ -48,7 +48,7 @@ def launch(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> Launch:
     return run
 
 
-def test_a_whole_run_is_verified(launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_run_is_verified(launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = launch("--verify")
     assert (code, err) == (0, "")
     heading, first, second, aside, report = out.splitlines()
@@ -62,7 +62,7 @@ def test_a_whole_run_is_verified(launch: Launch, run_dir: Path, capfd: pytest.Ca
     assert capfd.readouterr().out == out
 
 
-def test_all_damage_is_listed_with_the_command_that_makes_it_good(
+def test_all_damage_is_listed_with_the_command_that_repairs_it(
     launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (first,), (second,) = run_dir.glob("first-*"), run_dir.glob("second-*")

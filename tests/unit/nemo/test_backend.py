@@ -97,7 +97,7 @@ def test_a_real_transformer_engine_without_cuda_is_an_error(tmp_path: Path) -> N
 
 
 @without_cuda
-def test_the_stand_in_refuses_a_machine_with_cuda() -> None:
+def test_the_stand_in_rejects_machines_with_cuda() -> None:
     done = _python(
         """
 import torch
@@ -139,7 +139,7 @@ def test_with_cuda_and_transformer_engine_nothing_is_changed(two_gpus: None, mon
     assert devices.torch_device() == "cuda"
 
 
-def test_a_killed_processs_build_lock_is_free(tmp_path: Path) -> None:
+def test_the_build_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     """Torch's own is a file's existence: with it all further processes would wait forever."""
     script = (
         "import sys, time; from prune_distill.nemo.backend import FlockBaton\n"

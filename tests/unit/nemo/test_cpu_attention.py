@@ -53,7 +53,7 @@ def test_output_and_gradients_equal_transformers(groups: int, mask_type: str, sc
         torch.testing.assert_close(a.grad, b.grad, **ROUNDING)
 
 
-def test_the_mask_type_of_the_call_goes_before_the_modules() -> None:
+def test_the_mask_type_of_the_call_takes_precedence() -> None:
     query, key, value = _inputs(GROUPS)
     attention = DotProductAttention(HEADS, SIZE, GROUPS, attn_mask_type="causal")
     output = attention(query, key, value, None, attn_mask_type="no_mask")
@@ -145,12 +145,12 @@ def test_dropout_works_in_training_alone() -> None:
         ({}, {"cu_seqlens_q": torch.tensor([0, 17])}, "cu_seqlens_q"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(build: dict[str, object], call: dict[str, object], named: str) -> None:
+def test_unsupported_options_raise(build: dict[str, object], call: dict[str, object], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         DotProductAttention(HEADS, SIZE, GROUPS, **build)(*_inputs(GROUPS), **call)
 
 
-def test_query_key_layer_scaling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_key_layer_scaling_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_APPLY_QK_LAYER_SCALING", "1")
     with pytest.raises(NotImplementedError, match="unset NVTE_APPLY_QK_LAYER_SCALING"):
         DotProductAttention(HEADS, SIZE)

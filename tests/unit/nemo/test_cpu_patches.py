@@ -30,7 +30,7 @@ def test_every_patch_names_an_upstream_line(patch: patches.Patch) -> None:
     assert patch.until
 
 
-def test_cuda_means_cpu_for_tensors_and_modules() -> None:
+def test_cuda_is_mapped_to_cpu_for_tensors_and_modules() -> None:
     assert torch.cuda.current_device() == torch.device("cpu")
     made = [
         torch.tensor([1.0], device="cuda"),
@@ -54,14 +54,14 @@ def test_type_names_are_cudas_as_megatron_compares_them() -> None:
     assert torch.ones(1).type(torch.int32).dtype is torch.int32
 
 
-def test_streams_and_synchronisation_do_nothing() -> None:
+def test_streams_and_synchronization_do_nothing() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(stream)
     with torch.cuda.stream(stream):
         torch.cuda.synchronize()
 
 
-def test_jit_fuser_leaves_functions_alone() -> None:
+def test_jit_fuser_does_not_change_functions() -> None:
     from megatron.core.fusions.fused_bias_swiglu import swiglu
     from megatron.core.jit import jit_fuser
 
@@ -69,7 +69,7 @@ def test_jit_fuser_leaves_functions_alone() -> None:
     assert swiglu.__module__ == "megatron.core.fusions.fused_bias_swiglu"
 
 
-def test_swiglus_gradient_is_that_of_its_formula() -> None:
+def test_the_swiglu_gradient_matches_its_formula() -> None:
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_swiglus_gradient_is_that_of_its_formula() -> None:
     torch.testing.assert_close(of_found, of_expected)
 
 
-def test_a_group_of_one_rank_exchanges_nothing(tmp_path: Path) -> None:
+def test_single_rank_groups_do_not_communicate(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         whole = torch.arange(4.0)
@@ -129,7 +129,7 @@ def test_an_unknown_random_state_is_an_error() -> None:
         pass
 
 
-def test_recompute_draws_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompute_uses_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import random
 
     monkeypatch.setattr(random, "_CUDA_RNG_STATE_TRACKER", random.CudaRNGStatesTracker())

@@ -76,7 +76,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("distill.cached_logits_top_k=8", []),
     ],
 )
-def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:
+def test_stages_affected_by_a_change(demo: Compose, override: str, stages: list[str]) -> None:
     assert changed(demo(), demo(*override.split())) == stages
 
 
@@ -88,7 +88,7 @@ def test_a_student_without_a_teacher_ignores_the_teachers_settings(demo: Compose
     assert redone == ["cache_logits", *OF_STUDENT]
 
 
-def test_a_control_that_is_removed_or_added_redoes_nothing_of_the_others(demo: Compose) -> None:
+def test_adding_or_removing_a_control_does_not_affect_other_stages(demo: Compose) -> None:
     one, both = folders(demo("distill.controls=[ce]")), folders(demo("distill.controls=[ce,scratch]"))
     assert {name: both[name] for name in one if name != "report"} == {
         name: folder for name, folder in one.items() if name != "report"
@@ -114,7 +114,7 @@ FOUGHT = ["successive_halving", "prune", *AFTER_DISTILL]
         ("vllm", ("benchmark.engine=vllm",), ["benchmark", "report"]),
     ],
 )
-def test_a_library_belongs_to_what_it_measures(
+def test_libraries_only_affect_stages_that_use_them(
     demo: Compose, monkeypatch: pytest.MonkeyPatch, library: str, overrides: tuple[str, ...], stages: list[str]
 ) -> None:
     cfg, version = demo(*overrides), identity.installed_version
@@ -182,7 +182,7 @@ def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: p
     assert all(before[name] != now for name, now in folders(cfg).items())
 
 
-def test_the_build_of_torch_is_none_of_it() -> None:
+def test_the_build_of_torch_is_not_part_of_the_identity() -> None:
     assert "+" not in identity.library_versions()["torch"]
     assert identity.installed_version("no-such-distribution") is None
 
@@ -198,7 +198,7 @@ def own(tmp_path: Path, *overrides: str) -> RunConfig:
     return cfg
 
 
-def test_the_users_files_are_known_by_content(tmp_path: Path) -> None:
+def test_user_files_are_identified_by_content(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     located = locate(cfg)
     assert located["prepare_data"].inputs["train"] == (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -217,7 +217,7 @@ def test_the_tokenizer_is_part_of_the_identity(tmp_path: Path) -> None:
     assert before["prepare_data"] != folders(cfg)["prepare_data"]
 
 
-def test_a_hub_id_is_known_by_its_revision(tmp_path: Path) -> None:
+def test_a_hub_id_is_identified_by_its_revision(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = "Qwen/Qwen3-8B"
     located = locate(cfg)
@@ -231,7 +231,7 @@ def test_a_new_name_of_the_teacher_makes_a_new_report(tmp_path: Path) -> None:
     assert changed(cfg, dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, name="other"))) == ["report"]
 
 
-def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
+def test_all_missing_files_are_reported_once(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = str(tmp_path / "no-model")
     # Looks like a Hub id, but documents never come from there.
@@ -269,7 +269,7 @@ def test_fingerprints(tmp_path: Path) -> None:
         fingerprints([tmp_path / "none"])
 
 
-def test_placement_is_left_out_of_the_view(demo: Compose) -> None:
+def test_placement_is_not_hashed(demo: Compose) -> None:
     view = hashed_values(demo().distill)
     assert view["loss"] == "kd"
     assert "micro_batch_size" not in view
@@ -309,7 +309,7 @@ ODD_TYPES = [f'{{"status": "complete", {odd}}}' for odd in ('"metrics": [1]', '"
     "content",
     ["", '{"stage": "prune", "stat', '{"status": "running"}', "{}", "[]", "null", "\0" * 9, "[" * 9999, *ODD_TYPES],
 )
-def test_what_is_no_whole_manifest(tmp_path: Path, content: str) -> None:
+def test_invalid_manifests(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     assert read_manifest(tmp_path) is None
 
@@ -319,7 +319,7 @@ def test_a_folder_in_place_of_a_manifest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     artifact.write_json(path, {"a": 1})
     with pytest.raises(TypeError):

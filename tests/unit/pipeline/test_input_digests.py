@@ -67,7 +67,7 @@ def test_digests_are_those_of_the_content_in_order(tmp_path: Path, reads: Reads)
     assert reads() == []
 
 
-def test_an_edit_in_place_is_seen_wherever_it_is_and_whatever_the_time_says(tmp_path: Path, reads: Reads) -> None:
+def test_edits_in_place_are_detected_despite_restored_times(tmp_path: Path, reads: Reads) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(12 << 20))
     (before,) = digests([path])
@@ -89,18 +89,14 @@ def test_a_touched_or_copied_file_is_the_same(tmp_path: Path, reads: Reads) -> N
     assert reads() == ["a", "a", "b"]
 
 
-def test_a_file_written_just_now_is_not_remembered(
-    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recently_written_files_are_not_cached(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_digests, "SETTLED_NS", 2 * 10**9)
     (tmp_path / "a").write_bytes(b"content")
     assert digests([tmp_path / "a"]) == digests([tmp_path / "a"])
     assert reads() == ["a", "a"]
 
 
-def test_a_runs_folder_remembers_for_the_next_process(
-    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_serves_the_next_process(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     known = digests([tmp_path / "a"])
@@ -130,7 +126,7 @@ def damage(content: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_damage_to_what_is_remembered_costs_time_only(
+def test_a_damaged_cache_only_costs_time(
     tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     (tmp_path / "a").write_bytes(b"a")
@@ -148,7 +144,7 @@ def test_damage_to_what_is_remembered_costs_time_only(
 
 
 @pytest.mark.timeout(20)
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_special_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model.safetensors is a pipe, socket or device"):
         fingerprints([tmp_path])
@@ -168,7 +164,7 @@ def own(tmp_path: Path) -> RunConfig:
     return cfg
 
 
-def test_what_belongs_to_the_identity_of_a_data_folder(tmp_path: Path, reads: Reads) -> None:
+def test_the_identity_of_a_data_folder(tmp_path: Path, reads: Reads) -> None:
     cfg = own(tmp_path)
 
     def identity() -> str:

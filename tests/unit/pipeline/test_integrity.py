@@ -63,7 +63,7 @@ def made(demo: Compose) -> dict[str, Located]:
     return located
 
 
-def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, Located]) -> None:
+def test_only_results_are_recorded(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     assert list_outputs(folder) == sorted(RESULTS)
     record = json.loads((folder / OUTPUTS).read_text())
@@ -85,7 +85,7 @@ def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, 
 
 @pytest.mark.parametrize("damage", corruption.DAMAGES)
 @pytest.mark.parametrize("name", [*RESULTS, "outputs.json", "manifest.json"])
-def test_every_damage_is_found_and_undone(made: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
+def test_every_damage_is_detected(made: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
     folder = made["prune"].folder
     with corruption.damaged(folder / name, damage, tmp_path / "aside"):
         if made["prune"].complete:
@@ -124,7 +124,7 @@ def test_sizes_are_compared_without_reading(made: dict[str, Located], tmp_path: 
     assert "__0_0.distcp is not a file" in str(find_damage(folder, contents=False))
 
 
-def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located]) -> None:
+def test_ranks_share_the_reading_and_find_all_damage(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     for name in ("nemo/weights/__0_0.distcp", "nemo/weights/__0_1.distcp"):
         corruption.flip(folder / name)
@@ -134,7 +134,7 @@ def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located])
     assert [sorted(select_share(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
 
 
-def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]) -> None:
+def test_only_damaged_inputs_stop_a_stage(made: dict[str, Located]) -> None:
     stages, folder = made, made["prune"].folder
     corruption.flip(folder / "blocks.json")
     assert damaged_inputs(stages["distill"], stages, contents=True) == []  # it reads nemo/ and the data
@@ -145,7 +145,7 @@ def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]
     assert [damage.folder for damage in damaged_inputs(stages["report"], stages, contents=True)] == [folder]
 
 
-def test_what_was_not_recorded_is_no_input(made: dict[str, Located]) -> None:
+def test_unrecorded_files_are_not_inputs(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     assert "hf is not among what was written" in str(find_damage(folder, "hf"))
     assert select({"nemo2/a": {}, "nemo/b": {}, "nemo": {}}, "nemo") == {"nemo/b": {}, "nemo": {}}
@@ -184,7 +184,7 @@ def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict
     assert describe_unrecorded([made["prepare_data"], made["distill"]]) is None
 
 
-def test_a_file_rewritten_on_purpose_is_recorded_again_and_nothing_else(made: dict[str, Located]) -> None:
+def test_updating_the_record_of_a_file(made: dict[str, Located]) -> None:
     folder = made["prune"].folder
     (folder / "blocks.json").write_text("[]")
     corruption.flip(folder / "nemo/context/model.yaml")
@@ -203,7 +203,7 @@ ODD_RECORDS = (
 
 
 @pytest.mark.parametrize("content", ODD_RECORDS)
-def test_what_is_no_record(made: dict[str, Located], content: str) -> None:
+def test_invalid_records(made: dict[str, Located], content: str) -> None:
     assert parse_record(content.encode()) is None
     folder = made["prune"].folder
     (folder / OUTPUTS).write_text(content)
@@ -259,7 +259,7 @@ def test_damage_to_a_checkpoint_is_found(tmp_path: Path, name: str, damage: Any)
         assert checkpoint_damage(path) is not None
 
 
-def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_names_are_not_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = checkpoint(tmp_path, 4)
     for name in ("step=abc", "step=-1", "step=", "step=007", "step=4.5", "step=4-last", ".partial.step=9", "4"):
         (tmp_path / name).mkdir()

@@ -115,7 +115,7 @@ def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
     assert ends(pid)
 
 
-def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
+def test_variables_of_several_ranks_without_launcher_are_rejected() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PATH": "/bin"}
     with pytest.raises(InputError, match=r"^WORLD_SIZE=2: .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
         remove_foreign_ranks(environment)
@@ -138,7 +138,7 @@ def test_a_job_script_of_another_size_did_not_start_this_rank() -> None:
         remove_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
 
 
-def test_a_single_process_forgets_its_rank() -> None:
+def test_rank_variables_of_a_single_process_are_removed() -> None:
     environment = {"RANK": "3", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "PATH": "/bin"}
     remove_foreign_ranks(environment)
     assert environment == {"PATH": "/bin"}
@@ -169,7 +169,7 @@ def check_manager(tmp_path: Path, folder: Path) -> None:
     assert Path(done.stdout.strip()).parent == folder
 
 
-def test_a_long_tmpdir_without_a_short_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tmpdir_without_a_short_folder_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.tempfile, "tempdir", f"/{'x' * 75}")
     monkeypatch.setattr(processes, "SHORT_FOLDERS", ("/none",))
     with pytest.raises(InputError, match=r"^TMPDIR=/x+: .*set TMPDIR to a shorter path"):

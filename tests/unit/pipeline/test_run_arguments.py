@@ -71,7 +71,7 @@ def read(view: Any, key: str) -> None:
         view = None if view is None else getattr(view, part)
 
 
-def test_the_configs_here_want_every_stage() -> None:
+def test_the_configs_use_every_stage() -> None:
     rounds = {f".round{number}" for number in (1, 2)}
     wanted = {stage.name for stage, _ in configured_stages()}
     assert {stage.name for stage in STAGES if ".round" not in stage.name} <= wanted
@@ -108,7 +108,7 @@ def test_a_field_that_another_stage_hashes_is_read_by_that_stage_alone() -> None
                     break
 
 
-def test_a_fields_reason_is_a_reason() -> None:
+def test_fields_have_reasons() -> None:
     reasons = [reason for stage in STAGES for reason in stage.reads.values()]
     assert all(len(reason) > 15 for reason in reasons)
 
@@ -137,7 +137,7 @@ def test_another_key_raises_with_the_stage_and_the_key(view: RunConfig, key: str
         read(view, key)
 
 
-def test_properties_see_no_more_than_the_view() -> None:
+def test_properties_have_the_restrictions_of_the_view() -> None:
     cfg = configs()["demo"]
     both = ConfigView(cfg.distill, frozenset({"loss", "teacher_logits"}), "mine")
     assert both.runs_teacher is cfg.distill.runs_teacher
@@ -148,7 +148,7 @@ def test_properties_see_no_more_than_the_view() -> None:
         _ = one.no_such_key
 
 
-def test_whether_a_group_is_null_has_to_be_declared_as_well(view: RunConfig) -> None:
+def test_checking_a_group_for_null_needs_a_declaration(view: RunConfig) -> None:
     with pytest.raises(UndeclaredKeyError, match=r"reads prune\.budget"):
         _ = view.prune.budget
     declared = view_config(configs()["demo"], find("search"))

@@ -89,7 +89,7 @@ def measured(core: Any, rows: Tensor) -> Importance:
     return measure(core, forward)
 
 
-def test_importance_is_minitrons() -> None:
+def test_importance_matches_minitron() -> None:
     rows = sequences()
     plain = teacher()
     parts: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def test_importance_is_minitrons() -> None:
             torch.testing.assert_close(importance.hidden[number][index], expected, **CLOSE)
 
 
-def test_scores_are_given_back_to_another_search_space() -> None:
+def test_scores_are_restored_in_another_search_space() -> None:
     importance = measured(teacher(), sequences())
     core = convert_to_search_space(teacher())
     assert core is dynamic_core(core)
@@ -145,7 +145,7 @@ def test_scores_are_given_back_to_another_search_space() -> None:
         assert torch.equal(second, importance.hidden[number][1])
 
 
-def test_a_teacher_that_is_not_finite_is_refused_by_its_layer() -> None:
+def test_a_non_finite_teacher_is_rejected_with_its_layer() -> None:
     core = teacher()
     core.decoder.layers[2].mlp.linear_fc2.weight.data[0, 0] = torch.inf
     with pytest.raises(InputError, match="layer [34]"):
@@ -175,7 +175,7 @@ def test_layers_that_are_named_are_dropped() -> None:
     torch.testing.assert_close(logits_of(core, rows), logits_of(plain, rows))
 
 
-def test_depth_is_cut_by_importance() -> None:
+def test_depth_is_pruned_by_importance() -> None:
     core, plain = teacher(), teacher()
     importance = measured(teacher(), sequences())
     importance = dataclasses.replace(importance, layers={1: 0.3, 2: 0.1, 3: 0.2, 4: 0.4})
@@ -184,7 +184,7 @@ def test_depth_is_cut_by_importance() -> None:
     torch.testing.assert_close(logits_of(core, sequences()), logits_of(plain, sequences()))
 
 
-def test_modelopt_is_given_heads_and_groups_together() -> None:
+def test_modelopt_gets_heads_and_groups_together() -> None:
     config = SimpleNamespace(num_attention_heads=8, num_query_groups=4)
     every = {"num_layers": None, "hidden_size": 64, "ffn_hidden_size": None}
     assert complete_sizes(every, config) == {"hidden_size": 64}
@@ -201,7 +201,7 @@ SHAPES = [
 ]
 
 
-def test_the_search_scores_shapes_as_if_they_were_cut() -> None:
+def test_search_scores_match_pruned_models() -> None:
     rows = sequences(4)
     importance = measured(teacher(), sequences())
     subnets = Subnets(teacher(), importance, SHAPE)
@@ -276,7 +276,7 @@ def test_losses_without_sets_of_layers() -> None:
     assert len(core.decoder.layers) == 4
 
 
-def test_the_sets_that_are_missed_least_come_first() -> None:
+def test_layer_sets_with_the_lowest_loss_come_first() -> None:
     core, rows = teacher(), list(sequences(4).split(4))
     sets = layer_sets.list_blocks(4, 2)
     assert sets == [[1, 2], [2, 3], [3, 4]]
@@ -321,7 +321,7 @@ def test_latency_is_the_sum_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> No
     assert one(SHAPE) == pytest.approx(10 + 4 * (1 + 1.28))
 
 
-def test_the_fastest_pass_after_the_warm_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_pass_after_the_warmup_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     # The warm-up has the shortest ones; of the others the third, 4 ms.
     durations = [1, 2, 9, 8, 4, 7, 6, 5, 9]
     clock = iter([moment for n, ms in enumerate(durations) for moment in (n, n + ms / 1000)])
@@ -333,7 +333,7 @@ def test_the_fastest_pass_after_the_warm_up_counts(monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0], torch.arange(9).expand(3, -1))
 
 
-def test_skipped_layers_come_back_after_an_error() -> None:
+def test_skipped_layers_are_restored_after_an_error() -> None:
     core = teacher()
     seen: list[int] = []
 

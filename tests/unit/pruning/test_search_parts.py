@@ -80,7 +80,7 @@ def _subnets(core: Any, scores: Importance, shape: Any) -> Any:
     return Subnets(core, scores, shape)
 
 
-def test_a_search_scores_held_out_documents_and_gives_the_best_first(
+def test_a_search_scores_heldout_documents_and_sorts_candidates(
     cfg: RunConfig, importance: Importance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = run(cfg, importance, tmp_path, monkeypatch)
@@ -176,7 +176,7 @@ def test_a_candidates_score(scores: scoring.Scores) -> None:
         ("own", "perplexity", "perplexity"),
     ],
 )
-def test_scores_that_cannot_rank_are_refused(scores: scoring.Scores, task: str, metric: str, told: str) -> None:
+def test_scores_that_cannot_rank_are_rejected(scores: scoring.Scores, task: str, metric: str, told: str) -> None:
     scores.score = TaskScore(task=task, metric=metric)
     with pytest.raises(InputError, match=told):
         scores.measure("x", Path("x"))

@@ -75,7 +75,7 @@ def test_models_and_samples_of_controls_come_from_their_own_stages(finished: Pat
     assert text_of(page).count("written by the control") == 3
 
 
-def test_every_commit_that_took_part_is_named(finished: Path) -> None:
+def test_every_commit_is_listed(finished: Path) -> None:
     assert "code 0123456789ab" in text_of(build(finished)[0])
     manifest = report_runs.folder_of(finished, "distill") / MANIFEST
     write_json(manifest, {**json.loads(manifest.read_text()), "git_commit": "ba9876543210-dirty"})
@@ -94,7 +94,7 @@ def test_costs_are_those_of_the_configs_price(tmp_path: Path) -> None:
     assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] is None
 
 
-def test_planned_against_actual(finished: Path) -> None:
+def test_planned_and_actual(finished: Path) -> None:
     said = text_of(build(finished)[0])
     assert "student: parameters 3,279,616 3,279,616" in said
     assert "distill: time 58 s 1 min 02 s" in said
@@ -103,7 +103,7 @@ def test_planned_against_actual(finished: Path) -> None:
     assert "This run has no plan" in text_of(build(finished)[0])
 
 
-def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
+def test_the_page_has_no_external_resources(finished: Path) -> None:
     page = build(finished)[0]
     links = re.findall(r"(?:href|src)=\"([^\"]*)\"|url\(([^)]*)\)|@import", page)
     outside = [one or other for one, other in links if not (one or other).startswith(("#", "data:"))]
@@ -145,7 +145,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     assert "Held-out loss of the students during training." in said
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_only_started(tmp_path: Path) -> None:
     report_runs.begin(tmp_path / "run")
     page, content = build(tmp_path / "run")
     assert content["state"] == "unfinished"
@@ -170,7 +170,7 @@ def test_a_paused_and_a_running_stage(tmp_path: Path) -> None:
     assert "Stage distill was running when this was written. Step 90 of 160" in text_of(page)
 
 
-def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_and_home_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3tWandbKey0123")
     run_dir = report_runs.finished(
         tmp_path / "run",
@@ -215,7 +215,7 @@ def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pyte
         ("/runs/ab", "/runs/ab"),
     ],
 )
-def test_what_is_taken_out_of_a_text(text: str, shown: str) -> None:
+def test_private_parts_of_a_text(text: str, shown: str) -> None:
     assert Privacy((Path("/runs/a"),), {}).text(text) == shown
 
 
@@ -229,7 +229,7 @@ NONSENSE = (
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
 @pytest.mark.parametrize("manifests", [False, True])
-def test_broken_files_are_as_good_as_missing(finished: Path, nonsense: str, manifests: bool) -> None:
+def test_damaged_files_count_as_missing(finished: Path, nonsense: str, manifests: bool) -> None:
     """All of a run's files hold nonsense: those that stages leave, or manifests as well. The report is built."""
     for path in sorted(path for path in finished.rglob("*") if path.suffix in (".json", ".jsonl", ".txt")):
         if manifests or path.name != MANIFEST:
@@ -237,7 +237,7 @@ def test_broken_files_are_as_good_as_missing(finished: Path, nonsense: str, mani
     build(finished)
 
 
-def test_numbers_that_are_none(finished: Path) -> None:
+def test_non_finite_numbers(finished: Path) -> None:
     folder = report_runs.folder_of(finished, "evaluate")
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["metrics"]["student"] |= {"val_loss": math.nan, "perplexity": math.inf, "params": None, "agreement": 3}
@@ -253,7 +253,7 @@ def test_numbers_that_are_none(finished: Path) -> None:
     assert "nan" not in text_of(page).lower()
 
 
-def test_a_report_of_another_state_does_not_pass_for_the_last_stage(finished: Path) -> None:
+def test_an_interim_report_is_not_complete(finished: Path) -> None:
     write_json(finished / "report" / MANIFEST, {"status": "complete", "config_hash": "of another config"})
     build(finished)
     assert not (finished / "report" / MANIFEST).exists()
@@ -280,14 +280,14 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "has no resolved.yaml" in capsys.readouterr().err
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_get_unique_names(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
     for path in paths:
         report_runs.begin(path)
     assert list(name_runs([read_run(path) for path in paths])) == ["demo: x", "demo: x (2)"]
 
 
-def test_a_config_of_another_version_is_shown_as_it_stands(finished: Path) -> None:
+def test_a_config_of_another_version_is_shown_unchanged(finished: Path) -> None:
     with (finished / RESOLVED).open("a") as file:
         file.write("forgotten_setting: 3\n")
     said = text_of(build(finished)[0])
@@ -329,5 +329,5 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
         (words.moment(1e30), "\N{EN DASH}"),
     ],
 )
-def test_numbers_for_people(said: str, expected: str) -> None:
+def test_formatted_numbers(said: str, expected: str) -> None:
     assert said == expected

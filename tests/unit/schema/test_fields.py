@@ -31,7 +31,7 @@ def test_a_marker_keeps_the_default() -> None:
     assert Outer().is_recorded is not Outer().is_recorded
 
 
-def test_what_each_marker_means() -> None:
+def test_markers() -> None:
     found = {field.name: identity_of(field, Outer()) for field in dataclasses.fields(Outer)}
     assert found == {
         "kind": Identity.hashed,

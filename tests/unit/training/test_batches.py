@@ -107,7 +107,7 @@ def test_the_documents_of_a_step_are_those_of_its_tokens(batches: Batches) -> No
     assert seen >= {4, 5, 6}  # of the second source, behind the four of the first
 
 
-def test_phases_take_the_data_in_orders_of_their_own(tmp_path: Path) -> None:
+def test_phases_have_their_own_data_order(tmp_path: Path) -> None:
     cfg = dataclasses.replace(CFG, phases=[Phase(max_steps=3), Phase(max_steps=2)])
     batches = make(tmp_path, cfg)
     first, second = batches.sequences(0), batches.sequences(1)
@@ -125,7 +125,7 @@ def test_a_phases_weights_choose_its_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [[0], [2], [0], [2]]), (1, [[1], [3], [1], [3]])])
-def test_ranks_take_turns_at_micro_batches(
+def test_micro_batches_are_interleaved_over_ranks(
     batches: Batches, monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[list[int]]
 ) -> None:
     monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
@@ -140,13 +140,13 @@ def test_ranks_take_turns_at_micro_batches(
     assert places[6:] == [[(1, rank)], [(1, 2 + rank)]]
 
 
-def test_a_resumed_training_goes_on_at_its_step(batches: Batches) -> None:
+def test_a_resumed_training_continues_at_its_step(batches: Batches) -> None:
     micro = MicroBatches(batches, first_step=2)
     assert list(micro) == [[(0, 8), (0, 9)], [(0, 10), (0, 11)], [(1, 0)], [(1, 1)], [(1, 2)], [(1, 3)]]
     assert len(micro) == 3 * 2 + 2 * 2  # with those before it
 
 
-def test_a_loader_gives_what_the_places_say(batches: Batches) -> None:
+def test_the_loader_follows_the_positions(batches: Batches) -> None:
     batches.setup()
     batches.trainer.global_step = 2
     first = next(iter(batches.train_dataloader()))
@@ -165,7 +165,7 @@ def test_the_first_validation_batch(batches: Batches) -> None:
     assert set(found["tokens"].flatten().tolist()) <= {20, 0}
 
 
-def test_a_checkpoint_says_how_far_the_data_were_read(batches: Batches) -> None:
+def test_a_checkpoint_records_the_position_in_the_data(batches: Batches) -> None:
     batches.trainer.global_step = 4
     state = batches.state_dict()
     assert state == {"consumed_samples": 3 * 4 + 2, "sizes": [[3, 8, 4], [2, 4, 2]]}
@@ -189,7 +189,7 @@ def test_the_sizes_of_each_step(batches: Batches) -> None:
 
 
 @pytest.mark.parametrize(("step", "last"), [(4, False), (5, True), (6, True)])
-def test_lightning_is_told_the_last_batch(batches: Batches, step: int, last: bool) -> None:
+def test_lightning_gets_the_last_batch(batches: Batches, step: int, last: bool) -> None:
     progress = SimpleNamespace(is_last_batch=False)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     UsePhase(batches).on_train_batch_end(SimpleNamespace(global_step=step, fit_loop=loop), None, None, None, 0)

@@ -20,7 +20,7 @@ from recipes.prepare_data import describe_repetition
 from tests.conftest import QWEN3
 
 
-def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_repeated_steps(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
         file.append(step=step, loss=1.0 / step)
@@ -49,7 +49,7 @@ ODD_LINES = (
 
 
 @pytest.mark.parametrize("odd", ODD_LINES)
-def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_them(
+def test_invalid_metrics_lines_are_skipped_and_removed_on_resume(
     tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -64,9 +64,7 @@ def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_the
     assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text
 
 
-def test_a_missing_metrics_file_is_named_where_a_training_resumes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_metrics_file_causes_a_warning_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.truncate_after(0)
     assert caplog.text == ""
@@ -76,7 +74,7 @@ def test_a_missing_metrics_file_is_named_where_a_training_resumes(
     assert loss_gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
 
 
-def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_model_folders_that_cannot_be_used_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
         local_folder(tmp_path, None, weights=True)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
@@ -92,7 +90,7 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         local_folder(tmp_path, None, weights=False)
 
 
-def test_a_teacher_that_knows_nothing_is_refused() -> None:
+def test_an_untrained_teacher_is_rejected() -> None:
     check_loss(3.2, vocab_size=1000)
     with pytest.raises(InputError, match="no better than chance"):
         check_loss(math.log(1000) + 0.1, vocab_size=1000)
@@ -117,9 +115,7 @@ def test_a_teacher_that_knows_nothing_is_refused() -> None:
         ),
     ],
 )
-def test_what_a_user_can_mend_ends_with_one_message(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors_end_with_one_message(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, command_line():
         raise error
     assert ended.value.code == 2
@@ -138,7 +134,7 @@ def test_other_errors_keep_their_traceback() -> None:
         _ = 1 / 0
 
 
-def test_documents_that_are_read_more_than_once_are_told() -> None:
+def test_repeated_documents_cause_a_warning() -> None:
     assert describe_repetition(available=1000, read=1000) is None
     said = describe_repetition(available=4_000, read=10_000)
     assert said is not None
