@@ -249,11 +249,11 @@ class _Fiddle:
             [f"Attr(name='{name}')", self._value(value, f"{path}.{name}")] for name, value in call.arguments.items()
         ]
         names = [[f"Index(index={i})", name] for i, name in enumerate(call.arguments)]
-        of_config = Reference("fiddle._src.config", "BuildableTraverserMetadata")
+        traverser = Reference("fiddle._src.config", "BuildableTraverserMetadata")
         metadata = self._add(
             "buildable_traverser_metadata",
             {
-                "type": _pyref(of_config),
+                "type": _pyref(traverser),
                 "items": [
                     ["Attr(name='fn_or_cls')", _pyref(call.function)],
                     [
@@ -263,7 +263,7 @@ class _Fiddle:
                     ["Attr(name='argument_tags')", self._empty_dict()],
                     ["Attr(name='argument_history')", self._empty_dict()],
                 ],
-                "metadata": _pyref(of_config),
+                "metadata": _pyref(traverser),
             },
         )
         return self._add(

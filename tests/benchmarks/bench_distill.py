@@ -131,9 +131,9 @@ def steps(folder: Path) -> dict[str, Any]:
         Runner("plain", lambda: _start(plain, lines), lambda: [line["seconds"] for line in read_metrics(lines)])
     )
     rounds = []
-    for of_round in take_turns(runners, STEPS, WARM_UP):
-        rounds.append(of_round)
-        print(", ".join(f"{name} {seconds:.3f} s a step" for name, seconds in of_round.items()), flush=True)
+    for medians in take_turns(runners, STEPS, WARM_UP):
+        rounds.append(medians)
+        print(", ".join(f"{name} {seconds:.3f} s a step" for name, seconds in medians.items()), flush=True)
     return {
         "step_throughput_vs_plain": median(of["plain"] / of["ours"] for of in rounds),
         "stored_signal_speedup": median(of["ours"] / of["stored"] for of in rounds),

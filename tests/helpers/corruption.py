@@ -50,7 +50,7 @@ DAMAGES: tuple[Callable[[Path], None], ...] = (flip, hole, truncate, lengthen, d
 
 
 @contextmanager
-def damaged(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator[None]:
+def damage_file(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator[None]:
     """A file that is damaged meanwhile, with the same time stamps."""
     shutil.copy2(path, aside)
     times = path.stat()
@@ -64,7 +64,7 @@ def damaged(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator
 
 
 @contextmanager
-def swapped(one: Path, other: Path, aside: Path) -> Iterator[None]:
+def swap_files(one: Path, other: Path, aside: Path) -> Iterator[None]:
     """Two files, each under the name of the other meanwhile."""
 
     def swap() -> None:
@@ -79,17 +79,17 @@ def swapped(one: Path, other: Path, aside: Path) -> Iterator[None]:
         swap()
 
 
-def kind_of(name: str) -> str:
+def classify(name: str) -> str:
     """What a file is an example of: its name without numbers and hashes."""
     return re.sub(r"[0-9a-f]{8,}(-[0-9a-f]{4,})*|\d+", "N", name)
 
 
 def examples(entries: Entries) -> dict[str, str]:
     """A file of each kind that holds something, by kind."""
-    return {kind_of(name): name for name, entry in entries.items() if entry["size"]}
+    return {classify(name): name for name, entry in entries.items() if entry["size"]}
 
 
-def silent_uses(
+def find_silent_uses(
     stages: Mapping[str, Located], aside: Path, made_by: Collection[str] | None = None
 ) -> tuple[int, list[str]]:
     """Damages every kind of file that a stage reads of a complete one, in every way.
@@ -113,12 +113,12 @@ def silent_uses(
             for name in [*examples(entries).values(), "manifest.json", "outputs.json"]:
                 for damage in DAMAGES:
                     # Without a readable manifest a folder is not complete, which is another refusal.
-                    with damaged(folder / name, damage, aside):
+                    with damage_file(folder / name, damage, aside):
                         tried += 1
                         if stages[source.stage].complete and not damaged_inputs(located, stages, contents=True):
                             silent.append(f"{located.stage.name} reads {folder.name}/{name} after {damage.__name__}")
             for one, other in _of_same_size(folder, entries):
-                with swapped(folder / one, folder / other, aside):
+                with swap_files(folder / one, folder / other, aside):
                     tried += 1
                     if not damaged_inputs(located, stages, contents=True):
                         silent.append(f"{located.stage.name} reads {folder.name}/{one} in place of {other}")

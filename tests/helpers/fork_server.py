@@ -136,11 +136,11 @@ class Request:
     def __init__(self, connection: socket.socket) -> None:
         length, self.received, _, _ = socket.recv_fds(connection, 4, 250)
         content = connection.recv(int.from_bytes(length, "little"), socket.MSG_WAITALL)
-        self.told: dict[str, Any] = marshal.loads(content)
+        self.message: dict[str, Any] = marshal.loads(content)
 
     def differing(self, own: dict[bytes, bytes]) -> list[str]:
         """The environment variables that may act on an import and have another value than in a server's environment."""
-        theirs = self.told["environment"]
+        theirs = self.message["environment"]
         names = sorted(os.fsdecode(name) for name in own.keys() | theirs if own.get(name) != theirs.get(name))
         folders = [{*values.get(b"PYTHONPATH", b"").split(b":")} for values in (own, theirs)]
         # What a stage with an active backend starts has its folder too.
@@ -157,25 +157,25 @@ class Request:
         # Away from the numbers that they are to have.
         aside = [fcntl.fcntl(received, fcntl.F_DUPFD, 512) for received in self.received]
         self.close()
-        for kept, number in zip(aside, self.told["files"], strict=True):
+        for kept, number in zip(aside, self.message["files"], strict=True):
             os.dup2(kept, number)
             os.close(kept)
-        os.chdir(self.told["folder"])
-        os.umask(self.told["umask"])
+        os.chdir(self.message["folder"])
+        os.umask(self.message["umask"])
         os.environ.clear()
-        os.environb.update(self.told["environment"])
+        os.environb.update(self.message["environment"])
         for name, value in set_by_imports.items():
             os.environ.setdefault(name, value)
-        for signum in self.told["ignored"]:
+        for signum in self.message["ignored"]:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.told["blocked"])
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.message["blocked"])
         self._take_parent()
 
     def _take_parent(self) -> None:
         """Has `os.getppid` tell the parent of the interpreter that stands for this process."""
         child, parent_of_this = os.getpid(), os.getppid
-        stat = Path(f"/proc/{self.told['pid']}/stat")
+        stat = Path(f"/proc/{self.message['pid']}/stat")
 
         def parent() -> int:
             if os.getpid() != child:
@@ -186,14 +186,14 @@ class Request:
 
     def run(self) -> None:
         """Runs the command as `python` does (Modules/main.c:pymain_run_python)."""
-        sys.executable = self.told["executable"]
-        sys.orig_argv[:] = self.told["words"]
-        words = self.told["words"][1:]
+        sys.executable = self.message["executable"]
+        sys.orig_argv[:] = self.message["words"]
+        words = self.message["words"][1:]
         if not {"-W", "-Wignore"}.isdisjoint(words):
             sys.warnoptions.append("ignore")
             warnings.simplefilter("ignore")
         option, program, *arguments = without_options(words)
-        sys.path[:] = ["" if option == "-c" else self.told["folder"], *self.told["path"]]
+        sys.path[:] = ["" if option == "-c" else self.message["folder"], *self.message["path"]]
         importlib.invalidate_caches()
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         if option == "-c":
@@ -232,7 +232,7 @@ def _guarded(connection: socket.socket, own: dict[bytes, bytes], set_by_imports:
         request = Request(connection)
     except (OSError, EOFError, ValueError):  # the interpreter was killed
         os._exit(0)
-    words = " ".join(request.told["words"][1:])
+    words = " ".join(request.message["words"][1:])
     if differing := request.differing(own):
         print(f"not run, for {', '.join(differing)}: {words}")
         connection.sendall(b"\0")

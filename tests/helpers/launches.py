@@ -16,7 +16,7 @@ from tests.helpers.fake_stage import PLAN
 
 
 @contextmanager
-def launched(
+def run_launcher(
     run_dir: Path, plan: dict[str, str], *arguments: str, mode: str = "launch"
 ) -> Iterator[subprocess.Popen[str]]:
     """A running launcher; killed at the end if it hasn't ended, its stages with it."""
@@ -44,7 +44,7 @@ def wait_for(run_dir: Path, stage: str, rank: int = 0) -> int:
     raise TimeoutError(f"{stage} did not start")
 
 
-def ends(pid: int, seconds: float = 10.0) -> bool:
+def wait_for_exit(pid: int, seconds: float = 10.0) -> bool:
     until = time.monotonic() + seconds
     while is_running(pid) and time.monotonic() < until:
         time.sleep(0.05)
@@ -59,5 +59,5 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def parent_of(pid: int) -> int:
+def find_parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

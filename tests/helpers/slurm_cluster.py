@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -119,8 +119,8 @@ MUNGE_FILES = {
 
 
 def _idle_nodes(env: dict[str, str]) -> int:
-    told = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=env, capture_output=True, text=True)
-    return told.stdout.split().count("idle")
+    describe = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=env, capture_output=True, text=True)
+    return describe.stdout.split().count("idle")
 
 
 def _end(pid_file: Path) -> None:
@@ -131,21 +131,21 @@ def _end(pid_file: Path) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    if not ends(pid, seconds=10):
+    if not wait_for_exit(pid, seconds=10):
         os.kill(pid, signal.SIGKILL)
 
 
-def _wait(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
+def _wait(holds: Callable[[], bool], seconds: float, describe: Callable[[], str]) -> None:
     until = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > until:
-            raise RuntimeError(told())
+            raise RuntimeError(describe())
         time.sleep(0.1)
 
 
 def _logs(root: Path) -> str:
-    ends = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(root.glob("*.log"))]
-    return "the cluster did not come up\n" + "\n".join(ends)
+    wait_for_exit = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(root.glob("*.log"))]
+    return "the cluster did not come up\n" + "\n".join(wait_for_exit)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -145,7 +145,7 @@ def validations(folder: Path) -> dict[int, float]:
     return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
 
 
-def gradients_apart(folder: Path, reference: Path, step: int) -> float:
+def max_gradient_difference(folder: Path, reference: Path, step: int) -> float:
     """The largest difference of two trainings' first moments in Adam after a step, means of their clipped gradients;
     of the largest one."""
     found, expected = (_moments(one / "checkpoints" / f"step={step}" / "weights") for one in (folder, reference))

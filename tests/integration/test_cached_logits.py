@@ -102,7 +102,7 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
 
 
 def test_damaged_cached_logits_are_rejected(one_rank: Path, tmp_path: Path) -> None:
-    tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
+    tried, silent = corruption.find_silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
     assert silent == []
     assert tried >= 20
 
@@ -169,8 +169,8 @@ def test_a_paused_stage_keeps_complete_shards_and_resumes(finished: Path, tmp_pa
     launcher = subprocess.Popen(command, env=tiny.environment(), stdout=pipe, stderr=pipe, text=True)
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=600)
-    assert f"stage cache_logits is paused at step {SHARD}; run the same command to resume it" in told
+    _, message = launcher.communicate(timeout=600)
+    assert f"stage cache_logits is paused at step {SHARD}; run the same command to resume it" in message
     assert read_state(folder) == {"state": "paused", "step": SHARD}
     assert [path.name for path in folder.glob("shard-*")] == [shard_name(0)]
     assert not (folder / "cached_logits.json").exists()

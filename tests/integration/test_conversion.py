@@ -183,8 +183,8 @@ def test_checkpoints_equal_those_of_nemos_own_importer(folders: Path, tmp_path: 
         ]
         assert numbers[0] == numbers[1], name
         # The real Transformer Engine has one for attention too, empty like the rest.
-        of_theirs = {chunk.key for chunk in theirs.objects if "core_attention" not in chunk.key}
-        assert {chunk.key for chunk in ours.objects} == of_theirs, name
+        their_objects = {chunk.key for chunk in theirs.objects if "core_attention" not in chunk.key}
+        assert {chunk.key for chunk in ours.objects} == their_objects, name
 
 
 def _matrices(reader: TorchDistReader) -> list[tuple[str | int, ...]]:
@@ -359,7 +359,7 @@ def settings(**values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (cut, ""),
         (damage_header, ""),
@@ -375,12 +375,14 @@ def settings(**values: object) -> None:
         (settings(hidden_size=128), "model.embed_tokens.weight [517, 96] (config.json: [517, 128])"),
     ],
 )
-def test_models_that_cannot_be_converted_are_reported(folders: Path, tmp_path: Path, change: object, told: str) -> None:
+def test_models_that_cannot_be_converted_are_reported(
+    folders: Path, tmp_path: Path, change: object, message: str
+) -> None:
     source = tmp_path / "hf"
     shutil.copytree(folders / "qwen3_tied" / "hf", source)
     expected = change(source)  # type: ignore[operator]
     done = convert("hf_to_nemo", "--hf-model", source, "--out", tmp_path / "nemo", check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
-    assert (told or expected) in done.stderr
+    assert (message or expected) in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -23,54 +23,56 @@ SWAPPED = (*tiny.DEPTH, CORRECTION, f"distill.swap_teacher_at_step={SWAP_AT}")
 
 
 @pytest.fixture(scope="module")
-def corrected(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corrected_run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run whose teacher is corrected, brought to its end."""
-    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("corrected") / "run")
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("corrected_run") / "run")
     tiny.launch(run_dir, *tiny.DEPTH, CORRECTION)
     return run_dir
 
 
-def test_the_gain_is_measured_and_reported(corrected: Path) -> None:
-    folder = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)["correct_teacher"].folder
+def test_the_gain_is_measured_and_reported(corrected_run: Path) -> None:
+    folder = tiny.stages(corrected_run, *tiny.DEPTH, CORRECTION)["correct_teacher"].folder
     metrics = (read_manifest(folder) or {})["metrics"]
     losses = tiny.validations(folder)
     assert list(losses) == [0, 12, 24]
     assert (metrics["val_loss_before"], metrics["val_loss_after"]) == (losses[0], losses[24])
     assert metrics["val_loss_gain"] == losses[0] - losses[24] > 0.1
-    report = tiny.report(corrected)
+    report = tiny.report(corrected_run)
     assert report["correction"] == metrics
     models = report["models"]
     assert models["corrected_teacher"]["params"] == models["teacher"]["params"]
     # By transformers, on other batches of the same documents.
     assert models["corrected_teacher"]["val_loss"] < models["teacher"]["val_loss"]
-    assert "Teacher, corrected" in (corrected / "report" / "index.html").read_text()
+    assert "Teacher, corrected" in (corrected_run / "report" / "index.html").read_text()
 
 
-def test_a_damaged_correction_is_rejected(corrected: Path, tmp_path: Path) -> None:
-    stages = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)
-    tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["correct_teacher"])
+def test_a_damaged_correction_is_rejected(corrected_run: Path, tmp_path: Path) -> None:
+    stages = tiny.stages(corrected_run, *tiny.DEPTH, CORRECTION)
+    tried, silent = corruption.find_silent_uses(stages, tmp_path / "aside", ["correct_teacher"])
     assert silent == []
     assert tried > 60
 
 
-def test_a_corrected_teacher_changes_the_loss_from_the_first_step(finished: Path, corrected: Path) -> None:
+def test_a_corrected_teacher_changes_the_loss_from_the_first_step(finished: Path, corrected_run: Path) -> None:
     original, other = (
         tiny.losses(tiny.stages(run_dir, *tiny.DEPTH, *more)["distill"].folder)
-        for run_dir, more in ((finished, ()), (corrected, (CORRECTION,)))
+        for run_dir, more in ((finished, ()), (corrected_run, (CORRECTION,)))
     )
     assert abs(original[0] - other[0]) > 1e-3
 
 
-def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, corrected: Path, tmp_path: Path) -> None:
+def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(
+    finished: Path, corrected_run: Path, tmp_path: Path
+) -> None:
     original = tiny.losses(tiny.stages(finished, *tiny.DEPTH)["distill"].folder)
-    tiny.launch(corrected, *SWAPPED, "--until", "distill")
-    swapped = tiny.losses(tiny.stages(corrected, *SWAPPED)["distill"].folder)
+    tiny.launch(corrected_run, *SWAPPED, "--until", "distill")
+    swapped = tiny.losses(tiny.stages(corrected_run, *SWAPPED)["distill"].folder)
     # The very same steps before, another loss at once after.
     assert swapped[:SWAP_AT] == pytest.approx(original[:SWAP_AT], rel=0, abs=tolerance.RESUMED)
     assert abs(swapped[SWAP_AT] - original[SWAP_AT]) > 1e-3
 
     run_dir = tmp_path / "run"
-    subprocess.run(["cp", "-a", corrected, run_dir], check=True)
+    subprocess.run(["cp", "-a", corrected_run, run_dir], check=True)
     folder = tiny.stages(run_dir, *SWAPPED)["distill"].folder
     # As a kill after the checkpoint of step 4, beyond the swap, leaves it.
     assert [path.name for path in folder.glob("checkpoints/*")] == ["step=4"]

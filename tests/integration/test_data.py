@@ -122,8 +122,8 @@ def test_several_processes_share_the_shards_and_one_declares_them(model: Path, t
         subprocess.Popen(stage, env=tiny.environment(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    message = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], message
     folder = folder_of(arguments)
     assert (folder / "manifest.json").exists()
     assert "nothing has changed" in check(folder).stdout
@@ -137,9 +137,9 @@ def test_a_stop_file_pauses_preparation_and_the_same_command_resumes(model: Path
     launcher = subprocess.Popen(arguments, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
     tiny.wait_for("shards/0*", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=300)
+    _, message = launcher.communicate(timeout=300)
     assert launcher.returncode == 1
-    assert "stage prepare_data is paused at step" in told
+    assert "stage prepare_data is paused at step" in message
     state = read_state(folder)
     assert state["state"] == "paused"
     assert state["step"] == len(list(folder.glob("shards/0*"))) > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tiny, tolerance
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 from tests.integration.conftest import SmallDisk
 
 TWO_RANKS = "cluster.devices_per_node=2"
@@ -53,7 +53,7 @@ def test_a_killed_rank_stops_the_other_and_training_resumes(finished: Path, tmp_
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=120)
     assert time.monotonic() - killed < 60
-    assert ends(ranks[0])
+    assert wait_for_exit(ranks[0])
     assert launcher.returncode == 1
     assert "stage distill failed" in err
     assert "log.txt" in err

@@ -42,7 +42,7 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
+def run_copy(finished: Path, tmp_path: Path) -> Path:
     """The finished run, without what was measured of its models."""
     run_dir = tmp_path / "run"
     shutil.copytree(
@@ -105,17 +105,17 @@ def test_scores_equal_those_of_the_plain_harness(finished: Path) -> None:
 
 
 def test_a_killed_evaluation_resumes_with_missing_measurements(
-    finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed on one rank, it goes on with two, which share the work: the results are those of one. Of two tasks in the
     user's folder one has no data, and of the models one has a non-finite weight."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = _task_folder(tmp_path / "mine", finished)
     more = (*tiny.DEPTH, f"evaluate.task_folder={tasks}", "evaluate.tasks=[with_data, without_data]")
-    _spoil(tiny.stages(copied, *more)["nemo_to_hf"].folder, "student/model.safetensors")
-    folder = tiny.stages(copied, *more)["evaluate"].folder
+    _spoil(tiny.stages(run_copy, *more)["nemo_to_hf"].folder, "student/model.safetensors")
+    folder = tiny.stages(run_copy, *more)["evaluate"].folder
     killed = subprocess.Popen(
-        tiny.command(copied, *more, "--until", "evaluate"),
+        tiny.command(run_copy, *more, "--until", "evaluate"),
         env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     tiny.wait_for("measured/teacher/held_out.json", folder, killed)
@@ -123,7 +123,7 @@ def test_a_killed_evaluation_resumes_with_missing_measurements(
     killed.wait()
     assert not (folder / "manifest.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("measured/*/*.json")}
-    tiny.launch(copied, *more, "cluster.devices_per_node=2", "--until", "evaluate")
+    tiny.launch(run_copy, *more, "cluster.devices_per_node=2", "--until", "evaluate")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
     unbroken = strict(tiny.stages(finished, *tiny.DEPTH)["evaluate"].folder / "evaluation.json")
@@ -176,12 +176,12 @@ def test_every_checkpoint_is_measured_during_training(finished: Path, tmp_path: 
     first = watcher.stdout.readline()
     assert "watching" in first, first + watcher.stdout.read()
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
-    said, _ = watcher.communicate(timeout=600)  # it gives way to all other processes
-    assert watcher.returncode == 0, said
+    output, _ = watcher.communicate(timeout=600)  # it gives way to all other processes
+    assert watcher.returncode == 0, output
     stages = tiny.stages(run_dir, *tiny.DEPTH)
     curve = strict(stages["evaluate"].folder / "recovery.json")
-    assert [point["step"] for point in curve] == [0, 2, 4, 6], said
-    assert [said.count(f"recovery/step={step}: held-out loss") for step in (2, 4)] == [1, 1]
+    assert [point["step"] for point in curve] == [0, 2, 4, 6], output
+    assert [output.count(f"recovery/step={step}: held-out loss") for step in (2, 4)] == [1, 1]
     unbroken = strict(tiny.stages(finished, *tiny.DEPTH)["evaluate"].folder / "recovery.json")
     ends = {point["step"]: point["val_loss"] for point in unbroken if point["step"] in (0, 6)}
     assert {point["step"]: point["val_loss"] for point in curve if point["step"] in ends} == pytest.approx(
@@ -227,15 +227,15 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "output"),
     [
         (("--batch-size", "10000000"), "GiB are needed (teacher "),
         (("--prompt-tokens", "4000"), "exceeds the 2048 tokens of teacher"),
         (("--new-tokens", "1"), "leaves nothing to time"),
     ],
 )
-def test_faults_of_a_benchmark_are_one_line(benchmark: Benchmark, option: tuple[str, str], said: str) -> None:
+def test_faults_of_a_benchmark_are_one_line(benchmark: Benchmark, option: tuple[str, str], output: str) -> None:
     done = benchmark(*option)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(("error:", "  - "))
-    assert said in done.stderr
+    assert output in done.stderr

@@ -16,7 +16,7 @@ from prune_distill.pipeline.stages import STAGES
 from tests.helpers import tiny
 from tests.helpers.fork_server import FREE, LOG, real_starts
 from tests.helpers.fork_site.sitecustomize import FORK_SERVER, NEMO, libraries_of
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(FORK_SERVER not in os.environ, reason="there is none: on a GPU it cannot be")
 PROBE = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fork_probe"]
@@ -82,7 +82,7 @@ def test_signals_are_passed_on(signum: int, status: int) -> None:
         assert child != process.pid
         process.send_signal(signum)
         assert process.wait(60) == status
-        assert ends(child)
+        assert wait_for_exit(child)
 
 
 def test_a_child_dies_with_its_client() -> None:
@@ -91,7 +91,7 @@ def test_a_child_dies_with_its_client() -> None:
         child = int(process.stdout.readline())
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
-        assert ends(child)
+        assert wait_for_exit(child)
 
 
 def test_a_variable_that_acts_on_imports_makes_a_real_start() -> None:

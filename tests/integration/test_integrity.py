@@ -15,7 +15,7 @@ from tests.helpers import corruption, tiny, tolerance
 def test_damage_is_never_used_silently(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir, ignore=shutil.ignore_patterns(".lock"))
-    tried, silent = corruption.silent_uses(tiny.stages(run_dir, *tiny.DEPTH), tmp_path / "aside")
+    tried, silent = corruption.find_silent_uses(tiny.stages(run_dir, *tiny.DEPTH), tmp_path / "aside")
     assert silent == []
     # Every stage but the first reads weights, tokens, scores, figures or a model of another.
     assert tried > 500
@@ -36,9 +36,9 @@ def test_a_hole_in_weights_is_rejected_even_if_only_sizes_are_compared(run_dir: 
     corruption.hole(made.folder / "nemo/weights/__0_0.distcp")
     refused = tiny.launch(run_dir, *tiny.DEPTH, "--until", "prune", check=False)
     assert refused.returncode == 2
-    (told,) = [line for line in refused.stderr.splitlines() if "damaged" in line]
-    assert f"{made.folder} is damaged: nemo/weights/__0_0.distcp has other content than was written" in told
-    assert f"rm -r {made.folder} && python -m launch.run experiment=demo run_dir={run_dir}" in told
+    (message,) = [line for line in refused.stderr.splitlines() if "damaged" in line]
+    assert f"{made.folder} is damaged: nemo/weights/__0_0.distcp has other content than was written" in message
+    assert f"rm -r {made.folder} && python -m launch.run experiment=demo run_dir={run_dir}" in message
     assert not (reader.folder / "nemo").exists()
     # A NeMo checkpoint's own CRCs are compared all the same.
     unverified = tiny.launch(run_dir, *tiny.DEPTH, "verify_inputs=false", "--until", "prune", check=False)

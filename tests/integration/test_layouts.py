@@ -41,10 +41,10 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return distil(pruned, tmp_path_factory.mktemp("one_rank"))
+    return distill(pruned, tmp_path_factory.mktemp("one_rank"))
 
 
-def distil(pruned: Path, tmp_path: Path, *more: str) -> Path:
+def distill(pruned: Path, tmp_path: Path, *more: str) -> Path:
     """The folder of a distillation of the same student."""
     run_dir = tiny.copy_run(pruned, tmp_path / "run")
     tiny.launch(run_dir, *TIED, *MIX, *more, "--until", "distill")
@@ -58,26 +58,26 @@ def assert_same(folder: Path, reference: Path, tolerance: float) -> None:
 
 def assert_same_gradients(folder: Path, reference: Path) -> None:
     (last,) = {int(path.name.partition("=")[2]) for path in reference.glob("checkpoints/step=*")}
-    assert tiny.gradients_apart(folder, reference, last) < tolerance.GRADIENTS
+    assert tiny.max_gradient_difference(folder, reference, last) < tolerance.GRADIENTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
-    folder = distil(pruned, tmp_path, *LAYOUTS[layout])
+    folder = distill(pruned, tmp_path, *LAYOUTS[layout])
     assert_same(folder, one_rank, tolerance.LOSS)
     assert_same_gradients(folder, one_rank)
 
 
 @pytest.fixture(scope="module")
 def upstream(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return distil(pruned, tmp_path_factory.mktemp("upstream"), "distill.kd.implementation=upstream")
+    return distill(pruned, tmp_path_factory.mktemp("upstream"), "distill.kd.implementation=upstream")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_the_same_losses_with_upstreams_loss(
     pruned: Path, upstream: Path, tmp_path: Path, layout: str
 ) -> None:
-    folder = distil(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
+    folder = distill(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
     assert_same(folder, upstream, tolerance.LOSS)
 
 

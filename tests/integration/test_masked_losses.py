@@ -43,4 +43,4 @@ def test_a_micro_batch_size_changes_neither_losses_nor_gradients(trained: Path, 
     one, four = trained / kind / "1", trained / kind / "4"
     assert tiny.losses(four, STEPS) == pytest.approx(tiny.losses(one, STEPS), rel=0, abs=tolerance.LOSS)
     assert tiny.validations(four) == pytest.approx(tiny.validations(one), rel=0, abs=tolerance.LOSS)
-    assert tiny.gradients_apart(four, one, step=2) < tolerance.GRADIENTS
+    assert tiny.max_gradient_difference(four, one, step=2) < tolerance.GRADIENTS

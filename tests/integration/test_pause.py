@@ -33,10 +33,10 @@ def test_a_paused_distillation_resumes_with_the_same_losses(
     # Written before there is anyone to look for it, once the launcher has taken away what an earlier attempt left.
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=600)
+    _, message = launcher.communicate(timeout=600)
     log = (folder / "log.txt").read_text()
-    assert launcher.returncode == 1, told + log
-    assert "stage distill is paused at step 1; run the same command to resume it" in told
+    assert launcher.returncode == 1, message + log
+    assert "stage distill is paused at step 1; run the same command to resume it" in message
     assert read_state(folder) == {"state": "paused", "step": 1}
     assert [path.name for path in folder.glob("checkpoints/*")] == ["step=1"]
     assert not (folder / "stop").exists()
@@ -88,8 +88,10 @@ def test_sigterm_from_slurm_to_every_process_pauses(finished: Path, tmp_path: Pa
 
 def _descendants(leader: int) -> list[int]:
     """A process and all that it started, directly or not."""
-    told = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in told)}
+    message = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        1:
+    ]
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in message)}
     found = [leader]
     for process in found:
         found += [pid for pid, parent in parents.items() if parent == process]

@@ -55,9 +55,9 @@ def test_two_pipeline_ranks_prune_like_one(finished: Path, tmp_path: Path) -> No
     for folder in [*run_dir.glob("importance-*"), *run_dir.glob("prune-*")]:
         (folder / "manifest.json").unlink()
     tiny.launch(run_dir, *tiny.DEPTH, *two, "--until", "prune")
-    of_one, of_two = (metrics(finished, *tiny.DEPTH), metrics(run_dir, *tiny.DEPTH))
-    assert of_two["prune"] == of_one["prune"]
-    assert abs(of_two["importance"]["calibration_loss"] - of_one["importance"]["calibration_loss"]) < tolerance.LOSS
+    single, parallel = (metrics(finished, *tiny.DEPTH), metrics(run_dir, *tiny.DEPTH))
+    assert parallel["prune"] == single["prune"]
+    assert abs(parallel["importance"]["calibration_loss"] - single["importance"]["calibration_loss"]) < tolerance.LOSS
 
 
 # Every axis alone, all together, named layers with and without widths.
@@ -136,10 +136,10 @@ def test_a_block_of_neighbors_over_uneven_stages(finished: Path, tmp_path: Path)
 
 def test_named_layers_are_dropped_also_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.tensor_model_parallel_size=2")
-    alone, of_one = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
+    alone, single = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
     halves, metrics = prune(finished, tmp_path / "two", "prune.drop_layers=[2,3]", *two)
-    assert metrics["kept_layers"] == of_one["kept_layers"] == [1, 4]
-    assert metrics["params"] == of_one["params"]
+    assert metrics["kept_layers"] == single["kept_layers"] == [1, 4]
+    assert metrics["params"] == single["params"]
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
     tiny.convert("nemo_to_hf", "--checkpoint", alone, "--hf-model", teacher, "--out", exported, "--dtype", "keep")

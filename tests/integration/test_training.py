@@ -259,13 +259,13 @@ def test_a_training_killed_ten_times_gives_the_same_curve(finished: Path, tmp_pa
     ]
     command += ["--seed", str(seed), "--times", "10"]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=900)
-    told = f"seed {seed}\n{done.stdout}"
-    print(told)
-    assert done.returncode == 0, told + done.stderr[-4000:]
-    assert done.stdout.count("killed after step") == 10, told
+    summary = f"seed {seed}\n{done.stdout}"
+    print(summary)
+    assert done.returncode == 0, summary + done.stderr[-4000:]
+    assert done.stdout.count("killed after step") == 10, summary
     assert_same(curve(killed.folder), curve(stage.folder), tolerance.RESUMED)
     kept = sorted(path.name for path in killed.folder.glob("checkpoints/*"))
-    assert kept == sorted(path.name for path in stage.folder.glob("checkpoints/*")), told
+    assert kept == sorted(path.name for path in stage.folder.glob("checkpoints/*")), summary
     manifest = read_manifest(killed.folder)
     assert manifest is not None
     assert manifest["metrics"]["best_val_loss"] == min(tiny.validations(stage.folder).values())

@@ -98,7 +98,7 @@ class Chain:
     def wait(self, holds: Callable[[], object], seconds: float = PATIENCE) -> None:
         until = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < until, self.told()
+            assert time.monotonic() < until, self.report()
             time.sleep(0.2)
 
     def wait_until_ended(self, seconds: float = PATIENCE) -> None:
@@ -113,7 +113,7 @@ class Chain:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=PATIENCE)
         return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(self.run_dir)]}
 
-    def told(self) -> str:
+    def report(self) -> str:
         """What helps to see why a test failed."""
         queue = subprocess.run(["squeue", "--states=all", "--format=%i %j %T %r"], capture_output=True, text=True)
         logs = [f"{path}:\n{path.read_text()[-3000:]}" for path in sorted(self.run_dir.glob("*/log.txt"))]

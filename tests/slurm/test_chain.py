@@ -21,7 +21,7 @@ def test_a_chain_completes_and_a_second_submission_does_nothing(chain: Chain) ->
     chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole" $(id) `id` $HOME #1 -é 汉字'
     chain.submit({})
     chain.wait_until_ended()
-    assert chain.complete() == ALL, chain.told()
+    assert chain.complete() == ALL, chain.report()
     # One after the other where one reads what another made.
     calls = (chain.run_dir / "calls.txt").read_text().split()
     assert (calls[0], set(calls[1:3]), calls[3:]) == ("first", {"second", "aside"}, ["report"])
@@ -66,7 +66,7 @@ def test_a_failing_stage_cancels_its_dependents_and_reports_the_cause(chain: Cha
     done = chain.launch({})
     assert done.stdout.count("complete, skipped") == 2, done.stderr
     chain.wait_until_ended()
-    assert chain.complete() == ALL, chain.told()
+    assert chain.complete() == ALL, chain.report()
     assert {stage["state"] for stage in chain.status().values()} == {"complete"}
 
 
@@ -149,7 +149,7 @@ def test_a_sweep_submits_one_chain_per_run(chain: Chain) -> None:
     runs = [Chain(chain.run_dir / number) for number in "01"]
     for run in runs:
         run.wait_until_ended()
-        assert run.complete() == {"first", "second"}, run.told()
+        assert run.complete() == {"first", "second"}, run.report()
     assert len({job for run in runs for job in run.jobs("second")}) == 2
 
 

@@ -62,7 +62,7 @@ def test_array_tasks_share_the_shards_and_declare_them_once(cluster: Path, model
     assert status(tmp_path / "run")["prepare_data"]["state"] in ("running", "complete")
     chain.wait_until_ended()
     folder = folder_of(arguments)
-    assert (folder / "manifest.json").exists(), chain.told()
+    assert (folder / "manifest.json").exists(), chain.report()
     assert "nothing has changed" in check(folder)
     others = (folder / "log.txt").read_text() + (folder / "log.2.txt").read_text()
     assert "paused" not in others, "what ended the second task ended another one too"

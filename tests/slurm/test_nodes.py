@@ -22,7 +22,7 @@ def test_ranks_on_two_nodes_join(chain: Chain) -> None:
     (job,) = chain.jobs("ranks")
     chain.wait_until_ended()
     joined = [json.loads(path.read_text()) for path in sorted(chain.folder("ranks").glob("joined-*.json"))]
-    assert [rank["world"] for rank in joined] == [4] * 4, chain.told()
+    assert [rank["world"] for rank in joined] == [4] * 4, chain.report()
     assert {rank["total"] for rank in joined} == {0 + 1 + 2 + 3}
     assert sorted(rank["node"] for rank in joined) == ["127.0.0.1"] * 2 + ["127.0.0.2"] * 2
     assert chain.complete() == {"ranks"}
@@ -47,7 +47,7 @@ def test_a_chain_resumes_after_a_node_failure(chain: Chain) -> None:
     # It comes back by itself when its slurmd is heard of (ReturnToService=2).
     slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
     chain.wait_until_ended()
-    assert chain.complete() == {"ranks"}, chain.told()
+    assert chain.complete() == {"ranks"}, chain.report()
     assert [query_jobs(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
     assert "job " + jobs[1] in chain.log("ranks")
 
@@ -92,7 +92,7 @@ def test_pyxis_gets_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> Non
         f"cluster.slurm.setup=['export PATH={stand_ins}:$PATH']",
     )
     chain.wait_until_ended()
-    assert chain.complete() == {"first"}, chain.told()
+    assert chain.complete() == {"first"}, chain.report()
     taken, rest = json.loads(seen.read_text())
     assert taken == {
         "container-image": "nvcr.io#lab/it is:25.11",

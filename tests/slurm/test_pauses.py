@@ -50,7 +50,7 @@ def test_a_time_limit_shorter_than_the_training(chain: Chain) -> None:
     chain.wait(lambda: looks.append(chain.status()["second"]) or looks[-1]["state"] == "queued")
     assert looks[-1]["detail"].startswith(f"paused at step {paused_at}")
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 1001))
     assert attempts(chain) >= 2
     assert f"paused at step {paused_at}: requeued" in chain.log("second")
@@ -84,7 +84,7 @@ def test_a_preempted_training_resumes_after_the_urgent_job(chain: Chain) -> None
     # The step was asked at once, and the job did not use up its time of grace.
     assert time.monotonic() - started < GRACE_SECONDS
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 151))
     assert attempts(chain) == 2
 
@@ -131,7 +131,7 @@ def test_without_requeue_the_next_job_resumes(chain: Chain) -> None:
         slurm("scancel", "--signal=USR1", "--batch", job)
         chain.wait(lambda job=job: query_jobs([job])[job].state == "COMPLETED")  # type: ignore[misc]
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 101))
     log = chain.log("second")
     assert [f"job {job}, restart 0" in log for job in (first, second, third)] == [True] * 3
@@ -156,7 +156,7 @@ def test_a_chain_resumes_after_a_job_killed_without_warning(chain: Chain) -> Non
     wait_for_step(chain, 15)
     kill(first)
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert {job: query_jobs([job])[job].state for job in (first, second, third)} == {
         first: "FAILED",
         second: "COMPLETED",
@@ -173,7 +173,7 @@ def test_a_chain_ends_if_a_killed_job_made_no_progress(chain: Chain) -> None:
     kill(jobs[0])
     chain.wait_until_ended()
     assert [query_jobs([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], (
-        chain.told()
+        chain.report()
     )
     stages = chain.status()
     assert stages["second"]["state"] == "failed"
@@ -189,7 +189,7 @@ def test_a_failed_or_canceled_job_ends_its_chain(chain: Chain, action: str, stat
         wait_for_step(chain, 5)
         slurm("scancel", jobs[0])
     chain.wait_until_ended()
-    assert [query_jobs([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.told()
+    assert [query_jobs([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.report()
     assert attempts(chain) == 1
     assert chain.status()["second"]["state"] == ("failed" if action == "fail" else "paused")
     assert chain.status()["report"]["state"] == "cancelled"
@@ -204,7 +204,7 @@ def test_a_canceled_pending_job_does_not_start_a_second_running_job(chain: Chain
     assert query_jobs([third])[third].state == "PENDING"
     assert query_jobs([first])[first].state == "RUNNING"
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
 
 
 @pytest.mark.parametrize("done_in", [1, 3])

@@ -41,7 +41,7 @@ def listen(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (lambda path: os.mkfifo(path), "a FIFO"),
         (listen, "a socket"),
@@ -53,13 +53,13 @@ def listen(path: Path) -> None:
         (lambda path: path.symlink_to(path.name), "cannot be reached"),
     ],
 )
-def test_special_files_are_reported(model: Path, spoil: Callable[[Path], None], told: str) -> None:
+def test_special_files_are_reported(model: Path, spoil: Callable[[Path], None], message: str) -> None:
     (model.parent / "outside").write_text("")
     assert folder_faults(model) == []
     spoil(model / "sub" / "x")
     (fault,) = folder_faults(model)
     assert fault.startswith(f"{model / 'sub' / 'x'}: ")
-    assert told in fault
+    assert message in fault
     with pytest.raises(InputError, match="sub/x"):
         local_folder(model, None, weights=False)
 

@@ -132,9 +132,9 @@ def run_by_server(address: str) -> None:
         for signum, handler in own.items():
             signal.signal(signum, handler)
         return
-    told = connection.recv(4, socket.MSG_WAITALL)
+    message = connection.recv(4, socket.MSG_WAITALL)
     # Without an answer the server's process was killed.
-    status = os.waitstatus_to_exitcode(int.from_bytes(told, "little")) if len(told) == 4 else -signal.SIGKILL
+    status = os.waitstatus_to_exitcode(int.from_bytes(message, "little")) if len(message) == 4 else -signal.SIGKILL
     if status >= 0:
         os._exit(status)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])

@@ -66,8 +66,8 @@ def test_joules_are_read_from_the_packages_alone(tmp_path: Path) -> None:
 
 
 def test_the_command_contains_all_settings() -> None:
-    told = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
-    assert told == (
+    message = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
+    assert message == (
         "python -m recipes.benchmark --models teacher=a 'student=b c' --out out --engine transformers --dtype keep"
         " --seed 5 --batch-size 2 --prompt-tokens 100 --new-tokens 11 --rounds 3 --cost-per-hour 3.6"
     )

@@ -167,7 +167,7 @@ def test_gate_and_up_projections_are_stacked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "values", "told"),
+    ("family", "values", "message"),
     [
         *(
             (name, {"attention_bias": True}, "attention_bias=true: ")
@@ -193,10 +193,10 @@ def test_gate_and_up_projections_are_stacked(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_nemo_does_not_support_are_rejected(
-    tmp_path: Path, family: Any, values: dict[str, Any], told: str
+    tmp_path: Path, family: Any, values: dict[str, Any], message: str
 ) -> None:
     config = least("llama") | {"model_type": family} if family not in list(FAMILIES) else least(family)
-    with pytest.raises(InputError, match=rf"config\.json: .*{told}"):
+    with pytest.raises(InputError, match=rf"config\.json: .*{message}"):
         read_config(folder_of(tmp_path, {**config, **values}))
 
 

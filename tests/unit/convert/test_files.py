@@ -68,7 +68,7 @@ def test_a_link_is_followed(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "told"),
+    ("out", "message"),
     [
         (lambda source: source, "must not contain each other"),
         (lambda source: source / "within" / "out", "must not contain each other"),
@@ -85,7 +85,7 @@ def test_a_link_is_followed(tmp_path: Path, source: Path) -> None:
     ],
 )
 def test_nothing_else_is_replaced(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, out: Callable[[Path], Path], told: str
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, out: Callable[[Path], Path], message: str
 ) -> None:
     monkeypatch.chdir(source / "within")
     (tmp_path / "file").write_text("text")
@@ -93,7 +93,7 @@ def test_nothing_else_is_replaced(
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "link").symlink_to(source)
     before = everything(tmp_path)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         write(out(source), source)
     assert everything(tmp_path) == before
 

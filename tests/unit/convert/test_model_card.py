@@ -104,9 +104,9 @@ def test_stages_are_described_in_order(tmp_path: Path, reference: Path) -> None:
     stage(tmp_path, "prune-1", params=3_000_000, params_before=5_000_000, kept_layers=[1, 2, 3, 6])
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=160_000, steps=160, val_loss=3.65432)
     metadata, body = card("Qwen/Qwen3-8B", reference, Provenance.read(checkpoint))
-    told = body.splitlines()
-    begin = told.index("Made from Qwen/Qwen3-8B.")
-    assert told[begin + 1 : begin + 3] == [
+    message = body.splitlines()
+    begin = message.index("Made from Qwen/Qwen3-8B.")
+    assert message[begin + 1 : begin + 3] == [
         "Pruned with NVIDIA ModelOpt (Minitron) from 5,000,000 to 3,000,000 parameters; layers kept: 1-3, 6.",
         "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
     ]

@@ -42,10 +42,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(checkpoint: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+def change(checkpoint: Path, change_content: Callable[[dict[str, Any]], Any]) -> None:
     path = checkpoint / "context" / "io.json"
     content = json.loads(path.read_text())
-    content = how(content) or content
+    content = change_content(content) or content
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
@@ -82,17 +82,17 @@ def test_imports_of_loading_are_listed(checkpoint: Path) -> None:
     assert references(checkpoint) - found == {"os.system"}
 
 
-def ask(value: Any) -> Callable[[dict[str, Any]], None]:
+def add_argument(value: Any) -> Callable[[dict[str, Any]], None]:
     """Gives the tokenizer one more argument."""
 
-    def how(content: dict[str, Any]) -> None:
+    def change_content(content: dict[str, Any]) -> None:
         objects = content["objects"]
         tokenizer = objects["autotokenizer_1"]
         tokenizer["items"].append(["Attr(name='use_fast')", value])  # Fiddle leaves this name aside
         names = objects[objects[tokenizer["metadata"]["key"]]["items"][1][1]["key"]]
         names["items"].append(["Index(index=1)", "trust_remote_code"])
 
-    return how
+    return change_content
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def ask(value: Any) -> Callable[[dict[str, Any]], None]:
 )
 def test_trust_remote_code_is_detected(checkpoint: Path, value: Any, trusts: bool) -> None:
     assert not trusts_remote_code(checkpoint)
-    change(checkpoint, ask(value))
+    change(checkpoint, add_argument(value))
     assert trusts_remote_code(checkpoint) == trusts
 
 
@@ -154,8 +154,8 @@ def test_unpickled_files_are_listed(checkpoint: Path) -> None:
         lambda content: content["objects"]["qwen3config_1"].update(items=[["a"]]),
     ],
 )
-def test_a_context_without_a_model_is_rejected(checkpoint: Path, how: Callable[[Any], Any]) -> None:
-    change(checkpoint, how)
+def test_a_context_without_a_model_is_rejected(checkpoint: Path, change_content: Callable[[Any], Any]) -> None:
+    change(checkpoint, change_content)
     with pytest.raises(InputError, match=r"context/io\.json (does not describe a model|cannot be read)"):
         read_context(checkpoint)
 

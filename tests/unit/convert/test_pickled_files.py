@@ -20,7 +20,7 @@ from prune_distill.errors import InputError
 FILE = "pytorch_model.bin"
 
 
-def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+def assert_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     tensors = read_folder(folder)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -47,14 +47,14 @@ def test_state_dicts_are_read(tmp_path: Path) -> None:
         "none": torch.empty(0, 3),
     }
     torch.save(state, tmp_path / FILE)
-    holds(tmp_path, state)
+    assert_tensors(tmp_path, state)
 
 
 def test_a_modules_own_state_is_read(tmp_path: Path) -> None:
     """Which is an OrderedDict with an attribute."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     torch.save(module.state_dict(), tmp_path / FILE)
-    holds(tmp_path, OrderedDict(module.state_dict()))
+    assert_tensors(tmp_path, OrderedDict(module.state_dict()))
 
 
 def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
     for name, part in parts.items():
         torch.save(part, tmp_path / name)
     whole = {name: tensor for part in parts.values() for name, tensor in part.items()}
-    holds(tmp_path, whole)
+    assert_tensors(tmp_path, whole)
     index = {tensor: file for file, part in parts.items() for tensor in part}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
-    holds(tmp_path, whole)
+    assert_tensors(tmp_path, whole)
     torch.save({"w1": torch.randn(2)}, tmp_path / next(reversed(parts)))
     with pytest.raises(InputError, match="w1 is in pytorch_model-00002-of-00002.bin and in another file"):
         read_folder(tmp_path)
@@ -110,7 +110,7 @@ def without(end: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
         (saved({"w": torch.ones(2)}, _use_new_zipfile_serialization=False), "is not a complete file of torch.save"),
         (saved({"w": torch.ones(3, 2).t()}), "w is not contiguous"),
@@ -137,11 +137,11 @@ def without(end: str) -> Callable[[Path], None]:
     ],
 )
 def test_files_without_a_state_dict_are_rejected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / FILE)
-    with pytest.raises(InputError, match=told) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         read_folder(tmp_path)
     assert str(refused.value).startswith(str(tmp_path / FILE))
     assert [path.name for path in tmp_path.iterdir()] == [FILE]

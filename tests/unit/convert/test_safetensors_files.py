@@ -28,7 +28,7 @@ def content(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+def assert_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     tensors = read_folder(folder)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -42,7 +42,7 @@ def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     tensors |= {"fp8": torch.randn(3).to(torch.float8_e4m3fn), "wide fp8": torch.randn(3).to(torch.float8_e5m2)}
     tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "no columns": torch.empty(4, 0)}
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
-    holds(tmp_path, tensors)
+    assert_tensors(tmp_path, tensors)
 
 
 @pytest.mark.parametrize("dtype", [None, "BF16"])
@@ -77,7 +77,7 @@ def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert index["metadata"] == {"total_size": 168}
     assert index["weight_map"] == dict(zip(tensors, (shards[0], shards[0], shards[1], shards[2]), strict=True))
     assert [set(load_file(target / shard)) for shard in shards] == [{"a", "b"}, {"large"}, {"d"}]
-    holds(target, tensors)
+    assert_tensors(target, tensors)
 
 
 def test_weights_may_be_links(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_weights_may_be_links(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     save_file({"a": A}, tmp_path / "blobs" / "0f3a")
     (tmp_path / FILE).symlink_to(tmp_path / "blobs" / "0f3a")
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
 def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
     save_file({"a": A}, tmp_path / FILE)
     save_file({"b": B}, tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "model-00001-of-00001.safetensors"}}))
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
 def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
@@ -111,7 +111,7 @@ def entry(**values: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} ends within"),
         (lambda file: os.truncate(file, 20), "its header does not fit"),
@@ -133,10 +133,10 @@ def entry(**values: Any) -> Callable[[Path], None]:
         (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
     ],
 )
-def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any], told: str) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     save_file({"a": A, "b": B}, tmp_path / FILE)
     damage(tmp_path / FILE)
-    with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{told}") as refused:
+    with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{message}") as refused:
         read_folder(tmp_path)
     assert str(refused.value).count(FILE) == 1
     with pytest.raises((SafetensorError, OverflowError)):
@@ -162,11 +162,11 @@ def test_all_faults_of_a_folder_are_reported_at_once(tmp_path: Path) -> None:
     write_index(tmp_path, a="1.safetensors", b="2.safetensors", c="3.safetensors", d="4.safetensors", e="5.safetensors")
     with pytest.raises(InputError) as refused:
         read_folder(tmp_path)
-    told = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
-    assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in told
-    assert "a is in two files, 1.safetensors and 2.safetensors" in told
-    assert any(fault.startswith("3.safetensors is not a complete safetensors file") for fault in told)
-    assert f"{INDEX} names b, which its files do not hold" in told
+    message = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
+    assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in message
+    assert "a is in two files, 1.safetensors and 2.safetensors" in message
+    assert any(fault.startswith("3.safetensors is not a complete safetensors file") for fault in message)
+    assert f"{INDEX} names b, which its files do not hold" in message
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "weights.safetensors"])
@@ -184,7 +184,7 @@ def test_files_that_are_not_in_the_index_are_ignored(tmp_path: Path) -> None:
     save_file({"a": A}, tmp_path / "1.safetensors")
     save_file({"b": B}, tmp_path / "consolidated.safetensors")
     write_index(tmp_path, a="1.safetensors")
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
 def test_large_headers_are_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +209,14 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_index(tmp_path, a="1.safetensors", b="2.safetensors")
     (size,) = struct.unpack("<Q", (tmp_path / "1.safetensors").read_bytes()[:8])
     monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size)
-    holds(tmp_path, {"a": A, "b": B})
+    assert_tensors(tmp_path, {"a": A, "b": B})
     monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size - 1)
     with pytest.raises(InputError, match=r"2\.safetensors has a header of"):
         read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("index", "told"),
+    ("index", "message"),
     [
         (b"", "is no index of shards"),
         (b"\xff\xfe", "is no index of shards"),
@@ -229,7 +229,7 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (b'{"weight_map": {"a": ""}}', "names ''"),
     ],
 )
-def test_invalid_indices_are_rejected(tmp_path: Path, index: bytes, told: str) -> None:
+def test_invalid_indices_are_rejected(tmp_path: Path, index: bytes, message: str) -> None:
     (tmp_path / INDEX).write_bytes(index)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_folder(tmp_path)

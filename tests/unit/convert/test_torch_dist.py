@@ -184,7 +184,7 @@ def test_missing_parts_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
         (torch.zeros(8, 7)[2:7], "is not contiguous"),  # its storage holds more
         (torch.zeros(7, 5).t(), "is not contiguous"),
@@ -194,12 +194,12 @@ def test_missing_parts_are_reported(tmp_path: Path) -> None:
         (print, "is truncated or damaged: key"),
     ],
 )
-def test_chunks_that_are_not_contiguous_are_rejected(tmp_path: Path, part: Any, told: str) -> None:
+def test_chunks_that_are_not_contiguous_are_rejected(tmp_path: Path, part: Any, message: str) -> None:
     whole = torch.zeros(5, 7)
     weights = save_as_torch(tmp_path, whole, [((0, 0), whole)])
     torch.save(part, weights / "__3_0.distcp")
     describe_the_whole_file(weights)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         TorchDistReader(weights).tensor("key")
 
 

@@ -58,7 +58,7 @@ class Evil:
 
 
 @pytest.fixture
-def ran(tmp_path: Path) -> Path:
+def evil_marker(tmp_path: Path) -> Path:
     """The file that there would be if anything evil had run."""
     marker = tmp_path / "ran"
     Evil.command = f"touch {marker}"
@@ -170,7 +170,7 @@ def type_alone(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (in_metadata("os:system"), r"\.metadata names os\.system"),
         (in_metadata("torch.distributed.checkpoint.filesystem:os.system"), r"names torch\.\S+\.os\.system"),
@@ -184,16 +184,18 @@ def type_alone(checkpoint: Path) -> None:
         (type_alone, r"not in NeMo.s format|names stranger\.x"),
     ],
 )
-def test_code_is_rejected_and_never_run(tmp_path: Path, ran: Path, change: Callable[[Path], None], told: str) -> None:
+def test_code_is_rejected_and_never_run(
+    tmp_path: Path, evil_marker: Path, change: Callable[[Path], None], message: str
+) -> None:
     checkpoint = write(tmp_path / "nemo")
     change(checkpoint)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         refuse_code(checkpoint)
-    assert not ran.exists()
+    assert not evil_marker.exists()
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "message"),
     [
         (Call(Reference("os", "system"), {"command": "touch /tmp/ran"}), r"context/io\.json names os\.system"),
         (Call(Reference("stranger.models", "Model"), {}), r"names stranger\.models\.Model"),
@@ -206,9 +208,9 @@ def test_code_is_rejected_and_never_run(tmp_path: Path, ran: Path, change: Calla
         (Reference("stranger.torch", "float32"), r"names stranger\.torch\.float32"),
     ],
 )
-def test_a_context_with_other_names_is_rejected(tmp_path: Path, argument: Any, told: str) -> None:
+def test_a_context_with_other_names_is_rejected(tmp_path: Path, argument: Any, message: str) -> None:
     checkpoint = write(tmp_path / "nemo", more=argument)
-    with pytest.raises(InputError, match=rf"would run code: .*{told}.*--trust-source"):
+    with pytest.raises(InputError, match=rf"would run code: .*{message}.*--trust-source"):
         refuse_code(checkpoint)
 
 

@@ -103,9 +103,9 @@ def test_ids_need_not_be_in_the_order_of_merges(specs: dict[str, TokenizerSpec])
 def test_tokenizers_of_other_kinds_keep_their_own_encoder(
     specs: dict[str, TokenizerSpec], part: dict[str, Any], reason: str | None
 ) -> None:
-    name, told = choose(changed(specs["qwen"], **part))
+    name, message = choose(changed(specs["qwen"], **part))
     assert name == ("fastokens" if reason is None else "tokenizers")
-    assert reason is None or reason in told
+    assert reason is None or reason in message
 
 
 def test_texts_that_fastokens_rejects_use_the_fallback(specs: dict[str, TokenizerSpec]) -> None:

@@ -40,7 +40,7 @@ def exact(index: int, top_k: int = TOP_K) -> tuple[np.ndarray, np.ndarray, np.nd
     return ids[:, :top_k], logprobs[:, :top_k], np.log(np.exp(logprobs[:, top_k:]).sum(1))
 
 
-def made(index: int, top_k: int = TOP_K) -> CachedLogits:
+def make_logits(index: int, top_k: int = TOP_K) -> CachedLogits:
     ids, logprobs, tail = exact(index, top_k)
     return CachedLogits(ids.astype(np.int32), logprobs.astype(np.float16), tail.astype(np.float32))
 
@@ -50,7 +50,7 @@ def write(folder: Path, shards: tuple[int, ...] = (0, 1, 2)) -> None:
     for number in shards:
         writer = ShardWriter(folder, number, number * SHARD)
         for index in range(number * SHARD, number * SHARD + sizes[number]):
-            writer.add(cached_logits.encode(made(index)), cached_logits.tokens_crc(tokens(index)))
+            writer.add(cached_logits.encode(make_logits(index)), cached_logits.tokens_crc(tokens(index)))
         writer.close()
 
 
@@ -65,7 +65,7 @@ def test_sequences_are_read_in_any_order(folder: Path) -> None:
     reader = pickle.loads(pickle.dumps(CachedLogitsReader(folder)))  # as a data loader's worker may have it
     for index in (5, 0, 6, 2, 3, 1, 4):
         back = reader.read(index, tokens(index))
-        for got, wanted in zip(back, made(index), strict=True):
+        for got, wanted in zip(back, make_logits(index), strict=True):
             assert got.dtype == wanted.dtype
             np.testing.assert_array_equal(got, wanted)
 
@@ -73,7 +73,7 @@ def test_sequences_are_read_in_any_order(folder: Path) -> None:
 @pytest.mark.parametrize("top_k", [1, 64, 299])
 def test_fp16_loses_at_most_a_thousandth_of_a_nat(top_k: int) -> None:
     ids, logprobs, tail = exact(0, top_k)
-    back = cached_logits.decode(cached_logits.encode(made(0, top_k)), SEQ_LENGTH, top_k)
+    back = cached_logits.decode(cached_logits.encode(make_logits(0, top_k)), SEQ_LENGTH, top_k)
     np.testing.assert_array_equal(back.ids, ids)
     # Half a unit of 11 bits, and half of fp16's least step near 0; the tail is rounded to 24 bits.
     np.testing.assert_allclose(back.logprobs, logprobs, rtol=2**-11, atol=2**-25)
@@ -157,9 +157,9 @@ def test_all_differences_are_named_at_once(folder: Path) -> None:
     reader.require(**vars(DESCRIPTION))
     with pytest.raises(InputError) as refused:
         reader.require(top_k=64, temperature=1.0, vocab_size=VOCAB, packing="ffffffff")
-    told = str(refused.value)
-    assert "top_k 5, not 64; temperature 2.0, not 1.0; packing 0a1b2c3d, not ffffffff" in told
-    assert "distill.teacher_logits=live" in told
+    message = str(refused.value)
+    assert "top_k 5, not 64; temperature 2.0, not 1.0; packing 0a1b2c3d, not ffffffff" in message
+    assert "distill.teacher_logits=live" in message
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"format": 1, "shard_sequences": 3}'])

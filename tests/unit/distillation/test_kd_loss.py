@@ -170,12 +170,12 @@ def test_a_teacher_without_tail_gives_a_finite_loss() -> None:
 def test_bf16_weights_give_gradients_of_their_type() -> None:
     given = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors().items()}
     spec = KdConfig(lm_weight=0.5, chunk_tokens=8)
-    total, of_hidden, of_weight = chunked(given, spec)
+    total, hidden_gradient, weight_gradient = chunked(given, spec)
     assert total.dtype is torch.float32
-    assert of_hidden.dtype is of_weight.dtype is torch.bfloat16
+    assert hidden_gradient.dtype is weight_gradient.dtype is torch.bfloat16
     reference = plain(given, spec)
     # Logits and their gradients are rounded to bf16's 8 bits, as the models' own output layers do.
-    for mine, theirs in zip((total, of_hidden, of_weight), reference, strict=True):
+    for mine, theirs in zip((total, hidden_gradient, weight_gradient), reference, strict=True):
         assert (mine.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 

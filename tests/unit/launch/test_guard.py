@@ -44,9 +44,9 @@ def test_a_signal_to_all_processes_creates_a_stop_file(tmp_path: Path, signum: i
 
 def test_exit_codes_are_passed_on_without_a_stop_file(tmp_path: Path) -> None:
     killed = "killed by SIGKILL (out of memory?)\n"
-    for command, code, told in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
+    for command, code, message in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
         guard = guarded(tmp_path / "stop", "bash", "-c", command)
-        assert guard.communicate(timeout=30)[1] == told
+        assert guard.communicate(timeout=30)[1] == message
         assert guard.returncode == code
     assert not (tmp_path / "stop").exists()
 

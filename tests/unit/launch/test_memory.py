@@ -71,9 +71,9 @@ def test_fp32_has_no_master_weights() -> None:
 @pytest.mark.parametrize(("sequence_parallel", "norms"), [(True, 16), (False, 32)])
 def test_tensor_parallelism_shards_all_but_norms(sequence_parallel: bool, norms: int) -> None:
     memory = one(dataclasses.replace(TRAINING, parallel=Parallel(2, 1, 1, sequence_parallel)), ranks=2)
-    of_rank = 2 * (576 // 2 + 24) + 520 // 2 + 4
-    assert memory.weights == 2 * of_rank
-    assert memory.optimizer == 12 * of_rank
+    rank_parameters = 2 * (576 // 2 + 24) + 520 // 2 + 4
+    assert memory.weights == 2 * rank_parameters
+    assert memory.optimizer == 12 * rank_parameters
     assert memory.activations == 2 * 16 * (2 * (norms + (48 + 48) // 2) + NORM * norms // 32)
     # One fp32 tensor more, of half the vocabulary.
     assert memory.loss == 16 * 16 * (2 * 2 + 8 * 4)
@@ -165,6 +165,6 @@ def test_experts_and_their_optimizer_are_sharded() -> None:
     assert half.optimizer == 12 * rest // 4 + 12 * (experts // 2) // 2
     # With balanced routing a rank's experts are sent as many tokens as it has: norms, attention, and of two experts the
     # token itself, gate, up and the down projection's input; four values of each expert's router.
-    of_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
+    per_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
     assert half.activations == whole.activations
-    assert whole.activations == 2 * 16 * (2 * of_layer + NORM)
+    assert whole.activations == 2 * 16 * (2 * per_layer + NORM)

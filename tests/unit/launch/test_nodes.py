@@ -14,7 +14,7 @@ from launch.filesystem import find_unshared
 from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
-from tests.helpers.launches import launched, wait_for
+from tests.helpers.launches import run_launcher, wait_for
 
 
 def settings(rank: int, port: int) -> list[str]:
@@ -40,13 +40,13 @@ def port() -> int:
 def test_ranks_of_two_nodes_join(tmp_path: Path, port: int) -> None:
     plan = {"ranks": "join"}
     with (
-        launched(tmp_path, plan, *settings(1, port), mode="launch_ranks") as other,
-        launched(tmp_path, plan, *settings(0, port), mode="launch_ranks") as first,
+        run_launcher(tmp_path, plan, *settings(1, port), mode="launch_ranks") as other,
+        run_launcher(tmp_path, plan, *settings(0, port), mode="launch_ranks") as first,
     ):
         _, err = first.communicate(timeout=120)
-        told, other_err = other.communicate(timeout=60)
+        message, other_err = other.communicate(timeout=60)
     assert (first.returncode, other.returncode) == (0, 0), err + other_err
-    assert "ranks: joined" in told
+    assert "ranks: joined" in message
     joined = [json.loads(path.read_text()) for path in tmp_path.glob("*/joined-*.json")]
     assert [rank["world"] for rank in joined] == [2, 2]
     assert {rank["total"] for rank in joined} == {1}
@@ -54,9 +54,9 @@ def test_ranks_of_two_nodes_join(tmp_path: Path, port: int) -> None:
 
 
 def test_other_nodes_wait_for_single_rank_stages_and_end_with_the_first_node(tmp_path: Path, port: int) -> None:
-    with launched(tmp_path, {}, *settings(1, port), mode="launch_talkative") as other:
+    with run_launcher(tmp_path, {}, *settings(1, port), mode="launch_talkative") as other:
         wait_to_follow(other)
-        with launched(tmp_path, {"second": "fail"}, *settings(0, port)) as first:
+        with run_launcher(tmp_path, {"second": "fail"}, *settings(0, port)) as first:
             first.communicate(timeout=60)
         out, err = other.communicate(timeout=60)
     assert (first.returncode, other.returncode) == (1, 1)
@@ -67,9 +67,9 @@ def test_other_nodes_wait_for_single_rank_stages_and_end_with_the_first_node(tmp
 
 
 def test_a_stopped_first_node_stops_the_others(tmp_path: Path, port: int) -> None:
-    with launched(tmp_path, {"first": "sleep"}, *settings(1, port), mode="launch_talkative") as other:
+    with run_launcher(tmp_path, {"first": "sleep"}, *settings(1, port), mode="launch_talkative") as other:
         wait_to_follow(other)
-        with launched(tmp_path, {"first": "sleep"}, *settings(0, port)) as first:
+        with run_launcher(tmp_path, {"first": "sleep"}, *settings(0, port)) as first:
             wait_for(tmp_path, "first")
             first.terminate()
             first.communicate(timeout=60)

@@ -43,8 +43,8 @@ def planned(*overrides: str) -> Plan:
     return make_plan(compose(overrides))
 
 
-def hours_of(of_plan: Plan) -> dict[str, float | None]:
-    return {row.stage: row.hours for row in of_plan.stages}
+def hours_by_stage(run_plan: Plan) -> dict[str, float | None]:
+    return {row.stage: row.hours for row in run_plan.stages}
 
 
 # Arithmetic.
@@ -80,9 +80,9 @@ def test_hours_by_hand() -> None:
 
 def test_flops_of_large_models_are_six_n() -> None:
     """Within a few percent FLOP a token are 6 x student + 2 x teacher: attention adds, the embedding takes away."""
-    of_plan = planned(DEPTH)
-    student, teacher = of_plan.student.parameters, of_plan.teacher.parameters
-    assert of_plan.work.flops_a_token.total == pytest.approx(6 * student + 2 * teacher, rel=0.05)
+    run_plan = planned(DEPTH)
+    student, teacher = run_plan.student.parameters, run_plan.teacher.parameters
+    assert run_plan.work.flops_a_token.total == pytest.approx(6 * student + 2 * teacher, rel=0.05)
 
 
 def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
@@ -121,8 +121,8 @@ def test_cached_logits_by_hand() -> None:
     assert stored.signal.flops_a_token == teacher_flops
     assert stored.work.flops_a_token.teacher == 0
     assert stored.signal.spared_share == teacher_flops / live.work.flops_a_token.total
-    after = hours_of(stored)
-    assert after["cache_logits"] + after["distill"] == pytest.approx(hours_of(live)["distill"])
+    after = hours_by_stage(stored)
+    assert after["cache_logits"] + after["distill"] == pytest.approx(hours_by_stage(live)["distill"])
     assert all(memory.teacher == 0 for memory in stored.memory["distill"])
     (signal,) = stored.memory["cache_logits"]
     assert signal.weights == live.memory["distill"][0].teacher
@@ -183,9 +183,9 @@ def test_existing_files_reduce_the_needed_disk(
 
 @pytest.mark.parametrize("overrides", [[DEPTH], [DEPTH, SMALL], ["experiment=llama3_1_8b_to_4b_width"]])
 def test_suggested_layouts_are_valid(overrides: list[str]) -> None:
-    of_plan = planned(*overrides)
-    assert of_plan.layouts
-    for layout in of_plan.layouts:
+    run_plan = planned(*overrides)
+    assert run_plan.layouts
+    for layout in run_plan.layouts:
         values = {
             "parallel.tensor_model_parallel_size": layout.tensor,
             "parallel.pipeline_model_parallel_size": layout.pipeline,
@@ -195,22 +195,22 @@ def test_suggested_layouts_are_valid(overrides: list[str]) -> None:
         }
         again = planned(*overrides, *(f"distill.{key}={value}" for key, value in values.items()))
         assert again.layout == layout
-        assert layout.peak <= of_plan.cluster.gpu.memory_gib * GIB
+        assert layout.peak <= run_plan.cluster.gpu.memory_gib * GIB
         assert layout.tensor * layout.pipeline * layout.context * layout.data == 8
 
 
 def test_an_moe_model_is_planned_with_sharded_experts() -> None:
-    of_plan = planned(*MIXTURE)
-    teacher = of_plan.teacher
+    run_plan = planned(*MIXTURE)
+    teacher = run_plan.teacher
     assert (teacher.parameters, teacher.active_parameters) == (30_532_122_624, 3_353_032_704)
-    assert of_plan.layout.expert == 8
-    assert "EP 8" in to_table(of_plan)
-    experts = {layout.expert for layout in of_plan.layouts}
+    assert run_plan.layout.expert == 8
+    assert "EP 8" in to_table(run_plan)
+    experts = {layout.expert for layout in run_plan.layouts}
     assert max(experts) == 8
     # A token's FLOP are those of the experts that it is sent to: twice the products, and attention.
     products = teacher.active_parameters - 151_936 * 2048
-    assert of_plan.work.flops_a_token.teacher == pytest.approx(2 * products + 2 * 4096 * 48 * 4096, rel=1e-3)
-    best = of_plan.layouts[0]
+    assert run_plan.work.flops_a_token.teacher == pytest.approx(2 * products + 2 * 4096 * 48 * 4096, rel=1e-3)
+    best = run_plan.layouts[0]
     again = planned(
         *MIXTURE,
         f"distill.parallel.tensor_model_parallel_size={best.tensor}",
@@ -232,8 +232,8 @@ def test_the_first_layout_communicates_least() -> None:
 
 
 def test_indivisible_sizes_are_reported() -> None:
-    of_plan = planned(DEPTH)
-    assert of_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
+    run_plan = planned(DEPTH)
+    assert run_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
     odd = planned(DEPTH, "distill.global_batch_size=510")
     assert any(reason.startswith("global_batch_size=510: not divisible by 4") for reason in odd.undivided)
 
@@ -247,28 +247,28 @@ def test_indivisible_sizes_are_reported() -> None:
     ],
 )
 def test_the_fix_makes_it_fit(overrides: list[str]) -> None:
-    of_plan = planned(*overrides)
-    assert of_plan.fits is False
-    changes = re.findall(r"distill\.\S+=\S+", of_plan.fix)
+    run_plan = planned(*overrides)
+    assert run_plan.fits is False
+    changes = re.findall(r"distill\.\S+=\S+", run_plan.fix)
     assert changes
     assert planned(*overrides, *changes).fits is True
 
 
 def test_where_nothing_fits() -> None:
-    of_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
-    assert of_plan.fits is False
-    assert of_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
-    assert "raise prune.pipeline_model_parallel_size" in of_plan.fix
+    run_plan = planned("experiment=qwen3_0_6b_one_gpu", "cluster.gpu.memory_gib=4")
+    assert run_plan.fits is False
+    assert run_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
+    assert "raise prune.pipeline_model_parallel_size" in run_plan.fix
     with pytest.raises(ConfigError, match=r"distill needs .* GiB a GPU for its tensors alone") as caught:
-        of_plan.refuse_impossible(["prune", "distill"])
+        run_plan.refuse_impossible(["prune", "distill"])
     assert len(caught.value.faults) == 1
-    of_plan.refuse_impossible(["prune", "evaluate"])
+    run_plan.refuse_impossible(["prune", "evaluate"])
 
 
 def test_the_one_gpu_experiment_fits_its_gpu() -> None:
-    of_plan = planned("experiment=qwen3_0_6b_one_gpu")
-    assert of_plan.fits is True
-    assert of_plan.cluster.gpu.name == "RTX 4090 24GB"
+    run_plan = planned("experiment=qwen3_0_6b_one_gpu")
+    assert run_plan.fits is True
+    assert run_plan.cluster.gpu.name == "RTX 4090 24GB"
 
 
 def test_a_time_limit_cuts_a_stage_into_jobs() -> None:
@@ -350,7 +350,7 @@ def test_a_budget_is_planned_by_its_largest_candidate() -> None:
     # The winner's steps are not taken again: what successive halving adds is those of the others.
     successive_halving = "prune.successive_halving.round_tokens=314572800"  # 100 steps
     fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_fraction=0.7", successive_halving)
-    before, after = hours_of(searched), hours_of(fought)
+    before, after = hours_by_stage(searched), hours_by_stage(fought)
     assert after["distill"] == pytest.approx(before["distill"] * (28600 - 200) / 28600)
     assert after["successive_halving"] == pytest.approx(before["distill"] * (4 * 100 + 2 * 100) / 28600)
     assert fought.disk.needed["checkpoints"] == 5 * searched.disk.needed["checkpoints"]
@@ -365,7 +365,7 @@ def test_rounds_are_planned_each_with_its_own_student() -> None:
     in_rounds = planned(DEPTH, "prune.num_layers=12", "prune.rounds=[{steps: 5000, num_layers: 24}]")
     # 36 -> 24 -> 12 layers: 28 %, and 40 % of what is left.
     assert not any("pruning removes" in warning for warning in in_rounds.warnings)
-    after, alone = hours_of(in_rounds), hours_of(planned(DEPTH))
+    after, alone = hours_by_stage(in_rounds), hours_by_stage(planned(DEPTH))
     assert after["distill.round1"] == pytest.approx(alone["distill"] * 5000 / 28600)
     assert after["importance"] < after["importance.round1"] == alone["importance"]
     assert in_rounds.memory["distill.round1"] == planned(DEPTH).memory["distill"]

@@ -75,8 +75,8 @@ def test_torchrun_is_started_with_or_without(
     assert started == [
         [sys.executable, "-m", "torch.distributed.run", *bound, "--standalone", "-m", "recipes", "distill"]
     ]
-    told = "" if reason is None else f"numa-binding=node is ignored: {reason}\n"
-    assert capsys.readouterr().out == told
+    message = "" if reason is None else f"numa-binding=node is ignored: {reason}\n"
+    assert capsys.readouterr().out == message
 
 
 def test_the_modes_are_those_of_the_installed_torchrun() -> None:

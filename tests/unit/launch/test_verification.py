@@ -21,9 +21,9 @@ Launch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two complete stages; `second` holds a training checkpoint."""
-    run_dir = tmp_path_factory.mktemp("made") / "run"
+    run_dir = tmp_path_factory.mktemp("finished_run") / "run"
     assert main(["experiment=demo", f"run_dir={run_dir}", "--until", "second"], TABLE) == 0
     (folder,) = run_dir.glob("second-*")
     checkpoint = folder / "checkpoints" / "step=7"
@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_dir(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def run_dir(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -69,8 +69,8 @@ assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manu
 print("DONE")
 """)
     assert done.stdout.strip().endswith("DONE"), done.stderr[-3000:]
-    said = [line for line in done.stderr.splitlines() if line.startswith("backend: ")]
-    assert said == ["backend: cpu (no CUDA device found; Transformer Engine stand-in 1.9.0+cpu.standin)"]
+    output = [line for line in done.stderr.splitlines() if line.startswith("backend: ")]
+    assert output == ["backend: cpu (no CUDA device found; Transformer Engine stand-in 1.9.0+cpu.standin)"]
 
 
 @pytest.mark.parametrize("early", ["megatron.core", "nemo"])

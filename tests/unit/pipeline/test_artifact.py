@@ -131,7 +131,7 @@ def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "overrides", "said"),
+    ("stage", "overrides", "output"),
     [
         ("distill", (), []),
         ("distill", ("distill.micro_batch_size=2",), []),
@@ -143,13 +143,13 @@ def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
     ],
 )
 def test_a_complete_stage_names_the_settings_that_no_longer_have_an_effect(
-    demo: Compose, stage: str, overrides: tuple[str, ...], said: list[str]
+    demo: Compose, stage: str, overrides: tuple[str, ...], output: list[str]
 ) -> None:
     made = ("name=mine", "distill.val_batches=3")
     complete(demo(*made), stage)
     located = locate(demo(*made, *overrides))[stage]
     assert located.complete
-    assert located.ignored_changes() == said
+    assert located.ignored_changes() == output
 
 
 @pytest.mark.parametrize(("allowed", "whole"), [("0.5", True), ("0.2", True), ("0.1", False)])

@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         read.append(os.path.basename(path))
         return digest(self, path)
 
-    def since() -> list[str]:
+    def list_new_reads() -> list[str]:
         names = sorted(read)
         read.clear()
         return names
@@ -41,7 +41,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     monkeypatch.setattr(input_digests._Reading, "digest", note)
     monkeypatch.setattr(input_digests, "SETTLED_NS", -(10**18))
     forget(monkeypatch)
-    return since
+    return list_new_reads
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def fill(folder: Path, files: dict[str, bytes] | tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def made(demo: Compose) -> dict[str, Located]:
+def complete_stages(demo: Compose) -> dict[str, Located]:
     """Stages of a run of which `prune` and `prepare_data` are complete."""
     located = locate(demo())
     fill(located["prune"].folder, {**RESULTS, **dict.fromkeys(OTHERS, b"x")})
@@ -63,8 +63,8 @@ def made(demo: Compose) -> dict[str, Located]:
     return located
 
 
-def test_only_results_are_recorded(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_only_results_are_recorded(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     assert list_outputs(folder) == sorted(RESULTS)
     record = json.loads((folder / OUTPUTS).read_text())
     assert record == {
@@ -75,9 +75,9 @@ def test_only_results_are_recorded(made: dict[str, Located]) -> None:
     assert find_damage(folder) is None
     # Metrics of a training are a result; those of work that processes share may still grow.
     for name, recorded in (("prune", False), ("distill", True)):
-        fill(made[name].folder, {"metrics.jsonl": b"{}"})
-        write_manifest(made[name], 1.0, 2.0, {})
-        assert ("metrics.jsonl" in json.loads((made[name].folder / OUTPUTS).read_text())) is recorded
+        fill(complete_stages[name].folder, {"metrics.jsonl": b"{}"})
+        write_manifest(complete_stages[name], 1.0, 2.0, {})
+        assert ("metrics.jsonl" in json.loads((complete_stages[name].folder / OUTPUTS).read_text())) is recorded
     for name in OTHERS:
         (folder / name).unlink()
     assert find_damage(folder) is None
@@ -85,10 +85,10 @@ def test_only_results_are_recorded(made: dict[str, Located]) -> None:
 
 @pytest.mark.parametrize("damage", corruption.DAMAGES)
 @pytest.mark.parametrize("name", [*RESULTS, "outputs.json", "manifest.json"])
-def test_every_damage_is_detected(made: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
-    folder = made["prune"].folder
-    with corruption.damaged(folder / name, damage, tmp_path / "aside"):
-        if made["prune"].complete:
+def test_every_damage_is_detected(complete_stages: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
+    folder = complete_stages["prune"].folder
+    with corruption.damage_file(folder / name, damage, tmp_path / "aside"):
+        if complete_stages["prune"].complete:
             found = find_damage(folder)
             assert found is not None
             assert list(found.files) == [name]
@@ -97,35 +97,35 @@ def test_every_damage_is_detected(made: dict[str, Located], tmp_path: Path, name
     assert find_damage(folder) is None
 
 
-def test_a_changed_figure_in_a_manifest_is_damage(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_a_changed_figure_in_a_manifest_is_damage(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     path = folder / "manifest.json"
     content = path.read_text()
     path.write_text(content.replace('"kept_layers": [\n   1,', '"kept_layers": [\n   3,'))
     assert path.read_text() != content
-    assert made["prune"].complete
+    assert complete_stages["prune"].complete
     assert "manifest.json has other content" in str(find_damage(folder))
     # Neither key that vouches may be renamed.
     for key in ("outputs", "crc32"):
         path.write_text(content.replace(f'\n "{key}"', '\n "other"'))
-        assert made["prune"].complete
+        assert complete_stages["prune"].complete
         assert "manifest.json has other content" in str(find_damage(folder))
 
 
-def test_sizes_are_compared_without_reading(made: dict[str, Located], tmp_path: Path) -> None:
-    folder = made["prune"].folder
+def test_sizes_are_compared_without_reading(complete_stages: dict[str, Located], tmp_path: Path) -> None:
+    folder = complete_stages["prune"].folder
     path = folder / "nemo/weights/__0_0.distcp"
-    with corruption.damaged(path, corruption.flip, tmp_path / "aside"):
+    with corruption.damage_file(path, corruption.flip, tmp_path / "aside"):
         assert find_damage(folder, contents=False) is None
-    with corruption.damaged(path, corruption.truncate, tmp_path / "aside"):
+    with corruption.damage_file(path, corruption.truncate, tmp_path / "aside"):
         assert "__0_0.distcp has 4,500 bytes instead of 9,000" in str(find_damage(folder, contents=False))
     path.unlink()
     path.mkdir()
     assert "__0_0.distcp is not a file" in str(find_damage(folder, contents=False))
 
 
-def test_ranks_share_the_reading_and_find_all_damage(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_ranks_share_the_reading_and_find_all_damage(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     for name in ("nemo/weights/__0_0.distcp", "nemo/weights/__0_1.distcp"):
         corruption.flip(folder / name)
     shares = [find_damage(folder, share=(rank, 2)) for rank in range(2)]
@@ -134,8 +134,8 @@ def test_ranks_share_the_reading_and_find_all_damage(made: dict[str, Located]) -
     assert [sorted(select_share(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
 
 
-def test_only_damaged_inputs_stop_a_stage(made: dict[str, Located]) -> None:
-    stages, folder = made, made["prune"].folder
+def test_only_damaged_inputs_stop_a_stage(complete_stages: dict[str, Located]) -> None:
+    stages, folder = complete_stages, complete_stages["prune"].folder
     corruption.flip(folder / "blocks.json")
     assert damaged_inputs(stages["distill"], stages, contents=True) == []  # it reads nemo/ and the data
     corruption.flip(folder / "nemo/context/model.yaml")
@@ -145,55 +145,55 @@ def test_only_damaged_inputs_stop_a_stage(made: dict[str, Located]) -> None:
     assert [damage.folder for damage in damaged_inputs(stages["report"], stages, contents=True)] == [folder]
 
 
-def test_unrecorded_files_are_not_inputs(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_unrecorded_files_are_not_inputs(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     assert "hf is not among what was written" in str(find_damage(folder, "hf"))
     assert select({"nemo2/a": {}, "nemo/b": {}, "nemo": {}}, "nemo") == {"nemo/b": {}, "nemo": {}}
     assert select({"a/b.json": {}, "a/c.bin": {}}, "a", ("*.json",)) == {"a/b.json": {}}
 
 
-def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], tmp_path: Path) -> None:
-    folder = made["prune"].folder
+def test_the_message_names_the_folder_and_the_command(complete_stages: dict[str, Located], tmp_path: Path) -> None:
+    folder = complete_stages["prune"].folder
     for name in RESULTS:
         (folder / name).unlink()
     damages = [find_damage(folder, part) for part in ("nemo", "winner", ".")]
     with pytest.raises(InputError) as caught:
         raise_if_damaged(filter(None, damages), tmp_path)
-    told = str(caught.value)
-    assert "\n" not in told
-    assert told.startswith(f"{folder} is damaged: ")
-    assert "and 3 more files" in told
-    assert told.endswith(f"rm -r {folder} && the command that started the run")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{folder} is damaged: ")
+    assert "and 3 more files" in message
+    assert message.endswith(f"rm -r {folder} && the command that started the run")
     (tmp_path / "launches.jsonl").write_text('{"command": "first"}\n{"command": "python -m launch.run a=1"}\n')
     with pytest.raises(InputError, match=f"rm -r '/a b' {folder} && python -m launch.run a=1"):
         raise_if_damaged([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
     raise_if_damaged([], tmp_path)
 
 
-def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_folders_made_before_outputs_were_recorded_are_used_and_named(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     manifest = read_manifest(folder) or {}
     write_json(folder / "manifest.json", {key: manifest[key] for key in manifest if key not in ("outputs", "crc32")})
     (folder / OUTPUTS).unlink()
     corruption.flip(folder / "nemo/context/model.yaml")
-    assert made["prune"].complete
+    assert complete_stages["prune"].complete
     assert find_damage(folder) is None
-    told = describe_unrecorded(made.values())
-    assert told is not None
-    assert told.startswith("prune: not checked, because made before outputs were recorded")
-    assert describe_unrecorded([made["prepare_data"], made["distill"]]) is None
+    message = describe_unrecorded(complete_stages.values())
+    assert message is not None
+    assert message.startswith("prune: not checked, because made before outputs were recorded")
+    assert describe_unrecorded([complete_stages["prepare_data"], complete_stages["distill"]]) is None
 
 
-def test_updating_the_record_of_a_file(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_updating_the_record_of_a_file(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     (folder / "blocks.json").write_text("[]")
     corruption.flip(folder / "nemo/context/model.yaml")
     update_record(folder, ("blocks.json",))
     found = find_damage(folder)
     assert found is not None
     assert list(found.files) == ["nemo/context/model.yaml"]
-    update_record(made["distill"].folder, ("blocks.json",))  # not complete
-    assert not made["distill"].folder.exists()
+    update_record(complete_stages["distill"].folder, ("blocks.json",))  # not complete
+    assert not complete_stages["distill"].folder.exists()
 
 
 ODD_RECORDS = (
@@ -203,9 +203,9 @@ ODD_RECORDS = (
 
 
 @pytest.mark.parametrize("content", ODD_RECORDS)
-def test_invalid_records(made: dict[str, Located], content: str) -> None:
+def test_invalid_records(complete_stages: dict[str, Located], content: str) -> None:
     assert parse_record(content.encode()) is None
-    folder = made["prune"].folder
+    folder = complete_stages["prune"].folder
     (folder / OUTPUTS).write_text(content)
     assert "outputs.json has other content" in str(find_damage(folder))
 
@@ -252,10 +252,10 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
 @pytest.mark.parametrize("name", ["weights/.metadata", "weights/__0_0.distcp", "context/model.yaml"])
 def test_damage_to_a_checkpoint_is_found(tmp_path: Path, name: str, damage: Any) -> None:
     path = checkpoint(tmp_path, 2)
-    with corruption.damaged(path / name, damage, tmp_path / "aside"):
+    with corruption.damage_file(path / name, damage, tmp_path / "aside"):
         assert checkpoint_damage(path) is not None
     assert checkpoint_damage(path) is None
-    with corruption.damaged(path / OUTPUTS, corruption.truncate, tmp_path / "aside"):
+    with corruption.damage_file(path / OUTPUTS, corruption.truncate, tmp_path / "aside"):
         assert checkpoint_damage(path) is not None
 
 

@@ -16,7 +16,7 @@ from launch.environment import ROOT
 from prune_distill.errors import InputError
 from prune_distill.pipeline import processes
 from prune_distill.pipeline.processes import remove_foreign_ranks, shorten_socket_paths
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
 
@@ -70,7 +70,7 @@ def test_helpers_end_with_a_killed_parent(tmp_path: Path, how: str, helpers: int
         assert parent.stdout is not None
         pids = [int(parent.stdout.readline()) for _ in range(helpers)]
         parent.kill()
-    assert all(ends(pid) for pid in pids)
+    assert all(wait_for_exit(pid) for pid in pids)
 
 
 def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
         assert parent.stdout is not None
         lines = {parent.stdout.readline().strip() for _ in range(2)}
         (pid,) = (int(line) for line in lines - {"joined"})
-        assert not ends(pid, seconds=1.5)
+        assert not wait_for_exit(pid, seconds=1.5)
         parent.kill()
-    assert ends(pid)
+    assert wait_for_exit(pid)
 
 
 # As `python -m recipes` does, with a stage that prints the pid of a helper which needs nothing of ours, and waits.
@@ -112,7 +112,7 @@ def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
             pid = int(runner.stdout.readline())
         finally:
             runner.kill()
-    assert ends(pid)
+    assert wait_for_exit(pid)
 
 
 def test_variables_of_several_ranks_without_launcher_are_rejected() -> None:

@@ -169,14 +169,14 @@ def test_a_candidates_score(scores: scoring.Scores) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "told"),
+    ("task", "metric", "message"),
     [
         ("group", "acc", "task.* own"),
         ("own", "f1", r"metric.* acc, mine \(strict\), perplexity$"),
         ("own", "perplexity", "perplexity"),
     ],
 )
-def test_scores_that_cannot_rank_are_rejected(scores: scoring.Scores, task: str, metric: str, told: str) -> None:
+def test_scores_that_cannot_rank_are_rejected(scores: scoring.Scores, task: str, metric: str, message: str) -> None:
     scores.score = TaskScore(task=task, metric=metric)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         scores.measure("x", Path("x"))

@@ -49,14 +49,14 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_finished_run(finished: Path) -> None:
     page, content = build(finished)
-    said = text_of(page)
-    assert "The student keeps 63 % of the teacher's parameters. Its held-out loss is 3.547 nats per token" in said
-    assert "0.033 below the teacher's and 0.173 better than just pruned" in said
-    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and uses 66 % of the memory" in said
-    assert "distill for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in said
-    assert "0.676 ± 0.021" in said
-    assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in said
-    assert "python -m launch.run experiment=demo" in said
+    output = text_of(page)
+    assert "The student keeps 63 % of the teacher's parameters. Its held-out loss is 3.547 nats per token" in output
+    assert "0.033 below the teacher's and 0.173 better than just pruned" in output
+    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and uses 66 % of the memory" in output
+    assert "distill for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in output
+    assert "0.676 ± 0.021" in output
+    assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in output
+    assert "python -m launch.run experiment=demo" in output
     assert page.count("<svg") == 15
     assert content["state"] == "complete"
     assert content["models"]["student"]["hf_path"] == "nemo_to_hf-0000/student"
@@ -95,10 +95,10 @@ def test_costs_are_those_of_the_configs_price(tmp_path: Path) -> None:
 
 
 def test_planned_and_actual(finished: Path) -> None:
-    said = text_of(build(finished)[0])
-    assert "student: parameters 3,279,616 3,279,616" in said
-    assert "distill: time 58 s 1 min 02 s" in said
-    assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in said
+    output = text_of(build(finished)[0])
+    assert "student: parameters 3,279,616 3,279,616" in output
+    assert "distill: time 58 s 1 min 02 s" in output
+    assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in output
     (finished / PLAN).unlink()
     assert "This run has no plan" in text_of(build(finished)[0])
 
@@ -131,18 +131,18 @@ def test_texts_are_escaped(finished: Path) -> None:
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     page, content = build(report_runs.failed(tmp_path / "run"))
-    said = text_of(page)
+    output = text_of(page)
     assert content["state"] == "failed"
     assert content["stages"]["distill"]["status"] == "failed"
     assert content["stages"]["distill"]["starts"] == 3
-    assert "Stage distill failed." in said
-    assert "step 91: the loss is nan" in said
-    assert "No student has been evaluated yet." in said
-    assert "No model has been evaluated: this run has no stage evaluate." in said
-    assert "distill 3 times" in said
+    assert "Stage distill failed." in output
+    assert "step 91: the loss is nan" in output
+    assert "No student has been evaluated yet." in output
+    assert "No model has been evaluated: this run has no stage evaluate." in output
+    assert "distill 3 times" in output
     assert "<script>alert" not in page
     # The losses until then are drawn.
-    assert "Held-out loss of the students during training." in said
+    assert "Held-out loss of the students during training." in output
 
 
 def test_a_run_that_has_only_started(tmp_path: Path) -> None:
@@ -184,9 +184,9 @@ def test_secrets_and_home_folders_are_removed(tmp_path: Path, monkeypatch: pytes
         path.write_text(path.read_text().replace("https://tracking.example/x", uri))
     folder = report_runs.folder_of(run_dir, "distill.ce")
     (folder / MANIFEST).unlink()
-    told = "error: WANDB_API_KEY s3cr3tWandbKey0123, token=hf_AbCdEfGhIjKlMnOpQrSt of /lustre/home/alice/x"
+    message = "error: WANDB_API_KEY s3cr3tWandbKey0123, token=hf_AbCdEfGhIjKlMnOpQrSt of /lustre/home/alice/x"
     with (folder / "log.txt").open("a") as log:
-        log.write(f"{told}\n  api_key: 5eC2eT5eC2eT\n")
+        log.write(f"{message}\n  api_key: 5eC2eT5eC2eT\n")
     stored = "".join(path.read_text(errors="replace") for path in run_dir.rglob("*") if path.is_file())
     assert all(secret in stored for secret in SECRETS)
     page, content = build(run_dir)
@@ -267,11 +267,11 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         report_runs.failed(tmp_path / "sweep" / "2"),
     ]
     page, content = build(tmp_path / "sweep")
-    said = text_of(page)
-    assert "Of 2 students, that of demo: 0 has the lowest held-out loss: 3.547 nats per token." in said
-    assert "demo: 2 has no evaluated student (failed)." in said
-    assert "distill.lr 0.001 0.0005 0.001" in said
-    assert "run_dir" not in said.partition("Settings that differ")[2].partition("Made by")[0]
+    output = text_of(page)
+    assert "Of 2 students, that of demo: 0 has the lowest held-out loss: 3.547 nats per token." in output
+    assert "demo: 2 has no evaluated student (failed)." in output
+    assert "distill.lr 0.001 0.0005 0.001" in output
+    assert "run_dir" not in output.partition("Settings that differ")[2].partition("Made by")[0]
     assert set(content["runs"]) == {"demo: 0", "demo: 1", "demo: 2"}
     assert page.count("<svg") == 3
     assert build(*runs, out=tmp_path / "out")[1] == content
@@ -290,10 +290,10 @@ def test_runs_with_equal_names_get_unique_names(tmp_path: Path) -> None:
 def test_a_config_of_another_version_is_shown_unchanged(finished: Path) -> None:
     with (finished / RESOLVED).open("a") as file:
         file.write("forgotten_setting: 3\n")
-    said = text_of(build(finished)[0])
-    assert "The run's config is not valid here" in said
-    assert "forgotten_setting: 3" in said
-    assert "The student keeps 63 %" in said
+    output = text_of(build(finished)[0])
+    assert "The run's config is not valid here" in output
+    assert "forgotten_setting: 3" in output
+    assert "The student keeps 63 %" in output
 
 
 def test_the_report_imports_neither_torch_nor_nemo() -> None:
@@ -305,7 +305,7 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (words.number(-1234.56, 1), "\N{MINUS SIGN}1,234.6"),
         (words.number(math.nan), "\N{EN DASH}"),
@@ -329,5 +329,5 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
         (words.moment(1e30), "\N{EN DASH}"),
     ],
 )
-def test_formatted_numbers(said: str, expected: str) -> None:
-    assert said == expected
+def test_formatted_numbers(output: str, expected: str) -> None:
+    assert output == expected

@@ -211,12 +211,12 @@ def test_a_bad_loss_stops_training_and_names_its_documents(tmp_path: Path) -> No
     step(99.0)  # too few before it
     with pytest.raises(InputError) as caught:
         step(2.1)
-    said = str(caught.value)
-    assert said.startswith("step 11: the loss is 2.1")
-    assert "2 training documents" in said
-    assert ": 10, 7 (" in said  # those of the step, counted from 0
-    assert "distill.skip_steps='[[2,3],[11,11]]'" in said
-    assert "from the start" in said
+    output = str(caught.value)
+    assert output.startswith("step 11: the loss is 2.1")
+    assert "2 training documents" in output
+    assert ": 10, 7 (" in output  # those of the step, counted from 0
+    assert "distill.skip_steps='[[2,3],[11,11]]'" in output
+    assert "from the start" in output
     (tmp_path / "checkpoints" / "step=9").mkdir(parents=True)
     assert "from step=9" in str(judge.error(3, "x"))
     many = str(guard(tmp_path, lambda step: list(range(101))).error(0, "x"))

@@ -101,7 +101,7 @@ def test_an_untrained_teacher_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "output"),
     [
         (ConfigError("set x"), "error: 1 fault in the configuration:\n  - set x"),
         (InputError("bring y"), "error: bring y"),
@@ -115,11 +115,11 @@ def test_an_untrained_teacher_is_rejected() -> None:
         ),
     ],
 )
-def test_user_errors_end_with_one_message(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_end_with_one_message(error: Exception, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, command_line():
         raise error
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(output)
 
 
 def test_a_full_disk_is_recognized_where_numpy_only_counts_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +136,6 @@ def test_other_errors_keep_their_traceback() -> None:
 
 def test_repeated_documents_cause_a_warning() -> None:
     assert describe_repetition(available=1000, read=1000) is None
-    said = describe_repetition(available=4_000, read=10_000)
-    assert said is not None
-    assert "10,000 tokens, but there are 4,000: each document is read 2.5 times" in said
+    output = describe_repetition(available=4_000, read=10_000)
+    assert output is not None
+    assert "10,000 tokens, but there are 4,000: each document is read 2.5 times" in output

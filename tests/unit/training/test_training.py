@@ -247,7 +247,7 @@ def test_the_summary_has_the_last_and_the_best_loss(tmp_path: Path) -> None:
 
 
 def test_non_finite_gradients_are_an_input_error() -> None:
-    told = InputError("documents")
+    message = InputError("documents")
 
     def fit(fault: str) -> Any:
         def raises(*_: Any, ckpt_path: str | None) -> None:
@@ -255,7 +255,7 @@ def test_non_finite_gradients_are_an_input_error() -> None:
 
         return SimpleNamespace(fit=raises, global_step=6)
 
-    guard = SimpleNamespace(error=lambda step, fault: told if step == 6 else None)
+    guard = SimpleNamespace(error=lambda step, fault: message if step == 6 else None)
     with pytest.raises(InputError, match="documents"):
         training._fit(fit("found NaN in local grad norm for bucket"), None, None, None, guard)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="other None"):
