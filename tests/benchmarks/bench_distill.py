@@ -1,11 +1,11 @@
-"""python -m tests.benchmarks.bench_distill [--rounds 3] [--skip-quality]: distillation beside its references.
+"""python -m tests.benchmarks.bench_distill [--rounds 3] [--skip-quality]: compares distillation with references.
 
-1. The loss with both output layers, beside ModelOpt's LogitsKLLoss: memory, time, largest difference of the gradients.
-2. A step of the demo's distillation, beside a bare PyTorch loop of the same models, batch, precision and threads; and
+1. The loss with both output layers, and ModelOpt's LogitsKLLoss: memory, time, largest difference of the gradients.
+2. A step of the demo's distillation, and a plain PyTorch loop with the same models, batch, precision and threads; and
    with the teacher's cached logits stored.
 3. The quality of each way to train, three seeds, two students (`tests/benchmarks/quality.py`; takes most of the time).
 
-What is compared takes turns; medians are quoted. Prints tables and writes runs/bench/distill.json.
+Runs are interleaved, and medians are reported. Prints tables and writes runs/bench/distill.json.
 """
 
 from __future__ import annotations

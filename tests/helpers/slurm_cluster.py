@@ -65,7 +65,7 @@ PartitionName=urgent Nodes=ALL MaxTime=04:00:00 State=UP PriorityTier=10 Preempt
 
 
 def missing() -> str | None:
-    """What this machine lacks for a cluster; None where there is nothing."""
+    """Return what is missing on this machine for a cluster; None if nothing is."""
     absent = [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)} not found (apt-get install slurm-wlm munge)"
@@ -74,7 +74,7 @@ def missing() -> str | None:
 
 @contextmanager
 def cluster(root: Path) -> Iterator[Path]:
-    """A running cluster in a short-pathed folder of its own; gives its slurm.conf. All daemons end with it.
+    """Run a cluster in its own folder with a short path during the block; yield its slurm.conf.
 
     Raises:
         RuntimeError: it did not come up; the message holds the ends of its logs.
@@ -100,7 +100,7 @@ def cluster(root: Path) -> Iterator[Path]:
         _wait(lambda: _idle_nodes(env) == 2, 30, lambda: _logs(root))
         yield config
     finally:
-        # Jobs first, or their processes would outlive the daemons.
+        # End jobs first, otherwise their processes would outlive the daemons.
         with contextlib.suppress(subprocess.SubprocessError, RuntimeError):
             subprocess.run(["scancel", "--me", "--signal=KILL", "--full"], env=env, capture_output=True, timeout=20)
             subprocess.run(["scancel", "--me"], env=env, capture_output=True, timeout=20)
@@ -124,7 +124,7 @@ def _idle_nodes(env: dict[str, str]) -> int:
 
 
 def _end(pid_file: Path) -> None:
-    """Ends the daemon of a pid file, and no other process."""
+    """End the daemon of a pid file."""
     try:
         pid = int(pid_file.read_text())
     except (FileNotFoundError, ValueError):

@@ -119,7 +119,7 @@ def test_cached_logits_match_transformers(one_rank: Path, tokens: np.ndarray) ->
     best = exact.topk(TOP_K, -1)
     np.testing.assert_allclose(logprobs, best.values, atol=ONE_STEP)
     at_ids = exact.gather(-1, torch.from_numpy(ids).long())
-    # Tokens as likely as each other within fp32 may have changed places.
+    # Tokens of equal probability in fp32 may be swapped.
     np.testing.assert_allclose(at_ids, best.values, atol=1e-4)
     np.testing.assert_allclose(tail, torch.log1p(-best.values.exp().sum(-1)), atol=1e-4)
     metrics = (read_manifest(folder_of(one_rank)) or {})["metrics"]
@@ -139,7 +139,7 @@ def test_layouts_match_one_rank(
     )
     np.testing.assert_allclose(logprobs, own_logprobs, atol=ONE_STEP)
     np.testing.assert_allclose(tail, own_tail, atol=1e-4)
-    # Tokens as likely as each other within fp32 may have changed places.
+    # Tokens of equal probability in fp32 may be swapped.
     assert (ids == own_ids).mean() > 0.999
 
 
