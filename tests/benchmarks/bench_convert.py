@@ -1,6 +1,6 @@
 """python -m tests.benchmarks.bench_convert [--layers 24] [--rounds 3] [--nemo-rounds 1]
 
-Compares both conversions of a random bf16 model of 3.2 B parameters with `cp` and fsync of the same bytes, and with NeMo's
+Compares both conversions of a random bf16 model of 3.2 B parameters with `cp` and fsync of its bytes, and with NeMo's
 own importer: whole processes, imports included, interleaved; medians. Writes runs/bench/convert.json.
 Needs about 30 GB of disk, and 20 GB of memory for NeMo's importer (--nemo-rounds 0 skips it).
 """

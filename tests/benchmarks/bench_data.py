@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks.bench_data [--rounds 5]: compares data preparation with megatron_preprocess_data of ModelOpt.
+"""python -m tests.benchmarks.bench_data [--rounds 5]: data preparation and ModelOpt's megatron_preprocess_data.
 
 The same text, tokenizer (byte-level BPE, 49,152 entries, Qwen3's pattern) and cores; the two take turns, and medians
 are quoted. A rate by the clock is that of the work itself: each side works on a shorter and on a longer text, and the

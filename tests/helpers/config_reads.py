@@ -1,4 +1,4 @@
-"""Find the config keys that a stage reads, from the source of its module and of the functions to which it passes the config.
+"""Find the config keys that a stage reads, in the source of its module and of functions that take the config.
 
 Followed are attributes of the config (`cfg.distill.lr`), names for its groups (`distill = cfg.distill`), properties of
 groups, and calls of functions and classes of ours that take the config or a group. Fields named by `getattr` are not.

@@ -1,4 +1,4 @@
-"""python -m tests.helpers.fork_probe state|exit|fail|signal|wait: the state of a process at its start, and ways to end."""
+"""python -m tests.helpers.fork_probe state|exit|fail|signal|wait: the initial state of a process, and ways to end."""
 
 from __future__ import annotations
 

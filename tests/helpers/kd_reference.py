@@ -1,4 +1,4 @@
-"""Compare our loss with ModelOpt's LogitsKLLoss on the same hidden states and output weights, on ranks (`run_ranks`)."""
+"""Compare our loss with ModelOpt's LogitsKLLoss on equal hidden states and output weights, on ranks (`run_ranks`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m tests.helpers.killed_training --config RESOLVED --seed N --times N: a distillation that is killed repeatedly.
+"""python -m tests.helpers.killed_training --config RESOLVED --seed N --times N: a repeatedly killed distillation.
 
 NeMo is imported once; each attempt is a fork of this process, killed with SIGKILL at a random moment, perhaps within
 a save. The last attempt is not killed. Prints the step from which each attempt resumed, and at which it was killed.

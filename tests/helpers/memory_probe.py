@@ -65,7 +65,7 @@ def _probe(target: Path) -> Any:
                 target.write_text(json.dumps({**self.found, **_peak(self.profiler, _exchanged(self.found))}))
 
         def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-            """Count what autograd saves, without saving it: with one micro batch per step each tensor is counted once."""
+            """Count the bytes that autograd saves: with one micro batch per step each tensor is counted once."""
             storage = tensor.untyped_storage()
             self.saved[storage.data_ptr()] = storage.nbytes()
             return tensor

@@ -36,7 +36,7 @@ SHAPE = Shape(4, 64, 128, 4, 2, 16, VOCABULARY, 64, False)
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Create Megatron's single-rank process groups over gloo, with one thread, because more only wait for each other."""
+    """Create Megatron's single-rank process groups over gloo, with one thread, because more would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     store = torch.distributed.HashStore()

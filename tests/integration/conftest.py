@@ -74,7 +74,7 @@ def real_start() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete tiny run with depth pruning. Tests read or copy it (`tiny.copy_run`).
 
-    pytest-xdist's workers share one: the first to come makes it, the others wait. Its processes start by themselves:
+    pytest-xdist's workers share it: the first one makes it, the others wait. It does not use the fork server:
     the tests that expect the same numbers again compare those of the fork server with them.
     """
     base = tmp_path_factory.getbasetemp()
@@ -89,7 +89,7 @@ SmallDisk = Callable[[str], Path]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """Return a function that mounts a file system of a size (`"256k"`), if the user may; called again, it resizes it."""
+    """Return a function that mounts a file system of a size (`"256k"`), if the user may; further calls resize it."""
     folder = tmp_path / "disk"
 
     def sized(size: str) -> Path:

@@ -1,4 +1,4 @@
-"""The teacher's cached logits through the real command line: the same in every layout, resumed, read in batches."""
+"""Cached logits of the teacher through the real command line: layouts, resume, and batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS = {
     "tp2": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
     # Micro batches of 2 do not divide a shard of 5.
     "pp2": (TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2", "distill.micro_batch_size=2"),
-    # Context parallelism of the distillation is further replicas of the teacher.
+    # Context parallelism of the distillation becomes more replicas of the teacher.
     "cp2": (TWO_RANKS, "distill.parallel.context_parallel_size=2"),
 }
 # Sums in another order in fp32 move a log-probability by less than a step of fp16, which is 2^-8 between -8 and -4
@@ -45,7 +45,7 @@ ONE_STEP = 2**-8
 
 @pytest.fixture(scope="module")
 def one_rank(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run whose cached logits one rank made."""
+    """A tiny run with cached logits from one rank."""
     run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("cached_logits") / "run")
     tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     return run_dir
@@ -56,7 +56,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def read(folder: Path, tokens: np.ndarray) -> list[np.ndarray]:
-    """Ids, log-probabilities and tails of all sequences."""
+    """Return ids, log-probabilities and tails of all sequences."""
     reader = CachedLogitsReader(folder)
     signals = [reader.read(index, tokens[index]) for index in range(SEQUENCES)]
     return [np.stack(parts) for parts in zip(*signals, strict=True)]
@@ -195,7 +195,7 @@ def test_context_parallel_ranks_share_the_columns_of_a_batch() -> None:
 
 
 def cut_batch() -> Any:
-    """What a rank of CP 2 is given of a batch of 3 sequences of 8 tokens, k = 2."""
+    """Return the part of a rank with CP 2 of a batch of 3 sequences of 8 tokens, k = 2."""
     from prune_distill.nemo import backend
 
     backend.activate()

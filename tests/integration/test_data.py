@@ -24,7 +24,7 @@ from tests.helpers.data_runs import command, folder_of, model_folder, resolved, 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer and a config.json, and no weights: none are read here."""
+    """A folder with a tokenizer and a config.json, without weights."""
     return model_folder(tmp_path_factory.mktemp("model"))
 
 
@@ -94,7 +94,7 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_bytes(model: Path, tmp
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        # A start takes seconds in which nothing is written.
+        # Nothing is written during the first seconds.
         until = time.monotonic() + 60
         while claims(folder) <= before and launcher.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
@@ -165,14 +165,14 @@ def test_a_full_disk_is_reported_and_partial_files_are_not_used(
 
 
 def drawn(folder: Path, model: Path, length: int) -> dict[str, Any]:
-    """What training is given of a folder."""
+    """Return the samples of a folder for training."""
     done = run([sys.executable, "-m", "tests.helpers.training_data", str(folder), str(model), str(length)])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def test_training_reads_a_blend_with_its_weights(model: Path, tmp_path: Path) -> None:
-    """Of two sources of one letter each, of the same size: a third and two thirds of the sequences."""
+    """Two sources of the same size with one letter each give a third and two thirds of the sequences."""
     write(tmp_path / "x.jsonl", ["x" * 200] * 2000)
     write(tmp_path / "y.jsonl", ["y" * 200] * 2000)
     (tmp_path / "v.jsonl").write_text(

@@ -21,7 +21,7 @@ DP2 = (TWO_RANKS,)
 
 
 def test_settings_of_a_published_recipe_in_bf16(finished: Path, tmp_path: Path) -> None:
-    """The settings of the 8B recipes as they stand (bf16, tensor parallel), only sizes and steps cut down."""
+    """The settings of the 8B recipes (bf16, tensor parallel) with smaller sizes and fewer steps."""
     recipe = ("distill=minitron", TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2", "distill.lr=1e-3")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *tiny.DEPTH, *recipe, "--until", "distill")
@@ -57,7 +57,7 @@ def test_a_killed_rank_stops_the_other_and_training_resumes(finished: Path, tmp_
     assert launcher.returncode == 1
     assert "stage distill failed" in err
     assert "log.txt" in err
-    tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")  # goes on, on one rank now
+    tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")  # resumes on one rank
     one_rank = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     assert tiny.losses(folder) == pytest.approx(tiny.losses(one_rank), abs=tolerance.LOSS)
 
@@ -86,7 +86,7 @@ def size_of(folder: Path) -> int:
 
 
 def _ranks(run_dir: Path) -> list[int]:
-    """The pids of the workers under torchrun, by rank: they know their config by its path."""
+    """Return the pids of torchrun's workers by rank, found by the path of their config."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -19,14 +19,14 @@ from prune_distill.config.values import OWN_TASK
 from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import tiny
 
-# By stage: a control has one of its own.
+# Models by stage: a control has its own stage.
 MODELS = {"evaluate": ("teacher", "pruned", "student"), "evaluate.ce": ("ce",)}
-# Sums over ranks come in another order.
+# Tolerance for another order of sums over ranks.
 SHARED = 1e-9
 
 
 def strict(path: Path) -> Any:
-    """A file's content; NaN and Infinity, which are no JSON, are refused."""
+    """Read a JSON file; reject NaN and Infinity, which are not JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{path}: {name}")
@@ -43,7 +43,7 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def run_copy(finished: Path, tmp_path: Path) -> Path:
-    """The finished run, without what was measured of its models."""
+    """A copy of the finished run without measurements."""
     run_dir = tmp_path / "run"
     shutil.copytree(
         finished, run_dir, symlinks=True, ignore=shutil.ignore_patterns("evaluate*", "benchmark*", "report", ".lock")
@@ -72,7 +72,7 @@ def test_the_entry_of_a_model(finished: Path) -> None:
             score = model["tasks"][OWN_TASK][metric]
             assert 0 <= score["value"] <= 1
             assert score["stderr"] > 0 or score["value"] in (0, 1)
-    # KL(teacher || model) and cross-entropies are of the same tokens, and training brought the student nearer.
+    # KL(teacher || model) and cross-entropies use the same tokens, and training reduced the divergence.
     assert 0 < evaluation["student"]["agreement"]["kl"] < evaluation["pruned"]["agreement"]["kl"]
     assert 0 < evaluation["pruned"]["agreement"]["top1"] < evaluation["student"]["agreement"]["top1"] < 1
 
@@ -92,7 +92,7 @@ def test_the_recovery_curve_starts_at_the_pruned_model_and_ends_at_the_student(f
 
 
 def test_scores_equal_those_of_the_plain_harness(finished: Path) -> None:
-    """On the same exported model and task, with the same batch size: to the last digit."""
+    """On the same exported model and task with the same batch size, exactly."""
     located = tiny.stages(finished, *tiny.DEPTH)
     folder, batch_size = located["evaluate"].folder, located["evaluate"].cfg.evaluate.task_batch_size
     model = located["nemo_to_hf"].folder / "student"
@@ -164,7 +164,7 @@ def _spoil(folder: Path, name: str) -> None:
 
 
 def test_every_checkpoint_is_measured_during_training(finished: Path, tmp_path: Path) -> None:
-    """The training keeps the newest checkpoint and the best; the watcher has measured all, each once."""
+    """The training keeps the newest and the best checkpoint; the watcher measures all, each once."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     for left_over in (*run_dir.glob("evaluate*"), *run_dir.glob("benchmark*")):
         shutil.rmtree(left_over)
@@ -214,7 +214,7 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
             spreads = [value for value in model.values() if isinstance(value, dict)]
             assert len(spreads) == 3
             assert all(0 < spread["min"] <= spread["median"] <= spread["max"] for spread in spreads)
-            # Keys and values in fp32 of two sequences; the last token is not put back in.
+            # Keys and values in fp32 of two sequences; the last token is not in the cache.
             assert model["kv_cache_bytes"] == layers * 2 * 2 * 48 * 4 * 2 * (16 + 4 - 1)
             assert model["peak_memory_bytes"] > model["weights_bytes"] + model["kv_cache_bytes"]
         ratio = result["ratios"]["student"]

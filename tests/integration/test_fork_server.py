@@ -1,4 +1,4 @@
-"""The fork server of these tests: its children are what real starts are, and end with those that stand for them."""
+"""The fork server: its children equal real starts, and end with their clients."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_variable_that_acts_on_imports_makes_a_real_start() -> None:
 
 
 def test_the_servers_have_no_threads_that_a_fork_would_lose() -> None:
-    """But for one of jemalloc's, which heeds forks by itself."""
+    """Except for a thread of jemalloc, which handles forks itself."""
     probe("exit")
     ready = [line for line in log().splitlines() if ": ready; threads: " in line]
     assert len(ready) >= 3

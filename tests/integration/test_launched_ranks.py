@@ -1,4 +1,4 @@
-"""Stages of several ranks under torchrun: what becomes of them when one dies, or the launcher."""
+"""Stages with several ranks under torchrun, when a rank or the launcher dies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_two_ranks_complete(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_ranks_start_unbound_with_a_log_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun by itself would raise."""
+    """torchrun itself would raise."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with run_launcher(tmp_path, {}, *TWO_RANKS, "cluster.numa_binding=node", mode="launch_ranks") as launcher:
         _, err = launcher.communicate(timeout=120)
@@ -65,7 +65,7 @@ def test_a_killed_launcher_kills_all_ranks(tmp_path: Path) -> None:
 
 
 def test_a_killed_torchrun_leaves_no_rank(tmp_path: Path) -> None:
-    """Its ranks are in sessions of their own; one that has just been started does not know yet whose end is its own."""
+    """Its ranks have their own sessions; a rank that has just started does not watch its parent yet."""
     with run_launcher(tmp_path, {"ranks": "sleep"}, *TWO_RANKS, mode="launch_ranks") as launcher:
         ranks = [wait_for(tmp_path, "ranks", rank) for rank in (0, 1)]
         os.kill(find_parent(ranks[0]), signal.SIGKILL)

@@ -15,7 +15,7 @@ from tests.helpers.data_runs import write_masks
 
 STEPS = 20
 TIED = (*tiny.DEPTH, "model.shape.tie_word_embeddings=true", f"distill.max_steps={STEPS}", "distill.controls=[]")
-# All that the loss can mix, and hidden states of layers that the last pipeline stage has.
+# All terms of the loss, with hidden states of layers on the last pipeline stage.
 MIX = (
     *("distill.kd.temperature=2", "distill.kd.kd_weight=0.7", "distill.kd.lm_weight=0.3"),
     *("distill.kd.intermediate_pairs=[{student:2,teacher:4}]", "distill.kd.intermediate_weight=0.5"),
@@ -45,7 +45,7 @@ def one_rank(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(pruned: Path, tmp_path: Path, *more: str) -> Path:
-    """The folder of a distillation of the same student."""
+    """Run a distillation of the same student; return its folder."""
     run_dir = tiny.copy_run(pruned, tmp_path / "run")
     tiny.launch(run_dir, *TIED, *MIX, *more, "--until", "distill")
     return tiny.stages(run_dir, *TIED, *MIX)["distill"].folder

@@ -15,7 +15,7 @@ from tests.helpers.data_runs import write_masks
 from tests.helpers.masked_trainings import KINDS
 
 STEPS = 3
-# All that the loss can mix. The checkpoint of step 2 has the optimizer's moments.
+# All terms of the loss. The checkpoint of step 2 has the optimizer's moments.
 SETTINGS = (
     *(f"distill.max_steps={STEPS}", "distill.save_every_n_steps=2", "distill.val_every_n_steps=1"),
     *("distill.kd.temperature=2", "distill.kd.kd_weight=0.7", "distill.kd.lm_weight=0.3"),

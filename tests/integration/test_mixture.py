@@ -1,4 +1,4 @@
-"""A mixture of experts through all stages, and its distillation with expert parallelism."""
+"""An MoE model in all stages, and its distillation with expert parallelism."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_distill.pipeline.artifact import locate, read_manifest
 from tests.helpers import tiny, tolerance
 
 STEPS = 20
-# Every axis that mixtures have: 3 layers to 2, 128 hidden channels to 64, 6 experts to 4 and their FFN from 128 to 64.
+# All axes of MoE models: 3 layers to 2, 128 hidden channels to 64, 6 experts to 4 and their FFN from 128 to 64.
 MIXTURE = (
     *("model.family=qwen3_moe", "model.shape.num_layers=3", "model.shape.num_moe_experts=6"),
     *("model.shape.moe_ffn_hidden_size=128", "model.shape.moe_router_topk=2", "model.demo.training.max_steps=30"),
@@ -31,7 +31,7 @@ LAYOUTS = {
     "ep2_tp2": (*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
 }
 
-# Sums in fp32 in another order: 1.5e-7 seen. The auxiliary loss makes a third of the routers' gradients here.
+# Sums in fp32 in another order: 1.5e-7 measured. The auxiliary loss is a third of the routers' gradients here.
 SAME = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""The whole job through `launch.run`: from the demo's text to the report, again, killed and resumed."""
+"""The whole job through `launch.run`: from the demo's text to the report, repeated, killed and resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_format_of_the_report(finished: Path) -> None:
 
 
 def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
-    """NeMo's validation loss after the last step is the exported model's, to the digits that sums in fp32 leave.
+    """NeMo's validation loss after the last step equals that of the exported model, within the precision of fp32 sums.
 
     The demo's tokenizer pads with its end-of-text token, which upstream's dataset would leave out (`DocumentDataset`).
     """
@@ -52,7 +52,7 @@ def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["left"] == []  # an index that was cut short would be taken for whole
+    assert seen["left"] == []  # a truncated index would be read as complete
     assert seen["counted"] == 1
     assert seen["ends"]["inputs"] > 0
     assert seen["ends"]["labels"] > 0

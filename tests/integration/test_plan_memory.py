@@ -47,7 +47,7 @@ PLAIN_OPTIMIZER = ("distill.use_distributed_optimizer=false", "distill.overlap_p
 
 
 def measured(finished: Path, run_dir: Path, ranks: int, *more: str) -> tuple[RunConfig, list[dict[str, Any]]]:
-    """A distillation's config and what each rank's probe found, the model being the one that `finished` pruned."""
+    """Return a distillation's config and each rank's measurements, for the model that `finished` pruned."""
     tiny.copy_run(finished, run_dir)
     cfg = compose(tiny.overrides(run_dir, *SETTINGS, f"cluster.devices_per_node={ranks}", *more))
     save_resolved(cfg, run_dir / "resolved.yaml")

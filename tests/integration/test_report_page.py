@@ -18,7 +18,7 @@ from tests.helpers import report_runs
 DESKTOP, PHONE = (1280, 900), (390, 844)
 # WCAG 2.1, level AA, of text.
 LEAST_CONTRAST = 4.5
-# Luminance contrast of every visible text with what is behind it, the least of them and whose it is.
+# The smallest luminance contrast of visible text with its background, and its element.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
@@ -80,7 +80,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pages of a finished run, a failed one, and of both compared."""
+    """The pages of a finished run, a failed run, and their comparison."""
     folder = tmp_path_factory.mktemp("reports")
     runs = {"finished": report_runs.finished(folder / "finished"), "failed": report_runs.failed(folder / "failed")}
     for run_dir in runs.values():
@@ -114,7 +114,7 @@ def test_every_plot_is_visible(browser: Browser, pages: dict[str, Path], name: s
         assert box["width"] > 200
         assert box["height"] > 80
         assert plot.get_attribute("aria-label")
-        # A blank picture compresses to next to nothing.
+        # A blank image compresses to almost nothing.
         assert len(plot.screenshot()) > 3000
 
 
@@ -136,7 +136,7 @@ def test_tables_sort_both_ways_by_mouse_and_keyboard(browser: Browser, pages: di
     head.get_by_role("button").press("Enter")
     assert names.all_text_contents() == ["Just pruned", "Control: no teacher", "Teacher", "Student"]
     assert head.get_attribute("aria-sort") == "descending"
-    # Those that were not measured stay last, whichever way.
+    # Missing values stay last in both directions.
     speed = table.get_by_role("columnheader", name="Generation").get_by_role("button")
     for order in (["Teacher", "Student"], ["Student", "Teacher"]):
         speed.press("Space")

@@ -1,5 +1,4 @@
-"""A budget through the real command lines: the search, successive halving, and the distillation that goes on from
-it."""
+"""A budget through the real command lines: the search, successive halving, and the distillation that continues it."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ HALVING = (*BUDGET, "prune.successive_halving.candidates=3", "prune.successive_h
 
 @pytest.fixture(scope="module")
 def searched(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a budget and successive halving, to the end of its distillation."""
+    """A run with a budget and successive halving, complete up to its distillation."""
     run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("searched") / "run")
     tiny.launch(run_dir, *HALVING, "--until", "distill")
     return run_dir
@@ -108,7 +107,7 @@ def test_the_winner_is_chosen_by_its_loss_and_pruned(searched: Path) -> None:
 
 
 def test_a_task_score_affects_the_ranking(searched: Path, tmp_path: Path) -> None:
-    """With a margin of 0 the score decides, and the loss among those that have the same."""
+    """With a margin of 0 the score decides; equal scores are ranked by loss."""
     run_dir = tiny.copy_run(searched, tmp_path / "run")
     task = [
         f"prune.successive_halving.score.{name}" for name in ("task=heldout_continuations", "metric=acc", "margin=0")
@@ -167,7 +166,7 @@ def test_a_paused_and_a_killed_successive_halving_resume(searched: Path, tmp_pat
         )
 
     first = start()
-    # Not before the stage has begun: what is left of an earlier attempt is taken away then.
+    # After the start of the stage, which removes files of earlier attempts.
     tiny.wait_for("successive_halving-*/log.txt", run_dir, first)
     (located.folder / STOP).touch()
     output, _ = first.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""What keeps a training's work: bad losses, phases, checkpoints, resuming at any step."""
+"""Bad losses, phases, checkpoints, and resuming at any step."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TWO_RANKS = ("cluster.devices_per_node=2",)
 
 
 def located(run_dir: Path, *overrides: str) -> Located:
-    """The distillation of a tiny run, whose config is left where its stages look for it."""
+    """Locate the distillation of a tiny run, and write the run's config."""
     cfg = compose(tiny.overrides(run_dir, *tiny.DEPTH, *overrides))
     save_resolved(cfg, run_dir / "resolved.yaml")
     return locate(cfg)["distill"]
 
 
 def train(stage: Located, runner: str = "recipes", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a distillation by itself."""
+    """Run a single distillation."""
     command = local.command(stage, stage.folder.parent / "resolved.yaml")
     command = [runner if word == "recipes" else word for word in command]
     return subprocess.run(
@@ -45,7 +45,7 @@ def train(stage: Located, runner: str = "recipes", **environment: str) -> subpro
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """What a training recorded, without what depends on the clock."""
+    """Return the metrics of a training, without times."""
     clock = ("tokens_per_second", "seconds_left", "mfu")
     return [
         {key: value for key, value in line.items() if key not in clock}
@@ -133,7 +133,7 @@ def test_phases_count_tokens_and_resume_at_any_step(finished: Path, tmp_path: Pa
         assert again.returncode == 0, again.stderr[-4000:]
         assert f"step={step}" in again.stderr
         assert_same(curve(stage.folder), unbroken, tolerance.RESUMED)
-        # Nothing in the final model tells that its training was interrupted.
+        # The final model does not show that its training was interrupted.
         assert (stage.folder / "nemo/weights/common.pt").read_bytes() == unbroken_state
 
     two = located(tiny.copy_run(finished, tmp_path / "two"), *PHASES, *TWO_RANKS)
@@ -192,7 +192,7 @@ def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_path: Path) -> None:
-    """It would go on at another place in the data: upstream counts what was read in batches of the present size."""
+    """It would continue at another position in the data: upstream counts batches of the current size."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     (checkpoint,) = tiny.stages(finished, *tiny.DEPTH)["distill"].folder.glob("checkpoints/step=*")
     stage = located(run_dir, "distill.global_batch_size=8")

@@ -1,4 +1,4 @@
-"""One cluster for all tests here, and runs of fake stages on it."""
+"""A cluster for all tests, and runs of fake stages on it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SITE = {
 # are to be warned, and warns up to 30 s early: here 10 to 40 s after a job's start. Not earlier, as a signal to a job
 # whose script has not begun is lost.
 WARNED_EARLY = "['--time=0:02:00','--signal=B:USR1@80']"
-# Seconds that anything may take, on a busy machine too.
+# Timeout in seconds, also for a busy machine.
 PATIENCE = 300
 
 
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Path]:
     lacks = slurm_cluster.missing()
     if lacks is not None:
         pytest.skip(f"no Slurm cluster can be started here: {lacks}")
-    # A socket's path may have 107 bytes, which pytest's own folders would come near.
+    # The path of a socket is limited to 107 bytes, and pytest's folders are long.
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder,
         slurm_cluster.cluster(Path(folder)) as config,
@@ -56,7 +56,7 @@ def cluster() -> Iterator[Path]:
 
 
 class Chain:
-    """A run of fake stages, submitted by `launch.run` in a process of its own."""
+    """A run of fake stages, submitted by `launch.run` in a separate process."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -64,7 +64,7 @@ class Chain:
     def launch(
         self, plan: dict[str, str], *arguments: str, mode: str = "launch", path: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """The launcher's exit status and output; `path` goes first on its PATH."""
+        """Run the launcher with `path` first on its PATH; return its exit status and output."""
         site = [f"{key}={value}" for key, value in SITE.items()]
         run_dir = str(self.run_dir).replace('"', r"\"")
         command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, "experiment=demo", f'run_dir="{run_dir}"']
@@ -102,19 +102,19 @@ class Chain:
             time.sleep(0.2)
 
     def wait_until_ended(self, seconds: float = PATIENCE) -> None:
-        """All jobs have ended; Slurm was seen to know them at least."""
+        """Wait until all jobs have ended; Slurm must have known them."""
         ids = [job for entry in read_submissions(self.run_dir).values() for job in entry["jobs"]]
         self.wait(lambda: not filter_active(ids), seconds)
 
     def status(self, mode: str = "status") -> dict[str, dict[str, Any]]:
-        """What `launch.status --json` says of each stage."""
+        """Return the output of `launch.status --json` by stage."""
         command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, str(self.run_dir), "--json"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=PATIENCE)
         return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(self.run_dir)]}
 
     def report(self) -> str:
-        """What helps to see why a test failed."""
+        """Return information for debugging a failed test."""
         queue = subprocess.run(["squeue", "--states=all", "--format=%i %j %T %r"], capture_output=True, text=True)
         logs = [f"{path}:\n{path.read_text()[-3000:]}" for path in sorted(self.run_dir.glob("*/log.txt"))]
         return "\n".join([queue.stdout, *logs])

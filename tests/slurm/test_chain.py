@@ -1,4 +1,4 @@
-"""Chains of fake stages on a real Slurm: to their end, again, and with something going wrong."""
+"""Chains of fake stages on a real Slurm: complete, repeated, and with failures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_complete_stages_are_not_submitted(chain: Chain) -> None:
     assert chain.complete() == ALL
     scripts = sorted(path.name for path in (chain.run_dir / "slurm").glob("*.sbatch"))
     assert scripts == ["01-first.sbatch", "02-second.sbatch", "03-aside.sbatch", "04-report.sbatch"]
-    # By hand, and complete when it starts: it does nothing.
+    # Submitted by hand, and already complete when it starts: it does nothing.
     script = chain.run_dir / "slurm" / "02-second.sbatch"
     slurm("sbatch", "--wait", str(script))
     assert chain.log("second").count("already complete") == 1
@@ -62,7 +62,7 @@ def test_a_failing_stage_cancels_its_dependents_and_reports_the_cause(chain: Cha
     }
     assert "ZeroDivisionError: nothing by nothing" in stages["second"]["cause"]
     assert "needs second" in stages["report"]["detail"]
-    # Fixed: the same command submits what is left.
+    # After the fix, the same command submits the remaining stages.
     done = chain.launch({})
     assert done.stdout.count("complete, skipped") == 2, done.stderr
     chain.wait_until_ended()
@@ -122,7 +122,7 @@ def test_a_rejected_submission_cancels_earlier_jobs(chain: Chain, tmp_path: Path
 
 
 def test_jobs_beyond_the_limits_of_the_partition_are_rejected(chain: Chain) -> None:
-    """sbatch itself takes such jobs, and they wait for ever."""
+    """sbatch accepts such jobs, which wait forever."""
     more = ("cluster.time_limit='9:00:00'", "cluster.nodes=3", "distill.global_batch_size=12")
     done = chain.launch({}, *more)
     assert done.returncode == 2
@@ -163,7 +163,7 @@ def test_only_named_variables_reach_a_job(chain: Chain, monkeypatch: pytest.Monk
     chain.wait_until_ended()
     lines = (chain.folder("first") / "env.txt").read_text().splitlines()
     assert {"HF_TOKEN=hf_secret", "HF_HOME=/shared/hub"} <= set(lines)
-    # Cores and memory are those that were asked for.
+    # Cores and memory are as requested.
     assert {"SLURM_CPUS_PER_TASK=3", "SLURM_MEM_PER_NODE=200"} <= set(lines)
     assert not [line for line in lines if "OTHER_TOKEN" in line]
     kept = [path for path in chain.run_dir.rglob("*") if path.is_file() and path.name != "env.txt"]

@@ -56,9 +56,9 @@ def test_array_tasks_share_the_shards_and_declare_them_once(cluster: Path, model
     assert "#SBATCH --array=0-2\n" in script
     begun = chain.folder("prepare_data")
     chain.wait(lambda: list(begun.glob("shards/0*")) and len(_at_work(begun)) == 3)
-    # One task is killed, as by a node that fails: the others do what it had begun.
+    # One task is killed, as by a node failure: the others take over its shards.
     slurm("scancel", "--signal=KILL", "--full", f"{job}_1")
-    # The others may be done by the time that this is told.
+    # The others may already be complete.
     assert status(tmp_path / "run")["prepare_data"]["state"] in ("running", "complete")
     chain.wait_until_ended()
     folder = folder_of(arguments)

@@ -44,7 +44,7 @@ def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
 
 @pytest.fixture(scope="module")
 def reference_run(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole run, each of its stages a job that is given the time that it takes."""
+    """A complete run with sufficient time for each job."""
     chain = submit(tmp_path_factory.mktemp("reference_run") / "run", {"cluster.time_limit": "0:30:00"})
     chain.wait_until_ended(600)
     assert chain.complete() >= {"prune", "distill"}, chain.report()
@@ -56,7 +56,7 @@ def test_every_stage_of_the_demo_as_a_job_down_to_the_report(reference_run: Path
     names = [stage.name for stage in select_stages(load_resolved(reference_run / "resolved.yaml"))]
     assert [stage.stage for stage in stages] == names
     assert {stage.state for stage in stages} == {"complete"}, Chain(reference_run).report()
-    # A job each, and none that was started twice.
+    # One job per stage, started once.
     assert [len(stage.jobs) for stage in stages] == [1] * len(names)
     assert [log.read_text().count("--- 20") for log in reference_run.glob("*/log.txt")] == [1] * len(names)
     report = tiny.report(reference_run)

@@ -1,4 +1,4 @@
-"""What a job asks for and how its ranks find each other: two nodes, GPUs, containers."""
+"""Resources of a job, and the rendezvous of its ranks: two nodes, GPUs, containers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_chain_resumes_after_a_node_failure(chain: Chain) -> None:
     chain.submit({"ranks": "lead 300"}, *RANKS, *more, mode="launch_ranks")
     jobs = chain.jobs("ranks")
     chain.wait(lambda: list(chain.run_dir.glob("ranks-*/checkpoints/step=10")))
-    # It comes back by itself when its slurmd is heard of (ReturnToService=2).
+    # It returns to service when its slurmd responds (ReturnToService=2).
     slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
     chain.wait_until_ended()
     assert chain.complete() == {"ranks"}, chain.report()
@@ -99,6 +99,6 @@ def test_pyxis_gets_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> Non
         "container-mounts": f"{chain.run_dir}:{chain.run_dir},{tmp_path}:/data:ro,/tmp:/scratch",
         "container-workdir": "/opt/nemo-prune-distill",
     }
-    # The image's own Python, whatever this one is called.
+    # The Python of the image.
     assert rest[rest.index("launch.guard") - 2] == "python"
     assert str(sys.executable) not in rest

@@ -1,4 +1,4 @@
-"""Trainings that are warned, preempted or cancelled on a real Slurm: they save, pause, and go on where they were."""
+"""Trainings that are warned, preempted or canceled on a real Slurm save, pause, and resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wait_for_step(chain: Chain, step: int) -> None:
 
 
 def warn(chain: Chain) -> str:
-    """Sends what slurmctld sends before the time limit."""
+    """Send the signal that slurmctld sends before the time limit."""
     (job,) = chain.jobs("second")
     slurm("scancel", "--signal=USR1", "--batch", job)
     return job
@@ -45,7 +45,7 @@ def test_a_time_limit_shorter_than_the_training(chain: Chain) -> None:
     wait_for_step(chain, 1)
     chain.wait(lambda: chain.state("second").get("state") == "paused")
     paused_at = chain.state("second")["step"]
-    # One look each: a moment later the job may run again.
+    # One query each: a moment later the job may run again.
     looks: list[dict[str, Any]] = []
     chain.wait(lambda: looks.append(chain.status()["second"]) or looks[-1]["state"] == "queued")
     assert looks[-1]["detail"].startswith(f"paused at step {paused_at}")
@@ -81,7 +81,7 @@ def test_a_preempted_training_resumes_after_the_urgent_job(chain: Chain) -> None
     ).strip()
     chain.wait(lambda: chain.state("second").get("state") == "paused")
     chain.wait(lambda: query_jobs([urgent])[urgent].state == "COMPLETED")
-    # The step was asked at once, and the job did not use up its time of grace.
+    # The step was signaled at once, and the job did not use its whole grace time.
     assert time.monotonic() - started < GRACE_SECONDS
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
@@ -139,7 +139,7 @@ def test_without_requeue_the_next_job_resumes(chain: Chain) -> None:
 
 
 def kill(job: str) -> None:
-    """Kills a job's processes with no warning, as a node that goes down would; scancel would ask first."""
+    """Kill a job's processes without warning, like a node failure; scancel would terminate them first."""
     marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
     killed = 0
     for place in Path("/proc").glob("[0-9]*"):
@@ -162,7 +162,7 @@ def test_a_chain_resumes_after_a_job_killed_without_warning(chain: Chain) -> Non
         second: "COMPLETED",
         third: "COMPLETED",
     }
-    # From the last save on: no step is lacking, none is there twice.
+    # Resumed from the last save: no step is missing or repeated.
     assert steps(chain) == list(range(1, 101))
 
 
@@ -209,7 +209,7 @@ def test_a_canceled_pending_job_does_not_start_a_second_running_job(chain: Chain
 
 @pytest.mark.parametrize("done_in", [1, 3])
 def test_a_chain_that_is_too_short_fails_its_dependents(chain: Chain, done_in: int) -> None:
-    """Links that come after the last one do nothing."""
+    """Later links do nothing."""
     plan = {"second": "steps 20" if done_in == 1 else f"steps {LONG}"}
     chain.submit(plan, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=1")
     if done_in == 1:

@@ -1,4 +1,4 @@
-"""Figures of a benchmark from what was timed, and where energy is read."""
+"""Figures of a benchmark from timings, and energy counters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CFG = BenchmarkConfig(batch_size=2, prompt_tokens=100, new_tokens=11, rounds=3, 
 
 
 class Clockwork:
-    """Takes as long as it is told, the machine slowing down from round to round."""
+    """A model with given timings on a machine that slows down from round to round."""
 
     def __init__(self, log: list[str], name: str, seconds: float) -> None:
         self.log, self.name, self.seconds, self.calls = log, name, seconds, 0
@@ -38,7 +38,7 @@ def test_models_are_interleaved_and_compared_per_round() -> None:
     order = ["teacher", "student", "student", "teacher", "teacher", "student"]
     assert log == ["warm up teacher", "warm up student", *order]
     ratios = timing.ratios("student", "teacher", memory, timed)
-    # The machine's slowing down is not seen in them.
+    # The slowdown of the machine cancels out.
     same = {"median": 2.0, "min": 2.0, "max": 2.0}
     half = {"median": 0.5, "min": 0.5, "max": 0.5}
     assert ratios == {"prefill": same, "decode": same, "time_to_first_token": half, "memory": 0.5}
@@ -61,7 +61,7 @@ def test_joules_are_read_from_the_packages_alone(tmp_path: Path) -> None:
     assert meter() == 7.0
     assert energy.rapl(tmp_path / "absent") is None
     assert energy.joules(5.0, 7.5) == 2.5
-    assert energy.joules(7.0, 1.0) is None  # the counter went round
+    assert energy.joules(7.0, 1.0) is None  # the counter wrapped around
     assert energy.joules(None, 1.0) is None
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: the rule that reports it, the key to change, and the value to set instead."""
+"""Faults of users: the rule that reports them, the key to change, and the value to set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CORRECTION = [
 
 # Overrides, and their one fault: its rule, its first key, and a part of the fix.
 CASES: list[tuple[list[str], str, str, str]] = [
-    # What there is no such thing of.
+    # Unknown names.
     ([], "run.experiment", "experiment", "qwen3_8b_to_6b_depth"),
     (["experiment=dmo"], "group.choice", "experiment", ""),
     ([*DEMO, "model=qwen3"], "group.choice", "model", "qwen3_8b"),
@@ -49,7 +49,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "distill.lr=nan"], "value.type", "distill.lr", ""),
     ([*DEMO, "distill.max_steps=10.0"], "value.type", "distill.max_steps", "set distill.max_steps to 10"),
     ([*DEMO, "distill.max_steps=1.5"], "value.type", "distill.max_steps", "to a whole number"),
-    # Numbers that are too large, and changes and ranges written as people say them.
+    # Numbers that are too large, and informal changes and ranges.
     ([*DEMO, "seed=4294967296"], "value.bounds", "seed", "set seed to at most 4294967295"),
     ([*DEMO, "cluster.devices_per_node=1e6"], "value.bounds", "cluster.devices_per_node", "to at most 1024"),
     ([*DEMO, "distill.max_steps=1e22"], "value.bounds", "distill.max_steps", "to at most 2147483647"),
@@ -238,7 +238,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "distill.parallel.sequence_parallel",
         "distill.parallel.sequence_parallel=true",
     ),
-    # What Hydra itself refuses.
+    # Errors of Hydra.
     ([*DEMO, "distill.lr=[1"], "override.syntax", "distill.lr", 'distill.lr=["TEXT"]\''),
     ([*DEMO, "distill.lr=1e-3,1e-4"], "override.sweep", "distill.lr", "add --multirun"),
     # Numbers out of range.
@@ -608,7 +608,7 @@ def test_a_control_character_is_rejected_everywhere(key: str, control: str) -> N
     ],
 )
 def test_suggested_overrides_survive_bash_and_hydra(value: str) -> None:
-    """What a fault says to set, copied into a shell."""
+    """Suggested overrides, copied into a shell."""
     command = f"printf %s {override('model.name', value)}"
     word = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
     assert compose([*DEMO, word]).model.name == value

@@ -1,4 +1,4 @@
-"""Bounds that the schema states beside its fields."""
+"""Bounds of the schema's fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keys_below(group: str, names: str) -> list[str]:
     return [f"{group}.{name}" for name in names.split()]
 
 
-# Every key that has a bound, by the values that the bound refuses.
+# Every key with a bound, by rejected values.
 ABOVE_ZERO = [
     *keys_below("cluster", "nodes devices_per_node threads_per_rank slurm.warn_seconds slurm.cpus_per_gpu"),
     *keys_below("cluster.gpu", "memory_gib bf16_tflops mfu"),

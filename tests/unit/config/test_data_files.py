@@ -1,4 +1,4 @@
-"""Which files a data section names: hidden ones, brackets, links, and files that hold no documents."""
+"""Files of a data section: hidden files, brackets, links, and files without documents."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_linked_folders_are_followed_and_read_once(data: Path, tmp_path: Path) -
     make(tmp_path / "elsewhere", "c.jsonl")
     (data / "linked").symlink_to(tmp_path / "elsewhere")
     (data / "zagain").symlink_to(tmp_path / "elsewhere")
-    # 2^40 paths, were they followed without end.
+    # 2^40 paths, if loops were followed.
     (data / "loop").symlink_to(data)
     (data / "sub" / "loop").symlink_to(data)
     expected = ["a.jsonl", "linked/c.jsonl", "sub/b.jsonl"]

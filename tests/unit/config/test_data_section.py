@@ -1,4 +1,4 @@
-"""What can be wrong with the data section, and is said before anything is started."""
+"""Faults of the data section, reported before a run starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Composing, writing and reading back a run's config."""
+"""Compose, write and read a run's config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import Family, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 
-# Those that need nothing of the user's.
+# Experiments that need no input of the user.
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 
 
@@ -127,10 +127,10 @@ def _own_model(folder: Path | str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "field", "value"),
     [
-        # What is left out is what transformers takes it for in this family; null is what the other sizes make of it.
+        # Missing values are the defaults of transformers for this family; null is derived from other sizes.
         ({"head_dim": None}, "kv_channels", 128),
         ({"tie_word_embeddings": None}, "tie_word_embeddings", False),
-        # transformers 4.56 renamed this, transformers 5 moved that; neither says anything of the shape.
+        # transformers 4.56 renamed one, transformers 5 moved the other; neither affects the shape.
         ({"dtype": None, "torch_dtype": "bfloat16"}, "hidden_size", 128),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "hidden_size", 128),
     ],
@@ -308,7 +308,7 @@ def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callabl
     own = ["experiment=own", f"model.hf_path={folder}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
     cfg = compose(own)
     assert (cfg.model.family, cfg.distill.parallel.tensor_model_parallel_size) == (Family.llama, 1)
-    # One key for all lengths.
+    # A single key sets all lengths.
     short = compose([*own, "distill.seq_length=64"])
     assert {short.prune.calibration_seq_length, short.distill.seq_length, short.evaluate.seq_length} == {64}
     with pytest.raises(ConfigError, match="model.family=qwen3, .* has model_type=llama; set model.family=llama"):

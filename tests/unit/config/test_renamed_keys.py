@@ -1,4 +1,4 @@
-"""A key with its old name is refused with its new one."""
+"""Old names of keys are rejected with the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section `cluster.slurm`: what it asks for, and what is said of it before anything is submitted."""
+"""The section `cluster.slurm`, and its faults before submission."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_paths_that_are_not_mounted(tmp_path: Path) -> None:
 
     fixes = [f"add {tmp_path}/{name}:{tmp_path}/{name} to cluster.slurm.container_mounts" for name in "ab"]
     assert unmounted("[]") == fixes
-    # Another name inside is no help: the stage reads the path that the config gives.
+    # Another path in the container does not help: the stage reads the path in the config.
     assert unmounted(f"['{tmp_path}:/elsewhere']") == fixes
     assert unmounted(f"['{tmp_path}/a:{tmp_path}/a:ro']") == fixes[1:]
     compose([*BASE, *site, train, f"cluster.slurm.container_mounts=['{tmp_path}:{tmp_path}']"], check_files=True)
@@ -160,7 +160,7 @@ def test_mounts_for_a_snapshot_in_the_hub_cache(
     own = ["experiment=own", f"data.train=[{tmp_path}/docs.jsonl]", "prune.num_layers=2", *site]
     mounts = f"cluster.slurm.container_mounts=['{tmp_path}/docs.jsonl:{tmp_path}/docs.jsonl','{snapshot}:{snapshot}']"
     check_unmounted([*own, f"model.hf_path={snapshot}", mounts], "model.hf_path", blobs)
-    # A model of the Hub is looked for where the submitting shell keeps its cache.
+    # Hub models are searched in the cache of the submitting shell.
     for name in HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
