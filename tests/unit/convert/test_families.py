@@ -1,4 +1,4 @@
-"""What a family is made of, against transformers' own classes; on the numbers: tests/integration/test_conversion.py."""
+"""Tensors and configs of families, compared with transformers; for values: tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = {
     "nemotron": "Nemotron",
     "qwen3_moe": "Qwen3Moe",
 }
-# As small as it goes; what transformers knows a value for is left out.
+# Minimal configs, without settings that have defaults in transformers.
 LEAST = {
     "num_hidden_layers": 2,
     "hidden_size": 256,
@@ -39,7 +39,7 @@ LEAST = {
     "max_position_embeddings": 128,
 }
 LEAST_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LEAST_OF = {"qwen3_moe": LEAST_MOE, "nemotron": {"num_key_value_heads": 8}}  # whose class can't do without
+LEAST_OF = {"qwen3_moe": LEAST_MOE, "nemotron": {"num_key_value_heads": 8}}  # required by its class
 
 
 def folder_of(folder: Path, config: dict[str, Any]) -> Path:
@@ -92,7 +92,7 @@ def test_the_type_of_the_weights_is_not_taken_from_the_config(tmp_path: Path, ki
 
 
 def frequencies(config: dict[str, Any]) -> torch.Tensor:
-    """Of the rotary embedding that transformers makes of a config."""
+    """Return the rotary frequencies that transformers computes for a config."""
     made = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(made)
@@ -102,7 +102,7 @@ def frequencies(config: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nemo_gets_the_rope_settings_of_transformers(tmp_path: Path, family: str) -> None:
-    """The kind llama3, which Megatron computes by itself, is compared by its logits (tests/integration)."""
+    """The type llama3, which Megatron implements itself, is compared by logits (tests/integration)."""
     for kind in ("default", *Family(family).traits.rope_kinds):
         scaling = {"default": {}, "linear": {"factor": 4.0}, "llama3": LLAMA3_ROPE}[kind]
         values = {"rope_parameters": {"rope_type": kind, "rope_theta": 7e4, **scaling}, "head_dim": 32}

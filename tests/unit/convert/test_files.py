@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, and nothing else is lost on the way."""
+"""Folders are written atomically, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_nothing_else_is_replaced(
 
 
 def test_a_full_disk_raises_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command lines have a message of their own for it."""
+    """The command lines have their own message for it."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

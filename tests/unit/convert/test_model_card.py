@@ -1,4 +1,4 @@
-"""What an exported model's card says, and what it keeps to itself."""
+"""The model card of an exported model, without private information."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def reference(tmp_path: Path) -> Path:
 
 
 def card(base: str, reference: Path, provenance: Provenance | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
-    """The metadata at its head, and what follows."""
+    """Return the metadata of a card, and its text."""
     text = model_card("small", base, reference, {**QWEN3, **sizes}, provenance or Provenance())
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body

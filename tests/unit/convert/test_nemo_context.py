@@ -1,4 +1,4 @@
-"""What is written of a model, read again; that NeMo reads it too: tests/integration/test_conversion.py."""
+"""Contexts are written and read again; for reading with NeMo: tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_imports_of_loading_are_listed(checkpoint: Path) -> None:
 
 
 def add_argument(value: Any) -> Callable[[dict[str, Any]], None]:
-    """Gives the tokenizer one more argument."""
+    """Return a change that adds an argument to the tokenizer."""
 
     def change_content(content: dict[str, Any]) -> None:
         objects = content["objects"]
         tokenizer = objects["autotokenizer_1"]
-        tokenizer["items"].append(["Attr(name='use_fast')", value])  # Fiddle leaves this name aside
+        tokenizer["items"].append(["Attr(name='use_fast')", value])  # Fiddle ignores this name
         names = objects[objects[tokenizer["metadata"]["key"]]["items"][1][1]["key"]]
         names["items"].append(["Index(index=1)", "trust_remote_code"])
 

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without unpickling what they bring."""
+"""Files of `torch.save` are read without running code in them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_state_dicts_are_read(tmp_path: Path) -> None:
 
 
 def test_a_modules_own_state_is_read(tmp_path: Path) -> None:
-    """Which is an OrderedDict with an attribute."""
+    """It is an OrderedDict with an attribute."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     torch.save(module.state_dict(), tmp_path / FILE)
     assert_tensors(tmp_path, OrderedDict(module.state_dict()))

@@ -1,4 +1,4 @@
-"""Safetensors read and written as the library does, and what is refused of damaged files."""
+"""Safetensors files are read and written like the library does, and damaged files are rejected."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_weights_may_be_links(tmp_path: Path) -> None:
 
 
 def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
-    """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be an older save's."""
+    """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be from an older save."""
     save_file({"a": A}, tmp_path / FILE)
     save_file({"b": B}, tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "model-00001-of-00001.safetensors"}}))
@@ -97,7 +97,7 @@ def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
 
 
 def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
-    """Replaces the header of a file by what `change` makes of it, leaving the tensors where they are."""
+    """Replace the header of a file by the result of `change`, without moving the tensors."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     text = change(json.loads(data[8 : 8 + length]))
@@ -106,7 +106,7 @@ def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
 
 
 def entry(**values: Any) -> Callable[[Path], None]:
-    """Another entry for the tensor `b`."""
+    """Return a change of the entry of tensor `b`."""
     return lambda file: header(lambda old: {**old, "b": {**old["b"], **values}}, file)
 
 
@@ -140,7 +140,7 @@ def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any
         read_folder(tmp_path)
     assert str(refused.value).count(FILE) == 1
     with pytest.raises((SafetensorError, OverflowError)):
-        load_file(tmp_path / FILE)  # the library sees it the same way
+        load_file(tmp_path / FILE)  # the library rejects it, too
 
 
 def write_index(folder: Path, **files: str) -> None:
@@ -180,7 +180,7 @@ def test_files_that_transformers_would_not_find_are_rejected(tmp_path: Path, nam
 
 
 def test_files_that_are_not_in_the_index_are_ignored(tmp_path: Path) -> None:
-    """Some models bring their weights twice: Mistral's as consolidated.safetensors too."""
+    """Some models contain their weights twice, such as Mistral's consolidated.safetensors."""
     save_file({"a": A}, tmp_path / "1.safetensors")
     save_file({"b": B}, tmp_path / "consolidated.safetensors")
     write_index(tmp_path, a="1.safetensors")
@@ -188,7 +188,7 @@ def test_files_that_are_not_in_the_index_are_ignored(tmp_path: Path) -> None:
 
 
 def test_large_headers_are_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.5 M tensors, and a header that is a hole of 90 MB: whether it is JSON is not asked."""
+    """1.5 M tensors, and a sparse header of 90 MB, which is not parsed."""
     with (tmp_path / FILE).open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000))
         file.truncate(90_000_008)

@@ -1,4 +1,4 @@
-"""Copying tensors as rows of bytes: what lands in the file is what numpy and torch would have put there."""
+"""Tensors are copied as rows of bytes, with the same results as numpy and torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Store = Callable[..., StoredTensor]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Writes an array into a file of its own, after some other bytes."""
+    """Return a function that writes an array into a new file, after some other bytes."""
 
     def make(array: np.ndarray, name: str = "weight", dtype: str = "F32", gap: int = 13) -> StoredTensor:
         path = tmp_path / f"{name}.bin"
@@ -45,7 +45,7 @@ def read(tensor: StoredTensor, dtype: str | None = None) -> bytes:
 
 
 def copied(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, int]:
-    """What `copy` writes at the offset 7 of a file, and the CRC-32 that it returns."""
+    """Return the bytes that `copy` writes at offset 7 of a file, and its CRC-32."""
     content, found = copied_and_found(tensor, folder, **options)
     return content, found.crc
 
@@ -121,7 +121,7 @@ def test_the_checksum_covers_the_written_bytes(store: Store, tmp_path: Path, mon
 def test_copies_fall_back_to_memory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int, checksum: bool
 ) -> None:
-    """It may refuse at once, or after a part; the same rows come twice, as nothing forbids."""
+    """It may fail at once, or after a part. The same rows occur twice, which is allowed."""
     part = store(matrix())
     tensor = stack([part, part, store(matrix(start=100), "other")], "both")
     calls = 0
@@ -199,7 +199,7 @@ def test_other_types_count_as_finite() -> None:
 def test_copying_detects_non_finite_values(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: str, checksum: bool
 ) -> None:
-    """Also of the block before the last."""
+    """Also in the block before the last one."""
     monkeypatch.setattr(stored, "BLOCK_BYTES", 28)
     array = matrix(columns=7)
     for place, finite in (((0, 0), False), ((9, 6), False), (None, True)):
@@ -270,7 +270,7 @@ def test_reading_any_part_checks_the_crc(store: Store, tmp_path: Path) -> None:
         file.seek(span.offset + 100)
         file.write(b"\x01")
     for use in (lambda tensor: read(tensor), lambda tensor: copied(tensor, tmp_path)):
-        # The first rows, which are whole themselves.
+        # The first rows, which are intact.
         with pytest.raises(InputError, match=r"weight\.bin is damaged: the CRC-32 of weight"):
             use(recorded(crc).take(0, 1))
         assert use(recorded(0)) is not None  # written without one

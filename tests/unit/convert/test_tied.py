@@ -1,4 +1,4 @@
-"""A tied model that has its output layer saved all the same."""
+"""A tied model whose output layer is saved nevertheless."""
 
 from __future__ import annotations
 

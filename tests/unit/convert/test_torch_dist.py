@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's layout: torch reads what is written here, and the other way round."""
+"""Checkpoints in Megatron's format: torch reads ours, and we read those of torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items
 
 
 def stored(tensor: torch.Tensor, folder: Path) -> StoredTensor:
-    """A tensor in a file of its own."""
+    """Store a tensor in a new file."""
     number = len(list(folder.glob("*.raw")))
     path = folder / f"{number}.raw"
     path.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -42,7 +42,7 @@ def numbers(tensor: StoredTensor) -> torch.Tensor:
 
 
 def write(folder: Path, whole: dict[str, torch.Tensor], cuts: dict[str, list[int]], **options: Any) -> Path:
-    """Writes tensors into a checkpoint; `cuts` are the extents of a tensor's chunks along its dimensions."""
+    """Write tensors to a checkpoint; `cuts`: sizes of a tensor's chunks along its dimensions."""
     writer = TorchDistWriter()
     for key, tensor in whole.items():
         for offsets, chunk in pieces(tensor, cuts.get(key, [])):
@@ -79,7 +79,7 @@ CUTS = {"stacked": [1], "F32": [2, 4], "BF16": [5, 2]}
 def test_torch_reads_written_checkpoints(tmp_path: Path, checksum: bool) -> None:
     expected = tensors()
     weights = write(tmp_path, expected, CUTS, checksum=checksum)
-    # Of an empty tensor of each kind; torch takes Megatron's class of `.metadata` for its own.
+    # Load into empty tensors; torch accepts Megatron's class of `.metadata`.
     state: dict[str, Any] = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
     dcp.load(state, storage_reader=MegatronsReader(weights), no_dist=True)
     for key, tensor in expected.items():
@@ -123,7 +123,7 @@ def test_every_chunk_is_a_file_of_torch_save(tmp_path: Path, checksum: bool) -> 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2], [3, 2], [1, 5, 3], [1, 2, 7], [2, 5, 4], [2, 2, 3], [3, 1, 1]])
 def test_chunks_of_any_layout_are_assembled(tmp_path: Path, cuts: list[int]) -> None:
-    """As torch saves them: by tensor, pipeline and expert parallelism, alone and together, in any order."""
+    """Saved by torch with tensor, pipeline and expert parallelism, alone and together, in any order."""
     whole = torch.arange(3 * 5 * 7, dtype=torch.float32).reshape(3, 5, 7)
     weights = save_as_torch(tmp_path, whole, pieces(whole, cuts))
     reader = TorchDistReader(weights)
@@ -135,7 +135,7 @@ def test_chunks_of_any_layout_are_assembled(tmp_path: Path, cuts: list[int]) -> 
 
 
 def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[int, ...], torch.Tensor]]) -> Path:
-    """A checkpoint of one tensor whose chunks `torch.save` wrote, by torch's own classes."""
+    """Write a checkpoint of one tensor with torch's classes, in chunks of `torch.save`."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
@@ -204,7 +204,7 @@ def test_chunks_that_are_not_contiguous_are_rejected(tmp_path: Path, part: Any, 
 
 
 def test_a_compressed_chunk_is_rejected(tmp_path: Path) -> None:
-    """Its bytes are damaged, though its size in the directory is right."""
+    """Its bytes are wrong, although its size in the directory is right."""
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="a part of key is not contiguous"):
@@ -221,7 +221,7 @@ def test_a_fifo_in_a_checkpoint_does_not_hang(tmp_path: Path, name: str) -> None
 
 
 def test_the_crc_of_torch_detects_a_changed_byte(tmp_path: Path) -> None:
-    """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
+    """torch itself loads it. A checkpoint without CRCs is not checked."""
     whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
     for with_crc in (True, False):
         (tmp_path / str(with_crc)).mkdir()
@@ -244,7 +244,7 @@ def test_the_crc_of_torch_detects_a_changed_byte(tmp_path: Path) -> None:
 
 
 def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """Writes the one chunk of a checkpoint again, with other records."""
+    """Rewrite the only chunk of a checkpoint with other records."""
     path = weights / "__3_0.distcp"
     with zipfile.ZipFile(path) as saved:
         records = {name: saved.read(name) for name in saved.namelist()}
@@ -255,7 +255,7 @@ def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: in
 
 
 def describe_the_whole_file(weights: Path) -> None:
-    """As the one chunk of a checkpoint."""
+    """Describe the whole file as the only chunk of a checkpoint."""
     size = (weights / "__3_0.distcp").stat().st_size
     rewritten(weights, lambda metadata: [setattr(place, "length", size) for place in metadata.storage_data.values()])
 
@@ -271,7 +271,7 @@ def test_truncated_files_are_reported_with_the_tensor(tmp_path: Path, damage: Ca
 
 
 def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
-    """Zip's 64-bit sizes, in a file that is nearly all hole; torch maps it into memory."""
+    """64-bit sizes of zip, in a sparse file; torch maps it into memory."""
     rows, columns = 70_000, 32_768  # 4.59e9 bytes of bf16
     size = rows * columns * 2
     whole = SavedZip(describe_tensor("BF16", (rows, columns)), size)
@@ -343,7 +343,7 @@ def test_malicious_pickles_do_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     evil = pickle.dumps(Evil(marker))
     pickle.loads(evil)
-    assert marker.exists()  # it is one
+    assert marker.exists()  # the pickle is malicious
     marker.unlink()
 
     weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})

@@ -1,4 +1,4 @@
-"""A checkpoint that brings code is refused, and none of its code is run on the way."""
+"""Checkpoints with code are rejected, and their code is not run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ QWEN3 = "nemo.collections.llm.gpt.model.qwen3"
 
 
 def write(checkpoint: Path, **config: Any) -> Path:
-    """An honest checkpoint without tensors, further arguments of its config apart."""
+    """Write a safe checkpoint without tensors, with more arguments of its config."""
     (checkpoint / "context").mkdir(parents=True)
     config |= {
         "num_layers": 3,
         "params_dtype": Reference("torch", "bfloat16"),
-        # As NeMo's own importers record it.
+        # As recorded by NeMo's importers.
         "generation_config": Call(
             Reference("nemo.lightning.io.artifact.hf_auto", "from_pretrained"),
             {
@@ -59,11 +59,11 @@ class Evil:
 
 @pytest.fixture
 def evil_marker(tmp_path: Path) -> Path:
-    """The file that there would be if anything evil had run."""
+    """The file that exists if malicious code has run."""
     marker = tmp_path / "ran"
     Evil.command = f"touch {marker}"
     pickle.loads(pickle.dumps(Evil()))
-    assert marker.exists()  # it does run
+    assert marker.exists()  # the code works
     marker.unlink()
     return marker
 
@@ -88,7 +88,7 @@ def test_states_of_transformer_engine_and_a_trainer_pass(tmp_path: Path) -> None
 
 
 def test_metadata_pickled_by_torch_passes(tmp_path: Path) -> None:
-    """With all that Megatron's writer leaves in one, its own class apart (filesystem_async.py:496)."""
+    """With everything that Megatron's writer stores except its own class (filesystem_async.py:496)."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,
@@ -117,7 +117,7 @@ def add_objects(checkpoint: Path, **objects: Any) -> None:
 
 
 def in_metadata(name: str) -> Callable[[Path], None]:
-    """Calls `name` before the description is read, and drops what it returned; as Python 3.4's pickles name things."""
+    """Call `name` before the description is read, and drop the result, in the pickle format of Python 3.4."""
 
     def change(checkpoint: Path) -> None:
         path = checkpoint / "weights" / ".metadata"
@@ -134,7 +134,7 @@ def in_common(checkpoint: Path) -> None:
 
 
 def in_extra_state(checkpoint: Path) -> None:
-    """The object in `__0_0.distcp` becomes one that `torch.save` wrote; what its description says is its beginning."""
+    """Replace the object in `__0_0.distcp` by one of `torch.save`, of which the description covers the beginning."""
     (checkpoint / "weights" / "__0_0.distcp").unlink()
     torch.save([Evil()], checkpoint / "weights" / "__0_0.distcp")
 
@@ -145,7 +145,7 @@ def in_extra_state(checkpoint: Path) -> None:
 
 
 def in_modelopt_state(checkpoint: Path) -> None:
-    """Behind a link, too: reading follows them."""
+    """Also behind a link, because reading follows links."""
     elsewhere = checkpoint.parent / "elsewhere"
     elsewhere.mkdir()
     torch.save([Evil()], elsewhere / "common.pt")
@@ -201,7 +201,7 @@ def test_code_is_rejected_and_never_run(
         (Call(Reference("stranger.models", "Model"), {}), r"names stranger\.models\.Model"),
         (Reference("nemo.collections.llm.gpt.model.qwen3.torch", "load"), r"names \S+\.torch\.load"),
         (Call(Reference(QWEN3, "Qwen3Config"), {"trust_remote_code": True}), "asks for trust_remote_code"),
-        # Names that begin, or end, like honest ones.
+        # Names with the beginning or end of safe ones.
         (Reference("torch", "float32.fromfile"), r"names torch\.float32\.fromfile"),
         (Reference("torch.nn.functional", "silu_of_a_stranger"), "names .*silu_of_a_stranger"),
         (Reference("builtins", "dict.__class__"), r"names builtins\.dict\.__class__"),

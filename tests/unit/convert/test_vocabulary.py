@@ -18,7 +18,7 @@ VOCABULARY, PADDED, HIDDEN = 10, 16, 8
 
 
 def checkpoint(folder: Path, rows: int) -> tuple[TorchDistReader, torch.Tensor, dict[str, object]]:
-    """A Llama of one layer, its embedding and output layer with so many rows; the embedding and the config."""
+    """Write a Llama with one layer and a number of embedding rows; return the reader, embedding and config."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,

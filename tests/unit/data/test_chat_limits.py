@@ -1,4 +1,4 @@
-"""Chat templates are programs of strangers: they end, and take no more than they may."""
+"""Chat templates are untrusted programs with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: bool = False) -> documents.Render:
-    assert AutoTokenizer  # imported before our loader would leave torch out
+    assert AutoTokenizer  # imported before our loader, which excludes torch
     (folder / "chat_template.jinja").write_text(template)
     monkeypatch.setattr(documents, "CHAT_SECONDS", SECONDS)
     monkeypatch.setattr(documents, "CHAT_BYTES", 2**26)
@@ -50,7 +50,7 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
         (HUGE, "takes more than 0.0625 GiB of memory"),
         ("{{ 'a' * 10000000000 }}", "takes more than 0.0625 GiB of memory"),
         (LONG, "writes 4,000,000 characters"),
-        # Only once there is an answer to learn.
+        # Only if there is an answer to learn.
         ("{{ messages[0].content }}{% if add_generation_prompt %}" + ENDLESS + "{% endif %}", "takes more than 0.3 s"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_limit_is_not_an_invalid_line(folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_long_conversations_do_not_reach_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a template writes may be as much longer as there is to write."""
+    """The limit of the output grows with the conversation."""
     call = render(folder, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", monkeypatch)
     text, _ = call([{"role": "user", "content": "x" * 3_000_000}])
     assert len(text) == 3_000_006

@@ -1,4 +1,4 @@
-"""The fast encoder gives the tokenizer's ids, or another one takes its place and the reason is told."""
+"""The fast encoder returns the tokenizer's ids; otherwise another one replaces it, with a reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_fastokens_is_chosen_and_gives_the_tokenizers_ids(specs: dict[str, Token
     text = "Text with <|im_start|> and <|im_end|>, a<|endoftext|>b, e\u0301, <|im_star and a <| b"
     assert fast(text).tolist() == fast.own(text).tolist()
     assert {0, 1, 2} <= set(fast(text).tolist())
-    # Regular expressions that backtrack give up on it.
+    # Backtracking regular expressions fail on it.
     spaces = "x" + " " * 200_000 + "y"
     assert np.array_equal(fast(spaces), fast.own(spaces))
 
@@ -58,7 +58,7 @@ def test_added_tokens_with_different_prefixes(specs: dict[str, TokenizerSpec]) -
 def test_every_code_point_is_split_equally(
     specs: dict[str, TokenizerSpec], style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both libraries' tables of Unicode say the same of each: here every fifth, at a run's start every 61st."""
+    """Both libraries have equal Unicode tables, checked for every fifth code point (at the start of a run: every 61st)."""
     monkeypatch.setattr(encoders, "STRIDE", 5)
     fast = FastokensEncoder(specs[style])
     for text in hard_texts(specs[style]):

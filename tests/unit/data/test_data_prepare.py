@@ -1,4 +1,4 @@
-"""A data section from its files to the folder that other stages read."""
+"""Data preparation from files to the folder that other stages read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def specs(folders: dict[str, Path]) -> dict[str, TokenizerSpec]:
 
 @pytest.fixture
 def model(folders: dict[str, Path], specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model of words; that its tokenizer is read once saves a second a test."""
+    """The word model, whose tokenizer is cached, which saves a second per test."""
     known = {str(folders[name]): spec for name, spec in specs.items()}
     read = preparing.read_tokenizer
     monkeypatch.setattr(
@@ -70,7 +70,7 @@ def make(model: Path, out: Path, files: Files, seed: int = 1, **settings: Any) -
 
 
 def texts_of(folder: DataFolder, split: str = "train") -> list[str]:
-    """The documents of words as text."""
+    """Return documents of the word model as text."""
     text = " ".join(WORDS[token] for token in folder.tokens(split).tolist())
     return [document.strip() for document in text.split("<eos>")[:-1]]
 
@@ -131,7 +131,7 @@ def test_the_division_into_shards_does_not_change_documents(model: Path, tmp_pat
     for split in ("train", "validation"):
         assert whole.tokens(split).tolist() == cut.tokens(split).tolist()
     assert whole.train_paths == [str(tmp_path / "whole" / "shards" / "00000" / "train")]
-    # Each shard has as much of the training as it has tokens.
+    # The weight of each shard is its number of tokens.
     assert [float(weight) for weight in cut.train_paths[::2]] == [part["tokens"] for part in cut.train]
 
 
@@ -147,7 +147,7 @@ def test_sources_have_weights_budgets_and_clusters(model: Path, tmp_path: Path) 
     }
     folder = make(model, tmp_path / "out", files, sources=sources, shard_bytes=5000)
     assert len(folder.train) > 6
-    # A document has 9 tokens: as many as the budget holds.
+    # A document has 9 tokens, a divisor of the budget.
     assert folder.sources["web"]["tokens"] == 900
     assert 150 < folder.sources["code"]["documents"] < 250  # 200 expected; 4 standard deviations are 40
     for name, weight in (("web", 3.0), ("code", 1.0)):
@@ -159,7 +159,7 @@ def test_sources_have_weights_budgets_and_clusters(model: Path, tmp_path: Path) 
         assert min(clusters.values()) > 0.14 * folder.sources[name]["tokens"]
     taken = Counter(texts_of(folder))
     assert not taken - Counter(text for number in (0, 1) for text in sentences(400, seed=number))
-    # From all over the source, not from its beginning.
+    # Spread over the source, not from its beginning.
     assert len([part for part in folder.train if part["source"] == "web"]) > 3
     again = make(model, tmp_path / "again", files, sources=sources, shard_bytes=5000)
     assert texts_of(again) == texts_of(folder)
@@ -300,7 +300,7 @@ def test_a_small_corpus_gets_a_default_validation_split(model: Path, tmp_path: P
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """What a prepared folder holds, besides how the work went."""
+    """Return the content of a prepared folder, without logs."""
     left_out = ("claims", "metrics.jsonl")
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -395,7 +395,7 @@ def test_a_shard_with_different_ids_is_encoded_again_with_the_tokenizer(
 ) -> None:
     texts = {"one": "The quick brown fox", "two": "jumps", "validation": "over the lazy dog"}
     files = {name: [write_lines(tmp_path / f"{name}.jsonl", {"text": text})] for name, text in texts.items()}
-    # The workers are other processes, whose fastokens is right: here what it is held to finds fault with one shard.
+    # fastokens is correct in the worker processes, so the comparison is made to fail for one shard.
     monkeypatch.setattr(TokenizersEncoder, "find_mismatch", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
     made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
     assert "is encoded again with the model's tokenizer: fastokens returned other ids for 'jumps'" in caplog.text

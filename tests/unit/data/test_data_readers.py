@@ -1,4 +1,4 @@
-"""Files of documents: what is read, what is counted as broken, and that nothing is lost in silence."""
+"""Files of documents: records are read or counted as invalid, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = [f"Document {number} says {'é漢😀'[number % 3]} " * (1 + number % 7)
 
 
 def write(path: Path, content: bytes) -> Path:
-    """A file, packed as its name says."""
+    """Write a file, compressed according to its name."""
     if path.suffix == ".gz":
         content = gzip.compress(content)
     elif path.suffix == ".zst":
@@ -130,7 +130,7 @@ def test_invalid_lines_are_counted_and_the_first_is_reported(tmp_path: Path, lin
     ],
 )
 def test_json_is_accepted_as_in_python(tmp_path: Path, line: bytes) -> None:
-    """Though another library reads it, which is stricter."""
+    """Although a stricter library reads it."""
     assert json.loads(line)["text"] == "a"
     assert parse(line)["text"] == "a"
 
@@ -175,7 +175,7 @@ def test_a_file_of_no_bytes_or_of_nothing_holds_no_documents(tmp_path: Path, nam
 
 
 def zstd_frames(*parts: bytes, window_log: int = 20) -> list[bytes]:
-    """Zstandard frames of a stream, whose content's size is unknown: the window is what was asked for."""
+    """Make Zstandard frames of a stream with unknown size, so that the window has the given size."""
     from backports import zstd
 
     frames = []
@@ -224,7 +224,7 @@ def test_text_columns_of_parquet_of_any_type(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("valid", [True, False])
 def test_a_parquet_row_that_is_not_utf8_is_one_invalid_row(tmp_path: Path, valid: bool) -> None:
     column = pyarrow.array([b"a", b"b\xff", b"c"])
-    if not valid:  # a writer that does not look
+    if not valid:  # a writer without checks
         column = pyarrow.StringArray.from_buffers(3, *column.buffers()[1:])
     path = parquet(tmp_path / "a.parquet", text=column)
     found, lines = read(Piece(str(path), 0, 1))
@@ -249,7 +249,7 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, name: str, key: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_random_damage_is_rejected_or_counted(tmp_path: Path, name: str) -> None:
-    """No crash, and nothing lost in silence: read + skipped = lines, which `read` asserts."""
+    """No crash, and nothing is lost silently: read + skipped = lines, which `read` asserts."""
     path = tmp_path / name
     refused = 0
     for seed in range(60):
@@ -268,7 +268,7 @@ def test_random_damage_is_rejected_or_counted(tmp_path: Path, name: str) -> None
                 read(piece)
         except InputError:
             refused += 1
-    # Damage within plain text is a matter of lines; the others have checksums or structure that most of it breaks.
+    # Damage in plain text affects lines; the other formats have checksums or a structure that most damage breaks.
     assert refused == 0 if name == "a.jsonl" else refused > 30
 
 
@@ -281,7 +281,7 @@ def test_documents_are_held_out_and_sampled_by_their_text_alone(tmp_path: Path) 
     assert lines.left_out == 300 - len(half)
     again, _ = read(Piece(str(path)), keep=lambda key: shuffle_key(key, 2) < 2**63)
     assert again != half
-    # Being sampled says nothing about being held out.
+    # Sampling and holding out are independent.
     assert 15 < sum(held_out(document.key, 4) for document in half) < 60  # 37.5 expected; 4 deviations are 21
 
 
@@ -296,8 +296,8 @@ def test_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:
     for text in TEXTS[:20]:
         ids = encode(text).tolist()
         assert decode(ids) == (text, None)
-        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is no text
-    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # cut within a character
+        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is not text
+    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # truncated within a character
     for bad in ("text", [10**6], None, [1.5], [[1]]):
         with pytest.raises(ValueError, match="not a list of the source tokenizer's ids"):
             decode(bad)

@@ -1,4 +1,4 @@
-"""Megatron's format, written here, is byte for byte what Megatron writes; a shard is whole or not there."""
+"""Shards equal Megatron's files byte by byte, and are published atomically."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_first_of_two_equal_shards_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "shard" / "made_by").read_text() == "one"
     assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
     assert not (tmp_path / "two").exists()
-    # As of a process that was taken for dead, and whose files were cleared away.
+    # A process that was presumed dead, and whose files were removed.
     publish(tmp_path / "gone", tmp_path / "shard", {"by": "gone"})
     assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]

@@ -1,4 +1,4 @@
-"""Claims: one holder at a time, and the items of the dead go to others."""
+"""Claims have one owner at a time, and items of dead owners are taken over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ITEMS = [f"{number:03d}" for number in range(200)]
 
 
 def draw_all(folder: Path, target: Path, barrier: Any) -> None:
-    """Claims items until there are none, leaving a line for each. Lives until the others have come to their end too."""
+    """Claim all items, and write a line for each. Lives until the other processes have finished."""
     worklist = Worklist(folder, 60)
     barrier.wait(60)
     while (item := worklist.claim(ITEMS)) is not None:
@@ -64,7 +64,7 @@ def test_claims_of_dead_local_processes_are_free_at_once(tmp_path: Path) -> None
 
 
 def elsewhere(claim: Path) -> None:
-    """Has a claim be that of a process on another machine."""
+    """Change the owner of a claim to a process on another machine."""
     claim.write_text("another-node boot pid:[1] 1 1")
 
 
@@ -73,14 +73,14 @@ def test_remote_claims_expire_without_heartbeat(tmp_path: Path) -> None:
     assert one.claim(["a"]) == "a"
     elsewhere(tmp_path / "a.0")
     until = time.monotonic() + 1
-    while time.monotonic() < until:  # it lives as long as it beats, for longer than the limit
+    while time.monotonic() < until:  # a claim with heartbeats outlives the limit
         one.beat()
         assert two.claim(["a"]) is None
         time.sleep(0.05)
     assert two.claim(["a"]) is None
     time.sleep(0.4)
     assert two.claim(["a"]) == "a"
-    one.beat()  # it was taken for dead: nothing of the other's is touched
+    one.beat()  # it was presumed dead: the claim of the other is not touched
     one.release("a")
     assert two.claim(["a"]) is None
     assert (tmp_path / "a.1").exists()

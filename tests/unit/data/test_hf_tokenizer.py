@@ -1,4 +1,4 @@
-"""Tokenizers as people have them, loaded: the ids of the library that made them, whoever saved the folder."""
+"""Loaded tokenizers return the ids of the library that made them, for folders of any transformers version."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_model_of_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, legac
     pieces = sentencepiece_model(tmp_path, kind, legacy=legacy, add_bos_token=add_bos_token)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.is_fast
-    # Unless legacy, transformers adds no space in front of one that is there.
+    # Unless legacy, transformers does not add a space in front of an existing one.
     for text in [*HARD, *([" leading", "  two"] if legacy else [])]:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text), text
         assert tokenizer(text)["input_ids"] == [*([1] if add_bos_token else []), *pieces.encode(text)], text

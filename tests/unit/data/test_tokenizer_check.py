@@ -1,4 +1,4 @@
-"""Whether two checkpoints' tokenizers are one: also without a tokenizer.json."""
+"""Comparison of two checkpoints' tokenizers, also without a tokenizer.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cached logits's format: what goes in comes out, and nothing that is cut, damaged or of other data is read."""
+"""The format of cached logits: round trips, and rejection of truncated, damaged and foreign files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens(index: int) -> np.ndarray:
 
 
 def exact(index: int, top_k: int = TOP_K) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, log-probabilities and tail of some distributions, in fp64."""
+    """Return ids, log-probabilities and tails of some distributions, in fp64."""
     random = np.random.default_rng(1000 + index)
     logits = np.sort(4 * random.standard_normal((SEQ_LENGTH, 300)))[:, ::-1]
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -75,10 +75,10 @@ def test_fp16_loses_at_most_a_thousandth_of_a_nat(top_k: int) -> None:
     ids, logprobs, tail = exact(0, top_k)
     back = cached_logits.decode(cached_logits.encode(make_logits(0, top_k)), SEQ_LENGTH, top_k)
     np.testing.assert_array_equal(back.ids, ids)
-    # Half a unit of 11 bits, and half of fp16's least step near 0; the tail is rounded to 24 bits.
+    # Half a unit of 11 bits, and half of the smallest step of fp16 near 0; the tail is rounded to 24 bits.
     np.testing.assert_allclose(back.logprobs, logprobs, rtol=2**-11, atol=2**-25)
     np.testing.assert_allclose(back.tail, tail, rtol=2**-24)
-    # As the KL divergence sees it, weighed by the probabilities.
+    # As in the KL divergence, weighted by the probabilities.
     assert (np.exp(logprobs) * np.abs(back.logprobs - logprobs)).sum(1).max() < 1e-3
 
 
@@ -88,7 +88,7 @@ def test_the_loss_of_cached_predictions() -> None:
         np.log(np.array([[0.5, 0.25], [0.5, 0.25]])).astype(np.float16),
         np.log(np.array([0.25, 0.25], np.float32)),
     )
-    # The second of two, and one of the eight others.
+    # The second of two top entries, and one of the eight others.
     loss = cached_logits.prediction_loss(halves, np.array([9, 7]), 10)
     assert loss == pytest.approx(-(np.log(0.25) + np.log(0.25 / 8)) / 2, abs=1e-3)  # fp16
     broken = halves._replace(logprobs=np.full((2, 2), np.nan, np.float16))
@@ -131,7 +131,7 @@ def test_a_changed_byte_is_detected_on_read(folder: Path) -> None:
     reader.read(0, tokens(0))
     with pytest.raises(InputError, match="the checksum of sequence 1 does not match"):
         reader.read(1, tokens(1))
-    # Where the stage resumes, that shard is made again.
+    # A resumed stage makes that shard again.
     assert cached_logits.whole_shards(folder, cached_logits.shard_sizes(SEQUENCES, SHARD)) == [1, 2]
 
 

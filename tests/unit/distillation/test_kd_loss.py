@@ -1,4 +1,4 @@
-"""The chunked loss against the same loss written plainly in float64, its gradient by autograd."""
+"""The chunked loss compared with a plain float64 implementation and its gradient by autograd."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plain(given: dict[str, Tensor], spec: KdConfig) -> tuple[Tensor, Tensor, Ten
 
 
 def _in_part(log_probs: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen tokens' log-probabilities, and that of all others together."""
+    """Return the log-probabilities of selected tokens, and that of all others together."""
     rest = log_probs.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, chosen), rest], -1)
 
@@ -85,7 +85,7 @@ def chunked(given: dict[str, Tensor], spec: KdConfig, teacher: Any = None) -> tu
     hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = teacher or Head(given["teacher_hidden"], given["teacher_weight"])
     total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec)
-    (total / 3).backward()  # the gradient that comes in is not 1
+    (total / 3).backward()  # the incoming gradient is not 1
     assert hidden.grad is not None
     assert weight.grad is not None
     return total.detach(), hidden.grad * 3, weight.grad * 3
@@ -197,7 +197,7 @@ def test_the_weight_gradient_goes_to_megatrons_buffer(tied: bool) -> None:
 
 
 def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """On each rank: the loss, the gradient of the hidden states summed over ranks, and its slice of the weight's."""
+    """Return the loss, the gradient of the hidden states summed over ranks, and the rank's shard of the weight's."""
     group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
     given = tensors(vocabulary=2 * 31)
     results = []

@@ -1,4 +1,4 @@
-"""The parts of an evaluation that need no model: its own task, what is kept, the harness's results, the curve."""
+"""Parts of an evaluation without models: its own task, the store, results of the harness, the recovery curve."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_questions_are_fair() -> None:
         document = next(text for text in DOCUMENTS if question["context"] in text)
         follows = [question["context"] + choice in document for choice in question["choices"]]
         assert follows == [number == question["answer"] for number in range(4)]
-        # The wrong ones are of other documents, and as long.
+        # The wrong ones come from other documents, and have the same length.
         assert [choice in document for choice in question["choices"]] == follows
         assert {len(choice.split()) for choice in question["choices"]} == {SMALL.choice_words}
         assert all(choice[0] == " " and choice[1].isalpha() for choice in question["choices"])
@@ -90,7 +90,7 @@ def test_losses_and_agreement_of_tokens() -> None:
 
 
 class CountingModel:
-    """Logits that are the tokens themselves, and how often they were computed."""
+    """A model whose logits are the tokens, which counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -192,7 +192,7 @@ def test_a_held_checkpoint_survives_its_deletion(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
-    """The last one comes after the last look but one, and is held all the same."""
+    """The last checkpoint appears just before the last check, and is held."""
     checkpoints, pen = tmp_path / "checkpoints", tmp_path / "pen"
     _checkpoint(checkpoints, 1)
     with holding(checkpoints, pen, seconds=0.01):
@@ -210,13 +210,13 @@ def test_the_watcher_ends_when_the_process_is_killed(tmp_path: Path) -> None:
         "import os, sys, pathlib; from prune_distill.evaluation.holding import holding\n"
         "with holding(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 60): os.kill(os.getpid(), 9)"
     )
-    # Ends when no process has its output open any more.
+    # Returns when no process has its output open.
     done = subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "pen"], capture_output=True, timeout=50)
     assert done.returncode == -signal.SIGKILL
 
 
 def test_checkpoints_deleted_while_being_linked_are_held_completely_or_not_at_all(tmp_path: Path) -> None:
-    """As training takes a checkpoint away: renamed first, then its files one by one."""
+    """Training deletes a checkpoint by renaming it, then removing its files."""
     pen, gone = tmp_path / "pen", tmp_path / "checkpoints"
 
     def come_and_go() -> None:

@@ -1,4 +1,4 @@
-"""Held-out loss on a small real model and real documents, against the loss written plainly."""
+"""Held-out loss of a small model on documents, compared with a plain implementation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DistillConfig, EvaluateConfig, Phase
 
 VOCABULARY, LENGTH = 11, 4
-# By source: 23 tokens in all, which make 5 sequences of 4 and a token to predict after each.
+# By source: 23 tokens in total, which make 5 sequences of 4, each with a token to predict.
 DOCUMENTS = {"web": [[1, 2, 3, 4, 5, 0], [6, 7, 0]], "code": [[8, 9, 10, 1, 3, 5, 7, 9, 0], [2, 4, 6, 8, 0]]}
 BYTES = 7
 
 
 def write_documents(folder: Path, documents: dict[str, list[list[int]]] | None = None) -> DataFolder:
-    """Held-out documents with the shards that say which source each is of."""
+    """Write held-out documents, with shards that record their sources."""
     found = DOCUMENTS if documents is None else documents
     folder.mkdir(exist_ok=True)
     whole = SplitWriter(folder / "validation", np.dtype(np.uint16), VOCABULARY)
@@ -46,7 +46,7 @@ def write_documents(folder: Path, documents: dict[str, list[list[int]]] | None =
 
 
 class Model:
-    """A bigram model: logits of the next token by the last one."""
+    """A bigram model: logits of the next token depend on the last one."""
 
     def __init__(self, seed: int) -> None:
         self.weights = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
@@ -58,7 +58,7 @@ class Model:
 
 
 def pairs(count: int = 5) -> list[tuple[int, int, str]]:
-    """Each token that is predicted: the token before it, the token, and its source."""
+    """Return each predicted token with the token before it and its source."""
     tokens = [(token, source) for source, texts in DOCUMENTS.items() for text in texts for token in text]
     return [(tokens[n][0], *tokens[n + 1]) for n in range(count * LENGTH)]
 

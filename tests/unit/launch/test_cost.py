@@ -1,4 +1,4 @@
-"""Looking at a run, and starting a finished one again, is cheap: no torch, no NeMo."""
+"""Inspecting a run, and starting a complete one again, is cheap: no torch, no NeMo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 10.0
 
 
 def cheaply(*arguments: str, module: str = "launch.run") -> str:
-    """What a command prints, once it was seen to take little."""
+    """Return the output of a command, after checking that it is cheap."""
     started = time.monotonic()
     command = [sys.executable, "-c", CODE.format(module), "experiment=demo", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

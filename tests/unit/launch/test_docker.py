@@ -1,4 +1,4 @@
-"""The `docker run` that a run becomes."""
+"""The `docker run` command of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor finds, on machines made of stand-ins for commands on the PATH."""
+"""Findings of the doctor, on machines that are simulated by commands on the PATH."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fake = Callable[[str, str], None]
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Puts a shell script on a PATH that holds nothing else."""
+    """Return a function that adds a shell script to an otherwise empty PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))

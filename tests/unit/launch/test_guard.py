@@ -1,4 +1,4 @@
-"""What Slurm's SIGTERM does to a stage that runs under the guard: nothing but a file."""
+"""SIGTERM from Slurm only creates a file for a stage that runs under the guard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from launch.environment import ROOT
 
-# Sets a handler, as torchrun does, starts a child with a default one, as the data loader does, and says that it is up.
+# Sets a handler like torchrun, starts a child with the default one like the data loader, and prints that it is ready.
 COMMAND = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
@@ -52,7 +52,7 @@ def test_exit_codes_are_passed_on_without_a_stop_file(tmp_path: Path) -> None:
 
 
 def test_a_failing_process_with_waiting_children_ends(tmp_path: Path) -> None:
-    """Python would wait for ever for daemonic children that cannot be terminated."""
+    """Python would wait forever for daemonic children that cannot be terminated."""
     script = (
         "import multiprocessing, time\n"
         "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"

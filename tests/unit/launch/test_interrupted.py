@@ -1,4 +1,4 @@
-"""A launcher that is stopped, killed or doubled: its stages end, and the next one goes on."""
+"""A launcher that is stopped, killed or started twice: its stages end, and the next one resumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Children hear of SIGINT, also where a shell in the background has had the tests ignore it."""
+    """Children receive SIGINT, even if the tests run in a background shell that ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -52,7 +52,7 @@ def test_a_killed_launcher_kills_its_stage_and_the_next_one_resumes(tmp_path: Pa
         pid = wait_for(tmp_path, "second")
         launcher.kill()
         launcher.communicate(timeout=30)
-    # At once, though the lock is the dying stage's until it has ended.
+    # Immediately, although the dying stage holds the lock until it has ended.
     with run_launcher(tmp_path, {}) as following:
         out, err = following.communicate(timeout=60)
     assert (following.returncode, err) == (0, "")

@@ -1,4 +1,4 @@
-"""The memory of a rank by part, against sums done by hand."""
+"""The memory of a rank by part, compared with manual sums."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_recomputation() -> None:
     assert full.activations == 2 * 16 * (2 * 8 + NORM)
     # Attention without stored scores leaves `selective` nothing to save.
     assert one(dataclasses.replace(TRAINING, recompute=Recompute.selective)) == one(TRAINING)
-    # Where the loss is small, the layer that is computed again is the fullest moment.
+    # With a small loss, the peak is at the recomputed layer.
     few = dataclasses.replace(STUDENT, vocab_size=2)
     small = one(
         dataclasses.replace(TRAINING, recompute=Recompute.full),

@@ -1,4 +1,4 @@
-"""Several nodes without Slurm: launchers that share a run folder, on this one machine."""
+"""Several nodes without Slurm: launchers that share a run folder, on a single machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def settings(rank: int, port: int) -> list[str]:
 
 
 def wait_to_follow(other: subprocess.Popen[str]) -> None:
-    """Returns once it looks for the first node; what that one wrote before, it would take for an earlier run's."""
+    """Wait until it looks for the first node, whose earlier messages it would ignore as those of an earlier run."""
     assert other.stdout is not None
     assert "waiting for the first node" in other.stdout.readline()
 
@@ -78,7 +78,7 @@ def test_a_stopped_first_node_stops_the_others(tmp_path: Path, port: int) -> Non
 
 
 def test_waiting_for_a_silent_first_node_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What an earlier run left is no sign of life.
+    # The file of an earlier run does not count.
     (tmp_path / nodes.PULSE).write_text('{"stage": "ranks", "beat": 1.0}')
     monkeypatch.setattr(nodes, "SECONDS_WITHOUT_PULSE", 0.3)
     cfg = compose(["experiment=demo", f"run_dir={tmp_path}", *settings(1, 1234)])

@@ -1,4 +1,4 @@
-"""What a partition can never run, and what sbatch's refusals mean. A real Slurm is in tests/slurm."""
+"""Limits of partitions, and errors of sbatch. Tests with a real Slurm are in tests/slurm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PartitionName=long MaxNodes=UNLIMITED MaxTime=UNLIMITED Nodes=n[1-2] State=UP To
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a script in the place of Slurm's."""
+    """Return a function that replaces Slurm's command by a script."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     def script(text: str) -> None:

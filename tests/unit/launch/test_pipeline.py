@@ -1,4 +1,4 @@
-"""The launcher over stages that do nothing, as real processes."""
+"""The launcher with fake stages as real processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Launcher:
         return (status, *self._capfd.readouterr())
 
     def calls(self) -> list[str]:
-        """The stages that were started since the last call of this."""
+        """Return the stages that were started since the last call."""
         path = self.run_dir / "calls.txt"
         names = path.read_text().split() if path.exists() else []
         path.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ def test_a_run_its_repetition_and_a_change(launcher: Launcher) -> None:
     assert launcher.run("distill.lr=2e-3")[0] == 0
     assert launcher.calls() == ["second", "report"]
     assert load_resolved(launcher.run_dir / "resolved.yaml").distill.lr == 2e-3
-    # Back again: what was made before is still there; only the report, which is one a run folder, is written again.
+    # Reverted: earlier results still exist; only the report, of which a run folder has one, is written again.
     assert launcher.run("cluster.threads_per_rank=3")[0] == 0
     assert launcher.calls() == ["report"]
 
@@ -240,10 +240,10 @@ def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.Monk
         "plan: 5.25 M -> 3.28 M parameters (-37%), 160 steps, 164 k tokens",
         "plan: 0.84 GiB on disk, 0.10 GiB are free",
     ]
-    # On a machine without a stated GPU neither memory nor hours are said.
+    # Without a configured GPU there are neither memory nor hours.
     assert "GPU" not in out
     assert f"warning: {launcher.run_dir} has 0.1 GiB free, and the run still writes about 0.8 GiB" in out
-    # Nothing is left to plan of what is complete.
+    # Complete stages have no plan.
     assert "plan:" not in launcher.run("--until", "first")[1]
 
 

@@ -1,4 +1,4 @@
-"""The status line, the summary of a run and what a failed stage's log says."""
+"""The status line, the summary of a run and the reasons in the log of a failed stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_terminals_line_is_rewritten() -> None:
     first, second, done, after = stream.getvalue().replace("\n", "\r").split("\r")[1:5]
     assert first == "\x1b[2Kone"
     assert second.startswith("\x1b[2Ktwotwo")
-    # Never wider than the terminal, or it could not be rewritten.
+    # Not wider than the terminal, so that it can be rewritten.
     assert len(second) < 200
     assert (done, after) == ("\x1b[2Kdone", "next")
 

@@ -1,4 +1,4 @@
-"""What squeue says of jobs, job arrays among them."""
+"""States of jobs and job arrays from squeue."""
 
 from __future__ import annotations
 

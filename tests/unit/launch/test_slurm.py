@@ -1,4 +1,4 @@
-"""What would be submitted, and what is refused before anything is. A real Slurm is in tests/slurm."""
+"""Job scripts, and faults before submission. Tests with a real Slurm are in tests/slurm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DryRun:
         return (status, *self._capsys.readouterr())
 
     def scripts(self, *overrides: str, stages: tuple = TABLE) -> dict[str, str]:  # type: ignore[type-arg]
-        """Script by stage."""
+        """Return the script of each stage."""
         status, out, err = self(*overrides, stages=stages)
         assert (status, err) == (0, "")
         return {text.split("# Stage ")[1].partition(".")[0]: text for text in out.split("#!/bin/bash -l\n")[1:]}
@@ -62,7 +62,7 @@ def test_a_dry_run_shows_every_script_and_writes_nothing(dry_run: DryRun, way: s
 
 
 def test_all_later_stages_wait_for_a_gate(dry_run: DryRun) -> None:
-    """Also those that read nothing of it, and none before it."""
+    """Also stages that do not read it, but none before it."""
     first, second, aside, report = TABLE
     gated = (first, second, dataclasses.replace(aside, gate=True), dataclasses.replace(report, inputs=second.inputs))
     out = dry_run(stages=gated)[1]
@@ -190,7 +190,7 @@ def test_without_requeue_a_training_is_a_chain(dry_run: DryRun) -> None:
     ]
     assert "#SBATCH --no-requeue" in out
     assert "scontrol requeue" not in out
-    # The stages that do not train are jobs like any others.
+    # Stages without training are ordinary jobs.
     assert out.count("end_chain()") == 1
 
 
@@ -230,7 +230,7 @@ def test_missing_slurm_and_a_local_disk_are_one_message(dry_run: DryRun, monkeyp
     assert f"run_dir={dry_run.run_dir}: ext4 appears to be a local disk of this machine" in err
     assert "cluster.run_dir_is_shared=true" in err
     assert not dry_run.run_dir.exists()
-    # To look at what would be submitted, any machine will do.
+    # A dry run works on any machine.
     status, out, err = dry_run("cluster.run_dir_is_shared=false")
     assert (status, out.count("#!/bin/bash -l")) == (0, 4)
     assert err.startswith("warning: run_dir=")

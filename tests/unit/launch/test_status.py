@@ -1,4 +1,4 @@
-"""Where a run on this machine stands, without Slurm."""
+"""The status of a run on this machine, without Slurm."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_paused_stage_is_not_a_failure_and_resumes(tmp_path: Path) -> None:
     assert message == f"stage second is paused at step {step}; run the same command to resume it\n"
     assert states(tmp_path) == ["complete", "paused", "to do", "to do"]
     assert status(tmp_path, TABLE)[1].detail == f"at step {step}"
-    # What was left over asks nobody to stop.
+    # A leftover stop file has no effect.
     (folder / "stop").touch()
     with run_launcher(tmp_path, plan) as launcher:
         launcher.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""When ranks are bound to the cores near their GPUs, and when a line says why they are not."""
+"""Ranks are bound to the cores near their GPUs, or a line names the reason why not."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_cores_that_are_too_far_from_a_gpu(machine: Path) -> None:
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").write_text("3\n")
     reason = "GPU 0000:dc:00.0 is on NUMA node 3, which has no available cores"
     assert torchrun.explain_impossible(machine) == reason
-    # What the kernel says where a virtual machine hides it.
+    # The value of the kernel in a virtual machine.
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").write_text("-1\n")
     assert torchrun.explain_impossible(machine) is None
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").unlink()

@@ -1,4 +1,4 @@
-"""A run whose complete folders were damaged, through the command lines of launcher and status, over fake stages."""
+"""Runs with damaged folders, through the command lines of launcher and status, with fake stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Launch = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two complete stages; `second` holds a training checkpoint."""
+    """A run with two complete stages; `second` has a training checkpoint."""
     run_dir = tmp_path_factory.mktemp("finished_run") / "run"
     assert main(["experiment=demo", f"run_dir={run_dir}", "--until", "second"], TABLE) == 0
     (folder,) = run_dir.glob("second-*")
@@ -76,7 +76,7 @@ def test_all_damage_is_listed_with_the_command_that_repairs_it(
     assert f"rm -r {first} {second}/checkpoints/step=7 && python -m launch.run experiment=demo" in err
     assert status.main([str(run_dir), "--verify"], TABLE) == 2
     assert capfd.readouterr().out == out
-    # Sizes are as they were, and a launch reads nothing.
+    # Sizes are unchanged, and a launch does not read the files.
     assert launch("--until", "second")[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""`config.json` as people have it: both forms of transformers, wrong types, contradictions, and files that are none."""
+"""`config.json` files: both formats of transformers, wrong types, contradictions, and invalid files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(folder: Path, content: object) -> Path:
 
 
 def faults_of(folder: Path, content: object) -> list[str]:
-    """What is wrong, without the path, which every line starts with."""
+    """Return the faults without the path at the start of every line."""
     path = write(folder, content)
     _, faults = examine(path)
     assert all(fault.startswith(f"{path}: ") and "\n" not in fault and len(fault) < 400 for fault in faults)
@@ -56,7 +56,7 @@ def test_both_formats_are_read_equally(tmp_path: Path, newer: dict[str, Any], ol
         for form in (newer, older)
     )
     assert first == second
-    # A file that says both is read as either of them.
+    # A file with both formats is read like either of them.
     assert read_config(write(tmp_path, make_compatible(first))) == first
 
 
@@ -244,7 +244,7 @@ def test_all_faults_are_reported_at_once_before_a_run_starts(tmp_path: Path) -> 
         compose(["model=local", "name=mine", f"model.hf_path={tmp_path}", "data.train=[docs.jsonl]"], check_files=True)
     about = [message for fault in caught.value.faults if str(tmp_path) in (message := str(fault))]
     keys = [fault.removeprefix(f"{tmp_path / 'config.json'}: ").split("=")[0].split(":")[0] for fault in about]
-    # What else is missing from the folder comes in the same message.
+    # Other missing files are in the same message.
     assert keys[:3] == ["auto_map", "num_hidden_layers", "hidden_size"]
     assert "has no tokenizer" in keys[3]
     assert len(keys) == 4

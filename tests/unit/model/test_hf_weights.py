@@ -1,4 +1,4 @@
-"""What the headers of a model's weights say against its config.json, found where a run is composed."""
+"""Headers of a model's weights are compared with its config.json when a run is composed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_pickled_weights_must_be_allowed(tmp_path: Path) -> None:
 
 
 def shard(path: Path) -> None:
-    """Makes two shards with an index of a folder's one file."""
+    """Split a folder's single file into two shards with an index."""
     (path / "model.safetensors").unlink()
     names, half = list(SHAPES), len(SHAPES) // 2
     parts = {"1.safetensors": names[:half], "2.safetensors": names[half:]}
@@ -100,7 +100,7 @@ def shard(path: Path) -> None:
 
 
 def test_launchers_report_faults_before_a_run_starts(tmp_path: Path) -> None:
-    """Of a local folder; the config alone is read without looking at weights."""
+    """In a local folder; reading the config alone does not check weights."""
     model = folder(tmp_path / "model", SHAPES, config=UNTIED)
     write_tokenizer(model)
     shard(model)

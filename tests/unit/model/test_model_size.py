@@ -1,4 +1,4 @@
-"""Counting parameters: by transformers, by hand, and over ranks."""
+"""Parameter counts, compared with transformers and manual sums, and over ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = ("distill=demo", "prune.calibration_seq_length=256")
 ODD = dataclasses.replace(TINY, num_attention_heads=6, num_query_groups=3, vocab_size=37, tie_word_embeddings=True)
 
 
-# In a process of its own: once a test has activated the CPU backend, a model on "meta" takes real memory.
+# In a separate process: after a test has activated the CPU backend, a model on "meta" uses real memory.
 COUNT = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,7 +38,7 @@ print(json.dumps(counts))
 
 
 def of_transformers(*models: tuple[Shape, Family]) -> list[int]:
-    """`num_parameters()` of models that have no storage."""
+    """Return `num_parameters()` of models without storage."""
     asked = [
         (family.value, {theirs: getattr(shape, ours) for ours, theirs in terms(shape).items()})
         for shape, family in models

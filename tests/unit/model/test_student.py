@@ -1,4 +1,4 @@
-"""What a budget allows: the shapes of a search, their costs, and the faults of a budget."""
+"""Budgets: the shapes of a search, their costs, and faults."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_parallelism_of_the_distillation_divides_every_candidate() -> None:
     for shape in found:
         assert shape.num_query_groups % 8 == shape.num_attention_heads % 8 == shape.ffn_hidden_size % 128 == 0
         assert shape.hidden_size % 128 == 0
-    # The budget is used: the FFN's step is worth less than 3 % of the model.
+    # The budget is used up to a step of the FFN, which is less than 3 % of the model.
     limit = 0.7 * parameters(cfg.model.shape, cfg.model.family)  # type: ignore[arg-type]
     assert all(0.97 * limit < parameters(shape, cfg.model.family) <= limit for shape in found)
     pipelined = ("distill.parallel.pipeline_model_parallel_size=2", "distill.parallel.tensor_model_parallel_size=4")
@@ -84,7 +84,7 @@ def test_memory_is_weights_and_cache() -> None:
 
 def test_a_latency_limit_uses_measurements() -> None:
     space = build_space(demo("prune.budget.latency_ms=4.5"))
-    # Until it is measured nothing is ruled out: a shape next to the teacher's is the largest.
+    # Without measurements nothing is excluded: the largest shape is close to the teacher's.
     assert sizes(student_shape(demo("prune.budget.latency_fraction=0.5"))) == (6, 256, 704, 4, 2)
     found = candidates(space, lambda shape: shape.num_layers * shape.hidden_size / 256)
     assert found
@@ -248,12 +248,12 @@ LLAMA += ("prune.ffn_hidden_size=null",)
         (["prune.hidden_size=128", "prune.num_attention_heads=4"], None),
         (["prune.hidden_size=128", "model.family=mistral"], None),
         (["prune.num_layers=4"], None),
-        # What transformers 5 refuses of the teacher already, pruning makes no worse.
+        # A fault that the teacher already has in transformers 5.
         (["prune.hidden_size=128", "model.shape.hidden_size=256"], None),
     ],
 )
 def test_llama_widths_that_transformers_rejects(overrides: list[str], key: str | None) -> None:
-    """transformers 5 wants the hidden size to be a multiple of the heads, whatever the size of a head."""
+    """transformers 5 requires the hidden size to be a multiple of the heads, for any head size."""
     overrides = [*LLAMA, *overrides]
     if key is None:
         compose(overrides)

@@ -1,4 +1,4 @@
-"""What is known of a tokenizer's files before a run: without transformers, and one sentence a fault."""
+"""Checks of a tokenizer's files before a run, without transformers, with one sentence per fault."""
 
 from __future__ import annotations
 
