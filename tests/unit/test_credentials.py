@@ -1,4 +1,4 @@
-"""Passwords and tokens in config values: refused, and shown nowhere."""
+"""Passwords and tokens in config values are rejected and never shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune_distill.errors import ConfigError
 HF = "hf_" + "aBcDeFgHiJ" * 3 + "kLmN"
 MLFLOW = "distill.mlflow.experiment=x"
 SECRET = "S3cr/et@Pw"
-# A key, a value that holds a credential, what of it is secret, and what the fault names as its place.
+# A key, a value with a credential, the secret, and the kind of credential in the fault.
 REFUSED = [
     ("distill.mlflow.tracking_uri", f"http://alice:{SECRET}@mlflow.example:5000/x", SECRET, "MLFLOW_TRACKING_PASSWORD"),
     ("distill.mlflow.tracking_uri", "https://h.example/?a=1&access_token=QuerySecret77", "QuerySecret77", "MLFLOW"),

@@ -1,4 +1,4 @@
-"""What a model's folder may consist of."""
+"""Files and links that a model's folder may contain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 def listen(path: Path) -> None:
     before = Path.cwd()
-    os.chdir(path.parent)  # a socket's path is short
+    os.chdir(path.parent)  # the path of a socket must be short
     try:
         socket.socket(socket.AF_UNIX).bind(path.name)
     finally:

@@ -1,4 +1,4 @@
-"""Time limits as text."""
+"""Parsing of time limits."""
 
 from __future__ import annotations
 

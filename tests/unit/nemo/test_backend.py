@@ -1,4 +1,4 @@
-"""The switch between CPU and GPU. Each activation is a process of its own, for it changes PyTorch and the path."""
+"""Activation of the CPU or GPU backend, in separate processes because it changes PyTorch and the path."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_with_cuda_and_transformer_engine_nothing_is_changed(two_gpus: None, mon
 
 
 def test_the_build_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
-    """Torch's own is a file's existence: with it all further processes would wait forever."""
+    """Torch's lock is the existence of a file, so all later processes would wait forever."""
     script = (
         "import sys, time; from prune_distill.nemo.backend import FlockBaton\n"
         "baton = FlockBaton(sys.argv[1]); assert baton.try_acquire(); print(flush=True); time.sleep(60)"

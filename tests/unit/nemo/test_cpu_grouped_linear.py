@@ -1,4 +1,4 @@
-"""The stand-in's GroupedLinear; in a model of experts: tests/integration/test_conversion.py."""
+"""The stand-in's GroupedLinear; for MoE models see tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_expert_processes_its_tokens(splits: list[int], parallel_mode: str
     for expert, weight in enumerate(weights):
         ours = getattr(layer, f"weight{expert}").grad
         theirs = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(ours, theirs.float(), **ROUNDING)  # of an idle expert: zeros, not None
+        torch.testing.assert_close(ours, theirs.float(), **ROUNDING)  # an expert without tokens has zeros, not None
 
 
 def test_splits_must_cover_the_tokens() -> None:

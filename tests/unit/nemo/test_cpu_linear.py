@@ -1,4 +1,4 @@
-"""The stand-in's Linear and LayerNormLinear on one rank; split: tests/integration/test_te_standin_parallel.py."""
+"""The stand-in's Linear and LayerNormLinear on one rank; sharded: tests/integration/test_te_standin_parallel.py."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_state_has_an_empty_extra_state_and_no_bias_without_one() -> None:
     assert set(state) == {"weight", "layer_norm_weight", "_extra_state"}
     assert state["_extra_state"] is None
     other = LayerNormLinear(4, 3, bias=False, normalization="RMSNorm")
-    other.load_state_dict({**state, "_extra_state": torch.zeros(3, dtype=torch.uint8)})  # as a GPU writes it
+    other.load_state_dict({**state, "_extra_state": torch.zeros(3, dtype=torch.uint8)})  # as written on a GPU
     assert torch.equal(other.weight, state["weight"])
 
 

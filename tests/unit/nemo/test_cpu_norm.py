@@ -1,4 +1,4 @@
-"""The stand-in's norms against PyTorch's and transformers'."""
+"""The stand-in's norms, compared with PyTorch and transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_bf16_is_computed_in_fp32_and_cast_back_once(kind: type) -> None:
     exact = _reference(
         kind.__name__, x.detach().double(), norm.weight.double(), None if beta is None else beta.double()
     )
-    # One rounding to bf16 (8 bits) is all that may be lost; fp32 before it can turn a tie.
+    # Only one rounding to bf16 (8 bits) is allowed; fp32 before it can change a tie.
     torch.testing.assert_close(y.double(), exact, rtol=2**-8 * 1.01, atol=0)
     assert (y.dtype, x.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16,) * 3
 

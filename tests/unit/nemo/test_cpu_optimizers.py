@@ -1,4 +1,4 @@
-"""The stand-in's FusedAdam against PyTorch's optimizers, and the multi-tensor functions."""
+"""The stand-in's FusedAdam, compared with PyTorch's optimizers, and the multi-tensor functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What answers for CUDA on a CPU, and that it is in place before anybody takes the original."""
+"""Patches of CUDA functions on a CPU, applied before other modules bind the originals."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_single_rank_groups_do_not_communicate(tmp_path: Path) -> None:
 
 
 def test_dynamo_can_be_imported_over_the_patches() -> None:
-    """It refuses to start if one function stands under two of the names it knows."""
+    """It fails to start if one function has two of its known names."""
     from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
     assert torch.zeros in get_torch_obj_rule_map()
@@ -117,8 +117,8 @@ def test_each_named_random_state_is_a_stream_of_its_own() -> None:
             inside.append(torch.rand(3))
     outside.append(torch.rand(3))
     expected = torch.Generator().manual_seed(1)
-    assert torch.equal(torch.cat(outside), plain)  # nothing outside notices
-    assert torch.equal(torch.cat((inside[0], inside[2])), torch.rand(6, generator=expected))  # "a" goes on where it was
+    assert torch.equal(torch.cat(outside), plain)  # no effect outside
+    assert torch.equal(torch.cat((inside[0], inside[2])), torch.rand(6, generator=expected))  # "a" continues
     assert not torch.equal(inside[0], inside[1])
 
 
@@ -136,7 +136,7 @@ def test_recompute_uses_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
     x = torch.ones(64, requires_grad=True)
     y = random.checkpoint(lambda t: torch.nn.functional.dropout(t, 0.5), False, x)
-    torch.rand(5)  # what comes between forward and backward
+    torch.rand(5)  # between forward and backward
     y.sum().backward()
     assert torch.equal(y.detach(), x.grad)
 

@@ -1,4 +1,4 @@
-"""The teacher as plain transformers runs it, whichever version of transformers wrote its folder."""
+"""Teachers in plain transformers, from folders of any transformers version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import QWEN3
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A model as transformers 5 describes it, and its logits."""
+    """A model in the format of transformers 5, and its logits."""
     folder = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**{**QWEN3, "dtype": "float32", "rope_theta": 1e6})

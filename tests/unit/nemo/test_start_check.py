@@ -112,7 +112,7 @@ def trainer(core: Any = None) -> Any:
 def test_a_teacher_is_compared_with_chance(saved: Path) -> None:
     teacher = core_model()
     loss = loss_by_hand(teacher)
-    better = math.ceil(math.exp(loss)) + 1  # of so many entries chance is worse than this teacher
+    better = math.ceil(math.exp(loss)) + 1  # a vocabulary size for which chance is worse than this teacher
     StartCheck(None).on_train_start(trainer(), module_of(saved, teacher, better))
     with pytest.raises(InputError, match="chance"):
         StartCheck(None).on_train_start(trainer(), module_of(saved, teacher, math.floor(math.exp(loss))))
@@ -194,7 +194,7 @@ def test_nemos_model_averages_over_tokens() -> None:
 
 
 def test_sequences_of_documents_count_every_token(tmp_path: Path) -> None:
-    """The padding token of the tokenizer, 0, ends documents, and is learned as well."""
+    """The padding token of the tokenizer, 0, also ends documents, and is learned."""
     data = write_data(tmp_path, {"a": [[1, 2, 0], [3, 4, 5, 0], [6, 0, 7, 0]]}, [[9, 8, 0]] * 4)
     module = make_data_module(
         TOKENIZER,

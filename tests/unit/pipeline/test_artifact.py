@@ -26,7 +26,7 @@ def folders(cfg: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def changed(before: RunConfig, after: RunConfig) -> list[str]:
-    """The stages whose identity differs, in order."""
+    """Return the stages with different identities, in order."""
     first, second = folders(before), folders(after)
     return [name for name in first if first[name] != second[name]]
 
@@ -41,7 +41,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
     ("override", "stages"),
     [
         ("distill.lr=2e-3", AFTER_DISTILL),
-        # What was measured of the teacher stays, whatever is pruned.
+        # Measurements of the teacher do not depend on pruning.
         ("prune.num_layers=3", ["prune", *AFTER_DISTILL]),
         ("prune.hidden_size=192", ["prune", *AFTER_DISTILL]),
         ("prune.calibration_samples=32", ["importance", "prune", *AFTER_DISTILL]),
@@ -52,7 +52,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("model.demo.training.max_steps=900", EVERYTHING),
         ("seed=1", EVERYTHING),
         ("name=other", ["report"]),
-        # Where and how visibly it is computed changes nothing.
+        # Placement and logging have no effect.
         ("cluster=one_node cluster.devices_per_node=1", []),
         ("cluster.threads_per_rank=7", []),
         ("distill.micro_batch_size=2", []),
@@ -67,7 +67,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("benchmark.rounds=3", ["benchmark", "report"]),
         ("benchmark.cost_per_hour=2", ["report"]),
         ("data.max_invalid_fraction=0.5", []),
-        # A control has no teacher; and without pairs of layers their weight is nothing.
+        # A control has no teacher; without pairs of layers their weight has no effect.
         ("distill.kd.temperature=3", OF_STUDENT),
         ("distill.kd.divergence=reverse_kl distill.kd.lm_weight=0.25", OF_STUDENT),
         ("distill.kd.intermediate_weight=7 distill.kd.intermediate_loss=mse", []),
@@ -234,7 +234,7 @@ def test_a_new_name_of_the_teacher_makes_a_new_report(tmp_path: Path) -> None:
 def test_all_missing_files_are_reported_once(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = str(tmp_path / "no-model")
-    # Looks like a Hub id, but documents never come from there.
+    # Looks like a Hub id, but documents do not come from the Hub.
     cfg.data.train = ["data/nowhere.jsonl"]
     with pytest.raises(ConfigError) as caught:
         locate(cfg)
@@ -298,7 +298,7 @@ def test_manifests(demo: Compose) -> None:
     assert manifest["seconds"] == 2.5
     assert manifest["inputs"]["train"]["path"] == f"{located['demo_model'].folder.name}/corpus/train.jsonl"
     assert sorted(entry.name for entry in stage.folder.iterdir()) == ["manifest.json", "outputs.json"]
-    # Another identity in the same folder (the report's) is not this one.
+    # Another identity in the same folder (that of the report).
     assert read_manifest(stage.folder, "other") is None
 
 

@@ -1,4 +1,4 @@
-"""What a stage's folder is named by: settings that decide a result, and none that do not."""
+"""The hashes of stages contain the settings that affect their results, and no others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folders(*overrides: str) -> dict[str, str]:
 
 
 def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
-    """The stages of which another value of a setting changes the folder."""
+    """Return the stages whose folder depends on a setting."""
     before = folders(*overrides)
     after = locate(replace_values(base(*overrides), {key: value}))
     return {name for name in before if before[name] != after[name].folder.name}
@@ -76,7 +76,7 @@ def test_cached_logits_serve_other_trainings(change: tuple[str, Any]) -> None:
 )
 def test_task_settings_affect_successive_halving_with_a_task(change: tuple[str, Any]) -> None:
     assert "successive_halving" in changed(SCORED, *change)
-    if change[0].startswith("evaluate."):  # the search itself weighs exported bytes
+    if change[0].startswith("evaluate."):  # the search uses the size of exported models
         assert "successive_halving" not in changed(SEARCHED, *change)
 
 

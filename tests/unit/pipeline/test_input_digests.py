@@ -1,4 +1,4 @@
-"""The user's files are known by all of their content, which is read again only if a file's size or times changed."""
+"""User files are identified by content, which is only read again if size or times have changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Reads = Callable[[], list[str]]
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Starts with no memory, takes every file for settled, and lists the files read since the last call."""
+    """Clear the cache, treat every file as settled, and return a function that lists newly read files."""
     read: list[str] = []
     digest = input_digests._Reading.digest
 
@@ -45,7 +45,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process knows."""
+    """Reset the records, as in a new process."""
     monkeypatch.setattr(input_digests, "_records", {})
 
 

@@ -1,4 +1,4 @@
-"""Records of folders, what they catch, and from which checkpoint a training resumes. Expected values by hand."""
+"""Records of folders, detection of damage, and the checkpoint from which a training resumes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fill(folder: Path, files: dict[str, bytes] | tuple[str, ...]) -> None:
 
 @pytest.fixture
 def complete_stages(demo: Compose) -> dict[str, Located]:
-    """Stages of a run of which `prune` and `prepare_data` are complete."""
+    """The stages of a run with complete `prune` and `prepare_data`."""
     located = locate(demo())
     fill(located["prune"].folder, {**RESULTS, **dict.fromkeys(OTHERS, b"x")})
     fill(located["prepare_data"].folder, {"data.json": b"{}", "shards/0/train.bin": b"\1\2"})
@@ -73,7 +73,7 @@ def test_only_results_are_recorded(complete_stages: dict[str, Located]) -> None:
     manifest = read_manifest(folder) or {}
     assert (manifest["outputs"]["files"], manifest["outputs"]["bytes"]) == (6, sum(map(len, RESULTS.values())))
     assert find_damage(folder) is None
-    # Metrics of a training are a result; those of work that processes share may still grow.
+    # Metrics of a training are a result; those of shared work may still grow.
     for name, recorded in (("prune", False), ("distill", True)):
         fill(complete_stages[name].folder, {"metrics.jsonl": b"{}"})
         write_manifest(complete_stages[name], 1.0, 2.0, {})
@@ -105,7 +105,7 @@ def test_a_changed_figure_in_a_manifest_is_damage(complete_stages: dict[str, Loc
     assert path.read_text() != content
     assert complete_stages["prune"].complete
     assert "manifest.json has other content" in str(find_damage(folder))
-    # Neither key that vouches may be renamed.
+    # The keys of checksums must not be renamed.
     for key in ("outputs", "crc32"):
         path.write_text(content.replace(f'\n "{key}"', '\n "other"'))
         assert complete_stages["prune"].complete
@@ -222,7 +222,7 @@ def test_large_and_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    """As `Checkpoints` leaves one."""
+    """Write a checkpoint like `Checkpoints`."""
     path = folder / f"step={step}"
     fill(path, {"weights/.metadata": b"m", "weights/__0_0.distcp": bytes([step]) * 5000, "context/model.yaml": b"a"})
     write_json(path / OUTPUTS, digests(path, [*list_files(path)]))
@@ -241,7 +241,7 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
     assert "step=10 is damaged: weights/__0_0.distcp has other content" in caplog.text
     assert "resuming from step=2; the damaged checkpoint is kept as .damaged.step=10" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged.step=10", "step=2"]
-    # None is left: the work of a whole training is not thrown away without a word.
+    # No intact one is left: a whole training is not discarded silently.
     corruption.delete(older / "context/model.yaml")
     with pytest.raises(InputError, match=rf"step=2 is damaged: context/model.yaml is missing.*rm -r {tmp_path}"):
         resume_point(tmp_path)
@@ -267,7 +267,7 @@ def test_other_names_are_not_checkpoints(tmp_path: Path, caplog: pytest.LogCaptu
     assert find_checkpoints(tmp_path) == {4: whole}
     assert select_superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
     assert resume_point(tmp_path) == whole
-    # A folder that is named like one, with nothing of one in it.
+    # A folder with the name of a checkpoint, but without its content.
     (tmp_path / "step=8" / "step=9").mkdir(parents=True)
     assert resume_point(tmp_path) == whole
     assert "step=8 is damaged: weights/ is missing" in caplog.text

@@ -1,4 +1,4 @@
-"""Locks on folders: who holds one, who waits, and what odd content of the file does."""
+"""Locks on folders: holders, waiting, and unexpected content of the lock file."""
 
 from __future__ import annotations
 

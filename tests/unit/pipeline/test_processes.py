@@ -1,4 +1,4 @@
-"""Helpers of a stage end with it, and what a shell has of another job's ranks does not reach it."""
+"""Helpers of a stage exit with it, and rank variables of another job do not reach it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
 
-# Prints the pids of its helpers: each says its own, and waits. `HOW` starts them.
+# Prints the pids of its helpers: each prints its own, and waits. `HOW` starts them.
 PARENT = """
 import multiprocessing, os, sys, threading, time
 from prune_distill.pipeline import stage_main
@@ -74,7 +74,7 @@ def test_helpers_end_with_a_killed_parent(tmp_path: Path, how: str, helpers: int
 
 
 def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
-    """The kernel's signal comes when the thread ends, long before the parent."""
+    """The kernel sends the signal when the thread ends, long before the parent."""
     how = 'thread = threading.Thread(target=start, args=("fork", wait)); thread.start(); thread.join()'
     with started(tmp_path, f'{how}; os.write(1, b"joined\\n")') as parent:
         assert parent.stdout is not None
@@ -85,7 +85,7 @@ def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     assert wait_for_exit(pid)
 
 
-# As `python -m recipes` does, with a stage that prints the pid of a helper which needs nothing of ours, and waits.
+# Like `python -m recipes`, with a stage that prints the pid of a helper that needs none of our modules, and waits.
 RUNNER = """
 import multiprocessing, runpy, sys, time
 from prune_distill.pipeline import stage_main
@@ -103,7 +103,7 @@ runpy.run_module("recipes", run_name="__main__", alter_sys=True)
 
 
 def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
-    """Multiprocessing by itself imports no `__main__.py` of a package in a helper (multiprocessing/spawn.py)."""
+    """By default, multiprocessing does not import a package's `__main__.py` in a helper (multiprocessing/spawn.py)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUNNER]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as runner:
@@ -165,7 +165,7 @@ def check_manager(tmp_path: Path, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Everything else stays where the user wants it.
+    # Other files stay in the user's folder.
     assert Path(done.stdout.strip()).parent == folder
 
 

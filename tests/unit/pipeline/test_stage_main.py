@@ -1,4 +1,4 @@
-"""What a stage's process writes to its log."""
+"""The log of a stage's process."""
 
 from __future__ import annotations
 

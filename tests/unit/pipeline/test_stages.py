@@ -1,4 +1,4 @@
-"""The stage table: whole, in order, and what configs ask of it."""
+"""The stage table: complete, ordered, and selected by configs."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_rounds_prune_the_previous_student_and_keep_the_teacher(
 ) -> None:
     cfg = demo(*ROUNDS)
     rows = {stage.name: stage for stage in select_stages(cfg)}
-    # Layers that are named need no importance.
+    # Named layers need no importance scores.
     in_rounds = ("importance.round1", "prune.round1", "distill.round1", "prune.round2", "distill.round2", "importance")
     assert [name for name in rows if ".round" in name or name == "importance"] == [*in_rounds]
     inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}

@@ -46,7 +46,7 @@ def test_importance_round_trips(tmp_path: Path) -> None:
 
 def test_the_least_important_layers_are_those_that_modelopt_drops() -> None:
     assert scores().least_important(0) == []
-    # Of equal ones the later goes, as in a stable sort from the highest score down.
+    # Of equal layers the later one is dropped, as in a stable descending sort.
     assert scores().least_important(1) == [3]
     assert scores().least_important(3) == [2, 3, 4]
 
@@ -155,7 +155,7 @@ def test_the_files_of_a_round(tmp_path: Path) -> None:
     write_json(candidate / "state.json", {"state": "paused", "step": 4})
     assert successive_halving.has_reached(candidate, 4)
     assert not successive_halving.has_reached(candidate, 8)
-    # Saved, but its validation was lost, or its checkpoint damaged: it is trained to that step again.
+    # Saved, but its validation is lost or its checkpoint damaged: it is trained to that step again.
     (candidate / "metrics.jsonl").rename(tmp_path / "aside.jsonl")
     assert not successive_halving.has_reached(candidate, 4)
     (tmp_path / "aside.jsonl").rename(candidate / "metrics.jsonl")
@@ -180,7 +180,7 @@ def test_the_files_of_a_round(tmp_path: Path) -> None:
     assert (out / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=4"]
     assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
-    # A training that has begun goes on from its own.
+    # A training that has started resumes from its own checkpoints.
     (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
     (out / "metrics.jsonl").write_text("")
     successive_halving.resume_from_winner(tmp_path / "winner", out)
@@ -193,7 +193,7 @@ def test_the_files_of_a_round(tmp_path: Path) -> None:
 
 
 def test_every_setting_of_the_search_decides_its_folder() -> None:
-    # None of them only places the work, so that a folder never answers for other settings.
+    # None of them is placement, so a folder always belongs to its settings.
     from prune_distill.schema import Budget, SuccessiveHalving
     from prune_distill.schema.fields import Identity, identity_of
 

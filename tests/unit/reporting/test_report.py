@@ -1,4 +1,4 @@
-"""The report of runs in every state: what it says, and what it never says."""
+"""The report of runs in every state, without private information."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.report_runs import HOSTILE, SECRETS
 
 
 def build(*paths: Path, out: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """The page and the JSON object of a report."""
+    """Return the page and the JSON object of a report."""
     where = ["--out", str(out)] if out is not None else []
     assert report.main([*map(str, paths), *where]) == 0
     folder = out or paths[0] / "report"
@@ -37,7 +37,7 @@ def build(*paths: Path, out: Path | None = None) -> tuple[str, dict[str, Any]]:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees of a page, roughly."""
+    """Return the approximate visible text of a page."""
     body = re.sub(r"(?s)<(style|script|svg).*?</\1>", " ", page)
     return " ".join(re.sub(r"<[^>]+>", " ", body).replace("&#39;", "'").split())
 
@@ -88,7 +88,7 @@ def test_every_commit_is_listed(finished: Path) -> None:
 
 def test_costs_are_those_of_the_configs_price(tmp_path: Path) -> None:
     _, content = build(report_runs.finished(tmp_path / "run", "benchmark.cost_per_hour=3.6"))
-    # 0.01 s a token at a thousandth a second.
+    # 0.01 s per token at a price of 0.001 per second.
     assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] == pytest.approx(10.0)
     _, content = build(report_runs.finished(tmp_path / "free"))
     assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] is None
@@ -141,7 +141,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     assert "No model has been evaluated: this run has no stage evaluate." in output
     assert "distill 3 times" in output
     assert "<script>alert" not in page
-    # The losses until then are drawn.
+    # The losses before the failure are drawn.
     assert "Held-out loss of the students during training." in output
 
 
@@ -178,7 +178,7 @@ def test_secrets_and_home_folders_are_removed(tmp_path: Path, monkeypatch: pytes
         "distill.mlflow.experiment=/root/runs/x",
         "data.train=[/home/alice/data/part_0.jsonl]",
     )
-    # As runs of versions that did not refuse credentials have them.
+    # Earlier versions accepted credentials.
     for path in [run_dir / RESOLVED, *run_dir.rglob("*.jsonl")]:
         uri = "https://alice:hunter2@tracking.example/x?sig=5eC2eT5eC2eT"
         path.write_text(path.read_text().replace("https://tracking.example/x", uri))
@@ -230,7 +230,7 @@ NONSENSE = (
 @pytest.mark.parametrize("nonsense", NONSENSE)
 @pytest.mark.parametrize("manifests", [False, True])
 def test_damaged_files_count_as_missing(finished: Path, nonsense: str, manifests: bool) -> None:
-    """All of a run's files hold nonsense: those that stages leave, or manifests as well. The report is built."""
+    """The report is written although a run's files, and optionally its manifests, contain nonsense."""
     for path in sorted(path for path in finished.rglob("*") if path.suffix in (".json", ".jsonl", ".txt")):
         if manifests or path.name != MANIFEST:
             path.write_text(nonsense)

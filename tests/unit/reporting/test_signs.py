@@ -1,4 +1,4 @@
-"""Which way is better: signs of changes, and fronts, on the pages of a report."""
+"""Directions in the report: signs of changes, and Pareto fronts."""
 
 from __future__ import annotations
 

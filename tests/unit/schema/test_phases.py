@@ -1,4 +1,4 @@
-"""The phases of a training: steps, tokens and sizes, and the faults that each of them may have."""
+"""The phases of a training: steps, tokens, sizes, and faults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_training_without_phases_is_one() -> None:
 def test_tokens_across_a_change_of_phase() -> None:
     run = training(max_steps=5, warmup_steps=1, phases=[Phase(max_steps=3, lr=0.5), Phase(tokens=100, seq_length=16)])
     phases = training_phases(run)
-    # 100 tokens are one step of 64 and a part of another: two whole ones.
+    # 100 tokens are one step of 64 and a part of another, rounded up to two.
     assert [(phase.first_step, phase.steps, phase.tokens_a_step) for phase in phases] == [(0, 3, 32), (3, 2, 64)]
     assert [(phase.lr, phase.min_lr, phase.warmup_steps) for phase in phases] == [(0.5, 0.1, 1), (1.0, 0.1, 0)]
     assert [tokens_before(phases, step) for step in range(7)] == [0, 32, 64, 96, 160, 224, 224]
@@ -51,7 +51,7 @@ def test_tokens_across_a_change_of_phase() -> None:
 def test_skipped_steps_use_spare_batches() -> None:
     run = training(max_steps=6, phases=[Phase(max_steps=4), Phase(max_steps=2)], skip_steps=[[2, 3], [5, 5]])
     assert spare_batches(run) == {1: (2, 0), 2: (2, 1), 4: (3, 0)}
-    # Added later, a span changes nothing of the others; a step that is named again takes a further batch.
+    # A span that is added later does not affect others; a repeated step takes another batch.
     run.skip_steps += [[3, 3]]
     assert spare_batches(run) == {1: (2, 0), 2: (2, 2), 4: (3, 0)}
     assert spare_batches(training()) == {}

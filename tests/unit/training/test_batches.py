@@ -1,4 +1,4 @@
-"""Which sequences a step takes, what documents they are of, and the sizes that Megatron gets."""
+"""The sequences of a step, their documents, and the batch sizes for Megatron."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ CFG = Training(
     num_workers=0,
     val_batches=1,
 )
-# Every document has an id of its own, from 1, and ends with 0.
+# Every document has a unique id, from 1, and ends with 0.
 LENGTHS = {"a": [5, 9, 20, 7], "b": [11, 6, 30]}
 IDS = {"a": range(1, 5), "b": range(11, 14)}
 DOCUMENTS = {
     source: [[number] * (length - 1) + [0] for number, length in zip(IDS[source], lengths, strict=True)]
     for source, lengths in LENGTHS.items()
 }
-# By id, the document's number among those of both sources.
+# Index of each document among both sources, by id.
 NUMBERS = {number: place for place, number in enumerate([*IDS["a"], *IDS["b"]])}
 
 
@@ -77,7 +77,7 @@ def test_a_step_takes_the_next_sequences_of_its_phase(batches: Batches) -> None:
 def test_a_skipped_step_takes_a_batch_that_no_other_step_takes(tmp_path: Path) -> None:
     batches = make(tmp_path, dataclasses.replace(CFG, skip_steps=[[2, 2], [5, 5], [2, 3]]))
     assert batches.places(0) == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert batches.places(1) == [(2, 4), (2, 5), (2, 6), (2, 7)]  # named twice: the second spare batch
+    assert batches.places(1) == [(2, 4), (2, 5), (2, 6), (2, 7)]  # skipped twice: the second spare batch
     assert batches.places(2) == [(2, 8), (2, 9), (2, 10), (2, 11)]
     assert batches.places(3) == [(1, 0), (1, 1)]
     assert batches.places(4) == [(3, 0), (3, 1)]
@@ -100,11 +100,11 @@ def test_the_documents_of_a_step_are_those_of_its_tokens(batches: Batches) -> No
         ids = {int(number) for item in items for number in (*item["tokens"], item["labels"][-1])} - {0}
         documents = batches.documents(step)
         assert documents == sorted(documents)
-        # A document of which a batch has the end alone shows no id.
+        # If a batch only has the end of a document, its id does not occur.
         assert {NUMBERS[number] for number in ids} <= set(documents)
         assert len(documents) <= len(ids) + 4
         seen |= set(documents)
-    assert seen >= {4, 5, 6}  # of the second source, behind the four of the first
+    assert seen >= {4, 5, 6}  # of the second source, after the four of the first
 
 
 def test_phases_have_their_own_data_order(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_learned_tokens_of_a_step(batches: Batches, monkeypatch: pytest.MonkeyPa
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the sampler reads of NeMo's step."""
+    """The attributes of NeMo's step that the sampler reads."""
 
     data: Any
     num_microbatches: int = 2
@@ -230,7 +230,7 @@ def test_a_loss_is_divided_by_the_learned_tokens_of_its_step(batches: Batches, m
     given = [{"loss_mask": mask}, {"loss_mask": mask[:, :3]}]
     step = sampler.on_megatron_step_start(Step(iter(given)))
     assert reduction.learned == (5 + 3) / 2
-    assert list(step.data) == given  # read ahead, and given all the same
+    assert list(step.data) == given  # read ahead, and still returned
     sampler.on_megatron_step_start(Step(iter([{"loss_mask": 0 * mask}] * 2)))
     assert reduction.learned == 1.0
     reduction.learned = -1.0

@@ -1,4 +1,4 @@
-"""Callbacks of a training that need no NeMo: checkpoints, pauses, judged losses, metrics."""
+"""Callbacks of a training without NeMo: checkpoints, pauses, loss checks, metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CFG = Training(
 
 
 class Trainer:
-    """What callbacks ask of Lightning's trainer; it saves a file of weights and a context."""
+    """The part of Lightning's trainer that callbacks use; it saves a file of weights and a context."""
 
     def __init__(self, step: int = 0) -> None:
         self.global_step = step
@@ -56,7 +56,7 @@ def saver(tmp_path: Path, cfg: Training = CFG) -> Checkpoints:
 
 
 def partial_of(target: Path) -> Path:
-    """A checkpoint as it is before it is declared."""
+    """Write a checkpoint that is not declared yet."""
     partial = target.with_name(f".partial.{target.name}")
     (partial / "weights").mkdir(parents=True)
     (partial / "context").mkdir()
@@ -208,7 +208,7 @@ def test_a_bad_loss_stops_training_and_names_its_documents(tmp_path: Path) -> No
 
     for _ in range(MIN_LOSSES - 1):
         step(1.0)
-    step(99.0)  # too few before it
+    step(99.0)  # too few losses before it
     with pytest.raises(InputError) as caught:
         step(2.1)
     output = str(caught.value)
@@ -264,7 +264,7 @@ def test_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         writer.on_train_batch_end(trainer, model, None, None, 0)
         if step == 8:
             writer.on_validation_start(trainer, model)
-            clock.now += 1000  # a validation is not training
+            clock.now += 1000  # validation time does not count
             writer.on_validation_end(trainer, model)
     writer.on_train_end(trainer, model)
     lines = read_metrics(tmp_path / "metrics.jsonl")

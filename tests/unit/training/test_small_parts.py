@@ -1,4 +1,4 @@
-"""Metrics files, exported configs, the check of a teacher: no NeMo."""
+"""Metrics files, exported configs, the check of a teacher, without NeMo."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_invalid_metrics_lines_are_skipped_and_removed_on_resume(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     good = ['{"step": 2, "loss": 2.0}', '{"step": 2, "val_loss": 3.0}', '{"step": 3, "loss": 9.0}']
-    # Steps 2 and 3 twice, as two starts of one stage left them.
+    # Steps 2 and 3 twice, from two starts of a stage.
     again = ['{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 1.0}']
     path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
     assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]

@@ -1,4 +1,4 @@
-"""What a training sets up, checks and reports, with NeMo's own objects."""
+"""Setup, checks and summary of a training, with NeMo's objects."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_optimizer_has_the_trainings_settings(precision: Precision) -> None:
 
 
 def test_adam_uses_the_settings() -> None:
-    """Two steps of a real optimizer, against AdamW written out."""
+    """Two steps of a real optimizer, compared with a plain AdamW."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
@@ -169,7 +169,7 @@ def test_too_few_documents_are_rejected(data: Any) -> None:
     training.check(dataclasses.replace(CFG, phases=only_a), data)
     with pytest.raises(InputError, match="train .* 9 tokens, 0 sequences of 16"):
         training.check(dataclasses.replace(CFG, seq_length=16, phases=only_a), data)
-    # The whole set at once has to fill a global batch.
+    # The whole set must fill a global batch.
     training.check(dataclasses.replace(CFG, val_batches=None), data)
     with pytest.raises(InputError, match="validation .* 2 sequences of 16, but 4 are needed"):
         training.check(dataclasses.replace(CFG, seq_length=16, val_batches=None), data)

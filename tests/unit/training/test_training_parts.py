@@ -1,4 +1,4 @@
-"""Learning rates, judged losses, kept checkpoints, compared tokenizers, trackers, utilization: no NeMo."""
+"""Learning rates, loss checks, checkpoints, tokenizers, trackers and utilization, without NeMo."""
 
 from __future__ import annotations
 
