@@ -1,7 +1,7 @@
 """Check a run's jobs against the limits of their Slurm partition before they are submitted.
 
-With Slurm's defaults, sbatch accepts jobs that the partition can never run (EnforcePartLimits=NO). They wait
-ever.
+With Slurm's defaults, sbatch accepts jobs that the partition can never run (EnforcePartLimits=NO), and that
+then wait forever.
 """
 
 from __future__ import annotations

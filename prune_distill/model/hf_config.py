@@ -35,7 +35,7 @@ _ALL_EXPERTS = 1 << 18
 
 
 def read_config(path: Path) -> HfConfig:
-    """Reads a `config.json` and normalizes it.
+    """Read a `config.json` and normalizes it.
 
     Raises:
         InputError: the file cannot be read or describes no model that can be converted; one fault a line.
@@ -47,7 +47,7 @@ def read_config(path: Path) -> HfConfig:
 
 
 def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
-    """Reads a `config.json` as far as it makes sense.
+    """Read the valid parts of a `config.json`.
 
     Returns:
         the normalized config, or None where types or values are wrong; and every fault, one line each. A config may

@@ -74,7 +74,7 @@ def hub_commit(folder: Path) -> str | None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation config and chat template as they are, and config.json with them."""
+    """Copy tokenizer, generation config and chat template as they are, and config.json with them."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (*SIDE_FILES, "config.json"):
         if (source / name).exists():

@@ -285,7 +285,7 @@ def _same(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def attack(kill: Kill, reference: Reference, run_dir: Path) -> None:
-    """Starts a stage, kills the victim, runs the same command again, and notes in `kill` what came of it."""
+    """Start a stage, kill the victim, run the same command again, and record the result in `kill`."""
     shutil.rmtree(run_dir, ignore_errors=True)
     folder = reference.scenario.located(reference.run_dir)[kill.stage].folder
     copy_without(reference.run_dir, run_dir, [folder.name])
@@ -319,7 +319,7 @@ def _wait(launcher: subprocess.Popen[str]) -> int | None:
 
 
 def _strike(kill: Kill, launcher: subprocess.Popen[str], folder: Path, mark: str, seconds: float) -> bool:
-    """Waits for the moment and kills; false where the stage has ended by then.
+    """Wait for the moment and kill; return False if the stage has already ended.
 
     Helpers come and go: one of the wanted kind is waited for a while, and then any process is taken.
     """

@@ -27,7 +27,7 @@ class Runner:
 
 
 def take_turns(runners: Sequence[Runner], steps: int, warm_up: int, turn: float = 4.0) -> Iterator[dict[str, float]]:
-    """Yields the median seconds a step of each runner, once a round, while all have steps to do.
+    """Yield the median seconds a step of each runner, once a round, while all have steps to do.
 
     Args:
         steps: that each of them does in all.

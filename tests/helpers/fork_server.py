@@ -185,7 +185,7 @@ class Request:
         os.getppid = parent
 
     def run(self) -> None:
-        """Runs the command as `python` does (Modules/main.c:pymain_run_python)."""
+        """Run the command as `python` does (Modules/main.c:pymain_run_python)."""
         sys.executable = self.message["executable"]
         sys.orig_argv[:] = self.message["words"]
         words = self.message["words"][1:]

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def import_all(pairs: list[tuple[Path, Path]]) -> None:
-    """Imports Hugging Face folders as checkpoints, one after the other."""
+    """Import Hugging Face folders as checkpoints, one after the other."""
     from prune_distill.nemo import backend
 
     backend.activate()

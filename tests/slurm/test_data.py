@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(model: Path, run_dir: Path, *more: str) -> list[str]:
-    """Submits the data stage; the command line."""
+    """Submit the data stage; return the command line."""
     site = {**SITE, "cluster.slurm.secrets": "[]", "cluster.time_limit": "'0:05:00'"}
     arguments = command(model, run_dir, *(f"{key}={value}" for key, value in site.items()), *more)
     done = subprocess.run(arguments, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)

@@ -34,7 +34,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
-    """Submits a tiny run of the real stages."""
+    """Submit a tiny run of the real stages."""
     values = {**SITE, "cluster.slurm.secrets": "[]", **site}
     command = tiny.command(run_dir, *SETTINGS, *(f"{key}={value}" for key, value in values.items()), *more)
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)

@@ -147,7 +147,7 @@ class Checker:
     monkeypatch: pytest.MonkeyPatch
 
     def check(self, words: list[str]) -> None:
-        """Fails on a command that would not start."""
+        """Fail on a command that would not start."""
         assert not OPERATORS & set(words), "one command per line, without operators of the shell"
         for name in STAGE_FOLDER.findall(" ".join(words)):
             find(name)
@@ -161,7 +161,7 @@ class Checker:
         CHECKS[program](self, [self.substitute(word) for word in rest])
 
     def substitute(self, word: str) -> str:
-        """Replaces the paths in a word by paths below the temporary folder."""
+        """Replace the paths in a word by paths below the temporary folder."""
         word = PLACES.sub(f"{self.folder}/", word)
         unknown = ABSOLUTE.search(word.replace(f"{self.folder}/", ""))
         assert not unknown, f"{word!r} names a path that no test provides; use one of {', '.join(MODELS + DOCUMENTS)}"
@@ -188,7 +188,7 @@ class Checker:
                 find(args.stage)
 
     def launch(self, arguments: list[str]) -> None:
-        """Composes the runs of `launch.run`."""
+        """Compose the runs of `launch.run`."""
         args = read_arguments(arguments)
         if args.help_config is not None:
             assert to_text(args.help_config)
@@ -199,7 +199,7 @@ class Checker:
             assert args.until in {None, *(stage.name for stage in select_stages(cfg))}
 
     def parse(self, module: str, arguments: list[str]) -> argparse.Namespace:
-        """Parses a command line with the module's own parser: runs the module until it has parsed its arguments."""
+        """Parse a command line with the module's own parser: runs the module until it has parsed its arguments."""
         with self.monkeypatch.context() as patched:
             for name in ("parse_args", "parse_intermixed_args"):
                 patched.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))

@@ -58,7 +58,7 @@ def test_added_tokens_with_different_prefixes(specs: dict[str, TokenizerSpec]) -
 def test_every_code_point_is_split_equally(
     specs: dict[str, TokenizerSpec], style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both libraries have equal Unicode tables, checked for every fifth code point (at the start of a run: every 61st)."""
+    """Both libraries have equal Unicode tables: checked for every fifth code point, in a run for every 61st."""
     monkeypatch.setattr(encoders, "STRIDE", 5)
     fast = FastokensEncoder(specs[style])
     for text in hard_texts(specs[style]):

@@ -17,14 +17,14 @@ class FP8GlobalStateManager:
 
 
 def fp8_autocast(enabled: bool = True, **_: object) -> AbstractContextManager[None]:
-    """Does nothing if `enabled` is False; raises NotImplementedError otherwise."""
+    """Return an empty context. Raises: NotImplementedError, if `enabled`."""
     if enabled:
         refuse("FP8", "leave fp8 unset in the precision plugin")
     return nullcontext()
 
 
 def fp8_model_init(enabled: bool = True, **_: object) -> AbstractContextManager[None]:
-    """Does nothing if `enabled` is False; raises NotImplementedError otherwise."""
+    """Return an empty context. Raises: NotImplementedError, if `enabled`."""
     if enabled:
         refuse("FP8 parameters", "leave fp8_params unset in the precision plugin")
     return nullcontext()
