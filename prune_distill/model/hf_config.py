@@ -107,7 +107,7 @@ def parse(path: Path) -> HfConfig:
 # One name for each setting.
 
 
-# What transformers assumes for keys that a file leaves out, further to the defaults of a family.
+# Defaults of transformers for missing keys, in addition to those of a family.
 _COMMON_DEFAULTS: HfConfig = {"initializer_range": 0.02, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 

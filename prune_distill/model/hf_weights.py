@@ -75,7 +75,7 @@ def faults(folder: Path, config: HfConfig, *, allow_pickle: bool = False) -> lis
     """What is wrong with a folder's weights, as far as the headers of its files tell.
 
     Args:
-        config: the content of its `config.json`, with transformers' own values for what it leaves out.
+        config: the content of its `config.json`, with the defaults of transformers for missing keys.
         allow_pickle: whether `pytorch_model*.bin` will do; those are not looked into.
     """
     absent = absence(folder, allow_pickle=allow_pickle)

@@ -118,7 +118,7 @@ def _compute(missing: Mapping[str, os.stat_result]) -> dict[str, str]:
             while wait(futures.values(), timeout=1).not_done:
                 reading.report()
         except BaseException:
-            reading.cancelled.set()
+            reading.canceled.set()
             pool.shutdown(cancel_futures=True)
             raise
     for path, before in missing.items():
@@ -135,14 +135,14 @@ class _Reading:
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.started = self.reported = time.monotonic()
-        self.cancelled = threading.Event()
+        self.canceled = threading.Event()
         self.lock = threading.Lock()
 
     def digest(self, path: str) -> str:
         hasher, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
         try:
             with open(path, "rb", buffering=0) as file:
-                while (count := file.readinto(block)) and not self.cancelled.is_set():
+                while (count := file.readinto(block)) and not self.canceled.is_set():
                     hasher.update(block[:count])
                     with self.lock:
                         self.done += count

@@ -37,7 +37,7 @@ SEQUENCE, BATCH = 256, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of part 1, of which the median is taken")
-    parser.add_argument("--skip-quality", action="store_true", help="leaves out part 3")
+    parser.add_argument("--skip-quality", action="store_true", help="skip part 3")
     args = parser.parse_args()
     TARGET.mkdir(parents=True, exist_ok=True)
     result = {**loss_cost(args.rounds), **gradients()}
