@@ -155,10 +155,10 @@ def scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> scoring.Scores:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", module)
 
     @contextmanager
-    def exported(*_: Any) -> Iterator[Any]:
+    def export_temporarily(*_: Any) -> Iterator[Any]:
         yield lambda: tmp_path
 
-    monkeypatch.setattr(scoring, "exported", exported)
+    monkeypatch.setattr(scoring, "export_temporarily", export_temporarily)
     return made
 
 
