@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.planning.automatic import compose
 from launch.run import read_arguments
 from prune_distill.config.input_files import HUB_FOLDERS, HUB_SETTINGS, absolute, input_files
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.schema import RunConfig
 

@@ -15,9 +15,9 @@ from launch import checks
 from launch.checks import Finding, State
 from launch.filesystem import find_unshared
 from launch.planning import disk
+from launch.planning.automatic import compose
 from launch.planning.plan import make_plan
 from launch.run import add_config_dir
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import RunConfig
 

@@ -19,9 +19,10 @@ from types import FrameType
 
 from launch import help_config, nodes, pipeline, records, slurm
 from launch.jobs import make_paths_absolute
+from launch.planning.automatic import compose
 from launch.verification import verify
 from prune_distill.config.composition import config_groups, sweep
-from prune_distill.config.load import compose, show, to_yaml
+from prune_distill.config.load import show, to_yaml
 from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.pipeline.artifact import locate

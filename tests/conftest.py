@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.schema import RunConfig
 
 Compose = Callable[..., RunConfig]

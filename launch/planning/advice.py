@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Collection, Sequence
 
 from launch.planning.disk import FIX, Disk
-from launch.planning.layouts import Layout, build_layout, fitting
-from launch.planning.memory import Models
-from prune_distill.config.values import count_ranks
+from launch.planning.layouts import Layout, Task, fitting
 from prune_distill.model.model_size import parameters
 from prune_distill.model.student import shape_to_prune, student_shape
 from prune_distill.schema import RunConfig
@@ -52,33 +49,32 @@ def _in_rounds(cut: float) -> str:
     return f"{count} rounds that each leave {math.ceil(share * 100) / 100:.0%} ({shares} of the parameters)"
 
 
-def suggest_fix(
-    cfg: RunConfig, models: Models, layouts: Sequence[Layout], stages: Collection[str], limit: float
-) -> str:
+def suggest_fix(task: Task, layouts: Sequence[Layout], stages: Collection[str], limit: float) -> str:
     """What to set so that all fits: the best layout, or else a shorter sequence; for pruning more pipeline stages.
 
     Args:
+        task: the distillation.
         layouts: those that fit, best first.
         stages: those that need more than `limit` bytes of a rank.
     """
     parts = []
     if "distill" in stages:
-        parts.append("set " + _changes(cfg, models, layouts[0]) if layouts else _shorten(cfg, models, limit))
+        parts.append("set " + _changes(task, layouts[0]) if layouts else suggest_shorter(task, limit))
     return "; ".join([*parts, *(fix for stage, fix in FIXES.items() if stage in stages)])
 
 
-def _changes(cfg: RunConfig, models: Models, layout: Layout) -> str:
-    present = build_layout(cfg.distill, cfg, models, count_ranks(cfg)).overrides
+def _changes(task: Task, layout: Layout) -> str:
+    present = task.layout().overrides
     return " ".join(f"{key}={value}" for key, value in layout.overrides.items() if present[key] != value)
 
 
-def _shorten(cfg: RunConfig, models: Models, limit: float) -> str:
+def suggest_shorter(task: Task, limit: float) -> str:
     """Halves the sequences until a layout fits."""
-    ranks, length = count_ranks(cfg), cfg.distill.seq_length
+    length = task.training.seq_length
     while (length := length // 2) >= SHORTEST_SEQUENCE:
-        shorter = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, seq_length=length))
-        layouts = fitting(shorter, models, ranks, limit)
+        shorter = task.replace(seq_length=length)
+        layouts = fitting(shorter, limit)
         if layouts:
-            changes = f"distill.seq_length={length} {_changes(shorter, models, layouts[0])}".rstrip()
-            return f"no layout fits sequences of {cfg.distill.seq_length} tokens: set {changes}"
-    return f"no layout of {ranks} ranks fits: take more GPUs, or GPUs of more memory"
+            changes = f"{task.key}.seq_length={length} {_changes(shorter, layouts[0])}".rstrip()
+            return f"no layout fits sequences of {task.training.seq_length} tokens: set {changes}"
+    return f"no layout of {task.ranks} ranks fits: take more GPUs, or GPUs of more memory"

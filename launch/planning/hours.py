@@ -1,4 +1,4 @@
-"""The hours of a run's stages: FLOPs from shapes and tokens, on a GPU that reaches a stated share of its peak."""
+"""The hours of a run's stages, from `launch.planning.time` or at a stated share of the GPU's peak."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launch.planning.machine import Machine, describe_machine
+from launch.planning.memory import Models, caching_layout
+from launch.planning.time import BF16, Fp8, forward_seconds, training_seconds
 from prune_distill.config.values import halving_rounds, halving_steps
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
 from prune_distill.pipeline.stages import Stage, select_stages
-from prune_distill.schema import Family, Gpu, LayerSelection, Loss, Precision, PruneConfig, RunConfig, Shape
+from prune_distill.schema import (
+    Family,
+    Gpu,
+    LayerSelection,
+    Loss,
+    Parallel,
+    Precision,
+    PruneConfig,
+    RunConfig,
+    Shape,
+    Training,
+)
 from prune_distill.schema.phases import training_tokens
 from prune_distill.units import parse_time_limit
-
-# Modules of stages whose pipeline stages wait for one another: they are no faster than one rank.
-SEQUENTIAL = ("recipes.importance", "recipes.search")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class StageHours:
         ranks: GPUs that it occupies.
         hours, gpu_hours: None where they cannot be estimated.
         jobs: how many jobs the cluster's time limit cuts it into, at least; None without a limit.
+        cost: None without `cluster.gpu.cost_per_hour`.
     """
 
     stage: str
@@ -34,35 +46,108 @@ class StageHours:
     hours: float | None
     gpu_hours: float | None
     jobs: int | None
+    cost: float | None = None
 
 
-def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
+@dataclass(frozen=True)
+class TrainingWork:
+    """A part of a training.
+
+    Attributes:
+        share: of the training's steps, summed over the models that are trained.
+    """
+
+    training: Training
+    loss: Loss
+    models: Models
+    share: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        models = self.models
+        flops = training_flops(self.training, self.loss, models.family, models.student, models.teacher)
+        return training_tokens(self.training) * self.share * flops.total
+
+    def seconds(self, machine: Machine, ranks: int, fp8: Fp8) -> float:
+        return self.share * training_seconds(self.training, self.loss, self.models, machine, ranks, fp8)
+
+
+@dataclass(frozen=True)
+class ForwardWork:
+    """Forward passes.
+
+    Attributes:
+        flops: of all of them.
+        layout: the parallel layout, micro batch and sequence length.
+        sequential: whether pipeline stages wait for one another, and no ranks share the batches.
+    """
+
+    shape: Shape
+    family: Family
+    flops: float
+    layout: Training
+    sequential: bool
+
+    def seconds(self, machine: Machine, ranks: int, fp8: Fp8) -> float:
+        layout, parallel = self.layout, self.layout.parallel
+        stages = forward_seconds(self.shape, self.family, layout, machine, fp8[1])
+        tokens = layout.micro_batch_size * layout.seq_length
+        micro_batches = self.flops / (tokens * forward_flops(self.shape, self.family, layout.seq_length))
+        if self.sequential:
+            return micro_batches * sum(stages)
+        sizes = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        return micro_batches / (ranks // sizes) * max(stages)
+
+
+Work = TrainingWork | ForwardWork
+
+
+def estimate_hours(cfg: RunConfig, teacher: Shape, fp8: Fp8 = BF16) -> list[StageHours]:
     """Every stage of a run, with hours where they can be estimated."""
-    correction, limit = cfg.distill.teacher_correction, cfg.cluster.time_limit
+    correction, limit, gpu = cfg.distill.teacher_correction, cfg.cluster.time_limit, cfg.cluster.gpu
+    price = gpu.cost_per_hour if gpu else None
     estimates = []
     for stage in select_stages(cfg):
-        ranks, flops = stage.ranks(cfg), stage_flops(stage, cfg, teacher)
+        ranks, work = stage.ranks(cfg), stage_work(stage, cfg, teacher)
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
-        working = 1 if stage.module in SEQUENTIAL else ranks
-        hours = training_hours(flops, precision, cfg.cluster.gpu, working) if flops else None
+        seconds = _seconds(work, cfg, ranks, fp8) if work and precision is Precision.bf16 else None
+        hours = None if seconds is None else seconds / 3600
         gpu_hours = None if hours is None else hours * ranks
         jobs = math.ceil(hours * 3600 / parse_time_limit(limit)) if hours is not None and limit else None
-        estimates.append(StageHours(stage.name, ranks, hours, gpu_hours, jobs))
+        cost = None if gpu_hours is None or price is None else gpu_hours * price
+        estimates.append(StageHours(stage.name, ranks, hours, gpu_hours, jobs, cost))
     return estimates
 
 
-def stage_flops(stage: Stage, cfg: RunConfig, teacher: Shape) -> float | None:
-    """FLOP of a stage that trains, calibrates or scores; None for any other stage."""
+def _seconds(work: Work, cfg: RunConfig, ranks: int, fp8: Fp8) -> float | None:
+    gpu = cfg.cluster.gpu
+    if gpu is not None and gpu.mfu is not None:
+        working = 1 if isinstance(work, ForwardWork) and work.sequential else ranks
+        return seconds_at(gpu.mfu, work.flops, gpu, working)
+    machine = describe_machine(cfg.cluster)
+    return None if machine is None else work.seconds(machine, ranks, fp8)
+
+
+def seconds_at(mfu: float, flops: float, gpu: Gpu, ranks: int) -> float:
+    """Seconds on `ranks` GPUs that reach the share `mfu` of their peak."""
+    return flops / (ranks * gpu.bf16_tflops * 1e12 * mfu)
+
+
+def stage_work(stage: Stage, cfg: RunConfig, teacher: Shape) -> Work | None:
+    """What a stage that trains, calibrates or scores computes; None for any other stage."""
     own, family = stage.configure(cfg), cfg.model.family
     if stage.module == "recipes.search":
-        return search_flops(cfg.prune, family, teacher, student_shapes(cfg))
+        flops = search_flops(cfg.prune, family, teacher, student_shapes(cfg))
+        return ForwardWork(teacher, family, flops, _calibration(cfg.prune), sequential=True)
     if stage.module == "recipes.importance":
-        return calibration_flops(own.prune, family, shape_to_prune(own))
+        shape = shape_to_prune(own)
+        flops = calibration_flops(own.prune, family, shape)
+        return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
-        return training_tokens(cfg.distill) * forward_flops(teacher, family, cfg.distill.seq_length)
+        flops = training_tokens(cfg.distill) * forward_flops(teacher, family, cfg.distill.seq_length)
+        return ForwardWork(teacher, family, flops, caching_layout(cfg.distill), sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
-        correction = cfg.distill.teacher_correction
-        return training_tokens(correction) * training_flops(correction, Loss.ce, family, teacher, None).total
+        return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(family, teacher, None))
     if stage.module in ("recipes.successive_halving", "recipes.distill"):
         run = own.distill
         if stage.module == "recipes.successive_halving":
@@ -71,10 +156,15 @@ def stage_flops(stage: Stage, cfg: RunConfig, teacher: Shape) -> float | None:
             # A distillation that starts from successive halving's winner has the steps of its rounds behind it.
             done = halving_rounds(cfg)[-1][1] if "winner" in stage.inputs(own) else 0
             share, with_teacher = 1 - done / run.max_steps, run.runs_teacher
-        live_teacher = teacher if with_teacher else None
-        per_token = training_flops(run, run.loss, family, student_shape(own), live_teacher).total
-        return training_tokens(run) * share * per_token
+        models = Models(family, student_shape(own), teacher if with_teacher else None)
+        return TrainingWork(run, run.loss, models, share)
     return None
+
+
+def _calibration(prune: PruneConfig) -> Training:
+    """The layout of stages that run the teacher over calibration text."""
+    parallel = Parallel(prune.tensor_model_parallel_size, prune.pipeline_model_parallel_size)
+    return Training(seq_length=prune.calibration_seq_length, micro_batch_size=prune.micro_batch_size, parallel=parallel)
 
 
 def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates: Sequence[Shape]) -> int:
@@ -96,13 +186,6 @@ def search_flops(prune: PruneConfig, family: Family, teacher: Shape, candidates:
         others = 2 * min(cut, depth) if prune.budget.layer_sets > 1 else 0
         tried += (blocks + others) * forward_flops(dataclasses.replace(teacher, num_layers=depth), family, length)
     return length * (prune.budget.samples * scored + prune.block_samples * tried)
-
-
-def training_hours(flops: float, precision: Precision, gpu: Gpu | None, ranks: int) -> float | None:
-    """Hours on `ranks` GPUs; None where the GPU is not stated, or its speed in this precision isn't."""
-    if gpu is None or precision is not Precision.bf16:
-        return None
-    return flops / (ranks * gpu.bf16_tflops * 1e12 * gpu.mfu * 3600)
 
 
 def calibration_flops(prune: PruneConfig, family: Family, teacher: Shape) -> int:

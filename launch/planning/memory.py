@@ -292,8 +292,8 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
 def cached_logits_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
     """The memory of making the teacher's cached logits, of its fullest rank: the teacher forward, in distillation's
     layout but for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
-    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
-    layout = replace(distill, parallel=parallel)
+    layout = caching_layout(distill)
+    parallel = layout.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = FP32_BYTES if distill.precision is Precision.fp32 else 2
     tokens = distill.micro_batch_size * distill.seq_length
@@ -303,6 +303,12 @@ def cached_logits_memory(distill: Training, teacher: Shape, family: Family) -> M
         activations=width * _layer_elements(layout, Models(family, teacher, None), tokens),
         loss=logits * teacher.vocab_size // tensor,
     )
+
+
+def caching_layout(distill: Training) -> Training:
+    """The layout in which the teacher's logits are cached: distillation's, but for the sequences' parallelism."""
+    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
+    return replace(distill, parallel=parallel)
 
 
 def _pipeline(training: Training) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from launch.planning.layouts import Layout
 from launch.planning.memory import Memory, fullest
 from launch.planning.plan import Model, Plan
+from launch.planning.what_if import Variant, to_rows
 from prune_distill.schema import Gpu
 from prune_distill.units import GIB
 
@@ -16,6 +17,7 @@ COLUMNS = 100
 # Paths and key=value may be copied from a line: they are not cut.
 WRAP = textwrap.TextWrapper(COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 LAYOUTS_SHOWN = 6
+RUNNERS_UP = 2
 UNDIVIDED_SHOWN = 4
 SIZES = {
     "layers": "num_layers",
@@ -23,6 +25,12 @@ SIZES = {
     "ffn": "ffn_hidden_size",
     "heads": "num_attention_heads",
     "groups": "num_query_groups",
+}
+# Model-FLOPs utilization of published distillations on H100s; docs/planning.md has the sources.
+PUBLISHED_DISTILLATIONS = {
+    "Qwen3-8B to 6B": 0.23,
+    "Nemotron-Nano-9B-v2 to 7B": 0.18,
+    "Nemotron-3-Nano-30B-A3B to 22B": 0.08,
 }
 # Of a mixture: its experts, the FFN of each, and how many a token goes through.
 SIZES_OF_EXPERTS = {
@@ -41,7 +49,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             "name": cluster.name,
             "nodes": cluster.nodes,
             "devices_per_node": cluster.devices_per_node,
-            "gpu": None if cluster.gpu is None else _gpu_to_json(cluster.gpu),
+            "gpu": None if cluster.gpu is None else _gpu_to_json(cluster.gpu, plan.mfu),
             "time_limit": cluster.time_limit,
             "ranks": plan.ranks,
         },
@@ -61,7 +69,9 @@ def to_json(plan: Plan) -> dict[str, object]:
             stage: _memory_to_json(memory[0]) if stage == "prune" else [_memory_to_json(rank) for rank in memory]
             for stage, memory in plan.memory.items()
         },
+        "automatic": plan.automatic,
         "layout": _layout_to_json(plan.layout),
+        "step": None if plan.step is None else {**plan.step.parts, "total": plan.step.total},
         "layouts": [_layout_to_json(layout) for layout in plan.layouts],
         "undivided": plan.undivided,
         "disk": plan.disk.sizes,
@@ -72,12 +82,12 @@ def to_json(plan: Plan) -> dict[str, object]:
     }
 
 
-def _gpu_to_json(gpu: Gpu) -> dict[str, object]:
+def _gpu_to_json(gpu: Gpu, mfu: float | None) -> dict[str, object]:
     return {
         "name": gpu.name,
         "memory_bytes": round(gpu.memory_gib * GIB),
         "bf16_flops": gpu.bf16_tflops * 1e12,
-        "utilisation": gpu.mfu,
+        "utilisation": mfu,
     }
 
 
@@ -94,10 +104,18 @@ def _layout_to_json(layout: Layout) -> dict[str, object]:
     return {**dataclasses.asdict(layout), "recompute": layout.recompute.value}
 
 
-def to_table(plan: Plan) -> str:
-    """All of a plan, for a terminal of 100 columns."""
-    sections = (_heading, _models, _time, _memory, _layouts, _disk, _notes)
-    return "\n\n".join("\n".join(lines) for section in sections if (lines := section(plan)))
+def to_table(plan: Plan, variants: Sequence[Variant] = ()) -> str:
+    """All of a plan, for a terminal of 100 columns; `variants` of `launch.planning.what_if`."""
+    sections = [section(plan) for section in (_heading, _models, _time)]
+    sections += [_variants(variants), *(section(plan) for section in (_memory, _layouts, _disk, _notes))]
+    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def _variants(variants: Sequence[Variant]) -> list[str]:
+    """What other lengths and variants take, with the present layout."""
+    rows = to_rows(variants)
+    notes = [f"{variant.name}: not estimated ({variant.why_not})" for variant in variants if variant.why_not]
+    return [*(_columns(rows) if rows else []), *(line for note in notes for line in WRAP.wrap(note))]
 
 
 def summarize(plan: Plan) -> list[str]:
@@ -111,10 +129,30 @@ def summarize(plan: Plan) -> list[str]:
     if gpu is not None:
         memory = f"{_gib(plan.peak)} of {_number(gpu.memory_gib)} GiB a GPU ({gpu.name})"
         lines.append(f"plan: {memory}, {_total_hours(plan, gpu)}")
+    lines += [f"plan: {line}" for line in _choice(plan)]
     lines.append(f"plan: {_gib(plan.disk.total)} GiB on disk, {_gib(plan.disk.free)} GiB are free")
     if plan.fits is False:
         lines.append(f"warning: the plan does not fit: {plan.fix}")
     return lines + [f"warning: {warning}" for warning in plan.warnings]
+
+
+def _choice(plan: Plan) -> list[str]:
+    """The layout that was chosen, why, and those that come next; nothing where all of it was set."""
+    if not any(key.startswith("distill.") for key in plan.automatic):
+        return []
+    gpu, present = plan.cluster.gpu, plan.layout
+    if gpu is None:
+        return [f"chosen: {_describe(present)}; the least parallelism, as cluster.gpu is not stated"]
+    if present.seconds is None:
+        return [f"chosen: {_describe(present)}; the best that leaves 5 % of the memory free"]
+    why = f"{_number(present.seconds)} s a step, the fastest estimate of those that leave 5 % of the memory free"
+    others = [layout for layout in plan.layouts if layout != present and layout.seconds is not None]
+    following = [
+        f"{_describe(layout)}: {_number(layout.seconds)} s, {_gib(layout.peak)} GiB"
+        for layout in others[:RUNNERS_UP]
+        if layout.seconds is not None
+    ]
+    return [f"chosen: {_describe(present)}; {why}", *(f"  other layouts: {layout}" for layout in following)]
 
 
 def _total_hours(plan: Plan, gpu: Gpu) -> str:
@@ -123,7 +161,11 @@ def _total_hours(plan: Plan, gpu: Gpu) -> str:
         return "hours not estimated"
     gpu_hours = sum(stage.gpu_hours or 0 for stage in plan.stages)
     jobs = sum(stage.jobs or 0 for stage in plan.stages)
-    return f"{_number(sum(hours))} hours, {_number(gpu_hours)} GPU-hours at an assumed {gpu.mfu:.0%} of its peak" + (
+    how = f"at {gpu.mfu:.0%} of its peak (cluster.gpu.mfu)" if gpu.mfu else "estimated"
+    if not gpu.mfu and plan.mfu is not None:
+        how += f" ({plan.mfu:.0%} of its peak)"
+    cost = f", cost {_money(gpu_hours * gpu.cost_per_hour)}" if gpu.cost_per_hour else ""
+    return f"{_number(sum(hours))} hours, {_number(gpu_hours)} GPU-hours {how}{cost}" + (
         f", at least {jobs} jobs of {plan.cluster.time_limit}" if jobs else ""
     )
 
@@ -182,19 +224,49 @@ def _cached_logits(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     gpu, limit = plan.cluster.gpu, plan.cluster.time_limit
-    rows = [["stage", "ranks", "hours", "GPU-hours", *([f"jobs of {limit}"] if limit else [])]]
+    priced = gpu is not None and gpu.cost_per_hour is not None
+    rows = [["stage", "ranks", "hours", "GPU-hours", *(["cost"] if priced else [])]]
+    rows[0] += [f"jobs of {limit}"] if limit else []
     for stage in plan.stages:
         if stage.hours is not None and stage.gpu_hours is not None:
+            cost = [_money(stage.cost)] if stage.cost is not None else []
             jobs = [f"{stage.jobs:,}"] if limit else []
-            rows.append([stage.stage, str(stage.ranks), _number(stage.hours), _number(stage.gpu_hours), *jobs])
+            rows.append([stage.stage, str(stage.ranks), _number(stage.hours), _number(stage.gpu_hours), *cost, *jobs])
     if gpu is None or len(rows) == 1:
-        why = "cluster.gpu is null" if gpu is None else "cluster.gpu states the speed of bf16 only"
-        return [f"hours: not estimated ({why})"]
+        return [f"hours: not estimated ({_why_no_hours(gpu)})"]
     return [
-        f"time, at {gpu.mfu:.0%} of the GPU's peak (an assumption: cluster.gpu.mfu)",
+        *_speed(plan, gpu),
         *_columns(rows),
         f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}",
     ]
+
+
+def _why_no_hours(gpu: Gpu | None) -> str:
+    if gpu is None:
+        return "cluster.gpu is null"
+    if gpu.mfu is None and None in (gpu.memory_gbs, gpu.link_gbs):
+        return "state cluster.gpu.memory_gbs and link_gbs, or cluster.gpu.mfu if it was measured"
+    return "cluster.gpu states the speed of bf16 only"
+
+
+def _speed(plan: Plan, gpu: Gpu) -> list[str]:
+    """What the hours rest on."""
+    if gpu.mfu is not None:
+        return [f"time, at {gpu.mfu:.0%} of the GPU's peak (cluster.gpu.mfu)"]
+    step, mfu = plan.step, plan.mfu
+    if step is None or mfu is None:
+        return ["time, computed from shapes and the GPU's figures"]
+    parts = sorted(step.parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name.replace('_', ' ')} {value / step.total:.0%}" for name, value in parts if value)
+    known = ", ".join(f"{share:.0%} ({name}: {share / mfu:.2f}x)" for name, share in PUBLISHED_DISTILLATIONS.items())
+    sentences = [
+        f"time, computed from shapes, layout and the GPU's figures; not measured: a step of the distillation takes "
+        f"{_number(step.total)} s, {mfu:.0%} of the peak (MFU): {shares}",
+        f"published distillations on H100s, whose layouts are not known, reached {known}",
+    ]
+    if plan.teacher.shape.num_moe_experts:
+        sentences.append("mixtures of experts: one published pretraining on H100s took 2.2 times the estimate")
+    return [line for text in sentences for line in WRAP.wrap(text)]
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -234,17 +306,21 @@ def _layouts(plan: Plan) -> list[str]:
     lines = []
     if plan.cluster.gpu is not None:
         experts = ["EP"] if plan.teacher.shape.num_moe_experts else []
+        timed = present.seconds is not None
         rows = [["", "TP", "PP", "CP", "DP", *experts, "micro batch", "recompute", "GiB"]]
+        rows[0] += ["s a step"] if timed else []
         shown = layouts[:LAYOUTS_SHOWN]
         for layout in shown if present in shown else [*shown, present]:
             sizes = [layout.tensor, layout.pipeline, layout.context, layout.data]
             sizes += [*([layout.expert] if experts else []), layout.micro_batch_size]
             mark = "present" if layout == present else ""
-            rows.append([mark, *map(str, sizes), layout.recompute.value, _gib(layout.peak)])
+            seconds = [_number(layout.seconds)] if layout.seconds is not None else []
+            rows.append([mark, *map(str, sizes), layout.recompute.value, _gib(layout.peak), *seconds])
+        order = "fastest first" if timed else "best first: no recompute, least TP x PP x CP, TP before CP before PP"
         lines = [
-            f"layouts that divide everything and fit: {len(layouts)}; best first: no recompute, least TP x PP x CP,",
-            "TP before CP before PP, the largest micro batch",
+            f"layouts that divide everything and fit: {len(layouts)}; {order}",
             *_columns(rows),
+            *(line for text in _choice(plan)[:1] for line in WRAP.wrap(text)),
         ]
     if plan.undivided:
         more = len(plan.undivided) - UNDIVIDED_SHOWN
@@ -297,6 +373,10 @@ def _giga(flops: float) -> str:
 def _gib(size: float) -> str:
     """Bytes in GiB: two decimals where they matter."""
     return _number(size / GIB)
+
+
+def _money(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,16 +10,18 @@ from dataclasses import dataclass
 from launch.planning.advice import suggest_fix, warnings
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
-from launch.planning.layouts import Layout, build_layout, fitting, undivided
+from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
+from launch.planning.machine import describe_machine
 from launch.planning.memory import Memory, Models, cached_logits_memory, fullest, prune_memory, training_memory
+from launch.planning.time import Seconds, step_seconds
 from prune_distill.config.values import count_ranks
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
 from prune_distill.model.student import student_shape, student_shapes
 from prune_distill.pipeline.stages import select_stages
-from prune_distill.schema import ClusterConfig, Family, Loss, RunConfig, Shape
-from prune_distill.schema.phases import training_tokens
+from prune_distill.schema import ClusterConfig, Family, Loss, Precision, RunConfig, Shape
+from prune_distill.schema.phases import phase_sizes, training_tokens
 from prune_distill.units import GIB
 
 
@@ -72,6 +75,7 @@ class Plan:
     """What a run will need.
 
     Attributes:
+        automatic: the keys for which values were chosen.
         student: with a budget, the largest candidate.
         candidates: None without a budget.
         signal: None where the teacher runs next to the student.
@@ -79,6 +83,7 @@ class Plan:
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
             fullest rank. It always has `distill` and `prune`.
         layout: the configured layout of the distillation.
+        step: what one of its steps takes, the first phase's; None where the GPU's figures are not stated.
         layouts: those that divide everything and fit the GPU, best first; empty where no GPU is stated.
         undivided: why other layouts are not possible.
         fix: what to set where the plan does not fit.
@@ -87,6 +92,7 @@ class Plan:
     experiment: str
     cluster: ClusterConfig
     ranks: int
+    automatic: list[str]
     teacher: Model
     student: Model
     candidates: Candidates | None
@@ -95,6 +101,7 @@ class Plan:
     stages: list[StageHours]
     memory: dict[str, list[Memory]]
     layout: Layout
+    step: Seconds | None
     layouts: list[Layout]
     undivided: list[str]
     disk: Disk
@@ -116,6 +123,17 @@ class Plan:
         """Whether every stage fits the GPU; None where no GPU is stated."""
         gpu = self.cluster.gpu
         return None if gpu is None else self.peak <= gpu.memory_gib * GIB
+
+    @property
+    def mfu(self) -> float | None:
+        """The share of the GPUs' peak that the distillation's models take; see `prune_distill.model.flops`."""
+        gpu, seconds = self.cluster.gpu, self.layout.seconds
+        if gpu is None:
+            return None
+        if gpu.mfu is not None or seconds is None:
+            return gpu.mfu
+        flops = self.work.flops_a_token.student + self.work.flops_a_token.teacher
+        return self.work.tokens / self.work.steps * flops / (seconds * self.ranks * gpu.bf16_tflops * 1e12)
 
     @property
     def impossible(self) -> dict[str, str]:
@@ -143,18 +161,19 @@ def make_plan(cfg: RunConfig) -> Plan:
     """The plan of a run whose config was checked."""
     teacher, family, ranks, gpu = cfg.model.shape, cfg.model.family, count_ranks(cfg), cfg.cluster.gpu
     assert teacher is not None  # prune_distill.config.load refuses a config without
-    student, models = student_shape(cfg), _models(cfg, teacher)
+    student, task = student_shape(cfg), distillation(cfg)
     limit = gpu.memory_gib * GIB if gpu else math.inf
-    layouts = fitting(cfg, models, ranks, limit) if gpu else []
-    memory = _memory(cfg, teacher, ranks)
+    layouts = fitting(task, limit) if gpu else []
+    memory = stage_memory(cfg)
     full = {stage for stage, stage_memory in memory.items() if fullest(stage_memory).total > limit}
     steps, tokens = cfg.distill.max_steps, training_tokens(cfg.distill)
-    flops = training_flops(cfg.distill, cfg.distill.loss, family, student, models.teacher)
+    flops = training_flops(cfg.distill, cfg.distill.loss, family, student, task.models.teacher)
     disk = estimate_disk(cfg, teacher)
     return Plan(
         experiment=cfg.name,
         cluster=cfg.cluster,
         ranks=ranks,
+        automatic=cfg.automatic,
         teacher=_model(teacher, family),
         student=_model(student, family),
         candidates=_candidates(cfg),
@@ -162,23 +181,42 @@ def make_plan(cfg: RunConfig) -> Plan:
         signal=_cached_logits(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg, teacher),
         memory=memory,
-        layout=build_layout(cfg.distill, cfg, models, ranks),
+        layout=task.layout(),
+        step=_step(task),
         layouts=layouts,
-        undivided=undivided(cfg, ranks),
+        undivided=undivided(task),
         disk=disk,
         warnings=warnings(cfg, disk),
-        fix=suggest_fix(cfg, models, layouts, full, limit) if full else None,
+        fix=suggest_fix(task, layouts, full, limit) if full else None,
     )
+
+
+def distillation(cfg: RunConfig) -> Task:
+    """The last distillation of a run as a training that needs a layout; with a budget, of the largest candidate."""
+    assert cfg.model.shape is not None
+    # Only the speed of bf16 is stated.
+    machine = describe_machine(cfg.cluster) if cfg.distill.precision is Precision.bf16 else None
+    return Task(cfg, DISTILL, _models(cfg, cfg.model.shape), count_ranks(cfg), machine)
+
+
+def _step(task: Task) -> Seconds | None:
+    if task.machine is None:
+        return None
+    training = task.training
+    if training.phases:
+        training = dataclasses.replace(training, phases=None, **phase_sizes(training, training.phases[0]))
+    return step_seconds(training, task.loss, task.models, task.machine, task.ranks)
 
 
 def _models(cfg: RunConfig, teacher: Shape) -> Models:
     return Models(cfg.model.family, student_shape(cfg), teacher if cfg.distill.runs_teacher else None)
 
 
-def _memory(cfg: RunConfig, teacher: Shape, ranks: int) -> dict[str, list[Memory]]:
+def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
     """The memory of a rank by stage: of the last distillation and of pruning; of the distillations of earlier rounds,
     whose students are larger; of the stages that run the teacher alone."""
-    family = cfg.model.family
+    teacher, family, ranks = cfg.model.shape, cfg.model.family, count_ranks(cfg)
+    assert teacher is not None
     memory = {
         "distill": training_memory(cfg.distill, cfg.distill.loss, _models(cfg, teacher), ranks),
         "prune": [prune_memory(cfg.prune, teacher, family, teacher_weight_bytes(cfg))],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from prune_distill.config.typed import did_you_mean
 from prune_distill.config.wording import override, quote_for_hydra, resolve_change
 from prune_distill.errors import ConfigError, Fault
+from prune_distill.schema import Gpu
+from prune_distill.schema.fields import AUTO
+from prune_distill.schema.run import AUTOMATIC
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "conf"
 
@@ -85,7 +91,11 @@ def parse_overrides(
     for line in overrides:
         try:
             found = parser.parse_override(line)
-            parsed.append(parser.parse_override(_normalize(line, found, found.key_or_group in groups)))
+            lines = _expand(found, config_dir) or [_normalize(line, found, _is_group(found.key_or_group, groups))]
+            parsed += map(parser.parse_override, lines)
+        except ConfigError as error:
+            faults += error.faults
+            continue
         except HydraException as error:
             faults.append(_unreadable(line, " ".join(str(error).split())))
             continue
@@ -96,6 +106,46 @@ def parse_overrides(
     if faults:
         raise ConfigError(faults)
     return parsed
+
+
+def _is_group(key: str, groups: Collection[str]) -> bool:
+    """Whether a key names a group of files, such as `cluster` or `cluster/gpu`."""
+    return key in groups or "/" in key
+
+
+def _expand(override: Override, config_dir: str | os.PathLike[str] | None) -> list[str]:
+    """The overrides that a short form stands for: the name of a GPU, or `auto` for a group; none of any other."""
+    key, value = override.key_or_group, override.value() if not override.is_sweep_override() else None
+    if not isinstance(value, str):
+        return []
+    if key == "cluster.gpu":
+        # As a group of its own: where the cluster states none, it is null.
+        figures = ",".join(f"{name}:{_hydra_value(figure)}" for name, figure in gpu_figures(value, config_dir).items())
+        return [f"++cluster.gpu={{{figures}}}"]
+    return [f"++{item}={AUTO}" for item in AUTOMATIC if value == AUTO and item.startswith(f"{key}.")]
+
+
+def _hydra_value(value: Any) -> str:
+    return quote_for_hydra(value, quote=True) if isinstance(value, str) else "null" if value is None else str(value)
+
+
+def gpu_figures(name: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The figures of a GPU by its name in `conf/cluster/gpu`, or in that folder of `config_dir`; null where the file
+    does not state one.
+
+    Raises:
+        ConfigError: no file has the name.
+    """
+    folders = [Path(folder) / "cluster" / "gpu" for folder in (CONFIG_DIR, config_dir) if folder is not None]
+    files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name not in files:
+        close = did_you_mean(name, list(files))
+        known = f"choose from {', '.join(files)}, or state another's figures, as in conf/cluster/gpu/h100_sxm.yaml"
+        raise ConfigError(
+            [Fault("cluster.gpu", ("cluster.gpu",), f"cluster.gpu={name}: not a known GPU{close}; {known}")]
+        )
+    figures = dict.fromkeys(field.name for field in dataclasses.fields(Gpu))
+    return {**figures, **yaml.safe_load(files[name].read_text())}
 
 
 def _unreadable(line: str, reason: str) -> Fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,18 @@ from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.model.hf_shape import read_family, read_shape
 from prune_distill.schema import RunConfig
+from prune_distill.schema.fields import AUTO
+from prune_distill.schema.run import AUTOMATIC
+
+Choose = Callable[[RunConfig, Collection[str]], RunConfig]
 
 
 def compose(
-    overrides: Sequence[str], check_files: bool = False, config_dir: str | os.PathLike[str] | None = None
+    overrides: Sequence[str],
+    check_files: bool = False,
+    config_dir: str | os.PathLike[str] | None = None,
+    choose: Choose | None = None,
+    require_site: bool = True,
 ) -> RunConfig:
     """The config of a run from `key=value` overrides, as on the command line.
 
@@ -29,6 +37,8 @@ def compose(
         overrides: Hydra overrides: groups (`experiment=demo`) and values (`distill.lr=1e-4`).
         check_files: also require that the user's local files and folders exist.
         config_dir: a folder with more files of the config groups.
+        choose: sets the keys that are `auto` in a config that is otherwise correct; None: `auto` is a fault.
+        require_site: report missing values that differ from site to site, which a plan does not need.
 
     Raises:
         ConfigError: all faults found: unknown keys, wrong types, missing values, contradictions.
@@ -38,7 +48,13 @@ def compose(
 
     require_model(overrides, config_dir)
     faults: list[Fault] = []
-    return _typed(_resolve(compose_tree(overrides, config_dir), faults), faults, check_files)
+    return _typed(
+        _resolve(compose_tree(overrides, config_dir), faults),
+        faults,
+        check_files,
+        choose=choose,
+        require_site=require_site,
+    )
 
 
 def show(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None = None) -> str:
@@ -117,10 +133,18 @@ def _item(node: Any, key: Any, faults: list[Fault], dotted: str) -> Any:
         return UNRESOLVED
 
 
-def _typed(tree: Any, faults: list[Fault], check_files: bool = False, refuse_credentials: bool = True) -> RunConfig:
+def _typed(
+    tree: Any,
+    faults: list[Fault],
+    check_files: bool = False,
+    refuse_credentials: bool = True,
+    choose: Choose | None = None,
+    require_site: bool = True,
+) -> RunConfig:
     """The config that a plain tree describes; `faults` were found before."""
     faults = faults + _fill_in_family(tree)
-    reader = Reader(RunConfig, refuse_credentials)
+    automatic = remove_automatic(tree) if choose is not None else []
+    reader = Reader(RunConfig, refuse_credentials, require_site)
     cfg = reader.group(RunConfig, tree)
     faults += reader.faults
     unreadable = set(reader.unreadable)
@@ -129,7 +153,12 @@ def _typed(tree: Any, faults: list[Fault], check_files: bool = False, refuse_cre
         faults += _config_json_faults(shape_faults)
         if cfg.model.shape is None and cfg.model.hf_path is not None:
             unreadable.add("model.shape")
-    faults += validate(cfg, unreadable)
+    # Rules of what is still to be chosen are skipped.
+    faults += validate(cfg, {*unreadable, *automatic})
+    if automatic and choose is not None and not faults:
+        cfg = choose(cfg, automatic)
+        cfg.automatic = automatic
+        faults += validate(cfg)
     if check_files:
         # Faults of config.json were found when the shape was read.
         known = {fault.message for fault in faults}
@@ -137,6 +166,20 @@ def _typed(tree: Any, faults: list[Fault], check_files: bool = False, refuse_cre
     if faults:
         raise ConfigError(faults)
     return cfg
+
+
+def remove_automatic(tree: Any) -> list[str]:
+    """Remove the keys that are `auto` from a plain tree, so that they have their defaults, and list them."""
+    found = []
+    for key in AUTOMATIC:
+        *groups, name = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict) and node.get(name) == AUTO:
+            del node[name]
+            found.append(key)
+    return found
 
 
 def _config_json_faults(messages: list[str]) -> list[Fault]:

@@ -39,10 +39,16 @@ class Reader:
         unreadable: dotted keys without a usable value; what the objects contain there means nothing.
     """
 
-    def __init__(self, root: type, refuse_credentials: bool = True) -> None:
+    def __init__(self, root: type, refuse_credentials: bool = True, require_site: bool = True) -> None:
+        """
+        Args:
+            refuse_credentials: report credentials in texts.
+            require_site: report missing values that differ from site to site; otherwise they are null.
+        """
         self.faults: list[Fault] = []
         self.unreadable: set[str] = set()
         self._refuse_credentials = refuse_credentials
+        self._require_site = require_site
         self._known_keys = list(schema_keys(root))
 
     def group(self, cls: type[T], tree: Any, prefix: str = "") -> T:
@@ -72,6 +78,8 @@ class Reader:
         """`wanted`: what a missing value should be, where its type does not say enough."""
         if raw is UNRESOLVED:
             return self._unusable(key)
+        if raw == MISSING and wanted is not None and hint.optional and not self._require_site:
+            return None
         if raw == MISSING:
             wanted = wanted or _describe(hint.kind) + (" or null" if hint.optional else "")
             return self._fault("value.missing", key, f"not set; set {key} to {wanted}")

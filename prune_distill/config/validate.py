@@ -6,6 +6,7 @@ Where upstream would refuse (or silently ignore) something hours later, the rule
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import cache
 from types import ModuleType
 
 from prune_distill.config.bounds import out_of_bounds
@@ -24,11 +25,6 @@ def _rules_in(module: ModuleType) -> Iterator[Rule]:
 MODULES = (cluster, model, data, prune, budget, evaluation, distill, training, slurm)
 ALL_RULES = [rule for module in MODULES for rule in _rules_in(module)]
 RULES = [rule for rule in ALL_RULES if not rule.on_machine]
-LAYOUT_RULES = [
-    rule
-    for rule in RULES
-    if rule.id.startswith("training.") and any(read.startswith("distill.parallel.") for read in rule.reads)
-]
 
 
 def validate(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[Fault]:
@@ -48,6 +44,16 @@ def missing_files(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[Faul
     return [fault for rule in ALL_RULES if rule.on_machine for fault in rule.faults(cfg, unreadable)]
 
 
-def layout_faults(cfg: RunConfig) -> list[Fault]:
-    """List what is wrong with the parallel layout of the distillation."""
-    return [fault for rule in LAYOUT_RULES for fault in rule.faults(cfg)]
+def layout_faults(cfg: RunConfig, key: str = "distill") -> list[Fault]:
+    """List what is wrong with the parallel layout of the training at `key`."""
+    return [fault for rule in _layout_rules(key) for fault in rule.faults(cfg)]
+
+
+@cache
+def _layout_rules(key: str) -> list[Rule]:
+    parallel = f"{key}.parallel."
+    return [
+        rule
+        for rule in RULES
+        if rule.id.startswith("training.") and any(read.startswith(parallel) for read in rule.reads)
+    ]

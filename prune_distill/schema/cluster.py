@@ -41,12 +41,21 @@ class Gpu:
     memory_gib: PositiveFloat = MISSING
     # Peak TFLOP/s of bf16 products with fp32 sums, without sparsity.
     bf16_tflops: PositiveFloat = MISSING
-    # The default below: 90 B tokens x 50.3 GFLOP per token (student 33.9, teacher 16.3) = 4.52e21 FLOP in about 6,000
-    # H100-hours, and 4.52e21 / (6,000 x 3,600 s x 989.4e12) = 0.21.
-
-    # Share of the peak that training reaches (MFU). The default is computed from the one published run, Qwen3-8B to 6B
-    # by depth.
-    mfu: ShareAboveZero = 0.21
+    # Peak TFLOP/s of FP8 products, without sparsity; null: the GPU has no FP8.
+    fp8_tflops: PositiveFloat | None = None
+    # Bandwidth of the GPU's memory in GB/s; null: launch.plan estimates no hours unless mfu is set.
+    memory_gbs: PositiveFloat | None = None
+    # Bandwidth between the GPUs of a node in GB/s per GPU and direction (NVLink or PCIe); null: not known, for runs on
+    # one GPU.
+    link_gbs: PositiveFloat | None = None
+    # Bandwidth to other nodes in GB/s per GPU and direction (50 for a 400 Gbit/s card per GPU); null: not known, for
+    # runs on one node.
+    network_gbs: PositiveFloat | None = None
+    # Share of the peak that training reaches (MFU), if it was measured; null: launch.plan computes the time of each
+    # layout from the figures above.
+    mfu: ShareAboveZero | None = None
+    # Price of one GPU for an hour, in any currency; null: plans show no costs.
+    cost_per_hour: PositiveFloat | None = None
 
 
 @dataclass

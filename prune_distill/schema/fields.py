@@ -60,6 +60,8 @@ class NotBlank:
 
 Bound = Range | NotBlank
 
+# The value of a key that launch.run and launch.plan choose.
+AUTO = "auto"
 # The key of a marker in a field's metadata.
 _IDENTITY = "identity"
 

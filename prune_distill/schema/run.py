@@ -17,6 +17,23 @@ from prune_distill.schema.fields import NonNegativeInt, Range, Text, placement
 from prune_distill.schema.model import ModelConfig
 from prune_distill.schema.prune import PruneConfig
 
+# The settings of a training that its layout consists of.
+LAYOUT = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "micro_batch_size",
+    "recompute",
+)
+# The keys that may be `auto`.
+AUTOMATIC = (
+    *(f"distill.{key}" for key in LAYOUT),
+    *(f"distill.teacher_correction.{key}" for key in LAYOUT),
+    "prune.pipeline_model_parallel_size",
+    "prune.micro_batch_size",
+)
+
 
 @dataclass
 class RunConfig:
@@ -31,6 +48,8 @@ class RunConfig:
     # Whether a stage compares the content of its inputs with what their stages wrote, before it starts; false: only
     # their sizes.
     verify_inputs: bool = placement(True)
+    # Keys that were `auto`, for which launch.run chose values; it sets this itself.
+    automatic: list[str] = placement(list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)

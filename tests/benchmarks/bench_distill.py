@@ -98,7 +98,7 @@ def gradients() -> dict[str, Any]:
 
 def steps(folder: Path) -> dict[str, Any]:
     """Steps a second of the demo's distillation, a bare loop's, and those with cached logits."""
-    from prune_distill.config.load import compose
+    from launch.planning.automatic import compose
     from prune_distill.data.folder import DataFolder
     from prune_distill.pipeline.artifact import locate
 
@@ -143,7 +143,7 @@ def steps(folder: Path) -> dict[str, Any]:
 
 
 def _distillation(name: str, overrides: list[str]) -> Runner:
-    from prune_distill.config.load import compose
+    from launch.planning.automatic import compose
     from prune_distill.pipeline.artifact import locate
 
     folder = locate(compose(overrides))["distill"].folder

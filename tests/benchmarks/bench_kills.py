@@ -44,8 +44,9 @@ VICTIMS = ("launcher", "torchrun", "rank", "helper")
 SAID = "said.txt"
 # Kept for a resume, written next to the results, or (outputs.json) a record of files that are compared themselves.
 NOT_COMPARED = ("checkpoints", "tensorboard", "index_mapping", "claims", "outputs.json")
-# In the names of times and speeds, two of which may be equal by chance.
-TIMES = ("second", "mfu")
+# In the names of times, speeds and what follows from them (`front`: the Pareto front of candidates by their latency),
+# two of which may be equal by chance.
+TIMES = ("second", "mfu", "latency", ":front")
 
 BASE = (*tiny.DEPTH, "distill.controls=[]")
 TWO_RANKS = ("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")

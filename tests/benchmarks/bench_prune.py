@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.pipeline.artifact import locate, read_manifest, write_json
 
 ROOT = Path(__file__).parents[2]

@@ -91,7 +91,7 @@ def _work(runs: list[Run], teacher: Path, folder: Path) -> Iterator[dict[str, An
 
 def distill(overrides: list[str]) -> float:
     """The validation loss at the end of a distillation, through the command line."""
-    from prune_distill.config.load import compose
+    from launch.planning.automatic import compose
     from prune_distill.pipeline.artifact import locate, read_manifest
 
     command = [sys.executable, "-m", "launch.run", *overrides, "--until", "distill"]
@@ -119,7 +119,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def teacher_of_the_demo(run_dir: Path) -> Path:
     """The demo's teacher as a Hugging Face folder, made if it is not there."""
-    from prune_distill.config.load import compose
+    from launch.planning.automatic import compose
     from prune_distill.pipeline.artifact import locate
 
     overrides = ["experiment=demo", f"run_dir={run_dir}"]

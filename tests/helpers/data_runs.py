@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from prune_distill.config.load import compose, save_resolved
+from launch.planning.automatic import compose
+from prune_distill.config.load import save_resolved
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.shards import SplitWriter, read_documents
 from prune_distill.pipeline.artifact import locate

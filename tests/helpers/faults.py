@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError, Fault
 
 

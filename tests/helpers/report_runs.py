@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from prune_distill.config.load import compose, save_resolved
+from launch.planning.automatic import compose
+from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import LAUNCHES, PLAN, RESOLVED
 

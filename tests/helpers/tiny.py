@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.pipeline.artifact import Located, locate
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers.fork_server import python_path

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch import local
-from prune_distill.config.load import compose, save_resolved
+from launch.planning.automatic import compose
+from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import locate
 from tests.helpers import tiny, tolerance
 from tests.helpers.data_runs import write_masks

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_distill.config.load import compose, save_resolved
+from launch.planning.automatic import compose
+from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import locate, read_manifest
 from tests.helpers import tiny, tolerance
 

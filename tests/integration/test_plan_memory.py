@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from launch.planning.memory import Memory, Models, training_memory
-from prune_distill.config.load import compose, save_resolved
+from prune_distill.config.load import save_resolved
 from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
 from prune_distill.schema import RunConfig

@@ -18,7 +18,8 @@ import pytest
 from convert.stored import blocks
 from convert.torch_dist import TorchDistReader
 from launch import local
-from prune_distill.config.load import compose, save_resolved
+from launch.planning.automatic import compose
+from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.training.schedules import learning_rate

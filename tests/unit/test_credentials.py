@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.credentials import find_credential, redact
 from prune_distill.errors import ConfigError
 

@@ -24,12 +24,12 @@ import pytest
 
 import recipes
 from launch.help_config import to_markdown, to_text
+from launch.planning.automatic import compose
 from launch.planning.output import to_table
 from launch.planning.plan import make_plan
 from launch.run import read_arguments
 from prune_distill.config.composition import sweep
 from prune_distill.config.input_files import HUB_FOLDERS
-from prune_distill.config.load import compose
 from prune_distill.pipeline.stages import STAGES, find, select_stages
 from prune_distill.schema import RunConfig
 from tests.conftest import QWEN3
@@ -179,7 +179,8 @@ class Checker:
         elif module in ("launch.plan", "launch.doctor"):
             args = self.parse(module, arguments)
             if args.overrides:
-                compose(args.overrides, check_files=module == "launch.doctor", config_dir=args.config_dir)
+                for_plan = module == "launch.plan"
+                compose(args.overrides, not for_plan, args.config_dir, for_plan)
         else:
             package, _, name = module.partition(".")
             assert package != "recipes" or name in ("", *recipes.COMMANDS), f"python -m {module} is no command"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.identity import fingerprints

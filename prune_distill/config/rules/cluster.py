@@ -38,3 +38,14 @@ def time_limit(cfg: RunConfig) -> Iterator[Finding]:
         except ValueError as error:
             number = " (without quotes YAML reads 4:00:00 as a number)" if limit.isdecimal() else ""
             yield Finding("cluster.time_limit", f"{error}{number}; set cluster.time_limit='4:00:00' or '1-12:00:00'")
+
+
+@rule("cluster.network", "cluster.nodes", "cluster.gpu?.network_gbs", "cluster.gpu?.memory_gbs", "cluster.gpu?.mfu")
+def network(cfg: RunConfig) -> Iterator[Finding]:
+    gpu, nodes = cfg.cluster.gpu, cfg.cluster.nodes
+    if nodes > 1 and gpu is not None and gpu.memory_gbs is not None and gpu.network_gbs is None and gpu.mfu is None:
+        yield Finding(
+            "cluster.gpu.network_gbs",
+            f"the time of {nodes} nodes depends on their network; set cluster.gpu.network_gbs to the GB/s of each GPU, "
+            "such as 50 for a 400 Gbit/s card per GPU, or cluster.gpu.mfu to a measured share of the peak",
+        )

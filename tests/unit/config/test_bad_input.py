@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.config.wording import override
 from prune_distill.errors import ConfigError
 from tests.helpers.faults import check_fault, find_faults
 
-QWEN = ["experiment=qwen3_8b_to_6b_width"]
+QWEN = ["experiment=qwen3_8b_to_6b_width", "layout=published"]
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
 # A small mixture, its layers alone pruned.
 MOE = [
@@ -334,6 +334,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
     (
         [
             "experiment=qwen3_8b_to_6b_depth",
+            "layout=published",
             "distill.parallel={tensor_model_parallel_size:4,pipeline_model_parallel_size:2}",
             "prune.num_layers=25",
         ],

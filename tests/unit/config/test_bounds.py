@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.bounds import out_of_bounds
 from prune_distill.config.hints import field_hints, split_hint
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.schema import RunConfig, Shape
 from prune_distill.schema.fields import Bound, NotBlank, PositiveInt, Range, Steps
@@ -25,7 +25,7 @@ def keys_below(group: str, names: str) -> list[str]:
 # Every key with a bound, by rejected values.
 ABOVE_ZERO = [
     *keys_below("cluster", "nodes devices_per_node threads_per_rank slurm.warn_seconds slurm.cpus_per_gpu"),
-    *keys_below("cluster.gpu", "memory_gib bf16_tflops mfu"),
+    *keys_below("cluster.gpu", "memory_gib bf16_tflops fp8_tflops memory_gbs link_gbs network_gbs mfu cost_per_hour"),
     *keys_below("data", "max_document_tokens shard_bytes num_workers array_tasks stale_seconds sample"),
     *keys_below("data.sources.NAME", "weight max_tokens sample"),
     *keys_below("prune", "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, unreadable
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from tests.helpers.faults import check_fault
 

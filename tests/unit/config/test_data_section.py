@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.data_files import document_field, packing, sources
-from prune_distill.config.load import compose, load_resolved, save_resolved
+from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.identity import hashed_values
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 from tests.helpers.faults import check_fault, find_faults
 
-QWEN = ["experiment=qwen3_8b_to_6b_width"]
+QWEN = ["experiment=qwen3_8b_to_6b_width", "layout=published"]
 TWO = [*QWEN, "data.train=null", "data.sources={web: {files: [w.jsonl]}, code: {files: [c.jsonl]}}"]
 
 # Overrides, and their one fault: its rule, its first key, and a part of the fix.

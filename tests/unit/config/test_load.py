@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch.planning.automatic import compose
 from prune_distill.config.composition import CONFIG_DIR, config_groups, sweep
-from prune_distill.config.load import compose, load_resolved, save_resolved
+from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.config.typed import plain, schema_keys
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.schema import Family, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
+from prune_distill.schema import Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 
 # Experiments that need no input of the user.
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
@@ -60,8 +61,19 @@ GROUP_FILES = [(group, name) for group, names in config_groups().items() for nam
 
 @pytest.mark.parametrize(("group", "name"), GROUP_FILES)
 def test_files_of_groups_hold_known_keys_only(group: str, name: str) -> None:
-    tree = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml"))
-    assert set(_keys(tree, f"{group}.")) <= set(schema_keys(RunConfig))
+    tree: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml"))
+    tree.pop("defaults", None)
+    # A layout concerns several groups.
+    assert set(_keys(tree, "" if group == "layout" else f"{group}.")) <= set(schema_keys(RunConfig))
+
+
+@pytest.mark.parametrize("file", sorted((CONFIG_DIR / "cluster" / "gpu").glob("*.yaml")), ids=lambda file: file.stem)
+def test_files_of_gpus_state_what_a_plan_needs(file: Path) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+    assert set(tree) == {field.name for field in dataclasses.fields(Gpu)} - {"mfu", "cost_per_hour"}
+    assert all(tree[name] for name in ("name", "memory_gib", "bf16_tflops", "memory_gbs", "link_gbs"))
+    # Each figure has its source beside it.
+    assert all("#" in line for line in file.read_text().splitlines()[2:])
 
 
 def _keys(tree: Any, prefix: str) -> Iterator[str]:

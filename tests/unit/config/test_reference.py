@@ -41,7 +41,7 @@ def test_descriptions_are_sentences() -> None:
         ("distill.lr", "number", "above 0", "0.0001", "distill=minitron"),
         ("distill.weight_decay", "number", "0 or more", "0.1", ""),
         ("distill.loss", "one of kd, ce", "", "kd", ""),
-        ("distill.parallel.tensor_model_parallel_size", "integer", "above 0", "8", "distill=minitron"),
+        ("distill.parallel.tensor_model_parallel_size", "integer", "above 0", "auto", "distill=minitron"),
         ("distill.skip_steps", "list of lists of integers", "", "[]", ""),
         ("distill.phases[N].weights", "numbers by name or null", "", "null", ""),
         ("prune.budget.params_fraction", "number or null", "above 0 and below 1", "null", ""),

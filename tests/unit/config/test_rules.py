@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config import load
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.config.rule import Finding, Rule, rule
 from prune_distill.config.typed import schema_keys
 from prune_distill.config.validate import ALL_RULES, validate
@@ -94,8 +94,8 @@ def read_config(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tu
     """Return a config and its unreadable keys, regardless of faults."""
     found: list[tuple[RunConfig, set[str]]] = []
 
-    def record(cfg: RunConfig, unreadable: set[str]) -> list[Fault]:
-        found.append((cfg, unreadable))
+    def record(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[Fault]:
+        found.append((cfg, set(unreadable)))
         return []
 
     with monkeypatch.context() as patched:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.input_files import HUB_FOLDERS
-from prune_distill.config.load import compose, load_resolved, save_resolved
+from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.schema import RunConfig
 from tests.helpers.faults import check_fault, find_faults
 from tests.helpers.hf_folders import hub_snapshot
@@ -109,7 +110,7 @@ def test_all_faults_of_the_section_are_in_one_message(tmp_path: Path) -> None:
     documents.write_text("")
     found = find_faults(
         [
-            *("experiment=qwen3_8b_to_6b_depth", "cluster=slurm", f"data.train=[{documents}]"),
+            *("experiment=qwen3_8b_to_6b_depth", "layout=published", "cluster=slurm", f"data.train=[{documents}]"),
             "cluster.slurm.account='my lab'",
             "cluster.slurm.qos='a\"b'",
             "cluster.slurm.container_mounts=[/no/such:/data,/tmp:/scratch]",

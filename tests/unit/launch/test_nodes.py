@@ -11,7 +11,7 @@ import pytest
 
 from launch import nodes
 from launch.filesystem import find_unshared
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE
 from tests.helpers.launches import run_launcher, wait_for

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from launch import progress
+from launch.planning.automatic import compose
 from launch.run import main
-from prune_distill.config.load import compose, load_resolved
+from prune_distill.config.load import load_resolved
 from prune_distill.pipeline.artifact import locate, write_manifest
 from prune_distill.pipeline.names import LAUNCHES
 from prune_distill.pipeline.stage import Stage

@@ -10,8 +10,8 @@ import pytest
 
 from launch.filesystem import local_type
 from launch.jobs import make_paths_absolute
+from launch.planning.automatic import compose
 from launch.run import main
-from prune_distill.config.load import compose
 from prune_distill.pipeline.artifact import locate, write_manifest
 from prune_distill.pipeline.stages import STAGES
 from tests.helpers.fake_stage import DISTRIBUTED, TABLE

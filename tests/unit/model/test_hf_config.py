@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.hf_config import MAX_BYTES, examine, make_compatible, read_config
 from tests.conftest import QWEN3

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_weights import INDEX, expected_shapes, faults
 from tests.conftest import QWEN3

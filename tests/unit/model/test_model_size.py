@@ -7,8 +7,8 @@ import json
 import subprocess
 import sys
 
+from launch.planning.automatic import compose
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.model.hf_shape import _MOE_TERMS, _TERMS
 from prune_distill.model.model_size import active_parameters, parameters, product_weights, rank_experts, rank_parameters
 from prune_distill.model.student import student_shape

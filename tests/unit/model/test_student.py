@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.config.values import halving_rounds
 from prune_distill.errors import ConfigError
 from prune_distill.model import student
@@ -16,7 +16,7 @@ from prune_distill.schema import LayerSelection, PruneConfig, RunConfig, Shape
 from tests.helpers.faults import check_fault
 
 DEMO = ("experiment=demo", "prune.num_layers=null", "prune.ffn_hidden_size=null")
-QWEN = ("experiment=qwen3_8b_to_6b_depth", "prune.num_layers=null")
+QWEN = ("experiment=qwen3_8b_to_6b_depth", "layout=published", "prune.num_layers=null")
 # The demo's teacher has 5,246,976 parameters.
 TWO_THIRDS = "prune.budget.params_fraction=0.667"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError, InputError, reading
 from prune_distill.model.hf_tokenizer import faults
 from prune_distill.regular_files import is_lfs_pointer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import artifact, identity

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.config.rules.evaluation import OWN_TASK
 from prune_distill.config.values import replace_values
 from prune_distill.pipeline.artifact import locate

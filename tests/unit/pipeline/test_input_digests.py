@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.artifact import locate, remember_inputs

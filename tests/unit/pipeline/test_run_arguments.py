@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.pipeline.run_arguments import ConfigView, InputPath, UndeclaredKeyError, fill_inputs, view_config
 from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stages import STAGES, find, select_stages

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from prune_distill.config.composition import config_groups
-from prune_distill.config.load import compose
 from prune_distill.config.typed import schema_keys
 from prune_distill.config.values import count_ranks
 from prune_distill.model.student import student_shape

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from launch.planning.automatic import compose
 from launch.planning.memory import Models, training_memory
-from prune_distill.config.load import compose
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import training_flops
 from prune_distill.model.student import student_shape

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.config.load import compose
+from launch.planning.automatic import compose
 from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.tokenizer_check import check_tokenizers

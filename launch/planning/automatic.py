@@ -1,0 +1,220 @@
+"""Chooses the settings that are `auto`: the fastest layout that fits the GPU, which a run keeps on the same GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launch.planning.advice import suggest_shorter
+from launch.planning.disk import teacher_weight_bytes
+from launch.planning.layouts import (
+    CORRECTION,
+    DISTILL,
+    MICRO_BATCHES,
+    Layout,
+    Task,
+    fitting,
+    smallest_layout,
+    undivided,
+)
+from launch.planning.memory import Models, fullest, prune_memory
+from launch.planning.plan import distillation, stage_memory
+from prune_distill.config import load
+from prune_distill.config.validate import validate
+from prune_distill.config.values import get_value
+from prune_distill.errors import ConfigError, Fault
+from prune_distill.pipeline.names import RESOLVED
+from prune_distill.schema import Gpu, Precision, Recompute, RunConfig
+from prune_distill.schema.run import LAYOUT
+from prune_distill.units import GIB
+
+# The share of the GPU's memory that a chosen layout leaves free, beyond the reserve that every estimate has.
+MARGIN = 0.05
+REASONS_SHOWN = 3
+PRUNE_STAGES, PRUNE_BATCH = "prune.pipeline_model_parallel_size", "prune.micro_batch_size"
+
+
+def compose(
+    overrides: Sequence[str],
+    check_files: bool = False,
+    config_dir: str | os.PathLike[str] | None = None,
+    for_plan: bool = False,
+) -> RunConfig:
+    """The config of a run from `key=value` overrides, with values for all keys that are `auto`; see `load.compose`.
+
+    Args:
+        for_plan: a plan needs nothing that differs from site to site, and shows the nearest layout where none fits.
+
+    Raises:
+        ConfigError: all faults found, or no layout fits.
+    """
+    return load.compose(overrides, check_files, config_dir, partial(choose, accept_nearest=for_plan), not for_plan)
+
+
+def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = False) -> RunConfig:
+    """The config with values for the keys `automatic`: those of the run's folder if they were chosen for the same GPUs
+    and still fit, and otherwise new ones.
+
+    Args:
+        accept_nearest: choose what needs the least memory where nothing fits.
+
+    Raises:
+        ConfigError: nothing fits; it names the nearest layout and by how much that misses.
+    """
+    kept = _kept(cfg, automatic)
+    if kept is not None:
+        return kept
+    for key in (CORRECTION, DISTILL):
+        fixed = {name: get_value(cfg, f"{key}.{name}") for name in LAYOUT if f"{key}.{name}" not in automatic}
+        if len(fixed) < len(LAYOUT) and get_value(cfg, key) is not None:
+            task = _task(cfg, key, fixed)
+            cfg = _set(
+                cfg,
+                {
+                    f"{key}.{name}": value
+                    for name, value in _best(task, accept_nearest).values.items()
+                    if name not in fixed
+                },
+            )
+    return _choose_pruning(cfg, automatic, accept_nearest)
+
+
+def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
+    """The config with the values that an earlier launch chose; None where there are none, or they no longer fit."""
+    try:
+        earlier = load.load_resolved(Path(cfg.run_dir) / RESOLVED)
+    except ConfigError:
+        return None
+    if _hardware(earlier) != _hardware(cfg) or not set(automatic) <= set(earlier.automatic):
+        return None
+    values = {key: get_value(earlier, key) for key in automatic}
+    if any(value is None for value in values.values()):
+        return None
+    kept = _set(cfg, values)
+    fits = kept.cluster.gpu is None or all(
+        fullest(memory).total <= _limit(kept) for memory in stage_memory(kept).values()
+    )
+    return kept if fits and not validate(kept) else None
+
+
+def _hardware(cfg: RunConfig) -> tuple[Gpu | None, int, int]:
+    """The GPUs of a run, without their price."""
+    cluster = cfg.cluster
+    gpu = dataclasses.replace(cluster.gpu, cost_per_hour=None) if cluster.gpu else None
+    return gpu, cluster.nodes, cluster.devices_per_node
+
+
+def _limit(cfg: RunConfig) -> float:
+    assert cfg.cluster.gpu is not None
+    return cfg.cluster.gpu.memory_gib * GIB * (1 - MARGIN)
+
+
+def _task(cfg: RunConfig, key: str, fixed: dict[str, Any]) -> Task:
+    task = distillation(cfg)
+    if key == CORRECTION:
+        assert cfg.model.shape is not None
+        assert cfg.distill.teacher_correction is not None
+        bf16 = cfg.distill.teacher_correction.precision is Precision.bf16
+        models = Models(cfg.model.family, cfg.model.shape, None)
+        task = dataclasses.replace(task, key=key, models=models, machine=task.machine if bf16 else None)
+    return dataclasses.replace(task, fixed=fixed)
+
+
+def _best(task: Task, accept_nearest: bool) -> Layout:
+    """The best layout whose stages all fit. Without a stated GPU the first that divides everything: least parallelism,
+    one sequence at a time."""
+    if task.cfg.cluster.gpu is None:
+        fixed = {"micro_batch_size": 1, "recompute": Recompute.none, **task.fixed}
+        layouts = fitting(dataclasses.replace(task, fixed=fixed), float("inf"))
+    else:
+        limit = _limit(task.cfg)
+        layouts = [layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout, limit)]
+    if layouts:
+        return layouts[0]
+    nearest = smallest_layout(task)
+    if accept_nearest and nearest is not None:
+        return nearest
+    raise ConfigError([_nothing_fits(task, nearest)])
+
+
+def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
+    """Whether the other stages that have the distillation's layout fit as well."""
+    cfg = _set(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
+    memory = stage_memory(cfg)
+    return all(
+        fullest(memory[stage]).total <= limit
+        for stage in memory
+        if stage.startswith(DISTILL) or stage == "cache_logits"
+    )
+
+
+def _nothing_fits(task: Task, smallest: Layout | None) -> Fault:
+    """The fault of a training for which no layout fits: the nearest one, by how much it misses, and what to change."""
+    key, gpu = f"{task.key}.parallel", task.cfg.cluster.gpu
+    if gpu is None or smallest is None:
+        given = ", ".join(f"{task.key}.{name}={getattr(value, 'value', value)}" for name, value in task.fixed.items())
+        reasons = "".join(f"; {reason}" for reason in undivided(task)[:REASONS_SHOWN])
+        message = (
+            f"{key}=auto: no layout of {task.ranks} ranks{f' with {given}' if given else ''} divides the model and the "
+            f"batch{reasons}; change the number of ranks, {task.key}.global_batch_size, or what is set"
+        )
+        return Fault("launch.layout", (key,), message)
+    missing = smallest.peak / GIB - _limit(task.cfg) / GIB
+    sizes = ", ".join(
+        f"{name.rpartition('.')[2]}={getattr(value, 'value', value)}" for name, value in smallest.values.items()
+    )
+    problem = (
+        f"no layout fits {gpu.name} with {MARGIN:.0%} to spare; the nearest ({sizes}) needs {smallest.peak / GIB:.1f} "
+        f"GiB, {missing:.1f} GiB too much"
+    )
+    return Fault("launch.layout", (key,), f"{key}=auto: {problem}; {suggest_shorter(task, _limit(task.cfg))}")
+
+
+def _choose_pruning(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
+    """The fewest pipeline stages, and then the largest micro batch, with which pruning fits."""
+    if not {PRUNE_STAGES, PRUNE_BATCH} & set(automatic):
+        return cfg
+    devices = cfg.cluster.devices_per_node
+    stages = [count for count in range(1, devices + 1) if devices % count == 0]
+    sizes = [1] if cfg.cluster.gpu is None else list(MICRO_BATCHES)
+    options = [
+        _set(cfg, {PRUNE_STAGES: count, PRUNE_BATCH: size}, automatic)
+        for count in (stages if PRUNE_STAGES in automatic else [cfg.prune.pipeline_model_parallel_size])
+        for size in (sizes if PRUNE_BATCH in automatic else [cfg.prune.micro_batch_size])
+    ]
+    if cfg.cluster.gpu is None:
+        return options[0]
+    assert cfg.model.shape is not None
+    needed = [
+        prune_memory(option.prune, cfg.model.shape, cfg.model.family, teacher_weight_bytes(cfg)).total
+        for option in options
+    ]
+    fit = next((option for option, size in zip(options, needed, strict=True) if size <= _limit(cfg)), None)
+    if fit is not None:
+        return fit
+    least = min(needed)
+    if accept_nearest:
+        return options[needed.index(least)]
+    message = (
+        f"{PRUNE_STAGES}=auto: pruning needs at least {least / GIB:.1f} GiB a rank, {(least - _limit(cfg)) / GIB:.1f} "
+        f"GiB too much for {cfg.cluster.gpu.name} with {MARGIN:.0%} to spare; lower prune.calibration_seq_length, or "
+        "take GPUs of more memory"
+    )
+    raise ConfigError([Fault("launch.layout", (PRUNE_STAGES,), message)])
+
+
+def _set(cfg: RunConfig, values: dict[str, Any], only: Collection[str] | None = None) -> RunConfig:
+    """A copy of a config with other values of these dotted keys, or of those that are among `only`."""
+    for key, value in values.items():
+        if only is None or key in only:
+            cfg = _replace(cfg, key.split("."), value)
+    return cfg
+
+
+def _replace(node: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})

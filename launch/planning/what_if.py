@@ -1,0 +1,140 @@
+"""What a run takes at other lengths, and what cached logits, an FP8 teacher or a smaller student would save."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.planning.hours import estimate_hours
+from launch.planning.time import BF16, Fp8
+from prune_distill.config.validate import validate
+from prune_distill.model.student import student_shape
+from prune_distill.schema import RunConfig, TeacherLogits
+from prune_distill.schema.phases import training_phases, training_tokens
+
+TOKENS = (10e9, 30e9, 90e9)
+# A length that differs from the run's own by less is left out.
+SAME_LENGTH = 0.01
+# Of the student's layers, for the smaller student.
+FEWER_LAYERS = 0.75
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant of a run at one length.
+
+    Attributes:
+        hours, gpu_hours: of all stages that are estimated, one after another.
+        cost: None without `cluster.gpu.cost_per_hour`.
+    """
+
+    tokens: float
+    hours: float
+    gpu_hours: float
+    cost: float | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant of a run.
+
+    Attributes:
+        changes: the settings that ask for it; empty for the run as it is.
+        why_not: why it is not estimated; None where it is.
+    """
+
+    name: str
+    changes: dict[str, str]
+    cells: list[Cell]
+    why_not: str | None = None
+
+
+def what_if(cfg: RunConfig) -> list[Variant]:
+    """The run as it is and each variant, at its own length and at `TOKENS`."""
+    own = float(training_tokens(cfg.distill))
+    lengths = sorted([own, *(tokens for tokens in TOKENS if abs(tokens / own - 1) > SAME_LENGTH)])
+    gpu = cfg.cluster.gpu
+    layers = math.ceil(student_shape(cfg).num_layers * FEWER_LAYERS)
+    cached = dataclasses.replace(cfg.distill, teacher_logits=TeacherLogits.cached)
+    pruned = dataclasses.replace(cfg.prune, num_layers=layers, drop_layers=None)
+    variants = [
+        _variant("as configured", {}, cfg, lengths),
+        _variant(
+            f"{layers} layers", {"prune.num_layers": str(layers)}, dataclasses.replace(cfg, prune=pruned), lengths
+        ),
+    ]
+    if cfg.distill.runs_teacher:
+        variants += [
+            _variant(
+                "cached logits",
+                {"distill.teacher_logits": "cached"},
+                dataclasses.replace(cfg, distill=cached),
+                lengths,
+            ),
+            _variant("FP8 teacher", {}, cfg, lengths, fp8=(False, True)),
+        ]
+    if gpu is not None and gpu.fp8_tflops is None:
+        variants = [variant for variant in variants if variant.name != "FP8 teacher"]
+    return variants
+
+
+def _variant(name: str, changes: dict[str, str], cfg: RunConfig, lengths: Sequence[float], fp8: Fp8 = BF16) -> Variant:
+    faults = validate(cfg)
+    if faults:
+        return Variant(name, changes, [], faults[0].message)
+    cells = [_cell(with_tokens(cfg, tokens), tokens, fp8) for tokens in lengths]
+    if not all(cell.hours for cell in cells):
+        return Variant(name, changes, [], "hours are not estimated for this GPU")
+    return Variant(name, changes, cells)
+
+
+def _cell(cfg: RunConfig, tokens: float, fp8: Fp8) -> Cell:
+    assert cfg.model.shape is not None
+    stages = estimate_hours(cfg, cfg.model.shape, fp8)
+    hours = sum(stage.hours or 0.0 for stage in stages)
+    costs = [stage.cost for stage in stages if stage.cost is not None]
+    return Cell(tokens, hours, sum(stage.gpu_hours or 0.0 for stage in stages), sum(costs) if costs else None)
+
+
+def with_tokens(cfg: RunConfig, tokens: float) -> RunConfig:
+    """The run with a distillation of so many tokens, in whole steps; its phases keep their shares."""
+    ratio = tokens / training_tokens(cfg.distill)
+    phases = cfg.distill.phases
+    if phases:
+        lengths = [max(1, round(phase.steps * ratio)) for phase in training_phases(cfg.distill)]
+        phases = [
+            dataclasses.replace(phase, max_steps=steps, tokens=None)
+            for phase, steps in zip(phases, lengths, strict=True)
+        ]
+        steps = sum(lengths)
+    else:
+        steps = max(1, math.ceil(cfg.distill.max_steps * ratio))
+    return dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, max_steps=steps, phases=phases))
+
+
+def to_json(variants: Sequence[Variant]) -> list[dict[str, object]]:
+    return [dataclasses.asdict(variant) for variant in variants]
+
+
+def to_rows(variants: Sequence[Variant]) -> list[list[str]]:
+    """A table: for each variant the GPU-hours at each length, and the cost where the GPU's price is stated."""
+    shown = next((variant for variant in variants if variant.cells), None)
+    if shown is None:
+        return []
+    lengths = [f"{cell.tokens / 1e9:,.3g} B tokens" for cell in shown.cells]
+    rows = [["GPU-hours", *lengths]]
+    for variant in variants:
+        cells = [
+            f"{cell.gpu_hours:,.0f}" if cell.gpu_hours >= 10 else f"{cell.gpu_hours:.2f}" for cell in variant.cells
+        ]
+        rows.append([variant.name, *(cells or ["-"] * len(lengths))])
+    if shown.cells[0].cost is not None:
+        rows.append(["cost", *lengths])
+        rows += [
+            [variant.name, *(f"{cell.cost or 0:,.0f}" for cell in variant.cells)]
+            for variant in variants
+            if variant.cells
+        ]
+    return rows
