@@ -1,4 +1,4 @@
-"""Hugging Face folders: finding them, and what of them goes along with a model."""
+"""Locate or download Hugging Face folders, and copy their side files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from prune_distill.regular_files import folder_faults
 def local_folder(
     source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False, model: bool = True
 ) -> Path:
-    """The folder of a Hugging Face model; a Hub id is downloaded into the Hub's cache, where it left off.
+    """Return the folder of a Hugging Face model. A Hub id is downloaded to the Hub's cache; the download resumes.
 
     Args:
-        weights: whether the weights are wanted, or only what describes the model.
-        allow_pickle: whether `pytorch_model*.bin` will do for weights.
-        model: whether the model has to be one that can be converted; otherwise only its tokenizer is used.
+        weights: whether the weights are needed, or only the other files.
+        allow_pickle: whether `pytorch_model*.bin` is accepted as weights.
+        model: whether the model must be convertible; otherwise only its tokenizer is used.
 
     Raises:
-        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code, or
-            holds files that must not be read (see `prune_distill.regular_files`).
+        InputError: neither a folder with a config.json nor an available repository, or one that needs code, or
+            contains special files (see `prune_distill.regular_files`).
     """
     folder = Path(source)
     if not folder.exists():
@@ -69,12 +69,12 @@ def _download(repository: str, revision: str | None, weights: bool, allow_pickle
 
 
 def hub_commit(folder: Path) -> str | None:
-    """The commit of a model that came from the Hub: its cache keeps one folder a commit."""
+    """Return the commit of a model from the Hub, whose cache has one folder per commit."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and chat template as they are, and config.json with them."""
+    """Copy tokenizer, generation config, chat template and config.json unchanged."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (*SIDE_FILES, "config.json"):
         if (source / name).exists():
