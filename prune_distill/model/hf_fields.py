@@ -115,7 +115,7 @@ def content_faults(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield faults: unknown families, missing keys, wrong types and values out of range."""
     if "auto_map" in content:
         yield (
-            "auto_map: asks for code of its own, which is never run here; use a model whose class is part of"
+            "auto_map: needs custom code, which is never run; use a model whose class is part of"
             " transformers, or remove auto_map if the model needs none of that code"
         )
     found = content.get("model_type")

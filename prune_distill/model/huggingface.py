@@ -37,15 +37,15 @@ def local_folder(
     elif faults := folder_faults(folder):
         raise InputError("\n".join(faults))
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and _asks_for_code(folder / name):
+        if (folder / name).exists() and _needs_custom_code(folder / name):
             raise InputError(
-                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
+                f"{folder / name} needs custom code (auto_map), which is never run; use a model whose"
                 " class is part of transformers, or take auto_map out if it needs none of that code"
             )
     return folder
 
 
-def _asks_for_code(path: Path) -> bool:
+def _needs_custom_code(path: Path) -> bool:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -63,7 +63,7 @@ def _download(repository: str, revision: str | None, weights: bool, allow_pickle
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub client's own errors, and its network library's
         raise InputError(
-            f"model.hf_path={repository} is no folder and can't be had from the Hub ({type(error).__name__}: {error});"
+            f"model.hf_path={repository}: not a folder, and the Hub download failed ({type(error).__name__}: {error});"
             " download it where there is a network and set model.hf_path to its folder"
         ) from error
 

@@ -323,7 +323,7 @@ def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callabl
     # A single key sets all lengths.
     short = compose([*own, "distill.seq_length=64"])
     assert {short.prune.calibration_seq_length, short.distill.seq_length, short.evaluate.seq_length} == {64}
-    with pytest.raises(ConfigError, match="model.family=qwen3, .* has model_type=llama; set model.family=llama"):
+    with pytest.raises(ConfigError, match="model.family=qwen3: .* has model_type=llama; set model.family=llama"):
         compose([*own, "model.family=qwen3"])
 
 

@@ -86,7 +86,7 @@ def test_model_folders_that_cannot_be_used_are_rejected(tmp_path: Path) -> None:
         local_folder(tmp_path, None, weights=True)
     assert local_folder(tmp_path, None, weights=False) == tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
-    with pytest.raises(InputError, match="asks for code of its own"):
+    with pytest.raises(InputError, match="needs custom code"):
         local_folder(tmp_path, None, weights=False)
 
 
