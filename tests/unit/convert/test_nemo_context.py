@@ -143,7 +143,7 @@ def test_unpickled_files_are_listed(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "change_content",
     [
         lambda content: "{",
         lambda content: "[" * 100_000,

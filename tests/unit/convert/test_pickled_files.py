@@ -73,7 +73,7 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no pytorch_model-00001-of-00002.bin"):
         read_folder(tmp_path)
     (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(InputError, match="is no index of shards"):
+    with pytest.raises(InputError, match="is not an index of shards"):
         read_folder(tmp_path)
 
 

@@ -218,11 +218,11 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"", "is no index of shards"),
-        (b"\xff\xfe", "is no index of shards"),
-        (b"[]", "is no index of shards"),
-        (b'{"weight_map": ["a"]}', "is no index of shards"),
-        (b'{"weight_map": {"a": {}}}', "is no index of shards"),
+        (b"", "is not an index of shards"),
+        (b"\xff\xfe", "is not an index of shards"),
+        (b"[]", "is not an index of shards"),
+        (b'{"weight_map": ["a"]}', "is not an index of shards"),
+        (b'{"weight_map": {"a": {}}}', "is not an index of shards"),
         (b'{"weight_map": {"a": 3}}', "names 3, which is outside its folder"),
         (b'{"weight_map": {"a": "../a"}}', r"names '\.\./a'"),
         (b'{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts'"),
