@@ -30,7 +30,7 @@ def test_an_exported_config_has_the_new_sizes() -> None:
 
 
 def test_layers_of_several_types_are_rejected() -> None:
-    with pytest.raises(InputError, match="full_attention, sliding_attention"):
+    with pytest.raises(InputError, match="full_attention', 'sliding_attention"):
         pruned_config(
             {"num_hidden_layers": 9, "layer_types": ["full_attention", "sliding_attention"]},
             SIZES,

@@ -113,12 +113,12 @@ def entry(**values: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} ends within"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} is truncated: it ends within"),
         (lambda file: os.truncate(file, 20), "its header does not fit"),
         (lambda file: os.truncate(file, 5), "its header does not fit"),
         (lambda file: os.truncate(file, 0), "its header does not fit"),
         (lambda file: file.write_bytes(struct.pack("<Q", 1 << 63) + file.read_bytes()[8:]), "its header does not fit"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "holds 4 bytes more than its header describes"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "has 4 bytes more than its header describes"),
         (lambda file: header(lambda _: "{no json", file), "has a damaged header"),
         (lambda file: header(lambda _: [], file), "has a damaged header"),
         (lambda file: header(lambda _: {"b": 3}, file), "has a damaged header"),
@@ -129,7 +129,7 @@ def entry(**values: Any) -> Callable[[Path], None]:
         (entry(dtype="Q4"), "b has the unsupported type Q4"),
         (entry(data_offsets=[0, 16]), "does not begin at the end of the previous one"),
         (entry(data_offsets=[-16, 0]), "does not begin at the end of the previous one"),
-        (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} ends within b"),
+        (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} is truncated: it ends within b"),
         (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
     ],
 )

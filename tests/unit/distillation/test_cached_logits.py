@@ -182,7 +182,8 @@ def test_a_writer_that_is_killed_leaves_whole_shards_only(tmp_path: Path) -> Non
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.unit.distillation import test_cached_logits as t;"
         "folder = Path(sys.argv[1]); t.write(folder, (0,)); writer = t.ShardWriter(folder, 1, 3);"
-        "writer.add(t.cached_logits.encode(t.made(3)), 0); writer.file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+        "writer.add(t.cached_logits.encode(t.make_logits(3)), 0); writer.file.flush();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
     assert killed.returncode == -signals.SIGKILL
