@@ -42,7 +42,7 @@ bench-data: setup ## data preparation compared with ModelOpt's, about 10 min; wr
 bench-prune: setup ## pruning compared with ModelOpt's, and the search compared with sizes by hand; writes runs/bench/prune.json
 	$(BIN)/python -m tests.benchmarks.bench_prune
 
-bench-distill: setup ## the loss compared with ModelOpt's, a step compared with a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality leaves it out); writes runs/bench/distill.json
+bench-distill: setup ## the loss compared with ModelOpt's, a step compared with a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality skips it); writes runs/bench/distill.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
 
 kills: setup ## kills tiny runs at random times and resumes them, 200 times (2 hours or more; resumes where it was stopped); writes runs/bench/kills.json

@@ -1,7 +1,7 @@
-"""`.metadata` of a distributed checkpoint: torch's description of its tensors, read and written without torch.
+"""Read and write `.metadata` of distributed checkpoints, torch's description of their tensors, without torch.
 
-It is a pickle of torch's own classes (torch/distributed/checkpoint/metadata.py and filesystem.py), in Megatron's
-checkpoints under one class of Megatron's. Reading one here makes objects of no other classes and calls nothing.
+It is a pickle of torch classes (torch/distributed/checkpoint/metadata.py and filesystem.py), in Megatron's
+checkpoints inside a Megatron class. Reading one creates objects of no other classes and calls no functions.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DESCRIPTION: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo": ("relative_path", "offset", "length")},
 }
-# Where torch pickles a type by its name, the name is what is wanted.
+# Types that torch pickles by name; they are read as that name.
 TYPE_NAMES = {*(name for name, _ in TORCH_TYPES.values()), "int64", "int32", "uint8", "bool"}
 
 
 class _Record:
-    """Stands for an object of torch's description: its constructor's arguments or its state, under their names.
+    """Stand-in for an object of torch's description, with its constructor arguments or state as attributes.
 
-    torch itself is not imported, which takes longer than reading a description and more memory than all the rest.
+    Importing torch would take longer than reading a description, and more memory than everything else.
     """
 
     FIELDS: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class _Record:
         self.__dict__ |= dict(zip(self.FIELDS, values, strict=False))
 
     def __setstate__(self, state: Any) -> None:
-        # That of TensorProperties is a tuple (metadata.py, TensorProperties.__getstate__).
+        # The state of TensorProperties is a tuple (metadata.py, TensorProperties.__getstate__).
         self.__init__(*state) if isinstance(state, tuple) else self.__dict__.update(state)  # type: ignore[misc]
 
 
@@ -58,7 +58,7 @@ _RECORDS[MCORE_METADATA] = _RECORDS["torch.distributed.checkpoint.metadata", "Me
 
 
 class _Inert:
-    """Stands for an object that is not needed here, such as Megatron's record of its save plans; takes anything."""
+    """Stand-in for an object that is not needed, such as Megatron's save plans; accepts any arguments."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return super().__new__(cls)
@@ -80,10 +80,10 @@ class _Inert:
 
 
 class _InertUnpickler(pickle.Unpickler):
-    """Makes objects of torch's own description of a checkpoint, and inert ones of everything else.
+    """Creates the objects of torch's description of a checkpoint, and inert objects for everything else.
 
     Attributes:
-        inert: the names of everything else.
+        inert: the names of the classes and functions that were replaced by inert objects.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -104,26 +104,26 @@ class _InertUnpickler(pickle.Unpickler):
 
 
 def read_description(path: Path) -> tuple[Any, set[str]]:
-    """What a pickle makes of a checkpoint's description, and the names of all else in it."""
+    """Read the description of a checkpoint from its pickle; also return all other names in the pickle."""
     with path.open("rb") as file:
         unpickler = _InertUnpickler(file)
         return unpickler.load(), unpickler.inert
 
 
 def names_in_pickle(path: Path) -> set[str]:
-    """The classes and functions that unpickling a file would import and call. None of them is.
+    """List the classes and functions that unpickling a file would import and call, without doing so.
 
     Raises:
-        InputError: it is no pickle.
+        InputError: the file is not a pickle, or damaged.
     """
     try:
         return read_description(path)[1]
-    except Exception as error:  # whatever a damaged pickle makes its classes raise
-        raise InputError(f"{path} is no whole pickle ({type(error).__name__}: {error})") from error
+    except Exception as error:  # damaged pickles raise errors of any kind
+        raise InputError(f"{path} is not a complete pickle ({type(error).__name__}: {error})") from error
 
 
 def torch_object(name: str, *values: Any) -> Rebuilt:
-    """An object of torch's description, rebuilt by its own constructor."""
+    """Describe an object of a torch class, rebuilt by its constructor on load."""
     module = next(module for module, classes in DESCRIPTION.items() if name in classes)
     return Rebuilt(Global(module, name), values)
 

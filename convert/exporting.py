@@ -1,4 +1,4 @@
-"""NeMo checkpoints as Hugging Face folders that plain transformers loads, by copying bytes. No model is built."""
+"""Export NeMo checkpoints to Hugging Face folders by copying bytes. No model is built."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from convert import families
-from convert.files import replaced
-from convert.model_card import Making, model_card
+from convert.files import replace_folder
+from convert.model_card import Provenance, model_card
 from convert.nemo_context import read_context
 from convert.safetensors_files import read_folder, write_folder
 from convert.stored import StoredTensor, copy_threads, report_nonfinite
@@ -20,7 +20,7 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import CONTEXT, TOKENIZER, WEIGHTS
 from prune_distill.schema import RunConfig
 
-# `--dtype` and `convert.export_dtype`, by safetensors' names; `keep` is the checkpoint's own.
+# safetensors' type for each value of `--dtype` and `convert.export_dtype`; `keep`: the checkpoint's type.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", "keep": None}
 
 
@@ -35,38 +35,38 @@ def export_model(
     note: str | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Writes a NeMo checkpoint as the Hugging Face folder `folder`, whole or not at all.
+    """Export a NeMo checkpoint to the Hugging Face folder `folder`, atomically.
 
-    The configuration is the reference's with the sizes that pruning changed; tokenizer, generation config and chat
-    template are the reference's own files. NeMo's exporter would write Qwen3's BOS and EOS ids whatever the tokenizer
+    `config.json` is the reference's with the sizes that pruning changed; tokenizer, generation config and chat
+    template are copied from the reference. NeMo's exporter would write fixed BOS and EOS ids for Qwen3
     (nemo/collections/llm/gpt/model/qwen3.py:498).
 
     Args:
         reference: the Hugging Face folder of the model that the checkpoint descends from.
         dtype: a key of `DTYPES`.
-        title, base, note: what the model card calls the model and the one it comes from, and says of its training.
-        allow_nonfinite: whether weights may be NaN or infinite, or become so in the type `dtype`.
+        title, base, note: for the model card: names of the model and its source, and a sentence on the training.
+        allow_nonfinite: whether weights may be non-finite, or become so in the type `dtype`.
 
     Raises:
-        InputError: the checkpoint is damaged, is of another family than the reference, or holds what transformers has
-            no architecture for.
+        InputError: the checkpoint is damaged, belongs to another family than the reference, or has layers for which
+            transformers has no architecture.
     """
     reader = TorchDistReader(checkpoint / WEIGHTS)
     config = build_config(checkpoint, reader, reference)
     tensors = list(families.hf_tensors(reader, config))
     stored = DTYPES[dtype] or tensors[0].dtype
     config["torch_dtype"] = TORCH_TYPES[stored][0]
-    with replaced(folder, checkpoint, reference) as partial:
+    with replace_folder(folder, checkpoint, reference) as partial:
         if not write_folder(tensors, partial, dtype=stored, threads=copy_threads()):
             report_nonfinite(tensors, checkpoint, stored, allow=allow_nonfinite)
         copy_side_files(reference, partial)
         write_json(partial / "config.json", make_compatible(config))
-        card = model_card(title, base, reference, config, Making.of(checkpoint), note)
+        card = model_card(title, base, reference, config, Provenance.read(checkpoint), note)
         (partial / "README.md").write_text(card)
 
 
-def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
-    """What exports a run's checkpoint to a folder, only to be measured: `export(checkpoint, folder)`."""
+def make_exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
+    """Return a function `export(checkpoint, folder)` that exports a run's checkpoints for evaluation."""
 
     def export(checkpoint: Path, folder: Path) -> None:
         dtype = cfg.convert.export_dtype.value
@@ -78,18 +78,18 @@ def exporter(cfg: RunConfig, reference: Path) -> Callable[[Path, Path], None]:
 
 
 def build_config(checkpoint: Path, reader: TorchDistReader, reference: Path) -> HfConfig:
-    """The `config.json` of a checkpoint: the reference's, with the checkpoint's sizes.
+    """Return the `config.json` of a checkpoint: the reference's, with the checkpoint's sizes.
 
-    Depth and width are read off the tensors, so that they are right whoever wrote the checkpoint; how the attention is
-    divided into heads only its context can say.
+    Depth and width are read from the tensors, so that they are correct for any writer; the division of the attention
+    into heads is only recorded in the context.
     """
     config = families.read_config(reference)
     family = families.FAMILIES[config["model_type"]]
     record = read_context(checkpoint)
     if not record.config_class.startswith(f"{family.config(config).module}."):
         raise InputError(
-            f"{checkpoint} holds a model of {record.config_class}, but {reference} one of type"
-            f" {config['model_type']}; name the model that the checkpoint descends from"
+            f"{checkpoint} contains a model of {record.config_class}, but {reference} one of type"
+            f" {config['model_type']}; pass the model from which the checkpoint descends"
         )
     sizes = _tensor_sizes(reader, config)
     heads = families.read_heads(config)
@@ -114,10 +114,10 @@ def _tensor_sizes(reader: TorchDistReader, config: HfConfig) -> dict[str, int]:
 
 
 def pruned_config(reference: HfConfig, sizes: dict[str, int]) -> HfConfig:
-    """A source model's `config.json` with other sizes.
+    """Return a source model's `config.json` with other sizes.
 
-    Lists with an entry a layer (`layer_types`) are cut: they are refused unless all their entries are the same,
-    because which layers were dropped is not known here.
+    Lists with an entry per layer (`layer_types`) are shortened. If their entries differ, this raises InputError,
+    because it is unknown which layers were dropped.
     """
     config = {**reference, **sizes}
     layers = config["num_hidden_layers"]
@@ -126,7 +126,7 @@ def pruned_config(reference: HfConfig, sizes: dict[str, int]) -> HfConfig:
     if config.get("layer_types"):
         kinds = set(config["layer_types"])
         if len(kinds) > 1:
-            raise InputError(f"layers of several kinds ({', '.join(sorted(kinds))}) cannot be exported after pruning")
+            raise InputError(f"layer_types={sorted(kinds)}: a pruned model must have layers of a single type")
         config["layer_types"] = config["layer_types"][:1] * layers
     if config.get("max_window_layers"):
         config["max_window_layers"] = min(config["max_window_layers"], layers)
@@ -134,33 +134,33 @@ def pruned_config(reference: HfConfig, sizes: dict[str, int]) -> HfConfig:
 
 
 def open_tensors(folder: Path, reference: Path | None = None) -> dict[str, StoredTensor]:
-    """The tensors of a Hugging Face folder or of a NeMo checkpoint, by their Hugging Face names.
+    """Return the tensors of a Hugging Face folder or NeMo checkpoint by their Hugging Face names.
 
     Args:
-        reference: for a checkpoint, the Hugging Face folder of the model that it descends from; None takes the
-            `config.json` that it carries.
+        reference: for a checkpoint, the Hugging Face folder of the model from which it descends; None: the
+            `config.json` inside the checkpoint.
     """
     if not is_checkpoint(folder):
         if not (tensors := read_folder(folder)):
-            raise InputError(f"{folder} is no model: it holds neither *.safetensors nor a NeMo checkpoint's weights/")
+            raise InputError(f"{folder} is not a model: it has neither *.safetensors nor a NeMo checkpoint's weights/")
         return tensors
     reader = TorchDistReader(folder / WEIGHTS)
-    config = build_config(folder, reader, reference or carried_files(folder))
+    config = build_config(folder, reader, reference or find_carried_files(folder))
     return {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a NeMo checkpoint."""
+    """Return whether a folder is a NeMo checkpoint."""
     return (folder / WEIGHTS).is_dir()
 
 
-def carried_files(checkpoint: Path) -> Path:
-    """The tokenizer's folder in a checkpoint, which holds the source model's `config.json` where this wrote it.
+def find_carried_files(checkpoint: Path) -> Path:
+    """Return the tokenizer folder of a checkpoint, which contains the source model's `config.json` after an import.
 
     Raises:
-        InputError: there is no `config.json` in it.
+        InputError: it has no `config.json`.
     """
     folder = checkpoint / CONTEXT / TOKENIZER
     if not (folder / "config.json").exists():
-        raise InputError(f"{checkpoint} carries no config.json of its model; name the Hugging Face model it comes from")
+        raise InputError(f"{checkpoint} contains no config.json; pass the Hugging Face model from which it descends")
     return folder

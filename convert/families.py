@@ -1,8 +1,8 @@
-"""Model families: which NeMo tensors are made of which Hugging Face tensors, and what each side's config says.
+"""Model families: the mapping between NeMo's and Hugging Face's tensors and configs.
 
 A family is an entry here (`FAMILIES`) and one in `prune_distill.schema.families`. All of them have Hugging Face's
 Llama-style names (transformers/models/llama/modeling_llama.py). In a NeMo checkpoint the layers are stacked along a
-first dimension, the experts of a mixture along a second one, and queries, keys and values lie group by group in one
+first dimension, the experts along a second one, and queries, keys and values are interleaved by group in one
 matrix (megatron/core/transformer/attention.py, get_query_key_value_tensors).
 """
 
@@ -26,7 +26,7 @@ LAYERS = "decoder.layers."
 
 @dataclass(frozen=True)
 class Heads:
-    """How queries, keys and values share a matrix."""
+    """Numbers and size of the attention heads, which determine how queries, keys and values share a matrix."""
 
     num_attention_heads: int
     num_query_groups: int
@@ -34,17 +34,17 @@ class Heads:
 
 
 class Layout(Protocol):
-    """How one NeMo matrix is made of Hugging Face matrices, by whole rows."""
+    """Mapping between the rows of one NeMo matrix and those of Hugging Face matrices."""
 
     def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
-        """The matrix as the chunks that Megatron saves, top to bottom."""
+        """Return the NeMo matrix as the chunks that Megatron saves, top to bottom."""
 
     def to_hf(self, matrix: StoredTensor, heads: Heads, names: list[str]) -> list[StoredTensor]:
-        """The Hugging Face matrices in it."""
+        """Split the NeMo matrix into Hugging Face matrices."""
 
 
 class Same:
-    """One matrix on both sides."""
+    """The same matrix in both formats."""
 
     def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
         return parts
@@ -65,7 +65,7 @@ class GateUp:
 
 
 class Qkv:
-    """Group by group: its queries, its key, its value."""
+    """For each group: its queries, its key, its value."""
 
     def to_nemo(self, parts: list[StoredTensor], heads: Heads, key: str) -> list[StoredTensor]:
         queries, size = heads.num_attention_heads // heads.num_query_groups, heads.kv_channels
@@ -88,12 +88,12 @@ class Qkv:
 
 @dataclass(frozen=True)
 class Rule:
-    """One NeMo tensor and what it is made of.
+    """One NeMo tensor and the Hugging Face tensors that it consists of.
 
     Attributes:
-        nemo: its key after `module.`; under `decoder.layers.` it holds all layers.
-        hf: names, with `{layer}` and `{expert}` where there are several.
-        fused: it belongs to one of Transformer Engine's linear layers, whose `_extra_state` goes along with it.
+        nemo: its key after `module.`; keys under `decoder.layers.` hold all layers.
+        hf: names, with placeholders `{layer}` and `{expert}`.
+        fused: whether it belongs to a Transformer Engine linear layer, which also has an `_extra_state`.
     """
 
     nemo: str
@@ -167,12 +167,12 @@ EXPERTS = (
 
 @dataclass(frozen=True)
 class NemoClasses:
-    """What NeMo makes of a family.
+    """NeMo's classes for a family.
 
     Attributes:
-        model: the NeMo model's class.
-        config: the NeMo config's class for a `config.json`.
-        settings: arguments of that class, further to those that all families share.
+        model: the model class.
+        config: returns the config class for a `config.json`.
+        settings: returns arguments of that class, in addition to those that all families share.
     """
 
     model: Reference
@@ -181,7 +181,7 @@ class NemoClasses:
 
 
 def rules(config: HfConfig) -> tuple[Rule, ...]:
-    """All tensors of a model with this `config.json`."""
+    """Return the rules for all tensors of a model with this `config.json`."""
     traits = traits_of(config)
     parts = (
         (True, ATTENTION),
@@ -209,7 +209,7 @@ def _llama_config(config: HfConfig) -> Reference:
 def _llama_settings(config: HfConfig) -> dict[str, object]:
     settings: dict[str, object] = {"seq_length": config["max_position_embeddings"]}
     if rope_kind(config) == "llama3":
-        # NeMo's importer takes the factor alone (nemo/collections/llm/gpt/model/llama.py:717).
+        # NeMo's importer only uses the factor (nemo/collections/llm/gpt/model/llama.py:717).
         rope = config["rope_scaling"]
         settings |= {
             "scale_factor": rope["factor"],
@@ -233,10 +233,10 @@ def _moe_settings(config: HfConfig) -> dict[str, object]:
         "num_moe_experts": config["num_experts"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_router_topk": config["num_experts_per_tok"],
-        # Softmax over all experts, or over the chosen ones: the second is the first with weights that sum to 1.
+        # Softmax over the selected experts equals softmax over all experts, normalized to a sum of 1.
         "moe_router_pre_softmax": not config["norm_topk_prob"],
-        # Wants Transformer Engine 2.1 when the config is made (megatron/core/transformer/transformer_config.py:1439);
-        # a training on GPUs may switch it on.
+        # Requires Transformer Engine 2.1 on construction (megatron/core/transformer/transformer_config.py:1439);
+        # training on GPUs may enable it.
         "moe_permute_fusion": False,
     }
 
@@ -245,8 +245,8 @@ def _mistral_settings(config: HfConfig) -> dict[str, object]:
     window = config["sliding_window"]
     return {
         "seq_length": config["max_position_embeddings"],
-        # transformers counts the token itself into the window, Transformer Engine does not; NeMo's importer leaves
-        # that out of account (nemo/collections/llm/gpt/model/mistral.py).
+        # The window includes the token itself in transformers, but not in Transformer Engine; NeMo's importer ignores
+        # the difference (nemo/collections/llm/gpt/model/mistral.py).
         "window_size": [window - 1, 0] if window else None,
         "cp_comm_type": "a2a" if window else None,
     }
@@ -280,26 +280,26 @@ PRECISIONS = {
 
 
 def read_config(folder: Path) -> HfConfig:
-    """A folder's normalized `config.json`.
+    """Read and normalize a folder's `config.json`.
 
     Raises:
-        InputError: it cannot be read, or asks for what its family does not have in NeMo: all of it, a line each.
+        InputError: it cannot be read, or has settings that its family does not support in NeMo; lists all of them.
     """
     return hf_config.read_config(folder / "config.json")
 
 
 def nemo_config(config: HfConfig, dtype: str) -> Call:
-    """The NeMo config of a `config.json`, with what NeMo's own importers leave out.
+    """Return the NeMo config for a `config.json`, including settings that NeMo's importers ignore.
 
-    Those of Qwen3 assume heads of 128 whatever `head_dim` says (nemo/collections/llm/gpt/model/qwen3.py:308), those of
-    Qwen2 and Mistral untie tied embeddings.
+    The importer of Qwen3 assumes heads of 128 regardless of `head_dim` (nemo/collections/llm/gpt/model/qwen3.py:308);
+    those of Qwen2 and Mistral untie tied embeddings.
 
-    It has no generation config. NeMo only stores one, and saves it through transformers, which refuses some that models
-    come with, `do_sample: false` with a temperature among them; NeMo then records a file that does not exist
-    (nemo/lightning/io/mixin.py, _artifact_transform_save). `generation_config.json` travels as a file.
+    It has no generation config. NeMo only stores one, and saves it with transformers, which rejects some that models
+    come with, such as `do_sample: false` with a temperature; NeMo then records a file that does not exist
+    (nemo/lightning/io/mixin.py, _artifact_transform_save). `generation_config.json` is copied as a file.
 
     Args:
-        dtype: of the weights, in torch's terms, such as bfloat16.
+        dtype: torch's name of the weights' type, such as bfloat16.
     """
     family = FAMILIES[config["model_type"]]
     heads = read_heads(config)
@@ -325,15 +325,15 @@ def nemo_config(config: HfConfig, dtype: str) -> Call:
 
 
 def read_heads(config: HfConfig) -> Heads:
-    """How the attention of a `config.json` is divided."""
+    """Read the attention heads of a `config.json`."""
     return Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
 
 
 def parts(config: HfConfig) -> Iterator[tuple[Rule, tuple[int, ...], list[str]]]:
-    """What a model is made of, in the order in which Hugging Face keeps it: layer by layer.
+    """Yield the parts of a model in Hugging Face's order, layer by layer.
 
     Yields:
-        a rule, the index in its NeMo tensor ((), (layer,) or (layer, expert)), and the Hugging Face names there.
+        A rule, the index in its NeMo tensor ((), (layer,) or (layer, expert)), and the Hugging Face names.
     """
     tensors = rules(config)
     yield EMBEDDING, (), list(EMBEDDING.hf)
@@ -348,13 +348,13 @@ def parts(config: HfConfig) -> Iterator[tuple[Rule, tuple[int, ...], list[str]]]
 
 
 def hf_tensors(reader: TorchDistReader, config: HfConfig) -> Iterator[StoredTensor]:
-    """A NeMo checkpoint's tensors as Hugging Face has them, layer by layer.
+    """Yield a NeMo checkpoint's tensors in Hugging Face's format, layer by layer.
 
     Args:
-        config: the `config.json` of the result: its sizes are the checkpoint's own.
+        config: the `config.json` of the result, with the checkpoint's sizes.
 
     Raises:
-        InputError: a tensor is missing, or not of the size that the config asks for.
+        InputError: a tensor is missing, or has another shape than the config requires.
     """
     heads = read_heads(config)
     expected = expected_shapes(config)
@@ -365,14 +365,14 @@ def hf_tensors(reader: TorchDistReader, config: HfConfig) -> Iterator[StoredTens
         for name, tensor in zip(names, rule.layout.to_hf(matrix, heads, names), strict=True):
             if tensor.shape != expected[name]:
                 raise InputError(
-                    f"{reader.folder}: {matrix.name} makes {name} {list(tensor.shape)}, not {list(expected[name])} as"
-                    " the configuration has it"
+                    f"{reader.folder}: {matrix.name} gives {name} the shape {list(tensor.shape)}, not"
+                    f" {list(expected[name])} as in config.json"
                 )
             yield StoredTensor(name, tensor.dtype, tensor.shape, tensor.rows)
 
 
 def nemo_tensor(reader: TorchDistReader, rule: Rule, index: tuple[int, ...]) -> StoredTensor:
-    """One layer's matrix, whether the checkpoint stacks its layers or names each of them."""
+    """Return one layer's matrix from a checkpoint with stacked or with separate layers."""
     key = f"module.{rule.nemo}"
     if key not in reader.tensors and rule.layers:
         single = f"module.{LAYERS}{index[0]}.{rule.nemo.removeprefix(LAYERS)}"
@@ -382,14 +382,14 @@ def nemo_tensor(reader: TorchDistReader, rule: Rule, index: tuple[int, ...]) -> 
 
 
 def count_layers(reader: TorchDistReader) -> int:
-    """The layers of a checkpoint, stacked or named one by one.
+    """Count the layers of a checkpoint, stacked or separate.
 
     Raises:
-        InputError: it has none.
+        InputError: it has no layers.
     """
     norm = "self_attention.linear_qkv.weight"
     stacked = reader.tensors.get(f"module.{LAYERS}{norm}")
     named = sum(key.startswith(f"module.{LAYERS}") and key.endswith(f".{norm}") for key in reader.tensors)
     if not named:
-        raise InputError(f"{reader.folder} lacks module.{LAYERS}{norm}")
+        raise InputError(f"{reader.folder} has no tensor module.{LAYERS}{norm}")
     return stacked.shape[0] if stacked else named

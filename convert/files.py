@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Write folders atomically."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from prune_distill.pipeline.artifact import remove_folder
 
 
 @contextmanager
-def replaced(folder: Path, *sources: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place once the block is through, everything synced to disk.
+def replace_folder(folder: Path, *sources: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces `folder` when the block ends, after everything is synced to disk.
 
-    What an earlier attempt left there is taken away. A block that fails leaves `folder` as it was.
+    Leftovers of earlier attempts are removed. If the block raises, `folder` is unchanged.
 
     Args:
-        sources: folders that are read meanwhile.
+        sources: folders that the block reads.
 
     Raises:
-        InputError: what is in the place of `folder` is not to be replaced, or nothing can be written there.
+        InputError: `folder` is not a model and must not be replaced, or cannot be written.
     """
     folder = folder.resolve()
     _refuse(folder, sources)
     partial = folder.with_name(f".partial.{folder.name}")
-    for left in (partial, folder.with_name(f".removed.{folder.name}")):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (partial, folder.with_name(f".removed.{folder.name}")):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another place") from error
+        raise InputError(f"{folder} cannot be written ({error.strerror}); choose another folder") from error
     try:
         yield partial
         for path in [partial, *partial.rglob("*")]:
@@ -52,9 +52,9 @@ def replaced(folder: Path, *sources: Path) -> Iterator[Path]:
 def _refuse(folder: Path, sources: tuple[Path, ...]) -> None:
     for source in map(Path.resolve, sources):
         if source.is_relative_to(folder) or folder.is_relative_to(source):
-            raise InputError(f"{folder} and its source {source} must not lie in each other; choose another place")
+            raise InputError(f"{folder} and its source {source} must not contain each other; choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another place")
+        raise InputError(f"{folder} is a file; choose another folder")
     models = ("config.json", "context/io.json")
     if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in models):
-        raise InputError(f"{folder} holds something else than a model, and would be replaced; choose another place")
+        raise InputError(f"{folder} would be replaced, but does not contain a model; choose another folder")

@@ -1,7 +1,7 @@
 """python -m recipes hf_to_nemo --config RUN_DIR/resolved.yaml
 python -m convert.hf_to_nemo --hf-model FOLDER_OR_HUB_ID --out FOLDER
 
-The teacher: a Hugging Face model becomes a NeMo checkpoint, by copying bytes. No model is built.
+Convert a Hugging Face model to a NeMo checkpoint by copying bytes. No model is built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert import families, pickled_files, safetensors_files
-from convert.files import replaced
+from convert.files import replace_folder
 from convert.nemo_context import model_call, write_context
 from convert.stored import StoredTensor, blocks, copy_threads, report_nonfinite
 from convert.torch_dist import TorchDistWriter
@@ -54,27 +54,27 @@ def convert(
     allow_nonfinite: bool = False,
     checksum: bool = True,
 ) -> dict[str, str | None]:
-    """Writes a Hugging Face model as the NeMo checkpoint `checkpoint`, whole or not at all.
+    """Convert a Hugging Face model to the NeMo checkpoint `checkpoint`, atomically.
 
     Args:
-        allow_pickle: whether `pytorch_model*.bin` will do where there are no safetensors.
-        allow_nonfinite: whether weights may be NaN or infinite.
-        checksum: whether the saved chunks carry their CRC-32.
+        allow_pickle: whether to read `pytorch_model*.bin` if there are no safetensors.
+        allow_nonfinite: whether weights may be non-finite.
+        checksum: whether to write the CRC-32 of each chunk.
 
     Returns:
         `hub_commit`, the exact revision of a model from the Hub, or None.
 
     Raises:
-        InputError: the model cannot be had, is damaged, or cannot be represented in NeMo.
+        InputError: the model is not available, damaged, or not supported by NeMo.
     """
     source = local_folder(hf_model, revision, weights=True, allow_pickle=allow_pickle)
-    with replaced(checkpoint, source) as partial:
+    with replace_folder(checkpoint, source) as partial:
         write_checkpoint(source, partial, allow_nonfinite=allow_nonfinite, checksum=checksum)
     return {"hub_commit": hub_commit(source)}
 
 
 def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, checksum: bool) -> None:
-    """Writes `context/` and `weights/` into the empty folder `checkpoint`."""
+    """Write `context/` and `weights/` into the empty folder `checkpoint`."""
     config = families.read_config(source)
     family = families.FAMILIES[config["model_type"]]
     safe = any(source.glob("*.safetensors"))
@@ -89,31 +89,31 @@ def write_checkpoint(source: Path, checkpoint: Path, *, allow_nonfinite: bool, c
 
 
 def check(tensors: dict[str, StoredTensor], config: HfConfig, source: Path) -> str:
-    """The type of a folder's weights, in torch's terms, once they are known to be what its `config.json` describes.
+    """Check a folder's tensors against its `config.json`, and return torch's name of their type.
 
     Raises:
-        InputError: tensors that are missing, unknown, or not of the shape or type that they should be: all of them.
+        InputError: tensors that are missing, unknown, or of another shape or type; lists all of them.
     """
     faults = tensor_faults(tensors, config)
     output, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.get("tie_word_embeddings", False) and output is not None and not _equal(output, embedding):
-        faults.append("lm_head.weight is not model.embed_tokens.weight, as tie_word_embeddings=true would have it")
+        faults.append("lm_head.weight differs from model.embed_tokens.weight despite tie_word_embeddings=true")
     if faults:
-        raise InputError(f"{source} does not hold what its config.json describes: " + "; ".join(faults))
+        raise InputError(f"{source} does not match its config.json: " + "; ".join(faults))
     return TORCH_TYPES[tensors["model.embed_tokens.weight"].dtype][0]
 
 
 def _equal(first: StoredTensor, second: StoredTensor | None) -> bool:
     if second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    return all(ours == theirs for ours, theirs in zip(blocks(first), blocks(second), strict=True))
+    return all(block == other for block, other in zip(blocks(first), blocks(second), strict=True))
 
 
 def write_weights(tensors: dict[str, StoredTensor], config: HfConfig, weights: Path, *, checksum: bool) -> bool:
-    """Writes the folder `weights`: every NeMo tensor as the chunks that NeMo's importer would write.
+    """Write the folder `weights`, with the same chunks as NeMo's importer.
 
     Returns:
-        whether all weights are finite.
+        Whether all weights are finite.
     """
     heads = families.read_heads(config)
     writer = TorchDistWriter()
@@ -128,7 +128,7 @@ def write_weights(tensors: dict[str, StoredTensor], config: HfConfig, weights: P
             writer.add(key, (*extents, *matrix), offsets, chunk)
             row += chunk.shape[0]
         if rule.fused:
-            # Empty without fp8, and so the same with Transformer Engine and without
+            # Empty without FP8, with or without Transformer Engine
             # (megatron/core/extensions/transformer_engine.py, _extra_state).
             owner = key.removesuffix(".weight")
             place = f"{'.'.join(map(str, index))}_{'.'.join(map(str, extents))}"
@@ -136,7 +136,7 @@ def write_weights(tensors: dict[str, StoredTensor], config: HfConfig, weights: P
     return writer.write(weights, COMMON, threads=copy_threads(), checksum=checksum)
 
 
-# What NeMo reads of a checkpoint's common part besides the weights: nothing was trained yet.
+# The common part of a checkpoint before any training.
 COMMON: dict[str, object] = {
     "epoch": 0,
     "global_step": 0,
@@ -146,7 +146,7 @@ COMMON: dict[str, object] = {
     "callbacks": {},
     "optimizer_states": {},
     "lr_schedulers": [],
-    # megatron/core/dist_checkpointing/serialization.py: how the layers' parts are named.
+    # megatron/core/dist_checkpointing/serialization.py: the names of the layers' tensors.
     "content_metadata": {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="the NeMo checkpoint's folder, replaced if it exists")
     parser.add_argument("--allow-pickle", action="store_true", help="read pytorch_model*.bin, without running its code")
     parser.add_argument("--allow-nonfinite", action="store_true", help="accept weights that are NaN or infinite")
-    parser.add_argument("--no-checksum", action="store_true", help="leave out the chunks' CRC-32")
+    parser.add_argument("--no-checksum", action="store_true", help="omit the CRC-32 of the chunks")
     args = parser.parse_args()
     with command_line():
         convert(

@@ -1,4 +1,4 @@
-"""The `README.md` of an exported model: what it was made from and how, with the metadata that the Hub shows."""
+"""The model card (`README.md`) of an exported model: its source, how it was made, and metadata for the Hub."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ _SIZES = {
 
 
 @dataclass
-class Making:
-    """How a checkpoint came to be, as far as its run's folders tell.
+class Provenance:
+    """The stages that produced a checkpoint, from the folders of its run.
 
     Attributes:
-        stages: the stages that made it, the newest first.
-        sentences: about those whose metrics are ours, the newest first.
+        stages: names of the stages, newest first.
+        sentences: descriptions of the stages with known metrics, newest first.
     """
 
     stages: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, checkpoint: Path) -> Making:
-        """Follows a checkpoint's stage folder back to the first student of the run.
+    def read(cls, checkpoint: Path) -> Provenance:
+        """Follow a checkpoint's stage folder back to the first student of the run.
 
-        A folder from elsewhere may have any `manifest.json`, even one that names itself; what no stage wrote ends it.
+        A `manifest.json` from elsewhere may contain anything, even a reference to itself; it ends the search.
         """
-        making = cls()
+        provenance = cls()
         folder, seen = checkpoint.parent, set[Path]()
         try:
             while (place := folder.resolve()) not in seen and (manifest := read_manifest(folder)) is not None:
                 seen.add(place)
-                making.stages.append(manifest["stage"].split(".")[0])
+                provenance.stages.append(manifest["stage"].split(".")[0])
                 with suppress(KeyError, TypeError, ValueError, AttributeError):
-                    making.sentences += _sentences(making.stages[-1], manifest["metrics"])
+                    provenance.sentences += _describe(provenance.stages[-1], manifest["metrics"])
                 folder = (folder.parent / manifest["inputs"]["student"]["path"]).parent
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
             pass
-        return making
+        return provenance
 
 
-def _sentences(stage: str, metrics: dict[str, Any]) -> list[str]:
-    """What a stage did, in at most a sentence. Raises: KeyError or the like, where its metrics are not ours."""
+def _describe(stage: str, metrics: dict[str, Any]) -> list[str]:
+    """Describe a stage in at most one sentence. Raises: KeyError and others, if its metrics are not as expected."""
     if stage == "prune":
         kept = metrics.get("kept_layers")
         return [
@@ -78,19 +78,21 @@ def _sentences(stage: str, metrics: dict[str, Any]) -> list[str]:
     return []
 
 
-def model_card(name: str, base: str, reference: Path, config: HfConfig, making: Making, note: str | None = None) -> str:
-    """A card in the Hub's format (huggingface.co/docs/hub/model-cards).
+def model_card(
+    name: str, base: str, reference: Path, config: HfConfig, provenance: Provenance, note: str | None = None
+) -> str:
+    """Return a card in the Hub's format (huggingface.co/docs/hub/model-cards).
 
     Args:
-        name: of the exported model.
-        base: the source model: a Hub id, or a name.
-        reference: its folder, whose own card may state a license.
+        name: name of the exported model.
+        base: Hub id or name of the source model.
+        reference: folder of the source model, whose card may state a license.
         config: the exported `config.json`.
-        note: on the training, where there was one.
+        note: a sentence on the training, used if the model was distilled.
     """
     on_the_hub = may_be_hub_id(base) and not Path(base).exists()
     if not on_the_hub:
-        base = Path(base).resolve().name  # a folder of this machine is nobody else's business
+        base = Path(base).resolve().name  # do not publish a local path
     metadata: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if on_the_hub:
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
@@ -101,10 +103,10 @@ def model_card(name: str, base: str, reference: Path, config: HfConfig, making: 
         for size, words in _SIZES.items()
         if getattr(before, size) != getattr(after, size)
     ]
-    distilled = "distill" in making.stages
+    distilled = "distill" in provenance.stages
     metadata["tags"] = ["nemo", *(["minitron", "pruning"] if table else []), *(["distillation"] if distilled else [])]
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
-    lines += [f"Made from {base}.", *reversed(making.sentences)]
+    lines += [f"Made from {base}.", *reversed(provenance.sentences)]
     if note and distilled:
         lines.append(note)
     if table:
@@ -123,7 +125,7 @@ def model_card(name: str, base: str, reference: Path, config: HfConfig, making: 
 
 
 def _front_matter(folder: Path) -> dict[str, object]:
-    """The metadata at the head of a model card, if there is one."""
+    """Read the metadata at the top of a model card; empty if there is none."""
     path = folder / "README.md"
     if not path.exists():
         return {}

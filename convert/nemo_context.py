@@ -1,7 +1,7 @@
-"""The `context/` of a NeMo checkpoint: what NeMo rebuilds the model from, written and read without NeMo.
+"""Read and write the `context/` of a NeMo checkpoint, from which NeMo rebuilds the model, without NeMo.
 
-`io.json` is a Fiddle configuration in JSON (fiddle/_src/experimental/serialization.py) of the calls that make the
-model; `nemo.lightning.io.load_context` rebuilds it from there. `model.yaml` says the same to people and to NeMo's
+`io.json` is a Fiddle configuration in JSON (fiddle/_src/experimental/serialization.py) of the calls that build the
+model, which `nemo.lightning.io.load_context` loads. `model.yaml` contains the same for people and for NeMo's
 exporters (nemo/export/trt_llm/nemo_ckpt_loader/nemo_file.py:482). `tokenizer/` holds the tokenizer's files.
 """
 
@@ -19,13 +19,13 @@ import yaml
 from prune_distill.errors import InputError
 from prune_distill.pipeline.names import CONTEXT, TOKENIZER
 
-# NeMo looks for a part of the model under its path in the whole.
+# Path of the root object. NeMo finds the parts of the model by their paths.
 ROOT = "<root>"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A class, function or constant, by its module and name; importing it is left to the reader."""
+    """A class, function or constant, by its module and name; it is not imported here."""
 
     module: str
     name: str
@@ -33,31 +33,31 @@ class Reference:
 
 @dataclass(frozen=True)
 class Call:
-    """`function(**arguments)`, carried out when the context is loaded."""
+    """`function(**arguments)`, called when the context is loaded."""
 
     function: Reference
     arguments: dict[str, object]
 
 
-# An object of `io.json` as it was read. A stranger's file may hold anything, so that every access may fail.
+# An object of `io.json`. A file from elsewhere may contain anything, so every access may fail.
 Node = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The model that a context describes: its NeMo config class and the arguments that its config was made with."""
+    """The model that a context describes: its NeMo config class and the arguments of the config."""
 
     config_class: str
     config: Node
 
 
 def model_call(model: Reference, config: Call) -> Call:
-    """What NeMo's own importer records: the model, and a trainer on the CPU that would load it."""
+    """Return what NeMo's importer records: the model, and a trainer on the CPU."""
     tokenizer = Call(
         Reference("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
         {"pretrained_model_name": TOKENIZER},  # relative to context/
     )
-    # The optimizer that a GPTModel has by default (nemo/collections/llm/gpt/model/base.py), so that it stays so.
+    # The default optimizer of GPTModel (nemo/collections/llm/gpt/model/base.py).
     optimizer = Call(
         Reference("nemo.lightning.pytorch.optim.megatron", "MegatronOptimizerModule"),
         {
@@ -85,47 +85,47 @@ def model_call(model: Reference, config: Call) -> Call:
     )
 
 
-def write_context(folder: Path, whole: Call) -> None:
-    """Writes `io.json` and `model.yaml` into `folder`, which exists."""
-    (folder / "io.json").write_text(json.dumps(_Fiddle().serialize(whole)))
-    (folder / "model.yaml").write_text(yaml.safe_dump(_plain(whole.arguments["model"])))
+def write_context(folder: Path, call: Call) -> None:
+    """Write `io.json` and `model.yaml` into the existing folder `folder`."""
+    (folder / "io.json").write_text(json.dumps(_Fiddle().serialize(call)))
+    (folder / "model.yaml").write_text(yaml.safe_dump(_plain(call.arguments["model"])))
 
 
 def read_context(checkpoint: Path) -> ModelRecord:
-    """The model that a checkpoint's context describes. Nothing of what it names is imported or called.
+    """Read the model that a checkpoint's context describes, without importing or calling anything.
 
     Raises:
-        InputError: there is no context, or it describes no model.
+        InputError: there is no context, or it does not describe a model.
     """
     path = checkpoint / CONTEXT / "io.json"
     if not path.is_file():
-        raise InputError(f"{checkpoint} holds no NeMo checkpoint (it has no context/io.json)")
+        raise InputError(f"{checkpoint} is not a NeMo checkpoint (it has no context/io.json)")
     content = _read(path)
     try:
         objects: Node = content["objects"]
-        made = next(value for value in objects.values() if f"{ROOT}.model.config" in value.get("paths", ()))
-        config_class = objects[made["metadata"]["key"]]["items"][0][1]
-        leaves = {
-            name: value["value"] for name, value in _arguments(objects, made).items() if value.get("type") == "leaf"
+        model = next(value for value in objects.values() if f"{ROOT}.model.config" in value.get("paths", ()))
+        config_class = objects[model["metadata"]["key"]]["items"][0][1]
+        values = {
+            name: value["value"] for name, value in _arguments(objects, model).items() if value.get("type") == "leaf"
         }
-        return ModelRecord(f"{config_class['module']}.{config_class['name']}", leaves)
-    except (*_UNEXPECTED, StopIteration) as error:
-        raise InputError(f"{path} describes no model ({type(error).__name__}: {error})") from error
+        return ModelRecord(f"{config_class['module']}.{config_class['name']}", values)
+    except (*_STRUCTURE_ERRORS, StopIteration) as error:
+        raise InputError(f"{path} does not describe a model ({type(error).__name__}: {error})") from error
 
 
 def references(checkpoint: Path) -> set[str]:
-    """Every class and function that a context names, and that loading it would import or call, as `module.name`.
+    """List every class and function that loading a context would import or call, as `module.name`.
 
     Raises:
         InputError: there is no context that could be read.
     """
-    # Whatever it says that it is: NeMo imports an object's type unseen (nemo/lightning/io/mixin.py:846).
+    # NeMo imports any object's type without a check (nemo/lightning/io/mixin.py:846).
     nodes = (node for node in _nodes(_read(checkpoint / CONTEXT / "io.json")) if "module" in node)
     return {f"{node['module']}.{node.get('name')}" for node in nodes}
 
 
 def trusts_remote_code(checkpoint: Path) -> bool:
-    """Whether anything in a context asks transformers to run a model repository's code.
+    """Return whether a context asks transformers to run code of a model repository.
 
     Raises:
         InputError: there is no context that could be read.
@@ -133,18 +133,18 @@ def trusts_remote_code(checkpoint: Path) -> bool:
     path = checkpoint / CONTEXT / "io.json"
     content = _read(path)
     try:
-        asked = (
+        values = (
             _arguments(content["objects"], node).get("trust_remote_code")
             for node in _nodes(content)
             if "items" in node and _type(node) not in _PLAIN and not _is_pickled(node)
         )
-        return any(_leaf(value) not in (None, False) for value in asked)
-    except _UNEXPECTED as error:
-        raise _strange(path, error) from error
+        return any(_leaf(value) not in (None, False) for value in values)
+    except _STRUCTURE_ERRORS as error:
+        raise _format_error(path, error) from error
 
 
 def pickled_files(checkpoint: Path) -> set[str]:
-    """Files beside `io.json` that loading it unpickles: what Fiddle could not describe.
+    """List the files next to `io.json` that loading it unpickles: objects that Fiddle could not describe.
 
     Raises:
         InputError: there is no context that could be read.
@@ -153,19 +153,19 @@ def pickled_files(checkpoint: Path) -> set[str]:
     nodes = _nodes(_read(path))
     try:
         return {str(_leaf(node["items"][0][1])) for node in nodes if _is_pickled(node)}
-    except _UNEXPECTED as error:
-        raise _strange(path, error) from error
+    except _STRUCTURE_ERRORS as error:
+        raise _format_error(path, error) from error
 
 
-# What JSON that is not as it should be makes its reader raise.
-_UNEXPECTED = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+# Raised by reading JSON of an unexpected structure.
+_STRUCTURE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 _CALLS = ("fiddle._src.config.Config", "fiddle._src.config.Partial")
 _DESCRIPTION = "fiddle._src.config.BuildableTraverserMetadata"
 _PLAIN = ("builtins.dict", "builtins.list", "builtins.tuple", _DESCRIPTION)
 
 
-def _strange(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is not as NeMo writes it ({type(error).__name__}: {error})")
+def _format_error(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is not in NeMo's format ({type(error).__name__}: {error})")
 
 
 def _type(node: Node) -> str:
@@ -173,21 +173,21 @@ def _type(node: Node) -> str:
 
 
 def _is_pickled(node: Node) -> bool:
-    """An object of NeMo's with one value, which is a file's name (nemo/lightning/io/mixin.py:679)."""
+    """Return whether an object is NeMo's reference to a pickled file (nemo/lightning/io/mixin.py:679)."""
     return len(node.get("items") or ()) == 1 and _type(node) not in (*_PLAIN, *_CALLS)
 
 
 def _leaf(value: Any) -> Any:
-    """A plain value, which Fiddle takes as a leaf or as it is; an object's reference as it is."""
+    """Unwrap a plain value, which Fiddle accepts with or without a leaf object; other values are unchanged."""
     return value["value"] if isinstance(value, dict) and value.get("type") == "leaf" else value
 
 
 def _arguments(objects: Node, call: Node) -> Node:
-    """A call's arguments as Fiddle pairs them: by their order; it leaves aside how the items are labelled."""
+    """Return a call's arguments. Like Fiddle, match names and values by position and ignore the items' labels."""
     described = objects[call["metadata"]["key"]]
     names = objects[described["items"][1][1]["key"]]
     if (_type(described), _type(names)) != (_DESCRIPTION, "builtins.tuple"):
-        raise ValueError(f"arguments in a {_type(names)} of a {_type(described)}")
+        raise ValueError(f"argument names in a {_type(names)} of a {_type(described)}")
     return {name: value for (_, name), (_, value) in zip(names["items"], call["items"], strict=True)}
 
 
@@ -199,7 +199,7 @@ def _read(path: Path) -> Any:
 
 
 def _nodes(content: Any) -> Iterator[Node]:
-    """All objects of a JSON document."""
+    """Yield all objects of a JSON document."""
     nodes = [content]
     while nodes:
         node = nodes.pop()
@@ -211,7 +211,7 @@ def _nodes(content: Any) -> Iterator[Node]:
 
 
 def _plain(value: Any) -> Any:
-    """As `model.yaml` has it: what is called by its name in `_target_`, other references with `_call_: false`."""
+    """Convert a value to the format of `model.yaml`: calls have `_target_`, references also `_call_: false`."""
     if isinstance(value, Call):
         target = {"_target_": f"{value.function.module}.{value.function.name}"}
         return target | {name: _plain(argument) for name, argument in value.arguments.items()}
@@ -221,14 +221,14 @@ def _plain(value: Any) -> Any:
 
 
 class _Fiddle:
-    """Turns calls into Fiddle's JSON: a table of objects that refer to each other by key."""
+    """Serializes calls to Fiddle's JSON: a table of objects that refer to each other by key."""
 
     def __init__(self) -> None:
         self._objects: dict[str, object] = {}
         self._numbers: Counter[str] = Counter()
 
-    def serialize(self, whole: Call) -> dict[str, object]:
-        root = self._value(whole, ROOT)
+    def serialize(self, call: Call) -> dict[str, object]:
+        root = self._value(call, ROOT)
         counts = dict.fromkeys(self._objects, 1)
         return {"root": root, "objects": self._objects, "refcounts": counts, "version": "0.0.1"}
 
@@ -249,11 +249,11 @@ class _Fiddle:
             [f"Attr(name='{name}')", self._value(value, f"{path}.{name}")] for name, value in call.arguments.items()
         ]
         names = [[f"Index(index={i})", name] for i, name in enumerate(call.arguments)]
-        of_config = Reference("fiddle._src.config", "BuildableTraverserMetadata")
+        traverser = Reference("fiddle._src.config", "BuildableTraverserMetadata")
         metadata = self._add(
             "buildable_traverser_metadata",
             {
-                "type": _pyref(of_config),
+                "type": _pyref(traverser),
                 "items": [
                     ["Attr(name='fn_or_cls')", _pyref(call.function)],
                     [
@@ -263,7 +263,7 @@ class _Fiddle:
                     ["Attr(name='argument_tags')", self._empty_dict()],
                     ["Attr(name='argument_history')", self._empty_dict()],
                 ],
-                "metadata": _pyref(of_config),
+                "metadata": _pyref(traverser),
             },
         )
         return self._add(

@@ -1,8 +1,8 @@
 """python -m recipes nemo_to_hf --config RUN_DIR/resolved.yaml
 python -m convert.nemo_to_hf --checkpoint FOLDER --out FOLDER [--hf-model FOLDER_OR_HUB_ID] [--dtype bf16]
 
-The run's NeMo checkpoints (pruned and student, or a control) become Hugging Face folders that plain transformers loads,
-by copying bytes. Nothing of what a checkpoint names is loaded, so a stranger's may be converted as well.
+Convert the run's NeMo checkpoints (pruned and student, or a control) to Hugging Face folders for plain transformers,
+by copying bytes. No code that a checkpoint names is run, so checkpoints from untrusted sources are safe to convert.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.exporting import carried_files, export_model
+from convert.exporting import export_model, find_carried_files
 from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
 
-# Trained on the data alone, whatever the student learns from.
-TEACHERLESS = ("ce", "scratch", "corrected_teacher")
+# Models that are trained without a teacher.
+WITHOUT_TEACHER = ("ce", "scratch", "corrected_teacher")
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: a Hugging Face folder of each checkpoint's name."""
+    """Output: a Hugging Face folder per checkpoint, with its name."""
     source = local_folder(inputs.hf_model, cfg.model.revision, weights=False)
     base = cfg.model.hf_path or cfg.model.name
     for name, checkpoint in inputs.checkpoints.items():
-        if (out / name).exists():  # written whole by an attempt before this one
+        if (out / name).exists():  # complete: written by an earlier attempt
             continue
         export_model(
             checkpoint,
@@ -44,14 +44,14 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
             cfg.convert.export_dtype.value,
             title=f"{cfg.name}: {name}",
             base=base,
-            note=_words_on_loss(cfg.distill, name),
+            note=_describe_loss(cfg.distill, name),
             allow_nonfinite=cfg.convert.allow_nonfinite,
         )
     return {"models": sorted(inputs.checkpoints)}
 
 
-def _words_on_loss(distill: DistillConfig, name: str) -> str:
-    if name in TEACHERLESS:
+def _describe_loss(distill: DistillConfig, name: str) -> str:
+    if name in WITHOUT_TEACHER:
         distill = dataclasses.replace(distill, loss=Loss.ce)
     alone = ", without a teacher" if distill.loss is Loss.ce else ""
     return f"The training's loss was {distill.loss_in_words}{alone}."
@@ -62,8 +62,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="a NeMo checkpoint")
     parser.add_argument(
         "--hf-model",
-        help="the model that it descends from, a folder or a Hub id: configuration and tokenizer are taken from it"
-        " (those that the checkpoint carries)",
+        help="folder or Hub id of the model from which it descends, for its configuration and tokenizer"
+        " (default: those inside the checkpoint)",
     )
     parser.add_argument("--revision", help="the Hub revision")
     parser.add_argument("--out", required=True, type=Path, help="the Hugging Face folder, replaced if it exists")
@@ -74,10 +74,10 @@ def main() -> None:
     args = parser.parse_args()
     with command_line():
         if args.hf_model is None:
-            source = carried_files(args.checkpoint)
+            source = find_carried_files(args.checkpoint)
         else:
             source = local_folder(args.hf_model, args.revision, weights=False)
-        base = args.hf_model or "a model of which the checkpoint does not tell the name"
+        base = args.hf_model or "a model whose name the checkpoint does not record"
         allow = args.allow_nonfinite
         title = args.out.name
         export_model(args.checkpoint, source, args.out, args.dtype, title=title, base=base, allow_nonfinite=allow)

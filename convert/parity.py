@@ -1,4 +1,4 @@
-"""Whether two models compute the same logits, each a Hugging Face model or a NeMo checkpoint."""
+"""Compare the logits of two models, each a Hugging Face model or a NeMo checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nemo.lightning.base import teardown
 
 from convert import families
-from convert.exporting import carried_files, is_checkpoint
+from convert.exporting import find_carried_files, is_checkpoint
 from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.nemo import backend, hf_models, nemo_api
@@ -20,20 +20,20 @@ from prune_distill.schema import ExportDtype
 
 log = logging.getLogger("convert.verify")
 
-# Share of the largest logit by which twins may differ. On a CPU they differ by the order of their sums alone (1e-6 of
-# it); on a GPU Transformer Engine multiplies fp32 as TF32, whose step is 1e-3. A wrong tensor costs more than a tenth.
+# Tolerance, as a fraction of the largest logit. On a CPU, equal models differ only by the order of sums (1e-6 of
+# it); on a GPU Transformer Engine uses TF32 for fp32, with a step of 1e-3. A wrong tensor causes more than 0.1.
 LARGEST_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How two models' logits on the same tokens compare.
+    """Comparison of two models' logits on the same tokens.
 
     Attributes:
-        max_abs_diff: the largest difference of two logits.
-        largest: the largest logit of the first model.
-        top1_agreement: share of positions where both have the same likeliest token.
-        kl: KL divergence of the second model's distribution from the first's, nats per token, the mean.
+        max_abs_diff: largest absolute difference of two logits.
+        largest: largest absolute logit of the first model.
+        top1_agreement: fraction of positions with the same most probable token.
+        kl: mean KL(first || second), nats per token.
     """
 
     max_abs_diff: float
@@ -43,8 +43,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"logits differ by at most {self.max_abs_diff:.2e} (the largest is {self.largest:.1f}), the likeliest token"
-            f" is the same in {self.top1_agreement:.2%} of the positions, KL divergence {self.kl:.2e}"
+            f"logits differ by at most {self.max_abs_diff:.2e} (the largest is {self.largest:.1f}), the most probable"
+            f" token is the same at {self.top1_agreement:.2%} of the positions, KL divergence {self.kl:.2e}"
         )
 
 
@@ -55,27 +55,27 @@ def compare_logits(first: Path, second: Path, ids: np.ndarray) -> Parity:
         ids: `[b, s]` int64 token ids.
 
     Raises:
-        InputError: they differ by more than rounding explains.
+        InputError: they differ by more than rounding errors.
     """
-    theirs, ours = (compute_logits(folder, torch.from_numpy(ids)) for folder in (first, second))
-    size = min(theirs.shape[-1], ours.shape[-1])  # a checkpoint's vocabulary may be padded
-    theirs, ours = theirs[..., :size], ours[..., :size]
-    log_p, log_q = (F.log_softmax(model.double(), -1) for model in (theirs, ours))
+    logits, others = (compute_logits(folder, torch.from_numpy(ids)) for folder in (first, second))
+    size = min(logits.shape[-1], others.shape[-1])  # a checkpoint's vocabulary may be padded
+    logits, others = logits[..., :size], others[..., :size]
+    log_p, log_q = (F.log_softmax(model.double(), -1) for model in (logits, others))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     parity = Parity(
-        (ours - theirs).abs().max().item(),
-        theirs.abs().max().item(),
-        (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        (others - logits).abs().max().item(),
+        logits.abs().max().item(),
+        (others.argmax(-1) == logits.argmax(-1)).float().mean().item(),
         kl.item(),
     )
     log.info("%s and %s: %s", first, second, parity)
     if not parity.max_abs_diff <= LARGEST_SHARE * parity.largest:
-        raise InputError(f"{first} and {second} are not the same model: {parity}")
+        raise InputError(f"{first} and {second} are different models: {parity}")
     return parity
 
 
 def compute_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Return a model's fp32 logits `[b, s, v]`: of a Hugging Face model by transformers, of a checkpoint by NeMo."""
+    """Return a model's fp32 logits `[b, s, v]`, computed by transformers or, for a checkpoint, by NeMo."""
     device = backend.activate().device
     if not is_checkpoint(folder):
         model = hf_models.load(folder, ExportDtype.fp32)
@@ -83,7 +83,7 @@ def compute_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = model(ids.to(device), use_cache=False).logits.cpu()
         return found
     model, trainer = nemo_api.restore(folder)
-    core = nemo_api.core_model(model).eval().float()  # bf16 weights are fp32 numbers: nothing is lost
+    core = nemo_api.core_model(model).eval().float()  # exact: bf16 weights are fp32 numbers
     with torch.inference_mode():
         positions = torch.arange(ids.shape[1], device=device).expand(ids.shape[0], -1)
         result: torch.Tensor = core(ids.to(device), positions, None).cpu()
@@ -92,12 +92,12 @@ def compute_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def token_ids(folders: list[Path], text: Path | None, count: int) -> np.ndarray:
-    """Return `[1, s]` int64 ids: of a text, by the first Hugging Face folder's tokenizer, or random ones.
+    """Return `[1, s]` int64 ids of a text, with the first Hugging Face folder's tokenizer, or random ids.
 
     Raises:
-        InputError: no text, or no tokenizer or configuration that would load.
+        InputError: the text has no tokens, or the tokenizer or configuration cannot be loaded.
     """
-    folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or carried_files(folders[0])
+    folder = next((folder for folder in folders if not is_checkpoint(folder)), None) or find_carried_files(folders[0])
     try:
         if text is None:
             vocabulary = families.read_config(folder)["vocab_size"]
@@ -105,10 +105,10 @@ def token_ids(folders: list[Path], text: Path | None, count: int) -> np.ndarray:
         ids = load_tokenizer(folder)(text.read_text())["input_ids"][:count]
     except InputError:
         raise
-    except Exception as error:  # transformers' own, of whatever a folder lacks
+    except Exception as error:  # transformers raises errors of any kind
         raise InputError(
             f"the text cannot be tokenized ({type(error).__name__}: {error}); see {text or folder}"
         ) from error
     if not ids:
-        raise InputError(f"{text}: no tokens; choose another --text")
+        raise InputError(f"--text={text}: no tokens; choose another text")
     return np.array([ids])

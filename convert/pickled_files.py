@@ -1,7 +1,7 @@
-"""`pytorch_model*.bin` files, as `torch.save` writes a state dict, read without running anything of theirs.
+"""Read `pytorch_model*.bin` files (state dicts written by `torch.save`) without running code in them.
 
-Such a file is a zip of `data.pkl`, which describes the tensors, and a record for each storage. Only the description is
-unpickled, and only with what tensors are made of.
+Such a file is a zip of `data.pkl`, which describes the tensors, and a record per storage. Only the description is
+unpickled, and only with the classes of tensors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from prune_distill.nemo.saved_records import Record, read_record, record_begin
 
 INDEX = "pytorch_model.bin.index.json"
 _STORAGES = {storage: ours for ours, (_, storage) in TORCH_TYPES.items()}
-_STORAGES |= {"LongStorage": "I64", "IntStorage": "I32", "ByteStorage": "U8"}  # no weights, but they lie beside some
+_STORAGES |= {"LongStorage": "I64", "IntStorage": "I32", "ByteStorage": "U8"}  # buffers next to weights
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a folder of `.bin` files lies.
+    """Locate the tensors of a folder of `.bin` files.
 
     Raises:
-        InputError: a file is missing, damaged, in torch's format of before 1.6, or holds more than tensors.
+        InputError: a file is missing, damaged, in the format of torch before 1.6, or contains more than tensors.
     """
     index = folder / INDEX
     if index.exists():
@@ -39,18 +39,18 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         names = sorted(path.name for path in folder.glob(PICKLED))
     missing = [name for name in names if not (folder / name).exists()]
     if missing or not names:
-        raise InputError(f"{folder} lacks {', '.join(missing) or 'pytorch_model.bin'}; fetch it")
+        raise InputError(f"{folder} has no {', '.join(missing) or 'pytorch_model.bin'}; download it")
     tensors: dict[str, StoredTensor] = {}
     for file in names:
         found = read_file(folder / file)
-        if twice := sorted(tensors.keys() & found.keys()):
-            raise InputError(f"{folder}: {twice[0]} is in {file} and in another file; fetch the model again")
+        if repeated := sorted(tensors.keys() & found.keys()):
+            raise InputError(f"{folder}: {repeated[0]} is in {file} and in another file; download the model again")
         tensors |= found
     return tensors
 
 
 def read_file(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of one file lies."""
+    """Locate the tensors of one file."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as saved:
             described = next(name for name in saved.namelist() if name.endswith("/data.pkl"))
@@ -62,29 +62,29 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             }
     except InputError as fault:
         raise InputError(f"{path} {fault}") from fault
-    except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
+    except Exception as error:  # damaged zips and pickles raise errors of any kind
         raise InputError(
-            f"{path} is no whole file of torch.save ({error!r}); fetch it again, or as safetensors"
+            f"{path} is not a complete file of torch.save ({error!r}); download it again, or as safetensors"
         ) from error
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds no dict of tensors; save the model as safetensors")
+        raise InputError(f"{path} does not contain a dict of tensors; save the model as safetensors")
     root = described.removesuffix("data.pkl")
     tensors = {}
     for name, tensor in state.items():
         if not isinstance(tensor, _Described):
-            raise InputError(f"{path}: {name} is no tensor; save the model as safetensors")
-        if not tensor.in_rows:
-            raise InputError(f"{path}: {name} does not lie row by row; save the model as safetensors")
+            raise InputError(f"{path}: {name} is not a tensor; save the model as safetensors")
+        if not tensor.is_contiguous:
+            raise InputError(f"{path}: {name} is not contiguous; save the model as safetensors")
         record = records.get(f"{root}data/{tensor.storage}")
         if record is None or record.compress_type != zipfile.ZIP_STORED or record.file_size < tensor.end:
-            raise InputError(f"{path} does not hold {name}; fetch it again, or as safetensors")
+            raise InputError(f"{path} does not contain {name}; download it again, or as safetensors")
         tensors[name] = tensor.stored(name, stored[record.filename])
     return tensors
 
 
 @dataclass(frozen=True)
 class _Described:
-    """A tensor of a state dict: its storage's record, and how it lies in it, in elements."""
+    """A tensor of a state dict: the record of its storage; offset and strides in elements."""
 
     storage: str
     dtype: str
@@ -94,15 +94,15 @@ class _Described:
 
     @property
     def end(self) -> int:
-        """The bytes of the storage up to its last element."""
+        """Offset in bytes of the tensor's end in its storage."""
         return (self.offset + math.prod(self.shape)) * ITEM_BYTES[self.dtype]
 
     @property
-    def in_rows(self) -> bool:
+    def is_contiguous(self) -> bool:
         expected = (math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
         return all(
-            stride == wanted
-            for stride, wanted, extent in zip(self.strides, expected, self.shape, strict=True)
+            stride == contiguous
+            for stride, contiguous, extent in zip(self.strides, expected, self.shape, strict=True)
             if extent > 1
         )
 
@@ -129,7 +129,7 @@ class _StateDict(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        raise InputError(f"names {module}.{name}, which no tensor needs: refused, as it could be code")
+        raise InputError(f"names {module}.{name}, which could be code and which no tensor needs")
 
 
 def _described(storage: tuple[str, str], offset: int, shape: Any, strides: Any, *_: Any) -> _Described:

@@ -1,4 +1,4 @@
-"""Safetensors folders, read and written as streams. Their headers are read by `prune_distill.model.hf_weights`."""
+"""Read and write safetensors folders as streams. `prune_distill.model.hf_weights` reads their headers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHARD_BYTES = 5 * 10**9
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of a Hugging Face folder lies.
+    """Locate the tensors of a Hugging Face folder.
 
     Raises:
-        InputError: everything that is wrong with its files.
+        InputError: its files are damaged or incomplete; lists all faults.
     """
     return {name: _stored(name, entry) for name, entry in hf_weights.read_folder(folder).items()}
 
@@ -32,16 +32,16 @@ def _stored(name: str, entry: hf_weights.Entry) -> StoredTensor:
 
 
 def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | None, threads: int) -> bool:
-    """Writes tensors as `model.safetensors`, or as shards of at most 5 GB with their index, and syncs them to disk.
+    """Write tensors as `model.safetensors`, or as shards of at most 5 GB with an index, and sync them to disk.
 
     Args:
         folder: must exist.
-        dtype: the element type of all; None keeps each one's.
+        dtype: element type of all tensors; None: unchanged.
 
     Returns:
-        whether all numbers that were written are finite.
+        Whether all values are finite.
     """
-    shards = _fill(list(tensors), dtype)
+    shards = _divide_into_shards(list(tensors), dtype)
     names = [
         WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
@@ -74,8 +74,8 @@ def write_folder(tensors: Iterable[StoredTensor], folder: Path, *, dtype: str | 
     return finite
 
 
-def _fill(tensors: list[StoredTensor], dtype: str | None) -> list[list[StoredTensor]]:
-    """Tensors in their order, a new shard where the next one would not fit."""
+def _divide_into_shards(tensors: list[StoredTensor], dtype: str | None) -> list[list[StoredTensor]]:
+    """Divide tensors into shards, in order."""
     shards: list[list[StoredTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -89,7 +89,7 @@ def _fill(tensors: list[StoredTensor], dtype: str | None) -> list[list[StoredTen
 
 
 def _write_header(target: int, shard: list[StoredTensor], dtype: str | None) -> int:
-    """Writes a file's header, and returns where the tensors begin."""
+    """Write a file's header, and return the offset of the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in shard:

@@ -1,6 +1,6 @@
-"""Tensors as rows of bytes in files: where they lie, how they are cut and stacked, and how they are copied.
+"""Tensors as rows of bytes in files: locate, slice, stack and copy them.
 
-Nothing here loads a tensor: a conversion says which rows of which files make up a new file, and `copy` moves them,
+No tensor is loaded: a conversion describes which rows of which files make up a new file, and `copy` copies them,
 a few MB at a time.
 """
 
@@ -25,15 +25,15 @@ from prune_distill.nemo.saved_records import EXPONENTS, Record, is_finite, mappe
 log = logging.getLogger("convert.stored")
 
 BLOCK_BYTES = 4 << 20
-# The file system cannot copy within the kernel; bytes then go through memory.
+# Errors of file systems that cannot copy within the kernel; bytes are then copied through memory.
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ETXTBSY)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of `row_bytes` bytes each, end to end from `offset` in a file.
+    """Consecutive rows of `row_bytes` bytes each, from `offset` in a file.
 
-    `record`, where its file has a CRC-32 of them, contains them; it is checked when any of them is read.
+    `record` contains them if the file has a CRC-32; it is checked when any row is read.
     """
 
     file: Path
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows, each put together from one row of every span, side by side."""
+    """`count` rows, each the concatenation of one row of every span."""
 
     count: int
     spans: tuple[Span, ...]
@@ -62,11 +62,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in row-major order: its first dimension's rows, top to bottom.
+    """A tensor in row-major order, as rows along its first dimension.
 
     Attributes:
-        name: what messages call it.
-        dtype: safetensors' name of the element type, such as BF16.
+        name: name in messages.
+        dtype: element type by safetensors' name, such as BF16.
         shape: at least one dimension.
     """
 
@@ -84,7 +84,7 @@ class StoredTensor:
         return math.prod(self.shape) * self.item_bytes
 
     def take(self, start: int, count: int) -> StoredTensor:
-        """Rows `start` to `start + count`."""
+        """Return rows `start` to `start + count`."""
         taken: list[Rows] = []
         position = 0
         for rows in self.rows:
@@ -98,19 +98,19 @@ class StoredTensor:
 
 
 def stack(tensors: Iterable[StoredTensor], name: str) -> StoredTensor:
-    """Tensors of equal width and type on top of each other."""
+    """Concatenate tensors of equal width and type along the first dimension."""
     parts = list(tensors)
     rows = tuple(rows for part in parts for rows in part.rows)
     return StoredTensor(name, parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), rows)
 
 
 def blocks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[memoryview | bytes]:
-    """The tensor's bytes from first to last, a few MB at a time, in another element type where one is named.
+    """Yield the tensor's bytes in order, a few MB at a time, cast to `dtype` if given.
 
-    A block is only good until the next one is asked for.
+    A block is only valid until the next one is requested.
 
     Raises:
-        InputError: a file ends too early, or its bytes do not have the CRC-32 that was written with them.
+        InputError: a file is truncated, or its bytes do not match their CRC-32.
     """
     for rows in tensor.rows:
         if not rows.bytes:
@@ -126,33 +126,34 @@ def blocks(tensor: StoredTensor, dtype: str | None = None) -> Iterator[memoryvie
 
 
 def copy_threads() -> int:
-    """How many copies go on at once: disks and shared file systems want several, memory sets a bound."""
+    """Return the number of concurrent copies: several for disks and shared file systems, limited by memory."""
     return min(8, max(2, os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
-class Copied:
-    """What was found out about bytes while they were copied: their CRC-32 (0 unless asked for), and whether all numbers
-    are finite."""
+class CopyResult:
+    """Result of a copy: the CRC-32 of the bytes (0 unless requested), and whether all values are finite."""
 
     crc: int
     finite: bool
 
 
-def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = None, checksum: bool = False) -> Copied:
-    """Writes a tensor's bytes into an open file.
+def copy(
+    tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = None, checksum: bool = False
+) -> CopyResult:
+    """Write a tensor's bytes into an open file.
 
     Args:
         target: a file descriptor.
-        dtype: the element type to write; None keeps the tensor's.
-        checksum: whether to compute the CRC-32 of what is written.
+        dtype: element type to write; None: the tensor's.
+        checksum: whether to compute the CRC-32 of the written bytes.
 
     Raises:
-        InputError: a file ends too early, or its bytes do not have the CRC-32 that was written with them.
+        InputError: a file is truncated, or its bytes do not match their CRC-32.
     """
     begin = offset
-    as_it_is = dtype in (None, tensor.dtype) and all(len(rows.spans) == 1 for rows in tensor.rows)
-    if as_it_is:
+    unchanged = dtype in (None, tensor.dtype) and all(len(rows.spans) == 1 for rows in tensor.rows)
+    if unchanged:
         copied = _copy_in_kernel(tensor, target, offset, checksum=checksum)
         if copied is not None:
             _start_writing_back(target, begin, tensor.bytes)
@@ -165,30 +166,30 @@ def copy(tensor: StoredTensor, target: int, offset: int, *, dtype: str | None = 
         if checksum:
             crc = isal_zlib.crc32(block, crc)
     _start_writing_back(target, begin, offset - begin)
-    return Copied(crc, finite)
+    return CopyResult(crc, finite)
 
 
 def _start_writing_back(target: int, offset: int, count: int) -> None:
-    """Starts writing these bytes to disk in the background, so that the final fsync has less to wait for.
+    """Start writing these bytes to disk in the background, so that the final fsync takes less time.
 
-    By default Linux starts only when a tenth of the memory is dirty. The advice also drops pages from the cache, but
+    By default Linux only starts when a tenth of the memory is dirty. The advice also drops pages from the cache, but
     only clean ones, and these are dirty (mm/fadvise.c).
     """
     os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def _count_nonfinite(tensor: StoredTensor, dtype: str | None) -> int:
-    """The numbers of a tensor, in the type `dtype`, that are not finite."""
+    """Count the non-finite values of a tensor after a cast to `dtype`."""
     kind, exponent, _ = EXPONENTS[dtype or tensor.dtype]
     arrays = (np.frombuffer(block, dtype=kind) for block in blocks(tensor, dtype))
     return sum(int(((bits & exponent) == exponent).sum()) for bits in arrays)
 
 
 def report_nonfinite(tensors: Iterable[StoredTensor], source: Path, dtype: str | None = None, *, allow: bool) -> None:
-    """Names the tensors that hold numbers that are not finite, or would, in the type `dtype`; `allow`: in the log only.
+    """Report tensors with values that are non-finite, or would be in the type `dtype`; with `allow`, only log them.
 
     Raises:
-        InputError: there are such tensors, and they are not allowed.
+        InputError: there are such tensors, and `allow` is False.
     """
 
     def describe(tensor: StoredTensor) -> str | None:
@@ -205,7 +206,7 @@ def report_nonfinite(tensors: Iterable[StoredTensor], source: Path, dtype: str |
     if not found:
         return
     shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
-    message = f"{source}: {len(found)} tensors hold values that are not finite: {shown}"
+    message = f"{source}: {len(found)} tensors contain non-finite values: {shown}"
     if not allow:
         fix = "train or save the model again" if dtype is None else "export in bf16 or fp32 (convert.export_dtype)"
         raise InputError(f"{message}; {fix}, or set convert.allow_nonfinite=true (--allow-nonfinite)")
@@ -213,15 +214,15 @@ def report_nonfinite(tensors: Iterable[StoredTensor], source: Path, dtype: str |
 
 
 def write(target: int, data: memoryview | bytes, offset: int) -> None:
-    """All of `data`, which the system may write in parts."""
+    """Write all of `data`: a single system call may write only a part."""
     view = memoryview(data)
     while view:
         written = os.pwrite(target, view, offset)
         view, offset = view[written:], offset + written
 
 
-def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum: bool) -> Copied | None:
-    """Copies within the kernel; None where the file system refuses: what was copied before, the caller writes again."""
+def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum: bool) -> CopyResult | None:
+    """Copy within the kernel. Returns None if the file system does not support it; the caller then copies all."""
     crc, finite = 0, True
     for rows in tensor.rows:
         (span,) = rows.spans
@@ -237,14 +238,14 @@ def _copy_in_kernel(tensor: StoredTensor, target: int, offset: int, *, checksum:
                 _copy_range(source, position, target, offset, count)
                 offset += count
         except EOFError as error:
-            raise _cut_short(span.file, tensor.name) from error
+            raise _truncation_error(span.file, tensor.name) from error
         except OSError as error:
             if error.errno not in NO_KERNEL_COPY:
                 raise
             return None
         finally:
             os.close(source)
-    return Copied(crc, finite)
+    return CopyResult(crc, finite)
 
 
 def _copy_range(source: int, position: int, target: int, offset: int, count: int) -> None:
@@ -256,7 +257,7 @@ def _copy_range(source: int, position: int, target: int, offset: int, count: int
 
 
 def _read(rows: Rows, target: memoryview, name: str) -> None:
-    """Fills `target` with rows; where they have several parts, side by side."""
+    """Fill `target` with rows; concatenate the spans of each row."""
     if len(rows.spans) == 1:
         _read_span(rows.spans[0], rows.bytes, target, name)
         return
@@ -279,18 +280,18 @@ def _read_span(span: Span, count: int, target: memoryview, name: str) -> None:
         while done < count:
             read = os.preadv(source, [target[done:count]], span.offset + done)
             if read == 0:
-                raise _cut_short(span.file, name)
+                raise _truncation_error(span.file, name)
             done += read
     finally:
         os.close(source)
 
 
-def _cut_short(file: Path, name: str) -> InputError:
-    return InputError(f"{file} ends within {name}: it is cut short; fetch the file again")
+def _truncation_error(file: Path, name: str) -> InputError:
+    return InputError(f"{file} is truncated: it ends within {name}; download it again")
 
 
 def _cast(data: memoryview, source: str, target: str) -> bytes:
-    import torch  # this module is imported where PyTorch is not needed
+    import torch  # not at the top: most users of this module do not need it
 
     types = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     tensor = torch.frombuffer(data, dtype=types[source]).to(types[target])

@@ -1,10 +1,10 @@
-"""Megatron's `torch_dist` checkpoints, read and written as streams.
+"""Read and write Megatron's `torch_dist` checkpoints as streams.
 
-A folder holds `.metadata` (a pickle: every tensor's shape, type and chunks, and where each chunk lies),
-`__RANK_N.distcp` (chunks end to end, each as `torch.save` writes it: a zip file whose record `data/0` holds the
-numbers), `common.pt` and `metadata.json`. Written by megatron/core/dist_checkpointing/strategies/torch.py and
-filesystem_async.py upon torch/distributed/checkpoint/filesystem.py. Pickles are read here with nothing but the classes
-that such a description needs, so a stranger's checkpoint runs no code.
+A folder contains `.metadata` (a pickle of every tensor's shape, type and chunks, and the location of each chunk),
+`__RANK_N.distcp` (concatenated chunks, each written by `torch.save`: a zip file whose record `data/0` holds the
+values), `common.pt` and `metadata.json`. Written by megatron/core/dist_checkpointing/strategies/torch.py and
+filesystem_async.py with torch/distributed/checkpoint/filesystem.py. Pickles are read with only the classes that such
+a description needs, so checkpoints from untrusted sources run no code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.dcp_metadata import MCORE_METADATA, read_description, torch_object, torch_size
-from convert.stored import Copied, Rows, Span, StoredTensor, copy, write
+from convert.stored import CopyResult, Rows, Span, StoredTensor, copy, write
 from convert.torch_save import (
     SAFETENSORS_NAMES,
     TORCH_TYPES,
@@ -39,14 +39,14 @@ from prune_distill.model.hf_weights import ITEM_BYTES
 from prune_distill.nemo.saved_records import Record, Window, read_record, record_begin
 from prune_distill.regular_files import folder_faults
 
-# Files that chunks are spread over: as many as Megatron's writer makes, more for large checkpoints.
+# Minimum number of files for the chunks: that of Megatron's writer.
 FILES = 2
 FILE_BYTES = 16 << 30
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the tensor `key`: where it begins in it, its extents, and where it lies, as `torch.save` wrote it."""
+    """A part of the tensor `key`: its offsets and sizes in the tensor, and its location in a file."""
 
     key: str
     offsets: tuple[int, ...]
@@ -65,15 +65,15 @@ class ChunkedTensor:
 
 
 class TorchDistReader:
-    """The tensors of a checkpoint, under whatever layout it was saved.
+    """Reads the tensors of a checkpoint, saved under any parallel layout.
 
     Attributes:
-        tensors: by Megatron's key.
-        objects: where the pickled objects lie.
-        other_names: classes and functions that `.metadata` names and that were not needed to read it.
+        tensors: tensors by Megatron's key.
+        objects: locations of the pickled objects.
+        other_names: other classes and functions that `.metadata` names.
 
     Raises:
-        InputError: the folder holds no checkpoint, or its description is damaged.
+        InputError: the folder is not a checkpoint, or its description is damaged.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -83,16 +83,16 @@ class TorchDistReader:
         self._records: dict[tuple[Path, int], Record] = {}
         path = weights / ".metadata"
         if not path.is_file():
-            raise InputError(f"{weights} is no torch_dist checkpoint (it has no .metadata)")
+            raise InputError(f"{weights} is not a torch_dist checkpoint (it has no .metadata)")
         if faults := folder_faults(weights, allow_outside_links=True):
             raise InputError("; ".join(faults))
         try:
             metadata, self.other_names = read_description(path)
-            self._take_over(metadata)
-        except Exception as error:  # whatever a damaged pickle makes its classes raise
+            self._read_chunks(metadata)
+        except Exception as error:  # damaged pickles raise errors of any kind
             raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
-    def _take_over(self, metadata: Any) -> None:
+    def _read_chunks(self, metadata: Any) -> None:
         sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
         for key, value in metadata.state_dict_metadata.items():
             if not hasattr(value, "chunks"):
@@ -103,7 +103,7 @@ class TorchDistReader:
         for index, place in metadata.storage_data.items():
             name = place.relative_path
             if Path(name).name != name:
-                raise InputError(f"it names {name}, which can be no file of its folder")
+                raise InputError(f"it names {name}, which is outside its folder")
             offsets = tuple(index.offset or ())
             extents = sizes[index.fqn, offsets] if index.fqn in self.tensors else ()
             chunk = Chunk(index.fqn, offsets, extents, self.folder / name, place.offset, place.length)
@@ -111,57 +111,60 @@ class TorchDistReader:
             chunks.append(chunk)
 
     def tensor(self, key: str, *index: int) -> StoredTensor:
-        """A tensor, or its part at `index` of the first dimensions, put together from its chunks.
+        """Return a tensor, or its part at `index` of the first dimensions, assembled from its chunks.
 
         Raises:
-            InputError: there is no such tensor, a chunk is missing or cut short, or its type is not known.
+            InputError: there is no such tensor, a chunk is missing or truncated, or its type is unknown.
         """
         if key not in self.tensors:
-            raise InputError(f"{self.folder} lacks {key}")
+            raise InputError(f"{self.folder} has no tensor {key}")
         whole = self.tensors[key]
         if whole.dtype not in ITEM_BYTES:
-            raise InputError(f"{self.folder}: {key} is of type {whole.dtype}, which is not known here")
+            raise InputError(f"{self.folder}: {key} has the unsupported type {whole.dtype}")
         shape = whole.shape[len(index) :]
         name = f"{key}{list(index)}" if index else key
         if not shape:
-            raise InputError(f"{self.folder}: {key} is {list(whole.shape)}, which has no part {list(index)}")
-        parts = [part for chunk in whole.chunks if (part := self._part(whole, chunk, index)) is not None]
+            raise InputError(f"{self.folder}: {key} has shape {list(whole.shape)} and no part {list(index)}")
+        parts = [part for chunk in whole.chunks if (part := self._find_overlap(whole, chunk, index)) is not None]
         cuts = sorted({0, shape[0], *(edge for part in parts for edge in (part.row, part.row + part.rows))})
-        rows = [self._band(name, whole, parts, start, end - start, shape) for start, end in itertools.pairwise(cuts)]
+        rows = [
+            self._assemble_rows(name, whole, parts, start, end - start, shape)
+            for start, end in itertools.pairwise(cuts)
+        ]
         return StoredTensor(name, whole.dtype, shape, tuple(rows))
 
-    def _part(self, whole: ChunkedTensor, chunk: Chunk, index: tuple[int, ...]) -> _Part | None:
-        """What a chunk holds of the part at `index`."""
+    def _find_overlap(self, whole: ChunkedTensor, chunk: Chunk, index: tuple[int, ...]) -> _Part | None:
+        """Return the overlap of a chunk with the part at `index`; None if there is none."""
         depth, item = len(index), ITEM_BYTES[whole.dtype]
         skipped = 0
-        for wanted, offset, size in zip(index, chunk.offsets, chunk.sizes, strict=False):
-            if not offset <= wanted < offset + size:
+        for position, offset, size in zip(index, chunk.offsets, chunk.sizes, strict=False):
+            if not offset <= position < offset + size:
                 return None
-            skipped = skipped * size + wanted - offset
+            skipped = skipped * size + position - offset
         sizes, offsets, shape = chunk.sizes[depth:], chunk.offsets[depth:], whole.shape[depth:]
-        if sizes[2:] != shape[2:]:  # only whole rows, or whole elements of a row, are rows of bytes
-            raise InputError(f"{self.folder}: {whole.key} is cut along a dimension behind its rows; save it whole")
+        if sizes[2:] != shape[2:]:
+            raise InputError(f"{self.folder}: {whole.key} is sharded along an inner dimension; save it unsharded")
         width = math.prod(sizes[1:]) * item
         column = offsets[1] * math.prod(shape[2:]) * item if len(shape) > 1 else 0
         return _Part(chunk, skipped * sizes[0] * width, offsets[0], sizes[0], column, width)
 
-    def _band(
+    def _assemble_rows(
         self, name: str, whole: ChunkedTensor, parts: list[_Part], start: int, count: int, shape: tuple[int, ...]
     ) -> Rows:
-        """Rows that the same chunks make up, side by side."""
+        """Return rows that consist of the same chunks."""
         across = [part for part in parts if part.row <= start and start + count <= part.row + part.rows]
         spans: list[Span] = []
         reached = 0
         for part in sorted(across, key=lambda part: part.column):
             if part.column != reached:
                 break
-            spans.append(self._data(whole, part, start))
+            spans.append(self._locate_rows(whole, part, start))
             reached += part.row_bytes
         if reached != math.prod(shape[1:]) * ITEM_BYTES[whole.dtype]:
-            raise InputError(f"{self.folder} lacks a part of {name} (rows {start} to {start + count - 1})")
+            raise InputError(f"{self.folder}: a part of {name} is missing (rows {start} to {start + count - 1})")
         return Rows(count, tuple(spans))
 
-    def _data(self, whole: ChunkedTensor, part: _Part, row: int) -> Span:
+    def _locate_rows(self, whole: ChunkedTensor, part: _Part, row: int) -> Span:
         chunk = part.chunk
         place = (chunk.file, chunk.offset)
         if place not in self._records:
@@ -173,7 +176,7 @@ class TorchDistReader:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a chunk holds of a matrix: rows from `row` on, from the byte `column` of each; `skipped` bytes before."""
+    """The part of a matrix in a chunk: rows from `row` on, from the byte `column` of each, after `skipped` bytes."""
 
     chunk: Chunk
     skipped: int
@@ -184,10 +187,10 @@ class _Part:
 
 
 def _data_record(chunk: Chunk, size: int, whole: ChunkedTensor) -> Record:
-    """Where in its file the numbers of a saved tensor lie.
+    """Locate the values of a saved tensor in its file.
 
     Raises:
-        InputError: it is cut short, is of another type than described, or its numbers do not lie row by row.
+        InputError: it is truncated, not contiguous, or of another type than described.
     """
     try:
         with Window(chunk.file, chunk.offset, chunk.length) as window, zipfile.ZipFile(window) as saved:
@@ -197,18 +200,18 @@ def _data_record(chunk: Chunk, size: int, whole: ChunkedTensor) -> Record:
         (_, storage, *_), first, shape, strides, *_ = SavedTensor(io.BytesIO(described)).load()
         in_rows = (record.file_size, record.compress_type, first) == (size, zipfile.ZIP_STORED, 0)
         in_rows = in_rows and is_contiguous(shape, strides)
-    except Exception as error:  # whatever a damaged zip or pickle makes its reader raise
+    except Exception as error:  # damaged zips and pickles raise errors of any kind
         raise InputError(
             f"{chunk.file} is truncated or damaged: {whole.key} cannot be read ({error!r}); restore it from a copy"
         ) from error
     if not in_rows or storage != TORCH_TYPES[whole.dtype][1]:
-        raise InputError(f"{chunk.file}: a part of {whole.key} does not lie in rows of its own; save the model again")
+        raise InputError(f"{chunk.file}: a part of {whole.key} is not contiguous; save the model again")
     return Record(chunk.file, chunk.offset + begin, record.file_size, record.CRC, whole.key, whole.dtype)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk, or (`tensor` None) a pickled object, that is to be written."""
+    """A chunk or, if `tensor` is None, a pickled object to write."""
 
     key: str
     zip: SavedZip
@@ -218,32 +221,32 @@ class _Piece:
 
 
 class TorchDistWriter:
-    """Collects what a checkpoint holds, and writes it all at once."""
+    """Collects the content of a checkpoint, then writes it."""
 
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
         self._shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
 
     def add(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], chunk: StoredTensor) -> None:
-        """A chunk that begins at `offsets` of the tensor `key`; leading dimensions that it lacks are 1 there."""
+        """Add a chunk at `offsets` of the tensor `key`; missing leading dimensions have size 1."""
         sizes = (1,) * (len(shape) - len(chunk.shape)) + chunk.shape
         self._shapes[key] = (chunk.dtype, shape)
         saved = SavedZip(describe_tensor(chunk.dtype, sizes), chunk.bytes)
         self._pieces.append(_Piece(key, saved, chunk, offsets, sizes))
 
     def add_object(self, key: str, value: Any) -> None:
-        """A small object of plain Python types."""
+        """Add a small object of plain Python types."""
         self._pieces.append(_Piece(key, SavedZip(pickled(value))))
 
     def write(self, weights: Path, common: dict[str, object], *, threads: int, checksum: bool = True) -> bool:
-        """Writes the folder `weights` and syncs it to disk; `.metadata`, without which it is none, comes last.
+        """Write the folder `weights` and sync it to disk; `.metadata`, which completes it, is written last.
 
         Args:
-            common: what every rank shares, of plain Python types.
-            checksum: whether to write the chunks' CRC-32, which is checked when they are read.
+            common: the state that all ranks share, of plain Python types.
+            checksum: whether to write the CRC-32 of the chunks, which readers check.
 
         Returns:
-            whether all numbers are finite.
+            Whether all values are finite.
         """
         weights.mkdir(parents=True)
         total = sum(piece.zip.length for piece in self._pieces)
@@ -253,15 +256,15 @@ class TorchDistWriter:
         filled = [0] * len(files)
         pool = ThreadPoolExecutor(threads)
         try:
-            waiting: list[Future[bool]] = []
+            futures: list[Future[bool]] = []
             for piece in self._pieces:
                 number = filled.index(min(filled))
-                waiting.append(pool.submit(_write_piece, piece, files[number], filled[number], checksum))
+                futures.append(pool.submit(_write_piece, piece, files[number], filled[number], checksum))
                 places.append((names[number], filled[number], piece.zip.length))
                 filled[number] += piece.zip.length
             finite = True
-            for done in waiting:
-                finite &= done.result()
+            for future in futures:
+                finite &= future.result()
             list(pool.map(os.fsync, files))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -308,9 +311,9 @@ class TorchDistWriter:
 
 
 def _write_piece(piece: _Piece, file: int, offset: int, checksum: bool) -> bool:
-    """Writes a piece, and returns whether all of its numbers are finite."""
+    """Write a piece, and return whether all of its values are finite."""
     head = len(piece.zip.head(0))
-    copied = Copied(0, finite=True)
+    copied = CopyResult(0, finite=True)
     if piece.tensor is not None:
         copied = copy(piece.tensor, file, offset + head, checksum=checksum)
     write(file, piece.zip.head(copied.crc), offset)

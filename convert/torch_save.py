@@ -1,5 +1,5 @@
-"""What `torch.save` writes, read and written without torch: a zip file whose record `data.pkl` describes an object and
-whose record `data/0` holds the numbers of a tensor (torch/serialization.py).
+"""Read and write the format of `torch.save` without torch: a zip file whose record `data.pkl` describes an object and
+whose record `data/0` holds the values of a tensor (torch/serialization.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from prune_distill.errors import InputError
 
-# By safetensors' names: torch's own, and that of the storage class in a saved tensor.
+# By safetensors' type names: torch's name, and the storage class of a saved tensor.
 TORCH_TYPES = {
     "F64": ("float64", "DoubleStorage"),
     "F32": ("float32", "FloatStorage"),
@@ -27,7 +27,7 @@ SAFETENSORS_NAMES = {name: ours for ours, (name, _) in TORCH_TYPES.items()}
 
 
 class SavedTensor(pickle.Unpickler):
-    """Reads `data.pkl` of a saved tensor as the arguments that would rebuild it."""
+    """Reads `data.pkl` of a saved tensor as the arguments of the function that rebuilds it."""
 
     def persistent_load(self, identity: Any) -> Any:
         return identity
@@ -39,7 +39,7 @@ class SavedTensor(pickle.Unpickler):
             return lambda *arguments: arguments
         if module == "torch":  # the storage's type
             return name
-        raise InputError(f"a saved tensor names {module}.{name}, which none needs")
+        raise InputError(f"a saved tensor names {module}.{name}, which tensors do not need")
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -58,7 +58,7 @@ class Global:
         self.module, self.name = module, name
 
     def __call__(self) -> None:
-        """Pickle asks that what rebuilds an object can be called."""
+        """Required by pickle, which only accepts callables here."""
 
 
 class Rebuilt:
@@ -72,11 +72,11 @@ class Rebuilt:
 
 
 class _Storage(tuple[Any, ...]):
-    """Pickled as torch pickles a tensor's storage: by what tells where its bytes are."""
+    """Pickled like torch's storages: as a persistent id, which locates the bytes."""
 
 
 class _Pickler(pickle._Pickler):
-    """The pickler in Python: to the one in C nothing can be added where it saves."""
+    """The pickler in Python: `save` of the C pickler cannot be overridden."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> Any:
         if isinstance(obj, Global):
@@ -95,10 +95,10 @@ def pickled(value: Any) -> bytes:
 
 @dataclass
 class SavedZip:
-    """The records that `torch.save` writes, the last one, `data/0`, without its bytes (torch/serialization.py).
+    """The records that `torch.save` writes; the last one, `data/0`, without its bytes (torch/serialization.py).
 
     Attributes:
-        data_bytes: of `data/0`; None where there is none.
+        data_bytes: size of `data/0`; None if there is none.
     """
 
     described: bytes
@@ -115,7 +115,7 @@ class SavedZip:
         ]
 
     def head(self, crc: int) -> bytes:
-        """All that goes before the numbers, whose CRC-32 is `crc`."""
+        """Return the bytes before `data/0`, whose CRC-32 is `crc`."""
         head = bytearray()
         for name, data in self._records:
             head += _local_header(name, len(data), zlib.crc32(data), len(head)) + data
@@ -124,7 +124,7 @@ class SavedZip:
         return bytes(head)
 
     def tail(self, crc: int) -> bytes:
-        """The central directory, which goes after the numbers."""
+        """Return the bytes after `data/0`: the central directory."""
         directory = bytearray()
         offset = 0
         for name, data in self._records:
@@ -148,7 +148,7 @@ VERSION_32, VERSION_64 = 20, 45
 
 
 def _local_header(name: bytes, size: int, crc: int, offset: int) -> bytes:
-    """A record's header, padded so that its bytes begin at a multiple of 64, as torch's writer does."""
+    """Return a record's header, padded so that its content begins at a multiple of 64 bytes, as in torch."""
     wide = size >= ZIP32_LIMIT
     extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
     padding = -(offset + 30 + len(name) + len(extra) + 4) % 64
@@ -159,7 +159,7 @@ def _local_header(name: bytes, size: int, crc: int, offset: int) -> bytes:
 
 
 def _central_header(name: bytes, size: int, crc: int, offset: int) -> bytes:
-    wide = size >= ZIP32_LIMIT  # the numbers come last, so a record never begins beyond the limit
+    wide = size >= ZIP32_LIMIT  # the large record is the last, so offsets never reach the limit
     version, shown = (VERSION_64, ZIP32_LIMIT) if wide else (VERSION_32, size)
     extra = struct.pack("<HHQQ", 1, 16, size, size) if wide else b""
     names = (len(name), len(extra), 0, 0, 0, 0, offset)
@@ -181,7 +181,7 @@ def _end_record(count: int, size: int, offset: int) -> bytes:
 
 
 def describe_tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """`data.pkl` of a contiguous tensor."""
+    """Return `data.pkl` of a contiguous tensor."""
     strides = tuple(math.prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
     storage = _Storage(("storage", Global("torch", TORCH_TYPES[dtype][1]), "0", "cpu", math.prod(shape)))
     arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())

@@ -1,8 +1,8 @@
-"""Whether loading a NeMo checkpoint would run anything but what NeMo itself needs to make a model.
+"""Check whether loading a NeMo checkpoint would run code other than NeMo's own model classes.
 
 A checkpoint is code: `context/io.json` names functions that are called on load, and several of its files are pickles.
-One that names only classes of the families known here, and types that hold data, does what it says; the rest is
-refused unless its owner says otherwise.
+One that names only classes of the supported families and types that hold data is safe; others are rejected unless the
+user trusts them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prune_distill.pipeline.names import CONTEXT, WEIGHTS
 
 # NeMo's modules of the supported families.
 _MODULES = sorted({classes.model.module.rpartition(".")[2] for classes in FAMILIES.values()})
-# What contexts of NeMo's own importers, of its trainer and of this repository's stages name.
+# Names in contexts of NeMo's importers, its trainer and the stages of this repository.
 _CONTEXT = re.compile(
     rf"""
       builtins\.(dict|list|tuple)
@@ -48,8 +48,8 @@ _CONTEXT = re.compile(
     """,
     re.VERBOSE,
 )
-# What Megatron records of its save plans besides the description of the tensors, and how torch pickles a tensor's
-# layout. No more: these modules have functions that read pickles, and lead on to all that they import.
+# Names in Megatron's records of its save plans, and in torch's pickles of a tensor's layout. No other names of these
+# modules: they have functions that read pickles, and give access to everything that they import.
 _METADATA = re.compile(
     r"""
       megatron\.core\.dist_checkpointing\.strategies\.torch\.MCoreSavePlan
@@ -60,17 +60,17 @@ _METADATA = re.compile(
     """,
     re.VERBOSE,
 )
-# What NeMo pickles of a trainer beside a context.
+# Names in NeMo's pickles of a trainer next to a context.
 _PLUGIN = re.compile(r"nemo\.lightning\.pytorch\.plugins\.mixed_precision\.(MegatronMixedPrecision|DtypeConfig)")
-# Of pickles, beyond what torch takes for harmless itself: Transformer Engine's state comes as bytes.
+# Names in pickles, in addition to those that torch considers safe: Transformer Engine's state is stored as bytes.
 _PICKLED = {"_io.BytesIO", "_codecs.encode"}
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Refuses a NeMo checkpoint whose loading would run code that no model of the families known here needs.
+    """Reject a NeMo checkpoint if loading it would run code that no model of the supported families needs.
 
     Raises:
-        InputError: names that code, or the file that is damaged.
+        InputError: names that code, or the damaged file.
     """
     found = [f"context/io.json names {name}" for name in sorted(references(checkpoint)) if not _CONTEXT.fullmatch(name)]
     if trusts_remote_code(checkpoint):
@@ -84,8 +84,7 @@ def refuse_code(checkpoint: Path) -> None:
             found += [f"{path.name} names {name}" for name in _unsafe_names(path, path.read_bytes())]
     if found:
         raise InputError(
-            f"loading {checkpoint} would run code of its own: {'; '.join(found[:5])}. If you know where it comes from,"
-            " say so with --trust-source"
+            f"loading {checkpoint} would run code: {'; '.join(found[:5])}; if you trust its source, pass --trust-source"
         )
 
 
@@ -113,11 +112,11 @@ def _pickled_tensors(weights: Path) -> list[str]:
 
 
 def _unsafe_names(path: Path, saved: bytes) -> list[str]:
-    """What `torch.load` would import to read what `torch.save` wrote, beyond what torch itself takes for harmless."""
-    # This module is imported where PyTorch is not needed.
+    """List the names that `torch.load` would import, in addition to those that torch considers safe."""
+    # Not at the top: most users of this module do not need torch.
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     try:
         return sorted(get_unsafe_globals_in_checkpoint(io.BytesIO(saved)))
-    except Exception as error:  # whatever a damaged zip or pickle makes its readers raise
-        raise InputError(f"{path} is damaged, or no file of torch.save ({type(error).__name__}: {error})") from error
+    except Exception as error:  # damaged zips and pickles raise errors of any kind
+        raise InputError(f"{path} is damaged or not written by torch.save ({type(error).__name__}: {error})") from error

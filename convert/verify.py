@@ -1,8 +1,8 @@
 """python -m recipes verify --config RUN_DIR/resolved.yaml
 python -m convert.verify FOLDER FOLDER [--text FILE] [--no-logits] [--digests]
 
-Whether two folders hold the same model, each a Hugging Face model or a NeMo checkpoint: tensor by tensor, and by their
-logits on the same tokens.
+Check that two folders, each a Hugging Face model or a NeMo checkpoint, contain the same model: tensor by tensor, and by
+their logits on the same tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Metrics: the largest differences."""
-    from convert import parity  # imports PyTorch and NeMo, which comparing the tensors alone does not need
+    from convert import parity  # imports PyTorch and NeMo, which a comparison of tensors does not need
 
     data = DataFolder.read(inputs.data)
     tokens = min(cfg.evaluate.verify_tokens, data.validation_tokens - 1)
@@ -64,32 +64,32 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def compare_tensors(first: Path, second: Path) -> tuple[dict[str, str], list[str]]:
-    """Compares two models tensor by tensor, a checkpoint's as Hugging Face would have them.
+    """Compare two models tensor by tensor, in Hugging Face's format.
 
     Returns:
-        the digest of every tensor of the first, and what differs, by name.
+        The digest of every tensor of the first, and descriptions of the differences, sorted by name.
     """
-    # What a checkpoint is a checkpoint of, the other folder says, where it is one of Hugging Face.
+    # The reference of a checkpoint is the other folder, if that is a Hugging Face folder.
     references = [other if not is_checkpoint(other) else None for other in (second, first)]
-    ours, theirs = (open_tensors(folder, of) for folder, of in zip((first, second), references, strict=True))
-    digests, others = digest(ours), digest(theirs)
+    tensors, other_tensors = map(open_tensors, (first, second), references)
+    digests, others = digest(tensors), digest(other_tensors)
     for one, other in ((digests, others), (others, digests)):
-        # A tied model may have its output layer saved all the same.
+        # A tied model may contain its output layer nevertheless.
         if OUTPUT not in other and one.get(OUTPUT) == one.get(EMBEDDING):
             one.pop(OUTPUT, None)
     differences = [f"{name} is only in {first}" for name in digests.keys() - others.keys()]
     differences += [f"{name} is only in {second}" for name in others.keys() - digests.keys()]
     for name in digests.keys() & others.keys():
-        here, there = ours[name], theirs[name]
-        if (here.dtype, here.shape) != (there.dtype, there.shape):
-            differences.append(f"{name} is {here.dtype} {list(here.shape)} and {there.dtype} {list(there.shape)}")
+        left, right = tensors[name], other_tensors[name]
+        if (left.dtype, left.shape) != (right.dtype, right.shape):
+            differences.append(f"{name} is {left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}")
         elif digests[name] != others[name]:
-            differences.append(f"{name} holds other numbers")
+            differences.append(f"{name} has other values")
     return digests, sorted(differences)
 
 
 def digest(tensors: dict[str, StoredTensor]) -> dict[str, str]:
-    """The BLAKE2b digest of every tensor's bytes, row by row."""
+    """Compute the BLAKE2b digest of every tensor's bytes."""
 
     def hash_tensor(tensor: StoredTensor) -> str:
         total = hashlib.blake2b(digest_size=16)
@@ -104,23 +104,21 @@ def digest(tensors: dict[str, StoredTensor]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs=2, type=Path, metavar="FOLDER", help="a Hugging Face model or NeMo checkpoint")
-    parser.add_argument("--text", type=Path, help="a text to compare logits on (random tokens)")
-    parser.add_argument("--tokens", type=int, default=128, help="how many tokens of it (128)")
-    parser.add_argument("--no-logits", action="store_true", help="compare the tensors alone, which loads no model")
+    parser.add_argument("--text", type=Path, help="text to compare logits on (random tokens)")
+    parser.add_argument("--tokens", type=int, default=128, help="number of tokens (128)")
+    parser.add_argument("--no-logits", action="store_true", help="only compare tensors, without loading a model")
     parser.add_argument("--digests", action="store_true", help="print every tensor's digest")
-    parser.add_argument(
-        "--trust-source", action="store_true", help="load a NeMo checkpoint that brings code of its own"
-    )
+    parser.add_argument("--trust-source", action="store_true", help="load a NeMo checkpoint that runs code on load")
     args = parser.parse_args()
     with command_line():
         sys.exit(verify(args))
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Prints what was found. Returns the exit status: 2 where the models differ."""
+    """Compare two folders and print the result. Returns the exit status: 2 if the models differ."""
     first, second = args.folders
     if args.tokens < 1:
-        raise InputError(f"--tokens {args.tokens}: at least one is needed to compare logits")
+        raise InputError(f"--tokens={args.tokens}: must be at least 1; raise it, or pass --no-logits")
     checkpoints = [folder for folder in (first, second) if is_checkpoint(folder)]
     if not args.no_logits and not args.trust_source:
         for folder in checkpoints:

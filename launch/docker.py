@@ -1,7 +1,7 @@
 """python -m launch.docker [--image IMAGE] [--gpus all|none|N] [--print] -- experiment=NAME [key=value ...]
 
-Runs `launch.run` in the Dockerfile's image on this machine: all GPUs, this user, and every folder that the run reads or
-writes under the path that it has here. What follows `--` goes to `launch.run` as it is.
+Run `launch.run` in the Dockerfile's image on this machine, with all GPUs, as this user, and with every folder that the
+run reads or writes mounted at the same path. Arguments after `--` are passed to `launch.run`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from prune_distill.errors import ConfigError
 from prune_distill.schema import RunConfig
 
 IMAGE = "nemo-prune-distill"
-# Where the image has this repository (see the Dockerfile).
+# Path of this repository in the image (see the Dockerfile).
 CODE = "/opt/nemo-prune-distill"
 CACHE = "/huggingface"
-# Given on by name where they are set, so that no value is seen in a list of processes.
-PASSED_ON = (
+# Environment variables that are passed by name, so that process lists do not show their values.
+PASSED_VARIABLES = (
     *("HF_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *(*HUB_SETTINGS, "CLIMBMIX_DIR"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, docker's where it was started."""
+    """Run the command line. Returns the exit status, which is docker's if it was started."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.docker",
         description=(__doc__ or "").partition("\n")[2],
@@ -55,30 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(shlex.join(words))
         return 0
     if shutil.which("docker") is None:
-        print("docker cannot be found; install it, or add --print to see the command", file=sys.stderr)
+        print("docker not found; install it, or add --print to see the command", file=sys.stderr)
         return 2
     for folder in (Path(cfg.run_dir), _cache(), *map(Path, _cache_variables().values())):
-        folder.mkdir(parents=True, exist_ok=True)  # or docker makes them, as root
+        folder.mkdir(parents=True, exist_ok=True)  # otherwise docker creates them as root
     return subprocess.call(words)
 
 
 def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str, config_dir: str | None = None) -> list[str]:
-    """`docker run` for a run's overrides and flags."""
+    """Return the `docker run` command for a run's overrides and flags."""
     words = ["docker", "run", "--rm", "--init"]
     if sys.stdin.isatty():
         words += ["--interactive", "--tty"]
     if gpus != "none":
         words += ["--gpus", gpus]
-    # NCCL and data loaders exchange through shared memory, and NCCL locks what it exchanges.
+    # NCCL and data loaders communicate through shared memory, and NCCL locks its buffers.
     words += ["--ipc=host", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"]
     if gpus != "none" and cfg.cluster.numa_binding is not None:
-        # Docker's seccomp profile forbids numactl's calls without it (numactl pull request 232).
+        # Without it, docker's seccomp profile blocks numactl (numactl pull request 232).
         words += ["--cap-add=SYS_NICE"]
     words += ["--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp"]
     words += ["--env", f"HF_HOME={CACHE}", "--volume", f"{_cache()}:{CACHE}"]
     for name, folder in _cache_variables().items():
         words += ["--env", f"{name}={folder}", "--volume", f"{folder}:{folder}"]
-    for name in PASSED_ON:
+    for name in PASSED_VARIABLES:
         if name in os.environ:
             words += ["--env", name]
     for folder, flags in _folders(cfg, config_dir).items():
@@ -88,14 +88,14 @@ def command(cfg: RunConfig, run: Sequence[str], image: str, gpus: str, config_di
 
 
 def _cache_variables() -> dict[str, str]:
-    """Folders of the Hub's caches that are set beside HF_HOME, by variable."""
+    """Return the cache folders of the Hub that are set in addition to HF_HOME, by variable."""
     return {name: absolute(os.environ[name]) for name in HUB_FOLDERS if name != "HF_HOME" and os.environ.get(name)}
 
 
 def _folders(cfg: RunConfig, config_dir: str | None) -> dict[str, str]:
-    """Folders that the container must see, with docker's flags for each; those inside another are left out.
+    """Return the folders to mount, with docker's flags for each; folders inside others are omitted.
 
-    The working directory is one of them, so that relative paths mean the same inside.
+    The working directory is one of them, so that relative paths stay valid in the container.
     """
     folders = {os.getcwd(): "", os.path.abspath(cfg.run_dir): ""}
     if config_dir is not None:
@@ -105,12 +105,12 @@ def _folders(cfg: RunConfig, config_dir: str | None) -> dict[str, str]:
     return {
         folder: flags
         for folder, flags in folders.items()
-        if not any(_holds(other, folder) and flags in (other_flags, ":ro") for other, other_flags in folders.items())
+        if not any(_contains(other, folder) and flags in (other_flags, ":ro") for other, other_flags in folders.items())
     }
 
 
-def _holds(folder: str, path: str) -> bool:
-    """Whether a path is below a folder."""
+def _contains(folder: str, path: str) -> bool:
+    """Return whether a folder contains a path."""
     return folder != path and os.path.commonpath([folder, path]) == folder
 
 

@@ -1,7 +1,7 @@
 """python -m launch.doctor [experiment=NAME key=value ...] [--json]
 
-Looks at this machine (a laptop, a login node, the inside of a container) and says what a run would trip over. With a
-run's overrides it looks for what that run needs. Exit status 1 where something fails. Starts and writes nothing.
+Check this machine (a laptop, a login node, the inside of a container) for problems that would stop a run. With a run's
+overrides, check what that run needs. The exit status is 1 if a check fails. Nothing is started or written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from launch import checks
 from launch.checks import Finding, State
-from launch.filesystem import unshared
+from launch.filesystem import find_unshared
 from launch.planning import disk
 from launch.planning.automatic import compose
 from launch.planning.plan import make_plan
@@ -23,7 +23,7 @@ from prune_distill.schema import RunConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.doctor",
         description=(__doc__ or "").partition("\n")[2],
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator[Finding]:
-    """All findings, the run's own last."""
+    """Yield all findings, those of the run last."""
     cfg = None
     faults: list[Fault] = []
     if overrides:
@@ -56,22 +56,22 @@ def examine(overrides: Sequence[str], config_dir: str | None = None) -> Iterator
     yield from checks.slurm(cfg)
     yield from (Finding("config", State.fail, str(fault)) for fault in faults)
     if cfg is not None:
-        yield from planned(cfg)
+        yield from check_run(cfg)
 
 
-def planned(cfg: RunConfig) -> Iterator[Finding]:
-    """Whether the run's folder has room, and the GPU that the cluster section states enough memory."""
+def check_run(cfg: RunConfig) -> Iterator[Finding]:
+    """Check that the disk of the run's folder and the memory of the configured GPU are large enough."""
     plan = make_plan(cfg)
     found = plan.disk.describe(cfg.run_dir)
     yield Finding("disk", State.ok, found) if plan.disk.has_room else Finding("disk", State.fail, found, disk.FIX)
-    for fault in unshared(cfg) if cfg.cluster.nodes > 1 else []:
+    for fault in find_unshared(cfg) if cfg.cluster.nodes > 1 else []:
         yield Finding("shared disk", State.fail, fault)
     for stage, sentence in plan.impossible.items():
         yield Finding(f"memory of {stage}", State.fail, sentence)
 
 
 def format_table(findings: Sequence[Finding]) -> str:
-    """A line a finding, its fix below it."""
+    """Format the findings, one per line, each followed by its fix."""
     width = max(len(finding.name) for finding in findings)
     lines = []
     for finding in findings:
@@ -83,7 +83,7 @@ def format_table(findings: Sequence[Finding]) -> str:
 
 
 def format_json(findings: Sequence[Finding]) -> str:
-    """A list of objects with the keys name, state, found and fix."""
+    """Format the findings as a JSON list of objects with the keys name, state, found and fix."""
     return json.dumps([{**vars(finding), "state": finding.state.value} for finding in findings], indent=1)
 
 

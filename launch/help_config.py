@@ -1,4 +1,4 @@
-"""The reference of all configuration keys: as text for `launch.run --help-config`, and as docs/configuration.md."""
+"""The reference of all configuration keys, as text for `launch.run --help-config` and as docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prune_distill.schema import Training
 
 WIDTH = 100
 INDENT = "    "
-# The training of which the reference on GitHub lists all keys; other trainings refer to it.
+# The training whose keys docs/configuration.md lists; other trainings refer to it.
 TRAINING = "distill"
 
 
 def to_text(prefix: str = "") -> str:
-    """All keys, or those of a group such as `distill` or `distill.kd`, wrapped for a terminal.
+    """Format all keys, or those of a group such as `distill` or `distill.kd`, wrapped for a terminal.
 
     Raises:
         ConfigError: there is no such key or group.
@@ -27,17 +27,17 @@ def to_text(prefix: str = "") -> str:
 
 
 def select(settings: Sequence[Setting], prefix: str) -> list[Setting]:
-    """The key `prefix` and all keys below it; all settings where it is empty.
+    """Select the key `prefix` and all keys below it; all settings if it is empty.
 
     Raises:
         ConfigError: there is no such key or group.
     """
-    wanted = re.sub(r"\[\d+\]", "[N]", prefix.rstrip("."))
-    found = [setting for setting in settings if not wanted or is_within(setting.key, wanted)]
+    group = re.sub(r"\[\d+\]", "[N]", prefix.rstrip("."))
+    found = [setting for setting in settings if not group or is_within(setting.key, group)]
     if not found:
-        guess = did_you_mean(wanted, [setting.key for setting in settings])
+        guess = did_you_mean(group, [setting.key for setting in settings])
         groups = [setting.key for setting in settings if setting.group is not None and "." not in setting.key]
-        raise ConfigError(f"--help-config {prefix}: there is no such key or group{guess}; groups: {', '.join(groups)}")
+        raise ConfigError(f"--help-config={prefix}: unknown key or group{guess}; groups: {', '.join(groups)}")
     return found
 
 
@@ -68,7 +68,7 @@ def _default(setting: Setting) -> str:
 
 
 def to_markdown() -> str:
-    """The content of docs/configuration.md: a section per group, each with a table of its keys."""
+    """Return the content of docs/configuration.md: a section per group, each with a table of its keys."""
     settings = list_settings()
     repeated = [setting for setting in settings if setting.group is Training]
     listed = [
@@ -136,6 +136,6 @@ def _link(setting: Setting) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, except for code in backticks."""
+    """Escape text for Markdown, except for code in backticks."""
     parts = text.split("`")
     return "`".join(part if number % 2 else re.sub(r"([|*<])", r"\\\1", part) for number, part in enumerate(parts))

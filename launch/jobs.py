@@ -1,4 +1,4 @@
-"""The jobs of a run: a script for each stage that is not complete, and the command that submits it."""
+"""The Slurm jobs of a run: a script for each incomplete stage, and the command that submits it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from prune_distill.pipeline.names import LOG, RESOLVED, SLURM
 from prune_distill.pipeline.stage import Output
 from prune_distill.schema import RunConfig, SlurmConfig
 
-# Besides what the user names. A job depends on what its script says, and on no other variable of the shell that it was
-# submitted from.
+# Variables that jobs inherit, in addition to those that the user names. Jobs do not depend on other variables of the
+# shell that submits them.
 EXPORTED = ("HOME", "USER", "PATH", "LANG", *HUB_FOLDERS, *HUB_SETTINGS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted for one stage.
+    """The job or chain of jobs of one stage.
 
     Attributes:
-        script: `RUN_DIR/slurm/NN-stage.sbatch`, of content `text`.
-        after: the stages whose jobs have to succeed first.
-        links: how often it is submitted, each waiting for those before; above 1 where jobs cannot be requeued.
+        script: `RUN_DIR/slurm/NN-stage.sbatch`, with the content `text`.
+        after: stages whose jobs must succeed first.
+        links: number of jobs in the chain, each of which waits for the previous ones; above 1 without requeue.
     """
 
     located: Located
@@ -48,7 +48,7 @@ class Job:
 
 
 def make_paths_absolute(cfg: RunConfig) -> RunConfig:
-    """A copy with absolute paths, which mean the same on every node."""
+    """Return a copy with absolute paths, which are valid on every node."""
     cfg = copy.deepcopy(cfg)
     cfg.run_dir = absolute(cfg.run_dir)
     path = cfg.model.hf_path
@@ -72,7 +72,7 @@ def _make_absolute(files: Sequence[str]) -> list[str]:
 
 
 def list_jobs(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
-    """The jobs of the stages that are not complete, in the order in which they are submitted."""
+    """List the jobs of the incomplete stages in the order of submission."""
     incomplete = {stage.stage.name for stage in located if not stage.complete}
     gates: set[str] = set()
     jobs = []
@@ -91,7 +91,7 @@ def list_jobs(cfg: RunConfig, located: Sequence[Located]) -> list[Job]:
 
 
 def _script(located: Located, script: Path, chained: bool) -> str:
-    """The sbatch script of a stage; `chained`: as one of several jobs that resume one another."""
+    """Render the sbatch script of a stage; `chained`: one of several jobs, each of which resumes the previous one."""
     cfg, ranks = located.cfg, located.stage.ranks(located.cfg)
     slurm, run_dir = _slurm(located.cfg), Path(located.cfg.run_dir)
     nodes, ranks_per_node = nodes_and_ranks(located)
@@ -150,43 +150,43 @@ def _script(located: Located, script: Path, chained: bool) -> str:
 
 
 def _cores(located: Located, ranks_per_node: int) -> int | None:
-    """The cores of a node that a stage asks for; None where the site's default is to do."""
+    """Return the cores per node that a stage requests; None for the site's default."""
     cfg, each = located.cfg, _slurm(located.cfg).cpus_per_gpu
     if each is None:
         return None
-    # Data preparation has one rank, and works with all cores that it is given.
+    # Data preparation has one rank, which uses all its cores.
     if located.stage.name == "prepare_data":
         return cfg.data.num_workers or each * cfg.cluster.devices_per_node
     return each * ranks_per_node
 
 
-def submission(job: Job, inputs: Sequence[str], before: Sequence[str]) -> list[str]:
-    """The command that submits a job, or the next link of its chain.
+def build_command(job: Job, inputs: Sequence[str], before: Sequence[str]) -> list[str]:
+    """Build the command that submits a job, or the next link of its chain.
 
-    Ids are Slurm's, or what stands for them where there are none yet.
+    Ids are Slurm's, or placeholders in a dry run.
 
     Args:
         job: the job.
-        inputs: ids of the jobs that have to succeed first.
-        before: ids of the chain's earlier links, which have to end first, however they end. All of them: if one that
-            waits is cancelled, the next may not start beside the one that runs.
+        inputs: ids of the jobs that must succeed first.
+        before: ids of all earlier links of the chain, which must end first, with any exit code. If only the previous
+            link were given and canceled, the next one could start while an earlier one runs.
     """
     conditions = {"afterok": inputs, "afterany": before}
-    wanted = [":".join([condition, *ids]) for condition, ids in conditions.items() if ids]
-    command = ["sbatch", "--parsable", *([f"--dependency={','.join(wanted)}"] if wanted else [])]
+    dependencies = [":".join([condition, *ids]) for condition, ids in conditions.items() if ids]
+    command = ["sbatch", "--parsable", *([f"--dependency={','.join(dependencies)}"] if dependencies else [])]
     return [*command, str(job.script), *([str(len(before) + 1), str(job.links)] if job.links > 1 else [])]
 
 
-def shown(jobs: Sequence[Job]) -> list[str]:
-    """Each script with the command that would submit it."""
+def format_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Return each script with the commands that would submit it."""
     if not jobs:
         return ["every stage is complete; nothing would be submitted"]
-    shown = []
+    lines = []
     for job in jobs:
         inputs, links = [f"<{name}>" for name in job.after], [f"<{job.name} {link + 1}>" for link in range(job.links)]
-        shown += [f"# {shlex.join(submission(job, inputs, links[:before]))}" for before in range(job.links)]
-        shown.append(job.text)
-    return shown
+        lines += [f"# {shlex.join(build_command(job, inputs, links[:before]))}" for before in range(job.links)]
+        lines.append(job.text)
+    return lines
 
 
 def _slurm(cfg: RunConfig) -> SlurmConfig:

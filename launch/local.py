@@ -1,4 +1,4 @@
-"""One stage as processes on this machine: its command, its environment, its start and its end."""
+"""Run one stage as processes on this machine: build its command and environment, start and stop it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from typing import BinaryIO
 from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.processes import RANK_VARIABLES, signal_at_parents_death
+from prune_distill.pipeline.processes import RANK_VARIABLES, set_parent_death_signal
 
-# In the environment of everything that a stage starts: whose it is, also after its parents have ended.
+# Environment variable that identifies all processes of a stage, even after their parents have ended.
 MARK = "PRUNE_DISTILL_STAGE_PROCESS"
-# torchrun takes these for its options (torch/distributed/argparse_util.py), which the launcher gives it itself; an
-# operator of Kubernetes sets them for another job.
+# torchrun reads these as defaults of its options (torch/distributed/argparse_util.py), which the launcher sets itself;
+# a Kubernetes operator sets them for another job.
 TORCHRUN_PLACEMENT = re.compile(r"PET_(NNODES|NODE_RANK|NPROC_PER_NODE|STANDALONE|LOCAL_ADDR|MASTER_\w+|RDZV_\w+)")
-# torchrun gives its workers 30 s to end before it kills them (torch/distributed/elastic/multiprocessing/api.py:1023).
+# torchrun kills its workers after 30 s (torch/distributed/elastic/multiprocessing/api.py:1023).
 SECONDS_TO_END = 40.0
 SECONDS_BETWEEN_LOOKS = 0.05
-# Multiprocessing's resource tracker removes what a killed process left in /dev/shm.
+# Multiprocessing's resource tracker removes the leftovers of a killed process in /dev/shm.
 SECONDS_TO_CLEAN_UP = 1.0
 
 
 def command(located: Located, resolved: Path) -> list[str]:
-    """What starts a stage: torchrun where it has several ranks (for one it would add 5 s and nothing else)."""
+    """Return the command of a stage, with torchrun for several ranks (for one it would only add 5 s)."""
     nodes, ranks = nodes_and_ranks(located)
     launcher, runner = [sys.executable, "-m"], torchrun.module(located.cfg.cluster)
     if nodes > 1:
@@ -41,7 +41,7 @@ def command(located: Located, resolved: Path) -> list[str]:
         meet += ["--rdzv_id", f"{located.stage.name}-{located.config_hash[:8]}"]
         launcher += [*runner, "--nnodes", str(nodes), *meet, "--nproc_per_node", str(ranks), "-m"]
     elif ranks > 1:
-        # By default it is this machine's name, which may be in no DNS (torch/distributed/elastic/rendezvous/api.py:
+        # The default is the host name, which DNS may not resolve (torch/distributed/elastic/rendezvous/api.py:
         # RendezvousStoreInfo.build).
         launcher += [*runner, "--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(ranks), "-m"]
     return [*launcher, *stage_arguments(located, resolved)]
@@ -51,20 +51,20 @@ class StageProcess(subprocess.Popen[bytes]):
     """A stage's first process.
 
     Attributes:
-        mark: the value of `MARK` in the environment of everything that it starts.
+        mark: the value of `MARK` in the environment of all its descendants.
     """
 
     mark = ""
 
 
 def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[int] = ()) -> StageProcess:
-    """Starts a stage in a process group of its own, both its outputs going to `log`.
+    """Start a stage in a new process group, with stdout and stderr redirected to `log`.
 
     Args:
         located: the stage.
         resolved: the run's `resolved.yaml`.
         log: a file open for appending.
-        keep_open: file descriptors that the process inherits (the run's lock, which so outlives the launcher).
+        keep_open: file descriptors that the process inherits (the run's lock, which it holds if the launcher dies).
     """
     env = _environment(located)
     process = StageProcess(
@@ -76,16 +76,16 @@ def start(located: Located, resolved: Path, log: BinaryIO, keep_open: Sequence[i
         start_new_session=True,
         pass_fds=keep_open,
         # Safe here: the launcher has one thread.
-        preexec_fn=partial(signal_at_parents_death, signal.SIGTERM, os.getpid()) if sys.platform == "linux" else None,
+        preexec_fn=partial(set_parent_death_signal, signal.SIGTERM, os.getpid()) if sys.platform == "linux" else None,
     )
     process.mark = env[MARK]
     return process
 
 
 def _environment(located: Located) -> dict[str, str]:
-    """The environment of a stage's processes: this one's, and what it lacks of `launch.environment`.
+    """Return the environment of a stage's processes: that of this process, with defaults from `launch.environment`.
 
-    Without what a shell may have of another job's ranks: a stage of one rank would wait for the others forever.
+    Variables of another job's ranks are removed: a stage with one rank would wait for the others forever.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env = {**environment(located), **os.environ}
@@ -101,9 +101,9 @@ def _environment(located: Located) -> dict[str, str]:
 
 
 def stop(process: StageProcess, seconds: float = SECONDS_TO_END) -> None:
-    """Ends a stage's processes: asked first, so that torchrun ends its workers, and killed after `seconds`.
+    """Stop a stage's processes: terminate them, so that torchrun stops its workers, and kill them after `seconds`.
 
-    None is left when it returns: helpers, and the ranks of a torchrun that was killed, are in sessions of their own.
+    This includes helpers, and the ranks of a killed torchrun, which have their own sessions.
     """
     for signum, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, None)):
         _signal_group(process, signum)
@@ -112,24 +112,24 @@ def stop(process: StageProcess, seconds: float = SECONDS_TO_END) -> None:
             break
         except subprocess.TimeoutExpired:
             continue
-    # What the leader left behind in its group.
+    # The rest of the process group.
     _signal_group(process, signal.SIGKILL)
     started = time.monotonic()
-    # One that waits for a dead disk does not end.
-    while (left := list(_marked(process.mark))) and (waited := time.monotonic() - started) < seconds:
-        for pid in left if waited > SECONDS_TO_CLEAN_UP else []:
+    # Processes that wait for a dead disk do not end.
+    while (running := list(_find_marked(process.mark))) and (waited := time.monotonic() - started) < seconds:
+        for pid in running if waited > SECONDS_TO_CLEAN_UP else []:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _marked(mark: str) -> Iterator[int]:
-    """The running processes that have a mark in their environment; none on a system without /proc."""
-    wanted = f"{MARK}={mark}".encode()
+def _find_marked(mark: str) -> Iterator[int]:
+    """Yield the pids of running processes with a mark in their environment; none on a system without /proc."""
+    variable = f"{MARK}={mark}".encode()
     for place in Path("/proc").glob("[0-9]*"):
-        # Other users' cannot be read; of one that has ended and is not yet waited for, the environment is empty.
+        # Processes of other users are not readable; zombies have an empty environment.
         with contextlib.suppress(OSError):
-            if wanted in (place / "environ").read_bytes().split(b"\0"):
+            if variable in (place / "environ").read_bytes().split(b"\0"):
                 yield int(place.name)
 
 

@@ -1,7 +1,7 @@
-"""Several nodes without Slurm: the same command on each. The first one walks the stages as `launch.pipeline` does; the
-others wait, and join it by torchrun's rendezvous in the stages that span nodes.
+"""Run on several nodes without Slurm, with the same command on each. The first node runs the stages like
+`launch.pipeline`; the others wait, and join it by torchrun's rendezvous in the stages that span nodes.
 
-They meet in `RUN_DIR/.pulse.json`, which the first node rewrites every few seconds: the stage at which it is, or how it
+The first node rewrites `RUN_DIR/.pulse.json` every few seconds with its current stage, or with the reason why it
 ended.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch import local, pipeline
 from launch.environment import nodes_and_ranks
-from launch.filesystem import unshared
+from launch.filesystem import find_unshared
 from launch.pipeline import StageFailedError
 from launch.progress import StatusLine
 from prune_distill.errors import ConfigError
@@ -29,19 +29,19 @@ from prune_distill.schema import RunConfig
 
 PULSE = ".pulse.json"
 SECONDS_BETWEEN_BEATS = 5.0
-# A shared disk may show a file a minute late.
+# A shared disk may show a new file after a minute.
 SECONDS_WITHOUT_PULSE = 180.0
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
 def run(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES, command: str = "") -> None:
-    """This node's part of a run.
+    """Run this node's part of a run.
 
     Raises:
-        ConfigError: no way for the nodes to meet, and as `launch.pipeline.run`.
-        StageFailedError: a stage failed on the first node, or that node is silent.
+        ConfigError: the nodes cannot find each other; also as `launch.pipeline.run`.
+        StageFailedError: a stage failed on the first node, or that node does not respond.
     """
-    faults = [*_faults(cfg), *unshared(cfg)]
+    faults = [*_faults(cfg), *find_unshared(cfg)]
     if faults:
         raise ConfigError(faults)
     if cfg.cluster.node_rank > 0:
@@ -68,12 +68,12 @@ def _faults(cfg: RunConfig) -> Iterator[str]:
             "cluster=slurm"
         )
     if rank >= nodes:
-        yield f"cluster.node_rank={rank}, but nodes are counted from 0; set cluster.node_rank to at most {nodes - 1}"
+        yield f"cluster.node_rank={rank}: must be below cluster.nodes={nodes}; lower it to at most {nodes - 1}"
 
 
 @dataclass(frozen=True)
 class _Beat:
-    """What the first node last wrote: its stage, or why it ended (empty after a whole run), and when."""
+    """Content of the pulse file: the first node's stage, or why it ended (empty: the run is complete), and the time."""
 
     stage: str | None = None
     ended: str | None = None
@@ -81,48 +81,48 @@ class _Beat:
 
 
 class _Pulse:
-    """The first node's side."""
+    """Writes the pulse file, on the first node."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last: tuple[str | None, float] = (None, 0.0)
 
     def beat(self, stage: str) -> None:
-        """Says that this node is at a stage, if it has not just said so."""
+        """Record the current stage, unless it was recorded recently."""
         if stage != self._last[0] or time.monotonic() - self._last[1] > SECONDS_BETWEEN_BEATS:
             self._last = (stage, time.monotonic())
             write_json(self._path, {"stage": stage, "beat": time.time()})
 
     def end(self, reason: str | None) -> None:
-        """Says that this node has ended, and why where it did not come to the end."""
+        """Record that this node has ended, with the reason if the run is not complete."""
         if self._path.parent.is_dir():
             write_json(self._path, {"ended": reason or "", "beat": time.time()})
 
 
 class _FirstNode:
-    """The others' view of it."""
+    """Reads the pulse file, on the other nodes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # What an earlier run left says nothing of this one.
+        # Ignore the file of an earlier run.
         self._seen = self._read()
         self._since = time.monotonic()
         self._alive = False
 
     def stage(self) -> str | None:
-        """The stage at which it is, where it is known.
+        """Return the current stage of the first node; None if it is unknown.
 
         Raises:
-            StageFailedError: it ended, or has been silent for too long.
+            StageFailedError: it ended, or has not responded for too long.
         """
-        told = self._read()
-        if told != self._seen:
-            self._seen, self._since, self._alive = told, time.monotonic(), True
-        if self._alive and told.ended:
-            raise StageFailedError(f"the first node: {told.ended}")
+        beat = self._read()
+        if beat != self._seen:
+            self._seen, self._since, self._alive = beat, time.monotonic(), True
+        if self._alive and beat.ended:
+            raise StageFailedError(f"the first node: {beat.ended}")
         if time.monotonic() - self._since > SECONDS_WITHOUT_PULSE:
-            raise StageFailedError(f"nothing from the first node for {SECONDS_WITHOUT_PULSE:.0f} s; is it running?")
-        return told.stage if self._alive else None
+            raise StageFailedError(f"no response from the first node for {SECONDS_WITHOUT_PULSE:.0f} s; is it running?")
+        return beat.stage if self._alive else None
 
     def _read(self) -> _Beat:
         try:
@@ -151,7 +151,7 @@ def _follow(cfg: RunConfig, until: str | None, stages: Sequence[Stage]) -> None:
 
 
 def _join(stage: Located, resolved: Path) -> None:
-    """This node's ranks of a stage, from start to end. How it went, the first node says."""
+    """Run this node's ranks of a stage. The first node reports the result."""
     with _log(stage).open("ab") as file:
         process = local.start(stage, resolved, file)
         try:

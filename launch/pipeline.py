@@ -1,4 +1,4 @@
-"""Walks the stage table: skips what is complete, resumes what is not, and stops at the first stage that fails."""
+"""Run the stages of the table in order: skip complete stages, resume incomplete ones, and stop at the first failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
 from prune_distill.pipeline.stage import Stage
-from prune_distill.pipeline.stage_log import Reason, exit_words, read_reason
+from prune_distill.pipeline.stage_log import Reason, describe_exit, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
@@ -29,11 +29,11 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 @dataclass
 class StageFailedError(Exception):
-    """A stage ended without having completed its folder, or was paused.
+    """A stage failed or was paused.
 
     Attributes:
-        message: for the person at the terminal: which stage, why, and where its log is.
-        exit_code: 2 where the user can fix it, otherwise 1.
+        message: the stage, the reason, and the path of its log.
+        exit_code: 2 if the user can fix it, otherwise 1.
     """
 
     message: str
@@ -50,19 +50,19 @@ def run(
     beat: Callable[[str], None] = lambda stage: None,
     command: str = "",
 ) -> None:
-    """Brings a run to its end, or to the end of stage `until`.
+    """Run all stages, or those up to `until`.
 
     Args:
-        cfg: the run.
-        until: its last stage; None: all of them.
-        stages: the table.
-        beat: called several times a second with the name of the stage that runs.
-        command: what a person typed to launch it.
+        cfg: the config of the run.
+        until: name of the last stage; None: all stages.
+        stages: the stage table.
+        beat: called several times per second with the name of the current stage.
+        command: the command line, for the records.
 
     Raises:
-        ConfigError: a missing input, a stage that does not exist or cannot fit the GPU.
-        InputError: a run folder in use, or a complete stage whose files are missing or differ.
-        StageFailedError: a stage failed; what was complete stays.
+        ConfigError: a missing input, or a stage that does not exist or does not fit the GPU.
+        InputError: the run folder is in use, or files of a complete stage are missing or have changed.
+        StageFailedError: a stage failed. Complete stages are kept.
     """
     progress = StatusLine(sys.stdout)
     run_dir = Path(cfg.run_dir)
@@ -71,7 +71,7 @@ def run(
     refuse_damaged(located, run_dir)
     plan = make_plan(cfg)
     plan.refuse_impossible(to_do)
-    with lock.held(run_dir) as lock_file:
+    with lock.hold_lock(run_dir) as lock_file:
         records.write_records(cfg, plan, command)
         for line in summarize(plan) if to_do else []:
             progress.event(line)
@@ -86,36 +86,36 @@ def run(
 
 
 def ignored_changes(stage: Located) -> str:
-    """What to add to the line of a complete stage: settings that differ from those that it was made with."""
+    """Describe settings of a complete stage that have changed since it ran, to append to its line."""
     changed = stage.ignored_changes()
-    return f"; no effect on it now: {', '.join(changed)}; to redo it, remove {stage.folder}" if changed else ""
+    return f"; ignored settings: {', '.join(changed)}; to run it again, remove {stage.folder}" if changed else ""
 
 
 def listing(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
-    """The stages of a run, their folders, and whether each is complete, damaged or to do."""
+    """Format the stages of a run with their states (complete, damaged or to do) and folders."""
     located = up_to(locate(cfg, stages), until)
     width = max(len(stage.stage.name) for stage in located)
-    return "\n".join(f"{stage.stage.name:<{width}}  {_standing(stage):<8}  {stage.folder}" for stage in located)
+    return "\n".join(f"{stage.stage.name:<{width}}  {_state(stage):<8}  {stage.folder}" for stage in located)
 
 
-def _standing(stage: Located) -> str:
+def _state(stage: Located) -> str:
     if not stage.complete:
         return "to do"
     return "damaged" if check_sizes(stage) else "complete"
 
 
 def commands(cfg: RunConfig, until: str | None = None, stages: Sequence[Stage] = STAGES) -> str:
-    """What starts each stage that is not complete, for a shell."""
+    """Return the shell commands that start the incomplete stages."""
     resolved = Path(cfg.run_dir) / RESOLVED
     located = up_to(locate(cfg, stages), until)
     return "\n".join(shlex.join(local.command(stage, resolved)) for stage in located if not stage.complete)
 
 
 def up_to(located: dict[str, Located], until: str | None) -> list[Located]:
-    """The stages up to `until`, all of them without it. Raises: ConfigError, where the run has no such stage."""
+    """Return the stages up to `until`; None: all. Raises: ConfigError, if the run has no such stage."""
     names = list(located)
     if until is not None and until not in names:
-        raise ConfigError(f"--until {until}: this run has no such stage; it has {', '.join(names)}")
+        raise ConfigError(f"--until={until}: this run has no such stage; use one of {', '.join(names)}")
     last = len(names) if until is None else names.index(until) + 1
     return [located[name] for name in names[:last]]
 
@@ -128,11 +128,11 @@ def _run_stage(
     lock_file: int,
     beat: Callable[[str], None],
 ) -> None:
-    """One stage from start to manifest, its output appended to the log in its folder."""
+    """Run one stage, with its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
-    for left_over in (STOP, STATE):
-        (located.folder / left_over).unlink(missing_ok=True)
+    for leftover in (STOP, STATE):
+        (located.folder / leftover).unlink(missing_ok=True)
     log = located.folder / LOG
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
@@ -152,7 +152,7 @@ def _run_stage(
     state = read_state(located.folder)
     if not located.complete and process.returncode == 0 and state.get("state") == "paused":
         raise StageFailedError(
-            f"stage {located.stage.name} is paused at step {state['step']}; the same command goes on from there"
+            f"stage {located.stage.name} is paused at step {state['step']}; run the same command to resume it"
         )
     if not located.complete:
         raise _failure(located, process.returncode, read_reason(log, begin), log)
@@ -160,13 +160,13 @@ def _run_stage(
 
 
 def _failure(located: Located, code: int, reason: Reason, log: Path) -> StageFailedError:
-    ending = reason.death or exit_words(code)
+    ending = reason.death or describe_exit(code)
     if code == 0:
-        ending = f"exit code 0, but no manifest.json in {located.folder}, so its work is not whole"
+        ending = f"exit code 0, but no manifest.json in {located.folder}, so it is incomplete"
     parts = [f"stage {located.stage.name} failed ({ending})"]
     if reason.fault is not None:
         parts += [reason.fault]
     elif reason.lines:
-        parts += ["its last lines:", *(f"  {line}" for line in reason.lines)]
-    parts += [f"log: {log}", "what is complete is kept: once fixed, the same command goes on from here"]
+        parts += ["last lines of its log:", *(f"  {line}" for line in reason.lines)]
+    parts += [f"log: {log}", "complete stages are kept: fix the cause, then run the same command to resume"]
     return StageFailedError("\n".join(parts), 2 if reason.fault is not None else 1)

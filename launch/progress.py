@@ -1,5 +1,5 @@
-"""What a terminal shows of a run: while a stage runs, one line that is rewritten in place (elsewhere, lines now and
-then); at the end, a table of the stages and the figures of the report."""
+"""Terminal output of a run: a status line that is rewritten in place (in a file or a pipe: a line every few seconds),
+and at the end a table of the stages and the figures of the report."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prune_distill.pipeline.artifact import Located, read_manifest
 from prune_distill.pipeline.names import REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.stage_log import parse_metrics
 
-# A new line in a file or a pipe at most this often.
+# Minimum interval between status lines in a file or a pipe.
 SECONDS_BETWEEN_LINES = 15.0
-# More than two lines of metrics.jsonl are long.
+# Longer than two lines of metrics.jsonl.
 TAIL_BYTES = 8192
 
 
 class StatusLine:
-    """A line of a stream that shows the current state."""
+    """Status line of a stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -31,13 +31,13 @@ class StatusLine:
         self._open = False
 
     def event(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Write a permanent line."""
         self._write(("\r\x1b[2K" if self._open else "") + text + "\n")
         self._open = False
         self._last = time.monotonic()
 
     def status(self, text: str) -> None:
-        """Shows a state: on a terminal it replaces the last one; elsewhere it is omitted if the last one is recent."""
+        """Show a status: on a terminal it replaces the last one; elsewhere it is skipped if the last one is recent."""
         if self._terminal:
             self._write("\r\x1b[2K" + text[: shutil.get_terminal_size().columns - 1])
             self._open = True
@@ -50,11 +50,11 @@ class StatusLine:
 
 
 def training_status(metrics: Path, since: float) -> str:
-    """Step, losses, speed and time left from a stage's `metrics.jsonl`; empty where it has none.
+    """Format step, losses, speed and remaining time from a stage's `metrics.jsonl`; empty if there are none.
 
     Args:
         metrics: the file, which may not exist.
-        since: seconds since the epoch; an older file is what an earlier attempt left.
+        since: seconds since the epoch; an older file belongs to an earlier attempt and is ignored.
     """
     latest = newest(metrics, since)
     parts = []
@@ -71,7 +71,7 @@ def training_status(metrics: Path, since: float) -> str:
 
 
 def newest(metrics: Path, since: float) -> dict[str, float]:
-    """The newest value of each of a metrics file's names; see `training_status` for the arguments."""
+    """Return the newest value of each metric in a metrics file; see `training_status` for the arguments."""
     values: dict[str, float] = {}
     for line in _tail(metrics, since):
         values.update({name: value for name, value in line.items() if value is not None and math.isfinite(value)})
@@ -79,7 +79,7 @@ def newest(metrics: Path, since: float) -> dict[str, float]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: `9 s`, `12:05`, `3:02:05`."""
+    """Format seconds: `9 s`, `12:05`, `3:02:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
 
 
 def _tail(path: Path, since: float) -> list[dict[str, float | None]]:
-    """The last complete lines of a file of JSON objects."""
+    """Return the last complete lines of a file of JSON objects."""
     try:
         if path.stat().st_mtime < since:
             return []
@@ -101,7 +101,7 @@ def _tail(path: Path, since: float) -> list[dict[str, float | None]]:
 
 
 def summary(stages: Sequence[Located]) -> str:
-    """A table of stages with the time each took, then the report's headline figures where there is a report."""
+    """Format a table of the stages and their times, followed by the main figures of the report, if there is one."""
     width = max(len(stage.stage.name) for stage in stages)
     seconds = [(read_manifest(stage.folder) or {}).get("seconds", 0) for stage in stages]
     lines = [f"  {stage.stage.name:<{width}}  {duration(took):>8}" for stage, took in zip(stages, seconds, strict=True)]

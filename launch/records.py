@@ -1,4 +1,4 @@
-"""What a launch writes to the run folder: config, plan, command, and a report."""
+"""Write the records of a launch to the run folder: config, plan, command, and a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS_FOR_A_REPORT = 120.0
 
 
 def write_records(cfg: RunConfig, plan: Plan, command: str) -> None:
-    """Writes the config (`resolved.yaml`) and the plan (`plan.json`) of a run, and records the command."""
+    """Write the config (`resolved.yaml`) and the plan (`plan.json`) of a run, and record the command."""
     run_dir = Path(cfg.run_dir)
     save_resolved(cfg, run_dir / RESOLVED)
     write_json(run_dir / PLAN, to_json(plan))
@@ -31,14 +31,14 @@ def write_records(cfg: RunConfig, plan: Plan, command: str) -> None:
 
 
 def write_interim_report(run_dir: Path) -> None:
-    """Builds the report of a run that did not complete. If that fails, it prints why and doesn't raise: the run's own
-    error matters more."""
+    """Write the report of an incomplete run. On failure, print the reason and do not raise, because the run's error
+    matters more."""
     command = [sys.executable, "-m", "recipes.report", str(run_dir)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         env = {**os.environ, "PYTHONPATH": path}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS_FOR_A_REPORT)
-        message = done.stdout if done.returncode == 0 else f"no report could be made: {done.stderr[-500:]}"
+        message = done.stdout if done.returncode == 0 else f"cannot write the report: {done.stderr[-500:]}"
     except (OSError, subprocess.SubprocessError) as error:
-        message = f"no report could be made: {error}"
+        message = f"cannot write the report: {error}"
     print(message.strip(), flush=True)

@@ -1,7 +1,7 @@
-"""A run as a chain of Slurm jobs: one a stage that is not complete, each waiting for those whose output it reads.
+"""Run the incomplete stages as Slurm jobs, one per stage, each of which waits for the stages whose output it reads.
 
-A job a stage rather than a job for several: what waits for what, what failed, what goes on and what is submitted again
-by hand are then the same as in the stage table, and each job asks for the GPUs that its stage uses.
+With one job per stage, dependencies, failures, resumption and resubmission correspond to the stage table, and each job
+requests the GPUs of its stage.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import partition, records
-from launch.filesystem import unshared
-from launch.jobs import Job, list_jobs, shown, submission
+from launch.filesystem import find_unshared
+from launch.jobs import Job, build_command, format_jobs, list_jobs
 from launch.pipeline import ignored_changes, up_to
 from launch.planning.output import summarize
 from launch.planning.plan import make_plan
-from launch.queue import active, record, submitted
+from launch.queue import filter_active, read_submissions, record_submission
 from launch.verification import refuse_damaged
 from prune_distill.config.rules.slurm import warnings
 from prune_distill.errors import ConfigError
@@ -31,22 +31,22 @@ from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
-# One package brings them all; srun is what the jobs start their stages with.
+# Required commands, all from one package; jobs start their stages with srun.
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 
-# What sbatch says (slurm/src/common/slurm_errno.c), and what to set.
-REFUSALS = (
-    ("policy", "the site limits what you may queue: ask for fewer nodes, less time or fewer jobs"),
-    ("account", "set cluster.slurm.account to one of yours (sacctmgr show associations user=$USER)"),
-    ("qos", "set cluster.slurm.qos to one that you may use (sacctmgr show associations user=$USER)"),
+# Patterns of sbatch's errors (slurm/src/common/slurm_errno.c), and how to fix them.
+REJECTIONS = (
+    ("policy", "the site limits your jobs: request fewer nodes, less time or fewer jobs"),
+    ("account", "set cluster.slurm.account to one of your accounts (sacctmgr show associations user=$USER)"),
+    ("qos", "set cluster.slurm.qos to one of yours (sacctmgr show associations user=$USER)"),
     ("partition", "set cluster.slurm.partition to one that sinfo lists"),
-    ("time limit", "set cluster.time_limit to what sinfo -o '%P %l' shows"),
+    ("time limit", "lower cluster.time_limit to the limit in sinfo -o '%P %l'"),
     (
         "[Nn]ode (configuration|count)|More processors|GRES|gres|[Mm]emory",
         "set cluster.nodes, cluster.devices_per_node and, of cluster.slurm, gpu_request, gpu_type, cpus_per_gpu, mem "
-        "to what sinfo -o '%P %D %c %m %G' shows",
+        "to values that sinfo -o '%P %D %c %m %G' shows",
     ),
-    ("controller|timed out", "scontrol ping shows whether it is up; the same command tries again"),
+    ("controller|timed out", "check it with scontrol ping, and run the same command again"),
     ("option", "fix cluster.slurm.sbatch"),
 )
 
@@ -58,11 +58,11 @@ def run(
     dry_run: bool = False,
     command: str = "",
 ) -> None:
-    """Submits what a run still needs, or prints it. `cfg` has absolute paths (see `launch.jobs.make_paths_absolute`).
+    """Submit the jobs of a run, or print them. `cfg` has absolute paths (see `launch.jobs.make_paths_absolute`).
 
     Raises:
-        ConfigError: no Slurm here, a run folder on this machine's own disk, a stage that cannot fit the GPU, jobs of
-            this run that have not ended, a missing input, or what sbatch refused.
+        ConfigError: Slurm is not installed, the run folder is on a local disk, a stage does not fit the GPU, jobs of
+            this run have not ended, an input is missing, or sbatch rejected a job.
     """
     run_dir = Path(cfg.run_dir)
     if not dry_run:
@@ -76,12 +76,12 @@ def run(
     for warning in warnings(cfg) if jobs else []:
         print(f"warning: {warning}", file=sys.stderr)
     if dry_run:
-        print("\n".join(shown(jobs)))
-        for fault in unshared(cfg):
+        print("\n".join(format_jobs(jobs)))
+        for fault in find_unshared(cfg):
             print(f"warning: {fault}", file=sys.stderr)
         return
-    with lock.held(run_dir):
-        _refuse_twice(run_dir)
+    with lock.hold_lock(run_dir):
+        _refuse_running(run_dir)
         records.write_records(cfg, plan, command)
         for line in summarize(plan) if jobs else []:
             print(line)
@@ -97,10 +97,10 @@ def _check(cfg: RunConfig) -> None:
     absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent:
         faults.append(
-            f"cluster=slurm, but {', '.join(absent)} cannot be found; start this on a login node, or add dry_run=true "
-            "to see what would be submitted"
+            f"cluster=slurm: {', '.join(absent)} not found; run this on a login node, or add dry_run=true "
+            "to see the jobs"
         )
-    faults += unshared(cfg)
+    faults += find_unshared(cfg)
     if not absent:
         faults += partition.faults(cfg)
     if faults:
@@ -108,7 +108,7 @@ def _check(cfg: RunConfig) -> None:
 
 
 def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
-    """Submits all of them, or none: those that were taken before one is refused are cancelled."""
+    """Submit all jobs or none: if sbatch rejects one, the jobs before it are canceled."""
     last: dict[str, str] = {}
     taken: list[str] = []
     try:
@@ -119,52 +119,52 @@ def _submit(run_dir: Path, jobs: Sequence[Job]) -> None:
             inputs = [last[name] for name in job.after]
             ids: list[str] = []
             for _ in range(job.links):
-                ids.append(_sbatch(submission(job, inputs, ids)))
+                ids.append(_sbatch(build_command(job, inputs, ids)))
                 taken.append(ids[-1])
             last[job.name] = ids[-1]
-            record(run_dir, job.name, ids, job.script)
+            record_submission(run_dir, job.name, ids, job.script)
             print(f"{job.name}: {'job' if len(ids) == 1 else 'jobs'} {', '.join(ids)}, log in {job.located.folder}")
     except BaseException as error:
         outcome = _cancel(taken)
         for folder in {job.located.folder for job in jobs}:
-            with contextlib.suppress(OSError):  # not there, or not empty
+            with contextlib.suppress(OSError):  # missing or not empty
                 folder.rmdir()
         if isinstance(error, subprocess.CalledProcessError):
             reason = " ".join((error.stderr or "").split()) or f"exit code {error.returncode}"
-            raise ConfigError(f"sbatch refused {job.script} ({reason}){outcome}; {_fix(reason)}") from error
+            raise ConfigError(f"sbatch rejected {job.script} ({reason}){outcome}; {_fix(reason)}") from error
         if outcome:
             print(outcome.removeprefix("; "), file=sys.stderr)
         raise
 
 
 def _fix(reason: str) -> str:
-    """What to do about a refusal of sbatch's."""
-    return next((fix for pattern, fix in REFUSALS if re.search(pattern, reason)), "its #SBATCH lines are what it asks")
+    """Return how to fix an error of sbatch."""
+    return next((fix for pattern, fix in REJECTIONS if re.search(pattern, reason)), "check its #SBATCH lines")
 
 
 def _sbatch(command: list[str]) -> str:
-    """The id of the job that a command submits."""
+    """Run sbatch, and return the id of the job."""
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     # "ID" or, with several clusters, "ID;CLUSTER".
     return done.stdout.strip().partition(";")[0]
 
 
 def _cancel(ids: list[str]) -> str:
-    """Cancels jobs; a clause on what became of them."""
+    """Cancel jobs. Returns a clause on the outcome for the error message."""
     if not ids:
         return ""
     try:
         subprocess.run(["scancel", *ids], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return f"; jobs {', '.join(ids)} were taken before and could not be cancelled: scancel {' '.join(ids)}"
-    return f"; jobs {', '.join(ids)}, which were taken before, are cancelled"
+        return f"; jobs {', '.join(ids)}, submitted before it, could not be canceled: scancel {' '.join(ids)}"
+    return f"; jobs {', '.join(ids)}, submitted before it, are canceled"
 
 
-def _refuse_twice(run_dir: Path) -> None:
-    ids = [job for entry in submitted(run_dir).values() for job in entry["jobs"]]
-    alive = active(ids)
+def _refuse_running(run_dir: Path) -> None:
+    ids = [job for entry in read_submissions(run_dir).values() for job in entry["jobs"]]
+    alive = filter_active(ids)
     if alive:
         raise ConfigError(
-            f"run_dir={run_dir} has jobs that have not ended: {', '.join(alive)}; wait for them, cancel them (scancel "
+            f"run_dir={run_dir}: unfinished jobs {', '.join(alive)}; wait for them, cancel them (scancel "
             f"{' '.join(alive)}), or set another run_dir"
         )

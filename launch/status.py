@@ -1,7 +1,7 @@
 """python -m launch.status RUN_DIR [--watch] [--json]
 
-Where a run stands: its stages, their jobs, the step and speed of a training, and why a stage failed. From the run's
-folder and, where there is Slurm, `squeue`; it changes nothing, and works from any machine that sees the folder.
+Show the status of a run: its stages, their jobs, the step and speed of a training, and why a stage failed. It reads the
+run's folder and, with Slurm, `squeue`; it changes nothing, and works on any machine that can access the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.progress import duration, newest, training_status
-from launch.queue import ENDED, Queued, ask, submitted
+from launch.queue import ENDED, Queued, query_jobs, read_submissions
 from launch.verification import check_sizes, verify
 from prune_distill.config.load import load_resolved
 from prune_distill.credentials import redact
@@ -28,21 +28,21 @@ from prune_distill.pipeline.stage_log import last_attempt, read_reason
 from prune_distill.pipeline.stages import STAGES
 
 SECONDS_BETWEEN_LOOKS = 5.0
-# Lines of a failed stage's log that are shown; its log has the rest.
+# Maximum number of log lines to show for a failed stage.
 LINES = 5
 
 
 @dataclass
 class StageStatus:
-    """Where one stage stands.
+    """Status of one stage.
 
     Attributes:
         state: complete, damaged (files of a complete stage are missing or have other sizes), running, queued, paused,
-            failed, cancelled, or "to do".
-        jobs: ids of its Slurm jobs, in the order in which they run.
-        detail: for a person, in a line.
-        cause: why it failed or stays paused, or what is damaged.
-        figures: the newest of what a training tells: step, max_steps, loss, tokens_per_second, seconds_left, ...
+            failed, canceled (the value is "cancelled"), or "to do".
+        jobs: ids of its Slurm jobs, in order.
+        detail: one line of further information.
+        cause: why it failed or cannot resume, or what is damaged.
+        figures: the newest metrics of a training: step, max_steps, loss, tokens_per_second, seconds_left, ...
     """
 
     stage: str
@@ -55,15 +55,15 @@ class StageStatus:
 
 
 def status(run_dir: Path, stages: Sequence[Stage] = STAGES) -> list[StageStatus]:
-    """Where the stages of a run stand, in the order in which they run.
+    """Return the status of each stage of a run, in order.
 
     Raises:
-        ConfigError: the folder holds no run, or the run's inputs are gone.
+        ConfigError: the folder is not a run, or the run's inputs are missing.
     """
     located = _located(run_dir, stages)
-    jobs = {name: list(entry["jobs"]) for name, entry in submitted(run_dir).items()}
-    queue = ask({job for ids in jobs.values() for job in ids})
-    # A launcher on this machine works on the first stage that is not complete.
+    jobs = {name: list(entry["jobs"]) for name, entry in read_submissions(run_dir).items()}
+    queue = query_jobs({job for ids in jobs.values() for job in ids})
+    # A launcher on this machine runs the first incomplete stage.
     here = next((name for name, stage in located.items() if not stage.complete), None)
     running = {here} if in_use(run_dir) else set()
     return [_stage(stage, jobs.get(name, []), queue, name in running, located) for name, stage in located.items()]
@@ -92,7 +92,7 @@ def _stage(
         found.detail = duration((read_manifest(stage.folder) or {}).get("seconds", 0))
     elif running_here or any(job.state != "PENDING" for job in alive):
         found.state = "running"
-        left = [f"{job.time_left} of the job left" for job in alive if job.state != "PENDING"]
+        left = [f"{job.time_left} of job time left" for job in alive if job.state != "PENDING"]
         found.detail = ", ".join(filter(None, [training_status(metrics, since=0), *left]))
     elif alive:
         found.state = "queued"
@@ -100,7 +100,7 @@ def _stage(
         found.detail = ", ".join([*at, alive[0].reason])
     elif paused.get("state") == "paused":
         found.state, found.detail = "paused", f"at step {paused['step']}"
-        # Why it was not started again, where its job's script says so.
+        # Why its job did not start it again, if the script recorded it.
         found.cause = read_reason(log, last_attempt(log)).fault if log.exists() else None
     elif log.exists() and log.stat().st_size:
         found.state, found.cause = "failed", _cause(log, [queue[job].state for job in jobs if job in queue])
@@ -109,23 +109,23 @@ def _stage(
         found.state = "cancelled"
         sources = stage.stage.inputs(stage.cfg).values()
         needs = sorted({source.stage for source in sources if isinstance(source, Output)})
-        lacking = [name for name in needs if not located[name].complete]
-        found.detail = f"for lack of {', '.join(lacking)}" if lacking else ""
+        missing = [name for name in needs if not located[name].complete]
+        found.detail = f"needs {', '.join(missing)}" if missing else ""
     return found
 
 
 def _cause(log: Path, states: Collection[str]) -> str:
-    """Why a stage failed: what Slurm says where it is Slurm that ended it, and the log."""
+    """Return why a stage failed: Slurm's reason if Slurm ended it, and the log."""
     reason = read_reason(log, last_attempt(log))
-    said = [reason.fault] if reason.fault is not None else reason.lines[-LINES:]
+    lines = [reason.fault] if reason.fault is not None else reason.lines[-LINES:]
     ended = set(states) & ENDED
-    # A chain's later jobs are cancelled once one has failed.
+    # When a job of a chain fails, the later ones are canceled.
     by_slurm = sorted(ended - {"FAILED", "COMPLETED"} - ({"CANCELLED"} if "FAILED" in ended else set()))
-    return redact("\n".join([*by_slurm, *filter(None, [reason.death]), *said]))
+    return redact("\n".join([*by_slurm, *filter(None, [reason.death]), *lines]))
 
 
 def table(stages: Sequence[StageStatus]) -> str:
-    """For a person: a line a stage, then the causes of what failed."""
+    """Format a table with one line per stage, followed by the causes of failures."""
     rows = [(stage.stage, stage.state, _span(stage.jobs), stage.detail) for stage in stages]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
@@ -143,26 +143,27 @@ def _span(jobs: Sequence[str]) -> str:
 
 
 def _runs(folder: Path) -> Iterator[Path]:
-    """The folder's run, or those of a sweep."""
+    """Yield the run in a folder, or the runs of a sweep."""
     sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
     yield from sweep if sweep and not (folder / RESOLVED).exists() else [folder]
 
 
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
-    """The command line; returns the exit status: 0, or 2 where there is no run in the folder, or damage in what
-    `--verify` reads."""
+    """Run the command line. Returns the exit status: 0, or 2 if the folder is not a run or `--verify` finds damage."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.status", description=(__doc__ or "").partition("\n")[2].strip()
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--watch", action="store_true", help="look again every few seconds until nothing runs or waits")
+    parser.add_argument("--watch", action="store_true", help="repeat every few seconds until nothing runs or waits")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--verify", action="store_true", help="read what complete stages wrote, and list all damage")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all outputs of complete stages, and list all damage"
+    )
     args = parser.parse_args(arguments)
     try:
         if args.verify:
-            whole = [verify(_located(folder, stages), folder) for folder in _runs(args.run_dir)]
-            return 0 if all(whole) else 2
+            intact = [verify(_located(folder, stages), folder) for folder in _runs(args.run_dir)]
+            return 0 if all(intact) else 2
         while True:
             runs = {str(folder): status(folder, stages) for folder in _runs(args.run_dir)}
             if args.watch and sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""Whether what complete stages wrote is still there: by presence and size before each launch, all of it on request."""
+"""Check the outputs of complete stages: presence and sizes before each launch, and the content on request."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from pathlib import Path
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import Located
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, find_damage, read_record, refuse, unrecorded
+from prune_distill.pipeline.integrity import (
+    Damage,
+    checkpoint_damage,
+    describe_unrecorded,
+    find_damage,
+    raise_if_damaged,
+    read_record,
+)
 from prune_distill.pipeline.names import CHECKPOINTS, find_checkpoints
 from prune_distill.pipeline.outputs import total_bytes
 
 
 def check_sizes(stage: Located) -> Damage | None:
-    """What a complete stage's folder lacks, or holds in another size; no file is read."""
+    """Find files of a complete stage that are missing or have another size, without reading them."""
     return find_damage(stage.folder, contents=False) if stage.complete else None
 
 
 def refuse_damaged(stages: Sequence[Located], run_dir: Path) -> None:
-    """Says which complete stages cannot be checked. Raises: InputError, where some lack files, or hold other sizes."""
-    if notice := unrecorded(stages):
+    """Check sizes, and print which stages cannot be checked. Raises: InputError, if files are missing or differ."""
+    if notice := describe_unrecorded(stages):
         print(notice, file=sys.stderr)
-    refuse(filter(None, map(check_sizes, stages)), run_dir)
+    raise_if_damaged(filter(None, map(check_sizes, stages)), run_dir)
 
 
 def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
-    """Reads all that complete stages wrote, their checkpoints too, and prints what is wrong; whether nothing is."""
+    """Read all outputs and checkpoints of complete stages, and print what is wrong. Returns whether all are intact."""
     print(f"{run_dir}:")
     damages: list[Damage] = []
     width = max(map(len, stages))
@@ -36,11 +43,11 @@ def verify(stages: Mapping[str, Located], run_dir: Path) -> bool:
             continue
         found = list(_all_damage(stage.folder))
         damages += found
-        print(f"{name:<{width}}  {_words(stage.folder, found)}", flush=True)
+        print(f"{name:<{width}}  {_describe(stage.folder, found)}", flush=True)
         for damage in found:
             print(*(f"  {damage.folder / file} {fault}" for file, fault in damage.files.items()), sep="\n", flush=True)
     try:
-        refuse(damages, run_dir)
+        raise_if_damaged(damages, run_dir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
     return not damages
@@ -51,10 +58,10 @@ def _all_damage(folder: Path) -> Iterable[Damage]:
     yield from filter(None, map(checkpoint_damage, find_checkpoints(folder / CHECKPOINTS).values()))
 
 
-def _words(folder: Path, found: Sequence[Damage]) -> str:
+def _describe(folder: Path, found: Sequence[Damage]) -> str:
     if found:
         return "damaged"
     entries = read_record(folder).entries
     if entries is None:
-        return "made before outputs were recorded, not checked"
-    return f"as it was written: {len(entries):,} files, {total_bytes(entries) / 1e6:,.1f} MB"
+        return "not checked: made before outputs were recorded"
+    return f"intact: {len(entries):,} files, {total_bytes(entries) / 1e6:,.1f} MB"

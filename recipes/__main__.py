@@ -1,10 +1,10 @@
 """python -m recipes STAGE --config RUN_DIR/resolved.yaml
 torchrun --nproc_per_node 8 -m recipes STAGE --config RUN_DIR/resolved.yaml
 
-Runs one stage of a run from its resolved config. The stage's inputs must be complete.
+Run one stage of a run from its resolved config. The stage's inputs must be complete.
 
-Only light modules are imported here, because helpers that multiprocessing spawns import this module again. A stage's
-own module, and NeMo with it, is imported once the stage is known to be ready.
+Only light modules are imported at the top, because helpers that multiprocessing spawns import this module again. A
+stage's module, and NeMo with it, is imported after the stage's inputs are checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prune_distill.pipeline.stages import STAGES
 
 
 def load_stage(stage: Stage) -> StageModule:
-    """Imports a stage's module, after it has activated the backend if the module needs NeMo."""
+    """Import a stage's module, after activating the backend if the module needs NeMo."""
     if stage.needs_nemo:
         backend.activate()
     import_libraries(stage.module)
@@ -33,7 +33,7 @@ def load_stage(stage: Stage) -> StageModule:
 
 
 def main(load: Callable[[Stage], StageModule] = load_stage) -> None:
-    """Runs the stage that the command line names.
+    """Run the stage that the command line names.
 
     Args:
         load: imports and returns a stage's module.
@@ -54,8 +54,8 @@ def main(load: Callable[[Stage], StageModule] = load_stage) -> None:
 
 
 if __name__ == "__main__":
-    # multiprocessing skips a package's `__main__.py` in the helpers that it spawns, unless it knows it by its path
-    # (multiprocessing/spawn.py: get_preparation_data, _fixup_main_from_name). They must import it: that makes them end
+    # In spawned helpers, multiprocessing only imports a package's `__main__.py` if it is known by its path
+    # (multiprocessing/spawn.py: get_preparation_data, _fixup_main_from_name). Helpers must import it so that they exit
     # with this process (the last lines of `prune_distill/pipeline/stage_main.py`).
     __spec__ = None
     main()

@@ -1,9 +1,9 @@
 """python -m recipes benchmark --config RUN_DIR/resolved.yaml
 python -m recipes.benchmark --models teacher=FOLDER student=FOLDER --out FOLDER [--batch-size 8 ...]
 
-How fast models are and how much memory they take: prefill, decoding and the time to the first token, with the same
-tokens, interleaved on one machine, so that what slows one down slows the other too. The first model is the baseline of
-the others. Nothing else should run meanwhile.
+Benchmark the speed and memory of models: prefill, decoding and the time to the first token, with the same prompts and
+interleaved on one machine, so that variations of its speed affect all models. The first model is the baseline. No
+other program should run during a benchmark.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
-# Options of the command line, which are fields of the section.
+# Command line options for fields of the config section.
 NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
 
 
@@ -48,25 +48,25 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         "student": local_folder(inputs.student, None, weights=True),
     }
     run_dir = out.parent.resolve()
-    told = {name: _within(folder.resolve(), run_dir) for name, folder in folders.items()}
-    # Prices are the report's: a new one is no reason to measure again.
+    paths = {name: _relative_path(folder.resolve(), run_dir) for name, folder in folders.items()}
+    # The report computes costs, so a new price does not require another measurement.
     benchmark = dataclasses.replace(cfg.benchmark, cost_per_hour=None)
-    command = f"cd RUN_DIR && {words(told, 'benchmark-again', benchmark, cfg.seed)}"
+    command = f"cd RUN_DIR && {format_command(paths, 'benchmark-again', benchmark, cfg.seed)}"
     result = measure(folders, benchmark, cfg.seed, command)
     write_json(out / BENCHMARK, result)
     return {key: result[key] for key in ("engine", "device", "models", "ratios")}
 
 
 def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, command: str) -> dict[str, Any]:
-    """The content of `benchmark.json`; the first of the models is what the others are set against.
+    """Measure models and return the content of `benchmark.json`. The first model is the baseline.
 
     Raises:
-        InputError: models that do not fit beside each other, or a prompt that none of them takes.
+        InputError: the models do not fit together, or the prompt is too long for one of them.
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     models, dtype = _load(folders, cfg, seed)
-    memory, timed = timing.race(models, cfg.rounds)
+    memory, timed = timing.run_rounds(models, cfg.rounds)
     base, *others = folders
     return {
         "engine": cfg.engine.value,
@@ -84,7 +84,7 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
 
 
 def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple[dict[str, Any], str]:
-    """The models by name, and the type in which they compute."""
+    """Load the models by name, and return the type in which they compute."""
     prompts.check(folders, cfg)
     if cfg.engine is Engine.vllm:
         ids = prompts.draw(folders, cfg, seed)
@@ -100,8 +100,8 @@ def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple
     return models, " and ".join(sorted(types))
 
 
-def words(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, seed: int) -> str:
-    """The command that measures the same again."""
+def format_command(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, seed: int) -> str:
+    """Format the command that repeats the measurement."""
     command = ["python", "-m", "recipes.benchmark", "--models", *(f"{name}={path}" for name, path in folders.items())]
     command += ["--out", out, "--engine", cfg.engine.value, "--dtype", cfg.dtype.value, "--seed", str(seed)]
     for name in (*NUMBERS, "cost_per_hour"):
@@ -110,7 +110,7 @@ def words(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, seed: int)
     return shlex.join(command)
 
 
-def _within(folder: Path, run_dir: Path) -> str:
+def _relative_path(folder: Path, run_dir: Path) -> str:
     return os.path.relpath(folder, run_dir) if folder.is_relative_to(run_dir) else str(folder)
 
 
@@ -125,31 +125,31 @@ def main() -> None:
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"({value})")
     parser.add_argument("--cost-per-hour", type=float, help="price of the machine")
-    parser.add_argument("--seed", type=int, default=1234, help="of the tokens (1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the tokens (1234)")
     arguments = parser.parse_args()
     with command_line():
-        print(_by_itself(arguments))
+        print(_run_command(arguments))
 
 
-def _by_itself(arguments: argparse.Namespace) -> str:
+def _run_command(arguments: argparse.Namespace) -> str:
     values = {name: getattr(arguments, name) for name in (*NUMBERS, "cost_per_hour")}
-    faults = [f"--{name.replace('_', '-')}={value} must be above 0" for name, value in values.items() if value == 0]
-    faults += [f"--models {model} is no NAME=FOLDER" for model in arguments.models if not all(model.partition("="))]
+    faults = [f"--{name.replace('_', '-')}={value}: must be above 0" for name, value in values.items() if value == 0]
+    faults += [f"--models={model}: not NAME=FOLDER" for model in arguments.models if not all(model.partition("="))]
     if arguments.new_tokens < 2:
-        faults.append(f"--new-tokens={arguments.new_tokens} leaves nothing to time; give 2 or more")
+        faults.append(f"--new-tokens={arguments.new_tokens}: leaves nothing to time; give 2 or more")
     if faults:
         raise ConfigError(faults)
     cfg = BenchmarkConfig(enabled=True, engine=Engine(arguments.engine), dtype=ExportDtype(arguments.dtype), **values)
-    named = dict(model.split("=", 1) for model in arguments.models)
-    folders = {name: local_folder(path, None, weights=True) for name, path in named.items()}
-    command = words(named, str(arguments.out), cfg, arguments.seed)
+    paths = dict(model.split("=", 1) for model in arguments.models)
+    folders = {name: local_folder(path, None, weights=True) for name, path in paths.items()}
+    command = format_command(paths, str(arguments.out), cfg, arguments.seed)
     result = measure(folders, cfg, arguments.seed, command)
     write_json(arguments.out / BENCHMARK, result)
     return table(result)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The medians, for a terminal."""
+    """Format the medians as a table for a terminal."""
     lines = [f"{'':<12} {'prefill tok/s':>14} {'decode tok/s':>14} {'first token s':>14} {'peak MB':>10}"]
     for name, model in result["models"].items():
         speeds = [

@@ -1,8 +1,7 @@
 """torchrun --nproc_per_node 8 -m recipes cache_logits --config RUN_DIR/resolved.yaml
 
-The teacher's cached logits, once: the teacher runs over the sequences that distillation will read, in its order, and
-the
-`distill.cached_logits_top_k` most probable next tokens at each position are kept. Students then learn without it.
+Cache the teacher's logits: the teacher runs once over the sequences of the distillation, in their order, and the
+`distill.cached_logits_top_k` most probable next tokens at each position are stored. Students then train without it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from prune_distill.training.batches import Batches
 from prune_distill.training.stop_file import is_pause_requested
 from prune_distill.training.training import check
 
-# Threads of a writing rank that compress while the teacher goes on.
+# Threads per writing rank that compress while the teacher computes.
 COMPRESSORS = 2
 
 
@@ -59,8 +58,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `shard-N.bin`, `cached_logits.json` (see
     prune_distill/distillation/cached_logits.py).
 
-    Replicas of the teacher make a shard each at a time; ranks that distillation has for context parallelism make
-    further replicas here. A stage that was killed or paused goes on with the shards that are missing.
+    Each replica of the teacher makes one shard at a time; ranks that the distillation uses for context parallelism make
+    more replicas here. A killed or paused stage resumes with the missing shards.
     """
     distill, data = cfg.distill, DataFolder.read(inputs.data)
     check(distill, data)
@@ -108,7 +107,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _missing(out: Path, sizes: list[int]) -> list[int]:
-    """The shards that are still to be made, as rank 0 sees the disk; two nodes may see it differently."""
+    """Return the missing shards according to rank 0, because nodes may have different views of a shared disk."""
     missing: list[Any] = [None]
     if rank() == 0:
         whole = set(whole_shards(out, sizes))
@@ -118,7 +117,7 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
 
 
 def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
-    """Makes one shard, by all ranks of a replica; the first tensor-parallel rank of the last stage writes it."""
+    """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it."""
     first = number * distill.cached_logits_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
@@ -156,10 +155,10 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
 
 
 class CacheProgress:
-    """Writes `metrics.jsonl` and `state.json`, whose steps are sequences here (rank 0).
+    """Writes `metrics.jsonl` and `state.json` on rank 0; steps are sequences.
 
     Args:
-        done: sequences that earlier attempts have completed.
+        done: number of sequences that earlier attempts have completed.
     """
 
     def __init__(self, out: Path, distill: DistillConfig, done: int, count: int) -> None:

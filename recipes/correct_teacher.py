@@ -1,7 +1,7 @@
 """torchrun --nproc_per_node 8 -m recipes correct_teacher --config RUN_DIR/resolved.yaml
 
-Teacher correction: the teacher is trained on the distillation data as language models are, so that what it then teaches
-fits these data (Minitron in practice, arXiv 2408.11796, section 2). The student is pruned from the original.
+Teacher correction: train the teacher as a language model on the distillation data, which adapts it to these
+data (Minitron in practice, arXiv 2408.11796, section 2). The student is pruned from the original teacher.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Inputs:
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/`, the corrected teacher; `metrics.jsonl`; `checkpoints/`.
 
-    Its gain is in the metrics: held-out loss (nats per token) before and after, on the same batches.
+    The metrics contain the held-out loss (nats per token) before and after, on the same batches.
     """
     correction = cfg.distill.teacher_correction
-    assert correction is not None  # or the stage is not wanted
+    assert correction is not None  # otherwise the stage is not part of the run
     teacher = nemo_api.load_model(inputs.teacher)
     data = DataFolder.read(inputs.data)
     key = "distill.teacher_correction"

@@ -1,8 +1,8 @@
 """torchrun -m recipes demo_model --config RUN_DIR/resolved.yaml
 
-A small real teacher for a first try, made on the spot with no download: text from the standard library's
-documentation, a byte-level BPE tokenizer, and a Qwen3-style model, dense or of experts, that NeMo trains through the
-same code as the rest.
+Train a small teacher for the demo, without downloads: text from the standard library's
+documentation, a byte-level BPE tokenizer, and a dense or MoE model in Qwen3's architecture, trained by NeMo with the
+same code as all other trainings.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.schema import DataConfig, RunConfig, Shape
 from prune_distill.training.training import train
 
-# Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, and it bears twice the learning rate.
+# Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, stable at twice the learning rate.
 INIT_STD = 0.05
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Nothing is read."""
+    """No inputs."""
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `corpus/{train,validation}.jsonl` and `hf/`, the teacher as a Hugging Face folder."""
-    assert cfg.model.demo is not None  # the stage is wanted only then
-    assert cfg.model.shape is not None  # prune_distill.config.validate has seen to it
+    assert cfg.model.demo is not None  # otherwise the stage is not part of the run
+    assert cfg.model.shape is not None  # checked by prune_distill.config.validate
     texts, validation_texts = demo_corpus.documents()
     train_file = _write_jsonl(out / CORPUS_TRAIN, texts)
     validation_file = _write_jsonl(out / CORPUS_VALIDATION, validation_texts)
@@ -52,7 +52,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     _write_tokenizer(texts, cfg.model.shape.vocab_size, reference)
     _write_config(cfg.model.shape, reference)
     files = {"train": [str(train_file)], "validation": [str(validation_file)]}
-    # The data section is no part of this stage's identity: of it only how the work is placed is heeded.
+    # The data section is not part of this stage's identity, so only its placement settings are used.
     data = prepare(DataConfig(num_workers=cfg.data.num_workers), files, reference, out / "tokens", cfg.seed)
 
     kind = Qwen3MoEConfig if cfg.model.shape.num_moe_experts else llm.Qwen3Config
@@ -125,10 +125,10 @@ def _hf_experts(shape: Shape) -> dict[str, Any]:
 
 
 def _nemo_config(shape: Shape, seq_length: int) -> dict[str, Any]:
-    """Arguments of NeMo's `Qwen3Config`; what is not named here has the same default there and in transformers."""
+    """Return arguments of NeMo's `Qwen3Config`; others have the same defaults in NeMo and transformers."""
     experts = {name: size for name in EXPERT_SIZES if (size := getattr(shape, name)) is not None}
     if experts:
-        experts["moe_permute_fusion"] = False  # wants Transformer Engine 2.1 (see convert/families.py)
+        experts["moe_permute_fusion"] = False  # requires Transformer Engine 2.1 (see convert/families.py)
     return {
         **experts,
         "num_layers": shape.num_layers,
@@ -149,9 +149,9 @@ def _nemo_config(shape: Shape, seq_length: int) -> dict[str, Any]:
 
 
 def bigram_loss(data: Any) -> float:
-    """Validation loss of a smoothed bigram model of the training tokens, nats per token: what a model must beat.
+    """Return the validation loss of a smoothed bigram model, nats per token, which the teacher must beat.
 
-    Each row of counts is topped up with `strength` pseudo-counts of the unigram distribution (Dirichlet prior).
+    Each row of counts gets `strength` pseudo-counts of the unigram distribution (Dirichlet prior).
     """
     train, validation = data.tokens("train"), data.tokens("validation")
     vocab_size, strength = data.vocab_size, 10.0

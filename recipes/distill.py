@@ -1,7 +1,7 @@
 """torchrun --nproc_per_node 8 -m recipes distill --config RUN_DIR/resolved.yaml
 
-Distillation: the pruned student learns the teacher's next-token distribution (`distill.kd` says by which loss). The
-controls are stages of their own that train the same shape on the same tokens without a teacher: `distill.ce` from the
+Distillation: the pruned student learns the teacher's next-token distribution, with the loss in `distill.kd`. The
+controls are separate stages that train the same shape on the same tokens without a teacher: `distill.ce` from the
 pruned weights, `distill.scratch` from random ones.
 """
 
@@ -25,9 +25,9 @@ class Inputs:
     """NeMo checkpoints, prepared data, and the teacher's cached logits.
 
     Attributes:
-        teacher: None where the student learns from the data alone or from `cached_logits`.
-        corrected_teacher: takes the teacher's place at a step.
-        winner: what successive halving left of the first steps of this distillation.
+        teacher: None if the student learns from the data alone or from `cached_logits`.
+        corrected_teacher: replaces the teacher at a step.
+        winner: checkpoint of the first steps of this distillation, from successive halving.
     """
 
     student: Path

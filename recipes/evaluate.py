@@ -1,9 +1,9 @@
 """python -m recipes evaluate --config RUN_DIR/resolved.yaml
 torchrun --nproc_per_node 8 -m recipes evaluate --config RUN_DIR/resolved.yaml
 
-Quality of the Hugging Face models of a run, which are what users will deploy, in plain transformers: held-out loss,
+Evaluate the Hugging Face models of a run, which users will deploy, with plain transformers: held-out loss,
 agreement with the teacher, tasks of EleutherAI's lm-evaluation-harness, samples of text, and the checkpoints of the
-distillation. Ranks share the work. Started again, it goes on with what is not measured yet.
+distillation. Ranks share the work. An interrupted stage resumes with the missing measurements.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.exporting import exporter
+from convert.exporting import make_exporter
 from prune_distill.data.folder import DataFolder
 from prune_distill.evaluation import recovery
 from prune_distill.evaluation.evaluator import TEACHER, Evaluator
@@ -30,8 +30,8 @@ class Inputs:
 
     Attributes:
         teacher: a Hugging Face folder, or a Hub id.
-        models: the Hugging Face folders of the other models, by name.
-        checkpoints: those of the distillation, where its recovery is measured.
+        models: Hugging Face folders of the other models, by name.
+        checkpoints: checkpoints of the distillation, if its recovery is measured.
         task_folder: the user's task definitions and data.
     """
 
@@ -43,10 +43,10 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file a model and part."""
+    """Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file per model and part."""
     teacher = local_folder(inputs.teacher, cfg.model.revision, weights=True)
     models = {name: local_folder(folder, None, weights=True) for name, folder in inputs.models.items()}
-    # The stage of a control needs the teacher for the agreement alone; the student's measures it.
+    # The stage of a control only needs the teacher for the agreement; that of the student measures the teacher.
     measured = {TEACHER: teacher, **models} if "student" in models else models
     with ranks.join_process_group():
         data = DataFolder.read(inputs.data)
@@ -61,8 +61,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _measure_checkpoints(evaluator: Evaluator, checkpoints: Path, cfg: RunConfig, teacher: Path, out: Path) -> None:
-    export = exporter(cfg, teacher)
+    export = make_exporter(cfg, teacher)
     for step, checkpoint in find_checkpoints(checkpoints).items():
-        recovery.measure_checkpoint(evaluator, recovery.name_of(step), checkpoint, out / ROOM, export)
+        recovery.measure_checkpoint(evaluator, recovery.measurement_name(step), checkpoint, out / ROOM, export)
     if rank() == 0:
         recovery.write(evaluator, cfg.distill, out)

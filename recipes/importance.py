@@ -1,7 +1,7 @@
 """torchrun -m recipes importance --config RUN_DIR/resolved.yaml
 
-How much each layer, channel and head of the teacher matters: one pass over calibration text, which every pruning of
-this teacher by this text then uses.
+Compute importance scores of the teacher's layers, channels and heads with one pass over calibration text. Every pruning
+of this teacher with this text uses them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prune_distill.schema import PruneConfig, RunConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is pruned, as a NeMo checkpoint, and prepared data."""
+    """The model to prune as a NeMo checkpoint, and prepared data."""
 
     teacher: Path
     data: Path
@@ -48,7 +48,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     )
     average_over_tokens(model)
     text = _calibration_data(model, prune, data, cfg.seed, out)
-    # As nemo's prune_language_model does, whose own forward loop also opens a log folder in the working directory.
+    # As in NeMo's prune_language_model, whose own forward loop also creates a log folder in the working directory.
     scores = measure(model, lambda: trainer.validate(model, text, verbose=False))
     loss = model.validation_loss_reduction.mean("the calibration text (prune.calibration_samples)")
     check_loss(loss, data.vocab_size)
@@ -62,9 +62,9 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _calibration_data(model: Any, prune: PruneConfig, data: Any, seed: int, out: Path) -> Any:
-    """Training documents, through the validation loop that the forward passes use.
+    """Return training documents as validation data, because the forward passes use the validation loop.
 
-    One sequence at a time: ModelOpt's scores of layers and experts are sums of means over a batch, so that they would
+    The batch size is one: ModelOpt's scores of layers and experts are sums of means over a batch, so they would
     depend on its size (modelopt/torch/nas/plugins/megatron.py:289 and :893).
     """
     batches = make_data_module(

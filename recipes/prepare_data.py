@@ -1,9 +1,9 @@
 """python -m recipes prepare_data --config RUN_DIR/resolved.yaml
 python -m recipes.prepare_data --check FOLDER [--document N [--split validation]]
 
-Documents become Megatron's indexed tokens, with the teacher's tokenizer. Started several times at once, on one node or
-on many, the processes share the work; started again, it goes on with what is missing. `--check` reads all of a prepared
-folder and compares it with what was noted when it was written; `--document` shows one document as text.
+Convert documents to Megatron's indexed tokens, with the teacher's tokenizer. Several processes, on one node or on
+several, share the work; an interrupted stage resumes with the missing shards. `--check` reads a prepared folder
+and compares it with its recorded checksums; `--document` shows one document as text.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Inputs:
     """Tokenizers and documents.
 
     Attributes:
-        tokenizer: of the teacher: its Hugging Face folder, or a Hub id.
-        documents: the files of each source by name, and of `validation` where it has its own.
-        source_tokenizer: the tokenizer whose ids are read, where a source holds ids.
+        tokenizer: Hugging Face folder or Hub id of the teacher.
+        documents: files of each source by name, and of `validation`, if it has its own.
+        source_tokenizer: tokenizer of sources that contain ids.
     """
 
     tokenizer: Path | str
@@ -52,8 +52,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         cfg.seed,
         _source_tokenizer(inputs.source_tokenizer),
     )
-    if repeated := repetition(folder.train_tokens, training_tokens(cfg.distill)):
-        log.warning("%s", repeated)
+    if warning := describe_repetition(folder.train_tokens, training_tokens(cfg.distill)):
+        log.warning("%s", warning)
     return {
         "train_documents": folder.train_documents,
         "train_tokens": folder.train_tokens,
@@ -65,17 +65,17 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     }
 
 
-def repetition(there: int, read: int) -> str | None:
-    """What to say of documents that the distillation will read more than once; None: there are enough.
+def describe_repetition(available: int, read: int) -> str | None:
+    """Return a warning if the distillation reads documents more than once; None: there are enough.
 
     Args:
-        there: tokens of the training documents; `read`: those of all steps of the distillation.
+        available: tokens of the training documents; `read`: tokens of all steps of the distillation.
     """
-    if read <= there:
+    if read <= available:
         return None
     return (
-        f"distillation reads {read:,} tokens of {there:,}: each document {read / there:.1f} times; bring more"
-        " documents, or lower distill.max_steps"
+        f"distillation reads {read:,} tokens, but there are {available:,}: each document is read {read / available:.1f}"
+        " times; add documents, or lower distill.max_steps"
     )
 
 
@@ -83,11 +83,11 @@ def _source_tokenizer(source: Path | str | None) -> Path | None:
     try:
         return None if source is None else local_folder(source, None, weights=False, model=False)
     except InputError as fault:
-        raise InputError(f"data.source_tokenizer={source} cannot be used: {fault}") from fault
+        raise InputError(f"data.source_tokenizer={source}: {fault}") from fault
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Says what a prepared folder holds. Raises: InputError, with all that is wrong with it."""
+    """Check a prepared folder, or show a document. Raises: InputError, with all faults."""
     if arguments.document is None:
         print(check_folder(arguments.check))
     else:
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", required=True, type=Path, metavar="FOLDER", help="RUN_DIR/prepare_data-*")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
-    parser.add_argument("--split", choices=["train", "validation"], default="train", help="of which split")
+    parser.add_argument("--split", choices=["train", "validation"], default="train", help="split of the document")
     with command_line():
         check(parser.parse_args())
 

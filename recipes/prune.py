@@ -1,8 +1,8 @@
 """torchrun -m recipes prune --config RUN_DIR/resolved.yaml
 
-Minitron pruning with ModelOpt: the channels, heads and layers that matter least are cut from the teacher. Which do was
-measured by stage `importance`; where the config gives a budget, the sizes were found by `search`, or by
-`successive_halving`.
+Minitron pruning with ModelOpt: remove the least important channels, heads and layers of the teacher. The stage
+`importance` computed the scores; for a config with a budget, `search` or `successive_halving` chose the
+sizes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from prune_distill.schema import LayerSelection, RunConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is pruned, prepared data, and what decides what is cut.
+    """The model to prune, prepared data, and what determines the pruning.
 
     Attributes:
-        teacher: a NeMo checkpoint: the teacher's, or of the model that the round before distilled.
-        importance: None where only layers are dropped that are named, or chosen as a block.
-        choice: the folder of the search or successive halving that chose the sizes.
-        before: the folder of the pruning of the round before.
+        teacher: NeMo checkpoint of the teacher, or of the model that the previous round distilled.
+        importance: None if the config names the dropped layers, or they are chosen as a block.
+        choice: folder of the search or successive halving that chose the sizes.
+        before: folder of the pruning of the previous round.
     """
 
     teacher: Path
@@ -45,7 +45,7 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `nemo/`, the student before distillation; `blocks.json` where a block of layers was chosen."""
+    """Output: `nemo/`, the student before distillation; `blocks.json` if a block of layers was chosen."""
     prune, device = cfg.prune, backend.activate().device
     sizes: dict[str, Any] = {name: getattr(prune, name) for name in (*AXES, *EXPERT_AXES)}
     drop_layers = list(prune.drop_layers or ())
@@ -85,9 +85,9 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _in_teacher_numbering(layers: list[int], before: Path | None) -> list[int]:
-    """Layers of what the round before left, by their numbers in the teacher."""
+    """Convert layer numbers of the model from the previous round to those of the teacher."""
     if before is None:
         return layers
     manifest = read_manifest(before)
-    assert manifest is not None  # stages start when their inputs are whole
+    assert manifest is not None  # stages only start with complete inputs
     return [manifest["metrics"]["kept_layers"][layer - 1] for layer in layers]

@@ -1,12 +1,12 @@
 """python -m recipes.recovery RUN_DIR [--watch]
 
-The recovery curve of a run's distillation: measures the checkpoints that there are, each once, and writes
-`RUN_DIR/evaluate-*/recovery.json`. With `--watch` it goes on beside the training until that ends, holding every
-checkpoint that is saved until it is measured. It needs memory for two models: on a GPU that a training fills, start it
-elsewhere, or with CUDA_VISIBLE_DEVICES= on the CPU. What it measured, the stage `evaluate` takes over.
+Measure the recovery curve of a run's distillation: evaluate each checkpoint once, and write
+`RUN_DIR/evaluate-*/recovery.json`. With `--watch` this continues until the training ends, and holds every saved
+checkpoint until it is measured. It needs memory for two models: if the training fills the GPU, run it
+on another one, or with CUDA_VISIBLE_DEVICES= on the CPU. The stage `evaluate` reuses the measurements.
 
-What loads torch is imported inside functions: checkpoints have to be held first, or a training that saves often could
-delete some during the seconds that the imports take.
+Modules that load torch are imported inside functions: checkpoints must be held first, because a training that saves
+often could delete some during the imports, which take seconds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.evaluation.holding import hold, holding
-from prune_distill.pipeline.artifact import Located, locate, record_again, remove_folder
-from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, refuse
+from prune_distill.pipeline.artifact import Located, locate, remove_folder, update_record
+from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, raise_if_damaged
 from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
 from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
@@ -37,10 +37,10 @@ NEEDED = ("data", "teacher")
 
 @dataclass
 class Follower:
-    """Measures what a distillation saves.
+    """Measures the checkpoints of a distillation.
 
     Attributes:
-        cfg: the run's; `stages`: where its stages are.
+        cfg: config of the run; `stages`: its stages.
     """
 
     cfg: RunConfig
@@ -73,14 +73,14 @@ class Follower:
         return self.out / ROOM
 
     def measure(self) -> None:
-        """Measures what is held, and the models before and after the training where they are there."""
+        """Measure the held checkpoints, and the models before and after the training, if they exist."""
         from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
         for step, checkpoint in find_checkpoints(self.room).items():
             if damage := checkpoint_damage(checkpoint, self.cfg.verify_inputs):
-                log.warning("%s; step %d is left out of the curve", damage, step)
+                log.warning("%s; step %d is missing in the curve", damage, step)
             else:
-                self._measure(recovery.name_of(step), checkpoint)
+                self._measure(recovery.measurement_name(step), checkpoint)
             remove_folder(checkpoint)
         ends = {"student": self.stages["distill"]}
         if self.cfg.distill.init is Init.pruned:
@@ -90,21 +90,21 @@ class Follower:
                 self._measure(name, stage.folder / NEMO)
         recovery.write(self.evaluator, self.cfg.distill, self.out)
         if self.stages["evaluate"].complete:
-            record_again(self.out, (RECOVERY,))
+            update_record(self.out, (RECOVERY,))
 
     def _measure(self, name: str, checkpoint: Path) -> None:
-        from convert.exporting import exporter  # after the watcher holds the checkpoints
+        from convert.exporting import make_exporter  # after the watcher holds the checkpoints
         from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
-        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, exporter(self.cfg, self.teacher))
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, make_exporter(self.cfg, self.teacher))
 
 
 def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
-    """Measures a run's checkpoints; gives the file with the curve, where there is one.
+    """Measure a run's checkpoints; return the file with the curve, if there is one.
 
     Raises:
-        ConfigError: no run folder; a teacher or data that are not there yet.
-        InputError: a teacher or data that are damaged.
+        ConfigError: the folder is not a run, or teacher or data do not exist yet.
+        InputError: teacher or data are damaged.
     """
     follower = _follower(run_dir)
     if watch:
@@ -122,7 +122,7 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
 
 def _follower(run_dir: Path) -> Follower:
     if not (run_dir / RESOLVED).is_file():
-        raise ConfigError(f"{run_dir} holds no {RESOLVED}; give the folder of a run that was started")
+        raise ConfigError(f"{run_dir} has no {RESOLVED}; give the folder of a run that was started")
     cfg = load_resolved(run_dir / RESOLVED)
     cfg.run_dir = str(run_dir)
     stages = locate(cfg)
@@ -133,18 +133,18 @@ def _follower(run_dir: Path) -> Follower:
         if isinstance(source := inputs[name], Output) and not stages[source.stage].complete
     ]
     if missing:
-        raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} has to be complete first")
+        raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} must be complete first")
     made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
     damages = [find_damage(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
-    refuse(filter(None, damages), run_dir)
+    raise_if_damaged(filter(None, damages), run_dir)
     return Follower(cfg, stages)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--watch", action="store_true", help="go on until the distillation ends")
-    parser.add_argument("--seconds", type=float, default=5.0, help="between looks for new checkpoints (5)")
+    parser.add_argument("--watch", action="store_true", help="continue until the distillation ends")
+    parser.add_argument("--seconds", type=float, default=5.0, help="interval of checks for new checkpoints (5)")
     arguments = parser.parse_args()
     with command_line():
         path = follow(arguments.run_dir, arguments.watch, arguments.seconds)

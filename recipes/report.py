@@ -1,8 +1,8 @@
 """python -m recipes.report RUN_DIR [RUN_DIR ...] [--out FOLDER]
 
-What came out of a run, for people (`report/index.html`, one file that needs no network) and programs (`report.json`),
-at any time of the run: it shows what there is, and says what is missing or failed. Of several runs, or of a sweep's
-folder, a comparison. As the run's last stage: python -m recipes report --config RUN_DIR/resolved.yaml
+Report the results of a run, for people (`report/index.html`, one file without external resources) and programs
+(`report.json`), at any time: it shows the available results, and what is missing or failed. For several runs, or the
+folder of a sweep, write a comparison. As the last stage: python -m recipes report --config RUN_DIR/resolved.yaml
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import read_manifest, record_again, write_json
+from prune_distill.pipeline.artifact import read_manifest, update_record, write_json
 from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
@@ -39,7 +39,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def write_report(found: RunFolder, out: Path) -> Report:
-    """Writes the report of one run, and returns the content of `report.json`."""
+    """Write the report of one run, and return the content of `report.json`."""
     privacy = Privacy((found.path,))
     report: Report = privacy.value(strict(summarize(found)))
     html.write(run_page.page(found, report, privacy.text), out / REPORT_PAGE, privacy)
@@ -48,20 +48,20 @@ def write_report(found: RunFolder, out: Path) -> Report:
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> None:
-    """Writes the comparison of several runs; `report.json` then holds those of all of them, by name."""
+    """Write the comparison of several runs; `report.json` contains their reports by name."""
     privacy = Privacy(tuple(paths))
-    runs = comparison.named([read_run(path) for path in paths])
+    runs = comparison.name_runs([read_run(path) for path in paths])
     reports = {name: privacy.value(strict(summarize(found))) for name, found in runs.items()}
     html.write(comparison.page(runs, reports, privacy.text), out / REPORT_PAGE, privacy)
     write_json(out / REPORT_JSON, {"runs": reports})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line for runs in any state; returns the exit status: 0, or 2 where there is nothing to show."""
+    """Run the command line, for runs in any state. Returns the exit status: 0, or 2 if there is nothing to show."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.report", description=(__doc__ or "").partition("\n")[2].strip()
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="of a run, or of a sweep")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run or of a sweep")
     parser.add_argument("--out", type=Path, help="the report's folder (one run: RUN_DIR/report; several: comparison)")
     args = parser.parse_args(arguments)
     try:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = read_run(paths[0])
             _withdraw(found, out)
             write_report(found, out)
-            record_again(out, (REPORT_JSON, REPORT_PAGE))
+            update_record(out, (REPORT_JSON, REPORT_PAGE))
         else:
             out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / REPORT)
             write_comparison(paths, out)
@@ -79,15 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: the report cannot be written ({error}); set --out to a folder that can be", file=sys.stderr)
+        print(f"error: the report cannot be written ({error}); set --out to a writable folder", file=sys.stderr)
         return 2
     print(f"report: {out / REPORT_PAGE}")
     return 0
 
 
 def _withdraw(found: RunFolder, out: Path) -> None:
-    """Removes the manifest of a report that is about to be overwritten by that of another state of the run, so that the
-    end of the run writes it again."""
+    """Remove the manifest of a report that is about to be overwritten at another state of the run, so that the end of
+    the run writes it again."""
     manifest = read_manifest(out)
     located = locate_report(found.cfg) if found.cfg is not None else None
     ended = located is not None and all(stage.complete for stage in found.stages.values())

@@ -1,7 +1,7 @@
 """torchrun -m recipes search --config RUN_DIR/resolved.yaml
 
-The shapes that meet the budget (`prune.budget`), and a cheap score of each: loss on held-out documents just after
-pruning, and divergence from the teacher.
+Search the shapes that meet the budget (`prune.budget`), with a cheap score of each: loss on held-out documents just
+after pruning, and KL divergence from the teacher.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `candidates.json` (best first), `choice.json` (the first of them), `pareto.svg`; `latency.json`; before
-    successive halving, a NeMo checkpoint for each candidate that takes part.
+    successive halving, a NeMo checkpoint of each candidate that takes part.
     """
     prune, budget, device = cfg.prune, cfg.prune.budget, backend.activate().device
     assert budget is not None
@@ -93,28 +93,27 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 def _layer_sets(
     cfg: RunConfig, core: Any, scores: Importance, data: DataFolder, depths: set[int]
 ) -> dict[int, list[list[int]]]:
-    """The sets of layers that are dropped for each depth: the one that `prune.layer_selection` names, and its best
-    neighbors."""
-    prune, budget, whole = cfg.prune, cfg.prune.budget, core.config.num_layers
+    """Return the sets of layers to drop for each depth: that of `prune.layer_selection`, and its best neighbors."""
+    prune, budget, total = cfg.prune, cfg.prune.budget, core.config.num_layers
     assert budget is not None
     device = next(core.parameters()).device
     batches = calibration_batches(data, prune, prune.block_samples, cfg.seed, device)
     found: dict[int, list[list[int]]] = {}
     for depth in sorted(depths):
-        cut = whole - depth
+        cut = total - depth
         if prune.layer_selection is LayerSelection.block and cut:
-            (named,) = layer_sets.find_best(core, batches, layer_sets.list_blocks(whole, cut), 1)
+            (selected,) = layer_sets.find_best(core, batches, layer_sets.list_blocks(total, cut), 1)
         else:
-            named = scores.least_important(cut)
-        others = layer_sets.list_shifted(named, whole)
-        found[depth] = [named, *layer_sets.find_best(core, batches, others, budget.layer_sets - 1)]
+            selected = scores.least_important(cut)
+        others = layer_sets.list_shifted(selected, total)
+        found[depth] = [selected, *layer_sets.find_best(core, batches, others, budget.layer_sets - 1)]
     return found
 
 
 def _space(cfg: RunConfig, model: Any, device: Any) -> tuple[student.Space, Any]:
-    """The search space, a share of the teacher's latency made absolute; and what measures the latency of a shape.
+    """Return the search space, with relative latency limits made absolute, and the latency estimate of shapes.
 
-    With pipeline stages it isn't measured: a layer's time is that of one rank.
+    With several pipeline stages, latency is not measured, because a layer's time is that of one rank.
     """
     budget = cfg.prune.budget
     assert budget is not None
@@ -140,7 +139,7 @@ def _nearest(space: student.Space, latency: Any) -> str:
     took = f"{latency(least):.4g}" if latency is not None else "?"
     sizes = json.dumps({axis: getattr(least, axis) for axis in student.AXES})
     return (
-        f"no shape meets the budget: the smallest, {sizes}, takes {took} ms here, and the limit is "
+        f"no shape meets the budget: the smallest, {sizes}, takes {took} ms on this machine, and the limit is "
         f"{space.limits[2]:.4g} ms; raise prune.budget.latency_ms, or prune.budget.max_depth_pruning and "
         "max_width_pruning"
     )

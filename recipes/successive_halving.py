@@ -1,7 +1,7 @@
 """torchrun --nproc_per_node 8 -m recipes successive_halving --config RUN_DIR/resolved.yaml
 
-The best candidates of the search, distilled shortly, the worse half of them dropped round by round
-(`prune.successive_halving`): a loss just after pruning says little of what becomes of a shape.
+Distill the best candidates of the search for a short time, and drop the worse half in each round
+(`prune.successive_halving`). The loss just after pruning predicts the loss after distillation poorly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from convert.exporting import exporter
+from convert.exporting import make_exporter
 from prune_distill.config.values import halving_rounds
 from prune_distill.data.folder import DataFolder
 from prune_distill.distillation.distillation import student_to_train
@@ -41,12 +41,12 @@ Scored = Callable[[str, Path], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the candidates are distilled from.
+    """Inputs of the distillation of candidates.
 
     Attributes:
-        teacher: a NeMo checkpoint; `teacher_hf`: its Hugging Face folder or Hub id, where a task takes part in the
-            ranking.
-        search: the folder of the search, with the candidates.
+        teacher: a NeMo checkpoint; `teacher_hf`: its Hugging Face folder or Hub id, if the ranking also uses a
+            task.
+        search: folder of the search, with the candidates.
         task_folder: the user's task definitions and data.
     """
 
@@ -58,63 +58,63 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation goes on;
-    `candidates.json` and `pareto.svg`; a folder a candidate with its `metrics.jsonl`.
+    """Output: `choice.json`, the winner's sizes and layers; `winner/`, from which its distillation continues;
+    `candidates.json` and `pareto.svg`; a folder per candidate with its `metrics.jsonl`.
     """
     table = json.loads((inputs.search / CANDIDATES).read_text())
     plan = halving_rounds(cfg)
     rows = {finalists.name_of(row): row for row in table["candidates"][: plan[0][0]]}
     _join_ranks(cfg, inputs)
     finalists.release()
-    asked = cfg.prune.successive_halving.score if cfg.prune.successive_halving is not None else None
-    scores_of = None if asked is None else _scores(cfg, asked, inputs, out, next(iter(rows)))
-    taking_part = list(rows)
+    task_score = cfg.prune.successive_halving.score if cfg.prune.successive_halving is not None else None
+    score_candidate = None if task_score is None else _scores(cfg, task_score, inputs, out, next(iter(rows)))
+    candidates = list(rows)
     for number, (_, step) in enumerate(plan, 1):
-        ended: dict[str, dict[str, Any]] = {}
-        for name in taking_part:
-            _distil(cfg, inputs, name, out, step)
+        results: dict[str, dict[str, Any]] = {}
+        for name in candidates:
+            _distill(cfg, inputs, name, out, step)
             finalists.release()
-            ended[name] = {"step": step, "val_loss": successive_halving.read_val_loss(out / name, step)}
-            if scores_of is not None:
+            results[name] = {"step": step, "val_loss": successive_halving.read_val_loss(out / name, step)}
+            if score_candidate is not None:
                 checkpoint = out / name / CHECKPOINTS / checkpoint_name(step)
-                ended[name]["score"] = scores_of(f"{name}/{checkpoint_name(step)}", checkpoint)
+                results[name]["score"] = score_candidate(f"{name}/{checkpoint_name(step)}", checkpoint)
                 finalists.release()
-            rows[name].setdefault("rounds", []).append(ended[name])
-        log.info("round %d: %s", number, ended)
-        left = plan[number][0] if number < len(plan) else 1
-        losses = {name: entry["val_loss"] for name, entry in ended.items()}
-        behind = (
+            rows[name].setdefault("rounds", []).append(results[name])
+        log.info("round %d: %s", number, results)
+        survivors = plan[number][0] if number < len(plan) else 1
+        losses = {name: entry["val_loss"] for name, entry in results.items()}
+        worse = (
             []
-            if asked is None
-            else successive_halving.find_clearly_worse({n: e["score"] for n, e in ended.items()}, asked.margin)
+            if task_score is None
+            else successive_halving.find_clearly_worse({n: e["score"] for n, e in results.items()}, task_score.margin)
         )
-        taking_part = successive_halving.select_survivors(losses, left, behind)
-    (winner,) = taking_part
+        candidates = successive_halving.select_survivors(losses, survivors, worse)
+    (winner,) = candidates
     if rank() == 0:
         successive_halving.keep_winner(out / winner, out / WINNER)
         for name in rows:
-            # All that is left to do of the others is to be looked at.
+            # The other candidates are only kept for inspection.
             if (out / name / CHECKPOINTS).exists():
                 remove_folder(out / name / CHECKPOINTS)
-        every = [*rows.values(), *table["candidates"][plan[0][0] :]]
-        write_json(out / CANDIDATES, {"teacher": table["teacher"], "candidates": every})
-        plots.pareto(every, table["teacher"]).save(out / "pareto.svg")
+        all_rows = [*rows.values(), *table["candidates"][plan[0][0] :]]
+        write_json(out / CANDIDATES, {"teacher": table["teacher"], "candidates": all_rows})
+        plots.pareto(all_rows, table["teacher"]).save(out / "pareto.svg")
         write_json(out / CHOICE, rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
 
 
-def _scores(cfg: RunConfig, asked: TaskScore, inputs: Inputs, out: Path, first: str) -> Scored:
-    """What scores a candidate; tried before anything is trained, on the first of them."""
-    assert inputs.teacher_hf is not None  # an input wherever a task is scored
+def _scores(cfg: RunConfig, task_score: TaskScore, inputs: Inputs, out: Path, first: str) -> Scored:
+    """Return the function that scores a candidate, after a test on the first one, before any training."""
+    assert inputs.teacher_hf is not None  # an input if a task is scored
     teacher = local_folder(inputs.teacher_hf, cfg.model.revision, weights=False)
     evaluator = Evaluator(cfg, DataFolder.read(inputs.data), teacher, out, inputs.task_folder)
-    scores = Scores(evaluator, asked, exporter(cfg, teacher), out)
-    scores.of(f"{first}/{checkpoint_name(0)}", inputs.search / first)
-    return scores.of
+    scores = Scores(evaluator, task_score, make_exporter(cfg, teacher), out)
+    scores.measure(f"{first}/{checkpoint_name(0)}", inputs.search / first)
+    return scores.measure
 
 
 def _join_ranks(cfg: RunConfig, inputs: Inputs) -> None:
-    """Starts what lets ranks wait for one another, as NeMo does with a model at hand."""
+    """Initialize the process groups, which NeMo does when it loads a model."""
     parallel = cfg.distill.parallel
     nemo_api.restore(
         inputs.teacher,
@@ -123,10 +123,10 @@ def _join_ranks(cfg: RunConfig, inputs: Inputs) -> None:
     )
 
 
-def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> None:
-    """Trains a candidate to a step of the full distillation, where it is validated and saved.
+def _distill(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> None:
+    """Train a candidate up to a step of the full distillation, where it is validated and saved.
 
-    Raises: PausedError, where a stop file in the stage's folder asked for it.
+    Raises: PausedError, if the stage's folder contains a stop file.
     """
     pruned, folder = inputs.search / name, out / name
     if successive_halving.has_reached(folder, step):
@@ -136,14 +136,14 @@ def _distil(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) -> 
     if rank() == 0:
         successive_halving.discard_unfinished(folder, step)
     torch.distributed.barrier()
-    # Validated where rounds end: each is as long as all before it.
+    # Validate at the end of each round, which is as long as all earlier rounds.
     training = dataclasses.replace(cfg.distill, val_every_n_steps=halving_rounds(cfg)[0][1])
     data, pause = DataFolder.read(inputs.data), successive_halving.PauseAt(folder, step, out)
     try:
         train(model, training, data, folder, seed=cfg.seed, start=pruned, callbacks=[pause])
     except PausedError as paused:
         log.info("%s: %s", folder.name, paused)
-    torch.distributed.barrier()  # rank 0 has written the loss that all ranks read
+    torch.distributed.barrier()  # rank 0 writes the loss that all ranks read
     if is_pause_requested(out):
         if rank() == 0:
             successive_halving.pause(out, folder)

@@ -17,7 +17,7 @@ Compose = Callable[..., RunConfig]
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Compose:
-    """Composes the demo experiment with further overrides, its run folder being a temporary one."""
+    """Return a function that composes the demo experiment with overrides and a temporary run folder."""
 
     def make(*overrides: str) -> RunConfig:
         return compose(["experiment=demo", f"run_dir={tmp_path / 'run'}", *overrides])
@@ -25,7 +25,7 @@ def demo(tmp_path: Path) -> Compose:
     return make
 
 
-# A Hugging Face config.json, as small as it goes.
+# A minimal Hugging Face config.json.
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
     "num_hidden_layers": 4,
@@ -43,7 +43,7 @@ QWEN3: dict[str, Any] = {
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a folder with a `config.json`: Qwen3's, with some values replaced, or left out where None."""
+    """Return a function that writes a folder with Qwen3's `config.json` and some values changed, or removed if None."""
 
     def make(**changes: Any) -> Path:
         folder = tmp_path / "hf"

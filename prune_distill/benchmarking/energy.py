@@ -1,4 +1,4 @@
-"""Joules that the machine has used so far, where it tells: a GPU through NVML, a processor through RAPL."""
+"""Measure energy in joules: of a GPU with NVML, of a processor with RAPL."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 @cache
-def meter() -> Callable[[], float] | None:
-    """What tells the joules so far, since some moment; None where the machine does not tell.
+def find_counter() -> Callable[[], float] | None:
+    """Return a function that reads an energy counter in joules; None if the machine has none.
 
-    A processor's are those of all its work; its counter goes round, so that a difference may come out negative.
+    A processor's counter covers all processes, and wraps around, so a difference may be negative.
     """
     if devices.torch_device() == "cuda":
         return _nvml()
@@ -25,12 +25,12 @@ def meter() -> Callable[[], float] | None:
 
 
 def joules(before: float | None, after: float | None) -> float | None:
-    """What was used between two readings; None where that is not known."""
+    """Return the energy between two readings in joules; None if it is unknown."""
     return None if before is None or after is None or after < before else after - before
 
 
 def rapl(folder: Path) -> Callable[[], float] | None:
-    """Linux counts the microjoules of each processor package (Documentation/power/powercap); root may read them."""
+    """Return a reader of Linux's counters of the processor packages (Documentation/power/powercap); needs root."""
     files = sorted(folder.glob("intel-rapl:[0-9]*/energy_uj"))
     packages = [path for path in files if path.parent.name.count(":") == 1]
     try:
@@ -49,6 +49,6 @@ def _nvml() -> Callable[[], float] | None:
         uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # GPUs before Volta do not count it
-    except Exception:  # no package, no library, no right: each has errors of its own
+    except Exception:  # a missing package, library or permission each raises its own error
         return None
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

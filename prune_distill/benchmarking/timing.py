@@ -1,6 +1,6 @@
-"""What is timed, and how rounds become the content of `benchmark.json`. No torch.
+"""Time generations, and summarize the rounds as the content of `benchmark.json`. No torch.
 
-Its keys are optional for a reader, who may find a file of another version.
+Keys are optional for readers, because another version may have written the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prune_distill.schema import BenchmarkConfig
 
 
 class Spread(TypedDict, total=False):
-    """A measurement over the rounds."""
+    """Statistics of a measurement over the rounds."""
 
     median: float
     min: float
@@ -22,7 +22,7 @@ class Spread(TypedDict, total=False):
 
 
 class ModelFigures(TypedDict, total=False):
-    """A model's entry in `benchmark.json`; None: what the machine does not count, or where no price is stated."""
+    """A model's entry in `benchmark.json`; None: not measured on this machine, or no price given."""
 
     prefill_tokens_per_second: Spread
     decode_tokens_per_second: Spread
@@ -36,7 +36,7 @@ class ModelFigures(TypedDict, total=False):
 
 
 class Ratios(TypedDict, total=False):
-    """A model's figures over those of another model."""
+    """Ratios of a model's figures to those of another model."""
 
     prefill: Spread
     decode: Spread
@@ -45,7 +45,7 @@ class Ratios(TypedDict, total=False):
 
 
 class Result(TypedDict, total=False):
-    """The content of `benchmark.json`. `ratios`: of each model but the first, over the first."""
+    """The content of `benchmark.json`. `ratios`: of each model but the first, relative to the first."""
 
     engine: str
     command: str
@@ -62,7 +62,7 @@ class Result(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Timed:
-    """One generation: seconds to the first new token, and from there to the last; joules of the machine meanwhile."""
+    """One generation: seconds to the first new token, seconds from there to the last, and energy in joules."""
 
     first_token: float
     others: float
@@ -71,25 +71,25 @@ class Timed:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of the weights, of keys and values at the end, and of all tensors at the fullest moment."""
+    """Bytes of the weights, of the KV cache at the end, and of all tensors at the peak."""
 
     weights: int
     kv_cache: int
     peak: int
 
 
-class Contestant(Protocol):
-    """A model that an engine has loaded."""
+class TimedModel(Protocol):
+    """A model loaded by an engine."""
 
     def warm_up(self) -> Memory:
-        """One generation that is not timed."""
+        """Run one generation without timing it."""
 
     def generate(self) -> Timed:
-        """One generation."""
+        """Time one generation."""
 
 
-def race(models: Mapping[str, Contestant], rounds: int) -> tuple[dict[str, Memory], list[dict[str, Timed]]]:
-    """Has each model generate once per round, interleaved; every other round is in the opposite order."""
+def run_rounds(models: Mapping[str, TimedModel], rounds: int) -> tuple[dict[str, Memory], list[dict[str, Timed]]]:
+    """Let each model generate once per round, interleaved; every other round is in reverse order."""
     memory = {name: model.warm_up() for name, model in models.items()}
     names = list(models)
     timed = []
@@ -100,7 +100,7 @@ def race(models: Mapping[str, Contestant], rounds: int) -> tuple[dict[str, Memor
 
 
 def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> ModelFigures:
-    """A model's entry in `benchmark.json`."""
+    """Summarize a model's rounds as its entry in `benchmark.json`."""
     new = cfg.batch_size * cfg.new_tokens
     seconds = statistics.median(one.first_token + one.others for one in timed)
     joules = [one.joules for one in timed if one.joules is not None]
@@ -118,12 +118,12 @@ def figures(memory: Memory, timed: Sequence[Timed], cfg: BenchmarkConfig) -> Mod
 
 
 def cost_per_million(seconds_per_token: float, cost_per_hour: float | None) -> float | None:
-    """What a million tokens cost on a machine of that price; None where it is not known."""
+    """Return the cost of a million tokens at a price per hour; None without a price."""
     return None if cost_per_hour is None else cost_per_hour / 3600 * seconds_per_token * 1e6
 
 
 def ratios(model: str, base: str, memory: Mapping[str, Memory], timed: Sequence[Mapping[str, Timed]]) -> Ratios:
-    """A model's figures over another's: of each round by itself, so that what slows both down does not show."""
+    """Return the ratios of two models' figures, computed per round, which cancels variations of the machine's speed."""
     first = [one[model].first_token / one[base].first_token for one in timed]
     return {
         "prefill": spread([1 / ratio for ratio in first]),

@@ -1,4 +1,4 @@
-"""Generation in plain transformers, timed token by token."""
+"""Generation with plain transformers, timed token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prune_distill.benchmarking.energy import joules, meter
+from prune_distill.benchmarking.energy import find_counter, joules
 from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import BenchmarkConfig
@@ -21,7 +21,7 @@ class Model:
     """A model on this process's device.
 
     Args:
-        ids: the batch it goes on from, `[b, s]`.
+        ids: the prompts, `[b, s]`.
     """
 
     def __init__(self, folder: Path, ids: torch.Tensor, cfg: BenchmarkConfig) -> None:
@@ -36,18 +36,18 @@ class Model:
         return Memory(weights, kv_cache, weights + peak)
 
     def generate(self) -> Timed:
-        clock, energy = _Clock(), meter()
+        clock, energy = _Clock(), find_counter()
         devices.synchronize()
         before = energy() if energy else None
         clock.start()
         self._generate(clock)
         used = joules(before, energy() if energy else None)
         _, first, *rest = clock.times
-        assert len(rest) == self.new_tokens - 1, "every step gives one token to each sequence"
+        assert len(rest) == self.new_tokens - 1, "every step adds one token to each sequence"
         return Timed(first - clock.started, rest[-1] - first, used)
 
     def _generate(self, clock: Any) -> Any:
-        """With the KV cache, greedily, no sequence ending before the last token."""
+        """Generate greedily with the KV cache; no sequence ends early."""
         with torch.inference_mode():
             return self.model.generate(
                 self.ids,
@@ -66,7 +66,7 @@ class Model:
 
 
 class _Clock:
-    """Told of every step by `generate`, once its tokens are on the CPU (`_sample` in generation/utils.py)."""
+    """A streamer, which `generate` calls once a step's tokens are on the CPU (`_sample` in generation/utils.py)."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -83,7 +83,7 @@ class _Clock:
 
 
 def check(folders: Mapping[str, Path], cfg: BenchmarkConfig) -> None:
-    """Raises: InputError, where the models do not fit beside each other."""
+    """Check the memory. Raises: InputError, if the models do not fit together."""
     tokens = cfg.batch_size * (cfg.prompt_tokens + cfg.new_tokens)
     needs = [(name, hf_models.weight_bytes(folder, cfg.dtype)) for name, folder in folders.items()]
     # One of them generates at a time.
@@ -92,7 +92,7 @@ def check(folders: Mapping[str, Path], cfg: BenchmarkConfig) -> None:
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:
-    """A cache's keys and values, of all layers; a DynamicCache's legacy form is a pair a layer."""
+    """Return keys and values of all layers of a cache; a DynamicCache's legacy form has a pair per layer."""
     if hasattr(cache, "layers"):
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
     else:  # transformers before 4.54

@@ -1,7 +1,7 @@
-"""Generation in vLLM, by its offline API. Written against vLLM's documentation; not run by this repository's tests.
+"""Generation with vLLM's offline API. Written from vLLM's documentation; not run by the tests of this repository.
 
-Both models are held at once, each with a share of the GPU. What vLLM tells of single tokens differs from version to
-version, so that a generation is timed twice: of one new token, and of all.
+All models are loaded at once, each with a share of the GPU. vLLM's timings of single tokens differ between versions, so
+two generations are timed: one with a single new token, and one with all.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prune_distill.benchmarking.energy import joules, meter
+from prune_distill.benchmarking.energy import find_counter, joules
 from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import BenchmarkConfig, ExportDtype
 
-# Of the GPU's memory, for all models together.
+# Fraction of the GPU's memory for all models together.
 SHARE = 0.9
 TYPES = {
     ExportDtype.bf16: "bfloat16",
@@ -29,7 +29,7 @@ class Model:
     """A model in vLLM.
 
     Args:
-        ids: the batch it goes on from, `[b, s]`; `share`: of the GPU's memory, what the model gets.
+        ids: the prompts, `[b, s]`.
     """
 
     def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
@@ -44,9 +44,9 @@ class Model:
                 max_model_len=cfg.prompt_tokens + cfg.new_tokens,
                 max_num_seqs=cfg.batch_size,
                 gpu_memory_utilization=share,
-                # A prompt that was there before would cost nothing.
+                # Otherwise repeated prompts would be free.
                 enable_prefix_caching=False,
-                # Ids go in and come out; loading a tokenizer could only fail.
+                # Inputs and outputs are ids.
                 skip_tokenizer_init=True,
             )
 
@@ -55,12 +55,12 @@ class Model:
         tokens = self.cfg.batch_size * (self.cfg.prompt_tokens + self.cfg.new_tokens)
         weights = hf_models.weight_bytes(self.folder, self.cfg.dtype)
         kv_cache = hf_models.kv_cache_bytes(self.folder, tokens, self.cfg.dtype)
-        # vLLM takes its whole share for the cache, so what the batch itself needs is estimated.
+        # vLLM allocates its whole share for the cache, so the cache of the batch is estimated.
         return Memory(weights, kv_cache, weights + kv_cache)
 
     def generate(self) -> Timed:
         first = self._seconds(1)
-        energy = meter()
+        energy = find_counter()
         before = energy() if energy else None
         whole = self._seconds(self.cfg.new_tokens)
         used = joules(before, energy() if energy else None)
@@ -72,8 +72,8 @@ class Model:
         return time.perf_counter() - started
 
     def _generate(self, new_tokens: int) -> None:
-        wanted = self.sampling(
+        parameters = self.sampling(
             temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False
         )
-        self.llm.generate(self.prompts, wanted, use_tqdm=False)
+        self.llm.generate(self.prompts, parameters, use_tqdm=False)
         devices.synchronize()

@@ -98,7 +98,7 @@ def load_resolved(path: str | os.PathLike[str]) -> RunConfig:
 
 
 def save_resolved(cfg: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Writes a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
+    """Write a config so that `load_resolved` reads the same one back; readers see the old file or the new."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, to_yaml(cfg))

@@ -20,7 +20,7 @@ from prune_distill.data.readers import Lines, Source
 from prune_distill.data.shards import SPLITS, SplitWriter, Written, count_cluster_tokens, token_dtype
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
-from prune_distill.pipeline.processes import end_with_parent
+from prune_distill.pipeline.processes import exit_with_parent
 from prune_distill.schema import DataConfig, DocumentFormat, LongDocuments
 
 # Characters between samples, and characters of a sample: encoding samples again takes about a percent of the time.
@@ -65,7 +65,7 @@ def start_worker(settings: Settings) -> None:
     """Initialize a worker process. It ends with its parent, and ignores Ctrl-C, which the parent handles."""
     global _settings
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is one worker per core
-    end_with_parent()
+    exit_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _settings = settings
 

@@ -1,7 +1,7 @@
-"""A multiple-choice task made of a run's own held-out documents, in the format of EleutherAI's harness.
+"""A multiple-choice task from a run's held-out documents, in the format of EleutherAI's lm-evaluation-harness.
 
-Which of four continuations follows this text? All four are as long, begin with a word and stand in held-out documents;
-the wrong ones in others than the text, so that grammar and topic both tell. Chance gets a quarter right.
+Which of four continuations follows a text? All four have the same number of words, begin with a word and occur in
+held-out documents; the wrong ones come from other documents. Chance is 25 %.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from prune_distill.errors import InputError
 from prune_distill.schema import Continuations
 
 CHOICES = 4
-# By a choice's probability, by that of its bytes, and by what the context adds to it. The last tells small models
-# apart: how likely a choice is by itself differs by more than what a short context says of it.
+# Ranked by log-probability, by log-probability per byte, and by mutual information with the context. The last one
+# separates small models: the prior probabilities of choices differ more than the effect of a short context.
 METRICS = ("acc", "acc_norm", "acc_mutual_info")
-# A word and what is between it and the one before: choices are cut at single spaces, so that none stands out by layout.
+# A word. Choices are cut at single spaces, so that no choice stands out by its whitespace.
 _WORD = re.compile(r"\S+")
 
 
@@ -37,10 +37,10 @@ class Question(TypedDict):
 
 
 def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: Path) -> None:
-    """Writes the task's questions and its definition into a folder; the definition last.
+    """Write the questions and the definition of the task to a folder; the definition last.
 
     Raises:
-        InputError: too few documents that are long enough.
+        InputError: too few documents are long enough.
     """
     questions = make_questions(documents, cfg, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,24 +49,24 @@ def write_task(documents: Sequence[str], cfg: Continuations, seed: int, folder: 
 
 
 def make_questions(documents: Sequence[str], cfg: Continuations, seed: int) -> list[Question]:
-    """Questions, as many as asked for, or one a place where there are fewer."""
+    """Make `cfg.questions` questions, or fewer if the documents have fewer places for them."""
     draw = random.Random(seed)
     places = {number: found for number, text in enumerate(documents) if (found := _places(text, cfg))}
     if len(places) < CHOICES:
         raise InputError(
-            f"evaluate.continuations needs {CHOICES} held-out documents with {cfg.context_words + cfg.choice_words}"
-            f" words in a row, of {len(documents)} there are {len(places)}; bring more of them, or set"
+            f"evaluate.continuations: needs {CHOICES} held-out documents with {cfg.context_words + cfg.choice_words}"
+            f" consecutive words, but only {len(places)} of {len(documents)} have them; add documents, or set"
             " evaluate.continuations=null"
         )
     numbers = list(places)
     draw.shuffle(numbers)
-    left = {number: draw.sample(found, len(found)) for number, found in places.items()}
+    remaining = {number: draw.sample(found, len(found)) for number, found in places.items()}
     questions: list[Question] = []
-    # Round robin over documents, so that long ones do not have all questions.
-    while len(questions) < cfg.questions and any(left.values()):
+    # Round robin over documents, so that the questions do not all come from long ones.
+    while len(questions) < cfg.questions and any(remaining.values()):
         for number in numbers:
-            if left[number] and len(questions) < cfg.questions:
-                questions.append(_question(documents, number, left[number].pop(), places, draw))
+            if remaining[number] and len(questions) < cfg.questions:
+                questions.append(_question(documents, number, remaining[number].pop(), places, draw))
     return questions
 
 
@@ -94,7 +94,7 @@ def _question(
 
 
 def _places(text: str, cfg: Continuations) -> list[tuple[int, int, int]]:
-    """Where a question can be cut: its context's start, the end of that, and the end of its continuation.
+    """Find places for questions: the start of the context, its end, and the end of the continuation.
 
     They do not overlap. A continuation begins with the space before its first word and is one line.
     """

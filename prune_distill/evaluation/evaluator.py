@@ -1,4 +1,4 @@
-"""All that is measured of a run's models: each part once, whatever interrupts it."""
+"""Evaluate the models of a run. Each measurement is stored, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.evaluation.continuations import write_task
-from prune_distill.evaluation.generation import Prompts, continuations, table
+from prune_distill.evaluation.generation import Prompts, build_samples, generate_continuations
 from prune_distill.evaluation.harness import Harness, versions
-from prune_distill.evaluation.heldout import Logits, comparable, held_out
+from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
 from prune_distill.evaluation.results import ModelEntry, SampleTexts, TaskScores
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
@@ -29,16 +29,16 @@ log = logging.getLogger("recipes.evaluate")
 TEACHER = "teacher"
 HELD_OUT = "held_out"
 SAMPLES = "samples"
-FIX = "use a machine with more memory, or bring it down with evaluate.micro_batch_size and evaluate.seq_length"
+FIX = "use a machine with more memory, or lower evaluate.micro_batch_size or evaluate.seq_length"
 
 
 class Evaluator:
-    """Measures models beside their teacher. The same calls have to be made on all ranks.
+    """Measures models and compares them with their teacher. All ranks must make the same calls.
 
     Args:
         data: prepared documents.
-        teacher: its Hugging Face folder.
-        out: takes what was measured, and the task that is made of held-out documents.
+        teacher: Hugging Face folder of the teacher.
+        out: folder for the measurements and for the task from held-out documents.
         task_folder: the user's task definitions and data.
     """
 
@@ -50,17 +50,17 @@ class Evaluator:
         self.store = Store(out / MEASURED, versions(self.harness.tasks))
 
     def measure(self, name: str, folder: Path | Callable[[], Path], samples: bool = True) -> ModelEntry:
-        """What reports know of a model: sizes, held-out loss, agreement with the teacher, tasks.
+        """Measure a model: sizes, held-out loss, agreement with the teacher, tasks.
 
         Args:
-            folder: the model's Hugging Face folder, or what makes it where anything is to be measured yet.
-            samples: whether it also continues the beginnings of documents, for `samples`.
+            folder: the model's Hugging Face folder, or a function that makes it, called if a measurement is missing.
+            samples: whether to generate continuations for `samples`.
 
         Returns:
-            the model's entry in `evaluation.json`; `tasks_failed`: why tasks could not be measured, by name.
+            The model's entry in `evaluation.json`; `tasks_failed`: reasons why tasks could not be measured, by name.
 
         Raises:
-            InputError: too few documents; a model that does not fit.
+            InputError: there are too few documents, or a model does not fit in memory.
         """
         with self.store.locked(name) if rank() == 0 else contextlib.nullcontext():
             model = _Lazy(lambda: self.teacher) if name == TEACHER else _Lazy(lambda: self._load(folder))
@@ -80,10 +80,10 @@ class Evaluator:
         return entry
 
     def score(self, name: str, folder: Callable[[], Path], task: str) -> dict[str, TaskScores]:
-        """A model's entries of one task alone, which is asked once.
+        """Return a model's scores on one task, which is measured once.
 
         Raises:
-            InputError: it cannot be asked; a model that does not fit.
+            InputError: the task cannot be loaded, or a model does not fit in memory.
         """
         fault = None if self._known(name, _part(task)) else self._task_fault(task)
         if fault is not None:
@@ -93,7 +93,7 @@ class Evaluator:
         return found
 
     def recall(self, name: str) -> ModelEntry | None:
-        """What is known of a model already; None: nothing."""
+        """Return the stored measurements of a model; None if there are none."""
         entry: ModelEntry | None = self.store.get(name, HELD_OUT)
         if entry is None:
             return None
@@ -105,9 +105,11 @@ class Evaluator:
         return entry
 
     def samples(self, models: Sequence[str]) -> list[SampleTexts]:
-        """The content of `samples.json`, of models that were measured."""
+        """Return the content of `samples.json` for models that were measured."""
         texts = {name: self.store.get(name, SAMPLES) for name in models}
-        return table(self.tokenizer, self._prompts, {name: own for name, own in texts.items() if own is not None})
+        return build_samples(
+            self.tokenizer, self._prompts, {name: own for name, own in texts.items() if own is not None}
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,7 +130,7 @@ class Evaluator:
     def _load(self, folder: Path | Callable[[], Path]) -> Any:
         found = folder() if callable(folder) else folder
         evaluate = self.cfg.evaluate
-        # Two models' logits of a batch, in two bytes each.
+        # Logits of two models for a batch, with two bytes each.
         logits = 2 * 2 * evaluate.micro_batch_size * evaluate.seq_length * self.data.vocab_size
         hf_models.check_fits([("model", hf_models.weight_bytes(found)), ("logits", logits)], FIX)
         return hf_models.load(found)
@@ -137,7 +139,7 @@ class Evaluator:
         return bool(ranks.broadcast(self.store.get(name, part) is not None))
 
     def _once(self, name: str, part: str, work: Callable[[], Any]) -> None:
-        """Makes a measurement that is not there yet, on all ranks; the first one keeps it."""
+        """Make a missing measurement on all ranks; rank 0 stores it."""
         if not self._known(name, part):
             result = work()
             if rank() == 0:
@@ -146,10 +148,10 @@ class Evaluator:
     def _held_out(self, name: str, model: Any) -> ModelEntry:
         teacher = None if name == TEACHER else self._teacher_logits
         if teacher is not None and not comparable(model, teacher.model):
-            log.warning("%s has another vocabulary than the teacher; they are not compared", name)
+            log.warning("%s has another vocabulary than the teacher and is not compared with it", name)
             teacher = None
         logits = self._teacher_logits if name == TEACHER else Logits(model)
-        result = held_out(logits, teacher, self.data, self.cfg.evaluate)
+        result = measure_heldout(logits, teacher, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])
         return {**hf_models.describe(model.config, model.num_parameters()), **result}
 
@@ -174,11 +176,11 @@ class Evaluator:
         return result
 
     def _samples(self, model: Any) -> list[str]:
-        return continuations(model, self.tokenizer, self._prompts, self.cfg.evaluate.sample_new_tokens)
+        return generate_continuations(model, self.tokenizer, self._prompts, self.cfg.evaluate.sample_new_tokens)
 
 
 class _Lazy:
-    """A model that is loaded when it is first needed."""
+    """A model that is loaded on first use."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self._load = load
@@ -195,5 +197,5 @@ def _part(task: str) -> str:
 
 
 def _words(scores: TaskScores) -> str:
-    told = [f"{name} {metric['value']:.4f}" for name, metric in scores.items() if not isinstance(metric, int)]
-    return f"{', '.join(told)} ({scores['samples']} questions)"
+    values = [f"{name} {metric['value']:.4f}" for name, metric in scores.items() if not isinstance(metric, int)]
+    return f"{', '.join(values)} ({scores['samples']} questions)"

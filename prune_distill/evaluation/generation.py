@@ -1,4 +1,4 @@
-"""How models go on from the beginnings of held-out documents, for people to read."""
+"""Generate continuations of held-out documents, as samples for people to read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prune_distill.schema import EvaluateConfig
 
 @dataclass(frozen=True)
 class Prompts:
-    """Beginnings of documents and what follows there: `[n, prompt tokens]` and n arrays of ids."""
+    """Prompts from held-out documents, `[n, prompt tokens]`, and their original continuations, n arrays of ids."""
 
     ids: np.ndarray
     following: list[np.ndarray]
 
     @classmethod
     def read(cls, data: DataFolder, cfg: EvaluateConfig) -> Prompts:
-        """The beginnings of `cfg.samples` documents, taken evenly from those that are long enough."""
+        """Select the beginnings of `cfg.samples` documents, evenly spaced among those that are long enough."""
         prompt, new = cfg.sample_prompt_tokens, cfg.sample_new_tokens
         documents = [ids for ids in data.validation_documents_ids() if len(ids) > prompt]
         longest = [ids for ids in documents if len(ids) > prompt + new] or documents
@@ -32,13 +32,13 @@ class Prompts:
         return cls(ids, [np.asarray(document[prompt : prompt + new], dtype=np.int64) for document in chosen])
 
 
-def continuations(model: Any, tokenizer: Any, prompts: Prompts, new_tokens: int) -> list[str]:
-    """What a model holds for the most probable continuation, token by token, up to its end of text."""
+def generate_continuations(model: Any, tokenizer: Any, prompts: Prompts, new_tokens: int) -> list[str]:
+    """Generate greedy continuations, up to the end-of-text token."""
     if not len(prompts.ids):
         return []
     ids = torch.from_numpy(prompts.ids).to(model.device)
     with torch.inference_mode():
-        made = model.generate(
+        generated = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
@@ -48,11 +48,11 @@ def continuations(model: Any, tokenizer: Any, prompts: Prompts, new_tokens: int)
             top_k=None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-    return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in made]
+    return [tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True) for row in generated]
 
 
-def table(tokenizer: Any, prompts: Prompts, texts: dict[str, list[str]]) -> list[SampleTexts]:
-    """The content of `samples.json`; `texts`: of each model, one a prompt."""
+def build_samples(tokenizer: Any, prompts: Prompts, texts: dict[str, list[str]]) -> list[SampleTexts]:
+    """Return the content of `samples.json`; `texts`: one text per prompt for each model."""
     return [
         {
             "prompt": tokenizer.decode(ids, skip_special_tokens=True),

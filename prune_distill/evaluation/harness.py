@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on a model that is loaded already, shared among ranks.
+"""Run EleutherAI's lm-evaluation-harness on a loaded model, distributed over ranks.
 
-The harness's own data parallelism wants accelerate and more than one GPU, and takes the rank on the node for the rank
-(lm_eval/models/huggingface.py:465-492), so that it ends with one node. What its evaluator asks of a model is given here
-by the process group that is there: rank, world size, two gathers and a barrier.
+The harness's own data parallelism requires accelerate and several GPUs, and confuses local ranks with global ranks
+(lm_eval/models/huggingface.py:465-492), so it is limited to one node. Here the existing process group implements what
+its evaluator needs of a model: rank, world size, two gathers and a barrier.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prune_distill.schema import EvaluateConfig
 
 log = logging.getLogger("recipes.evaluate")
 
-# What is read of the harness's results (lm_eval/result_schema.py). Of `results` and `groups` the keys are tasks, then
+# The used entries of the harness's results (lm_eval/result_schema.py). Keys in `results` and `groups` are tasks, then
 # `metric,filter`.
 Results = TypedDict(
     "Results",
@@ -41,11 +41,11 @@ Results = TypedDict(
 
 
 class Harness:
-    """The tasks of a run, each with the folder that its definition or its data is looked for in first.
+    """Measures the tasks of a run. Each has a folder that is searched first for its definition and data.
 
     Args:
-        own: the folder of the task that the run made, and `own_task` its name; None: it has none.
-        task_folder: the user's; None: definitions are the harness's and data the Hub's.
+        own: folder of the task that the run itself made, whose name is `own_task`; None: there is none.
+        task_folder: the user's folder; None: definitions come from the harness, and data from the Hub.
     """
 
     def __init__(self, cfg: EvaluateConfig, own: Path | None, own_task: str, task_folder: Path | None) -> None:
@@ -62,32 +62,32 @@ class Harness:
 
     @property
     def checked(self) -> set[str]:
-        """The tasks of which `fault` was asked."""
+        """The tasks that `fault` has checked."""
         return set(self._faults)
 
     def fault(self, task: str) -> str | None:
-        """Why a task cannot be measured, on any of the ranks: its data is not there, say; None where it can."""
+        """Return why a task cannot be measured, such as missing data on one of the ranks; None if it can."""
         if task not in self._faults:
             found = [fault for fault in ranks.all_gather(self._fault(task)) if fault is not None]
             self._faults[task] = found[0] if found else None
             if found:
-                log.error("task %s is left out: %s", task, found[0])
+                log.error("task %s is skipped: %s", task, found[0])
         return self._faults[task]
 
     def measure(self, task: str, model: Any, tokenizer: Any) -> dict[str, TaskScores] | None:
-        """A model's scores on a task, on the first rank.
+        """Return a model's scores on a task, on the first rank.
 
         Returns:
-            By task, each metric's `value` and the harness's `stderr`, and `samples`: one task, the sum of a group of
-            them, or those that go by a tag.
+            By task, the `value` and `stderr` of each metric, and `samples`. A group has one entry for all of its tasks,
+            a tag has one per task.
         """
         from lm_eval import evaluator  # takes seconds; only for tasks
 
-        # It has pip and the compiler tell of themselves, seconds a call, for a part of the results that nobody reads
+        # It runs pip and the compiler to report their versions, which takes seconds per call and is not used here
         # (lm_eval/loggers/utils.py:add_env_info).
         evaluator.add_env_info = lambda storage: None
         place = self.places[task]
-        with _working_in(place):
+        with _change_directory(place):
             results = evaluator.simple_evaluate(
                 model=_language_model(model, tokenizer, self.cfg.task_batch_size),
                 tasks=[task],
@@ -101,28 +101,28 @@ class Harness:
     def _fault(self, task: str) -> str | None:
         place = self.places[task]
         try:
-            with _working_in(place):
+            with _change_directory(place):
                 loaded = _manager(place, task).load([task])
-        # Of `datasets`, of the Hub's client and its network library, and of whatever a definition runs.
+        # `datasets`, the Hub client, its network library and definitions raise errors of any kind.
         except Exception as error:
             where = f" or {place / 'OWNER/NAME'}" if place is not None else ""
             return (
-                f"its definition or data cannot be loaded ({type(error).__name__}: {_line(error)}); bring the data set"
-                f" into the Hub's cache{where}, or take it out of evaluate.tasks"
+                f"its definition or data cannot be loaded ({type(error).__name__}: {_line(error)}); download the data"
+                f" set to the Hub's cache{where}, or remove it from evaluate.tasks"
             )
         unsafe = [name for name, found in loaded["tasks"].items() if getattr(found, "UNSAFE_CODE", False)]
-        return f"{unsafe[0]} runs code that the model writes, which is not done here" if unsafe else None
+        return f"{unsafe[0]} runs code that the model writes, which is not supported" if unsafe else None
 
 
 def scores(results: Results, task: str) -> dict[str, TaskScores]:
-    """The entries of a task in the harness's results: its own, a group's, or those of all that go by a tag."""
+    """Extract the entries of a task, a group or a tag from the harness's results."""
     whole = {**results["results"], **results.get("groups", {})}
     names = [task] if task in whole else sorted(results["results"])
     return {name: {**_metrics(whole[name]), "samples": _samples(results, name)} for name in names}
 
 
 def _metrics(entry: dict[str, object]) -> dict[str, Metric]:
-    """Keys are `metric,filter`: a task may read an answer in several ways."""
+    """Convert an entry, whose keys are `metric,filter`: a task may extract answers in several ways."""
     found: dict[str, Metric] = {}
     for key, value in entry.items():
         metric, _, way = key.partition(",")
@@ -135,7 +135,7 @@ def _metrics(entry: dict[str, object]) -> dict[str, Metric]:
 
 
 def _samples(results: Results, name: str) -> int:
-    """The questions that were asked, of a group all of its tasks'."""
+    """Count the questions of a task, or of all tasks in a group."""
     children = results.get("group_subtasks", {}).get(name)
     if children:
         return sum(_samples(results, child) for child in children)
@@ -145,11 +145,11 @@ def _samples(results: Results, name: str) -> int:
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM  # takes seconds; only for tasks
 
-    # It warns that the model was loaded before, and of ranks, which is what is wanted here.
+    # It warns about ranks, and that the model was already loaded, which is intended.
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
 
     class Ranked(HFLM):  # type: ignore[misc]
-        """Takes its place among the ranks that share a task."""
+        """A language model that shares the requests of a task with the other ranks."""
 
         def __init__(self) -> None:
             super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
@@ -170,7 +170,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
 @cache
 def _manager(place: Path | None, task: str) -> Any:
-    """The harness's index of a task's definitions: of the folder alone where that has it, as reading all takes 2 s."""
+    """Index task definitions: only the folder if it has the task, because reading all definitions takes 2 s."""
     if place is not None:
         manager = _read_index(place, include_defaults=False)
         if task in manager.all_tasks:
@@ -186,8 +186,8 @@ def _read_index(place: Path | None, include_defaults: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _working_in(folder: Path | None) -> Iterator[None]:
-    """`datasets` takes a relative folder OWNER/NAME for that data set (datasets/load.py:dataset_module_factory)."""
+def _change_directory(folder: Path | None) -> Iterator[None]:
+    """Change to a folder, in which `datasets` finds data sets OWNER/NAME (datasets/load.py:dataset_module_factory)."""
     if folder is None:
         yield
         return
@@ -204,5 +204,5 @@ def _line(error: Exception) -> str:
 
 
 def versions(tasks: Sequence[str]) -> dict[str, str]:
-    """What scores depend on besides the stage's identity; nothing where no task is asked for."""
+    """Return the versions that scores depend on, in addition to the stage's identity; empty without tasks."""
     return {"lm_eval": version("lm_eval")} if tasks else {}

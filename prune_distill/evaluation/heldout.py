@@ -1,4 +1,4 @@
-"""Held-out loss, by source too, and how far a model agrees with its teacher, token by token."""
+"""Compute the held-out loss, in total and by source, and the per-token agreement of a model with its teacher."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from prune_distill.schema import EvaluateConfig
 
 log = logging.getLogger("recipes.evaluate")
 
-# Tokens whose logits are held in fp32 at a time, times the vocabulary: 128 MiB a buffer.
+# Maximum number of fp32 logits per chunk: 128 MiB per buffer.
 CHUNK_LOGITS = 2**25
-# Of a model's logits, the bytes of host memory that are kept for comparisons.
+# Maximum bytes of host memory for cached logits.
 KEPT_BYTES = 2**30
 
 
@@ -27,7 +27,7 @@ class Logits:
     """A model's logits for the held-out sequences, batch by batch.
 
     Args:
-        keep: whether to keep them, up to `KEPT_BYTES`: several models are then compared with this one, which runs once.
+        keep: whether to cache up to `KEPT_BYTES`, so that the model runs once for comparisons with several others.
     """
 
     def __init__(self, model: Any, *, keep: bool = False) -> None:
@@ -35,10 +35,10 @@ class Logits:
         self._kept: dict[int, torch.Tensor] = {}
 
     def compute(self, batch: int, ids: torch.Tensor) -> torch.Tensor:
-        """Returns logits `[b * s, V]`, in the model's type, for a batch `[b, s + 1]` of tokens without its last column.
+        """Compute logits `[b * s, V]`, in the model's type, for a batch `[b, s + 1]` of tokens without its last column.
 
         Args:
-            batch: its number, the same in each comparison.
+            batch: index of the batch, the same in each comparison.
         """
         if batch in self._kept:
             return self._kept[batch].to(ids.device)
@@ -49,46 +49,46 @@ class Logits:
         return logits
 
 
-def held_out(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
-    """A model's held-out loss; `teacher`: what it is compared with.
+def measure_heldout(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
+    """Compute a model's held-out loss, and its agreement with `teacher`.
 
-    The loss is the mean over all tokens of the validation documents laid end to end and cut into sequences of
-    `cfg.seq_length`, end-of-document tokens included. Ranks share the sequences.
+    The loss is the mean over all tokens of the validation documents, concatenated and cut into sequences of
+    `cfg.seq_length`, including end-of-document tokens. Sequences are distributed over ranks.
 
-    `bits_per_byte` is of the documents' UTF-8 text.
+    `bits_per_byte` refers to the documents' UTF-8 text.
 
     Raises:
-        InputError: fewer held-out tokens than a sequence takes.
+        InputError: there are fewer held-out tokens than in a sequence.
     """
     sequences = torch.from_numpy(data.validation_sequences(cfg.seq_length))[: cfg.max_sequences]
     if not len(sequences):
         raise InputError(
-            f"the validation documents hold {data.validation_tokens} tokens, less than evaluate.seq_length"
-            f" {cfg.seq_length}; set it lower or bring more documents"
+            f"evaluate.seq_length={cfg.seq_length}: the validation documents have only {data.validation_tokens} tokens;"
+            " lower it, or add documents"
         )
     names, kinds = _kinds(data, sequences)
-    # By kind of document: loss, tokens, teacher's agreement, divergence.
+    # For each kind of document: loss, tokens, agreement with the teacher, KL divergence.
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
     device = model.model.device
     with torch.inference_mode():
-        mine = slice(rank(), None, world_size())
-        batches = (part[mine].split(cfg.micro_batch_size) for part in (sequences, kinds))
+        share = slice(rank(), None, world_size())
+        batches = (part[share].split(cfg.micro_batch_size) for part in (sequences, kinds))
         for number, (tokens, token_kinds) in enumerate(zip(*batches, strict=True)):
             ids = tokens.to(device)
             logits = model.compute(number, ids)
             teacher_logits = None if teacher is None else teacher.compute(number, ids)
-            values = _by_token(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
+            values = _score_tokens(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
             sums.index_add_(0, token_kinds.flatten(), values)
     return _summary(ranks.all_reduce(sums), names, data, teacher is not None)
 
 
 def comparable(model: Any, teacher: Any) -> bool:
-    """Whether two models' logits are of the same vocabulary."""
+    """Return whether two models have the same vocabulary size."""
     return bool(model.config.vocab_size == teacher.config.vocab_size)
 
 
-def _by_token(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """`[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
+def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """Return `[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
     values = torch.zeros(len(targets), 4, dtype=torch.float64, device=logits.device)
     values[:, 1] = 1
     chunk = max(1, CHUNK_LOGITS // logits.shape[-1])
@@ -106,7 +106,7 @@ def _by_token(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets
 
 
 def _kinds(data: DataFolder, sequences: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-    """Names of sources or clusters, and for each token that is predicted the number of its name, `[sequences, s]`."""
+    """Return the names of sources or clusters, and the index of each predicted token's name, `[sequences, s]`."""
     count, length = sequences.shape[0], sequences.shape[1] - 1
     groups = data.validation_groups()
     if groups is None:
@@ -126,7 +126,7 @@ def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: b
         "tokens": tokens,
     }
     if not math.isfinite(loss):
-        log.warning("the held-out loss is not finite: check the model's weights")
+        log.warning("the held-out loss is not finite; check the model's weights")
     if len(names) > 1:
         result["per_source"] = {
             name: {"val_loss": (row[0] / row[1]).item(), "tokens": int(row[1])}

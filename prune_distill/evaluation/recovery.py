@@ -1,4 +1,4 @@
-"""How a student recovers while it is distilled: its checkpoints measured, each once."""
+"""Measure the recovery of a student during distillation: evaluate each of its checkpoints once."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import DistillConfig, Init
 from prune_distill.schema.phases import tokens_before, training_phases
 
-# `export(checkpoint, folder)` writes a NeMo checkpoint as a Hugging Face folder.
+# `export(checkpoint, folder)` exports a NeMo checkpoint to a Hugging Face folder.
 Export = Callable[[Path, Path], None]
 
 
-def name_of(step: int) -> str:
-    """The name under which a checkpoint is measured."""
+def measurement_name(step: int) -> str:
+    """Return the name under which a checkpoint is measured."""
     return f"recovery/{checkpoint_name(step)}"
 
 
 def measure_checkpoint(evaluator: Evaluator, name: str, checkpoint: Path, room: Path, export: Export) -> None:
-    """Measures a NeMo checkpoint unless that is done; on all ranks. `room` holds the exported model meanwhile."""
-    with exported(name, checkpoint, room, export) as make:
+    """Measure a NeMo checkpoint once, on all ranks. `room`: folder for the exported model."""
+    with export_temporarily(name, checkpoint, room, export) as make:
         evaluator.measure(name, make, samples=False)
 
 
 @contextmanager
-def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterator[Callable[[], Path]]:
-    """Yields a function that exports a checkpoint to a Hugging Face folder in `room`; it is removed at the end."""
-    # Transformers warns about names that are not valid module names.
+def export_temporarily(name: str, checkpoint: Path, room: Path, export: Export) -> Iterator[Callable[[], Path]]:
+    """Yield a function that exports a checkpoint to a Hugging Face folder in `room`, which is removed at the end."""
+    # transformers warns about names that are not valid module names.
     folder = room / re.sub(r"\W", "_", f"exported_{name}")
 
     def make() -> Path:
@@ -52,8 +52,8 @@ def exported(name: str, checkpoint: Path, room: Path, export: Export) -> Iterato
 
 
 def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
-    """Writes `recovery.json` from the measurements so far; nothing without any checkpoint."""
-    names = {step: name_of(step) for step in find_checkpoints(out / MEASURED / "recovery")}
+    """Write `recovery.json` from the measurements so far, if there are any."""
+    names = {step: measurement_name(step) for step in find_checkpoints(out / MEASURED / "recovery")}
     if not names:
         return
     names[distill.max_steps] = "student"
@@ -63,7 +63,7 @@ def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
 
 
 def curve(measured: dict[int, ModelEntry | None], distill: DistillConfig) -> list[RecoveryPoint]:
-    """The content of `recovery.json` from measurements by step (None: not measured)."""
+    """Return the content of `recovery.json` from measurements by step (None: not measured)."""
     phases = training_phases(distill)
     points = []
     for step, entry in sorted(measured.items()):

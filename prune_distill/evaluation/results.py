@@ -1,6 +1,6 @@
-"""The results of an evaluation as its files contain them: `evaluation.json`, `samples.json` and `recovery.json`.
+"""The content of an evaluation's files: `evaluation.json`, `samples.json` and `recovery.json`.
 
-No torch. Keys are optional where a reader may find a file of another version.
+No torch. Keys are optional for readers, because another version may have written the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Agreement(TypedDict, total=False):
     """How far a model agrees with its teacher.
 
     Attributes:
-        top1: the share of tokens for which both have the same most probable token.
+        top1: fraction of tokens for which both have the same most probable token.
         kl: KL(teacher || model) in nats per token.
     """
 
@@ -30,7 +30,7 @@ class Agreement(TypedDict, total=False):
 
 
 class HeldOut(TypedDict, total=False):
-    """Held-out loss in nats per token; `per_source` with several sources, `agreement` with a teacher."""
+    """Held-out loss in nats per token; `per_source` for several sources, `agreement` if compared with a teacher."""
 
     val_loss: float
     perplexity: float
@@ -41,7 +41,7 @@ class HeldOut(TypedDict, total=False):
 
 
 class Metric(TypedDict):
-    """A metric of a task. `stderr`: the harness's standard error, where it computes one."""
+    """A metric of a task. `stderr`: the harness's standard error, if it computes one."""
 
     value: float
     stderr: float | None
@@ -52,14 +52,14 @@ TaskScores = dict[str, Metric | int]
 
 
 class ModelEntry(ModelSizes, HeldOut, total=False):
-    """A model's entry in `evaluation.json`. `tasks_failed`: why tasks could not be measured, by name."""
+    """A model's entry in `evaluation.json`. `tasks_failed`: reasons why tasks could not be measured, by name."""
 
     tasks: dict[str, TaskScores]
     tasks_failed: dict[str, str]
 
 
 class SampleTexts(TypedDict):
-    """An entry of `samples.json`: the beginning of a document, what follows there, and each model's continuation."""
+    """An entry of `samples.json`: a prompt, its original continuation, and the continuation of each model."""
 
     prompt: str
     reference: str
@@ -67,7 +67,7 @@ class SampleTexts(TypedDict):
 
 
 class RecoveryPoint(TypedDict, total=False):
-    """An entry of `recovery.json`: a checkpoint, after so many steps and tokens."""
+    """An entry of `recovery.json`: a checkpoint with its steps and tokens."""
 
     model: str
     step: int

@@ -1,4 +1,4 @@
-"""What was measured, one small file a model and part: a stage that was killed goes on with what is missing."""
+"""Store measurements in one small file per model and part, so that a killed stage resumes with the missing ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Store:
     """The measurements of a stage's folder, by model and part.
 
     Args:
-        folder: under which they are; that stage's identity decides them, and `key` what it does not cover.
+        folder: folder of the files. The stage's identity determines its content, except for what is in `key`.
     """
 
     def __init__(self, folder: Path, key: dict[str, str]) -> None:
@@ -25,7 +25,7 @@ class Store:
         self.key = key
 
     def get(self, model: str, part: str) -> Any | None:
-        """A measurement; None: not made yet, by other versions, or damaged."""
+        """Return a measurement; None if it is missing, damaged, or made with another `key`."""
         try:
             content = json.loads(self._path(model, part).read_text())
         except (OSError, ValueError):
@@ -39,7 +39,7 @@ class Store:
 
     @contextmanager
     def locked(self, model: str) -> Iterator[None]:
-        """Keeps other processes from measuring the same model meanwhile."""
+        """Prevent other processes from measuring the same model during the block."""
         path = self.folder / quote(model, safe="/=") / ".lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:

@@ -19,7 +19,7 @@ FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOP a token of training: the student forward and backward, the teacher forward, the student's layers again."""
+    """FLOPs per token of training: student forward and backward, teacher forward, recomputation."""
 
     student: int
     teacher: int
@@ -31,10 +31,10 @@ class TokenFlops:
 
 
 def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape | None) -> TokenFlops:
-    """FLOP a token of a training run; without the teacher where `loss` is cross-entropy, or it does not run beside."""
+    """Return FLOPs per token of a training; without the teacher if `loss` is cross-entropy or it does not run."""
     phases = training_phases(training)
     total = sum(phase.steps * phase.tokens_a_step for phase in phases)
-    # Sequences of several lengths: the mean over the tokens.
+    # For several sequence lengths, the mean over tokens.
     length = sum(phase.steps * phase.tokens_a_step * phase.seq_length for phase in phases) // max(total, 1)
     return sequence_flops(length, training.recompute, loss, family, student, teacher)
 
@@ -42,7 +42,7 @@ def training_flops(training: Training, loss: Loss, family: Family, student: Shap
 def sequence_flops(
     seq_length: int, recompute: Recompute, loss: Loss, family: Family, student: Shape, teacher: Shape | None
 ) -> TokenFlops:
-    """FLOP a token of training on sequences of `seq_length` tokens."""
+    """Return FLOPs per token of training on sequences of `seq_length` tokens."""
     again = {
         Recompute.none: 0,
         Recompute.selective: _attention(student, seq_length),
@@ -56,7 +56,7 @@ def sequence_flops(
 
 
 def forward_flops(shape: Shape, family: Family, seq_length: int) -> int:
-    """FLOP a token of a forward pass over sequences of `seq_length` tokens."""
+    """Return FLOPs per token of a forward pass over sequences of `seq_length` tokens."""
     return 2 * product_weights(shape, family) + _attention(shape, seq_length)
 
 
@@ -66,10 +66,10 @@ def _attention(shape: Shape, seq_length: int) -> int:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a training's speed is held against.
+    """Computes the model-FLOPs utilization of a training.
 
     Attributes:
-        peak: FLOP/s of all ranks together, in the training's precision.
+        peak: peak FLOP/s of all ranks together, in the training's precision.
     """
 
     loss: Loss
@@ -79,6 +79,6 @@ class Meter:
     peak: float
 
     def utilization(self, tokens_per_second: float, seq_length: int) -> float:
-        """Model-FLOPs utilization: the share of the peak that the models take, what is computed again not counted."""
+        """Return the model-FLOPs utilization: the fraction of the peak, without recomputation."""
         flops = sequence_flops(seq_length, Recompute.none, self.loss, self.family, self.student, self.teacher)
         return tokens_per_second * flops.total / self.peak

@@ -1,7 +1,7 @@
 """A Hugging Face model's `config.json`: read, type-checked and normalized in one place. No torch.
 
-transformers 4 and 5 write the same settings under different names, and each ignores some of the other's without a
-word. A normalized config has every such setting once, under the name that transformers 4 reads:
+transformers 4 and 5 write the same settings under different names, and each silently ignores some of the other's
+names. A normalized config has every such setting once, under the name that transformers 4 reads:
 
 | transformers 4, and normalized     | transformers 5                          |
 |------------------------------------|-----------------------------------------|
@@ -28,17 +28,17 @@ from prune_distill.schema.families import Family, Traits
 # The content of a `config.json`: an open set of keys, of which `read_config` checks and completes those that count.
 HfConfig = dict[str, Any]
 
-# The largest config.json read; real ones have a few KB.
+# Maximum size of a config.json; real ones have a few KB.
 MAX_BYTES = 4 << 20
-# The most experts of all layers together; more is a mistake.
+# Maximum number of experts of all layers together; more is an error.
 _ALL_EXPERTS = 1 << 18
 
 
 def read_config(path: Path) -> HfConfig:
-    """Reads a `config.json` and normalizes it.
+    """Read and normalize a `config.json`.
 
     Raises:
-        InputError: the file cannot be read or describes no model that can be converted; one fault a line.
+        InputError: the file cannot be read, or describes a model that cannot be converted; one fault per line.
     """
     config, faults = examine(path)
     if config is None or faults:
@@ -47,10 +47,10 @@ def read_config(path: Path) -> HfConfig:
 
 
 def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
-    """Reads a `config.json` as far as it makes sense.
+    """Read the valid parts of a `config.json`.
 
     Returns:
-        the normalized config, or None where types or values are wrong; and every fault, one line each. A config may
+        The normalized config, or None if types or values are wrong; and all faults, one line each. A config may
         come with faults: those are settings that NeMo or a family's reference implementation cannot represent.
     """
     try:
@@ -69,10 +69,10 @@ def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
 
 
 def parse(path: Path) -> HfConfig:
-    """The content of a JSON file that holds an object.
+    """Parse a JSON file that contains an object.
 
     Raises:
-        InputError: there is no such file, or it is too large, no UTF-8, no JSON or not an object.
+        InputError: the file does not exist, is too large, or is not UTF-8, JSON or an object.
     """
     try:
         # Opening a FIFO would wait for a writer.
@@ -84,7 +84,7 @@ def parse(path: Path) -> HfConfig:
             raise InputError(
                 f"{path}: larger than {MAX_BYTES >> 20} MiB, which no config.json is; fetch the file again"
             )
-        # json refuses a byte order mark with a hint at another codec, and so does transformers.
+        # json rejects a byte order mark with a hint at another codec, and so does transformers.
         if data.startswith(b"\xef\xbb\xbf"):
             raise InputError(f"{path}: starts with a byte order mark; save the file as UTF-8 without one")
         content = json.loads(data.decode("utf-8"))
@@ -107,19 +107,19 @@ def parse(path: Path) -> HfConfig:
 # One name for each setting.
 
 
-# What transformers assumes for keys that a file leaves out, further to the defaults of a family.
+# Defaults of transformers for missing keys, in addition to those of a family.
 _COMMON_DEFAULTS: HfConfig = {"initializer_range": 0.02, "rope_theta": 10000.0, "tie_word_embeddings": False}
 
 
 class _ContradictionError(ValueError):
-    """Two settings, or two names of one setting, cannot both be right."""
+    """Two settings, or two names of one setting, contradict each other."""
 
 
 def normalize(content: HfConfig) -> HfConfig:
-    """A type-checked config with one name for each setting and a value for each key that is read.
+    """Return a type-checked config with one name for each setting and a value for each key that is read.
 
     Raises:
-        ValueError: two names of one setting hold different values, or the size of a head cannot be worked out.
+        ValueError: two names of one setting have different values, or the head size cannot be computed.
     """
     traits = traits_of(content)
     names = older_names(traits)
@@ -130,7 +130,7 @@ def normalize(content: HfConfig) -> HfConfig:
     defaults = _COMMON_DEFAULTS | dict(traits.defaults)
     config |= _normalized_rope(content, defaults)
     config = config | defaults | config  # in the file's order
-    # Null is the quotient, or one group a head, in every family.
+    # In every family, null means the quotient, or one group per head.
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     if not config.get("head_dim") and hidden % heads:
@@ -143,7 +143,7 @@ def normalize(content: HfConfig) -> HfConfig:
 
 
 def _normalized_rope(content: HfConfig, defaults: HfConfig) -> HfConfig:
-    """`rope_theta`, `rope_scaling` (null for the default kind) and, where there is one, `partial_rotary_factor`."""
+    """Return `rope_theta`, `rope_scaling` (null for the default type) and `partial_rotary_factor`, if there is one."""
     older, newer = (content.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
     for key, rope in (("rope_scaling", older), ("rope_parameters", newer)):
         _agreed({f"{key}.{name}": rope.get(name) for name in ("rope_type", "type")})
@@ -171,22 +171,22 @@ def _normalized_rope(content: HfConfig, defaults: HfConfig) -> HfConfig:
 
 
 def _scaling(rope: HfConfig) -> HfConfig | None:
-    """How a rope is scaled, by transformers 4's names; None for the default kind."""
+    """Return the rope scaling with the names of transformers 4; None for the default type."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     values = {key: rope[key] for key in _ROPES.get(str(kind), _SCALING_KEYS) if key in rope}
-    # transformers warns of whole numbers.
+    # transformers warns about integers.
     return {"rope_type": kind} | {
         key: float(value) if key.endswith("factor") else value for key, value in values.items()
     }
 
 
 def _agreed(content: HfConfig, keys: tuple[str, ...] | None = None) -> Any:
-    """The value that all of the keys hold, those apart that are missing or null; None where no key holds one.
+    """Return the common value of keys, ignoring missing and null ones; None if there is none.
 
     Raises:
-        _ContradictionError: they hold different values.
+        _ContradictionError: they have different values.
     """
     found = {key: content[key] for key in keys or content if content.get(key) is not None}
     values = list(found.values())
@@ -200,18 +200,18 @@ def _agreed(content: HfConfig, keys: tuple[str, ...] | None = None) -> Any:
 
 
 def make_compatible(config: HfConfig) -> HfConfig:
-    """A normalized config that transformers 4 and 5 read alike: the newer names beside the older ones."""
+    """Return a normalized config with both the older and the newer names, for transformers 4 and 5."""
     rope = {"rope_type": "default", **(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
     if config.get("partial_rotary_factor") is not None:
         rope["partial_rotary_factor"] = config["partial_rotary_factor"]
     return {**config, "rope_parameters": rope}
 
 
-# What a normalized config asks for.
+# Checks of a normalized config.
 
 
 def _relation_faults(config: HfConfig) -> Iterator[str]:
-    """Values that are right by themselves and contradict each other."""
+    """Yield faults of values that contradict each other."""
     heads, groups, size = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if heads % groups:
         yield f"num_key_value_heads={groups}: must divide num_attention_heads={heads}; correct either"
@@ -237,7 +237,7 @@ def _relation_faults(config: HfConfig) -> Iterator[str]:
 
 
 def unsupported(config: HfConfig) -> list[str]:
-    """What a normalized config asks for and NeMo's class of its family does not have, one fault a setting."""
+    """Return settings that NeMo's class of the family does not support, one fault each."""
     traits = traits_of(config)
     refused = {
         **_REFUSED,
@@ -264,7 +264,7 @@ def unsupported(config: HfConfig) -> list[str]:
     return faults + _rope_faults(config)
 
 
-# By key: harmless values, and why others cannot be represented.
+# By key: accepted values, and why others are not supported.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "NeMo's class of this family has no such biases"),
     "mlp_bias": ((False, None), "NeMo's class of this family has no such biases"),
@@ -275,17 +275,17 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 _SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Those that a kind of rope scaling needs.
+# Keys that a type of rope scaling needs.
 _ROPES: dict[str, tuple[str, ...]] = {"linear": ("factor",), "llama3": _SCALING_KEYS}
 
 
 def traits_of(config: Mapping[str, Any]) -> Traits:
-    """What sets the family of a config apart from the others."""
+    """Return the traits of a config's family."""
     return Family(config["model_type"]).traits
 
 
 def rope_kind(config: HfConfig) -> str:
-    """How the rotary embedding of a normalized config is scaled, in transformers' terms."""
+    """Return the type of rope scaling of a normalized config, by transformers' name."""
     return str((config["rope_scaling"] or {}).get("rope_type", "default"))
 
 

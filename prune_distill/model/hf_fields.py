@@ -16,11 +16,11 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class Field:
-    """What a key may hold.
+    """Allowed values of a key.
 
     Attributes:
-        kind: the exact JSON type; float takes whole numbers as well.
-        least, most: the range of a number, both ends included.
+        kind: the exact JSON type; float includes integers.
+        least, most: the range of a number, inclusive.
         null: whether null is allowed.
     """
 
@@ -30,7 +30,7 @@ class Field:
     null: bool = False
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value; None if nothing is."""
+        """Return what is wrong with a value; None if it is valid."""
         if value is None and self.null:
             return None
         kinds = (int, float) if self.kind is float else (self.kind,)
@@ -50,10 +50,10 @@ _WORDS = {
     list: "a list",
     dict: "an object",
 }
-# Three times the largest of any published model, at least. What is above is a mistake, and planning would loop or
+# At least three times the largest of any published model. Larger values are errors, and planning would loop or
 # allocate for it.
 _LAYERS, _WIDTH, _HEADS, _EXPERTS, _IDS = 1_000, 1 << 16, 1 << 10, 1 << 12, 1 << 24
-_SMALLEST = 1e-30  # for what has to be above 0
+_SMALLEST = 1e-30  # for values that must be above 0
 
 # Keys that every model needs.
 _REQUIRED = {
@@ -69,7 +69,7 @@ _REQUIRED_OF_MIXTURES = {
     "num_experts_per_tok": Field(int, 1, _EXPERTS),
     "moe_intermediate_size": Field(int, 1, _WIDTH),
 }
-# Keys that are read where they are there.
+# Keys that are optional.
 _OPTIONAL = {
     "num_key_value_heads": Field(int, 1, _HEADS, null=True),
     "head_dim": Field(int, 2, _WIDTH, null=True),
@@ -97,7 +97,7 @@ _OPTIONAL = {
     "norm_topk_prob": Field(bool),
     "pad_token_id": Field(int, -_IDS, _IDS, null=True),
 }
-# What is in the rope's description besides its kind.
+# Keys of the rope's description besides its type.
 _ROPE_FIELDS = {
     "rope_theta": _OPTIONAL["rope_theta"],
     "partial_rotary_factor": _OPTIONAL["partial_rotary_factor"],
@@ -112,10 +112,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def content_faults(content: Mapping[str, Any]) -> Iterator[str]:
-    """Wrong families, missing keys, wrong types and values out of range."""
+    """Yield faults: unknown families, missing keys, wrong types and values out of range."""
     if "auto_map" in content:
         yield (
-            "auto_map: asks for code of its own, which is never run here; use a model whose class is part of"
+            "auto_map: needs custom code, which is never run; use a model whose class is part of"
             " transformers, or remove auto_map if the model needs none of that code"
         )
     found = content.get("model_type")
@@ -146,7 +146,7 @@ def content_faults(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _family_fields(traits: Traits) -> Iterator[tuple[str, Field]]:
-    """Keys whose values a family's class in transformers restricts further than others do."""
+    """Yield keys with additional restrictions in a family's transformers class."""
     if "head_dim" in traits.defaults:
         yield "head_dim", Field(int, 2, _WIDTH)
     if traits.window:
@@ -156,15 +156,15 @@ def _family_fields(traits: Traits) -> Iterator[tuple[str, Field]]:
 
 
 def older_names(traits: Traits) -> dict[str, str]:
-    """transformers 4's names of whole settings, by those of transformers 5."""
+    """Return the names of settings in transformers 4 by those of transformers 5."""
     experts = {"num_local_experts": "num_experts"} if traits.experts else {}
     return {"dtype": "torch_dtype", **experts}
 
 
 def show(value: Any) -> str:
-    """A value as JSON has it, cut to a length that fits a message."""
+    """Format a value as JSON, truncated for a message."""
     try:
         text = json.dumps(value)
-    except RecursionError:  # read from a shallower stack
+    except RecursionError:  # it was read from a shallower stack
         text = str(type(value).__name__)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

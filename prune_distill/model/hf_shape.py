@@ -1,4 +1,4 @@
-"""What a teacher's Hugging Face `config.json` says of its family and size."""
+"""Read a teacher's family and shape from its Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _MOE_TERMS = {
 
 
 def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
-    """The teacher's shape, from the config or from `config.json`, and the faults found on the way.
+    """Return the teacher's shape, from the config or from `config.json`, and faults.
 
-    A `config.json` that is at hand (a local folder, or a Hub id in the local cache) has to agree with what is set.
+    If `config.json` is available (a local folder, or a Hub id in the local cache), it must agree with the config.
     """
     if model.hf_path is None:
         return model.shape, []
@@ -45,7 +45,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
     if config["model_type"] != model.family.value:
         says = config["model_type"]
         faults = [
-            f"model.family={model.family.name}, but {path} says model_type {says}; set model.family={says}",
+            f"model.family={model.family.name}: {path} has model_type={says}; set model.family={says}",
             *faults,
         ]
     if model.shape is None:
@@ -54,7 +54,7 @@ def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
 
 
 def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """The family that a model's `config.json` names, and the faults where it names none that is known."""
+    """Return the family in a model's `config.json`, and faults if it is missing or unknown."""
     folder = local_folder(hf_path, revision)
     if folder is None:
         return None, [
@@ -67,28 +67,28 @@ def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[st
 
 
 def parse_shape(config: HfConfig) -> Shape:
-    """The shape that a normalized `config.json` describes."""
+    """Return the shape that a normalized `config.json` describes."""
     terms = _TERMS | (_MOE_TERMS if traits_of(config).experts else {})
     return Shape(**{ours: config[theirs] for ours, theirs in terms.items()})
 
 
 def may_be_hub_id(hf_path: str) -> bool:
-    """Whether a string can be `owner/name` of the Hub: not an absolute path, nor one that says it is relative."""
+    """Return whether a string can be a Hub id `owner/name`: not an absolute or explicitly relative path."""
     owner, _, name = hf_path.partition("/")
     return bool(owner and name) and "/" not in name and "*" not in hf_path and owner[0] not in ".~"
 
 
 def local_folder(hf_path: str, revision: str | None) -> Path | None:
-    """The teacher's folder on this machine: its own, or one of the local Hub cache; None where there is neither.
+    """Return the teacher's folder on this machine, possibly in the local Hub cache; None if there is none.
 
-    A folder of the Hub's cache may hold `config.json` alone: the rest is downloaded when it is needed.
+    A folder in the Hub's cache may only contain `config.json`; the rest is downloaded when it is needed.
     """
     path = os.path.expanduser(hf_path)
     if os.path.exists(path):  # pathlib raises for paths that no file system takes
         return Path(path)
     if not may_be_hub_id(hf_path):
         return None
-    # Costs half a second, so only where it is needed.
+    # Takes half a second, so it is imported on demand.
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
@@ -107,7 +107,7 @@ def _nowhere(hf_path: str) -> str:
 
 def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:
     return [
-        f"model.shape.{ours}={getattr(given, ours)}, but {path} says {theirs} {getattr(found, ours)}; "
+        f"model.shape.{ours}={getattr(given, ours)}: {path} has {theirs}={getattr(found, ours)}; "
         f"set model.shape.{ours}={getattr(found, ours)}, or model.shape=null to read it from there"
         for ours, theirs in (_TERMS | _MOE_TERMS).items()
         if getattr(given, ours) != getattr(found, ours)

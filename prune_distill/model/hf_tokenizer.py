@@ -1,6 +1,6 @@
 """Checks of a model folder's tokenizer and side files before a run starts: no torch, no transformers.
 
-What only transformers can tell is found where the tokenizer is loaded (`prune_distill/data/hf_tokenizer.py`).
+Checks that need transformers are made when the tokenizer is loaded (`prune_distill/data/hf_tokenizer.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from prune_distill.errors import InputError, reading
 from prune_distill.regular_files import is_lfs_pointer
 
-# Everything in a model's folder that is neither weights nor code nor prose: it goes along with the model unchanged.
+# Files that are copied with a model unchanged: all except weights, code and documentation.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -27,7 +27,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Those of them that transformers reads as JSON objects.
+# Files that transformers reads as JSON objects.
 OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 FETCH = "download the file again"
 # A line of a vocabulary in tiktoken's format, which Llama 3 also calls tokenizer.model.
@@ -35,7 +35,7 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def faults(folder: Path) -> list[str]:
-    """The faults of a local model folder's tokenizer and side files, one sentence each."""
+    """Return the faults of a local model folder's tokenizer and side files, one sentence each."""
     try:
         with reading(folder, "make its files readable"):
             return [*_pointer_faults(folder), *_object_faults(folder), *_tokenizer_faults(folder)]
@@ -44,7 +44,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def _pointer_faults(folder: Path) -> Iterator[str]:
-    """Of the files that are read: a clone may well lack pictures, or weights in other formats."""
+    """Yield faults of Git LFS pointers among the files that are read. A clone may lack images and other weights."""
     weights = [path.name for path in folder.glob("*.safetensors*") if not path.name.startswith("consolidated")]
     names = [name for name in sorted({"config.json", *SIDE_FILES, *weights}) if is_lfs_pointer(folder / name)]
     if names:
@@ -64,10 +64,10 @@ def _object_faults(folder: Path) -> Iterator[str]:
 
 
 def read_object(path: Path) -> dict[str, object]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        InputError: the file cannot be read or holds something else.
+        InputError: the file cannot be read, or contains something else.
     """
     with reading(path, FETCH):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def read_object(path: Path) -> dict[str, object]:
 
 
 def _tokenizer_faults(folder: Path) -> Iterator[str]:
-    """At most one fault: of the file that transformers would read."""
+    """Yield at most one fault, of the file that transformers would read."""
     described, pieces = folder / "tokenizer.json", folder / "tokenizer.model"
     if described.is_file() or pieces.is_file():
         path = described if described.is_file() else pieces
@@ -95,10 +95,10 @@ def _tokenizer_faults(folder: Path) -> Iterator[str]:
 
 @lru_cache
 def _unreadable(path: Path, mtime_ns: int, size: int) -> str | None:
-    """Why a tokenizer file cannot be read; None: it can, or the library that reads it is not installed here.
+    """Return why a tokenizer file cannot be read; None if it can, or its library is not installed.
 
     Args:
-        mtime_ns, size: of the file; a file that changed is read again.
+        mtime_ns, size: modification time and size; a changed file is read again.
     """
     try:
         if path.suffix == ".json":

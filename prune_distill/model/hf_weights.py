@@ -1,8 +1,8 @@
-"""The weights of a Hugging Face folder: what the headers of its safetensors files say, held against `config.json`.
+"""Compare the headers of a Hugging Face folder's safetensors files with `config.json`.
 
-A safetensors file is 8 bytes with the header's length, a JSON header with every tensor's type, shape and place, then
-the tensors' bytes without gaps (huggingface/safetensors, README). Only headers are read here, so a folder of any size
-is checked in well under a second, before anything is started.
+A safetensors file has 8 bytes with the header's length, a JSON header with type, shape and offsets of every tensor, and
+the tensors' bytes without gaps (huggingface/safetensors, README). Only headers are read, so a folder of any size
+is checked in well under a second, before a run starts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 # Weights as pickles, which are read only on request.
 PICKLED = "pytorch_model*.bin"
-# What JSON of an unexpected form makes its reader raise.
+# Raised by reading JSON of an unexpected structure.
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-# Of all headers of a folder together, and of an index. The 36,000 tensors of a mixture of 94 layers and 128 experts
+# Limit for all headers of a folder together, and for an index. The 36,000 tensors of 94 layers with 128 experts
 # take 5 MB.
 MAX_HEADER_BYTES = 12_000_000
 # More tensors than any header of that size can describe.
@@ -38,21 +38,21 @@ ITEM_BYTES = {
     **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
-# What weights are trained in.
+# Types in which weights are trained.
 TRAINABLE = ("BF16", "F16", "F32")
-# Names that quantized checkpoints add beside a weight: compressed-tensors and FP8, GPTQ and AWQ, bitsandbytes.
+# Names next to weights in quantized checkpoints: compressed-tensors and FP8, GPTQ and AWQ, bitsandbytes.
 _QUANTIZED = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "k_scale", "v_scale", "weight_packed"),
     *("weight_shape", "weight_zero_point", "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map"),
     "weight_format",
 )
-# Names in a message before it says how many more there are.
+# Maximum number of names in a message.
 _SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file: its type, its shape, and where its bytes lie."""
+    """A tensor in a file: type, shape, and location of its bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Entry:
 
 
 class Described(Protocol):
-    """What is known of a tensor, whatever the format of its file."""
+    """Type and shape of a tensor in any file format."""
 
     @property
     def dtype(self) -> str: ...
@@ -72,11 +72,11 @@ class Described(Protocol):
 
 
 def faults(folder: Path, config: HfConfig, *, allow_pickle: bool = False) -> list[str]:
-    """What is wrong with a folder's weights, as far as the headers of its files tell.
+    """Return the faults of a folder's weights, from the headers of its files.
 
     Args:
-        config: the content of its `config.json`, with transformers' own values for what it leaves out.
-        allow_pickle: whether `pytorch_model*.bin` will do; those are not looked into.
+        config: the content of its `config.json`, with the defaults of transformers for missing keys.
+        allow_pickle: whether `pytorch_model*.bin` is accepted; such files are not checked.
     """
     absent = absence(folder, allow_pickle=allow_pickle)
     if absent is not None:
@@ -88,7 +88,7 @@ def faults(folder: Path, config: HfConfig, *, allow_pickle: bool = False) -> lis
 
 
 def absence(folder: Path, *, allow_pickle: bool) -> str | None:
-    """Why a folder has no weights that may be read; None where it has some."""
+    """Return why a folder has no usable weights; None if it has some."""
     if any(folder.glob("*.safetensors")):
         return None
     pickled = any(folder.glob(PICKLED))
@@ -99,10 +99,10 @@ def absence(folder: Path, *, allow_pickle: bool) -> str | None:
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
-    """Where each tensor of a folder lies.
+    """Locate the tensors of a folder.
 
     Raises:
-        InputError: everything that is wrong with its files.
+        InputError: its files are damaged or incomplete; lists all faults.
     """
     tensors, found = scan_folder(folder)
     if found:
@@ -111,7 +111,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 
 
 def scan_folder(folder: Path) -> tuple[dict[str, Entry], list[str]]:
-    """Where each tensor of a folder lies, and what is wrong with its files."""
+    """Locate the tensors of a folder, and return the faults of its files."""
     tensors: dict[str, Entry] = {}
     weight_map, found = _weight_map(folder)
     files = sorted(set(weight_map.values())) or ([WHOLE] if (folder / WHOLE).exists() else [])
@@ -127,7 +127,7 @@ def scan_folder(folder: Path) -> tuple[dict[str, Entry], list[str]]:
             entries, size = read_header(folder / name, room)
         except InputError as fault:
             found.append(str(fault))
-            # Of this file nothing is known: what the index says of it is not held against it.
+            # This file is unreadable, so its entries in the index are not checked.
             weight_map = {tensor: file for tensor, file in weight_map.items() if file != name}
             continue
         room -= size
@@ -143,7 +143,7 @@ def scan_folder(folder: Path) -> tuple[dict[str, Entry], list[str]]:
 
 
 def _weight_map(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """File by tensor, as the index has it; empty where there is no index or transformers would not use it."""
+    """Return the index, file by tensor; empty if there is none or transformers would not use it."""
     index = folder / INDEX
     if (folder / WHOLE).exists():
         return {}, []
@@ -164,10 +164,10 @@ def _weight_map(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, by an index of shards.
+    """Read an index of shards: the file of each tensor.
 
     Raises:
-        InputError: it is not an index, or names what cannot be in its folder.
+        InputError: it is not an index, or names files outside its folder.
     """
     try:
         if index.stat().st_size > MAX_HEADER_BYTES:
@@ -177,21 +177,21 @@ def read_index(index: Path) -> dict[str, str]:
     except InputError:
         raise
     except (*DAMAGED, OSError) as error:
-        raise InputError(f"{index.name} is no index of shards ({error}); fetch it again") from error
+        raise InputError(f"{index.name} is not an index of shards ({error}); download it again") from error
     for name in names:
         if not name or not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index.name} names {name!r}, which can be no file of its folder; fetch it again")
+            raise InputError(f"{index.name} names {name!r}, which is outside its folder; download it again")
     return weight_map
 
 
 def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, Entry], int]:
-    """Where each tensor of one file lies, and the header's size in bytes.
+    """Locate the tensors of one file, and return the header's size in bytes.
 
     Args:
-        limit: the most bytes that the header may have.
+        limit: maximum size of the header in bytes.
 
     Raises:
-        InputError: the file is cut short, is not a safetensors file, or its header is too large.
+        InputError: the file is truncated, not a safetensors file, or its header is too large.
     """
     try:
         with path.open("rb") as file:
@@ -199,12 +199,12 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, En
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > size - 8:
                 raise InputError(
-                    f"{path.name} is not a whole safetensors file (its header does not fit in it); fetch it again"
+                    f"{path.name} is not a complete safetensors file (its header does not fit in it); download it again"
                 )
             if length > limit:
                 raise InputError(
                     f"{path.name} has a header of {length} bytes; headers of more than {MAX_HEADER_BYTES} bytes in a"
-                    " folder are refused, as no model that can be converted has them"
+                    " folder are rejected, because no supported model has them"
                 )
             header = json.loads(file.read(length))
         start = 8 + length
@@ -216,7 +216,7 @@ def read_header(path: Path, limit: int = MAX_HEADER_BYTES) -> tuple[dict[str, En
     except OSError as error:
         raise InputError(f"{path.name} cannot be read ({error.strerror})") from error
     except DAMAGED as error:
-        raise InputError(f"{path.name} has a damaged header ({error}); fetch it again") from error
+        raise InputError(f"{path.name} has a damaged header ({error}); download it again") from error
     _refuse_gaps(path, entries, start, size)
     return entries, length
 
@@ -225,30 +225,30 @@ def _entry(path: Path, name: str, value: Mapping[str, Any], start: int, size: in
     dtype, shape = str(value["dtype"]), tuple(int(extent) for extent in value["shape"])
     first, last = (int(offset) for offset in value["data_offsets"])
     if dtype not in ITEM_BYTES:
-        raise InputError(f"{path.name}: {name} is of type {dtype}, which is not known here; save the model in bf16")
+        raise InputError(f"{path.name}: {name} has the unsupported type {dtype}; save the model in bf16")
     if min(shape, default=0) < 0 or last - first != math.prod(shape) * ITEM_BYTES[dtype]:
         raise InputError(f"{path.name}: {name} has {last - first} bytes, not those of {dtype} {list(shape)}")
     if start + last > size:
-        raise InputError(f"{path.name} ends within {name}: it is cut short; fetch it again")
+        raise InputError(f"{path.name} is truncated: it ends within {name}; download it again")
     return Entry(dtype, shape, path, start + first, last - first)
 
 
 def _refuse_gaps(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """Tensors lie end to end from the header to the end of the file, as the library asks too."""
+    """Check that tensors are contiguous from the header to the end of the file, as the library does."""
     places = sorted((entry.offset, entry.bytes, name) for name, entry in entries.items())
     for offset, length, name in places:
         if offset != start:
-            raise InputError(f"{path.name} has a damaged header ({name} does not begin where the one before ends)")
+            raise InputError(f"{path.name} has a damaged header ({name} does not begin at the end of the previous one)")
         start += length
     if start != size:
-        raise InputError(f"{path.name} holds {size - start} bytes more than its header describes; fetch it again")
+        raise InputError(f"{path.name} has {size - start} bytes more than its header describes; download it again")
 
 
 def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[str]:
-    """How tensors differ from those that a `config.json` describes: one sentence for each kind of difference."""
+    """Compare tensors with those that a `config.json` describes; return one sentence per kind of difference."""
     count = tensor_count(config)
     if count > MAX_TENSORS:
-        return [f"config.json describes {count} tensors, more than any model has; fetch it again"]
+        return [f"config.json describes {count} tensors, more than any model has; download it again"]
     quantized = _quantized(tensors)
     if quantized:
         return [f"the weights are quantized ({quantized}); set model.hf_path to the model in bf16"]
@@ -264,14 +264,14 @@ def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[st
     untrainable = [name for name in types if name not in TRAINABLE]
     model_type, found = config["model_type"], []
     if missing:
-        found.append(f"it lacks {_some(missing)}, which config.json describes; fetch the model again")
+        found.append(f"it lacks {_some(missing)}, which config.json describes; download the model again")
     if foreign:
         found.append(
             f"it holds {_some(foreign)}, not a tensor of model_type {model_type}; set model.hf_path to a plain causal"
             " language model, with adapters merged and without other towers"
         )
     if misshapen:
-        found.append(f"shapes differ from config.json: {_some(misshapen)}; fetch config.json and the weights together")
+        found.append(f"shapes differ from config.json: {_some(misshapen)}; download config.json and weights together")
     if untrainable:
         found.append(f"weights of type {', '.join(untrainable)} cannot be trained; save the model in bf16")
     elif len(types) > 1:
@@ -280,7 +280,7 @@ def tensor_faults(tensors: Mapping[str, Described], config: HfConfig) -> list[st
 
 
 def _quantized(tensors: Mapping[str, Described]) -> str:
-    """What shows that a model is quantized, whatever its `config.json` says; empty where nothing does."""
+    """Return signs that a model is quantized, regardless of its `config.json`; empty if there are none."""
     scales = [name for name in tensors if name.rpartition(".")[2] in _QUANTIZED]
     types = sorted({tensor.dtype for tensor in tensors.values() if tensor.dtype.startswith("F8_")})
     signs = [f"tensors of type {', '.join(types)}"] if types else []
@@ -288,18 +288,18 @@ def _quantized(tensors: Mapping[str, Described]) -> str:
 
 
 def _may_be_extra(name: str, config: HfConfig) -> bool:
-    """A tied model may have its output layer saved as well; older Llamas save what the config determines."""
+    """Return whether a tensor is optional: the output layer of a tied model, or buffers of older Llamas."""
     tied_output = name == "lm_head.weight" and bool(config.get("tie_word_embeddings", False))
     return tied_output or name.endswith("rotary_emb.inv_freq")
 
 
 def _some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Format the first few names, and the number of others."""
     shown = list(names)[:_SHOWN]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 
-# Expected tensors. A family's layer by the names of transformers (models/*/modeling_*.py), after `model.layers.N.`.
+# Expected tensors of a family's layer, by the names of transformers (models/*/modeling_*.py) after `model.layers.N.`.
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_NORMS, *(f"{name}.weight" for name in _QKV), "self_attn.o_proj.weight")
@@ -309,7 +309,7 @@ _EXPERT = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def _layer(traits: Traits) -> tuple[str, ...]:
-    """The names of a layer's tensors, experts apart."""
+    """Return the names of a layer's tensors, without experts."""
     parts = (
         (True, _ATTENTION),
         (traits.qk_norm, _QK_NORM),
@@ -323,7 +323,7 @@ def _layer(traits: Traits) -> tuple[str, ...]:
 
 
 def _outside(config: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors that belong to no layer."""
+    """Return the names of the tensors outside the layers."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += ["model.norm.bias"] if traits_of(config).norm_bias else []
     return names if config.get("tie_word_embeddings", False) else [*names, "lm_head.weight"]
@@ -334,7 +334,7 @@ def _experts(config: Mapping[str, Any]) -> int:
 
 
 def tensor_count(config: Mapping[str, Any]) -> int:
-    """How many tensors a model with this `config.json` has."""
+    """Count the tensors of a model with this `config.json`."""
     in_layer = len(_layer(traits_of(config))) + _experts(config) * len(_EXPERT)
     return int(config["num_hidden_layers"]) * in_layer + len(_outside(config))
 
@@ -349,7 +349,7 @@ def _names(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a model with this `config.json`."""
+    """Return the shape of every tensor of a model with this `config.json`."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     queries, keys = heads * size, (config.get("num_key_value_heads") or heads) * size

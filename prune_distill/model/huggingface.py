@@ -1,4 +1,4 @@
-"""Hugging Face folders: finding them, and what of them goes along with a model."""
+"""Locate or download Hugging Face folders, and copy their side files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from prune_distill.regular_files import folder_faults
 def local_folder(
     source: Path | str, revision: str | None, *, weights: bool, allow_pickle: bool = False, model: bool = True
 ) -> Path:
-    """The folder of a Hugging Face model; a Hub id is downloaded into the Hub's cache, where it left off.
+    """Return the folder of a Hugging Face model. A Hub id is downloaded to the Hub's cache; the download resumes.
 
     Args:
-        weights: whether the weights are wanted, or only what describes the model.
-        allow_pickle: whether `pytorch_model*.bin` will do for weights.
-        model: whether the model has to be one that can be converted; otherwise only its tokenizer is used.
+        weights: whether the weights are needed, or only the other files.
+        allow_pickle: whether `pytorch_model*.bin` is accepted as weights.
+        model: whether the model must be convertible; otherwise only its tokenizer is used.
 
     Raises:
-        InputError: neither a folder with a config.json nor a repository that can be had, or one that brings code, or
-            holds files that must not be read (see `prune_distill.regular_files`).
+        InputError: neither a folder with a config.json nor an available repository, or one that needs code, or
+            contains special files (see `prune_distill.regular_files`).
     """
     folder = Path(source)
     if not folder.exists():
@@ -37,15 +37,15 @@ def local_folder(
     elif faults := folder_faults(folder):
         raise InputError("\n".join(faults))
     for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and _asks_for_code(folder / name):
+        if (folder / name).exists() and _needs_custom_code(folder / name):
             raise InputError(
-                f"{folder / name} asks for code of its own (auto_map), which is never run here; use a model whose"
+                f"{folder / name} needs custom code (auto_map), which is never run; use a model whose"
                 " class is part of transformers, or take auto_map out if it needs none of that code"
             )
     return folder
 
 
-def _asks_for_code(path: Path) -> bool:
+def _needs_custom_code(path: Path) -> bool:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -63,18 +63,18 @@ def _download(repository: str, revision: str | None, weights: bool, allow_pickle
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub client's own errors, and its network library's
         raise InputError(
-            f"model.hf_path={repository} is no folder and can't be had from the Hub ({type(error).__name__}: {error});"
+            f"model.hf_path={repository}: not a folder, and the Hub download failed ({type(error).__name__}: {error});"
             " download it where there is a network and set model.hf_path to its folder"
         ) from error
 
 
 def hub_commit(folder: Path) -> str | None:
-    """The commit of a model that came from the Hub: its cache keeps one folder a commit."""
+    """Return the commit of a model from the Hub, whose cache has one folder per commit."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, generation config and chat template as they are, and config.json with them."""
+    """Copy tokenizer, generation config, chat template and config.json unchanged."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (*SIDE_FILES, "config.json"):
         if (source / name).exists():

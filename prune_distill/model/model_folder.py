@@ -1,4 +1,4 @@
-"""What can be known of a Hugging Face model's folder before anything is started. No torch."""
+"""Check a Hugging Face model's folder before a run starts. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from prune_distill.regular_files import folder_faults
 
 
 def faults(folder: Path, *, complete: bool, allow_pickle: bool = False) -> list[str]:
-    """The faults of a model's folder, one line each, naming the file.
+    """Return the faults of a model's folder, one line each, with the file.
 
     Args:
-        complete: whether weights and tokenizer have to be there, or only `config.json`.
-        allow_pickle: whether `pytorch_model*.bin` is accepted where there are no safetensors.
+        complete: whether weights and tokenizer are required, or only `config.json`.
+        allow_pickle: whether `pytorch_model*.bin` is accepted if there are no safetensors.
     """
     if found := folder_faults(folder):
         return found
@@ -25,6 +25,6 @@ def faults(folder: Path, *, complete: bool, allow_pickle: bool = False) -> list[
 
 
 def check(folder: Path, *, complete: bool, allow_pickle: bool = False) -> None:
-    """Raises: InputError, with all faults of the folder, one line each."""
+    """Check a folder. Raises: InputError, with all faults, one line each."""
     if found := faults(folder, complete=complete, allow_pickle=allow_pickle):
         raise InputError("\n".join(found))

@@ -1,4 +1,4 @@
-"""How many parameters a model has, in all and on one rank.
+"""Count the parameters of a model, in total and on one rank.
 
 Decoders of `prune_distill.schema.Family`: grouped-query attention, with or without biases, query and key norms and a
 gate; an MLP in each layer, or a router and experts.
@@ -10,12 +10,12 @@ from typing import TypedDict
 
 from prune_distill.schema import Family, Shape
 
-# What a `Shape` says of a mixture of experts, and of no other model.
+# Fields of `Shape` that only MoE models have.
 EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 
 
 class ModelSizes(TypedDict, total=False):
-    """A model's sizes, as reports name them."""
+    """A model's sizes, by their names in reports."""
 
     params: int
     num_layers: int
@@ -26,12 +26,12 @@ class ModelSizes(TypedDict, total=False):
 
 
 def parameters(shape: Shape, family: Family) -> int:
-    """All parameters, a tied embedding counted once: transformers' `num_parameters()`."""
+    """Count all parameters, a tied embedding once, like transformers' `num_parameters()`."""
     return rank_parameters(shape, family)
 
 
 def active_parameters(shape: Shape, family: Family) -> int:
-    """The parameters that a token meets: of a mixture's experts those that it is sent to."""
+    """Count the active parameters of a token: of the experts only those to which it is routed."""
     idle = expert_weights(shape, family) * ((shape.num_moe_experts or 0) - (shape.moe_router_topk or 0))
     return parameters(shape, family) - shape.num_layers * idle
 
@@ -44,11 +44,11 @@ def rank_parameters(
     stage: int = 0,
     expert_parallel: int = 1,
 ) -> int:
-    """Parameters that one rank holds.
+    """Count the parameters on one rank.
 
-    Weights are cut over the tensor-parallel ranks; norms and a mixture's router are on each, and so are the experts,
-    which are shared out over the expert-parallel ranks. The first pipeline stage has the embedding, the last one the
-    final norm and the output layer: of its own, or a second copy of a tied embedding.
+    Weights are sharded over tensor-parallel ranks. Norms, the router and the experts are on each of them; experts
+    are distributed over expert-parallel ranks. The first pipeline stage has the embedding, the last one the
+    final norm and the output layer, or a second copy of a tied embedding.
 
     Args:
         tensor_parallel: number of tensor-parallel ranks; divides heads, groups, FFN and vocabulary.
@@ -74,19 +74,19 @@ def rank_parameters(
 
 
 def rank_experts(shape: Shape, family: Family, pipeline_parallel: int = 1, expert_parallel: int = 1) -> int:
-    """Of the parameters that one rank holds those of experts; 0 of a dense model."""
+    """Count the parameters of experts on one rank; 0 for a dense model."""
     layer_params = (shape.num_moe_experts or 0) // expert_parallel * expert_weights(shape, family)
     return shape.num_layers // pipeline_parallel * layer_params
 
 
 def expert_weights(shape: Shape, family: Family) -> int:
-    """Parameters of one expert of one layer; 0 of a dense model."""
+    """Count the parameters of one expert of one layer; 0 for a dense model."""
     return _mlp_weights(shape.moe_ffn_hidden_size or 0, shape, family)
 
 
 def layer_weights(shape: Shape, family: Family) -> int:
-    """Parameters of one layer's matrix products that a token goes through: queries, keys, values, projection; gate (if
-    any), up, down, or the router and those of the experts that it chooses."""
+    """Count the parameters of one layer's matmuls for a token: queries, keys, values, projection; gate (if any), up,
+    down, or the router and the selected experts."""
     if not shape.num_moe_experts:
         return _attention_weights(shape) + _mlp_weights(shape.ffn_hidden_size, shape, family)
     router, chosen = shape.hidden_size * shape.num_moe_experts, shape.moe_router_topk or 0
@@ -103,5 +103,5 @@ def _mlp_weights(channels: int, shape: Shape, family: Family) -> int:
 
 
 def product_weights(shape: Shape, family: Family) -> int:
-    """Parameters that each token is multiplied with: all layers and the output layer, tied or not; no look-ups."""
+    """Count the parameters of all matmuls of a token: all layers and the output layer, tied or not; no look-ups."""
     return shape.num_layers * layer_weights(shape, family) + shape.vocab_size * shape.hidden_size

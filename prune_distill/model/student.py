@@ -1,7 +1,7 @@
-"""What students a config's prune section asks for, and what each of them costs. No torch.
+"""The shapes of students that a config's prune section allows, and their costs. No torch.
 
-A section that names sizes asks for one shape. One with a budget asks for a search: `candidates` are the shapes that it
-chooses among, known from the config alone (but for a limit on latency, which has to be measured).
+A section with sizes determines one shape. A section with a budget starts a search among `candidates`, which are
+known from the config alone (except for a limit on latency, which must be measured).
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from prune_distill.schema import (
 )
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-# Further ones that pruning has, of mixtures; no search varies them.
+# More axes of pruning, for MoE models; no search varies them.
 EXPERT_AXES = ("num_moe_experts", "moe_ffn_hidden_size")
-# What matrix units like; Minitron's own step is 64 (modelopt/torch/prune/plugins/mcore_minitron.py:230).
+# Efficient for matrix units; Minitron's step is 64 (modelopt/torch/prune/plugins/mcore_minitron.py:230).
 FINE_STEP = 64
 COARSE_STEP = 128
-# Sizes from here on are searched in the coarse step.
+# Sizes from this one on are searched in the coarse step.
 LARGE = 2048
 GB = 1e9
-# Rounds of pruning before the last for which there are stages.
+# Maximum number of rounds of pruning before the last one.
 MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a shape costs: parameters, bytes of weights and KV cache, milliseconds (None: not measured)."""
+    """Cost of a shape: parameters, bytes of weights and KV cache, milliseconds (None: not measured)."""
 
     params: int
     memory: float
@@ -50,14 +50,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Space:
-    """Everything that decides which shapes a search may choose; hashable, so that it is worked out once.
+    """Everything that determines the shapes of a search; hashable, so that results are cached.
 
     Attributes:
         teacher: the fields of the teacher's `Shape`.
-        tensor, pipeline: parallelism of the distillation; divides what it cuts.
-        sequences, tokens: the batch and its length that memory is estimated for.
-        width: bytes of a stored weight and of a cached key or value.
-        limits: params, memory (bytes), latency (ms); infinite where there is none.
+        tensor, pipeline: parallelism of the distillation, which must divide sizes and layers.
+        sequences, tokens: batch size and length for the memory estimate.
+        width: bytes per weight and per cached key or value.
+        limits: params, memory (bytes), latency (ms); infinite without a limit.
     """
 
     family: Family
@@ -86,7 +86,7 @@ Latency = Callable[[Shape], float]
 
 
 def build_space(cfg: RunConfig) -> Space:
-    """The search space of a config with a budget and a known teacher; shares become absolute limits."""
+    """Return the search space of a config with a budget and a known teacher, with absolute limits."""
     budget, parallel = cfg.prune.budget, cfg.distill.parallel
     assert budget is not None
     teacher = cast(Shape, cfg.model.shape)
@@ -114,10 +114,10 @@ def _least(absolute: float | None, share: float | None, whole: float) -> float:
 
 
 def candidates(space: Space, latency: Latency | None = None) -> list[Shape]:
-    """The shapes that a search chooses among: within the limits, and none of them inside another one.
+    """Return the candidates of a search: shapes within the limits, none of which is smaller than another on all axes.
 
     Args:
-        latency: milliseconds of a shape; where None, a limit on latency is not looked at.
+        latency: returns milliseconds of a shape; None: ignore a limit on latency.
     """
     found = list(_within_limits(space, latency)) if latency else list(_known(space))
     return _thinned(found, space.most)
@@ -145,7 +145,7 @@ def _within_limits(space: Space, latency: Latency | None) -> list[Shape]:
 def _largest_ffn(
     space: Space, layers: int, hidden: int, heads: int, groups: int, latency: Latency | None
 ) -> Shape | None:
-    """Every limit grows with every size, so that of shapes alike but for the FFN only the largest is of interest."""
+    """Return the shape with the largest FFN within the limits; costs grow with every size, so others are not needed."""
     for ffn in reversed(ffns(space)):
         shape = dataclasses.replace(
             space.shape,
@@ -161,16 +161,16 @@ def _largest_ffn(
 
 
 def fits(space: Space, shape: Shape, latency: Latency | None = None) -> bool:
-    """Whether a shape is within the limits."""
+    """Return whether a shape is within the limits."""
     cost = space.cost(shape)
     params, memory, milliseconds = space.limits
     return cost.params <= params and cost.memory <= memory and (latency is None or latency(shape) <= milliseconds)
 
 
 def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
-    """Whether transformers loads a student of this shape wherever it loads the teacher.
+    """Return whether transformers loads a student of this shape if it loads the teacher.
 
-    transformers 5 wants Llama's hidden size to be a multiple of its heads, unlike those of other families.
+    transformers 5 requires Llama's hidden size to be a multiple of its heads, unlike for other families.
     """
     if not family.traits.heads_divide_hidden or teacher.hidden_size % teacher.num_attention_heads:
         return True
@@ -178,7 +178,7 @@ def loadable(shape: Shape, family: Family, teacher: Shape) -> bool:
 
 
 def widths(space: Space) -> list[tuple[int, int, int]]:
-    """Hidden sizes with heads and query groups that transformers loads together."""
+    """Return combinations of hidden size, heads and query groups that transformers loads."""
     return [
         (hidden, heads, groups)
         for (heads, groups), hidden in itertools.product(attentions(space), hiddens(space))
@@ -205,7 +205,7 @@ def ffns(space: Space) -> list[int]:
 
 
 def attentions(space: Space) -> list[tuple[int, int]]:
-    """Heads and query groups: whole groups, with as many heads in each (Minitron cuts both so)."""
+    """Return combinations of heads and query groups with equal heads per group, as in Minitron."""
     heads, groups = space.shape.num_attention_heads, space.shape.num_query_groups
     kept = 1 - space.max_width_pruning - 1e-9
     return [
@@ -217,14 +217,14 @@ def attentions(space: Space) -> list[tuple[int, int]]:
 
 
 def _steps(whole: int, cut: float, divisor: int) -> list[int]:
-    """The teacher's size, and multiples of the step below it."""
+    """Return the teacher's size, and multiples of the step below it."""
     step = math.lcm(COARSE_STEP if whole >= LARGE else FINE_STEP, divisor)
     least = max(1, math.ceil(whole * (1 - cut) - 1e-9))
     return [*range(math.ceil(least / step) * step, whole, step), whole]
 
 
 def smallest(space: Space) -> Shape:
-    """The smallest shape, by parameters, within the bounds on cuts, whatever the limits."""
+    """Return the smallest shape, by parameters, within the bounds on pruning, without limits."""
     least = [
         dataclasses.replace(
             space.shape,
@@ -240,23 +240,23 @@ def smallest(space: Space) -> Shape:
 
 
 def _thinned(shapes: list[Shape], most: int) -> list[Shape]:
-    """At most so many, evenly spread over the order in which they were enumerated: by depth, heads, hidden size."""
+    """Select at most `most` shapes, evenly spaced in the order of enumeration: depth, heads, hidden size."""
     if len(shapes) <= most:
         return shapes
     return [shapes[index * len(shapes) // most] for index in range(most)]
 
 
 def student_shape(cfg: RunConfig) -> Shape:
-    """The student's shape: the teacher's with the sizes of the prune section. Needs `model.shape`.
+    """Return the student's shape: the teacher's with the sizes of the prune section. Needs `model.shape`.
 
-    With a budget, the largest of the candidates by parameters, as which one it will be is not known yet: what is
-    estimated from it is the most that the run will need. Where none is known, the teacher's own shape stands for it.
+    With a budget, return the largest candidate by parameters, because the student is not known yet: estimates from it
+    are upper bounds. Without candidates, return the teacher's shape.
     """
     return max(student_shapes(cfg), key=lambda shape: parameters(shape, cfg.model.family))
 
 
 def student_shapes(cfg: RunConfig) -> list[Shape]:
-    """The shapes of which the student will have one."""
+    """Return the possible shapes of the student."""
     if cfg.prune.budget is None:
         return [resize(shape_to_prune(cfg), cfg.prune)]
     space = build_space(cfg)
@@ -264,7 +264,7 @@ def student_shapes(cfg: RunConfig) -> list[Shape]:
 
 
 def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
-    """The shape that so many rounds leave (None: all before the last): the teacher's, where there are none."""
+    """Return the shape after a number of rounds (None: all before the last); without rounds, the teacher's."""
     shape = cast(Shape, cfg.model.shape)
     for earlier in cfg.prune.rounds[:rounds]:
         shape = resize(shape, earlier)
@@ -272,13 +272,13 @@ def shape_to_prune(cfg: RunConfig, rounds: int | None = None) -> Shape:
 
 
 def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
-    """What makes the config of a run that of its round `number`, from 1: values by dotted key."""
+    """Return the settings of round `number`, from 1, by dotted key."""
     own = cfg.prune.rounds[number - 1]
     return {
         **{f"prune.{name}": getattr(own, name) for name in (*AXES, *EXPERT_AXES, "drop_layers")},
         "prune.rounds": cfg.prune.rounds[: number - 1],
         "distill.max_steps": own.steps,
-        # These speak of the last distillation's own steps, or of stages before it.
+        # These refer to steps of the last distillation, or to stages before it.
         **{f"distill.{name}": [] for name in ("phases", "skip_steps", "controls")},
         "distill.teacher_logits": TeacherLogits.live,
         "distill.swap_teacher_at_step": None,
@@ -286,19 +286,19 @@ def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
 
 
 def needs_importance(prune: PruneConfig) -> bool:
-    """Whether anything is pruned but layers that are named, or chosen as a block."""
+    """Return whether anything is pruned except layers that are named or chosen as a block."""
     by_importance = prune.num_layers is not None and prune.layer_selection is LayerSelection.importance
     widths = any(getattr(prune, axis) is not None for axis in (*AXES[1:], *EXPERT_AXES))
     return by_importance or widths or prune.budget is not None
 
 
 def runs_teacher(prune: PruneConfig) -> bool:
-    """Whether pruning runs the teacher forward at all: only layers that are named are dropped without."""
+    """Return whether pruning runs the teacher, which only dropping named layers does not."""
     return not prune.drop_layers or needs_importance(prune)
 
 
 def resize(shape: Shape, sizes: TargetSizes) -> Shape:
-    """A shape after a round of pruning to these sizes."""
+    """Return a shape after a round of pruning to these sizes."""
     targets = {axis: size for axis in (*AXES, *EXPERT_AXES) if (size := getattr(sizes, axis)) is not None}
     targets.setdefault("num_layers", shape.num_layers - len(sizes.drop_layers or ()))
     return dataclasses.replace(shape, **targets)

@@ -1,7 +1,7 @@
-"""A stage's folder: where it is, what it was made from, and whether it is complete. No torch, no NeMo.
+"""The folder of a stage: its location, its inputs, and whether it is complete. No torch, no NeMo.
 
-The folder's name ends in a hash of everything that decides its content (see `prune_distill.pipeline.identity`).
-`manifest.json` is written last, atomically; a folder without it is resumed or redone, never read.
+The folder's name ends in a hash of everything that determines its content (see `prune_distill.pipeline.identity`).
+`manifest.json` is written last, atomically. A folder without it is incomplete: it is resumed, never read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from prune_distill.pipeline.stage import External, Source, Stage
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
-# What readers of a manifest rely on.
+# Types that readers of a manifest rely on.
 _MANIFEST_TYPES: dict[str, Any] = {
     **dict.fromkeys(("inputs", "versions", "metrics", "outputs"), dict),
     **dict.fromkeys(("started", "ended", "seconds"), (int, float)),
@@ -45,10 +45,10 @@ _MANIFEST_TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Located:
-    """One stage of a run: its config, the folder it writes, and where its inputs are.
+    """One stage of a run: its config, its output folder, and its inputs.
 
     Attributes:
-        inputs: path by input name; a Hub id stays as it is, a glob gives a tuple of files.
+        inputs: path by input name; a Hub id is unchanged, and a glob becomes a tuple of files.
         input_hashes: identity by input name.
     """
 
@@ -61,7 +61,7 @@ class Located:
 
     @property
     def complete(self) -> bool:
-        """Whether the folder holds this stage's whole result, within the limits that the config sets for it."""
+        """Whether the folder contains the complete result, within the limits of the config."""
         manifest = read_manifest(self.folder, self.config_hash)
         return manifest is not None and all(
             manifest.get("metrics", {}).get(metric, 0) <= get_value(self.cfg, key)
@@ -69,12 +69,12 @@ class Located:
         )
 
     def settings(self) -> dict[str, Any]:
-        """Values by key that change what the stage writes without being part of its identity."""
+        """Values by key that affect the output without being part of the identity."""
         shown = {key: hashed_values(get_value(self.cfg, key)) for key in self.stage.shows}
         return {**shown, **dict(recorded_values(self.stage.sections, self.cfg))}
 
     def ignored_changes(self) -> list[str]:
-        """What a complete stage was made with and the config now says otherwise: `key=value (it has VALUE)`."""
+        """Settings that have changed since the stage was completed, as `key=value (it has VALUE)`."""
         manifest = read_manifest(self.folder, self.config_hash) or {}
         before, now = manifest.get("settings", {}), self.settings()
         return [
@@ -85,19 +85,19 @@ class Located:
 
 
 def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Located]:
-    """Where every stage of a run is, in the order in which they run.
+    """Locate every stage of a run, in order.
 
     Args:
         cfg: the run.
-        stages: the table, of which the run takes those that `cfg` wants.
+        stages: the stage table, from which the stages that `cfg` needs are selected.
 
     Raises:
-        ConfigError: files of the user's that are missing or cannot be read, all of them in one message.
+        ConfigError: files of the user are missing or cannot be read; lists all of them.
     """
     located: dict[str, Located] = {}
     faults: dict[str, str] = {}
     run_dir = Path(cfg.run_dir)
-    input_digests.recall(run_dir)
+    input_digests.load_cache(run_dir)
     for stage in [stage for stage in stages if stage.wanted(cfg)]:
         stage_cfg = stage.configure(cfg)
         inputs: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
                 inputs[name], hashes[name] = _find(source, located)
             except (FileNotFoundError, ConfigError) as error:
                 for fault in map(str, error.faults) if isinstance(error, ConfigError) else [str(error)]:
-                    # Once, though several stages may read it.
+                    # Report a file once, although several stages may read it.
                     faults.setdefault(fault, f"stage {stage.name}, input {name}: {fault}")
         config_hash = hash_stage(stage, stage_cfg, hashes)
         folder = run_dir / (stage.folder or f"{stage.name}-{config_hash[:8]}")
@@ -119,7 +119,7 @@ def locate(cfg: RunConfig, stages: Sequence[Stage] = STAGES) -> dict[str, Locate
 
 
 def _find(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
-    """The path and the identity of an input."""
+    """Return the path and the identity of an input."""
     if isinstance(source, External):
         return find_external(source)
     made = located[source.stage]
@@ -127,15 +127,15 @@ def _find(source: Source, located: dict[str, Located]) -> tuple[Any, str]:
 
 
 def remember_inputs(run_dir: Path) -> None:
-    """Keeps the digests of the user's files in a run's folder, so that its stages need not read them again."""
-    content = input_digests.to_remember(run_dir)
+    """Save the digests of the user's files in a run's folder, so that its stages do not read them again."""
+    content = input_digests.build_cache(run_dir)
     if content is not None and run_dir.is_dir():
         with suppress(OSError):
-            write_json(run_dir / input_digests.REMEMBERED, content)
+            write_json(run_dir / input_digests.CACHE, content)
 
 
 def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any] | None:
-    """The manifest of a complete stage folder, or None: absent, unreadable, or (if asked) of another identity."""
+    """Read the manifest of a complete stage folder; None if it is missing, unreadable, or has another `config_hash`."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
@@ -144,21 +144,21 @@ def read_manifest(folder: Path, config_hash: str | None = None) -> dict[str, Any
         return None
     if config_hash not in (None, manifest.get("config_hash")):
         return None
-    # What others read of it without a further look.
+    # Readers rely on these types without further checks.
     if not all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items() if key in manifest):
         return None
     return manifest
 
 
 def add_crc32(content: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object as it will be read from a file, with a key `crc32` that vouches for all others."""
-    # JSON has no tuples, and text for keys.
+    """Return a JSON object as it is read from a file, with a checksum of all other keys in `crc32`."""
+    # JSON has no tuples, and keys are strings.
     plain: dict[str, Any] = json.loads(json.dumps(_finite(content)))
     return {**plain, "crc32": _content_crc32(plain)}
 
 
 def is_intact(content: dict[str, Any]) -> bool:
-    """Whether a JSON object that was read has what `add_crc32` vouched for."""
+    """Return whether a JSON object matches the checksum of `add_crc32`."""
     return content.get("crc32") == _content_crc32(content)
 
 
@@ -174,12 +174,12 @@ def write_manifest(
     metrics: dict[str, Any],
     peak_memory: dict[str, int | None] | None = None,
 ) -> None:
-    """Declares a stage's folder complete, with a record of its files in `outputs.json`.
+    """Declare a stage's folder complete, with a record of its files in `outputs.json`.
 
-    Times are seconds since the epoch; `seconds` is the last process's share.
+    Times are seconds since the epoch; `seconds` is the duration of the last process.
     """
     run_dir = located.folder.parent
-    # Other processes of an array may still add to the metrics of work that they share.
+    # Other processes of an array may still append to the metrics of shared work.
     names = list_outputs(located.folder, () if located.stage.trains else (METRICS,))
     manifest = {
         "stage": located.stage.name,
@@ -201,10 +201,10 @@ def write_manifest(
     _declare(located.folder, manifest, digests(located.folder, names))
 
 
-def record_again(folder: Path, names: Sequence[str]) -> None:
-    """Records some files of a complete folder as they are now; where nothing is recorded, nothing is done.
+def update_record(folder: Path, names: Sequence[str]) -> None:
+    """Update the record of some files in a complete folder, if it has a record.
 
-    For what is rewritten on purpose after its stage. Other files keep what was recorded of them.
+    For files that are rewritten on purpose after their stage. The entries of other files do not change.
     """
     manifest = read_manifest(folder)
     record = folder / OUTPUTS
@@ -214,7 +214,7 @@ def record_again(folder: Path, names: Sequence[str]) -> None:
 
 
 def _declare(folder: Path, manifest: dict[str, Any], entries: Entries) -> None:
-    """Writes the record of a folder's files, then the manifest, whose CRC-32s vouch for both."""
+    """Write the record of a folder's files, then the manifest, which contains the CRC-32s of both."""
     write_json(folder / OUTPUTS, dict(sorted(entries.items())))
     outputs = {
         "files": len(entries),
@@ -235,7 +235,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of a stage's state file; empty where it has none."""
+    """Read a stage's state file; empty if there is none."""
     try:
         state: Any = json.loads((folder / STATE).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -244,7 +244,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def in_use(run_dir: Path) -> bool:
-    """Whether a launcher, or a stage that it left, holds a run folder."""
+    """Return whether a launcher, or a stage that outlives it, holds the lock of a run folder."""
     try:
         with (run_dir / LOCK).open() as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -256,9 +256,9 @@ def in_use(run_dir: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file so that a reader sees the old content or the new, never a part.
+    """Write a JSON file atomically.
 
-    Numbers that are not finite are written as null: JSON has none, and not every reader takes Python's.
+    Non-finite numbers are written as null, because JSON does not have them and not every reader accepts Python's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
@@ -271,15 +271,15 @@ def _relative(path: Any, run_dir: Path) -> Any:
 
 
 def _word(value: Any) -> str:
-    """A value as a command line takes it."""
+    """Format a value for the command line."""
     return json.dumps(value).replace(" ", "").replace('"', "")
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder, or a file in its place, renamed to `.removed.NAME` first, so that a kill halfway leaves nothing
-    that looks whole.
+    """Remove a folder, or a file in its place. It is first renamed to `.removed.NAME`, so that a killed process never
+    leaves a folder that looks complete.
 
-    Errors while removing are ignored: a process that outlives its killed rank may still be writing there.
+    Errors are ignored: a process that outlives its killed rank may still write to the folder.
     """
     removed = path.with_name(f".removed.{path.name.lstrip('.')}")
     shutil.rmtree(removed, ignore_errors=True)  # of an earlier attempt

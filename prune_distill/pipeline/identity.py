@@ -1,4 +1,4 @@
-"""The hash that identifies a stage's result: of its config, its inputs and the libraries. No torch, no NeMo."""
+"""Hash the config, inputs and libraries of a stage, which identify its result. No torch, no NeMo."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from prune_distill.pipeline.stage import External, Stage
 from prune_distill.schema import RunConfig
 from prune_distill.schema.fields import Identity, identity_of
 
-# What a result may depend on; torch's build suffix (+cpu, +cu13) is placement and cut off.
+# Libraries that affect results. torch's build suffix (+cpu, +cu13) does not count, and is removed.
 LIBRARIES = ("torch", "nemo_toolkit", "megatron-core", "nvidia-modelopt", "transformers", "tokenizers")
 
 
 def hash_stage(stage: Stage, cfg: RunConfig, input_hashes: Mapping[str, str]) -> str:
-    """The hash of a stage's result.
+    """Hash everything that identifies a stage's result.
 
     Args:
-        cfg: the config as the stage sees it.
-        input_hashes: the identity of each input by name.
+        cfg: the config of the stage.
+        input_hashes: identity of each input by name.
     """
     return _hash(
         {
@@ -48,7 +48,7 @@ def _hash(value: Any) -> str:
 
 
 def find_external(source: External) -> tuple[Any, str]:
-    """The path and the identity of an input of the user's; see `Located.inputs`.
+    """Return the path and the identity of a user's input; see `Located.inputs`.
 
     Raises:
         ConfigError: a file that cannot be read.
@@ -58,11 +58,11 @@ def find_external(source: External) -> tuple[Any, str]:
     for pattern in source.paths:
         matches = find_existing(pattern)
         if not matches and not is_on_hub(pattern) and not (source.hub and may_be_hub_id(pattern)):
-            raise FileNotFoundError(f"{pattern!r} does not exist; set the path of what is to be read")
+            raise FileNotFoundError(f"{pattern!r} does not exist; set the path of an existing file or folder")
         found += matches or [pattern]
     if len(found) == 1 and not os.path.exists(found[0]):
         return found[0], _hash(["hub", found[0], source.revision])
-    # What is named twice is read once.
+    # Paths that are listed twice are read once.
     paths = drop_duplicates(found)
     local = iter(fingerprints([Path(path) for path in paths if not is_on_hub(path)], source.documents))
     identities = [_hash(["hub", path]) if is_on_hub(path) else next(local) for path in paths]
@@ -72,16 +72,16 @@ def find_external(source: External) -> tuple[Any, str]:
 
 
 def fingerprints(paths: Sequence[Path], documents: bool = False) -> list[str]:
-    """Identities of files and folders: the content of a file; the names and contents of a folder's files.
+    """Return the identities of files (their content) and folders (names and contents of their files).
 
     Args:
-        documents: whether of a folder only the files of documents count.
+        documents: whether only document files in folders count.
 
     Raises:
         ConfigError: a file that cannot be read.
         FileNotFoundError: there is nothing at a path.
     """
-    groups = [_files_that_count(path, documents) for path in paths]
+    groups = [_list_relevant_files(path, documents) for path in paths]
     known = iter(input_digests.digests([file for group in groups for file in group]))
     return [
         _hash([[str(file.relative_to(path)), next(known)] for file in group]) if path.is_dir() else next(known)
@@ -89,7 +89,7 @@ def fingerprints(paths: Sequence[Path], documents: bool = False) -> list[str]:
     ]
 
 
-def _files_that_count(path: Path, documents: bool) -> list[Path]:
+def _list_relevant_files(path: Path, documents: bool) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
     if not path.is_dir():
@@ -98,7 +98,7 @@ def _files_that_count(path: Path, documents: bool) -> list[Path]:
 
 
 def hashed_values(value: Any) -> Any:
-    """The part of a config value that is in a hash, as plain data: all but fields with another `Identity`."""
+    """Return the hashed part of a config value as plain data: fields with `Identity.hashed`."""
     if dataclasses.is_dataclass(value):
         return {
             field.name: hashed_values(getattr(value, field.name))
@@ -115,7 +115,7 @@ def hashed_values(value: Any) -> Any:
 
 
 def recorded_values(keys: Iterable[str], cfg: RunConfig) -> Iterator[tuple[str, Any]]:
-    """The values of the fields with `Identity.recorded` under some dotted keys, by dotted key."""
+    """Yield the fields with `Identity.recorded` below some dotted keys, with their values."""
     for key in keys:
         section = get_value(cfg, key)
         for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
@@ -127,30 +127,30 @@ def recorded_values(keys: Iterable[str], cfg: RunConfig) -> Iterator[tuple[str, 
 
 
 def libraries(cfg: RunConfig, more: Sequence[str] = ()) -> dict[str, str]:
-    """What a stage's results depend on besides config and inputs: the installed libraries, or the container's image.
+    """Return the libraries, or the container image, on which a stage's results depend.
 
-    The machine that submits jobs cannot see into the image, and has to find the same folders as they do.
+    The machine that submits jobs cannot inspect the image, but must find the same folders as the jobs.
 
     Args:
-        more: libraries that decide this stage's result, besides those of all stages.
+        more: libraries that affect this stage, in addition to those of all stages.
     """
     image = cfg.cluster.slurm and cfg.cluster.slurm.container_image
     return {"container_image": image} if image else {**library_versions(), **versions_of(more)}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide all results."""
+    """Return the versions of the libraries that affect all results."""
     return versions_of(LIBRARIES)
 
 
 def versions_of(names: Sequence[str]) -> dict[str, str]:
-    """Versions of distributions without their build suffix, `absent` where one is not installed."""
+    """Return the versions of distributions without build suffix; `absent` for those that are not installed."""
     return {name: (installed_version(name) or "absent").split("+")[0] for name in names}
 
 
 @cache
 def installed_version(name: str) -> str | None:
-    """The version of an installed distribution, None where there is none. Nothing is imported."""
+    """Return the version of a distribution without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -159,7 +159,7 @@ def installed_version(name: str) -> str | None:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `-dirty` where it was changed; None outside a git checkout."""
+    """Return the commit of the running code, with `-dirty` if it has changes; None outside a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None

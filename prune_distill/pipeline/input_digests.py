@@ -1,8 +1,8 @@
-"""Digests of the user's files, remembered in the run's folder for as long as a file keeps its size and times.
+"""Compute digests of the user's files, and cache them in the run's folder while size and times do not change.
 
-A digest covers all of a file's content. It is computed again only if the file's size, modification time or change time
-is not the remembered one: a copied or touched file keeps its identity, one that was edited in place gets another. The
-change time also reveals an edit that restored the modification time. No torch, no NeMo.
+A digest covers the whole content of a file. It is computed again if the size, modification time or change time of the
+file differs from the cached one: a copied or touched file keeps its identity, an edited one gets a new identity. The
+change time also reveals edits that restore the modification time. No torch, no NeMo.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import xxhash
 
 from prune_distill.errors import ConfigError
 
-# In a run's folder, shared by the launcher and the stages; without it, everything is read again.
-REMEMBERED = ".inputs.json"
-# Faster than any disk. SHA-256 and BLAKE2 reach 0.2 to 0.6 GB/s per core on processors without instructions for them.
-# The digest has to reveal changes, not to resist an adversary, who could edit the run's folder as well.
+# Cache file in a run's folder, shared by the launcher and the stages. Without it, all files are read again.
+CACHE = ".inputs.json"
+# Faster than any disk. SHA-256 and BLAKE2 reach 0.2 to 0.6 GB/s per core on processors without special instructions.
+# The digest must reveal changes, but need not resist an adversary, who could also edit the run's folder.
 ALGORITHM = "xxh3_128"
 BLOCK_BYTES = 4 << 20
 MOST_THREADS = 8
-# A file that was written so shortly before it is read may change again within one tick of its file system's clock.
+# A file that was written just before it is read may change again within one tick of the file system's clock.
 SETTLED_NS = 2_000_000_000
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -47,12 +47,12 @@ class Record(NamedTuple):
         return self[:3] == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-# What this process knows, by absolute path: the real path may be another one inside a container.
+# Records of this process by absolute path. Real paths may differ inside a container.
 _records: dict[str, Record] = {}
 
 
 def digests(files: Iterable[Path]) -> list[str]:
-    """Digests of regular files, in their order; those that are not remembered are computed, several at a time.
+    """Return the digests of regular files, in order. Digests that are not cached are computed in parallel.
 
     Raises:
         ConfigError: a file cannot be read, or is a pipe, socket or device.
@@ -68,14 +68,14 @@ def digests(files: Iterable[Path]) -> list[str]:
     return [found[path] for path in paths]
 
 
-def recall(run_dir: Path) -> None:
-    """Reads what a run's folder remembers. A damaged file is ignored: it only saves time."""
+def load_cache(run_dir: Path) -> None:
+    """Read the cache of a run's folder. A damaged file is ignored."""
     for path, record in _stored(run_dir).items():
         _records.setdefault(path, record)
 
 
-def to_remember(run_dir: Path) -> dict[str, Any] | None:
-    """The content of the run folder's `REMEMBERED` with what this process knows; None if it has all of it already."""
+def build_cache(run_dir: Path) -> dict[str, Any] | None:
+    """Return the updated content of the run folder's cache; None if it is already up to date."""
     stored = _stored(run_dir)
     files = {**stored, **_records}
     if files == stored:
@@ -85,7 +85,7 @@ def to_remember(run_dir: Path) -> dict[str, Any] | None:
 
 def _stored(run_dir: Path) -> dict[str, Record]:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        content = json.loads((run_dir / REMEMBERED).read_bytes())
+        content = json.loads((run_dir / CACHE).read_bytes())
         if content["algorithm"] == ALGORITHM and content["checksum"] == _checksum(content["files"]):
             return {path: Record(*values) for path, values in content["files"].items()}
     return {}
@@ -118,7 +118,7 @@ def _compute(missing: Mapping[str, os.stat_result]) -> dict[str, str]:
             while wait(futures.values(), timeout=1).not_done:
                 reading.report()
         except BaseException:
-            reading.cancelled.set()
+            reading.canceled.set()
             pool.shutdown(cancel_futures=True)
             raise
     for path, before in missing.items():
@@ -130,19 +130,19 @@ def _compute(missing: Mapping[str, os.stat_result]) -> dict[str, str]:
 
 
 class _Reading:
-    """Files being read: how far it is, and whether to stop."""
+    """Progress of reading files, and whether to stop."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self.started = self.reported = time.monotonic()
-        self.cancelled = threading.Event()
+        self.canceled = threading.Event()
         self.lock = threading.Lock()
 
     def digest(self, path: str) -> str:
         hasher, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
         try:
             with open(path, "rb", buffering=0) as file:
-                while (count := file.readinto(block)) and not self.cancelled.is_set():
+                while (count := file.readinto(block)) and not self.canceled.is_set():
                     hasher.update(block[:count])
                     with self.lock:
                         self.done += count
@@ -151,14 +151,14 @@ class _Reading:
         return hasher.hexdigest()
 
     def report(self) -> None:
-        """Prints a line now and then, by one of a stage's ranks."""
+        """Print the progress from time to time, on one of a stage's ranks."""
         now = time.monotonic()
         if now - self.reported < SECONDS_BETWEEN_LINES or os.environ.get("RANK", "0") != "0":
             return
         self.reported = now
         rate = self.done / (now - self.started)
         print(
-            f"reading the inputs that are new or changed: {self.done / 1e9:,.1f} of {self.total / 1e9:,.1f} GB,"
+            f"reading new and changed inputs: {self.done / 1e9:,.1f} of {self.total / 1e9:,.1f} GB,"
             f" {rate / 1e9:.2f} GB/s, {(self.total - self.done) / max(rate, 1) / 60:,.1f} min left",
             file=sys.stderr,
             flush=True,

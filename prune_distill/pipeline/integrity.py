@@ -1,4 +1,4 @@
-"""Checks that complete folders still hold what their stages wrote, and says what to do if not. No torch."""
+"""Check that complete folders still contain what their stages wrote. No torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from prune_distill.pipeline.names import CHECKPOINTS, CONTEXT, LAUNCHES, MANIFES
 from prune_distill.pipeline.outputs import Entries, compute_crc32, differences, parse_record, select, select_share
 from prune_distill.pipeline.stage import Output
 
-# The most files of a folder that a message names.
+# Maximum number of files in a message.
 MOST_FILES = 3
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A folder that no longer holds what was written.
+    """A folder with missing or changed files.
 
     Attributes:
         folder: the folder to remove before its stage can run again.
-        files: what is wrong, by file.
+        files: fault by file.
     """
 
     folder: Path
@@ -41,8 +41,8 @@ class Record:
     """The record of a complete folder.
 
     Attributes:
-        entries: size and CRC-32 by file; None: the folder was made before outputs were recorded.
-        faults: what is wrong with the record itself, by file.
+        entries: size and CRC-32 by file; None: the folder is older than records.
+        faults: faults of the record itself, by file.
     """
 
     entries: Entries | None
@@ -50,7 +50,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a stage's complete folder."""
+    """Read the record of a stage's complete folder."""
     manifest = read_manifest(folder) or {}
     if "outputs" not in manifest and "crc32" not in manifest:
         return Record(None, {})
@@ -73,13 +73,13 @@ def find_damage(
     contents: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> Damage | None:
-    """What is wrong with a stage's complete folder; None if nothing is, or the folder has no record.
+    """Find damage in a stage's complete folder; None if it is intact or has no record.
 
     Args:
         part: the path in the folder to check.
         files: patterns of the file names to check.
         contents: whether to read the files; otherwise only presence and sizes are compared.
-        share: this process's number and the number of processes, if several share the reading.
+        share: index of this process and number of processes that share the reading.
     """
     record = read_record(folder)
     if record.entries is None:
@@ -93,16 +93,16 @@ def find_damage(
 
 
 def _faults(folder: Path, entries: Entries, contents: bool, share: tuple[int, int]) -> dict[str, str]:
-    """Every process compares the sizes, one process the content of each file."""
+    """Compare the sizes in every process, and the content of each file in one of them."""
     faults = differences(folder, entries, contents=False)
     readable = {name: entry for name, entry in select_share(entries, *share).items() if contents and name not in faults}
     return {**faults, **differences(folder, readable)}
 
 
 def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Damage | None:
-    """What is wrong with a training checkpoint by its own record; see `find_damage`.
+    """Find damage in a training checkpoint by its own record; see `find_damage`.
 
-    A checkpoint without a record is older than records; it must hold weights and their context.
+    A checkpoint without a record is older than records; it must contain weights and their context.
     """
     record = checkpoint / OUTPUTS
     if not record.exists():
@@ -118,7 +118,7 @@ def checkpoint_damage(checkpoint: Path, contents: bool = True, share: tuple[int,
 def damaged_inputs(
     located: Located, stages: Mapping[str, Located], contents: bool, share: tuple[int, int] = (0, 1)
 ) -> list[Damage]:
-    """What is wrong with the outputs of earlier stages that a stage reads; see `find_damage`."""
+    """Find damage in the inputs of a stage from earlier stages; see `find_damage`."""
     found = []
     for source in _outputs_read(located):
         folder = stages[source.stage].folder
@@ -129,8 +129,8 @@ def damaged_inputs(
     return [damage for damage in found if damage is not None]
 
 
-def refuse(damages: Iterable[Damage], run_dir: Path) -> None:
-    """Raises: InputError, if there is any damage: what, where, and the command that repairs it."""
+def raise_if_damaged(damages: Iterable[Damage], run_dir: Path) -> None:
+    """Raise InputError if there is any damage, with the files and the command that repairs them."""
     by_folder: dict[Path, Damage] = {}
     for damage in damages:
         before = by_folder.get(damage.folder)
@@ -138,18 +138,18 @@ def refuse(damages: Iterable[Damage], run_dir: Path) -> None:
     if not by_folder:
         return
     remove = shlex.join(["rm", "-r", *map(str, by_folder)])
-    raise InputError(f"{'; '.join(map(str, by_folder.values()))}; to make it again: {remove} && {_relaunch(run_dir)}")
+    raise InputError(f"{'; '.join(map(str, by_folder.values()))}; to repair it: {remove} && {_relaunch(run_dir)}")
 
 
-def unrecorded(stages: Iterable[Located]) -> str | None:
-    """A sentence that names the complete stages that cannot be checked; None if there are none."""
+def describe_unrecorded(stages: Iterable[Located]) -> str | None:
+    """Format a sentence that names the complete stages that cannot be checked; None if there are none."""
     complete = [stage for stage in stages if stage.complete]
     names = sorted({stage.stage.name for stage in complete if read_record(stage.folder).entries is None})
-    return f"{', '.join(names)}: made before outputs were recorded, so not checked" if names else None
+    return f"{', '.join(names)}: not checked, because made before outputs were recorded" if names else None
 
 
 def list_inputs(located: Located, stages: Mapping[str, Located]) -> list[Located]:
-    """The stages whose outputs a stage reads."""
+    """List the stages whose outputs a stage reads."""
     return [stages[name] for name in sorted({source.stage for source in _outputs_read(located)})]
 
 
@@ -159,7 +159,7 @@ def _outputs_read(located: Located) -> Iterator[Output]:
 
 
 def _relaunch(run_dir: Path) -> str:
-    """The command that last launched a run, or a description if none is recorded."""
+    """Return the command that last launched a run, or a description if none is recorded."""
     try:
         last = json.loads((run_dir / LAUNCHES).read_text().splitlines()[-1])["command"]
     except (OSError, ValueError, IndexError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """Locks on folders: one launcher per run folder, one process (or one group of ranks) per stage folder. No torch.
 
-The lock is `flock` on `.lock` in the folder, so the system releases it however its holder ends. Forked children keep
-it: whoever starts again waits until none of them can write any more.
+The lock is `flock` on `.lock` in the folder, so the system releases it when the holder ends for any reason. Forked
+children keep it, so a new process waits until none of them can write.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from prune_distill.pipeline.names import LOCK
 
 log = logging.getLogger("prune_distill.pipeline.lock")
 
-# How long the processes that a killed holder left may take to end; they keep its lock until then.
+# Maximum time that the children of a killed holder take to end. They keep its lock until then.
 SECONDS_TO_END = 60.0
-# What file systems without flock answer: Lustre mounted without -o flock, some FUSE and NFS mounts.
+# Errors of file systems without flock: Lustre mounted without -o flock, some FUSE and NFS mounts.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-# A lock file has under 400 bytes: a pid, and a host name of at most 255 characters.
+# A lock file has less than 400 bytes: a pid, and a host name of at most 255 characters.
 MOST_BYTES = 4096
 
 
 @contextmanager
-def held(
+def hold_lock(
     folder: Path, what: str = "run_dir", fix: str = "set another run_dir", seconds_for_other_hosts: float = 0.0
 ) -> Iterator[int]:
-    """Holds a folder's lock; gives its file descriptor.
+    """Hold a folder's lock during the block. Yields its file descriptor.
 
-    Where the file system has no flock, a warning says so and nothing is locked.
+    If the file system has no flock, this logs a warning and locks nothing.
 
     Args:
         folder: created if it does not exist.
-        what: the name of the folder in messages: a config key, or a stage.
-        fix: what else the user can do besides waiting.
-        seconds_for_other_hosts: how long to wait for a holder on another host, of which nobody here can tell whether it
-            still runs.
+        what: name of the folder in messages: a config key, or a stage.
+        fix: what the user can do instead of waiting.
+        seconds_for_other_hosts: how long to wait for a holder on another host, because it is unknown whether it is
+            alive.
 
     Raises:
-        InputError: another process holds it; names that process and its host.
+        InputError: another process holds it; with that process and its host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
@@ -72,25 +72,25 @@ def _acquire(handle: int, folder: Path, what: str, fix: str, seconds_for_other_h
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            log.warning("%s: its file system has no locks (%s); make sure that nothing else uses it", what, error)
+            log.warning("%s: its file system has no locks (%s); make sure that no other process uses it", what, error)
             return
 
 
 @dataclass(frozen=True)
 class _Holder:
-    """What a lock file says of its holder; None where it says nothing that can be read."""
+    """The holder of a lock, from the lock file; None if that is unreadable."""
 
     pid: int | None = None
     host: str | None = None
 
     def __str__(self) -> str:
         if self.pid is None:
-            return "a process that its lock file does not name"
+            return "an unknown process"
         return f"process {self.pid} on {self.host}"
 
 
 def _read_holder(folder: Path) -> _Holder:
-    """Anyone may have written to the file, so any content is possible."""
+    """Read the holder from a lock file, which may have any content."""
     try:
         with (folder / LOCK).open("rb") as file:
             content = json.loads(file.read(MOST_BYTES))
@@ -103,10 +103,10 @@ def _read_holder(folder: Path) -> _Holder:
 
 
 def _patience(holder: _Holder, seconds_for_other_hosts: float) -> float:
-    """The seconds for which a lock is worth waiting for.
+    """Return how many seconds to wait for a lock.
 
-    A dead holder's is held by processes that are about to end. One whose file says nothing was just taken: its holder
-    writes it right after.
+    The lock of a dead holder is held by processes that are about to end. If the lock file is empty, its holder has just
+    acquired the lock and writes the file next.
     """
     if holder.pid is None:
         return SECONDS_TO_END
@@ -116,6 +116,6 @@ def _patience(holder: _Holder, seconds_for_other_hosts: float) -> float:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return SECONDS_TO_END
-    except PermissionError:  # it runs, and is another user's
+    except PermissionError:  # a running process of another user
         pass
     return 0.0

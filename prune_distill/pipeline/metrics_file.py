@@ -14,28 +14,28 @@ log = logging.getLogger("recipes.metrics")
 
 
 class MetricsFile:
-    """The writing side, for one process."""
+    """Writes a metrics file, in one process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, **values: Any) -> None:
-        """Adds a line. Values are numbers; `step` is the optimizer step that they belong to."""
+        """Append a line. Values are numbers; `step` is the optimizer step."""
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
     def truncate_after(self, step: int) -> None:
-        """Removes the lines that a training that resumes after `step` must not keep, and logs how many.
+        """Remove invalid lines when a training resumes after `step`, and log how many.
 
-        These are lines of steps that it repeats, lines that are not metrics (cut by a kill, or damaged), and all but
-        the last of several lines on the same step.
+        These are lines of steps that it repeats, lines that are not metrics (truncated or damaged), and all but
+        the last of several lines for the same step.
         """
         if step and not self.path.exists():
             log.warning("%s is missing: the record starts after step %d", self.path, step)
         parsed = [parse_metrics(line) for line in _lines(self.path)]
         lines = [line for line in parsed if line is not None]
         earlier = [line for line in lines if line["step"] <= step]
-        # A step has a line of its training and one of its validation.
+        # A step may have a line for training and one for validation.
         kept = list({(line["step"], "val_loss" in line): line for line in earlier}.values())
         dropped = {
             f"of steps after {step}": len(lines) - len(earlier),
@@ -48,7 +48,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, each with its integer `step`; none if it does not exist. Skips other lines."""
+    """Read the lines of a metrics file with an integer `step`; none if it does not exist. Skips other lines."""
     return [line for line in map(parse_metrics, _lines(path)) if line is not None]
 
 
@@ -61,7 +61,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def loss_gain(path: Path) -> dict[str, float | None]:
-    """The held-out loss before and after a training, and their difference (nats per token); None if unknown."""
+    """Return the held-out loss before and after a training, and their difference (nats per token); None if unknown."""
     losses = {line["step"]: line["val_loss"] for line in read_metrics(path) if "val_loss" in line}
     before, after = losses.get(0), losses[max(losses)] if losses else None
     gained = None if before is None or after is None else before - after

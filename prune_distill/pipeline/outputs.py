@@ -1,7 +1,7 @@
-"""The files of a folder by size and CRC-32: recorded when the folder is complete, compared before it is read. No torch.
+"""Record the files of a complete folder by size and CRC-32, and compare them before the folder is read. No torch.
 
-The record is a file of its own, `outputs.json`: a stage may write thousands of shards. A stage's manifest holds the
-record's own CRC-32; a training checkpoint carries a record as well, which nothing else vouches for.
+The record is a separate file, `outputs.json`, because a stage may write thousands of shards. The manifest contains the
+CRC-32 of the record. Training checkpoints have records too, without a CRC-32.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from prune_distill.pipeline.names import CHECKPOINTS, MANIFEST, OUTPUTS, ROOM, S
 # `{"size": bytes, "crc32": eight hex digits}` by path relative to the folder.
 Entries = dict[str, dict[str, Any]]
 
-# At the top of a stage's folder, what tells of the work rather than being its result. Checkpoints are there to resume
-# from and may be deleted at any time; each has a record of its own.
+# Files at the top of a stage's folder that describe the work and are not results. Checkpoints are for resuming and may
+# be deleted at any time; each has its own record.
 _NO_OUTPUTS = (MANIFEST, OUTPUTS, STATE, STOP, f"{STOP}.*", "began", "log*.txt", ROOM, CHECKPOINTS)
-# At any depth: what services may rewrite later, a cache that only the stage itself reads, and who works on which shard.
+# At any depth: logs that services may rewrite later, a cache that only the stage itself reads, and claims on shards.
 _NO_RESULTS = ("tensorboard", "wandb", "mlruns", "index_mapping", "claims")
 # Torch's index of a distributed checkpoint; other hidden names are locks and partial files.
 _HIDDEN_OUTPUT = ".metadata"
 _READ_BYTES = 4 << 20
-# CRC-32 runs at the speed of memory: more threads would only compete for it.
+# CRC-32 is limited by memory bandwidth, so more threads do not help.
 _MOST_THREADS = 8
 
 
 def list_outputs(folder: Path, without: Iterable[str] = ()) -> list[str]:
-    """The files of a stage's folder that are results, by their paths relative to it, sorted.
+    """List the results in a stage's folder by relative paths, sorted.
 
     Args:
-        without: further names at the top of the folder that are none.
+        without: more names at the top of the folder to exclude.
     """
     left_out = (*_NO_OUTPUTS, *without)
     return sorted(name for name in list_files(folder) if not _matches(name.partition("/")[0], left_out))
 
 
 def list_files(folder: Path) -> Iterator[str]:
-    """All files below a folder by their paths relative to it, without hidden ones, caches and those of trackers."""
+    """Yield the files below a folder by relative paths, without hidden files, caches and files of trackers."""
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in _NO_RESULTS]
         for name in files:
@@ -54,15 +54,15 @@ def list_files(folder: Path) -> Iterator[str]:
 
 
 def digests(folder: Path, names: Iterable[str]) -> Entries:
-    """Size and CRC-32 of files of a folder, read by several threads. Raises: OSError."""
+    """Compute size and CRC-32 of files in a folder, with several threads. Raises: OSError."""
     return dict(_map(lambda name: (name, _digest(folder / name)), names))
 
 
 def differences(folder: Path, entries: Mapping[str, Mapping[str, Any]], contents: bool = True) -> dict[str, str]:
-    """What is wrong with recorded files, by name; empty: nothing.
+    """Compare files with their record; return the faults by name.
 
     Args:
-        contents: whether files are read; otherwise only presence and sizes are compared.
+        contents: whether to read the files; otherwise only presence and sizes are compared.
     """
     found = {name: fault for name, entry in entries.items() if (fault := _size_fault(folder / name, entry["size"]))}
     if contents:
@@ -72,7 +72,7 @@ def differences(folder: Path, entries: Mapping[str, Mapping[str, Any]], contents
 
 
 def select(entries: Entries, part: str = ".", patterns: Iterable[str] = ("*",)) -> Entries:
-    """The entries at or below the path `part` whose names match a pattern (in which `*` matches `/` as well)."""
+    """Select the entries at or below the path `part` whose names match a pattern (in which `*` also matches `/`)."""
     below = "" if part == "." else f"{part}/"
     return {
         name: entry
@@ -82,7 +82,7 @@ def select(entries: Entries, part: str = ".", patterns: Iterable[str] = ("*",)) 
 
 
 def select_share(entries: Entries, number: int, count: int) -> Entries:
-    """The entries whose content one of `count` processes reads: all take about as many bytes."""
+    """Select the entries whose content one of `count` processes reads, balanced by bytes."""
     largest_first = sorted(entries.items(), key=lambda item: (-item[1]["size"], item[0]))
     return dict(largest_first[number::count])
 
@@ -92,7 +92,7 @@ def total_bytes(entries: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def parse_record(content: bytes) -> Entries | None:
-    """The entries of a record, None where it is not one."""
+    """Parse a record; None if it is invalid."""
     try:
         entries: Any = json.loads(content)
     except (ValueError, RecursionError):
@@ -107,7 +107,7 @@ def compute_crc32(content: bytes) -> str:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    # A record comes from a disk: it may not lead out of the folder.
+    # A record may be damaged: its paths must not leave the folder.
     path = PurePosixPath(name)
     return (
         not path.is_absolute()
@@ -158,7 +158,7 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _map(function: Any, names: Iterable[str]) -> list[Any]:
-    """`function` of each name, by threads: the CRC-32 of a block is computed without Python's lock."""
+    """Map a function over names with threads: the CRC-32 of a block is computed without the GIL."""
     names = sorted(names)
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(names))
     if threads < 2:

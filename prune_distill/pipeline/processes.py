@@ -1,8 +1,8 @@
-"""The processes of a stage: that none outlives its parent, and what they may take from the environment. No torch.
+"""Control the processes of a stage: none outlives its parent, or inherits a foreign environment. No torch.
 
-Python and the libraries start helpers in two ways. Forked ones (the data loader's workers, the asynchronous checkpoint
-writer of megatron/core/dist_checkpointing/strategies/async_utils.py:214 and its own writers) pass a hook of `os`.
-Spawned ones (the workers of `prepare_data`, the manager of megatron/core/dist_checkpointing/strategies/
+Python and the libraries start helpers in two ways. Forked helpers (data loader workers, the asynchronous checkpoint
+writer of megatron/core/dist_checkpointing/strategies/async_utils.py:214 and its children) call a hook of `os`.
+Spawned helpers (the workers of `prepare_data`, the manager of megatron/core/dist_checkpointing/strategies/
 filesystem_async.py:54) import the top level of `__main__`, the runner `recipes/__main__.py`, which imports
 `prune_distill.pipeline.stage_main`.
 """
@@ -26,9 +26,9 @@ from pathlib import Path
 
 from prune_distill.errors import InputError
 
-# What makes a process a rank of a job: torchrun sets these for its ranks
+# Variables that make a process a rank of a job: torchrun sets these for its ranks
 # (torch/distributed/elastic/agent/server/local_elastic_agent.py:413-430); Lightning reads NODE_RANK as well
-# (lightning/fabric/plugins/environments/lightning.py). A shell may have them from another job.
+# (lightning/fabric/plugins/environments/lightning.py). A shell may have inherited them from another job.
 TORCHRUN_ID = "TORCHELASTIC_RUN_ID"
 RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "ROLE_NAME"),
@@ -49,9 +49,9 @@ _fork = threading.local()
 
 
 def import_libraries(*modules: str) -> None:
-    """Imports modules with the garbage collector off, and excludes from later collections what exists by then.
+    """Import modules without garbage collection, and exclude all existing objects from later collections.
 
-    The collector goes through a library's objects again and again while they are created, and once more when the
+    The collector scans a library's objects repeatedly while they are created, and once more when the
     process ends: 3.5 of 12 s with NeMo, 0.6 of 3.7 s with transformers and lm_eval (medians, 2 cores).
     """
     gc.disable()
@@ -64,31 +64,31 @@ def import_libraries(*modules: str) -> None:
 
 
 @cache
-def end_with_parent() -> None:
-    """Makes all children that this process forks end when it ends, however it ends.
+def exit_with_parent() -> None:
+    """Make all forked children exit when this process exits for any reason.
 
-    In a child that multiprocessing spawned, the child itself ends with its parent as well.
+    A child that multiprocessing spawned also makes itself exit with its parent.
     """
-    os.register_at_fork(before=_note_parent, after_in_child=_follow_parent)
+    os.register_at_fork(before=_record_parent, after_in_child=_follow_parent)
     if is_spawned() or parent_process() is not None:
-        # Not by the kernel's signal, which comes when the *thread* ends that started the child: which one is unknown.
-        _start_watch(_spawned_alive)
+        # The kernel's signal does not work here: it is sent when the *thread* that started the child ends.
+        _start_watch(_is_parent_alive)
 
 
 def is_spawned() -> bool:
-    """Whether multiprocessing spawned this process, also while it imports `__main__` and does not know its parent yet.
+    """Return whether multiprocessing spawned this process, even while it imports `__main__` and has no parent set.
 
-    The argument is what multiprocessing/spawn.py:get_command_line ends with.
+    The checked argument is the last one in multiprocessing/spawn.py:get_command_line.
     """
     return sys.orig_argv[-1] == "--multiprocessing-fork"
 
 
-def _spawned_alive() -> bool:
+def _is_parent_alive() -> bool:
     parent = parent_process()
     return parent is None or os.getppid() == parent.pid
 
 
-def _note_parent() -> None:
+def _record_parent() -> None:
     _fork.parent, _fork.by_main_thread = os.getpid(), threading.get_native_id() == os.getpid()
 
 
@@ -97,14 +97,14 @@ def _follow_parent() -> None:
     if _libc is None or not _fork.by_main_thread:
         _start_watch(lambda: os.getppid() == parent)
         return
-    signal_at_parents_death(signal.SIGKILL, parent)
+    set_parent_death_signal(signal.SIGKILL, parent)
 
 
-def signal_at_parents_death(signum: int, parent: int | None = None) -> None:
-    """Asks Linux to send this process a signal when its parent dies, however it dies. Does nothing on other systems.
+def set_parent_death_signal(signum: int, parent: int | None = None) -> None:
+    """Ask Linux to send this process a signal when its parent dies. Does nothing on other systems.
 
     Args:
-        parent: the process that is the parent; if it has died before this call, this process is killed.
+        parent: pid of the parent; if it died before this call, this process is killed.
     """
     if _libc is None:
         return
@@ -114,7 +114,7 @@ def signal_at_parents_death(signum: int, parent: int | None = None) -> None:
 
 
 def _start_watch(parent_alive: Callable[[], bool]) -> None:
-    """Has a thread kill this process once its parent has ended, whose children then have another parent."""
+    """Start a thread that kills this process once its parent has ended."""
 
     def watch() -> None:
         while parent_alive():
@@ -124,43 +124,43 @@ def _start_watch(parent_alive: Callable[[], bool]) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def end_with_torchrun() -> None:
-    """Asks Linux to kill this rank when the torchrun that started it dies: no rank outlives a killed launcher."""
-    signal_at_parents_death(signal.SIGKILL)
+def exit_with_torchrun() -> None:
+    """Ask Linux to kill this rank when its torchrun dies, so that no rank outlives a killed launcher."""
+    set_parent_death_signal(signal.SIGKILL)
 
 
-def drop_foreign_ranks(environment: dict[str, str] | os._Environ[str]) -> None:
-    """Removes what says that this process is a rank of another job, where neither torchrun nor srun started it.
+def remove_foreign_ranks(environment: dict[str, str] | os._Environ[str]) -> None:
+    """Remove variables of another job's ranks, unless torchrun or srun started this process.
 
     Raises:
-        InputError: the variables say that there are several ranks; this one would wait for the others forever.
+        InputError: the variables describe several ranks, for which this process would wait forever.
     """
     if TORCHRUN_ID in environment or _is_task_of_srun(environment):
         return
     found = [name for name in RANK_VARIABLES if name in environment]
     if environment.get("WORLD_SIZE", "1").strip() != "1":
         raise InputError(
-            f"WORLD_SIZE={environment['WORLD_SIZE']} is in the environment, but neither torchrun nor srun started this"
-            f" process, so it would wait for ranks that never come; run `unset {' '.join(found)}`, or start the stage"
-            " by torchrun"
+            f"WORLD_SIZE={environment['WORLD_SIZE']}: set in the environment, but neither torchrun nor srun started"
+            f" this process, which would wait forever for other ranks; run `unset {' '.join(found)}`, or start it"
+            " with torchrun"
         )
     for name in found:
         del environment[name]
 
 
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """Whether the variables are those of a task of a Slurm step (srun's own names on the left)."""
+    """Return whether the variables are those of a task of a Slurm step (srun's names on the left)."""
     pairs = {"SLURM_NTASKS": "WORLD_SIZE", "SLURM_PROCID": "RANK"}
     return all(ours in environment and environment.get(srun) == environment[ours] for srun, ours in pairs.items())
 
 
 def shorten_socket_paths() -> None:
-    """Has multiprocessing put its sockets where their paths are short enough, here and in child processes.
+    """Make multiprocessing use a folder with a short path for its sockets, here and in child processes.
 
-    Everything else stays in TMPDIR.
+    Other files stay in TMPDIR.
 
     Raises:
-        InputError: TMPDIR is too long, and there is no short folder to write to.
+        InputError: TMPDIR is too long, and no short folder is writable.
     """
     folder = tempfile.gettempdir()
     if len(os.fsencode(folder)) <= LONGEST_TEMPORARY_FOLDER:
@@ -168,13 +168,13 @@ def shorten_socket_paths() -> None:
     short = next((place for place in SHORT_FOLDERS if Path(place).is_dir() and os.access(place, os.W_OK)), None)
     if short is None:
         raise InputError(
-            f"TMPDIR={folder}: its path has more than {LONGEST_TEMPORARY_FOLDER} bytes, too many for the sockets of"
-            f" Python's multiprocessing, and none of {', '.join(SHORT_FOLDERS)} can be written to; set TMPDIR to a"
+            f"TMPDIR={folder}: its path has more than {LONGEST_TEMPORARY_FOLDER} bytes, too long for the sockets of"
+            f" Python's multiprocessing, and none of {', '.join(SHORT_FOLDERS)} is writable; set TMPDIR to a"
             " shorter path"
         )
     tempfile.tempdir = short
     try:
-        # Made now, it is kept, and children inherit its name (multiprocessing/util.py:get_temp_dir).
+        # Once created, it is kept, and children inherit its name (multiprocessing/util.py:get_temp_dir).
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = folder

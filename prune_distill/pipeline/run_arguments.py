@@ -18,13 +18,13 @@ from prune_distill.schema.fields import Identity, identity_of
 
 # A file or folder; a Hub id; or files, some of them perhaps on the Hub.
 InputPath = Path | str | tuple[Path | str, ...]
-# What a stage says of its result in its manifest: JSON values by name.
+# Metrics of a stage in its manifest: JSON values by name.
 Metrics = dict[str, Any]
 T = TypeVar("T")
 
 
 class StageModule(Protocol):
-    """A module that the stage table names: `Inputs` is a frozen dataclass, `run` does the work and returns metrics."""
+    """A module in the stage table: `Inputs` is a frozen dataclass, `run` does the work and returns metrics."""
 
     Inputs: type[Any]
 
@@ -36,17 +36,17 @@ class UndeclaredKeyError(Exception):
 
 
 class ConfigView:
-    """A config group of which only declared keys and placement can be read.
+    """A view of a config group that only gives access to declared keys and placement.
 
-    A declared group is the real dataclass. Any other group is another view, whose properties and methods see no more
-    than the view does; one that may be null has to be declared, as whether it is null is something to read.
+    A declared group is the real dataclass. Any other group is another view, whose properties and methods have the same
+    restrictions. A group that may be null must be declared, because even whether it is null is information.
     """
 
     def __init__(self, group: Any, declared: frozenset[str], stage: str, prefix: str = "") -> None:
         self._group, self._declared, self._stage, self._prefix = group, declared, stage, prefix
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copy and pickle look for before there is a group
+        if name.startswith("_"):  # copy and pickle access these before `__init__`
             raise AttributeError(name)
         field = type(self._group).__dataclass_fields__.get(name)
         if field is None:
@@ -58,22 +58,22 @@ class ConfigView:
             return ConfigView(value, self._declared, self._stage, f"{key}.")
         raise UndeclaredKeyError(
             f"stage {self._stage} reads {key}, which its row in prune_distill/pipeline/stages.py does not declare; add "
-            "it to `sections` if it can change the result, or else to `reads` with the reason why it cannot"
+            "it to `sections` if it can affect the result, otherwise to `reads` with the reason why it cannot"
         )
 
 
 def view_config(cfg: RunConfig, stage: Stage) -> RunConfig:
-    """The part of a config that a stage may read; `cfg` is the config as the stage sees it."""
+    """Return the part of a config that a stage may read; `cfg`: the config of the stage."""
     return cast(RunConfig, ConfigView(cfg, stage.declared_keys(cfg), stage.name))
 
 
 def fill_inputs(cls: type[T], paths: Mapping[str, InputPath]) -> T:
-    """An `Inputs` dataclass with a path in the field of each input's name.
+    """Create an `Inputs` dataclass with the paths in the fields with the inputs' names.
 
-    A field of type `dict` takes the inputs by name for which there is no other field.
+    A field of type `dict` receives all inputs without a field, by name.
 
     Raises:
-        TypeError: an input without a field, or a field without default and input.
+        TypeError: an input has no field, or a field has neither input nor default.
     """
     hints = typing.get_type_hints(cls)
     open_ended = [name for name, hint in hints.items() if typing.get_origin(hint) is dict]

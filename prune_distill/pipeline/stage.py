@@ -1,4 +1,4 @@
-"""A row of the stage table (`prune_distill.pipeline.stages`), and where a stage's inputs come from. No torch."""
+"""A row of the stage table (`prune_distill.pipeline.stages`), and the sources of a stage's inputs. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_distill.schema import RunConfig
 
 @dataclass(frozen=True)
 class Output:
-    """`path` inside the folder of the completed stage `stage`; `files`: patterns of what is read of it."""
+    """`path` inside the folder of the complete stage `stage`; `files`: patterns of the files that are read."""
 
     stage: str
     path: str = "."
@@ -21,10 +21,10 @@ class Output:
 
 @dataclass(frozen=True)
 class External:
-    """Something of the user's: files or folders (globs allowed), or, where `hub`, a Hub id with its revision.
+    """An input of the user: files or folders (globs allowed) or, if `hub`, a Hub id with its revision.
 
     Attributes:
-        documents: whether of a folder only the files of documents are read.
+        documents: whether only document files in folders are read.
     """
 
     paths: tuple[str, ...]
@@ -59,26 +59,26 @@ class Stage:
     Attributes:
         name: the stage's name, unique in the table; a variant of a stage is named `<stage>.<variant>`.
         module: the module that holds its `run`.
-        sections: dotted config keys that decide the result, besides the inputs and `seed`.
+        sections: dotted config keys that affect the result, in addition to the inputs and `seed`.
         inputs: the stage's inputs by name, for a config.
-        ranks: how many processes it wants; above 1, torchrun starts them.
-        wanted: whether a config asks for the stage at all.
-        settings: config values that make a variant of the stage, by dotted key, for a config.
-        folder: the folder's name where it is fixed; otherwise `<name>-<hash8>`.
-        trains: whether it trains, or works for as long, so that it can be asked to save and pause, and goes on from
-            there.
-        more_sections: of `sections`, for a config that makes the stage heed them.
-        libraries: distributions whose versions decide the result, besides those that decide all stages'.
-        shows: dotted keys whose values appear in what the stage writes, without deciding it.
-        limits: dotted keys whose values a metric of the complete stage may not exceed, and that metric's name.
-        reads: dotted keys that the stage reads though they are in none of the above, with the reason why its result
-            cannot be stale all the same. Keys that are placement need no declaration.
-        tasks: how many processes may share its work, each started by itself (tasks of a Slurm job array).
-        gate: whether all later stages wait for it, though they read nothing of it: a check whose failure makes their
+        ranks: number of processes; above 1, torchrun starts them.
+        wanted: whether a config needs the stage.
+        settings: config values of a variant of the stage, by dotted key, for a config.
+        folder: fixed name of the folder; None: `<name>-<hash8>`.
+        trains: whether it trains, or takes similarly long, so that it can be asked to save and pause, and resumes
+            from there.
+        more_sections: additional `sections` that depend on the config.
+        libraries: distributions whose versions affect the result, in addition to those of all stages.
+        shows: dotted keys whose values appear in the output without affecting the result.
+        limits: dotted keys whose values a metric of the complete stage must not exceed, and the name of that metric.
+        reads: other dotted keys that the stage reads, with the reason why its result cannot become
+            stale. Placement keys need no declaration.
+        tasks: number of independent processes that may share its work (tasks of a Slurm job array).
+        gate: whether all later stages wait for it although they do not read it: a check whose failure makes their
             work useless.
-        needs_nemo: whether its module imports NeMo, Megatron-Core or ModelOpt: the runner then activates the backend
+        needs_nemo: whether its module imports NeMo, Megatron-Core or ModelOpt. The runner then activates the backend
             before it imports the module.
-        runner: the module that `python -m` starts, with the stage's name.
+        runner: module for `python -m`, which takes the stage's name.
     """
 
     name: str
@@ -102,17 +102,17 @@ class Stage:
 
     @property
     def shares_work(self) -> bool:
-        """Whether several processes that are started by themselves may work in its folder at once."""
+        """Whether several independent processes may work in its folder at the same time."""
         return self.tasks is not _one
 
     def hashed_keys(self, cfg: RunConfig) -> tuple[str, ...]:
-        """The dotted keys whose values are in its hash; `cfg` is the config as this stage sees it."""
+        """Return the dotted keys whose values are in its hash; `cfg`: the config of this stage."""
         return (*self.sections, *self.more_sections(cfg), "seed")
 
     def declared_keys(self, cfg: RunConfig) -> frozenset[str]:
-        """The dotted keys that its `run` may read, besides placement; `cfg` is the config as this stage sees it."""
+        """Return the dotted keys that its `run` may read, besides placement; `cfg`: the config of this stage."""
         return frozenset({*self.hashed_keys(cfg), *self.shows, *self.limits, *self.reads})
 
     def configure(self, cfg: RunConfig) -> RunConfig:
-        """The config as this stage sees it: a copy with the variant's settings."""
+        """Return the config of this stage: a copy with the variant's settings."""
         return replace_values(cfg, self.settings(cfg))

@@ -1,6 +1,7 @@
-"""The inputs of each stage by name, for a config: outputs of other stages, or files of the user's. No torch, no NeMo.
+"""The inputs of each stage by name, for a config: outputs of other stages, or files of the user. No torch, no NeMo.
 
-A stage's module has a dataclass `Inputs` with a field of each name; its open-ended names are keys of one field.
+A stage's module has a dataclass `Inputs` with a field for each name; names that depend on the config are keys of one
+field.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Sources = dict[str, Source]
 
 
 def teacher_hf(cfg: RunConfig) -> Source:
-    """The teacher's Hugging Face folder or Hub id."""
+    """Return the teacher's Hugging Face folder or Hub id."""
     if cfg.model.demo is not None:
         return Output("demo_model", HF)
     return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
@@ -29,7 +30,7 @@ def prepare_data_inputs(cfg: RunConfig) -> Sources:
 
 
 def _documents(cfg: RunConfig) -> Sources:
-    """The training sources by name, and `validation`, where it has documents of its own."""
+    """Return the training sources by name, and `validation`, if it has its own documents."""
     if cfg.data.train is None and cfg.data.sources is None:
         return {"train": Output("demo_model", CORPUS_TRAIN), "validation": Output("demo_model", CORPUS_VALIDATION)}
     documents: Sources = {
@@ -59,7 +60,7 @@ def importance_inputs(cfg: RunConfig) -> Sources:
 
 
 def _to_prune(cfg: RunConfig) -> Source:
-    """What the last round prunes: the teacher, or what the round before it left."""
+    """Return the model that the last round prunes: the teacher, or the result of the previous round."""
     rounds = len(cfg.prune.rounds)
     return Output(f"distill.round{rounds}", NEMO) if rounds else IMPORTED
 
@@ -69,7 +70,7 @@ def search_inputs(_: RunConfig) -> Sources:
 
 
 def is_scored(cfg: RunConfig) -> bool:
-    """Whether a task takes part in successive halving's ranking."""
+    """Return whether successive halving also ranks by a task."""
     return cfg.prune.successive_halving is not None and cfg.prune.successive_halving.score is not None
 
 
@@ -97,8 +98,8 @@ def prune_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
 
 
 def _teacher(cfg: RunConfig) -> Source:
-    """The teacher of the distillation. What is pruned is the original: correction does not change what is best to cut
-    (Minitron in practice, arXiv 2408.11796)."""
+    """Return the teacher of the distillation. The original is pruned, because correction does not change which parts
+    are best to prune (Minitron in practice, arXiv 2408.11796)."""
     return IMPORTED if cfg.distill.teacher_correction is None else Output("correct_teacher", NEMO)
 
 
@@ -109,7 +110,7 @@ def cache_logits_inputs(cfg: RunConfig) -> Sources:
 def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     distill = cfg.distill
     inputs: Sources = {"student": Output(f"prune{suffix}", NEMO), "data": DATA}
-    # As successive halving trained: from the pruned student, with a teacher that runs beside it and stays the same.
+    # As in successive halving: from the pruned student, with a teacher that runs along and does not change.
     as_in_halving = distill.runs_teacher and distill.swap_teacher_at_step is None and distill.init is Init.pruned
     if cfg.prune.successive_halving is not None and as_in_halving:
         inputs["winner"] = Output("successive_halving", WINNER)
@@ -128,8 +129,7 @@ def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
 
 
 def _nemo_models(cfg: RunConfig) -> Sources:
-    """The NeMo checkpoints of a run that become Hugging Face folders, by the report's names; without the controls,
-    which have stages of their own."""
+    """Return the NeMo checkpoints of a run to export, by the report's names. Controls have their own stages."""
     corrected: Sources = {} if cfg.distill.teacher_correction is None else {"corrected_teacher": _teacher(cfg)}
     return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
 

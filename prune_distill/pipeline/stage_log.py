@@ -1,4 +1,4 @@
-"""What a stage's log and its metrics tell: when it was started, how far it is, and why it failed. No torch."""
+"""Parse a stage's log and metrics: its starts, its progress, and why it failed. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LINES = 30
-# torchrun's report on its worker, after which it only repeats itself in a traceback of its own.
+# torchrun's report on a worker, which it repeats in a traceback.
 _WORKER_DIED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 _TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/(run|elastic)")
 _FAULT = re.compile(r"^(?:\[\w+\]:?\s*)?error: (.*)")
@@ -19,7 +19,7 @@ _ATTEMPT = re.compile(rb"^--- \d{4}-\d\d-\d\d .*\n", re.MULTILINE)
 _BEGAN = re.compile(rb"--- (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}) (.*)")
 _NOISE = re.compile(
     r"Warning: |warnings\.warn\(|^\s*$|^\*{5,}$|^Setting OMP_NUM_THREADS"
-    # srun's echo of how its tasks ended, and what it says where it cannot bind cores, which it is asked not to do.
+    # srun's report on its tasks, and its warning that it cannot bind cores, which is not requested.
     r"|^srun: (launch/slurm: |Terminating |Job step aborted|cluster configuration lacks support for cpu binding)"
     r"|^srun: error: \S+: tasks? [\d,-]+: (Exited|Killed|Terminated)"
 )
@@ -30,9 +30,9 @@ class Reason:
     """Why a stage failed.
 
     Attributes:
-        fault: the message that `stage_main` prints for what the user can fix; None for anything else.
-        death: which rank died of what, where torchrun says so.
-        lines: the last lines that say something.
+        fault: message of `stage_main` for an error that the user can fix; None for other errors.
+        death: the rank that died and why, if torchrun reports it.
+        lines: the last informative lines.
     """
 
     fault: str | None
@@ -42,14 +42,14 @@ class Reason:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a stage: seconds since the epoch, and what its log's line says beside (command, or Slurm job)."""
+    """One start of a stage: seconds since the epoch, and the rest of its line in the log (command or Slurm job)."""
 
     started: float
     words: str
 
 
 def parse_object(line: str) -> dict[str, Any] | None:
-    """The JSON object of a line; None where the line is cut by a kill, still being written, or something else."""
+    """Parse a line as a JSON object; None if it is truncated, incomplete, or something else."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -58,7 +58,7 @@ def parse_object(line: str) -> dict[str, Any] | None:
 
 
 def parse_metrics(line: str) -> dict[str, Any] | None:
-    """A line of `metrics.jsonl`: the numbers of a step, by name; None where the line is something else."""
+    """Parse a line of `metrics.jsonl`: the numbers of a step, by name; None if it is something else."""
     values = parse_object(line)
     if values is None or type(values.get("step")) is not int or values["step"] < 0:
         return None
@@ -66,12 +66,12 @@ def parse_metrics(line: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    # Python reads integers of any length, which no float can hold.
+    # Python reads integers of any length, which may not fit in a float.
     return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
 
 
-def attempts(log: Path) -> list[Attempt]:
-    """Every start of a stage, in order; none where there is no log."""
+def read_attempts(log: Path) -> list[Attempt]:
+    """Read every start of a stage, in order; none if there is no log."""
     try:
         with log.open("rb") as file:
             found = [_BEGAN.match(line) for line in file if line.startswith(b"--- ")]
@@ -87,39 +87,39 @@ def attempts(log: Path) -> list[Attempt]:
 
 
 def read_reason(log: Path, start: int) -> Reason:
-    """The reason in the part of a log from byte `start` on."""
+    """Find the reason of a failure in the log from byte `start` on."""
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
     deaths = [(index, found) for index, line in enumerate(lines) if (found := _WORKER_DIED.search(line))]
-    said = lines[: deaths[0][0]] if deaths else lines
-    telling = [line for line in said if not _NOISE.search(line) and not _TORCHRUN.match(line)]
-    return Reason(_fault(lines), _death(deaths[0][1]) if deaths else None, telling[-LINES:])
+    before_death = lines[: deaths[0][0]] if deaths else lines
+    informative = [line for line in before_death if not _NOISE.search(line) and not _TORCHRUN.match(line)]
+    return Reason(_fault(lines), _death(deaths[0][1]) if deaths else None, informative[-LINES:])
 
 
 def last_attempt(log: Path) -> int:
-    """The byte of a stage's log after the line of `--- ` and a date with which its last attempt begins."""
+    """Return the position in a stage's log after the line (`--- ` and a date) that begins its last attempt."""
     content = log.read_bytes()
     starts = [found.end() for found in _ATTEMPT.finditer(content)]
     return starts[-1] if starts else 0
 
 
-def exit_words(code: int) -> str:
-    """An exit code for people."""
+def describe_exit(code: int) -> str:
+    """Describe an exit code."""
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    # A page of a mapped file that the disk has no room for, or that lies beyond the file's end, is a SIGBUS.
-    why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a full disk, or a file that was cut short?)"}
+    # SIGBUS: a page of a mapped file does not fit on the disk, or is beyond the end of the file.
+    why = {"SIGKILL": " (out of memory?)", "SIGBUS": " (a full disk, or a truncated file?)"}
     return f"killed by {name}{why.get(name, '')}"
 
 
 def _death(found: re.Match[str]) -> str:
-    return f"rank {found.group(2)}: {exit_words(int(found.group(1)))}"
+    return f"rank {found.group(2)}: {describe_exit(int(found.group(1)))}"
 
 
 def _fault(lines: list[str]) -> str | None:
-    """The first `error:` line and the indented ones below it."""
+    """Return the first `error:` line and the indented lines below it."""
     for index, line in enumerate(lines):
         found = _FAULT.match(line)
         if found:

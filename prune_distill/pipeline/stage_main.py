@@ -1,9 +1,9 @@
-"""How every stage starts and ends, in the process that the runner (`recipes/__main__.py`) or torchrun started for it.
+"""Start and end of every stage, in the process that the runner (`recipes/__main__.py`) or torchrun started.
 
-Exit status: 0 with a manifest, or with a state file that says "paused"; 2 for what the user can fix (one `error:`
-line); 1 with a traceback for the rest.
-No NeMo and no torch here: the runner imports this module at the top, and a process that saves a checkpoint spawns a
-helper which imports `__main__` again (with NeMo that cost 15 to 30 s per process; see the use of `multiprocessing` in
+Exit status: 0 with a manifest, or with a state file that contains "paused"; 2 for errors that the user can fix (one
+`error:` line); 1 with a traceback for others.
+This module imports neither NeMo nor torch: the runner imports it at the top, and a process that saves a checkpoint
+spawns a helper which imports `__main__` again (with NeMo that took 15 to 30 s; see the use of `multiprocessing` in
 torch/distributed/checkpoint and in Megatron).
 """
 
@@ -32,13 +32,19 @@ from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.artifact import Located, locate, write_manifest
-from prune_distill.pipeline.integrity import damaged_inputs, find_damage, list_inputs, refuse, unrecorded
+from prune_distill.pipeline.integrity import (
+    damaged_inputs,
+    describe_unrecorded,
+    find_damage,
+    list_inputs,
+    raise_if_damaged,
+)
 from prune_distill.pipeline.processes import (
     TORCHRUN_ID,
-    drop_foreign_ranks,
-    end_with_parent,
-    end_with_torchrun,
+    exit_with_parent,
+    exit_with_torchrun,
     is_spawned,
+    remove_foreign_ranks,
     shorten_socket_paths,
 )
 from prune_distill.pipeline.run_arguments import StageModule, fill_inputs, view_config
@@ -48,8 +54,8 @@ from prune_distill.pipeline.stages import STAGES
 log = logging.getLogger("recipes.stage")
 
 
-# How a full disk shows. The error is wrapped by then in whatever the writer raises, sometimes only quoted. Of a write
-# that fell short, torch's zip writer only names its source file (caffe2/serialize/inline_container.cc), and numpy only
+# Messages of a full disk. The writer's exception may wrap or only quote the error. After an incomplete
+# write, torch's zip writer only names its source file (caffe2/serialize/inline_container.cc), and numpy only
 # counts the items (numpy/core/src/multiarray/convert.c:PyArray_ToFile).
 _DISK_FULL = re.compile(
     "|".join(
@@ -62,7 +68,7 @@ _DISK_FULL = re.compile(
 
 
 class PausedError(Exception):
-    """A stage was asked to pause, and saved what it had: it ends well, but is not complete."""
+    """A stage was asked to pause and has saved its state. It ends without an error, but is not complete."""
 
 
 # Twice the default lease of an NFS server (90 s, nfsd(7)).
@@ -70,30 +76,30 @@ SECONDS_FOR_A_LOST_NODE = 180.0
 
 
 def stage_main(name: str, config: Path, load: Callable[[Stage], StageModule]) -> None:
-    """Runs one stage of a resolved config and declares its folder complete.
+    """Run one stage of a resolved config and declare its folder complete.
 
     Args:
         name: the stage's name in the stage table.
         config: the run's `resolved.yaml`.
-        load: imports what the stage needs and returns its module. Called once the inputs are checked. The module's
-            `run` is called on every rank; its metrics are those of rank 0.
+        load: imports and returns the stage's module. Called after the inputs are checked. The module's
+            `run` is called on every rank; the metrics of rank 0 are used.
     """
     if TORCHRUN_ID in os.environ:
-        end_with_torchrun()
+        exit_with_torchrun()
     else:
-        # Inside a Slurm job Lightning would take this one rank for one of Slurm's tasks, except in a job of this name
+        # Inside a Slurm job, Lightning would treat this single rank as a Slurm task, except in a job of this name
         # (lightning/fabric/plugins/environments/slurm.py:103).
         os.environ["SLURM_JOB_NAME"] = "interactive"
-    stay_guarded()
+    keep_signals_blocked()
     with command_line():
-        located = _ready(config, name)
+        located = _locate_checked(config, name)
         if located.complete:
             log.info("%s is complete in %s", name, located.folder)
             return
         started = time.time()
         located.folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(located):
-            if rank() == 0 and located.complete:  # not just returned from: the other ranks have started
+        with _lock_stage(located):
+            if rank() == 0 and located.complete:  # raise instead of returning, because other ranks have started
                 raise InputError(f"{name} was completed in {located.folder} by the process that held its lock")
             try:
                 module = load(located.stage)
@@ -102,57 +108,58 @@ def stage_main(name: str, config: Path, load: Callable[[Stage], StageModule]) ->
             except PausedError as paused:
                 log.info("%s", paused)
                 return
-            # Of several processes that share a stage's work, one declares it.
+            # If several processes share a stage's work, one of them declares it complete.
             if rank() == 0 and not located.complete:
                 write_manifest(located, started, time.time(), metrics, peak_memory())
-        gc.freeze()  # or the interpreter goes through all that was imported once more before it ends, which takes 2 s
+        gc.freeze()  # otherwise the interpreter scans all imported objects once more at exit, which takes 2 s
 
 
-def _only_one(located: Located) -> AbstractContextManager[Any]:
-    """The lock on a stage's folder, held by the first rank: two starts of a stage would write over each other's files.
+def _lock_stage(located: Located) -> AbstractContextManager[Any]:
+    """Hold the lock on a stage's folder, on the first rank: two starts of a stage would overwrite each other's files.
 
-    A stage whose work several processes may share has its own way to share it (`Stage.shares_work`). A holder on
-    another host may be the node that a Slurm job was requeued from: NFS keeps a lost node's locks for its lease.
+    A stage whose work several processes may share coordinates them itself (`Stage.shares_work`). A holder on
+    another host may be the previous node of a requeued Slurm job: NFS keeps the locks of a lost node for its lease.
     """
     if rank() > 0 or located.stage.shares_work:
         return nullcontext()
-    return lock.held(located.folder, f"stage {located.stage.name}", "end it", SECONDS_FOR_A_LOST_NODE)
+    return lock.hold_lock(located.folder, f"stage {located.stage.name}", "end it", SECONDS_FOR_A_LOST_NODE)
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """What every command of the stages does: it logs to standard error, keeps its helpers and its environment in order
-    (`prune_distill.pipeline.processes`), and turns what the user can fix into one `error:` line and exit status 2."""
+    """Common behavior of all commands: log to stderr, control helper processes and the environment
+    (`prune_distill.pipeline.processes`), and print errors that the user can fix as one `error:` line (exit status 2).
+    """
     _log_to_stderr()
-    end_with_parent()
+    exit_with_parent()
     try:
-        drop_foreign_ranks(os.environ)
+        remove_foreign_ranks(os.environ)
         shorten_socket_paths()
         yield
     except (ConfigError, InputError) as fault:
         sys.exit(_fail(str(fault)))
-    except BaseException:  # torch's CheckpointException is no Exception
+    except BaseException:  # torch's CheckpointException is not an Exception
         found = [line for line in traceback.format_exc().splitlines() if _DISK_FULL.search(line)]
         if not found:
             raise
-        message = f"no space left ({found[-1].strip()}); nothing that was complete is lost: free some and run again"
+        message = f"no space left ({found[-1].strip()}); free some space and run again: complete results are kept"
         sys.exit(_fail(message))
 
 
 class _Redacting(logging.Formatter):
-    """Removes credentials from messages and tracebacks: libraries quote the URLs and headers that failed."""
+    """Removes credentials from messages and tracebacks: libraries quote URLs and headers of failed requests."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python prints of an error that nothing catches, without credentials."""
+    """Print an uncaught error as Python does, without credentials."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="", flush=True)
 
 
 def _log_to_stderr() -> None:
-    """Our own messages from INFO on, the libraries' from WARNING on (NeMo's own logger does as it likes)."""
+    """Log our own messages from INFO on, those of libraries from WARNING on. NeMo's logger has its own settings."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Redacting("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -161,23 +168,23 @@ def _log_to_stderr() -> None:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
-def _ready(config: Path, stage: str) -> Located:
-    """The stage's place in the run, once everything that it reads is known to be what was written.
+def _locate_checked(config: Path, stage: str) -> Located:
+    """Locate the stage, after checking that all its inputs are intact.
 
-    Ranks share the reading: one that finds damage ends the stage for all of them.
+    Ranks share the reading. If one of them finds damage, the stage ends on all ranks.
     """
     known = [row.name for row in STAGES]
     if stage not in known:
-        raise InputError(f"there is no stage {stage!r}; the stages are {', '.join(known)}")
+        raise InputError(f"there is no stage {stage!r}; use one of {', '.join(known)}")
     if not config.is_file():
-        raise ConfigError(f"--config {config} does not exist; give a run folder's resolved.yaml")
+        raise ConfigError(f"--config={config}: does not exist; give the resolved.yaml of a run folder")
     everything = locate(load_resolved(config))
     if stage not in everything:
-        raise ConfigError(f"this run has no stage {stage!r}; it has {', '.join(everything)}")
+        raise ConfigError(f"this run has no stage {stage!r}; use one of {', '.join(everything)}")
     located = everything[stage]
     if located.complete:
         damage = find_damage(located.folder, contents=False)
-        refuse([damage] if damage else [], config.parent)
+        raise_if_damaged([damage] if damage else [], config.parent)
         return located
     needed = list_inputs(located, everything)
     faults = [
@@ -187,14 +194,16 @@ def _ready(config: Path, stage: str) -> Located:
     ]
     if faults:
         raise ConfigError(faults)
-    if notice := unrecorded(needed):
+    if notice := describe_unrecorded(needed):
         log.warning("%s", notice)
-    refuse(damaged_inputs(located, everything, located.cfg.verify_inputs, (rank(), world_size())), config.parent)
+    raise_if_damaged(
+        damaged_inputs(located, everything, located.cfg.verify_inputs, (rank(), world_size())), config.parent
+    )
     return located
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most bytes that this process held: of the machine, and, where it used a GPU, of that."""
+    """Return the peak memory of this process in bytes: host memory and, if it used a GPU, GPU memory."""
     torch = sys.modules.get("torch")
     on_gpu = torch is not None and torch.cuda.is_initialized()
     return {
@@ -209,21 +218,21 @@ def _fail(message: str) -> int:
 
 
 def rank() -> int:
-    """This process's global rank: 0 where nothing distributed is running."""
+    """Return the global rank of this process: 0 if it is not distributed."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """The number of ranks that torchrun started: 1 where it didn't."""
+    """Return the number of ranks that torchrun started: 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def stay_guarded() -> None:
-    """Where `launch.guard` keeps SIGTERM from this process, leaves it so, in its children too, and sees that they end.
+def keep_signals_blocked() -> None:
+    """If `launch.guard` blocks SIGTERM, keep it blocked in this process and its children, and make sure that they end.
 
-    Multiprocessing takes the block away when it first needs its resource tracker, at the first checkpoint
-    (multiprocessing/resource_tracker.py:151). And it ends daemonic children, such as the data loader's workers, with
-    SIGTERM and waits for them (multiprocessing/util.py:_exit_function): for ever, where that is blocked.
+    Multiprocessing unblocks it when it starts its resource tracker, at the first checkpoint
+    (multiprocessing/resource_tracker.py:151). It also terminates daemonic children, such as data loader workers, with
+    SIGTERM and waits for them (multiprocessing/util.py:_exit_function): forever, if it is blocked.
     """
     if signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
         return
@@ -232,14 +241,14 @@ def stay_guarded() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     def kill() -> None:
-        # torch's handler would raise for every one (torch/utils/data/_utils/signal_handling.py).
+        # torch's handler would raise for each of them (torch/utils/data/_utils/signal_handling.py).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in active_children():
             child.kill()
 
-    # After the import of multiprocessing.util, which registers its own: the last one registered is called first.
+    # After the import of multiprocessing.util, which registers its own function: the last one is called first.
     atexit.register(kill)
 
 
-if is_spawned():  # a helper of a stage, which imports `__main__` again and so this module
-    end_with_parent()
+if is_spawned():  # a helper of a stage imports `__main__` and thus this module
+    exit_with_parent()

@@ -1,8 +1,8 @@
-"""The stage table: what a run consists of, and what each stage is given. No torch, no NeMo.
+"""The stage table: the stages of a run and their inputs. No torch, no NeMo.
 
 A stage is a module with a dataclass `Inputs` and a function `run(cfg, inputs, out) -> metrics`, which the runner
 imports and calls: `python -m recipes NAME --config RUN_DIR/resolved.yaml`. Stages know each other only through this
-table: an input is a folder that another stage completed, or something of the user's.
+table: an input is the folder of another complete stage, or a file of the user.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
 from prune_distill.schema import Engine, Init, Loss, RunConfig, TeacherLogits
 
-# How a candidate is exported and scored on a task: successive halving depends on nothing else of the evaluation.
+# Settings for exporting and scoring a candidate. Successive halving depends on no other settings of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
 CALIBRATION = ("prune.calibration_samples", "prune.calibration_seq_length")
-# What a model card says of the run. A new name is no reason to write the weights again.
+# Values that only appear on model cards. A new name does not require writing the weights again.
 ON_CARDS = ("name", "model.name", "model.hf_path")
-# A control has no teacher, so no setting of one may change it.
+# A control has no teacher, so settings of the teacher must not affect it.
 NO_TEACHER = {
     "distill.loss": Loss.ce,
     "distill.teacher_logits": TeacherLogits.live,
@@ -32,7 +32,7 @@ NO_TEACHER = {
 }
 CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
 
-# Keys that stages read outside their hash, each with the reason (`Stage.reads`).
+# Keys that stages read without hashing them, each with the reason (`Stage.reads`).
 REVISION = {"model.revision": "part of the identity of the teacher's files, an input"}
 LENGTH_OF_TRAINING = ("max_steps", "seq_length", "global_batch_size", "phases")
 RATES = ("lr", "min_lr", "warmup_steps")
@@ -40,33 +40,33 @@ READ_BY_PREPARE_DATA = {
     **REVISION,
     **dict.fromkeys(
         (f"distill.{name}" for name in (*LENGTH_OF_TRAINING, *RATES)),
-        "for a warning that documents will be read more than once",
+        "for a warning that documents are repeated",
     ),
 }
 READ_BY_SIGNAL = {
-    "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher demands",
-    "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher demands",
+    "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher checks",
+    "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.val_batches": "for the check that there are enough validation documents",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
 READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
 READ_BY_HALVING = {
     **REVISION,
-    "evaluate.tasks": "tasks that may be asked; the one that is asked is in the prune section",
+    "evaluate.tasks": "the available tasks; the measured one is in the prune section",
     "evaluate.seq_length": "for an estimate of memory",
-    "model.name": "on the cards of exported candidates, which are removed once they are scored",
+    "model.name": "on the cards of exported candidates, which are removed after scoring",
 }
 # For the utilization in metrics.jsonl, which is computed from the sizes of the student and the teacher.
 READ_BY_DISTILL = dict.fromkeys(
     ("model.shape", "model.family", "prune", "convert.export_dtype"),
-    "for the speed in metrics.jsonl; weights depend on the models that are inputs",
+    "for the speed in metrics.jsonl; weights depend on the input models",
 )
 READ_BY_EXPORT = {**REVISION, "distill": "for cards; in the hash of the distillation, an input"}
 READ_BY_EVALUATE = {
     **REVISION,
     "convert.export_dtype": "in the hash of nemo_to_hf, an input",
     "distill": "for the recovery curve; in the hash of the distillation, whose checkpoints are then an input",
-    "model.name": "on the cards of exported checkpoints, which are removed once they are measured",
+    "model.name": "on the cards of exported checkpoints, which are removed after the measurement",
 }
 READ_BY_REPORT = {
     "prune": "in the hash of prune, an input",
@@ -95,7 +95,7 @@ def _is_control(cfg: RunConfig, name: str) -> bool:
     return name in cfg.distill.controls
 
 
-# Rows that have variants.
+# Rows with variants.
 IMPORTANCE = Stage(
     "importance",
     "recipes.importance",
@@ -136,7 +136,7 @@ EVALUATE = Stage(
 
 
 def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
-    """A student that the report compares with the distilled one, trained without a teacher."""
+    """Return the stage that trains a control, a student without a teacher, which the report compares."""
     wanted = partial(_is_control, name=name)
     return replace(DISTILL, name=f"distill.{name}", wanted=wanted, settings=lambda cfg: settings)
 
@@ -157,7 +157,7 @@ def _evaluate_control(name: str) -> Stage:
 
 
 def _round(number: int) -> tuple[Stage, ...]:
-    """The stages of a round of pruning before the last."""
+    """Return the stages of a round of pruning before the last one."""
     suffix = f".round{number}"
     settings = partial(round_settings, number=number)
 
@@ -177,7 +177,7 @@ def _round(number: int) -> tuple[Stage, ...]:
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
-    # Figures, not weights.
+    # Metrics, not weights.
     read = ("*.json", "*.jsonl")
     return {stage.name: Output(stage.name, files=read) for stage in select_stages(cfg) if stage.name != REPORT}
 
@@ -233,7 +233,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "search",
         "recipes.search",
-        # Parallelism is placement elsewhere, but here a shape that it does not divide is no candidate.
+        # Parallelism is placement elsewhere, but here it restricts the candidates to shapes that it divides.
         ("prune", "model.shape", "convert.export_dtype", "distill.parallel"),
         inputs.search_inputs,
         _calibration_ranks,
@@ -305,13 +305,13 @@ STAGES: tuple[Stage, ...] = (
 
 
 def select_stages(cfg: RunConfig) -> list[Stage]:
-    """The stages that a config asks for, in the order in which they can run."""
+    """Select the stages that a config needs, in order."""
     return [stage for stage in STAGES if stage.wanted(cfg)]
 
 
 def find(name: str) -> Stage:
-    """The stage of that name. Raises: KeyError, naming those that there are."""
+    """Find a stage by name. Raises: KeyError, with all names."""
     for stage in STAGES:
         if stage.name == name:
             return stage
-    raise KeyError(f"no stage {name!r}; the stages are {', '.join(stage.name for stage in STAGES)}")
+    raise KeyError(f"no stage {name!r}; use one of {', '.join(stage.name for stage in STAGES)}")

@@ -7,34 +7,34 @@ from typing import Any, cast
 
 from prune_distill.errors import InputError
 from prune_distill.evaluation.evaluator import Evaluator
-from prune_distill.evaluation.recovery import Export, exported
+from prune_distill.evaluation.recovery import Export, export_temporarily
 from prune_distill.evaluation.results import Metric
 from prune_distill.pipeline.names import ROOM
 from prune_distill.schema import TaskScore
 
 
 class Scores:
-    """Asks a task of NeMo checkpoints; what was asked once is kept in `out`. The same calls on all ranks.
+    """Scores NeMo checkpoints on a task, and stores the scores in `out`. All ranks must make the same calls.
 
     Args:
-        evaluator: asks the task.
+        evaluator: measures the task.
         score: the task and its metric.
-        export: makes the Hugging Face folder that is asked.
+        export: exports a checkpoint to a Hugging Face folder.
     """
 
     def __init__(self, evaluator: Evaluator, score: TaskScore, export: Export, out: Path) -> None:
         self.evaluator, self.score, self.export, self.room = evaluator, score, export, out / ROOM
 
-    def of(self, name: str, checkpoint: Path) -> dict[str, Any]:
-        """`value` and `stderr` of a checkpoint.
+    def measure(self, name: str, checkpoint: Path) -> dict[str, Any]:
+        """Return `value` and `stderr` of a checkpoint.
 
         Raises:
-            InputError: the task cannot be asked, has no such metric, or one of which less is better.
+            InputError: the task cannot be loaded, or has no such metric, or lower values of it are better.
         """
-        from lm_eval.api.registry import is_higher_better  # seconds, only where a task is scored
+        from lm_eval.api.registry import is_higher_better  # takes seconds; only for tasks
 
         task, metric = self.score.task, self.score.metric
-        with exported(name, checkpoint, self.room, self.export) as make:
+        with export_temporarily(name, checkpoint, self.room, self.export) as make:
             entries = self.evaluator.score(name, make, task)
         if task not in entries:
             raise InputError(

@@ -1,7 +1,7 @@
-"""The report: what a run's folder contains, as tables, plots and a page. No torch."""
+"""Report of a run: reads the run's folder and writes tables, plots and a page. No torch."""
 
 from typing import Any
 
-# A JSON object as it was read from a run's folder. Any version of a stage may have written it: readers check what they
-# take from it.
+# A JSON object from a run's folder. Any version of a stage may have written it, so readers check the values that they
+# use.
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a page of the report is made of; `templates/report.html.j2` says how each looks."""
+"""Building blocks of the report's pages, rendered by `templates/report.html.j2`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        sort: what the column is sorted by instead of the text.
-        detail: said below, smaller.
-        tone: of the detail: good, bad, or neither.
+        sort: sort key, instead of the text.
+        detail: small text below.
+        tone: tone of the detail: good, bad, or neither.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """`text`: left-aligned and sorted as words; otherwise as numbers. `unit`: said below the label."""
+    """A column of a table. `text`: left-aligned and sorted as text, not as numbers; `unit`: shown below the label."""
 
     label: str
     unit: str = ""
@@ -35,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row is what it is about."""
+    """A table. The first cell of a row is its header."""
 
     caption: str
     columns: Sequence[Column]
@@ -51,7 +51,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Plots beside each other where there is room."""
+    """Plots next to each other if there is room."""
 
     figures: Sequence[Figure]
     kind: str = "figures"
@@ -68,7 +68,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Code:
-    """Text that stands as it is, folded where it is long."""
+    """Preformatted text, folded if it is long."""
 
     summary: str
     text: str
@@ -78,7 +78,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline figure."""
+    """A main figure at the top of the page."""
 
     label: str
     value: str
@@ -93,7 +93,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Sample:
-    """`texts`: what each model wrote, by its label."""
+    """A sample of text. `texts`: the continuation of each model, by label."""
 
     prompt: str
     reference: str
@@ -118,7 +118,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: `lead` says in a sentence or two what came out; `meta` in a line where it is from."""
+    """A page. `lead`: one or two sentences on the results; `meta`: one line on their origin."""
 
     title: str
     heading: str

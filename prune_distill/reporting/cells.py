@@ -1,4 +1,4 @@
-"""Cells of tables, and what they are read from: an entry that is missing, or not of its kind, is a dash."""
+"""Cells of tables, and the values in them. A missing or malformed value becomes a dash."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def score_cell(scores: TaskScores | None, teacher_scores: TaskScores | None) -> 
         return Cell(words.NOTHING)
     _, value, error = found
     base = headline(teacher_scores) if isinstance(teacher_scores, dict) else None
-    apart = words.difference(value, base[1]) if base is not None else ""
-    return Cell(words.number(value, 3) + (f" ± {words.number(error, 3)}" if error is not None else ""), value, apart)
+    difference = words.difference(value, base[1]) if base is not None else ""
+    return Cell(
+        words.number(value, 3) + (f" ± {words.number(error, 3)}" if error is not None else ""), value, difference
+    )
 
 
 def spread_cell(spread: Any, ratio: Any, shown: Callable[[Any], str]) -> Cell:
@@ -39,7 +41,7 @@ def spread_cell(spread: Any, ratio: Any, shown: Callable[[Any], str]) -> Cell:
 
 
 def spread_words(spread: Any) -> str:
-    """The range of a measurement over its rounds."""
+    """Format the range of a measurement over its rounds."""
     if not isinstance(spread, dict):
         return ""
     return f"{words.times(spread.get('min'))} to {words.times(spread.get('max'))}"
@@ -74,13 +76,13 @@ def compute_ratios(report: Report, name: str) -> Ratios:
 
 
 def draw(plots: Iterable[tuple[Plot | None, str]], clean: Clean) -> list[Figures]:
-    """Plots with their captions, beside each other; nothing where none has anything to show."""
+    """Draw plots with their captions, next to each other; nothing if all are None."""
     drawn = [Figure(inline(plot, caption, clean), caption) for plot, caption in plots if plot is not None]
     return [Figures(drawn)] if drawn else []
 
 
 def missing(run: RunFolder, stage: str, words_: str) -> Note:
-    """What is not there, and why: the stage that makes it."""
+    """Return a note that a result is missing, with the state of the stage that makes it."""
     found = run.stages.get(stage)
     if found is None:
         return Note(f"{words_}: this run has no stage {stage}.", "missing")

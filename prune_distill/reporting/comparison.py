@@ -1,4 +1,4 @@
-"""The page that sets several runs beside each other: every student against its own teacher."""
+"""The page that compares several runs, each student with its own teacher."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from prune_distill.reporting.results import ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
-# Where a run is, and what it is called, is no setting.
+# Keys of the config that are not settings.
 NO_SETTINGS = {"run_dir"}
 
 
-def named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
-    """Runs by names that tell them apart: the experiment's, or with their folders'."""
+def name_runs(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
+    """Return runs by unique names: that of the experiment, with that of the folder if necessary."""
     names = Counter(run.name for run in runs)
     made: dict[str, RunFolder] = {}
     for number, run in enumerate(runs, 1):
@@ -37,7 +37,7 @@ def named(runs: Sequence[RunFolder]) -> dict[str, RunFolder]:
 
 
 def page(runs: Mapping[str, RunFolder], reports: Mapping[str, Report], clean: Clean) -> Page:
-    """The comparison of runs that `named` named."""
+    """Build the comparison of runs; names as in `name_runs`."""
     students = {name: report["models"]["student"] for name, report in reports.items() if "student" in report["models"]}
     missing = [f"{name} has no evaluated student ({reports[name]['state']})" for name in runs if name not in students]
     sections = [
@@ -83,7 +83,7 @@ def _table(reports: Mapping[str, Report]) -> Table:
     for name, report in reports.items():
         student, teacher = (report["models"].get(model, {}) for model in ("student", "teacher"))
         loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
-        apart = loss - teacher_loss if loss is not None and teacher_loss is not None else None
+        difference = loss - teacher_loss if loss is not None and teacher_loss is not None else None
         ratios = compute_ratios(report, "student")
         smaller = words.change(student.get("params"), teacher.get("params"))
         rows.append(
@@ -92,7 +92,7 @@ def _table(reports: Mapping[str, Report]) -> Table:
                 number_cell(student.get("params"), words.count, smaller),
                 number_cell(loss, lambda value: words.number(value, 4)),
                 number_cell(teacher_loss, lambda value: words.number(value, 4)),
-                number_cell(apart, lambda value: words.signed(value, 4)),
+                number_cell(difference, lambda value: words.signed(value, 4)),
                 number_cell(agreement(student, "top1"), lambda value: words.percent(value, 1)),
                 number_cell(mean_score(report["tasks"], "student"), lambda value: words.number(value, 3)),
                 number_cell(median(ratios.get("decode")), words.times),
@@ -100,7 +100,7 @@ def _table(reports: Mapping[str, Report]) -> Table:
                 Cell(report["state"]),
             ]
         )
-    # What no run has measured has no column.
+    # Omit columns without measurements.
     kept = [number for number in range(len(columns)) if any(row[number].text != words.NOTHING for row in rows)]
     shown = [[row[index] for index in kept] for row in rows]
     return Table("Every run's student against its teacher", [columns[index] for index in kept], shown)
@@ -115,38 +115,38 @@ def _plots(
         for name, report in reports.items()
     }
     plots = (
-        (figures.overlaid(curves), "Held-out loss of every run's student while it trains."),
+        (figures.validations(curves), "Held-out loss of every run's student during training."),
         (
             figures.size_trade(students, 1),
-            "Quality against size; the line joins the students that no other beats in both.",
+            "Quality against size; the line is the Pareto front.",
         ),
         (
             figures.trade(students, speeds, "tokens/s of generation", -1),
-            "Quality against speed; the line joins the students that no other beats in both.",
+            "Quality against speed; the line is the Pareto front.",
         ),
     )
-    return [*draw(plots, clean)] or [Note("There is nothing to draw yet.", "missing")]
+    return [*draw(plots, clean)] or [Note("There are no plots yet.", "missing")]
 
 
 def _settings(runs: Mapping[str, RunFolder]) -> Block:
-    flat = {name: dict(_leaves(run.tree)) for name, run in runs.items()}
+    flat = {name: dict(_flatten(run.tree)) for name, run in runs.items()}
     keys = list(dict.fromkeys(key for settings in flat.values() for key in settings if key not in NO_SETTINGS))
     differing = [key for key in keys if len({repr(settings.get(key)) for settings in flat.values()}) > 1]
     if not differing:
         return Note("All settings are the same.")
     columns = [Column("Setting", text=True), *(Column(name, text=True) for name in runs)]
-    rows = [[Cell(key), *(Cell(_told(settings, key)) for settings in flat.values())] for key in differing]
-    return Table("Config values that are not the same in all runs", columns, rows)
+    rows = [[Cell(key), *(Cell(_format_setting(settings, key)) for settings in flat.values())] for key in differing]
+    return Table("Config values that differ between runs", columns, rows)
 
 
-def _told(settings: Mapping[str, Any], key: str) -> str:
+def _format_setting(settings: Mapping[str, Any], key: str) -> str:
     if key not in settings:
         return words.NOTHING
     value = settings[key]
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(tree, dict):
         return [(prefix, tree)]
-    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [leaf for key, value in tree.items() for leaf in _flatten(value, f"{prefix}.{key}" if prefix else str(key))]

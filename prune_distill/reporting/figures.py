@@ -1,4 +1,4 @@
-"""The report's plots of what was trained and measured. Where there is nothing to draw they are None."""
+"""Plots of training and measurements for the report. Functions return None if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from prune_distill.evaluation.results import RecoveryPoint, TaskScores
 from prune_distill.pipeline.names import LOG
 from prune_distill.reporting import Json
-from prune_distill.reporting.plots import COLOURS, GREY, MARKERS, SERIES, Plot, pareto_front
+from prune_distill.reporting.plots import COLORS, GRAY, MARKERS, SERIES, Plot, pareto_front
 from prune_distill.reporting.results import LABELS, ModelReport, headline
 from prune_distill.reporting.run_folder import StageFolder
 from prune_distill.reporting.words import duration, finite
 
 LOSS = "held-out loss (nats per token)"
-# More points than that no screen shows.
+# Maximum number of points of a line.
 MOST_POINTS = 400
 
 Lines = Sequence[Mapping[str, float | None]]
@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 
 def pick_color(name: str, index: int = 0) -> str:
-    return COLOURS.get(name, SERIES[index % len(SERIES)])
+    return COLORS.get(name, SERIES[index % len(SERIES)])
 
 
 def format_label(name: str) -> str:
@@ -30,19 +30,19 @@ def format_label(name: str) -> str:
 
 
 def extract_points(lines: Lines, y: str, x: str = "step") -> Points:
-    """The points of a metrics file's lines, those that are numbers."""
+    """Extract the finite points from the lines of a metrics file."""
     pairs = [(finite(line.get(x)), finite(line.get(y))) for line in lines]
     return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
-def thinned(points: Points) -> Points:
-    """At most so many points as are seen, evenly, the last one among them."""
+def thin_points(points: Points) -> Points:
+    """Select at most `MOST_POINTS` evenly spaced points, including the last one."""
     stride = -(-len(points) // MOST_POINTS)
     return points if stride < 2 else [*points[:-1:stride], points[-1]]
 
 
 def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines]) -> Plot | None:
-    """Held-out loss of every student as it trains, between the pruned model's and the teacher's."""
+    """Plot the held-out loss of every student during training, with those of the pruned model and the teacher."""
     pruned = finite(models.get("pruned", {}).get("val_loss"))
     levels = {name: models.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
     found = {}
@@ -52,33 +52,33 @@ def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines]) -
     return _curves(found, "step", levels=levels)
 
 
-def overlaid(curves: Mapping[str, Lines]) -> Plot | None:
-    """Validation losses of the students of several runs."""
+def validations(curves: Mapping[str, Lines]) -> Plot | None:
+    """Plot the validation losses of the students of several runs."""
     found = {name: extract_points(lines, "val_loss") for name, lines in curves.items()}
     return _curves({name: points for name, points in found.items() if points}, "step")
 
 
 def training(lines: Lines, name: str) -> Plot | None:
-    """Training loss of one student: those of several are of different kinds."""
-    points = thinned(extract_points(lines, "loss"))
+    """Plot the training loss of one student. Those of several students may not be comparable."""
+    points = thin_points(extract_points(lines, "loss"))
     if not points:
         return None
     plot = Plot()
     plot.axes[0].plot(*zip(*points, strict=True), color=pick_color(name), linewidth=1.2)
     unseen = plot.axes[0].scatter(*zip(*points, strict=True), color=pick_color(name), s=16, alpha=0.01)
-    plot.tell(unseen, [f"step {x:g}: {y:.4f}" for x, y in points])
+    plot.set_tooltips(unseen, [f"step {x:g}: {y:.4f}" for x, y in points])
     plot.label("step", "training loss (nats per token)")
     return plot
 
 
 def recovery_loss(rows: Sequence[RecoveryPoint], models: Mapping[str, ModelReport]) -> Plot | None:
-    """Held-out loss of the saved checkpoints by tokens."""
+    """Plot the held-out loss of the saved checkpoints over tokens."""
     found = _by_model(rows, lambda row: finite(row.get("val_loss")))
     return _curves(found, "million tokens", levels={"teacher": models.get("teacher", {}).get("val_loss")})
 
 
 def recovery_task(rows: Sequence[RecoveryPoint], task: str, models: Mapping[str, ModelReport]) -> Plot | None:
-    """A task's score of the saved checkpoints by tokens."""
+    """Plot a task's score of the saved checkpoints over tokens."""
 
     def score(row: RecoveryPoint | ModelReport) -> float | None:
         tasks = row.get("tasks")
@@ -96,7 +96,7 @@ def _curves(
     title: str | None = None,
     levels: Mapping[str, float | None] | None = None,
 ) -> Plot | None:
-    """A line by name, with horizontal lines at the levels that are known."""
+    """Plot a line per name, with horizontal lines at the known levels."""
     if not found:
         return None
     plot = Plot()
@@ -104,14 +104,14 @@ def _curves(
         level = finite(value)
         if level is not None:
             style = ":" if name == "pruned" else "--"
-            plot.axes[0].axhline(level, color=COLOURS[name], linestyle=style, label=format_label(name))
+            plot.axes[0].axhline(level, color=COLORS[name], linestyle=style, label=format_label(name))
     for index, (name, points) in enumerate(found.items()):
         xs, ys = zip(*points, strict=True)
         color = pick_color(name, index)
         plot.axes[0].plot(xs, ys, color=color, linewidth=1.5)
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
         shown = plot.axes[0].scatter(xs, ys, color=color, **marks)
-        plot.tell(shown, [f"{format_label(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
+        plot.set_tooltips(shown, [f"{format_label(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
     plot.label(x_label, y_label, title)
     plot.legend()
     return plot
@@ -127,7 +127,7 @@ def _by_model(rows: Sequence[RecoveryPoint], value: Callable[[RecoveryPoint], fl
 
 
 def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
-    """Every model's score of every task, with its standard error."""
+    """Plot every model's score on every task, with its standard error."""
     rows = [
         (task, name, headline(scores)) for task, task_scores in tasks.items() for name, scores in task_scores.items()
     ]
@@ -145,7 +145,9 @@ def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
         plot.axes[0].errorbar(xs, ys, xerr=[error or 0 for error in errors], **bars)
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
         points = plot.axes[0].scatter(xs, ys, color=color, **marks)
-        plot.tell(points, [f"{format_label(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores])
+        plot.set_tooltips(
+            points, [f"{format_label(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores]
+        )
     plot.axes[0].set_yticks(range(len(shown_tasks)), shown_tasks)
     plot.axes[0].invert_yaxis()
     plot.label("score, with one standard error", "")
@@ -156,10 +158,10 @@ def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
 def trade(
     models: Mapping[str, ModelReport], costs: Mapping[str, float | None], x_label: str, front: int = 0
 ) -> Plot | None:
-    """Held-out loss over a cost or a speed, a point a model.
+    """Plot held-out loss over a cost or a speed, one point per model.
 
     Args:
-        front: 1 joins the models that no other beats in loss and cost; -1 those in loss and speed.
+        front: 1 draws the Pareto front of loss and cost, -1 that of loss and speed, 0 none.
     """
     rows = [(name, costs.get(name), finite(model.get("val_loss"))) for name, model in models.items()]
     found = [(name, x, y) for name, x, y in rows if x is not None and y is not None]
@@ -169,10 +171,10 @@ def trade(
     for index, (name, x, y) in enumerate(found):
         marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": format_label(name)}
         point = plot.axes[0].scatter([x], [y], color=pick_color(name, index), **marks)
-        plot.tell(point, [f"{format_label(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
+        plot.set_tooltips(point, [f"{format_label(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
     if front:
         best = pareto_front([(front * x, y) for _, x, y in found])
-        plot.axes[0].plot([front * x for x, _ in best], [y for _, y in best], color=GREY, linewidth=1)
+        plot.axes[0].plot([front * x for x, _ in best], [y for _, y in best], color=GRAY, linewidth=1)
     plot.axes[0].margins(0.15)
     plot.label(x_label, LOSS)
     plot.legend()
@@ -180,14 +182,14 @@ def trade(
 
 
 def size_trade(models: Mapping[str, ModelReport], front: int = 0) -> Plot | None:
-    """Held-out loss over parameters; see `trade`."""
+    """Plot held-out loss over parameters; see `trade`."""
     sizes = {name: finite(model.get("params")) for name, model in models.items()}
     millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
     return trade(models, millions, "million parameters", front)
 
 
 def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
-    """When each stage worked; earlier starts, which were broken off, are hollow marks."""
+    """Plot when each stage ran; earlier starts, which were interrupted, are hollow marks."""
     spans = {name: _span(stage) for name, stage in stages.items()}
     found = {name: span for name, span in spans.items() if span is not None}
     if not found:
@@ -203,18 +205,22 @@ def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
     plot = Plot(size=(4.8, 0.9 + 0.24 * len(found)))
     axes = plot.axes[0]
     for row, (name, (start, end)) in enumerate(found.items()):
-        color = COLOURS["student"] if stages[name].complete else COLOURS["scratch"]
+        color = COLORS["student"] if stages[name].complete else COLORS["scratch"]
         axes.barh(
             row, max(end - start, (last - zero) / 200) / unit, left=(start - zero) / unit, height=0.6, color=color
         )
         middle = axes.scatter([((start + end) / 2 - zero) / unit], [row], color=color, s=30)
-        plot.tell(middle, [f"{name}, {stages[name].state}: {duration(end - start)}"])
-        broken = [attempt.started for attempt in stages[name].attempts if attempt.started < start - 1]
-        if broken:
+        plot.set_tooltips(middle, [f"{name}, {stages[name].state}: {duration(end - start)}"])
+        interrupted = [attempt.started for attempt in stages[name].attempts if attempt.started < start - 1]
+        if interrupted:
             marks = axes.scatter(
-                [(at - zero) / unit for at in broken], [row] * len(broken), color="none", edgecolors=GREY, s=26
+                [(at - zero) / unit for at in interrupted],
+                [row] * len(interrupted),
+                color="none",
+                edgecolors=GRAY,
+                s=26,
             )
-            plot.tell(marks, [f"{name}: started, and broken off or paused"] * len(broken))
+            plot.set_tooltips(marks, [f"{name}: started, then interrupted or paused"] * len(interrupted))
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -223,7 +229,7 @@ def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:
 
 
 def _span(stage: StageFolder) -> tuple[float, float] | None:
-    """When a stage's last process worked, as far as its folder tells."""
+    """Return start and end of a stage's last process; None if unknown."""
     start, end = stage.manifest.started, stage.manifest.ended
     if start is not None and end is not None:
         return start, end
@@ -237,7 +243,7 @@ def _span(stage: StageFolder) -> tuple[float, float] | None:
 
 
 def candidates(rows: Any, cost: str) -> list[Json]:
-    """The rows of a candidate table that can be drawn over a cost."""
+    """Select the rows of a candidate table that can be drawn over a cost."""
     numbers = ("num_layers", "loss", cost)
     listed = rows if isinstance(rows, list) else []
     usable = [row for row in listed if isinstance(row, dict) and None not in [finite(row.get(key)) for key in numbers]]
@@ -245,6 +251,6 @@ def candidates(rows: Any, cost: str) -> list[Json]:
 
 
 def _ended(rounds: Any) -> list[Json]:
-    """The rounds of a candidate that gave a loss."""
+    """Select the rounds of a candidate that have a loss."""
     entries = rounds if isinstance(rounds, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and finite(entry.get("val_loss")) is not None]

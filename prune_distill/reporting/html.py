@@ -1,4 +1,4 @@
-"""Pages as files: one each, that opens without a network."""
+"""Render pages as self-contained HTML files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def render(page: Page, privacy: Privacy) -> str:
-    """A page as HTML. Every text goes through `privacy`, and is escaped."""
+    """Render a page as HTML. Every text is cleaned by `privacy` and escaped."""
 
     def finalize(value: Any) -> Any:
         return privacy.text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -33,6 +33,6 @@ def render(page: Page, privacy: Privacy) -> str:
 
 
 def write(page: Page, path: Path, privacy: Privacy) -> None:
-    """Writes a page so that a reader sees the old one or the new."""
+    """Write a page atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, render(page, privacy))

@@ -1,4 +1,4 @@
-"""What came out: the models, their quality, their speed, and what they write."""
+"""Sections on the results: models, quality, speed, and samples of text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from prune_distill.reporting.results import ModelReport, Report, count_samples, 
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
-# Beyond so many, the overview has their mean; all of them have a table of their own.
+# With more tasks, the overview only shows their mean.
 TASKS_IN_OVERVIEW = 2
 SAMPLES_SHOWN = 8
 CONTROL = (
-    " A control is the same pruned model, trained on the same tokens in the same steps without a teacher; at small"
-    " sizes it can come out ahead."
+    " A control is the same pruned model, trained on the same tokens and steps without a teacher; at small"
+    " sizes it can be better."
 )
 
 
@@ -44,8 +44,8 @@ def models(run: RunFolder, report: Report) -> Iterator[Block]:
     tokens = next((model["tokens"] for model in models.values() if finite(model.get("tokens")) is not None), None)
     if tokens is not None:
         yield Note(
-            f"Held-out loss: mean over {words.number(tokens)} tokens of documents that no model was trained on, by"
-            " plain transformers on the Hugging Face folders. Changes are against the teacher."
+            f"Held-out loss: mean over {words.number(tokens)} tokens of documents that no model was trained on, with"
+            " plain transformers on the Hugging Face folders. Changes are relative to the teacher."
             f"{CONTROL if 'ce' in models else ''}"
         )
     yield _details(models)
@@ -73,11 +73,9 @@ def _overview(report: Report) -> Table:
         ]
         if agreeing:
             top1 = agreement(model, "top1")
-            told = agreement(model, "kl")
+            kl = agreement(model, "kl")
             row.append(
-                number_cell(
-                    top1, lambda v: words.percent(v, 1), f"KL {words.number(told, 3)}" if told is not None else ""
-                )
+                number_cell(top1, lambda v: words.percent(v, 1), f"KL {words.number(kl, 3)}" if kl is not None else "")
             )
         row += [score_cell(tasks[task].get(name), tasks[task].get("teacher") if base else None) for task in in_overview]
         if tasks and not in_overview:
@@ -134,19 +132,19 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     if report["correction"]:
         correction = report["correction"]
         yield Note(
-            f"Before it taught, the teacher was trained on {words.number(correction.get('tokens'))} tokens of the"
-            " distillation's data: in training's own validation its loss went from"
+            f"Before the distillation, the teacher was trained on {words.number(correction.get('tokens'))} tokens of"
+            " its data: its validation loss changed from"
             f" {words.number(correction.get('val_loss_before'), 4)} to"
             f" {words.number(correction.get('val_loss_after'), 4)} nats per token."
         )
     if report["checks"]:
-        named = {
+        labels = {
             "import_max_abs_logit_diff": "Teacher, after import",
             "export_max_abs_logit_diff": "Student, after export",
         }
-        columns = [Column("Logits, NeMo against Hugging Face", text=True), Column("Largest difference")]
+        columns = [Column("Logits, NeMo and Hugging Face", text=True), Column("Largest difference")]
         rows = [
-            [Cell(named.get(key, key)), number_cell(value, lambda v: words.significant(v, 2))]
+            [Cell(labels.get(key, key)), number_cell(value, lambda v: words.significant(v, 2))]
             for key, value in report["checks"].items()
         ]
         yield Table("Checks of both conversions", columns, rows)
@@ -171,7 +169,7 @@ def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[s
             for name in names
         ]
         rows.append([Cell(task), Cell(metric), number_cell(count_samples(some), words.number), *cells])
-    return Table("Tasks: score ± one standard error, and the change against the teacher", columns, rows)
+    return Table("Tasks: score ± one standard error, and the change relative to the teacher", columns, rows)
 
 
 def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
@@ -185,8 +183,8 @@ def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
         cells = []
         for name in by_source:
             loss = entries.get(name, {}).get("val_loss")
-            apart = words.difference(loss, base) if name != "teacher" else ""
-            cells.append(number_cell(loss, lambda value: words.number(value, 4), apart))
+            difference = words.difference(loss, base) if name != "teacher" else ""
+            cells.append(number_cell(loss, lambda value: words.number(value, 4), difference))
         rows.append([Cell(source), number_cell(tokens, words.number), *cells])
     return Table("Held-out loss by source (nats per token)", columns, rows)
 
@@ -226,15 +224,15 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             ]
         )
     yield Table(
-        "Speed and memory: medians; below, times the teacher's, with the spread over rounds",
+        "Speed and memory: medians; below, relative to the teacher, with the range over rounds",
         [*columns, *(optional[key] for key in extra)],
         rows,
     )
     facts = [
         f"{benchmark.get('engine', '?')} on {benchmark.get('device', '?')}",
         f"{benchmark.get('dtype', '?')}",
-        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} tokens of prompt,"
-        f" {benchmark.get('new_tokens', '?')} new ones",
+        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} prompt tokens,"
+        f" {benchmark.get('new_tokens', '?')} new tokens",
         f"{benchmark.get('rounds', '?')} interleaved rounds",
         *([f"{benchmark['threads']} threads"] if benchmark.get("threads") else []),
     ]
@@ -249,11 +247,11 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     )
     yield from draw(plots, clean)
     if benchmark.get("command"):
-        yield Code("The command that measured it", str(benchmark["command"]))
+        yield Code("Command of the benchmark", str(benchmark["command"]))
 
 
 def samples(run: RunFolder) -> Iterator[Block]:
-    # Every stage continues the same beginnings, in the same order.
+    # Every stage continues the same prompts, in the same order.
     texts: dict[tuple[int, str, str], dict[str, str]] = {}
     for stage in run.evaluations():
         found = stage.read(SAMPLES)

@@ -1,4 +1,4 @@
-"""What `launch.plan` estimated before a run, next to what was measured in it."""
+"""Compare the estimates of `launch.plan` with measurements of the run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
 
-def against_actual(run: RunFolder) -> list[tuple[str, str, str]]:
-    """Rows of what, planned, actual; none where no plan was kept."""
+def compare_with_actual(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Return rows of (quantity, planned, actual); none if the run has no plan."""
     plan = run.plan
     if not plan:
         return []
@@ -42,7 +42,7 @@ def against_actual(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def _memory(run: RunFolder, plan: Json) -> list[tuple[str, str, str]]:
-    """Of the fullest rank, by stage; measured by rank 0 where the stage's manifest says so."""
+    """Return rows on the memory of the fullest rank of each stage; rank 0 measures the actual value."""
     rows = []
     memory = plan.get("memory")
     for name, planned in memory.items() if isinstance(memory, dict) else ():
@@ -53,14 +53,14 @@ def _memory(run: RunFolder, plan: Json) -> list[tuple[str, str, str]]:
             continue
         peak = found.manifest.peak_memory
         measured = finite(peak.get("gpu_bytes"))
-        told = words.size(measured) if measured else words.size(peak.get("host_bytes"))
-        whose = "" if measured else " (the whole process)" if peak else ""
-        rows.append((f"{name}: memory of a rank", words.size(max(total for total in totals if total)), told + whose))
+        actual = words.size(measured) if measured else words.size(peak.get("host_bytes"))
+        note = "" if measured else " (the whole process)" if peak else ""
+        rows.append((f"{name}: memory of a rank", words.size(max(total for total in totals if total)), actual + note))
     return rows
 
 
 def _written(run: RunFolder) -> int:
-    """Bytes of all files in the run's folder."""
+    """Return the total size in bytes of all files in the run's folder."""
     total = 0
     for folder, _, names in os.walk(run.path):
         for name in names:

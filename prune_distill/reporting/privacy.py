@@ -1,4 +1,4 @@
-"""What no report may show: credentials, and where on whose disk things are."""
+"""Remove private information from reports: credentials, and paths of home folders."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from prune_distill.credentials import REMOVED, redact
 
 _CODE = Path(__file__).resolve().parents[2]
 _PATTERNS = (
-    # A URL's user, password and query: signed links carry their key there.
+    # A URL's user, password and query, which contains the key of signed links.
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s@\"'<>]+@"), r"\1"),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?\"'<>]+)\?[^\s\"'<>)\]]+"), rf"\1?{REMOVED}"),
-    # Home folders, also those of a cluster's shared disk.
+    # Home folders, including those on a shared disk.
     (re.compile(r"(?:/[\w.-]+)*/(?:home|Users)/[^/\s\"':,;<>()\[\]]+"), "~"),
     (re.compile(r"(?<![\w./~-])/root(?![\w-])"), "~"),
 )
 
 
 class Privacy:
-    """Takes out of texts what is nobody's business.
+    """Removes private information from texts.
 
     Args:
-        run_dirs: folders of runs; paths below them are shown from `RUN_DIR` on.
-        environment: where secrets are looked for by the names of variables.
+        run_dirs: folders of runs; paths inside them are shown relative to `RUN_DIR`.
+        environment: variables whose names indicate a secret; their values are removed.
     """
 
     def __init__(self, run_dirs: tuple[Path, ...] = (), environment: Mapping[str, str] = os.environ) -> None:
@@ -43,14 +43,14 @@ class Privacy:
         self._environment = environment
 
     def text(self, text: str) -> str:
-        """A text without secrets and without home folders."""
+        """Remove secrets and home folders from a text."""
         text = redact(text, self._environment)
         for pattern, shown in (*self._replaced, *_PATTERNS):
             text = pattern.sub(shown, text)
         return text
 
     def value(self, value: Any) -> Any:
-        """The same of every text in plain data."""
+        """Apply `text` to every string in plain data."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):

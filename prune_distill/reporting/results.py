@@ -1,4 +1,4 @@
-"""The content of `report.json`: what came out of a run, from what its stages left. Paths are relative to the run."""
+"""The content of `report.json`: the results of a run, from the outputs of its stages. Paths are relative to the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prune_distill.reporting import Json
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
-# How the report calls a model, in the order of its tables.
+# Labels of the models, in the order of the tables.
 LABELS = {
     "teacher": "Teacher",
     "corrected_teacher": "Teacher, corrected",
@@ -21,19 +21,19 @@ LABELS = {
     "ce": "Control: no teacher",
     "scratch": "Control: from scratch",
 }
-# The one metric of a task that tables have room for: the first that there is.
+# Metrics of a task in order of preference; tables show the first one that exists.
 HEADLINE_METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")
 TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch"}
 
 
 class ModelReport(ModelEntry, total=False):
-    """What the report knows of a model. `hf_path`: its Hugging Face folder, relative to the run."""
+    """A model's entry. `hf_path`: its Hugging Face folder, relative to the run."""
 
     hf_path: str
 
 
 class StageReport(TypedDict, total=False):
-    """A stage's status and seconds, how often it was started, and why it failed."""
+    """A stage's status and seconds, its number of starts, and why it failed."""
 
     status: str
     seconds: float | None
@@ -46,11 +46,11 @@ class Report(TypedDict):
 
     Attributes:
         state: as `state_of` returns it.
-        git_commits: the stages that each commit of the code made, the oldest first.
+        git_commits: stages by the commit of the code that ran them, oldest first.
         models: the evaluated models, in the order of the tables.
-        tasks: the same scores as in `models`, by task and model.
-        benchmark: the content of `benchmark.json` with costs.
-        checks: the largest differences of logits, by conversion.
+        tasks: the scores in `models`, by task and model.
+        benchmark: the content of `benchmark.json`, with costs.
+        checks: largest difference of logits for each conversion.
         pruning, correction: metrics of the stages `prune` and `correct_teacher`.
     """
 
@@ -71,7 +71,7 @@ class Report(TypedDict):
 
 
 def summarize(run: RunFolder) -> Report:
-    """What came out of a run so far; what is not there yet is empty or null."""
+    """Summarize the results of a run so far; missing results are empty or null."""
     models = _models(run)
     recovery = run.read("evaluate", RECOVERY)
     newest = [stage.manifest for stage in reversed(run.stages.values())]
@@ -107,16 +107,16 @@ def summarize(run: RunFolder) -> Report:
 
 
 def state_of(run: RunFolder) -> str:
-    """complete, failed, running, paused, or unfinished."""
+    """Return the state of a run: complete, failed, running, paused, or unfinished."""
     states = [stage.state for stage in run.stages.values()]
-    # Every run is evaluated: where stages are told by their folders alone, those to come do not show.
+    # Without the evaluation a run is not complete. If stages are only known by their folders, later ones are missing.
     if "evaluate" in run.stages and all(state == "complete" for state in states):
         return "complete"
     return next((state for state in ("failed", "running", "paused") if state in states), "unfinished")
 
 
 def headline(task: TaskScores) -> tuple[str, float, float | None] | None:
-    """A task's metric that tables have room for: name, value, standard error. None where none is a number."""
+    """Return the metric of a task for tables: name, value, standard error. None if no metric is a number."""
     metrics = {name: entry for name, entry in task.items() if isinstance(entry, dict) and "value" in entry}
     for name in sorted(metrics, key=lambda name: (*(name != known for known in HEADLINE_METRICS), name)):
         value = finite(metrics[name]["value"])
@@ -126,13 +126,13 @@ def headline(task: TaskScores) -> tuple[str, float, float | None] | None:
 
 
 def count_samples(task: TaskScores) -> int | None:
-    """How many questions a task had."""
+    """Return the number of questions of a task."""
     samples = task.get("samples")
     return samples if isinstance(samples, int) else None
 
 
 def _commits(run: RunFolder) -> dict[str, list[str]]:
-    """The stages that each commit of the code made, the oldest first."""
+    """Return the stages by the commit of the code that ran them, oldest first."""
     commits: dict[str, list[str]] = {}
     for name, stage in run.stages.items():
         if stage.manifest.git_commit is not None:
@@ -141,12 +141,12 @@ def _commits(run: RunFolder) -> dict[str, list[str]]:
 
 
 def _objects(value: Any) -> list[Any]:
-    """The objects in a value that should be a list of them."""
+    """Return the JSON objects in a value that should be a list of them."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _benchmark(run: RunFolder) -> Result | None:
-    """The content of `benchmark.json`, with what tokens cost at the price that the config names."""
+    """Return the content of `benchmark.json`, with the cost of tokens at the configured price."""
     found = run.read("benchmark", BENCHMARK)
     if not isinstance(found, dict):
         return None
@@ -160,7 +160,7 @@ def _benchmark(run: RunFolder) -> Result | None:
 
 
 def _models(run: RunFolder) -> dict[str, ModelReport]:
-    """The evaluated models by name, in the order of the tables, with the place of those that were made here."""
+    """Return the evaluated models by name, in the order of the tables, with the paths of those from this run."""
     entries: dict[str, ModelReport] = {}
     for stage in run.evaluations():
         found = stage.manifest.metrics or stage.read(EVALUATION)
@@ -172,13 +172,13 @@ def _models(run: RunFolder) -> dict[str, ModelReport]:
 
 
 def _place(run: RunFolder, path: str | None, name: str) -> dict[str, str]:
-    """Where a model is. A teacher of the user's is outside the run, or on the Hub: its place is no part of a report."""
+    """Return the path of a model of this run. The path of a teacher outside the run is not reported."""
     made_here = name != "teacher" or "demo_model" in run.stages
     return {"hf_path": path} if path is not None and not path.startswith(("/", "..", "~")) and made_here else {}
 
 
 def _tasks(models: dict[str, ModelReport]) -> dict[str, dict[str, TaskScores]]:
-    """Scores by task, then by model."""
+    """Return scores by task, then by model."""
     tasks: dict[str, dict[str, TaskScores]] = {}
     for name, model in models.items():
         model_tasks = model.get("tasks")

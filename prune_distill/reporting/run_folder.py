@@ -1,4 +1,4 @@
-"""What a run's folder holds, whatever state it is in: nothing here fails because something is missing or broken."""
+"""Read a run's folder in any state: missing or damaged files never raise errors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import JOBS, LAUNCHES, LOG, MANIFEST, METRICS, PLAN, REPORT, RESOLVED, SLURM
-from prune_distill.pipeline.stage_log import Attempt, attempts, last_attempt, parse_object, read_reason
+from prune_distill.pipeline.stage_log import Attempt, last_attempt, parse_object, read_attempts, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.reporting import Json
 from prune_distill.reporting.words import finite
 from prune_distill.schema import RunConfig
 
-# Lines of a failed stage's log that are shown; its log has the rest.
+# Maximum number of log lines to show for a failed stage.
 LINES = 8
 _STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the manifest of a complete stage says, as far as it can be read.
+    """The readable entries of a complete stage's manifest.
 
     Attributes:
-        started, ended, seconds: of the stage's last process.
+        started, ended, seconds: times of the stage's last process.
         inputs: the path of each input, relative to the run where it is inside.
-        metrics: what the stage says of its result; empty where it says nothing.
+        metrics: metrics that the stage returned; may be empty.
         peak_memory: `gpu_bytes` and `host_bytes`.
     """
 
@@ -64,7 +64,7 @@ class Manifest:
 
 
 def _object(value: Any) -> Json:
-    """A value that should be a JSON object; empty where it is something else."""
+    """Return a value that should be a JSON object; empty if it is something else."""
     return value if isinstance(value, dict) else {}
 
 
@@ -73,10 +73,10 @@ class StageFolder:
     """One stage of a run.
 
     Attributes:
-        state: complete, running, paused, failed, submitted (to Slurm, which is not asked here), or "to do".
-        manifest: of a complete stage; empty otherwise.
-        cause: why it failed, or stays paused.
-        step: where it paused.
+        state: complete, running, paused, failed, submitted (to Slurm, which is not queried), or "to do".
+        manifest: manifest of a complete stage; empty otherwise.
+        cause: why it failed, or cannot resume.
+        step: the step at which it paused.
     """
 
     name: str
@@ -92,11 +92,11 @@ class StageFolder:
         return self.state == "complete"
 
     def read(self, name: str) -> Any:
-        """The content of a JSON file in the folder, None where there is none that can be read."""
+        """Read a JSON file in the folder; None if it is missing or unreadable."""
         return read_json(self.folder / name)
 
     def lines(self) -> list[dict[str, float | None]]:
-        """Its `metrics.jsonl`."""
+        """Read the lines of `metrics.jsonl`."""
         try:
             return read_metrics(self.folder / METRICS)
         except OSError:
@@ -105,13 +105,13 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run as its folder has it.
+    """A run, read from its folder.
 
     Attributes:
-        cfg: its typed config, None where it cannot be read as one.
-        tree: its config as plain data, as far as it is YAML; `text`: as it stands in the file.
-        stages: by name, in the order in which they run; without the report.
-        notes: what a reader should know of how this was read.
+        cfg: its typed config; None if it is not valid here.
+        tree: its config as plain data, if it is YAML; `text`: content of the file.
+        stages: the stages by name, in order, without the report.
+        notes: warnings for the reader of the report.
     """
 
     path: Path
@@ -127,12 +127,12 @@ class RunFolder:
 
     @property
     def plan(self) -> Json:
-        """What `launch.plan` estimated when the run was launched; empty where it was not kept."""
+        """The estimates of `launch.plan` at the launch; empty if there are none."""
         return _object(read_json(self.path / PLAN))
 
     @property
     def commands(self) -> list[str]:
-        """The commands that launched the run, each once, in order."""
+        """The distinct commands that launched the run, in order."""
         try:
             lines = (self.path / LAUNCHES).read_text(errors="replace").splitlines()
         except OSError:
@@ -141,7 +141,7 @@ class RunFolder:
         return list(dict.fromkeys(str(command) for command in commands if command))
 
     def evaluations(self) -> list[StageFolder]:
-        """The stages that evaluated models: the student's, and those of controls."""
+        """The stages that evaluated models: that of the student and those of the controls."""
         return [stage for name, stage in self.stages.items() if name.partition(".")[0] == "evaluate"]
 
     def metrics(self, stage: str) -> Json:
@@ -149,7 +149,7 @@ class RunFolder:
         return found.manifest.metrics if found is not None else {}
 
     def read(self, stage: str, name: str) -> Any:
-        """The content of a JSON file of a stage's, None where there is none that can be read."""
+        """Read a JSON file of a stage; None if it is missing or unreadable."""
         found = self.stages.get(stage)
         return found.read(name) if found is not None else None
 
@@ -162,7 +162,7 @@ def read_json(path: Path) -> Any:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run of a folder, or those of a sweep.
+    """Find the run in a folder, or the runs of a sweep.
 
     Raises:
         ConfigError: there is none.
@@ -171,12 +171,12 @@ def find_runs(folder: Path) -> list[Path]:
         return [folder]
     sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
     if not sweep:
-        raise ConfigError(f"{folder} holds no {RESOLVED}; give the folder of a run, or of a sweep")
+        raise ConfigError(f"{folder} has no {RESOLVED}; give the folder of a run, or of a sweep")
     return sweep
 
 
 def read_run(path: Path) -> RunFolder:
-    """The run of a folder, at any time."""
+    """Read the run in a folder, in any state."""
     text, tree = _config(path / RESOLVED)
     notes: list[str] = []
     cfg, located = None, {}
@@ -185,13 +185,13 @@ def read_run(path: Path) -> RunFolder:
         cfg.run_dir = str(path)
         located = locate(cfg)
     except ConfigError as error:
-        notes.append(f"The run's config cannot be used here, so its stages are told by their folders' names: {error}")
+        notes.append(f"The run's config is not valid here, so its stages are found by their folders' names: {error}")
     folders = {name: stage.folder for name, stage in located.items()}
     present = dict(_stage_folders(path))
     if present and not any(folder.exists() for name, folder in folders.items() if name != REPORT):
         if located:
             notes.append(
-                "None of the stages carries the hash that its config, inputs and the libraries here would give it: the "
+                "None of the stages has the hash of its config, its inputs and the libraries on this machine: the "
                 "run was made by other versions. Its newest folders are shown."
             )
         folders = present
@@ -201,14 +201,14 @@ def read_run(path: Path) -> RunFolder:
 
 
 def stage_run_folder(cfg: RunConfig, inputs: Mapping[str, Path]) -> RunFolder:
-    """The run that stage `report` belongs to: exactly the folders that it was given, which are complete."""
+    """Read the run of stage `report`: exactly its input folders, which are complete."""
     path = Path(cfg.run_dir)
     text, tree = _config(path / RESOLVED)
     return RunFolder(path, cfg, tree, text, _stages(path, inputs, dict.fromkeys(inputs, True)))
 
 
 def locate_report(cfg: RunConfig) -> Located | None:
-    """Where the report of a run is, None where its stages cannot be told."""
+    """Locate the report stage of a run; None if its stages are unknown."""
     try:
         return locate(cfg).get(REPORT)
     except ConfigError:
@@ -225,37 +225,38 @@ def _config(path: Path) -> tuple[str, Json]:
 
 
 def _stage_folders(path: Path) -> Iterator[tuple[str, Path]]:
-    """The newest folder of each stage, by names alone, in the order of the stage table."""
+    """Yield the newest folder of each stage, by names alone, in the order of the stage table."""
     newest: dict[str, Path] = {}
     for folder in sorted(
         (entry for entry in path.iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime
     ):
-        named = _STAGE_FOLDER.fullmatch(folder.name)
-        if named is not None:
-            newest[named[1]] = folder
+        match = _STAGE_FOLDER.fullmatch(folder.name)
+        if match is not None:
+            newest[match[1]] = folder
     order = [stage.name for stage in STAGES]
     for name in sorted(newest, key=lambda name: (order.index(name) if name in order else len(order), name)):
         yield name, newest[name]
 
 
 def _stages(path: Path, folders: Mapping[str, Path], complete: Mapping[str, bool]) -> dict[str, StageFolder]:
-    """
+    """Read the folders of stages.
+
     Args:
-        complete: whether a stage is, where its hash is known; otherwise its manifest is believed.
+        complete: whether each stage with a known hash is complete; otherwise its manifest decides.
     """
     jobs = set(_object(read_json(path / SLURM / JOBS)))
     working = in_use(path)
     stages: dict[str, StageFolder] = {}
     for name, folder in folders.items():
         stages[name] = _stage(name, folder, complete.get(name), working, name in jobs)
-        # A launcher works on the first stage that is not complete.
+        # A launcher runs the first incomplete stage.
         working = working and stages[name].complete
     return stages
 
 
 def _stage(name: str, folder: Path, complete: bool | None, working: bool, submitted: bool) -> StageFolder:
     log = folder / LOG
-    starts = tuple(attempts(log))
+    starts = tuple(read_attempts(log))
     manifest = _object(read_json(folder / MANIFEST))
     if complete if complete is not None else manifest.get("status") == "complete":
         return StageFolder(name, folder, "complete", starts, Manifest.read(manifest))
@@ -272,7 +273,7 @@ def _stage(name: str, folder: Path, complete: bool | None, working: bool, submit
 
 
 def _reason(log: Path) -> tuple[str | None, list[str]]:
-    """What a log says of the last attempt: a fault that the user can fix, or its last lines."""
+    """Read the last attempt from a log: a fault that the user can fix, or the last lines."""
     try:
         reason = read_reason(log, last_attempt(log))
     except OSError:

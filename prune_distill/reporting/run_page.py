@@ -1,4 +1,4 @@
-"""The page of one run: what was asked, what came out, and what is missing, each said in its place."""
+"""The page of one run: the task, the results, and what is missing."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ STATES = {
 
 
 def page(run: RunFolder, report: Report, clean: Clean) -> Page:
-    """The page of a run.
+    """Build the page of a run.
 
     Args:
-        report: what `results.summarize` returned.
-        clean: takes out of a text what no report may show.
+        report: result of `results.summarize`.
+        clean: removes private information from a text.
     """
     sections = [
         Section("models", "Models", list(outcome_sections.models(run, report))),
@@ -36,14 +36,14 @@ def page(run: RunFolder, report: Report, clean: Clean) -> Page:
         Section("pruning", "Pruning", list(work_sections.pruning(run, report, clean))),
         Section("samples", "Samples of text", list(outcome_sections.samples(run))),
         Section("run", "The run", list(work_sections.stages(run, clean))),
-        Section("repeat", "To repeat it", list(work_sections.repeat(run, report))),
+        Section("repeat", "Commands and config", list(work_sections.repeat(run, report))),
     ]
     return Page(
         title=f"{run.name}: pruned and distilled",
         heading=run.name,
         meta=_meta(run, report),
         state=STATES[report["state"]],
-        asked=_asked(run.cfg) if run.cfg is not None else "",
+        asked=_describe_task(run.cfg) if run.cfg is not None else "",
         lead=outcome(report),
         blocks=list(_opening(run, report)),
         sections=sections,
@@ -51,54 +51,54 @@ def page(run: RunFolder, report: Report, clean: Clean) -> Page:
 
 
 def outcome(report: Report) -> str:
-    """What came out, in a sentence or two."""
+    """Summarize the results in one or two sentences."""
     models = report["models"]
     teacher, student, pruned = models.get("teacher"), models.get("student"), models.get("pruned")
     if student is None or finite(student.get("val_loss")) is None:
         return "No student has been evaluated yet."
     sentence = f"held-out loss is {words.number(student['val_loss'], 3)} nats per token"
     if teacher is not None:
-        sentence += f", {_apart(student, teacher, 'above', 'below')} the teacher's"
+        sentence += f", {_format_difference(student, teacher, 'above', 'below')} the teacher's"
     if pruned is not None:
-        sentence += f" and {_apart(student, pruned, 'worse', 'better')} than just pruned"
+        sentence += f" and {_format_difference(student, pruned, 'worse', 'better')} than just pruned"
     if teacher is not None and finite(teacher.get("params")) and finite(student.get("params")):
         share = words.percent(student["params"] / teacher["params"])
-        return f"The student keeps {share} of the teacher's parameters. Its {sentence}.{_faster(report)}"
-    return f"The student's {sentence}.{_faster(report)}"
+        return f"The student keeps {share} of the teacher's parameters. Its {sentence}.{_describe_speed(report)}"
+    return f"The student's {sentence}.{_describe_speed(report)}"
 
 
-def _apart(one: ModelReport, other: ModelReport, more: str, less: str) -> str:
+def _format_difference(one: ModelReport, other: ModelReport, more: str, less: str) -> str:
     a, b = finite(one.get("val_loss")), finite(other.get("val_loss"))
     if a is None or b is None:
         return f"not comparable {more} or {less}"
     return f"{words.number(abs(a - b), 3)} {more if a >= b else less}"
 
 
-def _faster(report: Report) -> str:
+def _describe_speed(report: Report) -> str:
     ratios = compute_ratios(report, "student")
     decode = median(ratios.get("decode"))
     if decode is None:
         return ""
     memory = finite(ratios.get("memory"))
-    took = f", and takes {words.percent(memory)} of the memory" if memory is not None else ""
-    return f" It generates text {words.times(decode)} as fast as the teacher{took}."
+    memory_words = f", and uses {words.percent(memory)} of the memory" if memory is not None else ""
+    return f" It generates text {words.times(decode)} as fast as the teacher{memory_words}."
 
 
-def _asked(cfg: RunConfig) -> str:
-    """What a run was asked to do."""
+def _describe_task(cfg: RunConfig) -> str:
+    """Describe the task of a run."""
     prune, shape = cfg.prune, cfg.model.shape
     if prune.budget is not None:
         limits = {
             "parameters": (prune.budget.params, prune.budget.params_fraction),
             "GB of memory": (prune.budget.memory_gb, prune.budget.memory_fraction),
-            "ms a forward pass": (prune.budget.latency_ms, prune.budget.latency_fraction),
+            "ms per forward pass": (prune.budget.latency_ms, prune.budget.latency_fraction),
         }
-        told = [
+        budgets = [
             f"{words.count(absolute)} {name}" if absolute is not None else f"{words.percent(share, 1)} of the {name}"
             for name, (absolute, share) in limits.items()
             if absolute is not None or share is not None
         ]
-        sizes = f"to what its search finds within {', '.join(told)}"
+        sizes = f"to the best shape that the search finds within {', '.join(budgets)}"
     else:
         axes = {
             "num_layers": "layers",
@@ -116,7 +116,7 @@ def _asked(cfg: RunConfig) -> str:
             cuts.insert(0, f"without layers {', '.join(map(str, prune.drop_layers))}")
         sizes = f"({', '.join(cuts)})"
     steps = f"{cfg.distill.max_steps:,} steps"
-    return f"Prune {cfg.model.name} {sizes}, then distil for {steps} with {cfg.distill.loss_in_words}."
+    return f"Prune {cfg.model.name} {sizes}, then distill for {steps} with {cfg.distill.loss_in_words}."
 
 
 def _meta(run: RunFolder, report: Report) -> str:
@@ -134,7 +134,7 @@ def _meta(run: RunFolder, report: Report) -> str:
 
 
 def _code(commits: dict[str, list[str]]) -> str:
-    """The commits that made a run; which stages each made, where there are several."""
+    """Format the commits of the code; with their stages, if there are several."""
     if len(commits) < 2:
         return "".join(f"code {commit}" for commit in commits)
     return "code " + "; ".join(f"{commit} ({', '.join(stages)})" for commit, stages in commits.items())
@@ -143,19 +143,15 @@ def _code(commits: dict[str, list[str]]) -> str:
 def _opening(run: RunFolder, report: Report) -> Iterator[Block]:
     for name, stage in run.stages.items():
         if stage.state == "failed":
-            yield Note(f"Stage {name} failed. The same command goes on from there once its cause is fixed.", "failure")
+            yield Note(f"Stage {name} failed. Fix the cause, then run the same command to resume.", "failure")
             yield Code(f"Why {name} failed: the end of its log", stage.cause or "", folded=False)
         elif stage.state == "paused":
             at = f" at step {stage.step:,}" if stage.step is not None else ""
-            yield Note(
-                f"Stage {name} is paused{at}; the same command goes on from there. {stage.cause or ''}", "warning"
-            )
+            yield Note(f"Stage {name} is paused{at}; run the same command to resume it. {stage.cause or ''}", "warning")
         elif stage.state == "running":
             yield Note(f"Stage {name} was running when this was written.{_progress(run, name)}", "warning")
         elif stage.state == "submitted":
-            yield Note(
-                f"Stage {name} is a Slurm job; `python -m launch.status` says whether it waits or runs.", "warning"
-            )
+            yield Note(f"Stage {name} is a Slurm job; `python -m launch.status` shows its state.", "warning")
     for note in run.notes:
         yield Note(note, "warning")
     if report["models"]:
@@ -179,12 +175,14 @@ def _tiles(report: Report) -> Iterator[Tile]:
         yield Tile(
             "Parameters",
             words.count(student["params"]),
-            f"{words.change(student['params'], teacher.get('params'))} against {words.count(teacher.get('params'))}",
+            f"{words.change(student['params'], teacher.get('params'))} from {words.count(teacher.get('params'))}",
         )
     loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
     if loss is not None:
-        against = f"{words.signed(loss - teacher_loss, 3)} against the teacher" if teacher_loss is not None else ""
-        yield Tile("Held-out loss", words.number(loss, 3), against)
+        difference = (
+            f"{words.signed(loss - teacher_loss, 3)} relative to the teacher" if teacher_loss is not None else ""
+        )
+        yield Tile("Held-out loss", words.number(loss, 3), difference)
     top1 = agreement(student, "top1")
     if top1 is not None:
         yield Tile("Same next token", words.percent(top1, 1), "as the teacher's, on held-out text")

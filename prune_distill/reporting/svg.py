@@ -1,5 +1,4 @@
-"""Plots as elements of a page: text in the page's font, colors from its style sheet, so that a single picture does for
-light and dark."""
+"""Embed plots in a page, with the page's font and the colors of its style sheet, for light and dark schemes."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from prune_distill.reporting.plots import COLOURS, GREY, Plot
+from prune_distill.reporting.plots import COLORS, GRAY, Plot
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-# The page says what these are in either scheme.
+# The page defines these for both schemes.
 _VARIABLES = {
-    **{color: f"var(--{name})" for name, color in COLOURS.items()},
-    GREY: "var(--muted)",
+    **{color: f"var(--{name})" for name, color in COLORS.items()},
+    GRAY: "var(--muted)",
     "#000000": "currentColor",
 }
 _LEFT_OUT = {f"{{{SVG}}}metadata", f"{{{SVG}}}style"}
@@ -25,12 +24,12 @@ _numbers = itertools.count()
 
 
 def inline(plot: Plot, description: str, clean: Callable[[str], str] = str) -> Markup:
-    """A plot as an SVG element.
+    """Render a plot as an SVG element.
 
     Args:
-        plot: what to show.
-        description: what it shows, for those who do not see it.
-        clean: goes over every text.
+        plot: the plot.
+        description: alternative text for screen readers.
+        clean: applied to every text.
     """
     buffer = io.StringIO()
     plot.write(buffer)
@@ -41,14 +40,14 @@ def inline(plot: Plot, description: str, clean: Callable[[str], str] = str) -> M
         for child in [child for child in parent if child.tag in _LEFT_OUT]:
             parent.remove(child)
     for gid, texts in plot.hover.items():
-        _tell(root, gid, texts)
-    # Several plots share a page, and matplotlib numbers the parts of each from 1.
+        _add_titles(root, gid, texts)
+    # Plots of a page need unique ids, but matplotlib numbers the parts of each plot from 1.
     prefix = f"p{next(_numbers)}-"
     for element in root.iter():
         _adapt(element, prefix)
         if element.text and element.text.strip():
             element.text = clean(element.text)
-    # The size comes from the page, the shape from the viewBox.
+    # The page sets the size; the viewBox sets the aspect ratio.
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.set("role", "img")
@@ -56,8 +55,8 @@ def inline(plot: Plot, description: str, clean: Callable[[str], str] = str) -> M
     return Markup(ET.tostring(root, encoding="unicode"))
 
 
-def _tell(root: ET.Element, gid: str, texts: list[str]) -> None:
-    """Gives each point of an artist its title; none where matplotlib left out points that are not finite."""
+def _add_titles(root: ET.Element, gid: str, texts: list[str]) -> None:
+    """Add a title to each point of an artist, unless matplotlib omitted non-finite points."""
     artist = next((element for element in root.iter() if element.get("id") == gid), None)
     points = [] if artist is None else list(artist.iter(f"{{{SVG}}}use"))
     if len(points) == len(texts):
@@ -66,7 +65,7 @@ def _tell(root: ET.Element, gid: str, texts: list[str]) -> None:
 
 
 def _adapt(element: ET.Element, prefix: str) -> None:
-    """Makes ids unique in the page, and colors variables of its style sheet."""
+    """Make ids unique in the page, and replace colors by variables of its style sheet."""
     for name, value in element.attrib.items():
         if name == "id":
             element.set(name, prefix + value)

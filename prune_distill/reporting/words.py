@@ -1,4 +1,4 @@
-"""Numbers for people: None, and what is not finite, is a dash."""
+"""Format numbers for people. None and non-finite values become a dash."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def finite(value: Any) -> float | None:
-    """A number, None where it is none or not finite."""
+    """Return a number as float; None if the value is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def strict(value: Any) -> Any:
-    """Plain data as strict JSON has it: what is not finite becomes null."""
+    """Replace non-finite numbers in plain data by None, for strict JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -36,7 +36,7 @@ def number(value: Any, digits: int = 0) -> str:
 
 
 def signed(value: Any, digits: int) -> str:
-    """`+0.12`, with a true minus; what rounds to nothing has no sign."""
+    """`+0.12`, with a minus sign (U+2212); values that round to zero have no sign."""
     found = finite(value)
     if found is None:
         return NOTHING
@@ -46,13 +46,13 @@ def signed(value: Any, digits: int) -> str:
 
 
 def difference(value: Any, base: Any) -> str:
-    """`+0.123` against a base; empty where there is nothing to compare."""
+    """`+0.123` relative to a base; empty if one of the values is missing."""
     one, other = finite(value), finite(base)
     return "" if one is None or other is None else signed(one - other, 3)
 
 
 def significant(value: Any, digits: int = 3) -> str:
-    """So many significant digits, without an exponent where it can be read: `1,230`, `0.00123`, `1.2e-06`."""
+    """Format significant digits, with an exponent only for small values: `1,230`, `0.00123`, `1.2e-06`."""
     found = finite(value)
     if found is None:
         return NOTHING
@@ -105,7 +105,7 @@ def duration(seconds: Any) -> str:
 
 
 def percent(share: Any, digits: int = 0) -> str:
-    """`62 %` of a share."""
+    """`62 %` for a fraction of 0.62."""
     found = finite(share)
     return NOTHING if found is None else f"{100 * found:.{digits}f} %".replace("-", MINUS)
 
@@ -117,7 +117,7 @@ def times(ratio: Any) -> str:
 
 
 def change(value: Any, base: Any, digits: int = 0) -> str:
-    """`−38 %` against a base; empty where there is nothing to compare."""
+    """`−38 %` relative to a base; empty if one of the values is missing."""
     one, other = finite(value), finite(base)
     if one is None or not other:
         return ""

@@ -1,4 +1,4 @@
-"""How it came about: training, pruning, the stages, and how to do it again."""
+"""Sections on the work: training, pruning, the stages, and the commands to repeat them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune_distill.reporting import Json, figures, plots, words
 from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Table
 from prune_distill.reporting.cells import Clean, draw, missing, number_cell
 from prune_distill.reporting.figures import format_label
-from prune_distill.reporting.planned import against_actual
+from prune_distill.reporting.planned import compare_with_actual
 from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
@@ -23,32 +23,32 @@ CANDIDATES_SHOWN = 40
 def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     curves = {name: run.stages[stage].lines() for name, stage in TRAINED.items() if stage in run.stages}
     shown: list[tuple[Plot | None, str]] = [
-        (figures.validation(report["models"], curves), "Held-out loss of the students while they train."),
+        (figures.validation(report["models"], curves), "Held-out loss of the students during training."),
         *(
             (figures.training(lines, name), f"Training loss: {format_label(name)}{_kind(run, name)}.")
             for name, lines in curves.items()
         ),
         (
             figures.recovery_loss(report["recovery"], report["models"]),
-            "Recovery: held-out loss of the saved checkpoints, by tokens.",
+            "Recovery: held-out loss of the saved checkpoints over tokens.",
         ),
         *(
-            (figures.recovery_task(report["recovery"], task, report["models"]), f"Recovery: {task} by tokens.")
+            (figures.recovery_task(report["recovery"], task, report["models"]), f"Recovery: {task} over tokens.")
             for task in report["tasks"]
         ),
     ]
     if drawn := draw(shown, clean):
         yield from drawn
-        yield Note("Training losses of different kinds can't be compared with each other; held-out losses can.")
+        yield Note("Training losses of different kinds are not comparable; held-out losses are.")
     for name, stage in TRAINED.items():
         if stage in run.stages and not curves[name]:
-            yield missing(run, stage, f"{format_label(name)}: no step has been told")
+            yield missing(run, stage, f"{format_label(name)}: no step has been recorded")
     if not report["recovery"]:
         yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
 
 
 def _kind(run: RunFolder, name: str) -> str:
-    """What a student's training minimized."""
+    """Describe the training loss of a student."""
     if name != "student":
         return ", cross-entropy on the data"
     return f", {run.cfg.distill.loss_in_words}" if run.cfg is not None else ""
@@ -75,9 +75,9 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
             yield missing(run, "importance", "Importance has not been measured")
         return
     drawers = {
-        "Importance of layers: how much each changes what passes through it.": plots.layer_importance,
-        "Importance of attention heads, layer by layer.": plots.head_importance,
-        "Importance of FFN channels, layer by layer.": plots.ffn_importance,
+        "Importance of layers: how much each changes its input.": plots.layer_importance,
+        "Importance of attention heads by layer.": plots.head_importance,
+        "Importance of FFN channels by layer.": plots.ffn_importance,
         "Importance of hidden channels.": plots.hidden_importance,
     }
     drawn: list[tuple[Plot | None, str]] = []
@@ -129,11 +129,11 @@ def _candidate_table(rows: list[Json], choice: Json) -> Table:
         *([Column("Score", "after its last round")] if scored else []),
         Column("Pareto", text=True),
     ]
-    made = []
+    shown = []
     for row in rows[:CANDIDATES_SHOWN]:
-        ended = row["rounds"][-1] if row["rounds"] else {}
+        last_round = row["rounds"][-1] if row["rounds"] else {}
         chosen = all(row.get(key) == choice.get(key) for key in ("params", "drop_layers", "hidden_size", "loss"))
-        made.append(
+        shown.append(
             [
                 Cell(
                     plots.shape_words(row),
@@ -145,17 +145,17 @@ def _candidate_table(rows: list[Json], choice: Json) -> Table:
                 number_cell(row["loss"], lambda value: words.number(value, 4)),
                 number_cell(row.get("kl"), lambda value: words.number(value, 4)),
                 number_cell(
-                    ended.get("val_loss"),
+                    last_round.get("val_loss"),
                     lambda value: words.number(value, 4),
-                    f"step {ended['step']}" if "step" in ended else "",
+                    f"step {last_round['step']}" if "step" in last_round else "",
                 ),
-                *([_score_cell(ended.get("score"))] if scored else []),
+                *([_score_cell(last_round.get("score"))] if scored else []),
                 Cell("front" if row.get("front") else ""),
             ]
         )
-    left = len(rows) - len(made)
+    more = len(rows) - len(shown)
     return Table(
-        "Candidates" + (f" (the first {len(made)}; {left} more in candidates.json)" if left else ""), columns, made
+        "Candidates" + (f" (the first {len(shown)}; {more} more in candidates.json)" if more else ""), columns, shown
     )
 
 
@@ -169,7 +169,7 @@ def _score_cell(score: Any) -> Cell:
 
 def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
     timeline = figures.timeline(run.stages)
-    yield from draw([(timeline, "When each stage worked; hollow marks are earlier starts.")], clean)
+    yield from draw([(timeline, "When each stage ran; hollow marks are earlier starts.")], clean)
     columns = [
         Column("Stage", text=True),
         Column("State", text=True),
@@ -193,20 +193,20 @@ def stages(run: RunFolder, clean: Clean) -> Iterator[Block]:
     restarts = [f"{name} {len(stage.attempts)} times" for name, stage in run.stages.items() if len(stage.attempts) > 1]
     if restarts:
         yield Note(f"Started more than once: {', '.join(restarts)}. The time is that of the last process.")
-    planned = against_actual(run)
+    planned = compare_with_actual(run)
     if planned:
         columns = [Column("What", text=True), Column("Planned", text=True), Column("Actual", text=True)]
-        yield Table("Planned against actual", columns, [[Cell(cell) for cell in row] for row in planned])
+        yield Table("Planned and actual", columns, [[Cell(cell) for cell in row] for row in planned])
     else:
-        yield Note("What was planned was not kept with this run (plan.json).", "missing")
+        yield Note("This run has no plan (plan.json).", "missing")
 
 
 def repeat(run: RunFolder, report: Report) -> Iterator[Block]:
     if run.commands:
-        yield Code("The commands that launched it, the newest last", "\n".join(run.commands[-5:]), folded=False)
+        yield Code("The commands that launched it, newest last", "\n".join(run.commands[-5:]), folded=False)
     stages = "\n".join(
         shlex.join(["python", "-m", "recipes", name, "--config", "RUN_DIR/resolved.yaml"]) for name in run.stages
     )
-    yield Code("Any stage by itself, from the run's folder", stages)
-    yield Code("The whole config (resolved.yaml)", run.text or "resolved.yaml cannot be read")
+    yield Code("Any single stage, from the run's folder", stages)
+    yield Code("The full config (resolved.yaml)", run.text or "resolved.yaml cannot be read")
     yield Code("Versions", "\n".join(f"{name}=={version}" for name, version in sorted(report["versions"].items())))

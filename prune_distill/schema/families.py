@@ -31,7 +31,7 @@ class Traits:
     """What families differ in; line numbers are those of nemo/collections/llm/gpt/model.
 
     Attributes:
-        defaults: what transformers assumes for keys that a `config.json` leaves out
+        defaults: defaults of transformers for keys that are missing in a `config.json`
             (transformers/models/*/configuration_*.py).
         qk_norm: each head's queries and keys are normed (qwen3.py:45).
         qkv_bias: queries, keys and values have biases (qwen2.py:48).

@@ -1,8 +1,8 @@
 """python -m tests.benchmarks.bench_convert [--layers 24] [--rounds 3] [--nemo-rounds 1]
 
-Both conversions of a random bf16 model of 3.2 B parameters beside `cp` and fsync of the same bytes, and beside NeMo's
+Compares both conversions of a random bf16 model of 3.2 B parameters with `cp` and fsync of its bytes, and with NeMo's
 own importer: whole processes, imports included, interleaved; medians. Writes runs/bench/convert.json.
-Wants about 30 GB of disk, and 20 GB of memory for NeMo's importer (--nemo-rounds 0 leaves it out).
+Needs about 30 GB of disk, and 20 GB of memory for NeMo's importer (--nemo-rounds 0 skips it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = {
     "intermediate_size": 9728,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
-    "head_dim": 128,  # what NeMo's importer takes it for
+    "head_dim": 128,  # NeMo's importer assumes it
     "vocab_size": 151936,
 }
 
@@ -46,7 +46,7 @@ def main() -> None:
     folder = ROOT / "runs" / "bench" / "convert"
     shutil.rmtree(folder, ignore_errors=True)
     hf, nemo, back, other = (folder / name for name in ("hf", "nemo", "back", "other"))
-    # In a process of its own: the memory of a process counts as that of those that it starts, until they begin.
+    # In a separate process: a new process counts the memory of its parent until it starts.
     write = [sys.executable, "-m", "tests.benchmarks.bench_convert", "--layers", str(args.layers), "--write", str(hf)]
     params = int(subprocess.run(write, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1])
     print(f"{params / 1e9:.2f} B parameters, {size(hf) / 1e9:.2f} GB")
@@ -94,7 +94,7 @@ def ratio(seconds: dict[str, list[float]], of: str, to: str) -> float:
 
 
 def run(command: list[str]) -> tuple[float, float]:
-    """Seconds and the largest resident memory in GB of a process, once the disk has done what came before."""
+    """Run a process after a sync; return its seconds and peak resident memory in GB."""
     os.sync()
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -108,20 +108,20 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def compare(first: Path, second: Path) -> None:
-    """Ends the benchmark where a round trip does not give the same tensors: a wrong copy is quick, too."""
+    """Stop the benchmark if a round trip changes tensors: a wrong copy is fast, too."""
     command = [sys.executable, "-m", "convert.verify", "--no-logits", str(first), str(second)]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     print(said.strip())
 
 
 def write_random_model(folder: Path, layers: int) -> int:
-    """A model's folder whose weights are random bytes that are small bf16 numbers; returns its parameters."""
+    """Write a model with small random bf16 weights; return its number of parameters."""
     import numpy as np
 
     from prune_distill.model.hf_weights import expected_shapes
     from tests.helpers.models import write_model
 
-    # Tokenizer and configuration of a tiny one, with this one's sizes in it.
+    # Tokenizer and config of a tiny model, with other sizes.
     write_model("qwen3_untied_bf16", folder)
     config = json.loads((folder / "config.json").read_text()) | CONFIG
     config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}

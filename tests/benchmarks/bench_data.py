@@ -1,14 +1,14 @@
-"""python -m tests.benchmarks.bench_data [--rounds 5]: data preparation beside ModelOpt's megatron_preprocess_data.
+"""python -m tests.benchmarks.bench_data [--rounds 5]: data preparation and ModelOpt's megatron_preprocess_data.
 
 The same text, tokenizer (byte-level BPE, 49,152 entries, Qwen3's pattern) and cores; the two take turns, and medians
 are quoted. A rate by the clock is that of the work itself: each side works on a shorter and on a longer text, and the
 rate is that of what the longer one has more, so that starting (imports, the tokenizer, ours also the proof that
-fastokens is equal) cancels out. What a whole call takes is told beside it. Ours is too fast for the text at hand, and
-gets it many times over.
+fastokens is equal) cancels out. The time of a whole call is also reported. Ours is too fast for the available text, and
+reads it many times.
 
-fastokens remembers words, and is twice as fast on text that it has seen. So hours are computed from text that comes
-once: what a worker makes shards of, in CPU time, after a quarter of the text to warm up. Encoders alone (fastokens, and
-tiktoken as it would be without it) get the same text in memory, and their ids are thrown away.
+fastokens caches words, and is twice as fast on text that it has seen. So hours are computed from text that occurs
+once: a worker makes shards of it, in CPU time, after a warmup on a quarter of the text. Encoders alone (fastokens, and
+tiktoken as the alternative) get the same text in memory, and their ids are discarded.
 
 Prints a table and writes runs/bench/data.json.
 """
@@ -116,20 +116,20 @@ SAME = tuple(f"{arm}-{cores}-{WHOLE}" for arm in ("theirs", "ours") for cores in
 
 
 def _order() -> list[tuple[str, int, int]]:
-    """Arms that are compared beside each other."""
+    """Return the arms to compare, in order."""
     one = [*[("theirs", 1, quarters) for quarters in THEIRS], *[(arm, 1, WHOLE) for arm in ONCE], ("ours", 1, WHOLE)]
     two = [*[("theirs", 2, quarters) for quarters in THEIRS], ("ours", 2, WHOLE)]
     return [*one, *two, *[("ours", cores, quarters) for quarters in OURS for cores in (1, 2)]]
 
 
 def _rates(runs: dict[str, list[dict[str, Any]]], arm: str, cores: int, clock: str = "seconds") -> list[float]:
-    """Tokens a second of what the longer run has more than the shorter one, by round."""
+    """Return tokens per second of the difference between the longer and the shorter run, by round."""
     short, long = (runs[f"{arm}-{cores}-{quarters}"] for quarters in (OURS if arm == "ours" else THEIRS))
     return [(b["tokens"] - a["tokens"]) / (b[clock] - a[clock]) for a, b in zip(short, long, strict=True)]
 
 
 def run(folder: Path, arm: str, cores: int, quarters: int) -> dict[str, Any]:
-    """One arm in a process of its own, on so many cores."""
+    """Run one arm in a separate process, on a number of cores."""
     command = [
         sys.executable,
         "-m",

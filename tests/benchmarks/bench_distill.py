@@ -1,11 +1,11 @@
-"""python -m tests.benchmarks.bench_distill [--rounds 3] [--skip-quality]: distillation beside its references.
+"""python -m tests.benchmarks.bench_distill [--rounds 3] [--skip-quality]: compares distillation with references.
 
-1. The loss with both output layers, beside ModelOpt's LogitsKLLoss: memory, time, largest difference of the gradients.
-2. A step of the demo's distillation, beside a bare PyTorch loop of the same models, batch, precision and threads; and
+1. The loss with both output layers, and ModelOpt's LogitsKLLoss: memory, time, largest difference of the gradients.
+2. A step of the demo's distillation, and a plain PyTorch loop with the same models, batch, precision and threads; and
    with the teacher's cached logits stored.
 3. The quality of each way to train, three seeds, two students (`tests/benchmarks/quality.py`; takes most of the time).
 
-What is compared takes turns; medians are quoted. Prints tables and writes runs/bench/distill.json.
+Runs are interleaved, and medians are reported. Prints tables and writes runs/bench/distill.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SEQUENCE, BATCH = 256, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of part 1, of which the median is taken")
-    parser.add_argument("--skip-quality", action="store_true", help="leaves out part 3")
+    parser.add_argument("--skip-quality", action="store_true", help="skip part 3")
     args = parser.parse_args()
     TARGET.mkdir(parents=True, exist_ok=True)
     result = {**loss_cost(args.rounds), **gradients()}
@@ -131,9 +131,9 @@ def steps(folder: Path) -> dict[str, Any]:
         Runner("plain", lambda: _start(plain, lines), lambda: [line["seconds"] for line in read_metrics(lines)])
     )
     rounds = []
-    for of_round in take_turns(runners, STEPS, WARM_UP):
-        rounds.append(of_round)
-        print(", ".join(f"{name} {seconds:.3f} s a step" for name, seconds in of_round.items()), flush=True)
+    for medians in take_turns(runners, STEPS, WARM_UP):
+        rounds.append(medians)
+        print(", ".join(f"{name} {seconds:.3f} s a step" for name, seconds in medians.items()), flush=True)
     return {
         "step_throughput_vs_plain": median(of["plain"] / of["ours"] for of in rounds),
         "stored_signal_speedup": median(of["ours"] / of["stored"] for of in rounds),

@@ -32,7 +32,7 @@ from typing import Any
 from prune_distill.pipeline.artifact import Located, read_manifest, write_json
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import LOCK
-from prune_distill.pipeline.stage_log import attempts
+from prune_distill.pipeline.stage_log import read_attempts
 from tests.helpers import tiny
 
 MARK = "BENCH_KILLS_ATTEMPT"
@@ -248,7 +248,7 @@ def _seconds(stage: Located) -> float:
     """From a stage's start, imports and all, to its manifest."""
     manifest = read_manifest(stage.folder)
     assert manifest is not None
-    return float(manifest["ended"]) - attempts(stage.folder / "log.txt")[-1].started
+    return float(manifest["ended"]) - read_attempts(stage.folder / "log.txt")[-1].started
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _same(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def attack(kill: Kill, reference: Reference, run_dir: Path) -> None:
-    """Starts a stage, kills the victim, runs the same command again, and notes in `kill` what came of it."""
+    """Start a stage, kill the victim, run the same command again, and record the result in `kill`."""
     shutil.rmtree(run_dir, ignore_errors=True)
     folder = reference.scenario.located(reference.run_dir)[kill.stage].folder
     copy_without(reference.run_dir, run_dir, [folder.name])
@@ -320,7 +320,7 @@ def _wait(launcher: subprocess.Popen[str]) -> int | None:
 
 
 def _strike(kill: Kill, launcher: subprocess.Popen[str], folder: Path, mark: str, seconds: float) -> bool:
-    """Waits for the moment and kills; false where the stage has ended by then.
+    """Wait for the moment and kill; return False if the stage has already ended.
 
     Helpers come and go: one of the wanted kind is waited for a while, and then any process is taken.
     """

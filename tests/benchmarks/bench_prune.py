@@ -2,12 +2,12 @@
 
 Pruning on the demo's teacher, through the real command lines:
 
-- exactness: every axis, all together and named layers, beside ModelOpt called directly on the same scores;
-- what a further candidate costs, beside the first: wall time of whole stages, processes and imports included;
-- quality: the search's choice at a budget of two thirds of the parameters, beside two choices by hand of the kind that
-  is published, after as many steps of distillation (those of successive halving are counted in), seed by seed. The
-  successive halving's four candidates are distilled for half of these steps, two of them for nearly all: what is ahead
-  turns around as late as that.
+- exactness: every axis, all together and named layers, compared with ModelOpt on the same scores;
+- cost of a further candidate, compared with the first: wall time of whole stages, with processes and imports;
+- quality: the search's choice at a budget of two thirds of the parameters, compared with two manual choices like those
+  that are published, after the same number of steps of distillation (including successive halving), per seed. The
+  four candidates of successive halving are distilled for half of these steps, two of them for nearly all, because the
+  ranking changes that late.
 
 Writes runs/bench/prune.json.
 """

@@ -78,7 +78,7 @@ def _copy_tracked(target: Path) -> None:
 
 
 def _measure(copy: Path, name: str, group: dict[str, Any], sample: int) -> None:
-    """Runs a group in a process of its own, which then has nothing of another group imported."""
+    """Run a group in a separate process, without imports of other groups."""
     environment = {
         "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -172,7 +172,7 @@ def _difference(mutant: Mutant) -> str:
 
 
 def _preload(nemo: bool) -> None:
-    """Imports what every child needs, and nothing of the modules that are changed."""
+    """Import the modules that every child needs, except those that are changed."""
     import pytest  # noqa: F401
     import torch
     import transformers  # noqa: F401
@@ -199,7 +199,7 @@ def _survives(mutant: Mutant, tests: list[str], limit: float) -> bool:
 
 
 def _passes(tests: list[str], limit: float) -> bool:
-    """Runs tests in a fork of this process, in a session of its own; a run beyond the limit counts as failed."""
+    """Run tests in a fork of this process, in a new session; a run beyond the limit counts as failed."""
     child = os.fork()
     if child == 0:
         os.setsid()

@@ -84,12 +84,12 @@ def measure(folder: Path, teacher: Path, arms: list[str], seeds: list[int]) -> l
 
 def _work(runs: list[Run], teacher: Path, folder: Path) -> Iterator[dict[str, Any]]:
     for run in runs:
-        val_loss = distil(run.overrides(teacher, folder))
+        val_loss = distill(run.overrides(teacher, folder))
         print(f"{run.student}, seed {run.seed}, {run.arm}: {val_loss:.4f}", flush=True)
         yield {"arm": run.arm, "student": run.student, "seed": run.seed, "val_loss": val_loss}
 
 
-def distil(overrides: list[str]) -> float:
+def distill(overrides: list[str]) -> float:
     """The validation loss at the end of a distillation, through the command line."""
     from launch.planning.automatic import compose
     from prune_distill.pipeline.artifact import locate, read_manifest

@@ -24,7 +24,7 @@ MEGABYTES = {"english": 24, "code": 18, "translated": 20}
 
 
 def write_text(folder: Path) -> dict[str, float]:
-    """Writes `text.jsonl` and returns the bytes of text of each kind, and the share of them that is translated."""
+    """Write `text.jsonl`; return the bytes of text of each kind, and the fraction of translated text."""
     kinds = {"english": _english, "code": _code, "translated": _translated}
     texts: list[str] = []
     sizes: dict[str, float] = {}

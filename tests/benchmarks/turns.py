@@ -27,7 +27,7 @@ class Runner:
 
 
 def take_turns(runners: Sequence[Runner], steps: int, warm_up: int, turn: float = 4.0) -> Iterator[dict[str, float]]:
-    """Yields the median seconds a step of each runner, once a round, while all have steps to do.
+    """Yield the median seconds a step of each runner, once a round, while all have steps to do.
 
     Args:
         steps: that each of them does in all.
@@ -44,7 +44,7 @@ def take_turns(runners: Sequence[Runner], steps: int, warm_up: int, turn: float 
                 time.sleep(0.1)
             _signal(processes[runner.name], stop=True)
         while True:
-            of_round = {}
+            medians = {}
             for runner in runners:
                 before = len(runner.seconds())
                 _signal(processes[runner.name], stop=False)
@@ -53,8 +53,8 @@ def take_turns(runners: Sequence[Runner], steps: int, warm_up: int, turn: float 
                 done = runner.seconds()
                 if len(done) >= steps or len(done) < before + 2:
                     return
-                of_round[runner.name] = median(done[before + 1 :])
-            yield of_round
+                medians[runner.name] = median(done[before + 1 :])
+            yield medians
     finally:
         for process in processes.values():
             _signal(process, stop=False)

@@ -1,4 +1,4 @@
-"""Everything here needs CUDA; elsewhere each test is skipped, and says why."""
+"""These tests need CUDA; without it they are skipped with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The integration tests as they stand, on a CUDA machine with the real Transformer Engine (`make test-gpu`)."""
+"""The integration tests on a CUDA machine with the real Transformer Engine (`make test-gpu`)."""
 
 from tests.integration.test_conversion import *  # noqa: F403
 from tests.integration.test_distillation import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Losses of candidates that are really cut: python -m tests.helpers.candidate_losses RESOLVED.YAML
+"""Losses of candidates after actual pruning: python -m tests.helpers.candidate_losses RESOLVED.YAML
 
 For each row of the search's table, prints a JSON line: the loss that the search found, and that of the model which
 ModelOpt returns, on the same held-out sequences (nats per token).

@@ -1,4 +1,4 @@
-"""Which config keys a stage reads, found in the source of its module and of the functions that it hands the config to.
+"""Find the config keys that a stage reads, in the source of its module and of functions that take the config.
 
 Followed are attributes of the config (`cfg.distill.lr`), names for its groups (`distill = cfg.distill`), properties of
 groups, and calls of functions and classes of ours that take the config or a group. Fields named by `getattr` are not.
@@ -17,7 +17,7 @@ from prune_distill.config.hints import field_hints
 from prune_distill.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a name in the source stands for: a dotted key, "" being the whole config.
+# The dotted key that a name in the source refers to; "" is the whole config.
 Names = dict[str, str]
 Definition = ast.FunctionDef | ast.ClassDef
 

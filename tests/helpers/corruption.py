@@ -1,4 +1,4 @@
-"""Damage to what a complete run holds: every kind of file, in every way, each undone afterwards."""
+"""Damage every kind of file in a complete run, in every way, and undo it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_distill.pipeline.stage import Output
 
 
 def flip(path: Path) -> None:
-    """Changes a bit in the middle."""
+    """Flip a bit in the middle."""
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)
@@ -25,7 +25,7 @@ def flip(path: Path) -> None:
 
 
 def hole(path: Path) -> None:
-    """Zeroes 4 KiB in the middle, as a block that a disk lost; in what is all zeros there, other bytes instead."""
+    """Zero 4 KiB in the middle, like a lost block of a disk; if they are zeros already, write other bytes."""
     with path.open("r+b") as file:
         file.seek(max(0, path.stat().st_size // 2 - 2048))
         content = file.read(4096)
@@ -50,8 +50,8 @@ DAMAGES: tuple[Callable[[Path], None], ...] = (flip, hole, truncate, lengthen, d
 
 
 @contextmanager
-def damaged(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator[None]:
-    """A file that is damaged meanwhile, with the same time stamps."""
+def damage_file(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator[None]:
+    """Damage a file during the block, with the same time stamps."""
     shutil.copy2(path, aside)
     times = path.stat()
     try:
@@ -64,8 +64,8 @@ def damaged(path: Path, damage: Callable[[Path], None], aside: Path) -> Iterator
 
 
 @contextmanager
-def swapped(one: Path, other: Path, aside: Path) -> Iterator[None]:
-    """Two files, each under the name of the other meanwhile."""
+def swap_files(one: Path, other: Path, aside: Path) -> Iterator[None]:
+    """Swap two files during the block."""
 
     def swap() -> None:
         one.rename(aside)
@@ -79,32 +79,32 @@ def swapped(one: Path, other: Path, aside: Path) -> Iterator[None]:
         swap()
 
 
-def kind_of(name: str) -> str:
-    """What a file is an example of: its name without numbers and hashes."""
+def classify(name: str) -> str:
+    """Return the kind of a file: its name without numbers and hashes."""
     return re.sub(r"[0-9a-f]{8,}(-[0-9a-f]{4,})*|\d+", "N", name)
 
 
 def examples(entries: Entries) -> dict[str, str]:
-    """A file of each kind that holds something, by kind."""
-    return {kind_of(name): name for name, entry in entries.items() if entry["size"]}
+    """Return one non-empty file of each kind, by kind."""
+    return {classify(name): name for name, entry in entries.items() if entry["size"]}
 
 
-def silent_uses(
+def find_silent_uses(
     stages: Mapping[str, Located], aside: Path, made_by: Collection[str] | None = None
 ) -> tuple[int, list[str]]:
-    """Damages every kind of file that a stage reads of a complete one, in every way.
+    """Damage every kind of file that a stage reads from a complete one, in every way.
 
     Args:
-        made_by: the stages whose files are damaged; None: all that are complete.
+        made_by: stages whose files are damaged; None: all complete stages.
 
     Returns:
-        How often, and the cases in which the stage would have started all the same.
+        The number of cases, and those in which the stage would have started nevertheless.
     """
     tried, silent, seen = 0, [], set()
     complete = {name for name, stage in stages.items() if stage.complete and (made_by is None or name in made_by)}
     for located in stages.values():
         for source in located.stage.inputs(located.cfg).values():
-            # The same check, whichever stage makes it.
+            # Check each input once, even if several stages read it.
             if not isinstance(source, Output) or source in seen or source.stage not in complete:
                 continue
             seen.add(source)
@@ -112,13 +112,13 @@ def silent_uses(
             entries = select(read_record(folder).entries or {}, source.path, source.files)
             for name in [*examples(entries).values(), "manifest.json", "outputs.json"]:
                 for damage in DAMAGES:
-                    # Without a readable manifest a folder is not complete, which is another refusal.
-                    with damaged(folder / name, damage, aside):
+                    # Without a readable manifest a folder is incomplete, which is another error.
+                    with damage_file(folder / name, damage, aside):
                         tried += 1
                         if stages[source.stage].complete and not damaged_inputs(located, stages, contents=True):
                             silent.append(f"{located.stage.name} reads {folder.name}/{name} after {damage.__name__}")
             for one, other in _of_same_size(folder, entries):
-                with swapped(folder / one, folder / other, aside):
+                with swap_files(folder / one, folder / other, aside):
                     tried += 1
                     if not damaged_inputs(located, stages, contents=True):
                         silent.append(f"{located.stage.name} reads {folder.name}/{one} in place of {other}")
@@ -126,7 +126,7 @@ def silent_uses(
 
 
 def _of_same_size(folder: Path, entries: Entries) -> Iterator[tuple[str, str]]:
-    """Pairs of files that differ in content alone."""
+    """Yield pairs of files that only differ in content."""
     by_size: dict[int, str] = {}
     for name, entry in entries.items():
         other = by_size.setdefault(entry["size"], name)

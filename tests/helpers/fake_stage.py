@@ -1,7 +1,7 @@
-"""Stages without models, for the pipeline's tests: started, logged and completed as real ones are.
+"""Stages without models for tests of the pipeline, started, logged and completed like real ones.
 
 What each does is in the environment: FAKE_STAGES={"second": "fail"}; the default is to succeed. `steps N` is a training
-of N steps that heeds the stop file, as `prune_distill.training.stop_file` does, and saves after every tenth; `late N`
+of N steps that obeys the stop file, as `prune_distill.training.stop_file` does, and saves after every tenth; `late N`
 is one that takes 3 s to start, `lead N` one of several ranks.
 """
 
@@ -20,7 +20,7 @@ from prune_distill.config.values import count_ranks
 from prune_distill.pipeline.artifact import locate, read_state, write_json, write_manifest
 from prune_distill.pipeline.metrics_file import MetricsFile, read_metrics
 from prune_distill.pipeline.names import STATE, STOP
-from prune_distill.pipeline.processes import end_with_torchrun
+from prune_distill.pipeline.processes import exit_with_torchrun
 from prune_distill.pipeline.stage import Output, Source, Stage
 
 PLAN = "FAKE_STAGES"
@@ -43,7 +43,7 @@ DISTRIBUTED = (Stage("ranks", MODULE, ("data",), lambda cfg: {}, count_ranks, tr
 
 
 def _act(action: str, folder: Path) -> None:
-    """Does what the plan says; returns where the stage succeeds."""
+    """Perform an action; return if the stage succeeds."""
     if action == "fail":
         print("about to divide", flush=True)
         raise ZeroDivisionError("nothing by nothing")
@@ -82,7 +82,7 @@ def _act(action: str, folder: Path) -> None:
 
 
 def _train(steps: int, folder: Path) -> None:
-    """Ends the process where it pauses."""
+    """Run a training; exit the process when it pauses."""
     metrics, checkpoints = MetricsFile(folder / "metrics.jsonl"), folder / "checkpoints"
     step = max((int(path.name.removeprefix("step=")) for path in checkpoints.glob("step=*")), default=0)
     metrics.truncate_after(step)
@@ -102,7 +102,7 @@ def _train(steps: int, folder: Path) -> None:
 
 
 def _lead(steps: int, folder: Path) -> None:
-    """A training whose other ranks wait for the first."""
+    """Run a training whose other ranks wait for the first."""
     if os.environ["RANK"] == "0":
         _train(steps, folder)
     while read_state(folder).get("state") != "done":
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("stage")
     parser.add_argument("--config", type=Path)
     args = parser.parse_args()
-    end_with_torchrun()
+    exit_with_torchrun()
     table = DISTRIBUTED if args.stage == "ranks" else TABLE
     located = locate(load_resolved(args.config), table)[args.stage]
     rank = os.environ.get("RANK", "0")

@@ -1,4 +1,4 @@
-"""python -m tests.helpers.fork_probe state|exit|fail|signal|wait: what a process starts with, and ways to end."""
+"""python -m tests.helpers.fork_probe state|exit|fail|signal|wait: the initial state of a process, and ways to end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 
 def state() -> dict[str, object]:
-    """All that a process gets from whatever starts it."""
+    """Return everything that a process inherits from its parent."""
     files = {}
     for name in os.listdir("/proc/self/fd"):
         path = f"/proc/self/fd/{name}"

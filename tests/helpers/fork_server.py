@@ -10,8 +10,8 @@ by two processes: a guard, and its child, which becomes what the interpreter wou
 interpreter how the child ended, passes signals on, and kills the child when the interpreter dies; the kernel kills
 the child when the guard dies.
 
-A command whose environment differs from the server's in a variable that may act on an import is not run: its
-interpreter goes on by itself.
+A command whose environment differs from the server's in a variable that may affect an import is not run: its
+interpreter runs it itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from unittest.mock import patch
 
 from launch.environment import ROOT
 from prune_distill.nemo import backend
-from prune_distill.pipeline.processes import import_libraries, signal_at_parents_death
+from prune_distill.pipeline.processes import import_libraries, set_parent_death_signal
 from prune_distill.pipeline.stages import STAGES
 from tests.helpers.fork_site.sitecustomize import (
     COMMANDS,
@@ -94,8 +94,8 @@ def python_path() -> str:
 
 @contextmanager
 def fork_server() -> Iterator[Path]:
-    """A server for the processes that are started meanwhile; gives its folder. It ends with this process, too."""
-    # A socket's path may have 107 bytes, which pytest's own folders would come near.
+    """Run a server for processes started during the block; yield its folder. It exits with this process."""
+    # The path of a socket is limited to 107 bytes, and pytest's folders are long.
     with tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True) as folder:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SITE}", "OMP_NUM_THREADS": "1"}
         with (Path(folder) / LOG).open("wb") as log:
@@ -117,14 +117,14 @@ def fork_server() -> Iterator[Path]:
             server.stdin.close()
             try:
                 server.wait(SECONDS_TO_END)
-            except subprocess.TimeoutExpired:  # it still imports
+            except subprocess.TimeoutExpired:  # still importing
                 os.killpg(server.pid, signal.SIGKILL)
                 server.wait()
 
 
 @contextmanager
 def real_starts() -> Iterator[None]:
-    """All processes that are started meanwhile start by themselves."""
+    """Processes started during the block do not use the fork server."""
     with patch.dict(os.environ):
         os.environ.pop(FORK_SERVER, None)
         yield
@@ -136,11 +136,11 @@ class Request:
     def __init__(self, connection: socket.socket) -> None:
         length, self.received, _, _ = socket.recv_fds(connection, 4, 250)
         content = connection.recv(int.from_bytes(length, "little"), socket.MSG_WAITALL)
-        self.told: dict[str, Any] = marshal.loads(content)
+        self.message: dict[str, Any] = marshal.loads(content)
 
     def differing(self, own: dict[bytes, bytes]) -> list[str]:
         """The environment variables that may act on an import and have another value than in a server's environment."""
-        theirs = self.told["environment"]
+        theirs = self.message["environment"]
         names = sorted(os.fsdecode(name) for name in own.keys() | theirs if own.get(name) != theirs.get(name))
         folders = [{*values.get(b"PYTHONPATH", b"").split(b":")} for values in (own, theirs)]
         # What a stage with an active backend starts has its folder too.
@@ -152,30 +152,30 @@ class Request:
             os.close(received)
 
     def become(self, set_by_imports: dict[str, str]) -> None:
-        """Makes this process what the interpreter that asked is: its files, folder, environment and signals."""
+        """Give this process the files, folder, environment and signals of the requesting interpreter."""
         os.setsid()
-        # Away from the numbers that they are to have.
+        # Keep them away from the target numbers.
         aside = [fcntl.fcntl(received, fcntl.F_DUPFD, 512) for received in self.received]
         self.close()
-        for kept, number in zip(aside, self.told["files"], strict=True):
+        for kept, number in zip(aside, self.message["files"], strict=True):
             os.dup2(kept, number)
             os.close(kept)
-        os.chdir(self.told["folder"])
-        os.umask(self.told["umask"])
+        os.chdir(self.message["folder"])
+        os.umask(self.message["umask"])
         os.environ.clear()
-        os.environb.update(self.told["environment"])
+        os.environb.update(self.message["environment"])
         for name, value in set_by_imports.items():
             os.environ.setdefault(name, value)
-        for signum in self.told["ignored"]:
+        for signum in self.message["ignored"]:
             if signal.getsignal(signum) != signal.SIG_IGN:
                 signal.signal(signum, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.told["blocked"])
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.message["blocked"])
         self._take_parent()
 
     def _take_parent(self) -> None:
-        """Has `os.getppid` tell the parent of the interpreter that stands for this process."""
+        """Make `os.getppid` return the parent of the requesting interpreter."""
         child, parent_of_this = os.getpid(), os.getppid
-        stat = Path(f"/proc/{self.told['pid']}/stat")
+        stat = Path(f"/proc/{self.message['pid']}/stat")
 
         def parent() -> int:
             if os.getpid() != child:
@@ -185,15 +185,15 @@ class Request:
         os.getppid = parent
 
     def run(self) -> None:
-        """Runs the command as `python` does (Modules/main.c:pymain_run_python)."""
-        sys.executable = self.told["executable"]
-        sys.orig_argv[:] = self.told["words"]
-        words = self.told["words"][1:]
+        """Run the command as `python` does (Modules/main.c:pymain_run_python)."""
+        sys.executable = self.message["executable"]
+        sys.orig_argv[:] = self.message["words"]
+        words = self.message["words"][1:]
         if not {"-W", "-Wignore"}.isdisjoint(words):
             sys.warnoptions.append("ignore")
             warnings.simplefilter("ignore")
         option, program, *arguments = without_options(words)
-        sys.path[:] = ["" if option == "-c" else self.told["folder"], *self.told["path"]]
+        sys.path[:] = ["" if option == "-c" else self.message["folder"], *self.message["path"]]
         importlib.invalidate_caches()
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         if option == "-c":
@@ -206,9 +206,9 @@ class Request:
 
 
 def serve(listener: socket.socket, own: dict[bytes, bytes], set_by_imports: dict[str, str]) -> Request:
-    """Forks for every request. Returns in the child that is to run one; a server ends here."""
+    """Fork for every request. Returns in the child that runs one; a server exits here."""
     while True:
-        # The pipe from the tests is closed when they end, however they end.
+        # The pipe from the tests closes when they end for any reason.
         ready, _, _ = select.select([listener, 0], [], [])
         if 0 in ready:
             listener.close()
@@ -227,12 +227,12 @@ def serve(listener: socket.socket, own: dict[bytes, bytes], set_by_imports: dict
 
 
 def _guarded(connection: socket.socket, own: dict[bytes, bytes], set_by_imports: dict[str, str]) -> Request:
-    """Returns in a child, which this process guards and ends with."""
+    """Return in a child, which this process guards."""
     try:
         request = Request(connection)
     except (OSError, EOFError, ValueError):  # the interpreter was killed
         os._exit(0)
-    words = " ".join(request.told["words"][1:])
+    words = " ".join(request.message["words"][1:])
     if differing := request.differing(own):
         print(f"not run, for {', '.join(differing)}: {words}")
         connection.sendall(b"\0")
@@ -240,7 +240,7 @@ def _guarded(connection: socket.socket, own: dict[bytes, bytes], set_by_imports:
     guard = os.getpid()
     child = os.fork()
     if not child:
-        signal_at_parents_death(signal.SIGKILL, guard)
+        set_parent_death_signal(signal.SIGKILL, guard)
         connection.close()
         request.become(set_by_imports)
         return request
@@ -256,7 +256,7 @@ def _guarded(connection: socket.socket, own: dict[bytes, bytes], set_by_imports:
 
 
 def _pass_signals_on(connection: socket.socket, child: int) -> None:
-    """Returns once the child has ended, or is killed because the interpreter that stands for it has died."""
+    """Return when the child has ended, or is killed because the requesting interpreter has died."""
     ended = os.pidfd_open(child)
     while True:
         ready, _, _ = select.select([connection, ended], [], [])
@@ -266,7 +266,7 @@ def _pass_signals_on(connection: socket.socket, child: int) -> None:
         for signum in signals:
             os.kill(child, signum)
         if not signals:
-            # With what it left in its process group, as a launcher does (launch/local.py:stop).
+            # Including the rest of its process group, like a launcher (launch/local.py:stop).
             with contextlib.suppress(ProcessLookupError):  # it leads no group yet
                 os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
@@ -274,14 +274,14 @@ def _pass_signals_on(connection: socket.socket, child: int) -> None:
 
 
 def prepare(name: str) -> None:
-    """Imports the libraries of a server as their processes do, after the log has a handler."""
+    """Import the libraries of a server, after the log has a handler, as in their processes."""
     if name == NEMO:
         _activate()
     import_libraries(*SERVERS[name][1])
 
 
 def _activate() -> None:
-    """Activates the backend, and has `activate` repeat in a child what it does to the process besides imports."""
+    """Activate the backend, and make `activate` repeat its effects on the process in a child."""
     chosen = backend.activate()
     if chosen.name != "cpu":
         raise SystemExit("a process that uses CUDA cannot be forked")
@@ -292,7 +292,7 @@ def _activate() -> None:
         backend._put_first_on_path(str(backend._SITE))
         from lightning.fabric.utilities import rank_zero
 
-        # As lightning/fabric/utilities/rank_zero.py does when it is imported.
+        # As lightning/fabric/utilities/rank_zero.py does on import.
         rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
         return chosen
 
@@ -300,11 +300,11 @@ def _activate() -> None:
 
 
 def start(name: str, listeners: dict[str, socket.socket], first: dict[bytes, bytes]) -> Request:
-    """Imports, starts the servers that build upon this one, and serves. Returns in a child that is to run a request.
+    """Import, start the servers that build on this one, and serve. Returns in a child that runs a request.
 
     Args:
-        listeners: the sockets of this server and of those that are to be started.
-        first: the environment before the first import.
+        listeners: sockets of this server and of those to start.
+        first: environment before the first import.
     """
     path = list(sys.path)
     handler = logging.NullHandler()
@@ -328,9 +328,9 @@ def start(name: str, listeners: dict[str, socket.socket], first: dict[bytes, byt
 
 
 def _run_to_end(request: Request) -> NoReturn:
-    """Runs a command and ends this process as Python would (Python/pythonrun.c, Python/pylifecycle.c:Py_FinalizeEx).
+    """Run a command and exit like Python (Python/pythonrun.c, Python/pylifecycle.c:Py_FinalizeEx).
 
-    But for the destruction of all modules: it would copy most of the memory that is shared with the server.
+    Modules are not destroyed, which would copy most of the memory that is shared with the server.
     """
     status = 1
     try:

@@ -1,6 +1,6 @@
 """python -m tests.helpers.harness_directly MODEL_FOLDER TASK_FOLDER TASK BATCH_SIZE
 
-What EleutherAI's harness gives for a task when it loads the model by itself, as JSON on the last line.
+Prints the results of EleutherAI's harness for a task, which loads the model itself, as JSON on the last line.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def write_safetensors(file: Path, shapes: Shapes, dtype: str = "BF16", **types: 
 
 
 def complete(folder: Path) -> Path:
-    """Adds what the `config.json` in a folder needs beside it."""
+    """Add the files that a folder with a `config.json` also needs."""
     write_weights(folder)
     write_tokenizer(folder)
     return folder
@@ -49,7 +49,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def hub_snapshot(folder: Path, cache: Path) -> tuple[Path, Path]:
-    """Moves a complete model into a Hub cache, whose snapshots hold links; returns the snapshot and the blobs."""
+    """Move a complete model into a Hub cache, whose snapshots contain links; return the snapshot and the blobs."""
     snapshot, blobs = cache / "models--a--b" / "snapshots" / "0123", cache / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()

@@ -1,4 +1,4 @@
-"""Our loss beside ModelOpt's LogitsKLLoss on the same hidden states and output weights; run by ranks (`run_ranks`)."""
+"""Compare our loss with ModelOpt's LogitsKLLoss on equal hidden states and output weights, on ranks (`run_ranks`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: the vocabulary is cut among the ranks; where tied, the weight is the inputs' embedding too."""
+    """One comparison: the vocabulary is sharded over ranks; if tied, the weight is also the input embedding."""
 
     vocabulary: int
     temperature: float = 1.0
@@ -35,7 +35,7 @@ SEQUENCE, BATCH, HIDDEN = 48, 2, 64
 
 
 def differences(cases: list[Case]) -> list[dict[str, float]]:
-    """Of each case: the relative difference of the losses, and of the gradients, the largest entry being 1."""
+    """Return the relative differences of losses and gradients for each case; the largest entry counts as 1."""
     from prune_distill.nemo import backend
 
     backend.activate()
@@ -59,7 +59,7 @@ def _difference(case: Case) -> dict[str, float]:
 
 
 def _run(case: Case, loss: Callable[..., Any]) -> tuple[Any, ...]:
-    """The mean loss over tokens, and its gradients by hidden states and weight."""
+    """Return the mean loss over tokens, and its gradients by hidden states and weight."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def _run(case: Case, loss: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def _upstream(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
-    """As NeMo reduces it (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss)."""
+    """Reduce the loss like NeMo (nemo/collections/llm/modelopt/distill/model.py:_masked_token_loss)."""
     import torch
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
@@ -103,7 +103,7 @@ def _upstream(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
 
 
 def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
-    """Without the factor of the temperature's square, which upstream leaves out."""
+    """Compute our loss without the squared temperature, which upstream omits."""
     import torch
 
     from prune_distill.distillation.kd_loss import Head, distillation_loss

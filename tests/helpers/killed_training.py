@@ -1,7 +1,7 @@
-"""python -m tests.helpers.killed_training --config RESOLVED --seed N --times N: a distillation killed again and again.
+"""python -m tests.helpers.killed_training --config RESOLVED --seed N --times N: a repeatedly killed distillation.
 
 NeMo is imported once; each attempt is a fork of this process, killed with SIGKILL at a random moment, perhaps within
-a save. The last attempt is left to end. Prints the step that each attempt resumed from and the one it was killed at.
+a save. The last attempt is not killed. Prints the step from which each attempt resumed, and at which it was killed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     groups.append(_attempt(stage))
     _, status = os.waitpid(groups[-1], 0)
     for group in groups:
-        # What outlived the rank: its writer of a checkpoint, and torch's queue for the writers' results.
+        # Processes that outlive the rank: its checkpoint writer, and torch's queue for its results.
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
     raise SystemExit(os.waitstatus_to_exitcode(status))
@@ -64,7 +64,7 @@ def _attempt(stage: Located) -> int:
 
 
 def _killed_attempt(stage: Located, target: int, wait: float) -> int:
-    """Kills an attempt `wait` seconds after step `target`, or after its own first step, and tells its process group."""
+    """Kill an attempt `wait` seconds after step `target`, or after its own first step; return its process group."""
     from prune_distill.training.checkpoints import newest_checkpoint
 
     newest = newest_checkpoint(stage.folder / "checkpoints")
@@ -84,7 +84,7 @@ def _killed_attempt(stage: Located, target: int, wait: float) -> int:
 
 
 def _reached(metrics: Path, began: float, step: int) -> bool:
-    # An older file is what an earlier attempt left; the new one drops its lines of steps that it repeats.
+    # An older file belongs to an earlier attempt; the new one has no lines of repeated steps.
     fresh = metrics.exists() and metrics.stat().st_mtime > began
     lines = read_metrics(metrics) if fresh else []
     return any(line["step"] >= step and "loss" in line for line in lines[-3:])

@@ -16,10 +16,10 @@ from tests.helpers.fake_stage import PLAN
 
 
 @contextmanager
-def launched(
+def run_launcher(
     run_dir: Path, plan: dict[str, str], *arguments: str, mode: str = "launch"
 ) -> Iterator[subprocess.Popen[str]]:
-    """A running launcher; killed at the end if it hasn't ended, its stages with it."""
+    """Run a launcher during the block; at the end it is killed with its stages, if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.fake_stage", mode, "experiment=demo", f"run_dir={run_dir}", *arguments],
         env={**os.environ, PLAN: json.dumps(plan), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -35,7 +35,7 @@ def launched(
 
 
 def wait_for(run_dir: Path, stage: str, rank: int = 0) -> int:
-    """The pid of a stage's rank, once it runs."""
+    """Wait until a stage's rank runs; return its pid."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
         for path in run_dir.glob(f"{stage}*/pid-{rank}"):
@@ -44,7 +44,7 @@ def wait_for(run_dir: Path, stage: str, rank: int = 0) -> int:
     raise TimeoutError(f"{stage} did not start")
 
 
-def ends(pid: int, seconds: float = 10.0) -> bool:
+def wait_for_exit(pid: int, seconds: float = 10.0) -> bool:
     until = time.monotonic() + seconds
     while is_running(pid) and time.monotonic() < until:
         time.sleep(0.05)
@@ -52,12 +52,12 @@ def ends(pid: int, seconds: float = 10.0) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def parent_of(pid: int) -> int:
+def find_parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -1,4 +1,4 @@
-"""Short trainings on masked data with different micro batch sizes, for one run of the stage `distill`.
+"""Short trainings on masked data with different micro batch sizes, in one run of the stage `distill`.
 
 All in one process, as importing NeMo takes longer than these trainings do.
 """
@@ -16,13 +16,13 @@ from prune_distill.schema import DistillConfig, LossImplementation, RunConfig
 from recipes.__main__ import main
 from tests.helpers.tiny import DistillInputs as Inputs
 
-# By whose loss: ours of distillation, upstream's, and that of a model which learns from the data alone.
+# Our distillation loss, upstream's, and that of a model that learns from the data alone.
 KINDS = ("distilled", "upstream", "plain")
 MICRO_BATCHES = (1, 4)
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:
-    """Leaves `checkpoints/` and `metrics.jsonl` of each training in `out/<kind>/<micro batch size>`."""
+    """Write `checkpoints/` and `metrics.jsonl` of each training to `out/<kind>/<micro batch size>`."""
     backend.activate()
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
@@ -32,7 +32,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:
         for size in MICRO_BATCHES:
             training = dataclasses.replace(cfg.distill, micro_batch_size=size)
             _train(kind, training, inputs, out / kind / str(size), cfg.seed)
-            destroy_num_microbatches_calculator()  # or it would keep this training's micro batch size
+            destroy_num_microbatches_calculator()  # otherwise the next training would use this micro batch size
             finalists.release()
     return {}
 

@@ -1,4 +1,4 @@
-"""`recipes.distill` with a look at the tensors that really exist: their sizes go to `memory-RANK.json` in its folder.
+"""`recipes.distill` with measurements of the existing tensors, written to `memory-RANK.json` in its folder.
 
 Not the process's resident memory, which is mostly libraries and what the allocator keeps. Between steps it is the
 storages that Python objects hold, each once. Within a step it is what torch's profiler records of the allocator:
@@ -43,7 +43,7 @@ def _probe(target: Path) -> Any:
     from prune_distill.nemo.nemo_api import core_model
 
     class Probe(Callback):
-        """After step 1, when the optimizer's state exists, the parts; in step 2 the peak above them, and `saved`."""
+        """Measures the parts after step 1, when the optimizer state exists, and their peak and `saved` in step 2."""
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 1:
@@ -65,7 +65,7 @@ def _probe(target: Path) -> Any:
                 target.write_text(json.dumps({**self.found, **_peak(self.profiler, _exchanged(self.found))}))
 
         def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-            """Notes what autograd keeps, without keeping it: with one micro batch a step each place is taken once."""
+            """Count the bytes that autograd saves: with one micro batch per step each tensor is counted once."""
             storage = tensor.untyped_storage()
             self.saved[storage.data_ptr()] = storage.nbytes()
             return tensor
@@ -74,7 +74,7 @@ def _probe(target: Path) -> Any:
 
 
 def _parts(trainer: Any, pl_module: Any) -> dict[str, int]:
-    """Bytes of the tensors that outlive a step, by what they are; `other` is the rest of what Python can reach."""
+    """Return bytes of persistent tensors by kind; `other`: the rest that Python can reach."""
     import torch
 
     from prune_distill.nemo.nemo_api import core_model
@@ -111,7 +111,7 @@ def _chain(optimizer: Any) -> list[Any]:
 
 
 def _bytes(tensors: Iterable[Any], seen: set[int]) -> int:
-    """Bytes of the storages under some tensors, without those seen before."""
+    """Return bytes of the storages of tensors, without those already seen."""
     import torch
 
     total = 0

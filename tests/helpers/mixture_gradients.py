@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[LossImplementation, float | None]] = {
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> dict[str, Any]:
-    """Writes `gradients.json`: the coefficient, and of each variant the largest difference from `ours`, over its
+    """Write `gradients.json`: the coefficient, and of each variant the largest difference from `ours`, over its
     largest value, of all gradients and of the routers' alone."""
     backend.activate()
     from prune_distill.pruning import finalists

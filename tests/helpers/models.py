@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models of every family, with sizes as odd as they can be."""
+"""Tiny random Hugging Face models of every family, with unusual sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 517,  # a multiple of nothing
+    "vocab_size": 517,  # not a multiple of a power of two
     "hidden_size": 96,
     "intermediate_size": 160,
     "num_hidden_layers": 3,
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 def write_model(name: str, folder: Path, **settings: Any) -> None:
-    """A model with its tokenizer, generation config and chat template."""
+    """Write a model with its tokenizer, generation config and chat template."""
     import torch
     import transformers
     from tokenizers import Tokenizer, models
@@ -62,7 +62,7 @@ def write_model(name: str, folder: Path, **settings: Any) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **more, **settings})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
-    for parameter in model.parameters():  # norms of ones, biases of zeros and logits of nearly nothing hide mistakes
+    for parameter in model.parameters():  # norms of ones, zero biases and tiny logits would hide errors
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     transformers.GenerationConfig(eos_token_id=[0, 7], temperature=0.6, do_sample=True).save_pretrained(folder)

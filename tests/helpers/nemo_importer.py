@@ -9,7 +9,7 @@ from typing import Any
 
 
 def import_all(pairs: list[tuple[Path, Path]]) -> None:
-    """Imports Hugging Face folders as checkpoints, one after the other."""
+    """Import Hugging Face folders as checkpoints, one after the other."""
     from prune_distill.nemo import backend
 
     backend.activate()
@@ -30,7 +30,7 @@ def import_all(pairs: list[tuple[Path, Path]]) -> None:
         importer.trust_remote_code = False
         config = importer.config
         configure(config)
-        # A property, made again at each access: a subclass holds it fast.
+        # The property builds a new config on each access; a subclass fixes it.
         importer.__class__ = type(type(importer).__name__, (type(importer),), {"config": config})
         importer.apply(checkpoint)
 

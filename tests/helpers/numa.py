@@ -11,7 +11,7 @@ GPUS = {"0000:1b:00.0": 0, "0000:dc:00.0": 1}
 
 
 def two_nodes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cores 0-3 and 8 on node 0, 4-7 on node 1; this process may use 2 to 5."""
+    """Simulate cores 0-3 and 8 on node 0 and 4-7 on node 1; this process may use 2 to 5."""
     for node, cores in enumerate(("0-3,8", "4-7")):
         place = root / f"sys/devices/system/node/node{node}"
         place.mkdir(parents=True)

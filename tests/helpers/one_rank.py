@@ -1,4 +1,4 @@
-"""Megatron on one rank of this process: tiny models of NeMo and prepared data, for unit tests.
+"""Megatron on a single rank in this process, with tiny NeMo models and prepared data, for unit tests.
 
 Import this module after `backend.activate()`.
 """
@@ -36,7 +36,7 @@ SHAPE = Shape(4, 64, 128, 4, 2, 16, VOCABULARY, 64, False)
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's process groups of one rank over gloo; one thread, as more only wait for each other."""
+    """Create Megatron's single-rank process groups over gloo, with one thread, because more would only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     store = torch.distributed.HashStore()
@@ -72,7 +72,7 @@ def config(shape: Shape = SHAPE, **settings: Any) -> Any:
     return made
 
 
-# What NeMo and Megatron's datasets ask of a tokenizer.
+# The attributes of a tokenizer that NeMo and Megatron's datasets use.
 TOKENIZER = SimpleNamespace(vocab_size=VOCABULARY, eod=0, eos_id=0, pad_id=0, unique_identifiers={"class": "none"})
 
 
@@ -98,7 +98,7 @@ def save_weights(core: Any, checkpoint: Path) -> Path:
     """The weights of a NeMo checkpoint."""
     weights = checkpoint / "weights"
     weights.mkdir(parents=True)
-    # Megatron's queue is that of a process that it would start for it.
+    # Megatron would use a queue in another process.
     with patch.object(filesystem_async, "_results_queue", queue.Queue()):
         dist_checkpointing.save(core.sharded_state_dict(prefix="module."), str(weights))
     return checkpoint

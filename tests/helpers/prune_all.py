@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def prune_all(jobs: list[tuple[Path, Path, dict[str, int]]]) -> None:
-    """Prunes each checkpoint to the sizes given, by activations on random tokens.
+    """Prune each checkpoint to the given sizes, with activations on random tokens.
 
-    `recipes.prune` would refuse these teachers, which know no more than chance.
+    `recipes.prune` would reject these untrained teachers.
     """
     from prune_distill.nemo import backend
 

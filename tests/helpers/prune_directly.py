@@ -1,4 +1,4 @@
-"""ModelOpt called directly beside ours: python -m tests.helpers.prune_directly TEACHER IMPORTANCE OUT JOB [...]
+"""Compare with ModelOpt called directly: python -m tests.helpers.prune_directly TEACHER IMPORTANCE OUT JOB [...]
 
 Started by torchrun where the teacher is to be spread over pipeline stages. A job is a JSON object: the sizes as
 ModelOpt takes them and, by `drop_layers`, the layers to drop. Prints a JSON line a job: the names of the tensors that
@@ -85,5 +85,5 @@ def _write_scores(teacher: Path, scores: Any, path: Path) -> None:
 if __name__ == "__main__":
     teacher, importance, out, *jobs = sys.argv[1:]
     for line in compare(Path(teacher), Path(importance), Path(out), [json.loads(job) for job in jobs]):
-        # In one piece: ranks write to the same pipe.
+        # In a single write: ranks write to the same pipe.
         os.write(1, json.dumps({"rank": int(os.environ.get("RANK", "0")), **line}).encode() + b"\n")

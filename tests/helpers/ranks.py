@@ -1,4 +1,4 @@
-"""Functions run by several ranks at once, over gloo on this machine."""
+"""Run functions on several ranks, over gloo on this machine."""
 
 from __future__ import annotations
 

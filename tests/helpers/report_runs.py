@@ -1,4 +1,4 @@
-"""Folders of runs as their stages leave them, for the report's tests. The numbers are invented."""
+"""Run folders with the outputs of stages, for tests of the report. The numbers are made up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES = {
     "evaluate.ce": 20.0,
     "benchmark": 60.0,
 }
-# What may not show, where a test puts it into a run's files.
+# Strings that must not appear in a report, although they are in a run's files.
 SECRETS = ("hunter2", "hf_AbCdEfGhIjKlMnOpQrSt", "5eC2eT5eC2eT", "/home/alice", "/root/runs", "s3cr3tWandbKey0123")
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
@@ -150,7 +150,7 @@ def metrics(final: float, steps: int = 160) -> str:
 
 
 def begin(run_dir: Path, *overrides: str) -> None:
-    """A run's own files, and no stage."""
+    """Write the files of a run without stages."""
     run_dir.mkdir(parents=True, exist_ok=True)
     cfg = compose(["experiment=demo", f"run_dir={run_dir}", *overrides])
     save_resolved(cfg, run_dir / RESOLVED)
@@ -191,7 +191,7 @@ def complete(run_dir: Path, stage: str, stage_run_folder: dict[str, Any] | None 
 
 
 def finished(run_dir: Path, *overrides: str, losses: dict[str, float] = MODELS) -> Path:
-    """A run with everything that a report can show."""
+    """Write a run with everything that a report can show."""
     begin(run_dir, *overrides)
     for stage in ("demo_model", "prepare_data", "hf_to_nemo", "nemo_to_hf"):
         complete(run_dir, stage)
@@ -227,7 +227,7 @@ def finished(run_dir: Path, *overrides: str, losses: dict[str, float] = MODELS) 
 
 
 def failed(run_dir: Path) -> Path:
-    """A run whose distillation was started three times and then failed, with things in its log that must not show."""
+    """Write a run whose distillation was started three times and failed, with secrets in its log."""
     begin(run_dir)
     for stage in ("demo_model", "prepare_data", "hf_to_nemo"):
         complete(run_dir, stage)

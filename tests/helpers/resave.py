@@ -1,4 +1,4 @@
-"""A checkpoint saved again by Megatron's own writer on several ranks, each of which holds a part of every tensor."""
+"""Save a checkpoint again with Megatron's writer on several ranks, each of which holds a part of every tensor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ KEY = "module.decoder.layers.mlp.linear_fc2.weight"
 
 
 def save_parts(weights: Path, target: Path, split: str) -> None:
-    """Run on every rank: saves the stacked matrix `KEY` cut by "rows", "columns" or "layers".
+    """Run on every rank: save the stacked matrix `KEY` sharded by "rows", "columns" or "layers".
 
     Args:
         weights, target: folders of `torch_dist` checkpoints, read and written.

@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         module = make_data_module(AutoTokenizer(hf_folder), data, Path(folder), **sizes, seed=1234)
         sizes_of_training = (DISTILL["max_steps"], DISTILL["val_every_n_steps"], DISTILL["val_batches"], 0)
-        with patch.object(np, "save", _cut_short), suppress(KeyboardInterrupt):
+        with patch.object(np, "save", _truncation_error), suppress(KeyboardInterrupt):
             module.build(*sizes_of_training)
         left = [path.name for path in Path(folder).rglob("[!.]*.npy")]
         module.build(*sizes_of_training)
@@ -49,7 +49,7 @@ def main() -> None:
     print(json.dumps({"loss": loss.item(), "counted": mask.mean().item(), "ends": ends, "left": left}))
 
 
-def _cut_short(file: Any, array: Any, **_: Any) -> None:
+def _truncation_error(file: Any, array: Any, **_: Any) -> None:
     """`numpy.save` that ends after the header, in a file that it was given, or under the name that it was given."""
     with open(file, "wb") if isinstance(file, str) else nullcontext(file) as opened:
         np.lib.format.write_array_header_1_0(opened, np.lib.format.header_data_from_array_1_0(array))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -65,7 +65,7 @@ PartitionName=urgent Nodes=ALL MaxTime=04:00:00 State=UP PriorityTier=10 Preempt
 
 
 def missing() -> str | None:
-    """What this machine lacks for a cluster; None where there is nothing."""
+    """Return what is missing on this machine for a cluster; None if nothing is."""
     absent = [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name) is None]
     if absent:
         return f"{', '.join(absent)} not found (apt-get install slurm-wlm munge)"
@@ -74,7 +74,7 @@ def missing() -> str | None:
 
 @contextmanager
 def cluster(root: Path) -> Iterator[Path]:
-    """A running cluster in a short-pathed folder of its own; gives its slurm.conf. All daemons end with it.
+    """Run a cluster in its own folder with a short path during the block; yield its slurm.conf.
 
     Raises:
         RuntimeError: it did not come up; the message holds the ends of its logs.
@@ -100,7 +100,7 @@ def cluster(root: Path) -> Iterator[Path]:
         _wait(lambda: _idle_nodes(env) == 2, 30, lambda: _logs(root))
         yield config
     finally:
-        # Jobs first, or their processes would outlive the daemons.
+        # End jobs first, otherwise their processes would outlive the daemons.
         with contextlib.suppress(subprocess.SubprocessError, RuntimeError):
             subprocess.run(["scancel", "--me", "--signal=KILL", "--full"], env=env, capture_output=True, timeout=20)
             subprocess.run(["scancel", "--me"], env=env, capture_output=True, timeout=20)
@@ -119,33 +119,33 @@ MUNGE_FILES = {
 
 
 def _idle_nodes(env: dict[str, str]) -> int:
-    told = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=env, capture_output=True, text=True)
-    return told.stdout.split().count("idle")
+    describe = subprocess.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], env=env, capture_output=True, text=True)
+    return describe.stdout.split().count("idle")
 
 
 def _end(pid_file: Path) -> None:
-    """Ends the daemon of a pid file, and no other process."""
+    """End the daemon of a pid file."""
     try:
         pid = int(pid_file.read_text())
     except (FileNotFoundError, ValueError):
         return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    if not ends(pid, seconds=10):
+    if not wait_for_exit(pid, seconds=10):
         os.kill(pid, signal.SIGKILL)
 
 
-def _wait(holds: Callable[[], bool], seconds: float, told: Callable[[], str]) -> None:
+def _wait(holds: Callable[[], bool], seconds: float, describe: Callable[[], str]) -> None:
     until = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > until:
-            raise RuntimeError(told())
+            raise RuntimeError(describe())
         time.sleep(0.1)
 
 
 def _logs(root: Path) -> str:
-    ends = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(root.glob("*.log"))]
-    return "the cluster did not come up\n" + "\n".join(ends)
+    wait_for_exit = [f"{path.name}:\n{path.read_text()[-1500:]}" for path in sorted(root.glob("*.log"))]
+    return "the cluster did not come up\n" + "\n".join(wait_for_exit)
 
 
 def _free_ports(count: int) -> list[int]:

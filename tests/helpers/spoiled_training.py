@@ -1,4 +1,4 @@
-"""`recipes.distill` with weights that are spoiled before one batch: SPOILED="STEP FACTOR" of the environment.
+"""`recipes.distill` with weights that are corrupted before one batch: environment variable SPOILED="STEP FACTOR".
 
 The batch is the one that the step, counted from 1, takes unless it is passed over. FACTOR multiplies the final norm's
 weights before that batch's forward pass: a large one makes the loss explode, `nan` makes it NaN.
@@ -33,7 +33,7 @@ def _spoil() -> Any:
     index = int(step) - 1
 
     class Spoil(Callback):
-        """Spoils them before the step's own batch, not before one that it takes instead."""
+        """Corrupts the weights before the step's own batch, not before a spare batch."""
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             batches = trainer.datamodule

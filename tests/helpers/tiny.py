@@ -1,4 +1,4 @@
-"""A run of the demo experiment cut down to seconds a stage: the real stages through the real command line."""
+"""A reduced run of the demo experiment, with seconds per stage: the real stages through the real command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.fork_server import python_path
 
 @dataclass(frozen=True)
 class DistillInputs:
-    """The inputs of a helper that runs in the place of `recipes.distill`."""
+    """Inputs of a helper that replaces `recipes.distill`."""
 
     student: Path
     teacher: Path
@@ -58,7 +58,7 @@ DISTILL: dict[str, Any] = {
     "seq_length": 128,
     "global_batch_size": 4,
     "micro_batch_size": 1,
-    "float32_matmul_precision": "highest",  # or sums in another order would show
+    "float32_matmul_precision": "highest",  # otherwise the order of sums would matter
     "warmup_steps": 1,
     "save_every_n_steps": 2,
     "keep_checkpoints": 1,
@@ -123,12 +123,12 @@ def command(run_dir: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # One thread a process: sums come out in the same order however many ranks share the machine.
+    # One thread per process, so that sums have the same order for any number of ranks.
     return {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
 
 
 def stages(run_dir: Path, *more: str) -> dict[str, Located]:
-    """Where the stages of a tiny run are."""
+    """Locate the stages of a tiny run."""
     return locate(compose(overrides(run_dir, *more)))
 
 
@@ -140,12 +140,12 @@ def losses(folder: Path, steps: int = DISTILL["max_steps"]) -> list[float]:
 
 
 def validations(folder: Path) -> dict[int, float]:
-    """The held-out losses of a training, by the step after which they were taken."""
+    """Return the held-out losses of a training by step."""
     lines = read_metrics(folder / "metrics.jsonl")
     return {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
 
 
-def gradients_apart(folder: Path, reference: Path, step: int) -> float:
+def max_gradient_difference(folder: Path, reference: Path, step: int) -> float:
     """The largest difference of two trainings' first moments in Adam after a step, means of their clipped gradients;
     of the largest one."""
     found, expected = (_moments(one / "checkpoints" / f"step={step}" / "weights") for one in (folder, reference))
@@ -156,7 +156,7 @@ def gradients_apart(folder: Path, reference: Path, step: int) -> float:
 
 
 def _moments(weights: Path) -> dict[str, np.ndarray]:
-    """Whole tensors, however a layout cut them."""
+    """Load whole tensors, for any layout."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load
 
@@ -168,7 +168,7 @@ def _moments(weights: Path) -> dict[str, np.ndarray]:
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """A second run folder with the same complete stages."""
+    """Copy a run folder with its complete stages."""
     left_out = shutil.ignore_patterns("distill*", "nemo_to_hf*", "slurm", ".lock")
     shutil.copytree(source, target, symlinks=True, ignore=left_out)
     resolved = yaml.safe_load((target / "resolved.yaml").read_text())
@@ -182,12 +182,12 @@ def report(run_dir: Path) -> dict[str, Any]:
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[Any]) -> None:
-    """Returns once a running stage has left its first checkpoint in its folder."""
+    """Wait until a running stage has written its first checkpoint."""
     wait_for("checkpoints/step=*", folder, process)
 
 
 def wait_for(pattern: str, folder: Path, process: subprocess.Popen[Any]) -> None:
-    """Returns once a running stage has left a file or folder of that pattern in its folder."""
+    """Wait until a running stage has written a file or folder that matches a pattern."""
     until = time.monotonic() + 300
     while not list(folder.glob(pattern)):
         assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]

@@ -103,7 +103,7 @@ def sentencepiece_model(folder: Path, kind: str = "bpe", *, add_dummy_prefix: bo
 
 
 def words(folder: Path, vocab: list[str], vocab_size: int, eos: str | None = "<eos>") -> Path:
-    """A tokenizer of whole words, which fastokens cannot stand in for. Its unknown word is the second."""
+    """Write a word tokenizer, which fastokens does not support. Its unknown word is the second."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocab)}, unk_token=vocab[1]))

@@ -1,4 +1,4 @@
-"""What this machine's arithmetic allows: fp32 on a CPU, TF32 products (10 bits) in Transformer Engine on a GPU."""
+"""Tolerances of the arithmetic: fp32 on a CPU, TF32 matmuls (10 bits) in Transformer Engine on a GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from prune_distill.nemo import devices
 
 GPU = devices.torch_device() == "cuda"
 BACKEND = "gpu" if GPU else "cpu"
-# Logits of twins (size about 5). CPU: sums in another order, a few 1e-6 seen; 1e-4 is what the project promises.
+# Logits of equal models (about 5). CPU: sums in another order, a few 1e-6 measured; the project guarantees 1e-4.
 LOGITS = 2e-2 if GPU else 1e-4
-# Losses of the same run in another layout. CPU: 2e-8 seen, 1e-5 is what the project promises.
+# Losses of the same run in another layout. CPU: 2e-8 measured; the project guarantees 1e-5.
 LOSS = 1e-3 if GPU else 1e-5
 # Gradients of the same run in another layout, of the largest one. CPU: sums in fp32 in another order.
 GRADIENTS = 1e-3 if GPU else 1e-5

@@ -1,6 +1,6 @@
-"""python -m tests.helpers.training_data OUT TOKENIZER SEQUENCE_LENGTH: what training draws from a data folder, as JSON.
+"""python -m tests.helpers.training_data OUT TOKENIZER SEQUENCE_LENGTH: samples of a data folder for training, as JSON.
 
-Of so many samples as all its tokens make, through the stages' own data module.
+As many samples as its tokens give, through the data module of the stages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What several integration tests start from."""
+"""Fixtures of several integration tests."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SHARED = (
     *("test_layouts.py", "test_mixture.py", "test_correct_teacher.py", "test_conversion.py", "test_cached_logits.py"),
     *("test_search.py", "test_masked_losses.py", "test_report_page.py"),
 )
-# What takes longest starts first. The first two modules do not need `finished`, which the third makes meanwhile.
+# The longest modules start first. The first two do not need `finished`, which the third makes in the meantime.
 LONGEST = (
     *SHARED[:6],
-    *("test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one", "test_all_axes_together_to_the_end"),
-    *("test_each_round_prunes_what_the_one_before_has_learned", "test_masked_losses.py"),
+    *("test_a_training_killed_ten_times_gives_the_same_curve", "test_a_run_that_prunes_all_axes"),
+    *("test_each_round_prunes_the_student_of_the_previous_round", "test_masked_losses.py"),
 )
 _session = ExitStack()
 
 
 class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each worker one test at a time, or a whole module of `SHARED`.
+    """Assigns one test at a time to each worker, or a whole module of `SHARED`.
 
     pytest-xdist's own groups need node ids that can be set, which those of pytest 9.2 cannot (xdist/remote.py:254).
     """
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionstart() -> None:
-    """Starts the server of which most processes of these tests are forks; not on a GPU. xdist's workers share it."""
+    """Start the fork server for most processes of these tests, except on a GPU. xdist's workers share it."""
     if FORK_SERVER not in os.environ and not tolerance.GPU:
         _session.enter_context(fork_server())
 
@@ -65,16 +65,16 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture
 def real_start() -> Iterator[None]:
-    """The processes of a test start by themselves: it is about starts, kills or what becomes of orphans."""
+    """Do not use the fork server in a test of starts, kills or orphans."""
     with real_starts():
         yield
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run, depth-pruned, that came to its end. Tests read it, or copy it (`tiny.copy_run`).
+    """A complete tiny run with depth pruning. Tests read or copy it (`tiny.copy_run`).
 
-    pytest-xdist's workers share one: the first to come makes it, the others wait. Its processes start by themselves:
+    pytest-xdist's workers share it: the first one makes it, the others wait. It does not use the fork server:
     the tests that expect the same numbers again compare those of the fork server with them.
     """
     base = tmp_path_factory.getbasetemp()
@@ -89,7 +89,7 @@ SmallDisk = Callable[[str], Path]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """Gives a file system of a size (`"256k"`), where this user may mount one; called again, it has the new size."""
+    """Return a function that mounts a file system of a size (`"256k"`), if the user may; further calls resize it."""
     folder = tmp_path / "disk"
 
     def sized(size: str) -> Path:

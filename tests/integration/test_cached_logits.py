@@ -1,4 +1,4 @@
-"""The teacher's cached logits through the real command line: the same in every layout, resumed, read in batches."""
+"""Cached logits of the teacher through the real command line: layouts, resume, and batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS = {
     "tp2": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
     # Micro batches of 2 do not divide a shard of 5.
     "pp2": (TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2", "distill.micro_batch_size=2"),
-    # Context parallelism of the distillation is further replicas of the teacher.
+    # Context parallelism of the distillation becomes more replicas of the teacher.
     "cp2": (TWO_RANKS, "distill.parallel.context_parallel_size=2"),
 }
 # Sums in another order in fp32 move a log-probability by less than a step of fp16, which is 2^-8 between -8 and -4
@@ -45,7 +45,7 @@ ONE_STEP = 2**-8
 
 @pytest.fixture(scope="module")
 def one_rank(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run whose cached logits one rank made."""
+    """A tiny run with cached logits from one rank."""
     run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("cached_logits") / "run")
     tiny.launch(run_dir, *STORED, "--until", "cache_logits")
     return run_dir
@@ -56,7 +56,7 @@ def folder_of(run_dir: Path) -> Path:
 
 
 def read(folder: Path, tokens: np.ndarray) -> list[np.ndarray]:
-    """Ids, log-probabilities and tails of all sequences."""
+    """Return ids, log-probabilities and tails of all sequences."""
     reader = CachedLogitsReader(folder)
     signals = [reader.read(index, tokens[index]) for index in range(SEQUENCES)]
     return [np.stack(parts) for parts in zip(*signals, strict=True)]
@@ -101,13 +101,13 @@ def training_tokens(data: Path, out: Path, cfg: Any) -> Any:
     return [train[index]["tokens"].tolist() for index in range(SEQUENCES)]
 
 
-def test_no_damage_to_a_signal_is_used_silently(one_rank: Path, tmp_path: Path) -> None:
-    tried, silent = corruption.silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
+def test_damaged_cached_logits_are_rejected(one_rank: Path, tmp_path: Path) -> None:
+    tried, silent = corruption.find_silent_uses(tiny.stages(one_rank, *STORED), tmp_path / "aside", ["cache_logits"])
     assert silent == []
     assert tried >= 20
 
 
-def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.ndarray) -> None:
+def test_cached_logits_match_transformers(one_rank: Path, tokens: np.ndarray) -> None:
     from transformers import AutoModelForCausalLM
 
     ids, logprobs, tail = read(folder_of(one_rank), tokens)
@@ -119,7 +119,7 @@ def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.
     best = exact.topk(TOP_K, -1)
     np.testing.assert_allclose(logprobs, best.values, atol=ONE_STEP)
     at_ids = exact.gather(-1, torch.from_numpy(ids).long())
-    # Tokens as likely as each other within fp32 may have changed places.
+    # Tokens of equal probability in fp32 may be swapped.
     np.testing.assert_allclose(at_ids, best.values, atol=1e-4)
     np.testing.assert_allclose(tail, torch.log1p(-best.values.exp().sum(-1)), atol=1e-4)
     metrics = (read_manifest(folder_of(one_rank)) or {})["metrics"]
@@ -129,7 +129,7 @@ def test_it_is_what_transformers_says_of_the_teacher(one_rank: Path, tokens: np.
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_signal_of_one_rank(
+def test_layouts_match_one_rank(
     finished: Path, one_rank: Path, tokens: np.ndarray, tmp_path: Path, layout: str
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -139,11 +139,11 @@ def test_a_layout_gives_the_signal_of_one_rank(
     )
     np.testing.assert_allclose(logprobs, own_logprobs, atol=ONE_STEP)
     np.testing.assert_allclose(tail, own_tail, atol=1e-4)
-    # Tokens as likely as each other within fp32 may have changed places.
+    # Tokens of equal probability in fp32 may be swapped.
     assert (ids == own_ids).mean() > 0.999
 
 
-def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens: np.ndarray, tmp_path: Path) -> None:
+def test_a_stage_resumes_with_the_missing_shards(one_rank: Path, tokens: np.ndarray, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     subprocess.run(["cp", "-a", one_rank, run_dir], check=True)
     folder = folder_of(run_dir)
@@ -161,7 +161,7 @@ def test_a_stage_goes_on_with_the_shards_that_are_missing(one_rank: Path, tokens
         np.testing.assert_array_equal(again, was)
 
 
-def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_paused_stage_keeps_complete_shards_and_resumes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = folder_of(run_dir)
     folder.mkdir()
@@ -169,8 +169,8 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
     launcher = subprocess.Popen(command, env=tiny.environment(), stdout=pipe, stderr=pipe, text=True)
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=600)
-    assert f"stage cache_logits is paused at step {SHARD}; the same command goes on from there" in told
+    _, message = launcher.communicate(timeout=600)
+    assert f"stage cache_logits is paused at step {SHARD}; run the same command to resume it" in message
     assert read_state(folder) == {"state": "paused", "step": SHARD}
     assert [path.name for path in folder.glob("shard-*")] == [shard_name(0)]
     assert not (folder / "cached_logits.json").exists()
@@ -180,7 +180,7 @@ def test_a_pause_leaves_whole_shards_and_the_next_start_goes_on(finished: Path, 
     assert read_state(folder) == {"state": "done", "step": SEQUENCES}
 
 
-def test_every_row_of_the_tables_tells_its_sequence(one_rank: Path) -> None:
+def test_every_table_row_records_its_sequence(one_rank: Path) -> None:
     rows = [read_table(folder_of(one_rank) / shard_name(number))["sequence"] for number in range(5)]
     assert np.concatenate(rows).tolist() == list(range(SEQUENCES))
     assert json.loads((folder_of(one_rank) / "cached_logits.json").read_text())["temperature"] == 2
@@ -195,7 +195,7 @@ def test_context_parallel_ranks_share_the_columns_of_a_batch() -> None:
 
 
 def cut_batch() -> Any:
-    """What a rank of CP 2 is given of a batch of 3 sequences of 8 tokens, k = 2."""
+    """Return the part of a rank with CP 2 of a batch of 3 sequences of 8 tokens, k = 2."""
     from prune_distill.nemo import backend
 
     backend.activate()

@@ -1,4 +1,4 @@
-"""Hugging Face → NeMo → Hugging Face through the real command lines, family by family, and what they refuse."""
+"""Hugging Face → NeMo → Hugging Face through the real command lines for each family, and rejected inputs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ AS_NEMO_IMPORTS: dict[str, dict[str, int]] = {
 
 
 def change_side_files(name: str, folder: Path) -> None:
-    """Side files that transformers refuses to save (all models), or cannot load, as models come with them."""
+    """Write side files that transformers cannot save (all models) or load, as some models have them."""
     greedy = {"eos_token_id": [0, 7], "do_sample": False, "temperature": 0.6, "note": "kept as it is"}
     (folder / "generation_config.json").write_text(json.dumps(greedy))
     (folder / "additional_chat_templates").mkdir()
@@ -59,7 +59,7 @@ def change_side_files(name: str, folder: Path) -> None:
 
 
 def side_files(folder: Path) -> dict[str, bytes]:
-    """All that a model's folder has besides weights, their description and the model card."""
+    """Return the files of a model's folder besides weights, their description and the model card."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
     names = {str(path.relative_to(folder)): path for path in paths}
     return {name: path.read_bytes() for name, path in names.items() if name not in ("config.json", "README.md")}
@@ -67,7 +67,7 @@ def side_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For every model a folder with `hf`, `nemo` and `back`."""
+    """A folder with `hf`, `nemo` and `back` for every model."""
     root = tmp_path_factory.mktemp("conversion")
     for name in MODELS:
         write_model(name, root / name / "hf")
@@ -85,7 +85,7 @@ def test_a_round_trip_keeps_every_tensor_and_every_setting(folders: Path, name: 
     assert done.stdout.endswith("all equal\n")
     config, config_back = (json.loads((folder / "config.json").read_text()) for folder in (hf, back))
     config["torch_dtype"] = config.pop("dtype", config.get("torch_dtype"))
-    # As transformers 5 names it; of one family transformers 4 leaves out what is null.
+    # Named as in transformers 5; transformers 4 omits null values of one family.
     rope = {"rope_type": "default", **(config.setdefault("rope_scaling", None) or {})}
     rope |= {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     assert config_back == {**config, "rope_parameters": rope}
@@ -93,25 +93,25 @@ def test_a_round_trip_keeps_every_tensor_and_every_setting(folders: Path, name: 
 
 
 def check_logits(pairs: list[tuple[Path, Path]]) -> None:
-    """Each pair's logits agree."""
+    """Check that the logits of each pair agree."""
     done = run_helper("parity", *(folder for pair in pairs for folder in pair))
     found = [json.loads(line) for line in done.splitlines() if line.startswith('["')]
     assert [checkpoint for checkpoint, *_ in found] == [str(checkpoint) for _, checkpoint in pairs]
     for checkpoint, difference, largest, agreement in found:
         assert difference < tolerance.LOGITS, checkpoint
-        assert largest > 1, checkpoint  # logits of nothing would agree as well
+        assert largest > 1, checkpoint  # zero logits would agree, too
         assert agreement == 1, checkpoint
 
 
 def run_helper(module: str, *arguments: str | Path) -> str:
-    """What `python -m tests.helpers.MODULE` prints."""
+    """Return the output of `python -m tests.helpers.MODULE`."""
     command = [sys.executable, "-W", "ignore", "-m", f"tests.helpers.{module}", *map(str, arguments)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
 
-def test_logits_are_those_of_transformers(folders: Path) -> None:
+def test_logits_match_transformers(folders: Path) -> None:
     check_logits([(folders / name / "hf", folders / name / "nemo") for name in MODELS])
 
 
@@ -131,8 +131,8 @@ AXES = {
 }
 
 
-def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None:
-    """Every axis alone and all together of one family, all together of the others."""
+def test_models_pruned_by_modelopt_are_exported(folders: Path, tmp_path: Path) -> None:
+    """For one family, each axis alone and all together; for the others, all together."""
     cases = [("qwen3_tied", axis) for axis in AXES]
     cases += [(name, "together") for name in ("qwen2", "llama31_tied", "mistral_nemo", "nemotron")]
     jobs = [(folders / name / "nemo", tmp_path / f"{name}_{axis}", json.dumps(AXES[axis])) for name, axis in cases]
@@ -142,7 +142,7 @@ def test_what_modelopt_prunes_is_exported(folders: Path, tmp_path: Path) -> None
         source = ("--checkpoint", pruned, "--hf-model", folders / name / "hf")
         exported = tmp_path / f"{pruned.name}_hf"
         convert("nemo_to_hf", *source, "--out", exported, "--dtype", "keep")
-        # Through NeMo, which writes its context again.
+        # Pruning writes the context again, with NeMo.
         assert side_files(pruned / "context" / "tokenizer") == side_files(folders / name / "hf") == side_files(exported)
         shape, before = (
             dataclasses.asdict(parse_shape(read_config(folder / "config.json")))
@@ -182,13 +182,13 @@ def test_checkpoints_equal_those_of_nemos_own_importer(folders: Path, tmp_path: 
             digest({str(index): reader.tensor(*index) for index in _matrices(theirs)}) for reader in (ours, theirs)
         ]
         assert numbers[0] == numbers[1], name
-        # The real Transformer Engine has one for attention too, empty like the rest.
-        of_theirs = {chunk.key for chunk in theirs.objects if "core_attention" not in chunk.key}
-        assert {chunk.key for chunk in ours.objects} == of_theirs, name
+        # The real Transformer Engine also has an empty one for attention.
+        their_objects = {chunk.key for chunk in theirs.objects if "core_attention" not in chunk.key}
+        assert {chunk.key for chunk in ours.objects} == their_objects, name
 
 
 def _matrices(reader: TorchDistReader) -> list[tuple[str | int, ...]]:
-    """Every matrix of a checkpoint: a key, and the layer and expert where there are several."""
+    """List the matrices of a checkpoint: key, layer and expert."""
     found: list[tuple[str | int, ...]] = []
     for key, tensor in reader.tensors.items():
         depth = 0 if "decoder.layers." not in key else 2 if ".experts.experts." in key else 1
@@ -201,7 +201,7 @@ def _matrices(reader: TorchDistReader) -> list[tuple[str | int, ...]]:
 
 @pytest.mark.parametrize("split", ["rows", "columns", "layers"])
 def test_a_checkpoint_saved_by_several_ranks_is_read(folders: Path, tmp_path: Path, split: str) -> None:
-    """Megatron's own writer, each rank with its part: tensor parallel along both axes, and pipeline parallel."""
+    """Written by Megatron on several ranks: tensor parallel along both axes, and pipeline parallel."""
     from tests.helpers.ranks import run_ranks
     from tests.helpers.resave import save_parts
 
@@ -215,8 +215,8 @@ def test_a_checkpoint_saved_by_several_ranks_is_read(folders: Path, tmp_path: Pa
         assert numbers[0] == numbers[1]
 
 
-def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Path) -> None:
-    """Loaded leniently, the parameter would stay at its random start, unseen."""
+def test_a_checkpoint_without_a_parameter_is_rejected(folders: Path, tmp_path: Path) -> None:
+    """Lenient loading would silently keep random initial values."""
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     key = "module.decoder.final_layernorm.weight"
     broken = tmp_path / "broken"
@@ -230,7 +230,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Pa
     (broken / "weights" / ".metadata").write_bytes(content.replace(key.encode(), other.encode()))
     done = convert("nemo_to_hf", "--checkpoint", broken, "--hf-model", hf, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
-    assert f"error: {broken / 'weights'} lacks {key}" in done.stderr
+    assert f"error: {broken / 'weights'} has no tensor {key}" in done.stderr
     assert not (tmp_path / "out").exists()
     loaded = restore(broken)
     assert loaded.returncode != 0
@@ -238,7 +238,7 @@ def test_a_checkpoint_without_a_parameter_is_refused(folders: Path, tmp_path: Pa
 
 
 def restore(checkpoint: Path) -> subprocess.CompletedProcess[str]:
-    """Loads a checkpoint through NeMo, in a process of its own."""
+    """Load a checkpoint with NeMo, in a separate process."""
     program = (
         "import sys\nfrom pathlib import Path\nfrom prune_distill.nemo import backend\nbackend.activate()\n"
         "from prune_distill.nemo import nemo_api\nnemo_api.restore(Path(sys.argv[1]))"
@@ -247,8 +247,8 @@ def restore(checkpoint: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Path, tmp_path: Path) -> None:
-    """torch.load gives the wrong number without a word."""
+def test_a_changed_byte_of_a_checkpoint_is_detected_by_all_readers(folders: Path, tmp_path: Path) -> None:
+    """torch.load silently returns the wrong number."""
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     damaged = tmp_path / "damaged"
     shutil.copytree(nemo, damaged)
@@ -270,7 +270,7 @@ def test_a_changed_byte_of_a_checkpoint_is_found_by_all_who_read_it(folders: Pat
     assert fault in loaded.stderr
 
 
-def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) -> None:
+def test_a_full_disk_is_reported_in_one_message(folders: Path, small_disk: SmallDisk) -> None:
     hf, nemo = (folders / "qwen3_untied_bf16" / kind for kind in ("hf", "nemo"))
     for command in (
         ("hf_to_nemo", "--hf-model", hf),
@@ -280,13 +280,13 @@ def test_a_full_disk_is_one_clear_message(folders: Path, small_disk: SmallDisk) 
         done = convert(*command, "--out", out, check=False)
         assert done.returncode == 2, done.stderr
         assert "error: no space left" in done.stderr
-        assert "free some and run again" in done.stderr
+        assert "free some space and run again" in done.stderr
         assert not out.exists()
 
 
 @pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("module", ["hf_to_nemo", "nemo_to_hf"])
-def test_killed_anywhere_nothing_half_written_is_left_and_a_rerun_completes(
+def test_a_killed_conversion_leaves_no_partial_files_and_can_be_repeated(
     folders: Path, tmp_path: Path, module: str
 ) -> None:
     hf, nemo = (folders / "qwen3_tied" / kind for kind in ("hf", "nemo"))
@@ -332,7 +332,7 @@ def rename_tensor(folder: Path) -> str:
 
 
 def spoil_number(folder: Path) -> str:
-    """Makes the first number of the last tensor in an fp32 file NaN."""
+    """Set the first number of the last tensor in an fp32 file to NaN."""
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
     (length,) = struct.unpack("<Q", content[:8])
@@ -359,7 +359,7 @@ def settings(**values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (cut, ""),
         (damage_header, ""),
@@ -375,12 +375,14 @@ def settings(**values: object) -> None:
         (settings(hidden_size=128), "model.embed_tokens.weight [517, 96] (config.json: [517, 128])"),
     ],
 )
-def test_a_model_that_cannot_be_converted_is_told_of(folders: Path, tmp_path: Path, change: object, told: str) -> None:
+def test_models_that_cannot_be_converted_are_reported(
+    folders: Path, tmp_path: Path, change: object, message: str
+) -> None:
     source = tmp_path / "hf"
     shutil.copytree(folders / "qwen3_tied" / "hf", source)
     expected = change(source)  # type: ignore[operator]
     done = convert("hf_to_nemo", "--hf-model", source, "--out", tmp_path / "nemo", check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
-    assert (told or expected) in done.stderr
+    assert (message or expected) in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import corruption, tiny, tolerance
 
-# Takes 0.145 nats off the held-out loss: far from what changes of order in sums do.
+# Lowers the held-out loss by 0.145 nats, much more than the order of sums.
 CORRECTION = (
     "distill.teacher_correction={max_steps: 24, seq_length: 128, global_batch_size: 8, micro_batch_size: 4, lr: 1e-3, "
     "min_lr: 1e-4, warmup_steps: 4, precision: fp32, save_every_n_steps: 10, val_every_n_steps: 12, val_batches: 4, "
@@ -23,56 +23,58 @@ SWAPPED = (*tiny.DEPTH, CORRECTION, f"distill.swap_teacher_at_step={SWAP_AT}")
 
 
 @pytest.fixture(scope="module")
-def corrected(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run whose teacher is corrected, brought to its end."""
-    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("corrected") / "run")
+def corrected_run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny run with a corrected teacher."""
+    run_dir = tiny.copy_run(finished, tmp_path_factory.mktemp("corrected_run") / "run")
     tiny.launch(run_dir, *tiny.DEPTH, CORRECTION)
     return run_dir
 
 
-def test_the_gain_is_measured_and_reported(corrected: Path) -> None:
-    folder = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)["correct_teacher"].folder
+def test_the_gain_is_measured_and_reported(corrected_run: Path) -> None:
+    folder = tiny.stages(corrected_run, *tiny.DEPTH, CORRECTION)["correct_teacher"].folder
     metrics = (read_manifest(folder) or {})["metrics"]
     losses = tiny.validations(folder)
     assert list(losses) == [0, 12, 24]
     assert (metrics["val_loss_before"], metrics["val_loss_after"]) == (losses[0], losses[24])
     assert metrics["val_loss_gain"] == losses[0] - losses[24] > 0.1
-    report = tiny.report(corrected)
+    report = tiny.report(corrected_run)
     assert report["correction"] == metrics
     models = report["models"]
     assert models["corrected_teacher"]["params"] == models["teacher"]["params"]
-    # By transformers, on other batches of the same documents.
+    # Measured by transformers, on other batches of the same documents.
     assert models["corrected_teacher"]["val_loss"] < models["teacher"]["val_loss"]
-    assert "Teacher, corrected" in (corrected / "report" / "index.html").read_text()
+    assert "Teacher, corrected" in (corrected_run / "report" / "index.html").read_text()
 
 
-def test_no_damage_to_a_correction_is_used_silently(corrected: Path, tmp_path: Path) -> None:
-    stages = tiny.stages(corrected, *tiny.DEPTH, CORRECTION)
-    tried, silent = corruption.silent_uses(stages, tmp_path / "aside", ["correct_teacher"])
+def test_a_damaged_correction_is_rejected(corrected_run: Path, tmp_path: Path) -> None:
+    stages = tiny.stages(corrected_run, *tiny.DEPTH, CORRECTION)
+    tried, silent = corruption.find_silent_uses(stages, tmp_path / "aside", ["correct_teacher"])
     assert silent == []
     assert tried > 60
 
 
-def test_a_corrected_teacher_teaches_another_thing_from_the_first_step(finished: Path, corrected: Path) -> None:
+def test_a_corrected_teacher_changes_the_loss_from_the_first_step(finished: Path, corrected_run: Path) -> None:
     original, other = (
         tiny.losses(tiny.stages(run_dir, *tiny.DEPTH, *more)["distill"].folder)
-        for run_dir, more in ((finished, ()), (corrected, (CORRECTION,)))
+        for run_dir, more in ((finished, ()), (corrected_run, (CORRECTION,)))
     )
     assert abs(original[0] - other[0]) > 1e-3
 
 
-def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, corrected: Path, tmp_path: Path) -> None:
+def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(
+    finished: Path, corrected_run: Path, tmp_path: Path
+) -> None:
     original = tiny.losses(tiny.stages(finished, *tiny.DEPTH)["distill"].folder)
-    tiny.launch(corrected, *SWAPPED, "--until", "distill")
-    swapped = tiny.losses(tiny.stages(corrected, *SWAPPED)["distill"].folder)
-    # The very same steps before, another loss at once after.
+    tiny.launch(corrected_run, *SWAPPED, "--until", "distill")
+    swapped = tiny.losses(tiny.stages(corrected_run, *SWAPPED)["distill"].folder)
+    # The same losses before the swap, another one right after it.
     assert swapped[:SWAP_AT] == pytest.approx(original[:SWAP_AT], rel=0, abs=tolerance.RESUMED)
     assert abs(swapped[SWAP_AT] - original[SWAP_AT]) > 1e-3
 
     run_dir = tmp_path / "run"
-    subprocess.run(["cp", "-a", corrected, run_dir], check=True)
+    subprocess.run(["cp", "-a", corrected_run, run_dir], check=True)
     folder = tiny.stages(run_dir, *SWAPPED)["distill"].folder
-    # As a kill after the checkpoint of step 4, beyond the swap, leaves it.
+    # The state after a kill at the checkpoint of step 4, after the swap.
     assert [path.name for path in folder.glob("checkpoints/*")] == ["step=4"]
     (folder / "manifest.json").unlink()
     shutil.rmtree(folder / "nemo")
@@ -83,8 +85,8 @@ def test_a_swap_takes_effect_at_its_step_and_survives_a_pause(finished: Path, co
     assert tiny.losses(folder) == pytest.approx(swapped, rel=0, abs=tolerance.RESUMED)
 
 
-def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_path: Path) -> None:
-    """Of the same top k; by a data loader's worker, and on two ranks, though one rank made it."""
+def test_cached_logits_give_the_losses_of_the_live_teacher(finished: Path, tmp_path: Path) -> None:
+    """With the same top k, read by a data loader worker, and on two ranks, although one rank made them."""
     top_k = 16
     live = (*tiny.DEPTH, f"distill.kd.top_k={top_k}")
     stored = (
@@ -114,10 +116,10 @@ def test_a_stored_signal_teaches_what_the_live_teacher_does(finished: Path, tmp_
         shutil.rmtree(cached_stage.folder)
         aside.rename(cached_stage.folder)
 
-    # Cached logits of other data are refused before a step is made.
+    # Cached logits of other data are rejected before the first step.
     index = json.loads((cached_logits / "cached_logits.json").read_text())
     (cached_logits / "cached_logits.json").write_text(json.dumps({**index, "packing": "00000000"}))
-    record_again(cached_logits, ["cached_logits.json"])
+    update_record(cached_logits, ["cached_logits.json"])
     shutil.rmtree(cached_stage.folder)
     refused = tiny.launch(run_dir, *stored, "--until", "distill", check=False)
     assert refused.returncode == 2, refused.stderr

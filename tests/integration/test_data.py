@@ -24,7 +24,7 @@ from tests.helpers.data_runs import command, folder_of, model_folder, resolved, 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer and a config.json, and no weights: none are read here."""
+    """A folder with a tokenizer and a config.json, without weights."""
     return model_folder(tmp_path_factory.mktemp("model"))
 
 
@@ -66,7 +66,7 @@ def test_files_of_all_kinds_become_a_checked_folder(model: Path, tmp_path: Path)
     assert done.stderr.startswith(f"error: {folder}: {victim} has changed")
 
 
-def test_a_fault_in_a_file_is_told_and_once_mended_only_its_shard_is_made(model: Path, tmp_path: Path) -> None:
+def test_after_a_faulty_file_is_fixed_only_its_shard_is_made(model: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", texts(100))
     whole = write(tmp_path / "b.jsonl.gz", texts(100, seed=1)).read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(whole[:-20])
@@ -78,7 +78,7 @@ def test_a_fault_in_a_file_is_told_and_once_mended_only_its_shard_is_made(model:
 
 
 @pytest.mark.usefixtures("real_start")
-def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(30_000))
     more = (f"data.train=[{source}]", "data.shard_bytes=500000")
     unbroken = command(model, tmp_path / "unbroken", *more)
@@ -94,7 +94,7 @@ def test_killed_at_any_moment_the_next_run_leaves_the_same_bytes(model: Path, tm
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        # A start takes seconds in which nothing is written.
+        # Nothing is written during the first seconds.
         until = time.monotonic() + 60
         while claims(folder) <= before and launcher.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
@@ -122,14 +122,14 @@ def test_several_processes_share_the_shards_and_one_declares_them(model: Path, t
         subprocess.Popen(stage, env=tiny.environment(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
+    message = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], message
     folder = folder_of(arguments)
     assert (folder / "manifest.json").exists()
     assert "nothing has changed" in check(folder).stdout
 
 
-def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_path: Path) -> None:
+def test_a_stop_file_pauses_preparation_and_the_same_command_resumes(model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(20_000))
     arguments = command(model, tmp_path / "run", f"data.train=[{source}]", "data.shard_bytes=100000")
     folder = folder_of(arguments)
@@ -137,9 +137,9 @@ def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_pat
     launcher = subprocess.Popen(arguments, env=tiny.environment(), stderr=subprocess.PIPE, text=True)
     tiny.wait_for("shards/0*", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=300)
+    _, message = launcher.communicate(timeout=300)
     assert launcher.returncode == 1
-    assert "stage prepare_data is paused at step" in told
+    assert "stage prepare_data is paused at step" in message
     state = read_state(folder)
     assert state["state"] == "paused"
     assert state["step"] == len(list(folder.glob("shards/0*"))) > 0
@@ -147,7 +147,7 @@ def test_a_stop_file_pauses_it_and_the_same_command_goes_on(model: Path, tmp_pat
     assert "nothing has changed" in check(folder).stdout
 
 
-def test_a_full_disk_is_told_and_nothing_half_written_is_used(
+def test_a_full_disk_is_reported_and_partial_files_are_not_used(
     model: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:
     source = write(tmp_path / "a.jsonl", texts(20_000))
@@ -165,14 +165,14 @@ def test_a_full_disk_is_told_and_nothing_half_written_is_used(
 
 
 def drawn(folder: Path, model: Path, length: int) -> dict[str, Any]:
-    """What training is given of a folder."""
+    """Return the samples of a folder for training."""
     done = run([sys.executable, "-m", "tests.helpers.training_data", str(folder), str(model), str(length)])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def test_training_reads_a_blend_by_its_weights(model: Path, tmp_path: Path) -> None:
-    """Of two sources of one letter each, of the same size: a third and two thirds of the sequences."""
+def test_training_reads_a_blend_with_its_weights(model: Path, tmp_path: Path) -> None:
+    """Two sources of the same size with one letter each give a third and two thirds of the sequences."""
     write(tmp_path / "x.jsonl", ["x" * 200] * 2000)
     write(tmp_path / "y.jsonl", ["y" * 200] * 2000)
     (tmp_path / "v.jsonl").write_text(
@@ -192,7 +192,7 @@ def test_training_reads_a_blend_by_its_weights(model: Path, tmp_path: Path) -> N
     assert share["y"] == pytest.approx(2 / 3, abs=0.01)
 
 
-def test_training_takes_loss_on_what_the_assistant_says(model: Path, tmp_path: Path) -> None:
+def test_training_only_learns_the_assistants_messages(model: Path, tmp_path: Path) -> None:
     chats = [
         [
             {"role": "user", "content": "xxx" * (number % 9 + 1)},

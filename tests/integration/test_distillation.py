@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import tiny, tolerance
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 from tests.integration.conftest import SmallDisk
 
 TWO_RANKS = "cluster.devices_per_node=2"
 DP2 = (TWO_RANKS,)
 
 
-def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path) -> None:
-    """The settings of the 8B recipes as they stand (bf16, tensor parallel), only sizes and steps cut down."""
+def test_settings_of_a_published_recipe_in_bf16(finished: Path, tmp_path: Path) -> None:
+    """The settings of the 8B recipes (bf16, tensor parallel) with smaller sizes and fewer steps."""
     recipe = ("distill=minitron", TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2", "distill.lr=1e-3")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *tiny.DEPTH, *recipe, "--until", "distill")
@@ -36,7 +36,7 @@ def test_a_published_recipes_own_settings_in_bf16(finished: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("real_start")
-def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_other_and_training_resumes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
     launcher = subprocess.Popen(
@@ -53,16 +53,16 @@ def test_a_killed_rank_ends_the_other_and_loses_nothing(finished: Path, tmp_path
     killed = time.monotonic()
     _, err = launcher.communicate(timeout=120)
     assert time.monotonic() - killed < 60
-    assert ends(ranks[0])
+    assert wait_for_exit(ranks[0])
     assert launcher.returncode == 1
     assert "stage distill failed" in err
     assert "log.txt" in err
-    tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")  # goes on, on one rank now
+    tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")  # resumes on one rank
     one_rank = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     assert tiny.losses(folder) == pytest.approx(tiny.losses(one_rank), abs=tolerance.LOSS)
 
 
-def test_a_disk_that_fills_up_loses_nothing(finished: Path, small_disk: SmallDisk) -> None:
+def test_training_resumes_after_a_full_disk(finished: Path, small_disk: SmallDisk) -> None:
     done = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
     (checkpoint,) = done.glob("checkpoints/step=*")
     disk = small_disk("1g")
@@ -73,7 +73,7 @@ def test_a_disk_that_fills_up_loses_nothing(finished: Path, small_disk: SmallDis
     failed = tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill", check=False)
     assert failed.returncode == 2, failed.stderr
     assert "no space left" in failed.stderr
-    assert "free some and run again" in failed.stderr
+    assert "free some space and run again" in failed.stderr
     assert [path.name for path in folder.glob("checkpoints/step=*")] == ["step=2"]
     small_disk("1g")
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
@@ -86,7 +86,7 @@ def size_of(folder: Path) -> int:
 
 
 def _ranks(run_dir: Path) -> list[int]:
-    """The pids of the workers under torchrun, by rank: they know their config by its path."""
+    """Return the pids of torchrun's workers by rank, found by the path of their config."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -16,17 +16,17 @@ import pytest
 import yaml
 
 from prune_distill.config.values import OWN_TASK
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import tiny
 
-# By stage: a control has one of its own.
+# Models by stage: a control has its own stage.
 MODELS = {"evaluate": ("teacher", "pruned", "student"), "evaluate.ce": ("ce",)}
-# Sums over ranks come in another order.
+# Tolerance for another order of sums over ranks.
 SHARED = 1e-9
 
 
 def strict(path: Path) -> Any:
-    """A file's content; NaN and Infinity, which are no JSON, are refused."""
+    """Read a JSON file; reject NaN and Infinity, which are not JSON."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{path}: {name}")
@@ -42,8 +42,8 @@ def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """The finished run, without what was measured of its models."""
+def run_copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run without measurements."""
     run_dir = tmp_path / "run"
     shutil.copytree(
         finished, run_dir, symlinks=True, ignore=shutil.ignore_patterns("evaluate*", "benchmark*", "report", ".lock")
@@ -53,7 +53,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return run_dir
 
 
-def test_all_that_is_told_of_a_model(finished: Path) -> None:
+def test_the_entry_of_a_model(finished: Path) -> None:
     evaluation: dict[str, Any] = {}
     for stage, models in MODELS.items():
         folder = tiny.stages(finished, *tiny.DEPTH)[stage].folder
@@ -72,12 +72,12 @@ def test_all_that_is_told_of_a_model(finished: Path) -> None:
             score = model["tasks"][OWN_TASK][metric]
             assert 0 <= score["value"] <= 1
             assert score["stderr"] > 0 or score["value"] in (0, 1)
-    # KL(teacher || model) and cross-entropies are of the same tokens, and training brought the student nearer.
+    # KL(teacher || model) and cross-entropies use the same tokens, and training reduced the divergence.
     assert 0 < evaluation["student"]["agreement"]["kl"] < evaluation["pruned"]["agreement"]["kl"]
     assert 0 < evaluation["pruned"]["agreement"]["top1"] < evaluation["student"]["agreement"]["top1"] < 1
 
 
-def test_the_curve_of_recovery_joins_the_pruned_model_and_the_student(finished: Path) -> None:
+def test_the_recovery_curve_starts_at_the_pruned_model_and_ends_at_the_student(finished: Path) -> None:
     stages = tiny.stages(finished, *tiny.DEPTH)
     evaluation = strict(stages["evaluate"].folder / "evaluation.json")
     curve = strict(stages["evaluate"].folder / "recovery.json")
@@ -91,8 +91,8 @@ def test_the_curve_of_recovery_joins_the_pruned_model_and_the_student(finished: 
     assert list((stages["evaluate"].folder / "recovery").iterdir()) == []
 
 
-def test_scores_are_those_of_the_harness_by_itself(finished: Path) -> None:
-    """On the same exported model and task, with the same batch size: to the last digit."""
+def test_scores_equal_those_of_the_plain_harness(finished: Path) -> None:
+    """On the same exported model and task with the same batch size, exactly."""
     located = tiny.stages(finished, *tiny.DEPTH)
     folder, batch_size = located["evaluate"].folder, located["evaluate"].cfg.evaluate.task_batch_size
     model = located["nemo_to_hf"].folder / "student"
@@ -104,18 +104,18 @@ def test_scores_are_those_of_the_harness_by_itself(finished: Path) -> None:
         assert ours[metric] == {"value": directly[f"{metric},none"], "stderr": directly[f"{metric}_stderr,none"]}
 
 
-def test_killed_evaluation_goes_on_with_what_is_missing(
-    finished: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_evaluation_resumes_with_missing_measurements(
+    finished: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed on one rank, it goes on with two, which share the work: the results are those of one. Of two tasks in the
     user's folder one has no data, and of the models one has a non-finite weight."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = _task_folder(tmp_path / "mine", finished)
     more = (*tiny.DEPTH, f"evaluate.task_folder={tasks}", "evaluate.tasks=[with_data, without_data]")
-    _spoil(tiny.stages(copied, *more)["nemo_to_hf"].folder, "student/model.safetensors")
-    folder = tiny.stages(copied, *more)["evaluate"].folder
+    _spoil(tiny.stages(run_copy, *more)["nemo_to_hf"].folder, "student/model.safetensors")
+    folder = tiny.stages(run_copy, *more)["evaluate"].folder
     killed = subprocess.Popen(
-        tiny.command(copied, *more, "--until", "evaluate"),
+        tiny.command(run_copy, *more, "--until", "evaluate"),
         env=tiny.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     tiny.wait_for("measured/teacher/held_out.json", folder, killed)
@@ -123,7 +123,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(
     killed.wait()
     assert not (folder / "manifest.json").exists()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("measured/*/*.json")}
-    tiny.launch(copied, *more, "cluster.devices_per_node=2", "--until", "evaluate")
+    tiny.launch(run_copy, *more, "cluster.devices_per_node=2", "--until", "evaluate")
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
     unbroken = strict(tiny.stages(finished, *tiny.DEPTH)["evaluate"].folder / "evaluation.json")
@@ -136,7 +136,7 @@ def test_killed_evaluation_goes_on_with_what_is_missing(
         assert ours["tasks"][OWN_TASK] == theirs["tasks"][OWN_TASK]
         assert ours["tasks"]["with_data"]["samples"] == 12
         assert set(ours["tasks_failed"]) == {"without_data"}
-        assert "bring the data set into the Hub's cache or " in ours["tasks_failed"]["without_data"]
+        assert "download the data set to the Hub's cache or " in ours["tasks_failed"]["without_data"]
     assert evaluation["student"]["val_loss"] is None
     assert evaluation["student"]["agreement"]["kl"] is None
 
@@ -160,11 +160,11 @@ def _spoil(folder: Path, name: str) -> None:
     tensors = load_file(folder / name)
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, folder / name, metadata={"format": "pt"})
-    record_again(folder, [name])
+    update_record(folder, [name])
 
 
-def test_every_checkpoint_is_measured_beside_the_training(finished: Path, tmp_path: Path) -> None:
-    """The training keeps the newest checkpoint and the best; the watcher has measured all, each once."""
+def test_every_checkpoint_is_measured_during_training(finished: Path, tmp_path: Path) -> None:
+    """The training keeps the newest and the best checkpoint; the watcher measures all, each once."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     for left_over in (*run_dir.glob("evaluate*"), *run_dir.glob("benchmark*")):
         shutil.rmtree(left_over)
@@ -176,12 +176,12 @@ def test_every_checkpoint_is_measured_beside_the_training(finished: Path, tmp_pa
     first = watcher.stdout.readline()
     assert "watching" in first, first + watcher.stdout.read()
     tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
-    said, _ = watcher.communicate(timeout=600)  # it gives way to all other processes
-    assert watcher.returncode == 0, said
+    output, _ = watcher.communicate(timeout=600)  # it gives way to all other processes
+    assert watcher.returncode == 0, output
     stages = tiny.stages(run_dir, *tiny.DEPTH)
     curve = strict(stages["evaluate"].folder / "recovery.json")
-    assert [point["step"] for point in curve] == [0, 2, 4, 6], said
-    assert [said.count(f"recovery/step={step}: held-out loss") for step in (2, 4)] == [1, 1]
+    assert [point["step"] for point in curve] == [0, 2, 4, 6], output
+    assert [output.count(f"recovery/step={step}: held-out loss") for step in (2, 4)] == [1, 1]
     unbroken = strict(tiny.stages(finished, *tiny.DEPTH)["evaluate"].folder / "recovery.json")
     ends = {point["step"]: point["val_loss"] for point in unbroken if point["step"] in (0, 6)}
     assert {point["step"]: point["val_loss"] for point in curve if point["step"] in ends} == pytest.approx(
@@ -214,7 +214,7 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
             spreads = [value for value in model.values() if isinstance(value, dict)]
             assert len(spreads) == 3
             assert all(0 < spread["min"] <= spread["median"] <= spread["max"] for spread in spreads)
-            # Keys and values in fp32 of two sequences; the last token is not put back in.
+            # Keys and values in fp32 of two sequences; the last token is not in the cache.
             assert model["kv_cache_bytes"] == layers * 2 * 2 * 48 * 4 * 2 * (16 + 4 - 1)
             assert model["peak_memory_bytes"] > model["weights_bytes"] + model["kv_cache_bytes"]
         ratio = result["ratios"]["student"]
@@ -227,15 +227,15 @@ def test_benchmark_of_two_models(finished: Path, benchmark: Benchmark, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "output"),
     [
         (("--batch-size", "10000000"), "GiB are needed (teacher "),
-        (("--prompt-tokens", "4000"), "teacher takes 2048 tokens at most"),
+        (("--prompt-tokens", "4000"), "exceeds the 2048 tokens of teacher"),
         (("--new-tokens", "1"), "leaves nothing to time"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_a_line(benchmark: Benchmark, option: tuple[str, str], said: str) -> None:
+def test_faults_of_a_benchmark_are_one_line(benchmark: Benchmark, option: tuple[str, str], output: str) -> None:
     done = benchmark(*option)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(("error:", "  - "))
-    assert said in done.stderr
+    assert output in done.stderr

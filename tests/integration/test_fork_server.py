@@ -1,4 +1,4 @@
-"""The fork server of these tests: its children are what real starts are, and end with those that stand for them."""
+"""The fork server: its children equal real starts, and end with their clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prune_distill.pipeline.stages import STAGES
 from tests.helpers import tiny
 from tests.helpers.fork_server import FREE, LOG, real_starts
 from tests.helpers.fork_site.sitecustomize import FORK_SERVER, NEMO, libraries_of
-from tests.helpers.launches import ends
+from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(FORK_SERVER not in os.environ, reason="there is none: on a GPU it cannot be")
 PROBE = [sys.executable, "-W", "ignore", "-m", "tests.helpers.fork_probe"]
@@ -32,12 +32,12 @@ def log() -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_stages_that_need_nemo_find_it_imported_and_no_others(stage: Any) -> None:
+def test_stages_find_the_libraries_that_they_need_imported(stage: Any) -> None:
     found = libraries_of(["-u", "-m", "recipes", stage.name, "--config", "resolved.yaml"])
     assert (found == NEMO) == stage.needs_nemo
 
 
-def test_a_child_is_what_a_real_start_is(tmp_path: Path) -> None:
+def test_a_child_equals_a_real_start(tmp_path: Path) -> None:
     def ignore_and_block() -> None:
         os.umask(0o27)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -67,7 +67,7 @@ def test_a_child_is_what_a_real_start_is(tmp_path: Path) -> None:
     assert served == real
 
 
-def test_ends_are_those_of_a_real_start() -> None:
+def test_exits_equal_those_of_a_real_start() -> None:
     exits, fails, killed = probe("exit"), probe("fail"), probe("signal")
     assert (exits.returncode, exits.stderr) == (1, "it ends\n")
     assert (fails.returncode, fails.stderr.splitlines()[-1]) == (1, "ValueError: it fails")
@@ -82,16 +82,16 @@ def test_signals_are_passed_on(signum: int, status: int) -> None:
         assert child != process.pid
         process.send_signal(signum)
         assert process.wait(60) == status
-        assert ends(child)
+        assert wait_for_exit(child)
 
 
-def test_a_child_dies_with_the_process_that_stands_for_it() -> None:
+def test_a_child_dies_with_its_client() -> None:
     with subprocess.Popen([*PROBE, "wait"], env=tiny.environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
-        assert ends(child)
+        assert wait_for_exit(child)
 
 
 def test_a_variable_that_acts_on_imports_makes_a_real_start() -> None:
@@ -101,7 +101,7 @@ def test_a_variable_that_acts_on_imports_makes_a_real_start() -> None:
 
 
 def test_the_servers_have_no_threads_that_a_fork_would_lose() -> None:
-    """But for one of jemalloc's, which heeds forks by itself."""
+    """Except for a thread of jemalloc, which handles forks itself."""
     probe("exit")
     ready = [line for line in log().splitlines() if ": ready; threads: " in line]
     assert len(ready) >= 3

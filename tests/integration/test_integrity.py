@@ -1,4 +1,4 @@
-"""Damage to every kind of file that a run holds, in every way: no stage starts from it, and the error says why."""
+"""Damage to every kind of file in a run, in every way: no stage starts from it, and the error names the reason."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from prune_distill.pipeline.artifact import Located
 from tests.helpers import corruption, tiny, tolerance
 
 
-def test_no_damage_is_used_silently(finished: Path, tmp_path: Path) -> None:
+def test_damage_is_never_used_silently(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir, ignore=shutil.ignore_patterns(".lock"))
-    tried, silent = corruption.silent_uses(tiny.stages(run_dir, *tiny.DEPTH), tmp_path / "aside")
+    tried, silent = corruption.find_silent_uses(tiny.stages(run_dir, *tiny.DEPTH), tmp_path / "aside")
     assert silent == []
-    # Every stage but the first reads weights, tokens, scores, figures or a model of another.
+    # Every stage but the first reads weights, tokens, scores, metrics or a model of another.
     assert tried > 500
 
 
@@ -30,17 +30,17 @@ def stage(run_dir: Path, name: str) -> Located:
     return tiny.stages(run_dir, *tiny.DEPTH)[name]
 
 
-def test_a_hole_in_weights_is_refused_also_where_only_sizes_are_compared(run_dir: Path) -> None:
+def test_a_hole_in_weights_is_rejected_even_if_only_sizes_are_compared(run_dir: Path) -> None:
     made, reader = stage(run_dir, "hf_to_nemo"), stage(run_dir, "prune")
     shutil.rmtree(reader.folder)
     corruption.hole(made.folder / "nemo/weights/__0_0.distcp")
     refused = tiny.launch(run_dir, *tiny.DEPTH, "--until", "prune", check=False)
     assert refused.returncode == 2
-    (told,) = [line for line in refused.stderr.splitlines() if "damaged" in line]
-    assert f"{made.folder} is damaged: nemo/weights/__0_0.distcp has other content than was written" in told
-    assert f"rm -r {made.folder} && python -m launch.run experiment=demo run_dir={run_dir}" in told
+    (message,) = [line for line in refused.stderr.splitlines() if "damaged" in line]
+    assert f"{made.folder} is damaged: nemo/weights/__0_0.distcp has other content than was written" in message
+    assert f"rm -r {made.folder} && python -m launch.run experiment=demo run_dir={run_dir}" in message
     assert not (reader.folder / "nemo").exists()
-    # A NeMo checkpoint's own CRCs are compared all the same.
+    # The CRCs of a NeMo checkpoint are checked nevertheless.
     unverified = tiny.launch(run_dir, *tiny.DEPTH, "verify_inputs=false", "--until", "prune", check=False)
     assert unverified.returncode == 2
     assert "other content than was written" not in unverified.stderr
@@ -70,7 +70,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_it(finished: P
     tiny.launch(run_dir, *two, "--until", "distill")
     folder = stage(run_dir, "distill").folder
     expected = tiny.losses(folder)
-    # As a kill within the last steps leaves it, and then a disk.
+    # The state after a kill in the last steps, with damage by the disk.
     shutil.rmtree(folder / "nemo")
     (folder / "manifest.json").unlink()
     checkpoints = folder / "checkpoints"

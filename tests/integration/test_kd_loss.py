@@ -14,14 +14,14 @@ LOSS, FORWARD_GRADIENT, REVERSE_GRADIENT = 1e-6, 2e-6, 6e-6
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(1, CASES), (2, SLICED)], ids=["whole", "sliced"])
-def test_loss_and_gradients_are_upstreams(ranks: int, cases: list[Case]) -> None:
+def test_loss_and_gradients_match_upstream(ranks: int, cases: list[Case]) -> None:
     for result in run_ranks(differences, ranks, cases, timeout=600):
         for case, apart in zip(cases, result, strict=True):
             assert apart["loss"] < LOSS, case
             assert apart["gradient"] < (REVERSE_GRADIENT if case.reverse else FORWARD_GRADIENT), case
 
 
-def test_a_micro_batch_without_a_token_to_learn_costs_nothing() -> None:
+def test_a_micro_batch_without_learned_tokens_has_no_loss() -> None:
     (found,) = run_ranks(nothing_to_learn, 1, timeout=600)
     assert (found["loss"], found["step"]) == (0.0, 0.0)
     assert "all tokens of the tests are prompts" in found["fault"]

@@ -15,7 +15,7 @@ from tests.helpers.data_runs import write_masks
 
 STEPS = 20
 TIED = (*tiny.DEPTH, "model.shape.tie_word_embeddings=true", f"distill.max_steps={STEPS}", "distill.controls=[]")
-# All that the loss can mix, and hidden states of layers that the last pipeline stage has.
+# All terms of the loss, with hidden states of layers on the last pipeline stage.
 MIX = (
     *("distill.kd.temperature=2", "distill.kd.kd_weight=0.7", "distill.kd.lm_weight=0.3"),
     *("distill.kd.intermediate_pairs=[{student:2,teacher:4}]", "distill.kd.intermediate_weight=0.5"),
@@ -41,11 +41,11 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return distil(pruned, tmp_path_factory.mktemp("one_rank"))
+    return distill(pruned, tmp_path_factory.mktemp("one_rank"))
 
 
-def distil(pruned: Path, tmp_path: Path, *more: str) -> Path:
-    """The folder of a distillation of the same student."""
+def distill(pruned: Path, tmp_path: Path, *more: str) -> Path:
+    """Run a distillation of the same student; return its folder."""
     run_dir = tiny.copy_run(pruned, tmp_path / "run")
     tiny.launch(run_dir, *TIED, *MIX, *more, "--until", "distill")
     return tiny.stages(run_dir, *TIED, *MIX)["distill"].folder
@@ -58,28 +58,30 @@ def assert_same(folder: Path, reference: Path, tolerance: float) -> None:
 
 def assert_same_gradients(folder: Path, reference: Path) -> None:
     (last,) = {int(path.name.partition("=")[2]) for path in reference.glob("checkpoints/step=*")}
-    assert tiny.gradients_apart(folder, reference, last) < tolerance.GRADIENTS
+    assert tiny.max_gradient_difference(folder, reference, last) < tolerance.GRADIENTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
-    folder = distil(pruned, tmp_path, *LAYOUTS[layout])
+def test_layouts_give_the_losses_of_one_rank(pruned: Path, one_rank: Path, tmp_path: Path, layout: str) -> None:
+    folder = distill(pruned, tmp_path, *LAYOUTS[layout])
     assert_same(folder, one_rank, tolerance.LOSS)
     assert_same_gradients(folder, one_rank)
 
 
 @pytest.fixture(scope="module")
 def upstream(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return distil(pruned, tmp_path_factory.mktemp("upstream"), "distill.kd.implementation=upstream")
+    return distill(pruned, tmp_path_factory.mktemp("upstream"), "distill.kd.implementation=upstream")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_gives_the_same_with_upstreams_loss(pruned: Path, upstream: Path, tmp_path: Path, layout: str) -> None:
-    folder = distil(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
+def test_layouts_give_the_same_losses_with_upstreams_loss(
+    pruned: Path, upstream: Path, tmp_path: Path, layout: str
+) -> None:
+    folder = distill(pruned, tmp_path, *LAYOUTS[layout], "distill.kd.implementation=upstream")
     assert_same(folder, upstream, tolerance.LOSS)
 
 
-def test_our_loss_trains_as_upstreams_does(one_rank: Path, upstream: Path) -> None:
+def test_our_loss_trains_like_upstreams(one_rank: Path, upstream: Path) -> None:
     # Gradients of rare tokens' rows, all but zero, differ in their last digits, and Adam's first steps make of each a
     # step of full size: 5e-5 seen.
     assert_same(one_rank, upstream, 20 * tolerance.LOSS)

@@ -1,4 +1,4 @@
-"""A mixture of experts through all stages, and its distillation with expert parallelism."""
+"""An MoE model in all stages, and its distillation with expert parallelism."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_distill.pipeline.artifact import locate, read_manifest
 from tests.helpers import tiny, tolerance
 
 STEPS = 20
-# Every axis that mixtures have: 3 layers to 2, 128 hidden channels to 64, 6 experts to 4 and their FFN from 128 to 64.
+# All axes of MoE models: 3 layers to 2, 128 hidden channels to 64, 6 experts to 4 and their FFN from 128 to 64.
 MIXTURE = (
     *("model.family=qwen3_moe", "model.shape.num_layers=3", "model.shape.num_moe_experts=6"),
     *("model.shape.moe_ffn_hidden_size=128", "model.shape.moe_router_topk=2", "model.demo.training.max_steps=30"),
@@ -32,7 +32,7 @@ LAYOUTS = {
     "ep2_tp2": (*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
 }
 
-# Sums in fp32 in another order: 1.5e-7 seen. The auxiliary loss makes a third of the routers' gradients here.
+# Sums in fp32 in another order: 1.5e-7 measured. The auxiliary loss is a third of the routers' gradients here.
 SAME = 1e-5
 
 
@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_mixture_goes_through_all_stages(finished: Path) -> None:
+def test_an_moe_model_passes_all_stages(finished: Path) -> None:
     report = tiny.report(finished)
     assert report["checks"]["import_max_abs_logit_diff"] < tolerance.LOGITS
     assert report["checks"]["export_max_abs_logit_diff"] < tolerance.LOGITS
@@ -62,7 +62,7 @@ def test_a_mixture_goes_through_all_stages(finished: Path) -> None:
     assert all(sum(row["expert_tokens"]) == 16 * 128 * 2 for row in rows)
 
 
-def test_the_exported_mixture_needs_nothing_of_ours(finished: Path) -> None:
+def test_the_exported_moe_model_needs_no_code_of_this_repository(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished / tiny.report(finished)["models"]["student"]["hf_path"]

@@ -1,4 +1,4 @@
-"""A training that is asked to pause through its stop file, on one rank and on two, and goes on where it was."""
+"""A training pauses at its stop file, on one and on two ranks, and resumes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.helpers import tiny, tolerance
 RANKS = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
 
 
-# Workers of the data loader, too: they are what a pause could leave behind.
+# With data loader workers, which could outlive a pause.
 @pytest.mark.parametrize("layout", [("distill.num_workers=1",), RANKS], ids=["one_rank", "two_ranks"])
-def test_a_paused_distillation_goes_on_with_the_same_losses(
+def test_a_paused_distillation_resumes_with_the_same_losses(
     finished: Path, tmp_path: Path, layout: tuple[str, ...]
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -34,15 +34,15 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
     # Written before there is anyone to look for it, once the launcher has taken away what an earlier attempt left.
     tiny.wait_for("log.txt", folder, launcher)
     (folder / "stop").touch()
-    _, told = launcher.communicate(timeout=600)
+    _, message = launcher.communicate(timeout=600)
     log = (folder / "log.txt").read_text()
-    assert launcher.returncode == 1, told + log
-    assert "stage distill is paused at step 1; the same command goes on from there" in told
+    assert launcher.returncode == 1, message + log
+    assert "stage distill is paused at step 1; run the same command to resume it" in message
     assert read_state(folder) == {"state": "paused", "step": 1}
     assert [path.name for path in folder.glob("checkpoints/*")] == ["step=1"]
     assert not (folder / "stop").exists()
     assert not (folder / "manifest.json").exists()
-    # Nothing was validated where nothing was due.
+    # No validation was due.
     assert tiny.validations(folder) == {}
 
     tiny.launch(run_dir, *settings)
@@ -56,8 +56,8 @@ def test_a_paused_distillation_goes_on_with_the_same_losses(
 
 @pytest.mark.usefixtures("real_start")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Path, ranks: int) -> None:
-    """As a step is preempted: torchrun, the ranks and the data loader's workers get it, and none may die of it."""
+def test_sigterm_from_slurm_to_every_process_pauses(finished: Path, tmp_path: Path, ranks: int) -> None:
+    """Like preemption of a step: torchrun, the ranks and data loader workers get the signal, and none may exit."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     settings = (*tiny.DEPTH, "distill.num_workers=1", "distill.max_steps=500", "distill.save_every_n_steps=2")
     layout = (f"cluster.devices_per_node={ranks}", f"distill.parallel.tensor_model_parallel_size={ranks}")
@@ -71,7 +71,7 @@ def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Pa
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=tiny.environment(), stdout=log, stderr=log, start_new_session=True)
     try:
-        # After a save: it starts processes of its own, and changes which signals are blocked.
+        # After a save, which starts processes and changes the blocked signals.
         tiny.wait_for_checkpoint(folder, process)
         for pid in _descendants(process.pid):
             with suppress(ProcessLookupError):  # helpers of a save come and go
@@ -88,9 +88,11 @@ def test_slurms_sigterm_to_every_process_is_a_pause(finished: Path, tmp_path: Pa
 
 
 def _descendants(leader: int) -> list[int]:
-    """A process and all that it started, directly or not."""
-    told = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[1:]
-    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in told)}
+    """Return a process and all its descendants."""
+    message = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        1:
+    ]
+    parents = {int(pid): int(parent) for pid, parent in (line.split() for line in message)}
     found = [leader]
     for process in found:
         found += [pid for pid, parent in parents.items() if parent == process]

@@ -1,4 +1,4 @@
-"""The whole job through `launch.run`: from the demo's text to the report, again, killed and resumed."""
+"""The whole job through `launch.run`: from the demo's text to the report, repeated, killed and resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
 
 
-def test_report_keeps_its_contract(finished: Path) -> None:
+def test_the_format_of_the_report(finished: Path) -> None:
     report = tiny.report(finished)
     assert report["experiment"] == "demo"
     assert report["backend"] == tolerance.BACKEND
@@ -41,7 +41,7 @@ def test_report_keeps_its_contract(finished: Path) -> None:
 
 
 def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
-    """NeMo's validation loss after the last step is the exported model's, to the digits that sums in fp32 leave.
+    """NeMo's validation loss after the last step equals that of the exported model, within the precision of fp32 sums.
 
     The demo's tokenizer pads with its end-of-text token, which upstream's dataset would leave out (`DocumentDataset`).
     """
@@ -52,14 +52,14 @@ def test_training_and_transformers_agree_on_the_loss(finished: Path) -> None:
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["left"] == []  # an index that was cut short would be taken for whole
+    assert seen["left"] == []  # a truncated index would be read as complete
     assert seen["counted"] == 1
     assert seen["ends"]["inputs"] > 0
     assert seen["ends"]["labels"] > 0
     assert nemo == pytest.approx(seen["loss"], abs=tolerance.LOSS)
 
 
-def test_exported_student_needs_nothing_of_ours(finished: Path) -> None:
+def test_the_exported_student_needs_no_code_of_this_repository(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished / tiny.report(finished)["models"]["student"]["hf_path"]
@@ -102,7 +102,7 @@ def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_pa
 
 
 @pytest.mark.usefixtures("real_start")
-def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
+def test_a_stage_started_twice_by_hand_runs_once(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     folder = tiny.stages(run_dir, *tiny.DEPTH)["hf_to_nemo"].folder
     (folder / "manifest.json").unlink()
@@ -112,14 +112,14 @@ def test_a_stage_that_is_started_twice_by_hand_runs_once(finished: Path, tmp_pat
         environment = {**tiny.environment(), **more}
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
-    with lock.held(folder):
+    with lock.hold_lock(folder):
         second = start()
     assert second.returncode == 2
     (line,) = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
     assert f"stage hf_to_nemo={folder}: in use by process {os.getpid()} on " in line
     foreign = start(RANK="0", WORLD_SIZE="2")
     assert foreign.returncode == 2
-    assert "error: WORLD_SIZE=2 " in foreign.stderr
+    assert "error: WORLD_SIZE=2: " in foreign.stderr
     assert not (folder / "manifest.json").exists()
     assert start(RANK="1", WORLD_SIZE="1").returncode == 0
     assert (folder / "manifest.json").exists()

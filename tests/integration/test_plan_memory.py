@@ -48,7 +48,7 @@ PLAIN_OPTIMIZER = ("distill.use_distributed_optimizer=false", "distill.overlap_p
 
 
 def measured(finished: Path, run_dir: Path, ranks: int, *more: str) -> tuple[RunConfig, list[dict[str, Any]]]:
-    """A distillation's config and what each rank's probe found, the model being the one that `finished` pruned."""
+    """Return a distillation's config and each rank's measurements, for the model that `finished` pruned."""
     tiny.copy_run(finished, run_dir)
     cfg = compose(tiny.overrides(run_dir, *SETTINGS, f"cluster.devices_per_node={ranks}", *more))
     save_resolved(cfg, run_dir / "resolved.yaml")
@@ -79,7 +79,9 @@ def planned(cfg: RunConfig, ranks: int) -> list[Memory]:
     ],
     ids=["dp2", "recompute", "pp2", "mix", "upstream"],
 )
-def test_a_ranks_memory_is_as_planned(finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]) -> None:
+def test_the_memory_of_a_rank_matches_the_plan(
+    finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]
+) -> None:
     cfg, found = measured(finished, tmp_path / "run", ranks, *more)
     for plan, real in zip(planned(cfg, ranks), found, strict=True):
         for part in STATIC:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prune_distill.pipeline.artifact import read_manifest, record_again
+from prune_distill.pipeline.artifact import read_manifest, update_record
 from tests.helpers import tiny, tolerance
 
 HEADS = ("prune.num_attention_heads=2", "prune.num_query_groups=1")
@@ -33,7 +33,7 @@ def metrics(run_dir: Path, *targets: str) -> dict[str, dict[str, Any]]:
     return {name: manifest["metrics"] for name, manifest in manifests.items() if manifest is not None}
 
 
-def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_path: Path) -> None:
+def test_a_width_pruned_student_gives_the_same_logits_in_transformers(finished: Path, tmp_path: Path) -> None:
     checkpoint, metrics = prune(finished, tmp_path / "run", *tiny.WIDTH, *HEADS)
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
@@ -49,15 +49,15 @@ def test_width_pruned_student_is_the_same_in_transformers(finished: Path, tmp_pa
     assert float(done.stdout.partition("max_abs_diff ")[2].partition(",")[0]) < tolerance.LOGITS
 
 
-def test_two_pipeline_ranks_prune_as_one(finished: Path, tmp_path: Path) -> None:
+def test_two_pipeline_ranks_prune_like_one(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2")
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     for folder in [*run_dir.glob("importance-*"), *run_dir.glob("prune-*")]:
         (folder / "manifest.json").unlink()
     tiny.launch(run_dir, *tiny.DEPTH, *two, "--until", "prune")
-    of_one, of_two = (metrics(finished, *tiny.DEPTH), metrics(run_dir, *tiny.DEPTH))
-    assert of_two["prune"] == of_one["prune"]
-    assert abs(of_two["importance"]["calibration_loss"] - of_one["importance"]["calibration_loss"]) < tolerance.LOSS
+    single, parallel = (metrics(finished, *tiny.DEPTH), metrics(run_dir, *tiny.DEPTH))
+    assert parallel["prune"] == single["prune"]
+    assert abs(parallel["importance"]["calibration_loss"] - single["importance"]["calibration_loss"]) < tolerance.LOSS
 
 
 # Every axis alone, all together, named layers with and without widths.
@@ -74,7 +74,7 @@ AXES = (
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, stages: int) -> None:
+def test_pruning_equals_modelopt_called_directly(finished: Path, tmp_path: Path, stages: int) -> None:
     located = tiny.stages(finished, *tiny.DEPTH)
     inputs = located["hf_to_nemo"].folder / "nemo", located["importance"].folder
     start = [sys.executable, "-W", "ignore"]
@@ -91,20 +91,20 @@ def test_the_same_as_modelopt_called_directly(finished: Path, tmp_path: Path, st
         assert line["tensors"] > 0
 
 
-def test_documents_of_another_tokenizer_are_refused(finished: Path, tmp_path: Path) -> None:
+def test_documents_of_another_tokenizer_are_rejected(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     located = tiny.stages(run_dir, *tiny.DEPTH)
     (located["importance"].folder / "manifest.json").unlink()
     described = located["prepare_data"].folder / "data.json"
     content = json.loads(described.read_text())
     described.write_text(json.dumps({**content, "vocab_size": content["vocab_size"] + 1}))
-    record_again(located["prepare_data"].folder, ["data.json"])
+    update_record(located["prepare_data"].folder, ["data.json"])
     done = tiny.launch(run_dir, *tiny.DEPTH, "--until", "importance", check=False)
     assert done.returncode == 2
     assert "prepared with another tokenizer: entries of the vocabulary 523, but 522 in the model" in done.stderr
 
 
-def test_all_axes_together_to_the_end(finished: Path, tmp_path: Path) -> None:
+def test_a_run_that_prunes_all_axes(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, "prune.num_layers=3", *tiny.WIDTH, *HEADS)
     checks = tiny.report(run_dir)["checks"]
@@ -136,10 +136,10 @@ def test_a_block_of_neighbors_over_uneven_stages(finished: Path, tmp_path: Path)
 
 def test_named_layers_are_dropped_also_under_tensor_parallelism(finished: Path, tmp_path: Path) -> None:
     two = ("cluster.devices_per_node=2", "prune.tensor_model_parallel_size=2")
-    alone, of_one = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
+    alone, single = prune(finished, tmp_path / "one", "prune.drop_layers=[2,3]")
     halves, metrics = prune(finished, tmp_path / "two", "prune.drop_layers=[2,3]", *two)
-    assert metrics["kept_layers"] == of_one["kept_layers"] == [1, 4]
-    assert metrics["params"] == of_one["params"]
+    assert metrics["kept_layers"] == single["kept_layers"] == [1, 4]
+    assert metrics["params"] == single["params"]
     teacher = finished / tiny.report(finished)["models"]["teacher"]["hf_path"]
     exported = tmp_path / "hf"
     tiny.convert("nemo_to_hf", "--checkpoint", alone, "--hf-model", teacher, "--out", exported, "--dtype", "keep")

@@ -18,7 +18,7 @@ from tests.helpers import report_runs
 DESKTOP, PHONE = (1280, 900), (390, 844)
 # WCAG 2.1, level AA, of text.
 LEAST_CONTRAST = 4.5
-# Luminance contrast of every visible text with what is behind it, the least of them and whose it is.
+# The smallest luminance contrast of visible text with its background, and its element.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
@@ -80,7 +80,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The pages of a finished run, a failed one, and of both compared."""
+    """The pages of a finished run, a failed run, and their comparison."""
     folder = tmp_path_factory.mktemp("reports")
     runs = {"finished": report_runs.finished(folder / "finished"), "failed": report_runs.failed(folder / "failed")}
     for run_dir in runs.values():
@@ -94,7 +94,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_complained_of_or_fetched_and_all_can_be_read(
+def test_a_page_has_no_console_messages_no_requests_and_enough_contrast(
     browser: Browser, pages: dict[str, Path], name: str, scheme: str
 ) -> None:
     opened = browser.open(pages[name], scheme=scheme)
@@ -105,7 +105,7 @@ def test_nothing_is_complained_of_or_fetched_and_all_can_be_read(
 
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
-def test_every_plot_is_seen(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_every_plot_is_visible(browser: Browser, pages: dict[str, Path], name: str) -> None:
     """It has a size, a description, and more than one color where it is drawn."""
     plots = browser.open(pages[name]).page.locator("figure svg")
     assert plots.count() == {"finished": 15, "failed": 3, "comparison": 3}[name]
@@ -114,11 +114,11 @@ def test_every_plot_is_seen(browser: Browser, pages: dict[str, Path], name: str)
         assert box["width"] > 200
         assert box["height"] > 80
         assert plot.get_attribute("aria-label")
-        # A blank picture compresses to next to nothing.
+        # A blank image compresses to almost nothing.
         assert len(plot.screenshot()) > 3000
 
 
-def test_marks_tell_their_values(browser: Browser, pages: dict[str, Path]) -> None:
+def test_marks_have_tooltips(browser: Browser, pages: dict[str, Path]) -> None:
     titles = browser.open(pages["finished"]).page.locator("svg use > title").all_text_contents()
     assert "Student, 160 step: 3.5720" in titles
     assert any(re.fullmatch(r"layer 1: 0\.8333", title) for title in titles)
@@ -136,7 +136,7 @@ def test_tables_sort_both_ways_by_mouse_and_keyboard(browser: Browser, pages: di
     head.get_by_role("button").press("Enter")
     assert names.all_text_contents() == ["Just pruned", "Control: no teacher", "Teacher", "Student"]
     assert head.get_attribute("aria-sort") == "descending"
-    # Those that were not measured stay last, whichever way.
+    # Missing values stay last in both directions.
     speed = table.get_by_role("columnheader", name="Generation").get_by_role("button")
     for order in (["Teacher", "Student"], ["Student", "Teacher"]):
         speed.press("Space")
@@ -151,7 +151,7 @@ def test_tables_sort_both_ways_by_mouse_and_keyboard(browser: Browser, pages: di
 
 
 @pytest.mark.parametrize("name", ["finished", "failed", "comparison"])
-def test_a_telephone_need_not_scroll_sideways(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_a_phone_does_not_scroll_sideways(browser: Browser, pages: dict[str, Path], name: str) -> None:
     page = browser.open(pages[name], PHONE).page
     page.mouse.wheel(500, 0)
     assert page.evaluate("[document.documentElement.scrollWidth, scrollX]") == [PHONE[0], 0]

@@ -1,4 +1,4 @@
-"""Pruning in rounds through the real command lines: prune, distil, prune what was distilled, distil again."""
+"""Pruning in rounds through the real command lines: prune, distill, prune the student, distill again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDS = (
 )
 
 
-def test_each_round_prunes_what_the_one_before_has_learned(finished: Path, tmp_path: Path) -> None:
+def test_each_round_prunes_the_student_of_the_previous_round(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     tiny.launch(run_dir, *ROUNDS, "--until", "verify")
     located = tiny.stages(run_dir, *ROUNDS)
@@ -34,7 +34,7 @@ def test_each_round_prunes_what_the_one_before_has_learned(finished: Path, tmp_p
     assert {*kept} < {1, 3, 4}
     assert metrics("prune")["params_before"] == metrics("prune.round1")["params"]
     assert metrics("distill.round1")["steps"] == 2
-    # The teacher stays the original, and the student goes on from what the round before learned.
+    # The teacher stays the original, and the student starts from that of the previous round.
     inputs = {
         name: json.loads((located[name].folder / "manifest.json").read_text())["inputs"]
         for name in ("distill.round1", "distill", "prune")

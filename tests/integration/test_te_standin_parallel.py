@@ -416,7 +416,7 @@ def _checkpoint_round_trip(folder: str) -> None:
     assert [step(*resumed) for _ in range(3)] == [step(*trained) for _ in range(3)]
 
 
-def test_a_resumed_optimizer_goes_on_exactly(tmp_path: Any) -> None:
+def test_a_resumed_optimizer_continues_exactly(tmp_path: Any) -> None:
     (tmp_path / "checkpoint").mkdir()
     run_ranks(_checkpoint_round_trip, 2, str(tmp_path / "checkpoint"))
 

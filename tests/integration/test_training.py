@@ -1,4 +1,4 @@
-"""What keeps a training's work: bad losses, phases, checkpoints, resuming at any step."""
+"""Bad losses, phases, checkpoints, and resuming at any step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from convert.torch_dist import TorchDistReader
 from launch import local
 from launch.planning.automatic import compose
 from prune_distill.config.load import save_resolved
-from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.training.schedules import learning_rate
 from tests.helpers import tiny, tolerance
@@ -30,14 +30,14 @@ TWO_RANKS = ("cluster.devices_per_node=2",)
 
 
 def located(run_dir: Path, *overrides: str) -> Located:
-    """The distillation of a tiny run, whose config is left where its stages look for it."""
+    """Locate the distillation of a tiny run, and write the run's config."""
     cfg = compose(tiny.overrides(run_dir, *tiny.DEPTH, *overrides))
     save_resolved(cfg, run_dir / "resolved.yaml")
     return locate(cfg)["distill"]
 
 
 def train(stage: Located, runner: str = "recipes", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a distillation by itself."""
+    """Run a single distillation."""
     command = local.command(stage, stage.folder.parent / "resolved.yaml")
     command = [runner if word == "recipes" else word for word in command]
     return subprocess.run(
@@ -46,7 +46,7 @@ def train(stage: Located, runner: str = "recipes", **environment: str) -> subpro
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """What a training recorded, without what depends on the clock."""
+    """Return the metrics of a training, without times."""
     clock = ("tokens_per_second", "seconds_left", "mfu")
     return [
         {key: value for key, value in line.items() if key not in clock}
@@ -70,7 +70,7 @@ def documents_in(message: str) -> list[int]:
     ],
     ids=["nan", "nan_two_ranks", "explodes", "explodes_two_ranks"],
 )
-def test_a_bad_loss_ends_a_training_before_it_is_saved(
+def test_a_bad_loss_stops_training_before_a_save(
     finished: Path, tmp_path: Path, ranks: tuple[str, ...], spoiled: str, fault: str
 ) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
@@ -109,7 +109,7 @@ PHASES = (
 )
 
 
-def test_phases_keep_count_and_resume_anywhere(finished: Path, tmp_path: Path) -> None:
+def test_phases_count_tokens_and_resume_at_any_step(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir, *PHASES)
     done = train(stage)
@@ -134,7 +134,7 @@ def test_phases_keep_count_and_resume_anywhere(finished: Path, tmp_path: Path) -
         assert again.returncode == 0, again.stderr[-4000:]
         assert f"step={step}" in again.stderr
         assert_same(curve(stage.folder), unbroken, tolerance.RESUMED)
-        # Nothing in the final model tells that its training was interrupted.
+        # The final model does not show that its training was interrupted.
         assert (stage.folder / "nemo/weights/common.pt").read_bytes() == unbroken_state
 
     two = located(tiny.copy_run(finished, tmp_path / "two"), *PHASES, *TWO_RANKS)
@@ -193,7 +193,7 @@ def test_another_models_checkpoint_is_not_resumed(finished: Path, tmp_path: Path
 
 
 def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_path: Path) -> None:
-    """It would go on at another place in the data: upstream counts what was read in batches of the present size."""
+    """It would continue at another position in the data: upstream counts batches of the current size."""
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     (checkpoint,) = tiny.stages(finished, *tiny.DEPTH)["distill"].folder.glob("checkpoints/step=*")
     stage = located(run_dir, "distill.global_batch_size=8")
@@ -203,7 +203,7 @@ def test_a_checkpoint_of_another_batch_size_is_not_resumed(finished: Path, tmp_p
     assert "global batch size [[6, 128, 4]], and this run has [[6, 128, 8]]" in failed.stderr
 
 
-def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
+def test_different_tokenizers_are_rejected(finished: Path, tmp_path: Path) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir)
     described = stage.inputs["student"] / "context" / "tokenizer" / "tokenizer.json"
@@ -212,7 +212,7 @@ def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
     first, second = list(vocabulary)[5:7]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     described.write_text(json.dumps(content))
-    record_again(stage.inputs["student"].parent, ["nemo/context/tokenizer/tokenizer.json"])
+    update_record(stage.inputs["student"].parent, ["nemo/context/tokenizer/tokenizer.json"])
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
     assert re.search(r"error: the tokenizers in .* differ, for example in id 5", failed.stderr)
@@ -227,9 +227,7 @@ def test_unequal_tokenizers_are_refused(finished: Path, tmp_path: Path) -> None:
     ],
     ids=["one_rank", "tp2", "pp2"],
 )
-def test_a_teacher_that_does_no_better_than_chance_is_refused(
-    finished: Path, tmp_path: Path, layout: tuple[str, ...]
-) -> None:
+def test_a_teacher_no_better_than_chance_is_rejected(finished: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
     run_dir = tiny.copy_run(finished, tmp_path / "run")
     stage = located(run_dir, *layout)
     # Another tokenizer's ids, in effect: any of them, anywhere.
@@ -237,7 +235,7 @@ def test_a_teacher_that_does_no_better_than_chance_is_refused(
     size = validation.stat().st_size // 2
     tokens = np.random.default_rng(1).integers(0, tiny.SHAPE["vocab_size"], size, dtype=np.uint16)
     validation.write_bytes(tokens.tobytes())
-    record_again(stage.inputs["data"], ["validation.bin"])
+    update_record(stage.inputs["data"], ["validation.bin"])
     failed = train(stage)
     assert failed.returncode == (1 if layout else 2), failed.stderr[-4000:]
     found = re.search(r"error: the teacher's loss .* is ([\d.]+) nats per token, no better than chance", failed.stderr)
@@ -245,7 +243,7 @@ def test_a_teacher_that_does_no_better_than_chance_is_refused(
     assert float(found[1]) > math.log(tiny.SHAPE["vocab_size"])
 
 
-def test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one(finished: Path, tmp_path: Path) -> None:
+def test_a_training_killed_ten_times_gives_the_same_curve(finished: Path, tmp_path: Path) -> None:
     settings = ("distill.max_steps=20", "distill.save_every_n_steps=2", "distill.val_every_n_steps=7")
     stage = located(tiny.copy_run(finished, tmp_path / "unbroken"), *settings)
     done = train(stage)
@@ -262,13 +260,13 @@ def test_killed_ten_times_a_training_leaves_the_curve_of_an_unbroken_one(finishe
     ]
     command += ["--seed", str(seed), "--times", "10"]
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=900)
-    told = f"seed {seed}\n{done.stdout}"
-    print(told)
-    assert done.returncode == 0, told + done.stderr[-4000:]
-    assert done.stdout.count("killed after step") == 10, told
+    summary = f"seed {seed}\n{done.stdout}"
+    print(summary)
+    assert done.returncode == 0, summary + done.stderr[-4000:]
+    assert done.stdout.count("killed after step") == 10, summary
     assert_same(curve(killed.folder), curve(stage.folder), tolerance.RESUMED)
     kept = sorted(path.name for path in killed.folder.glob("checkpoints/*"))
-    assert kept == sorted(path.name for path in stage.folder.glob("checkpoints/*")), told
+    assert kept == sorted(path.name for path in stage.folder.glob("checkpoints/*")), summary
     manifest = read_manifest(killed.folder)
     assert manifest is not None
     assert manifest["metrics"]["best_val_loss"] == min(tiny.validations(stage.folder).values())

@@ -1,4 +1,4 @@
-"""One cluster for all tests here, and runs of fake stages on it."""
+"""A cluster for all tests, and runs of fake stages on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch.environment import ROOT
-from launch.queue import active, submitted
+from launch.queue import filter_active, read_submissions
 from prune_distill.pipeline.names import STATE
 from tests.helpers import slurm_cluster
 from tests.helpers.fake_stage import PLAN
@@ -36,7 +36,7 @@ SITE = {
 # are to be warned, and warns up to 30 s early: here 10 to 40 s after a job's start. Not earlier, as a signal to a job
 # whose script has not begun is lost.
 WARNED_EARLY = "['--time=0:02:00','--signal=B:USR1@80']"
-# Seconds that anything may take, on a busy machine too.
+# Timeout in seconds, also for a busy machine.
 PATIENCE = 300
 
 
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Path]:
     lacks = slurm_cluster.missing()
     if lacks is not None:
         pytest.skip(f"no Slurm cluster can be started here: {lacks}")
-    # A socket's path may have 107 bytes, which pytest's own folders would come near.
+    # The path of a socket is limited to 107 bytes, and pytest's folders are long.
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder,
         slurm_cluster.cluster(Path(folder)) as config,
@@ -56,7 +56,7 @@ def cluster() -> Iterator[Path]:
 
 
 class Chain:
-    """A run of fake stages, submitted by `launch.run` in a process of its own."""
+    """A run of fake stages, submitted by `launch.run` in a separate process."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -64,7 +64,7 @@ class Chain:
     def launch(
         self, plan: dict[str, str], *arguments: str, mode: str = "launch", path: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """The launcher's exit status and output; `path` goes first on its PATH."""
+        """Run the launcher with `path` first on its PATH; return its exit status and output."""
         site = [f"{key}={value}" for key, value in SITE.items()]
         run_dir = str(self.run_dir).replace('"', r"\"")
         command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, "experiment=demo", f'run_dir="{run_dir}"']
@@ -78,7 +78,7 @@ class Chain:
         assert done.returncode == 0, done.stderr
 
     def jobs(self, stage: str) -> list[str]:
-        return list(submitted(self.run_dir)[stage]["jobs"])
+        return list(read_submissions(self.run_dir)[stage]["jobs"])
 
     def folder(self, stage: str) -> Path:
         (found,) = self.run_dir.glob(f"{stage}*")
@@ -98,23 +98,23 @@ class Chain:
     def wait(self, holds: Callable[[], object], seconds: float = PATIENCE) -> None:
         until = time.monotonic() + seconds
         while not holds():
-            assert time.monotonic() < until, self.told()
+            assert time.monotonic() < until, self.report()
             time.sleep(0.2)
 
     def wait_until_ended(self, seconds: float = PATIENCE) -> None:
-        """All jobs have ended; Slurm was seen to know them at least."""
-        ids = [job for entry in submitted(self.run_dir).values() for job in entry["jobs"]]
-        self.wait(lambda: not active(ids), seconds)
+        """Wait until all jobs have ended; Slurm must have known them."""
+        ids = [job for entry in read_submissions(self.run_dir).values() for job in entry["jobs"]]
+        self.wait(lambda: not filter_active(ids), seconds)
 
     def status(self, mode: str = "status") -> dict[str, dict[str, Any]]:
-        """What `launch.status --json` says of each stage."""
+        """Return the output of `launch.status --json` by stage."""
         command = [sys.executable, "-m", "tests.helpers.fake_stage", mode, str(self.run_dir), "--json"]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=PATIENCE)
         return {stage["stage"]: stage for stage in json.loads(done.stdout)[str(self.run_dir)]}
 
-    def told(self) -> str:
-        """What helps to see why a test failed."""
+    def report(self) -> str:
+        """Return information for debugging a failed test."""
         queue = subprocess.run(["squeue", "--states=all", "--format=%i %j %T %r"], capture_output=True, text=True)
         logs = [f"{path}:\n{path.read_text()[-3000:]}" for path in sorted(self.run_dir.glob("*/log.txt"))]
         return "\n".join([queue.stdout, *logs])

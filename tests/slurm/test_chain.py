@@ -1,4 +1,4 @@
-"""Chains of fake stages on a real Slurm: to their end, again, and with something going wrong."""
+"""Chains of fake stages on a real Slurm: complete, repeated, and with failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.queue import ask
+from launch.queue import query_jobs
 from tests.helpers.fake_stage import PLAN
 from tests.helpers.launches import wait_for
 from tests.slurm.conftest import Chain, slurm
@@ -17,11 +17,11 @@ from tests.slurm.conftest import Chain, slurm
 ALL = {"first", "second", "aside", "report"}
 
 
-def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Chain) -> None:
+def test_a_chain_completes_and_a_second_submission_does_nothing(chain: Chain) -> None:
     chain.run_dir = chain.run_dir.parent / 'it\'s a run, 100% "whole" $(id) `id` $HOME #1 -é 汉字'
     chain.submit({})
     chain.wait_until_ended()
-    assert chain.complete() == ALL, chain.told()
+    assert chain.complete() == ALL, chain.report()
     # One after the other where one reads what another made.
     calls = (chain.run_dir / "calls.txt").read_text().split()
     assert (calls[0], set(calls[1:3]), calls[3:]) == ("first", {"second", "aside"}, ["report"])
@@ -31,7 +31,7 @@ def test_a_chain_runs_to_its_end_and_a_second_submission_does_nothing(chain: Cha
     assert done.stdout.count("complete, skipped") == 4
 
 
-def test_what_is_complete_is_left_out(chain: Chain) -> None:
+def test_complete_stages_are_not_submitted(chain: Chain) -> None:
     chain.submit({}, "--until", "second")
     chain.wait_until_ended()
     assert chain.complete() == {"first", "second"}
@@ -41,14 +41,14 @@ def test_what_is_complete_is_left_out(chain: Chain) -> None:
     assert chain.complete() == ALL
     scripts = sorted(path.name for path in (chain.run_dir / "slurm").glob("*.sbatch"))
     assert scripts == ["01-first.sbatch", "02-second.sbatch", "03-aside.sbatch", "04-report.sbatch"]
-    # By hand, and complete when it starts: it does nothing.
+    # Submitted by hand, and already complete when it starts: it does nothing.
     script = chain.run_dir / "slurm" / "02-second.sbatch"
     slurm("sbatch", "--wait", str(script))
-    assert chain.log("second").count("complete already") == 1
+    assert chain.log("second").count("already complete") == 1
     assert (chain.run_dir / "calls.txt").read_text().split().count("second") == 1
 
 
-def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> None:
+def test_a_failing_stage_cancels_its_dependents_and_reports_the_cause(chain: Chain) -> None:
     chain.submit({"second": "fail"})
     chain.wait_until_ended()
     assert chain.complete() == {"first", "aside"}
@@ -61,16 +61,16 @@ def test_a_failing_stage_ends_what_depends_on_it_and_says_why(chain: Chain) -> N
         "report": "cancelled",
     }
     assert "ZeroDivisionError: nothing by nothing" in stages["second"]["cause"]
-    assert "for lack of second" in stages["report"]["detail"]
-    # Fixed: the same command submits what is left.
+    assert "needs second" in stages["report"]["detail"]
+    # After the fix, the same command submits the remaining stages.
     done = chain.launch({})
     assert done.stdout.count("complete, skipped") == 2, done.stderr
     chain.wait_until_ended()
-    assert chain.complete() == ALL, chain.told()
+    assert chain.complete() == ALL, chain.report()
     assert {stage["state"] for stage in chain.status().values()} == {"complete"}
 
 
-def test_a_fault_of_the_user_is_the_cause_by_itself(chain: Chain) -> None:
+def test_a_user_error_is_reported_as_the_cause(chain: Chain) -> None:
     chain.submit({"first": "fault"}, "--until", "first")
     chain.wait_until_ended()
     cause = chain.status()["first"]["cause"]
@@ -96,12 +96,12 @@ def test_a_run_is_not_submitted_twice(chain: Chain) -> None:
     (first,) = chain.jobs("first")
     done = chain.launch({})
     assert done.returncode == 2
-    assert f"has jobs that have not ended: {first}, " in done.stderr
+    assert f"unfinished jobs {first}, " in done.stderr
     assert "scancel" in done.stderr
     slurm("scancel", *(job for name in ALL for job in chain.jobs(name)))
 
 
-def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_path: Path) -> None:
+def test_a_rejected_submission_cancels_earlier_jobs(chain: Chain, tmp_path: Path) -> None:
     refusing = tmp_path / "bin" / "sbatch"
     refusing.parent.mkdir()
     refusing.write_text(
@@ -112,26 +112,24 @@ def test_a_submission_that_is_refused_midway_leaves_no_job(chain: Chain, tmp_pat
     refusing.chmod(0o755)
     done = chain.launch({"first": "sleep"}, path=refusing.parent)
     assert done.returncode == 2
-    assert "sbatch refused" in done.stderr
+    assert "sbatch rejected" in done.stderr
     assert "03-aside.sbatch (sbatch: error: Invalid qos specification)" in done.stderr
     ids = [*chain.jobs("first"), *chain.jobs("second")]
-    outcome = (
-        f"jobs {', '.join(ids)}, which were taken before, are cancelled; set cluster.slurm.qos to one that you may"
-    )
+    outcome = f"jobs {', '.join(ids)}, submitted before it, are canceled; set cluster.slurm.qos to one of yours"
     assert outcome in done.stderr
     chain.wait_until_ended()
-    assert {job.state for job in ask(ids).values()} == {"CANCELLED"}
+    assert {job.state for job in query_jobs(ids).values()} == {"CANCELLED"}
 
 
-def test_what_the_partition_can_never_run_is_refused(chain: Chain) -> None:
-    """sbatch itself takes such jobs, and they wait for ever."""
+def test_jobs_beyond_the_limits_of_the_partition_are_rejected(chain: Chain) -> None:
+    """sbatch accepts such jobs, which wait forever."""
     more = ("cluster.time_limit='9:00:00'", "cluster.nodes=3", "distill.global_batch_size=12")
     done = chain.launch({}, *more)
     assert done.returncode == 2
-    assert "cluster.time_limit=9:00:00 is more than the 04:00:00 that partition main allows; set" in done.stderr
-    assert "cluster.nodes=3, but partition main gives a job 2 at most; set cluster.nodes=2" in done.stderr
+    assert "cluster.time_limit=9:00:00: partition main allows at most 04:00:00; set" in done.stderr
+    assert "cluster.nodes=3: partition main allows at most 2 per job; set cluster.nodes=2" in done.stderr
     done = chain.launch({}, "cluster.slurm.partition=gpu")
-    fix = "cluster.slurm.partition=gpu does not exist; set cluster.slurm.partition to main or urgent"
+    fix = "cluster.slurm.partition=gpu: does not exist; set it to main or urgent"
     assert fix in done.stderr
     assert not chain.run_dir.exists()
 
@@ -143,19 +141,19 @@ def test_a_line_of_setup_that_fails_fails_the_job(chain: Chain, tmp_path: Path) 
     chain.wait_until_ended()
     stage = chain.status()["first"]
     assert (stage["state"], chain.complete()) == ("failed", set())
-    assert stage["cause"] == "cluster.slurm.setup: module load cuda ended with exit code 127"
+    assert stage["cause"] == "cluster.slurm.setup: module load cuda failed with exit code 127"
 
 
-def test_a_sweep_is_a_chain_a_job(chain: Chain) -> None:
+def test_a_sweep_submits_one_chain_per_run(chain: Chain) -> None:
     chain.submit({}, "-m", "distill.lr=1e-3,2e-3", "--until", "second")
     runs = [Chain(chain.run_dir / number) for number in "01"]
     for run in runs:
         run.wait_until_ended()
-        assert run.complete() == {"first", "second"}, run.told()
+        assert run.complete() == {"first", "second"}, run.report()
     assert len({job for run in runs for job in run.jobs("second")}) == 2
 
 
-def test_nothing_but_what_is_named_reaches_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_named_variables_reach_a_job(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("OTHER_TOKEN", "other_secret")
     monkeypatch.setenv("HF_HOME", "/shared/hub")
@@ -165,7 +163,7 @@ def test_nothing_but_what_is_named_reaches_a_job(chain: Chain, monkeypatch: pyte
     chain.wait_until_ended()
     lines = (chain.folder("first") / "env.txt").read_text().splitlines()
     assert {"HF_TOKEN=hf_secret", "HF_HOME=/shared/hub"} <= set(lines)
-    # Cores and memory are those that were asked for.
+    # Cores and memory are as requested.
     assert {"SLURM_CPUS_PER_TASK=3", "SLURM_MEM_PER_NODE=200"} <= set(lines)
     assert not [line for line in lines if "OTHER_TOKEN" in line]
     kept = [path for path in chain.run_dir.rglob("*") if path.is_file() and path.name != "env.txt"]

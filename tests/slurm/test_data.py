@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(model: Path, run_dir: Path, *more: str) -> list[str]:
-    """Submits the data stage; the command line."""
+    """Submit the data stage; return the command line."""
     site = {**SITE, "cluster.slurm.secrets": "[]", "cluster.time_limit": "'0:05:00'"}
     arguments = command(model, run_dir, *(f"{key}={value}" for key, value in site.items()), *more)
     done = subprocess.run(arguments, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)
@@ -46,7 +46,7 @@ def _at_work(folder: Path) -> list[Path]:
     return [log for log in folder.glob("log*.txt") if "worker processes" in log.read_text()]
 
 
-def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path, model: Path, tmp_path: Path) -> None:
+def test_array_tasks_share_the_shards_and_declare_them_once(cluster: Path, model: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(60_000))
     more = (f"data.train=[{source}]", "data.shard_bytes=400000", "data.array_tasks=3", "data.num_workers=1")
     arguments = submit(model, tmp_path / "run", *more)
@@ -56,13 +56,13 @@ def test_tasks_of_an_array_share_the_shards_and_declare_them_once(cluster: Path,
     assert "#SBATCH --array=0-2\n" in script
     begun = chain.folder("prepare_data")
     chain.wait(lambda: list(begun.glob("shards/0*")) and len(_at_work(begun)) == 3)
-    # One task is killed, as by a node that fails: the others do what it had begun.
+    # One task is killed, as by a node failure: the others take over its shards.
     slurm("scancel", "--signal=KILL", "--full", f"{job}_1")
-    # The others may be done by the time that this is told.
+    # The others may already be complete.
     assert status(tmp_path / "run")["prepare_data"]["state"] in ("running", "complete")
     chain.wait_until_ended()
     folder = folder_of(arguments)
-    assert (folder / "manifest.json").exists(), chain.told()
+    assert (folder / "manifest.json").exists(), chain.report()
     assert "nothing has changed" in check(folder)
     others = (folder / "log.txt").read_text() + (folder / "log.2.txt").read_text()
     assert "paused" not in others, "what ended the second task ended another one too"

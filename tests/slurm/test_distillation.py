@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.queue import submitted
+from launch.queue import read_submissions
 from launch.status import status
 from prune_distill.config.load import load_resolved
 from prune_distill.pipeline.artifact import read_state
@@ -34,7 +34,7 @@ def losses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
-    """Submits a tiny run of the real stages."""
+    """Submit a tiny run of the real stages."""
     values = {**SITE, "cluster.slurm.secrets": "[]", **site}
     command = tiny.command(run_dir, *SETTINGS, *(f"{key}={value}" for key, value in values.items()), *more)
     done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True, timeout=PATIENCE)
@@ -43,44 +43,46 @@ def submit(run_dir: Path, site: dict[str, object], *more: str) -> Chain:
 
 
 @pytest.fixture(scope="module")
-def unbroken(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole run, each of its stages a job that is given the time that it takes."""
-    chain = submit(tmp_path_factory.mktemp("unbroken") / "run", {"cluster.time_limit": "0:30:00"})
+def reference_run(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run with sufficient time for each job."""
+    chain = submit(tmp_path_factory.mktemp("reference_run") / "run", {"cluster.time_limit": "0:30:00"})
     chain.wait_until_ended(600)
-    assert chain.complete() >= {"prune", "distill"}, chain.told()
+    assert chain.complete() >= {"prune", "distill"}, chain.report()
     return chain.run_dir
 
 
-def test_every_stage_of_the_demo_as_a_job_down_to_the_report(unbroken: Path) -> None:
-    stages = status(unbroken)
-    of_run = [stage.name for stage in select_stages(load_resolved(unbroken / "resolved.yaml"))]
-    assert [stage.stage for stage in stages] == of_run
-    assert {stage.state for stage in stages} == {"complete"}, Chain(unbroken).told()
-    # A job each, and none that was started twice.
-    assert [len(stage.jobs) for stage in stages] == [1] * len(of_run)
-    assert [log.read_text().count("--- 20") for log in unbroken.glob("*/log.txt")] == [1] * len(of_run)
-    report = tiny.report(unbroken)
+def test_every_stage_of_the_demo_as_a_job_down_to_the_report(reference_run: Path) -> None:
+    stages = status(reference_run)
+    names = [stage.name for stage in select_stages(load_resolved(reference_run / "resolved.yaml"))]
+    assert [stage.stage for stage in stages] == names
+    assert {stage.state for stage in stages} == {"complete"}, Chain(reference_run).report()
+    # One job per stage, started once.
+    assert [len(stage.jobs) for stage in stages] == [1] * len(names)
+    assert [log.read_text().count("--- 20") for log in reference_run.glob("*/log.txt")] == [1] * len(names)
+    report = tiny.report(reference_run)
     assert set(report["models"]) == {"teacher", "pruned", "student", "ce"}
     assert {stage["status"] for stage in report["stages"].values()} == {"complete"}
     assert report["models"]["student"]["val_loss"] < report["models"]["pruned"]["val_loss"]
-    assert (unbroken / "report" / "index.html").exists()
+    assert (reference_run / "report" / "index.html").exists()
 
 
-def test_a_distillation_that_meets_its_time_limit_ends_with_the_same_losses(unbroken: Path, tmp_path: Path) -> None:
-    run_dir = tiny.copy_run(unbroken, tmp_path / "run")
+def test_a_distillation_interrupted_by_its_time_limit_gives_the_same_losses(
+    reference_run: Path, tmp_path: Path
+) -> None:
+    run_dir = tiny.copy_run(reference_run, tmp_path / "run")
     # The first attempt waits for most of the time in which Slurm may warn: a fast machine would end before.
     site = {"cluster.slurm.sbatch": WARNED_EARLY, "cluster.slurm.setup": "['[ $restarts -gt 0 ] || sleep 35']"}
     chain = submit(run_dir, site, "--until", "distill")
-    assert list(submitted(run_dir)) == ["distill"]
+    assert list(read_submissions(run_dir)) == ["distill"]
     # All but the first attempt may take their time, so that there are two however slow the machine is.
     chain.wait(lambda: "requeued" in chain.log("distill-"))
     slurm("scontrol", "update", f"JobId={chain.jobs('distill')[0]}", "TimeLimit=30")
     chain.wait_until_ended(600)
     log = chain.log("distill-")
     (folder,) = run_dir.glob("distill-*")
-    assert (folder / "manifest.json").exists(), chain.told()
+    assert (folder / "manifest.json").exists(), chain.report()
     (step,) = re.findall(r"paused at step (\d+): requeued", log)
     assert 0 < int(step) < STEPS
     assert f"checkpoints/step={step}\n" in log
     assert read_state(folder) == {"state": "done", "step": STEPS}
-    assert losses(run_dir) == losses(unbroken)
+    assert losses(run_dir) == losses(reference_run)

@@ -1,4 +1,4 @@
-"""What a job asks for and how its ranks find each other: two nodes, GPUs, containers."""
+"""Resources of a job, and the rendezvous of its ranks: two nodes, GPUs, containers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from launch.queue import ask
+from launch.queue import query_jobs
 from tests.slurm.conftest import Chain, slurm
 
 RANKS = (
@@ -22,7 +22,7 @@ def test_ranks_on_two_nodes_join(chain: Chain) -> None:
     (job,) = chain.jobs("ranks")
     chain.wait_until_ended()
     joined = [json.loads(path.read_text()) for path in sorted(chain.folder("ranks").glob("joined-*.json"))]
-    assert [rank["world"] for rank in joined] == [4] * 4, chain.told()
+    assert [rank["world"] for rank in joined] == [4] * 4, chain.report()
     assert {rank["total"] for rank in joined} == {0 + 1 + 2 + 3}
     assert sorted(rank["node"] for rank in joined) == ["127.0.0.1"] * 2 + ["127.0.0.2"] * 2
     assert chain.complete() == {"ranks"}
@@ -39,16 +39,16 @@ def test_a_rank_that_dies_ends_the_job_on_both_nodes(chain: Chain) -> None:
     assert "TresPerNode=gres:gpu:2" in slurm("scontrol", "show", "job", "-o", job)
 
 
-def test_a_chain_goes_on_after_a_node_went_down(chain: Chain) -> None:
+def test_a_chain_resumes_after_a_node_failure(chain: Chain) -> None:
     more = ("cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     chain.submit({"ranks": "lead 300"}, *RANKS, *more, mode="launch_ranks")
     jobs = chain.jobs("ranks")
     chain.wait(lambda: list(chain.run_dir.glob("ranks-*/checkpoints/step=10")))
-    # It comes back by itself when its slurmd is heard of (ReturnToService=2).
+    # It returns to service when its slurmd responds (ReturnToService=2).
     slurm("scontrol", "update", "NodeName=127.0.0.2", "State=DOWN", "Reason=test")
     chain.wait_until_ended()
-    assert chain.complete() == {"ranks"}, chain.told()
-    assert [ask(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
+    assert chain.complete() == {"ranks"}, chain.report()
+    assert [query_jobs(jobs)[job].state for job in jobs] == ["NODE_FAIL", "COMPLETED", "COMPLETED"]
     assert "job " + jobs[1] in chain.log("ranks")
 
 
@@ -75,7 +75,7 @@ os.execv({srun!r}, ["srun", *rest])
 """
 
 
-def test_pyxis_is_given_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> None:
+def test_pyxis_gets_image_mounts_and_folder(chain: Chain, tmp_path: Path) -> None:
     chain.run_dir = tmp_path / "it's a run"
     stand_ins, seen = tmp_path / "bin", tmp_path / "seen.json"
     stand_ins.mkdir()
@@ -92,13 +92,13 @@ def test_pyxis_is_given_image_mounts_and_folder(chain: Chain, tmp_path: Path) ->
         f"cluster.slurm.setup=['export PATH={stand_ins}:$PATH']",
     )
     chain.wait_until_ended()
-    assert chain.complete() == {"first"}, chain.told()
+    assert chain.complete() == {"first"}, chain.report()
     taken, rest = json.loads(seen.read_text())
     assert taken == {
         "container-image": "nvcr.io#lab/it is:25.11",
         "container-mounts": f"{chain.run_dir}:{chain.run_dir},{tmp_path}:/data:ro,/tmp:/scratch",
         "container-workdir": "/opt/nemo-prune-distill",
     }
-    # The image's own Python, whatever this one is called.
+    # The Python of the image.
     assert rest[rest.index("launch.guard") - 2] == "python"
     assert str(sys.executable) not in rest

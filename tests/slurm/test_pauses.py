@@ -1,4 +1,4 @@
-"""Trainings that are warned, preempted or cancelled on a real Slurm: they save, pause, and go on where they were."""
+"""Trainings that are warned, preempted or canceled on a real Slurm save, pause, and resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.queue import ask
+from launch.queue import query_jobs
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers.slurm_cluster import GRACE_SECONDS
 from tests.slurm.conftest import WARNED_EARLY, Chain, slurm
@@ -29,7 +29,7 @@ def wait_for_step(chain: Chain, step: int) -> None:
 
 
 def warn(chain: Chain) -> str:
-    """Sends what slurmctld sends before the time limit."""
+    """Send the signal that slurmctld sends before the time limit."""
     (job,) = chain.jobs("second")
     slurm("scancel", "--signal=USR1", "--batch", job)
     return job
@@ -45,12 +45,12 @@ def test_a_time_limit_shorter_than_the_training(chain: Chain) -> None:
     wait_for_step(chain, 1)
     chain.wait(lambda: chain.state("second").get("state") == "paused")
     paused_at = chain.state("second")["step"]
-    # One look each: a moment later the job may run again.
+    # One query each: a moment later the job may run again.
     looks: list[dict[str, Any]] = []
     chain.wait(lambda: looks.append(chain.status()["second"]) or looks[-1]["state"] == "queued")
     assert looks[-1]["detail"].startswith(f"paused at step {paused_at}")
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 1001))
     assert attempts(chain) >= 2
     assert f"paused at step {paused_at}: requeued" in chain.log("second")
@@ -72,7 +72,7 @@ def test_a_warning_before_the_trainer_is_up_and_a_stale_stop_file(chain: Chain) 
     slurm("scancel", *chain.jobs("second"))
 
 
-def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None:
+def test_a_preempted_training_resumes_after_the_urgent_job(chain: Chain) -> None:
     chain.submit({"second": "steps 150"})
     wait_for_step(chain, 5)
     started = time.monotonic()
@@ -80,16 +80,16 @@ def test_a_preempted_training_goes_on_after_the_urgent_job(chain: Chain) -> None
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 2"
     ).strip()
     chain.wait(lambda: chain.state("second").get("state") == "paused")
-    chain.wait(lambda: ask([urgent])[urgent].state == "COMPLETED")
-    # The step was asked at once, and the job did not use up its time of grace.
+    chain.wait(lambda: query_jobs([urgent])[urgent].state == "COMPLETED")
+    # The step was signaled at once, and the job did not use its whole grace time.
     assert time.monotonic() - started < GRACE_SECONDS
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 151))
     assert attempts(chain) == 2
 
 
-def test_a_cancelled_training_saves_and_stays_cancelled(chain: Chain) -> None:
+def test_a_canceled_training_saves_and_stays_canceled(chain: Chain) -> None:
     chain.submit({"second": f"steps {LONG}"})
     wait_for_step(chain, 5)
     slurm("scancel", *chain.jobs("second"))
@@ -98,7 +98,7 @@ def test_a_cancelled_training_saves_and_stays_cancelled(chain: Chain) -> None:
     assert chain.state("second")["state"] == "paused"
     assert chain.status()["report"]["state"] == "cancelled"
     time.sleep(3)
-    assert ask(chain.jobs("second"))[chain.jobs("second")[0]].state == "CANCELLED"
+    assert query_jobs(chain.jobs("second"))[chain.jobs("second")[0]].state == "CANCELLED"
     before = steps(chain)[-1]
     chain.submit({"second": f"steps {before + 5}"})
     chain.wait_until_ended()
@@ -114,32 +114,32 @@ def test_no_progress_and_too_many_restarts_end_a_chain(chain: Chain) -> None:
     chain.wait_until_ended()
     stages = chain.status()
     assert stages["second"]["state"] == "paused"
-    assert "after 1 restarts, as many as cluster.slurm.max_restarts allows" in stages["second"]["cause"]
+    assert "after 1 restarts, the limit cluster.slurm.max_restarts" in stages["second"]["cause"]
     assert stages["report"]["state"] == "cancelled"
     assert not ({"second", "report"} & chain.complete())
 
     chain.submit({"second": "stuck"}, "cluster.slurm.max_restarts=1")
     chain.wait_until_ended()
-    assert "paused at step 0, no further than before" in chain.status()["second"]["cause"]
+    assert "paused at step 0, without progress" in chain.status()["second"]["cause"]
 
 
-def test_where_requeue_is_forbidden_the_next_job_goes_on(chain: Chain) -> None:
+def test_without_requeue_the_next_job_resumes(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     for job, step in ((first, 10), (second, 30)):
         wait_for_step(chain, step)
         slurm("scancel", "--signal=USR1", "--batch", job)
-        chain.wait(lambda job=job: ask([job])[job].state == "COMPLETED")  # type: ignore[misc]
+        chain.wait(lambda job=job: query_jobs([job])[job].state == "COMPLETED")  # type: ignore[misc]
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
     assert steps(chain) == list(range(1, 101))
     log = chain.log("second")
     assert [f"job {job}, restart 0" in log for job in (first, second, third)] == [True] * 3
-    assert "the next job of the chain goes on" in log
+    assert "the next job of the chain resumes" in log
 
 
 def kill(job: str) -> None:
-    """Kills a job's processes with no warning, as a node that goes down would; scancel would ask first."""
+    """Kill a job's processes without warning, like a node failure; scancel would terminate them first."""
     marks = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_CONF={os.environ['SLURM_CONF']}".encode()}
     killed = 0
     for place in Path("/proc").glob("[0-9]*"):
@@ -150,74 +150,76 @@ def kill(job: str) -> None:
     assert killed > 1
 
 
-def test_a_chain_goes_on_after_a_job_that_is_killed_without_a_warning(chain: Chain) -> None:
+def test_a_chain_resumes_after_a_job_killed_without_warning(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     wait_for_step(chain, 15)
     kill(first)
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
-    assert {job: ask([job])[job].state for job in (first, second, third)} == {
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
+    assert {job: query_jobs([job])[job].state for job in (first, second, third)} == {
         first: "FAILED",
         second: "COMPLETED",
         third: "COMPLETED",
     }
-    # From the last save on: no step is lacking, none is there twice.
+    # Resumed from the last save: no step is missing or repeated.
     assert steps(chain) == list(range(1, 101))
 
 
-def test_a_chain_ends_where_a_killed_job_got_no_further(chain: Chain) -> None:
+def test_a_chain_ends_if_a_killed_job_made_no_progress(chain: Chain) -> None:
     chain.submit({"second": f"late {LONG}"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=3")
     jobs = chain.jobs("second")
     chain.wait(lambda: attempts(chain) == 1 and list(chain.folder("second").glob("pid-0")))
     kill(jobs[0])
     chain.wait_until_ended()
-    assert [ask([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], chain.told()
+    assert [query_jobs([job])[job].state for job in jobs] == ["FAILED", "FAILED", "CANCELLED", "CANCELLED"], (
+        chain.report()
+    )
     stages = chain.status()
     assert stages["second"]["state"] == "failed"
-    assert stages["second"]["cause"].startswith("the job before left no checkpoint beyond step 0")
+    assert stages["second"]["cause"].startswith("the previous job saved no checkpoint beyond step 0")
     assert stages["report"]["state"] == "cancelled"
 
 
 @pytest.mark.parametrize(("action", "states"), [("fail", "FAILED"), (f"steps {LONG}", "CANCELLED")])
-def test_a_job_that_fails_or_is_cancelled_ends_its_chain(chain: Chain, action: str, states: str) -> None:
+def test_a_failed_or_canceled_job_ends_its_chain(chain: Chain, action: str, states: str) -> None:
     chain.submit({"second": action}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     jobs = chain.jobs("second")
     if states == "CANCELLED":
         wait_for_step(chain, 5)
         slurm("scancel", jobs[0])
     chain.wait_until_ended()
-    assert [ask([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.told()
+    assert [query_jobs([job])[job].state for job in jobs] == [states, "CANCELLED", "CANCELLED"], chain.report()
     assert attempts(chain) == 1
     assert chain.status()["second"]["state"] == ("failed" if action == "fail" else "paused")
     assert chain.status()["report"]["state"] == "cancelled"
 
 
-def test_a_waiting_job_that_is_cancelled_starts_no_other_beside_the_one_that_runs(chain: Chain) -> None:
+def test_a_canceled_pending_job_does_not_start_a_second_running_job(chain: Chain) -> None:
     chain.submit({"second": "steps 100"}, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=2")
     first, second, third = chain.jobs("second")
     wait_for_step(chain, 5)
     slurm("scancel", second)
     time.sleep(2)
-    assert ask([third])[third].state == "PENDING"
-    assert ask([first])[first].state == "RUNNING"
+    assert query_jobs([third])[third].state == "PENDING"
+    assert query_jobs([first])[first].state == "RUNNING"
     chain.wait_until_ended()
-    assert chain.complete() == {"first", "second", "aside", "report"}, chain.told()
+    assert chain.complete() == {"first", "second", "aside", "report"}, chain.report()
 
 
 @pytest.mark.parametrize("done_in", [1, 3])
-def test_the_last_job_of_a_chain_that_is_not_enough_fails_what_depends_on_it(chain: Chain, done_in: int) -> None:
-    """Links that come after the last one do nothing."""
+def test_a_chain_that_is_too_short_fails_its_dependents(chain: Chain, done_in: int) -> None:
+    """Later links do nothing."""
     plan = {"second": "steps 20" if done_in == 1 else f"steps {LONG}"}
     chain.submit(plan, "cluster.slurm.requeue=false", "cluster.slurm.max_restarts=1")
     if done_in == 1:
         chain.wait_until_ended()
         assert chain.complete() == {"first", "second", "aside", "report"}
-        assert "complete already" in chain.log("second")
+        assert "already complete" in chain.log("second")
         return
     for job, step in zip(chain.jobs("second"), (5, 15), strict=True):
         wait_for_step(chain, step)
         slurm("scancel", "--signal=USR1", "--batch", job)
     chain.wait_until_ended()
-    assert "in the last job of the chain; launch.run goes on from here" in chain.log("second")
+    assert "in the last job of the chain; run launch.run again to resume" in chain.log("second")
     assert chain.status()["report"]["state"] == "cancelled"

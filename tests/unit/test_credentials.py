@@ -1,4 +1,4 @@
-"""Passwords and tokens in config values: refused, and shown nowhere."""
+"""Passwords and tokens in config values are rejected and never shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prune_distill.errors import ConfigError
 HF = "hf_" + "aBcDeFgHiJ" * 3 + "kLmN"
 MLFLOW = "distill.mlflow.experiment=x"
 SECRET = "S3cr/et@Pw"
-# A key, a value that holds a credential, what of it is secret, and what the fault names as its place.
+# A key, a value with a credential, the secret, and the kind of credential in the fault.
 REFUSED = [
     ("distill.mlflow.tracking_uri", f"http://alice:{SECRET}@mlflow.example:5000/x", SECRET, "MLFLOW_TRACKING_PASSWORD"),
     ("distill.mlflow.tracking_uri", "https://h.example/?a=1&access_token=QuerySecret77", "QuerySecret77", "MLFLOW"),
@@ -38,7 +38,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("key", "value", "secret", "place"), REFUSED)
-def test_a_credential_is_refused_without_being_shown(key: str, value: str, secret: str, place: str) -> None:
+def test_a_credential_is_rejected_without_being_shown(key: str, value: str, secret: str, place: str) -> None:
     more = [MLFLOW] if ".mlflow." in key else []
     with pytest.raises(ConfigError) as caught:
         compose(["experiment=demo", *more, f'{key}="{value}"'])
@@ -49,14 +49,14 @@ def test_a_credential_is_refused_without_being_shown(key: str, value: str, secre
 
 
 @pytest.mark.parametrize(("key", "value"), ALLOWED)
-def test_what_only_resembles_one_is_taken(key: str, value: str) -> None:
+def test_values_that_resemble_credentials_are_accepted(key: str, value: str) -> None:
     assert find_credential(key, value) is None
 
 
 @pytest.mark.parametrize(
     "override", [f"distill.lr={HF}", f"distill.no_such_key=1 {HF}", f"data.train=(token=abcdef) {HF}"]
 )
-def test_a_fault_of_another_kind_shows_none_either(override: str) -> None:
+def test_other_faults_do_not_show_credentials(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["experiment=demo", override])
     assert HF not in str(caught.value)

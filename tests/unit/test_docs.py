@@ -147,7 +147,7 @@ class Checker:
     monkeypatch: pytest.MonkeyPatch
 
     def check(self, words: list[str]) -> None:
-        """Fails on a command that would not start."""
+        """Fail on a command that would not start."""
         assert not OPERATORS & set(words), "one command per line, without operators of the shell"
         for name in STAGE_FOLDER.findall(" ".join(words)):
             find(name)
@@ -161,7 +161,7 @@ class Checker:
         CHECKS[program](self, [self.substitute(word) for word in rest])
 
     def substitute(self, word: str) -> str:
-        """Replaces the paths in a word by paths below the temporary folder."""
+        """Replace the paths in a word by paths below the temporary folder."""
         word = PLACES.sub(f"{self.folder}/", word)
         unknown = ABSOLUTE.search(word.replace(f"{self.folder}/", ""))
         assert not unknown, f"{word!r} names a path that no test provides; use one of {', '.join(MODELS + DOCUMENTS)}"
@@ -189,7 +189,7 @@ class Checker:
                 find(args.stage)
 
     def launch(self, arguments: list[str]) -> None:
-        """Composes the runs of `launch.run`."""
+        """Compose the runs of `launch.run`."""
         args = read_arguments(arguments)
         if args.help_config is not None:
             assert to_text(args.help_config)
@@ -200,7 +200,7 @@ class Checker:
             assert args.until in {None, *(stage.name for stage in select_stages(cfg))}
 
     def parse(self, module: str, arguments: list[str]) -> argparse.Namespace:
-        """Parses a command line with the module's own parser: runs the module until it has parsed its arguments."""
+        """Parse a command line with the module's own parser: runs the module until it has parsed its arguments."""
         with self.monkeypatch.context() as patched:
             for name in ("parse_args", "parse_intermixed_args"):
                 patched.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
@@ -338,7 +338,7 @@ def test_commands(block: Block, checker: Checker) -> None:
         ("make demo | tee log", "one command per line"),
     ],
 )
-def test_a_command_at_fault_is_found(command: str, part: str, checker: Checker) -> None:
+def test_faulty_commands_are_detected(command: str, part: str, checker: Checker) -> None:
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         checker.check(shlex.split(command))
     assert part in str(caught.value)
@@ -352,7 +352,7 @@ def test_the_list_of_unchecked_programs_is_short() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.place for block in BLOCKS])
-def test_every_block_says_what_it_holds(block: Block) -> None:
+def test_every_block_has_a_language(block: Block) -> None:
     assert block.language in LANGUAGES
     assert block.not_tested != "", "say why: <!-- not tested: REASON -->"
 
@@ -409,7 +409,7 @@ def list_anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", read_prose(page)):
         if link.startswith("https://"):

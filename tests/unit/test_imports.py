@@ -96,7 +96,7 @@ def within(name: str, *places: str) -> bool:
     return any(name == place or (place.endswith(".") and f"{name}.".startswith(place)) for place in places)
 
 
-def named(found: Import, *places: str) -> bool:
+def names_package(found: Import, *places: str) -> bool:
     """The same of what is imported, of which `from a import b` may name a module or something in it."""
     return within(found.name, *places) or within(found.name.rpartition(".")[0], *places)
 
@@ -124,7 +124,7 @@ def report(broken: list[Import]) -> str:
 def test_packages_import_in_one_direction() -> None:
     ours = [found for found in IMPORTS if found.package in OURS and found.package != found.by.partition(".")[0]]
     beside = tuple(f"prune_distill.{path.stem}" for path in (ROOT / "prune_distill").glob("*.py"))
-    broken = [found for found in ours if not named(found, *MAY_IMPORT[found.by.partition(".")[0]], *beside)]
+    broken = [found for found in ours if not names_package(found, *MAY_IMPORT[found.by.partition(".")[0]], *beside)]
     assert not broken, report(broken)
 
 
@@ -135,7 +135,7 @@ def test_folders_of_the_library_import_downwards() -> None:
 
 
 def test_no_stage_imports_a_stage() -> None:
-    broken = [found for found in IMPORTS if named(found, *STAGE_MODULES) and found.by != found.name]
+    broken = [found for found in IMPORTS if names_package(found, *STAGE_MODULES) and found.by != found.name]
     assert not broken, report(broken)
 
 
@@ -190,7 +190,7 @@ def test_recipes_import_at_the_top() -> None:
     assert not broken, report(broken)
 
 
-def test_the_runner_alone_names_the_module_of_a_stage_to_import_it() -> None:
+def test_only_the_runner_imports_stage_modules_by_name() -> None:
     importers = {"import_module", "import_libraries", "run_module", "__import__"}
     found = [
         (name, ast.unparse(node))

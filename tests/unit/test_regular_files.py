@@ -1,4 +1,4 @@
-"""What a model's folder may consist of."""
+"""Files and links that a model's folder may contain."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 def listen(path: Path) -> None:
     before = Path.cwd()
-    os.chdir(path.parent)  # a socket's path is short
+    os.chdir(path.parent)  # the path of a socket must be short
     try:
         socket.socket(socket.AF_UNIX).bind(path.name)
     finally:
@@ -41,7 +41,7 @@ def listen(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (lambda path: os.mkfifo(path), "a FIFO"),
         (listen, "a socket"),
@@ -53,13 +53,13 @@ def listen(path: Path) -> None:
         (lambda path: path.symlink_to(path.name), "cannot be reached"),
     ],
 )
-def test_what_must_not_be_read_is_named(model: Path, spoil: Callable[[Path], None], told: str) -> None:
+def test_special_files_are_reported(model: Path, spoil: Callable[[Path], None], message: str) -> None:
     (model.parent / "outside").write_text("")
     assert folder_faults(model) == []
     spoil(model / "sub" / "x")
     (fault,) = folder_faults(model)
     assert fault.startswith(f"{model / 'sub' / 'x'}: ")
-    assert told in fault
+    assert message in fault
     with pytest.raises(InputError, match="sub/x"):
         local_folder(model, None, weights=False)
 
@@ -90,7 +90,7 @@ def test_a_hub_cache_is_a_folder_of_links(tmp_path: Path) -> None:
     assert "outside the model's folder" in folder_faults(snapshot)[0]
 
 
-def test_a_fifo_hangs_nothing(model: Path) -> None:
+def test_a_fifo_does_not_hang(model: Path) -> None:
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
     words = ["model=local", "data=jsonl", f"model.hf_path={model}"]

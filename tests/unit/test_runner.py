@@ -25,22 +25,22 @@ def test_help_lists_the_stages() -> None:
     assert listed == [stage.name for stage in STAGES]
 
 
-def test_an_unknown_stage_is_one_line_that_names_the_known_ones() -> None:
+def test_an_unknown_stage_is_one_line_with_the_known_ones() -> None:
     done = run("recipes", "distil", "--config", "resolved.yaml")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: there is no stage 'distil'; the stages are demo_model, ")
+    assert line.startswith("error: there is no stage 'distil'; use one of demo_model, ")
     assert " distill.ce, " in line
 
 
 def test_a_config_that_does_not_exist() -> None:
     done = run("recipes", "distill", "--config", "no/resolved.yaml")
     assert done.returncode == 2
-    assert "--config no/resolved.yaml does not exist" in done.stderr
+    assert "--config=no/resolved.yaml: does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["distill", "evaluate", "report", "benchmark", "prepare_data"])
-def test_a_stage_module_that_is_run_itself_names_the_command(name: str) -> None:
+def test_running_a_stage_module_prints_the_command(name: str) -> None:
     done = run(f"recipes.{name}", "--config", "resolved.yaml")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

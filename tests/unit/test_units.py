@@ -1,4 +1,4 @@
-"""Time limits as text."""
+"""Parsing of time limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prune_distill.units import parse_time_limit
         ("7-0:00:00", 604_800),
     ],
 )
-def test_slurms_long_forms(text: str, seconds: int) -> None:
+def test_long_formats_of_slurm(text: str, seconds: int) -> None:
     assert parse_time_limit(text) == seconds
 
 
@@ -27,6 +27,6 @@ def test_slurms_long_forms(text: str, seconds: int) -> None:
     "text",
     ["", "4", "4:00", "4h", "1-12", "1-12:00", "-1:00:00", "4:0:0", "4:60:00", "4:00:61", "1-24:00:00", "0:00:00"],
 )
-def test_other_forms_are_refused(text: str) -> None:
+def test_other_formats_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="time|more than|is zero"):
         parse_time_limit(text)

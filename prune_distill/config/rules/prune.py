@@ -202,10 +202,10 @@ def loads_in_transformers(cfg: RunConfig) -> Iterator[Finding]:
         if not round_.by_hand or loadable(pruned, cfg.model.family, shape):
             continue
         hidden, count, groups = pruned.hidden_size, pruned.num_attention_heads, pruned.num_query_groups
-        of_group = range(1, shape.num_attention_heads // shape.num_query_groups + 1)
+        multiples = range(1, shape.num_attention_heads // shape.num_query_groups + 1)
         fitting = {
             "hidden_size": [size for size in around(hidden, math.lcm(count, WIDTH_STEP)) if size < shape.hidden_size],
-            "num_attention_heads": [groups * each for each in of_group if hidden % (groups * each) == 0],
+            "num_attention_heads": [groups * each for each in multiples if hidden % (groups * each) == 0],
         }
         key = f"{round_.at}.{'num_attention_heads' if round_.sizes.hidden_size is None else 'hidden_size'}"
         fixes = [f"{round_.at}.{name} to {any_of(values)}" for name, values in fitting.items() if values]

@@ -56,7 +56,7 @@ def apply(patches: Sequence[Patch]) -> None:
     """Apply the patches of PyTorch now, the others when their modules are imported.
 
     Raises:
-        RuntimeError: such a module has already been imported, so that others may have bound the unpatched name.
+        RuntimeError: a module to patch has already been imported, so other modules may have bound the unpatched name.
     """
     late = {patch.module for patch in patches if not _is_torch(patch.module)} & sys.modules.keys()
     if late:
@@ -123,7 +123,7 @@ def _unchanged(thing: Any, *_: object, **__: object) -> Any:
 
 
 def _without_cuda_builds(load_inline: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `load_inline` refuse to build for CUDA, as without a CUDA compiler."""
+    """Make `load_inline` raise OSError for CUDA builds, as it does without a CUDA compiler."""
 
     @functools.wraps(load_inline)
     def load(name: str, *args: Any, with_cuda: bool | None = None, **kwargs: Any) -> Any:
@@ -190,10 +190,10 @@ def _gather_scalars(gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _skip_in_single_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a collective from one tensor into another skip gloo in a group of one rank.
+    """Make a collective from one tensor into another skip gloo in single-rank groups.
 
-    Gloo copies in its own thread. With the pool of that thread, OpenMP counts more threads than cores, and then the
-    threads of every pool sleep between operators.
+    Gloo copies in its own thread. With that thread's pool, OpenMP counts more threads than cores, and the threads of
+    every pool then sleep between operators.
     """
 
     @functools.wraps(collective)
@@ -216,7 +216,7 @@ class _Stream:
         """Nothing to wait for."""
 
     def record_event(self, event: object = None) -> _Stream:
-        """Return the stream as the event: all work is already complete."""
+        """Return the stream as the event, because all work is already complete."""
         return self
 
     def synchronize(self) -> None:
@@ -236,7 +236,7 @@ def _set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
 
 
 def _fork(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`CudaRNGStatesTracker.fork` on the CPU's generator, without upstream's check that the generator is unused."""
+    """Replace `CudaRNGStatesTracker.fork` on the CPU generator, without the check that the generator is unused."""
 
     @contextmanager
     def fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
@@ -261,14 +261,14 @@ def _seed_tracker_too(set_random_seed: Callable[[int], None]) -> Callable[[int],
         from megatron.core import parallel_state, tensor_parallel  # only after the patches are applied
 
         set_random_seed(seed)
-        # The same seed as in upstream's call.
+        # The seed of the upstream call.
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
     return seed_all
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, **_: object) -> Any:
-    """Megatron's `maybe_move_tensor_to_cpu` for tensors on the CPU: token counts in the form that c10d takes."""
+    """Replace `maybe_move_tensor_to_cpu` for CPU tensors: token counts in the form that c10d accepts."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
@@ -281,7 +281,7 @@ def _swiglu_back(grad: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return out
 
 
-_NEVER = "needed as long as upstream calls CUDA there"
+_NO_CUDA = "upstream does not call CUDA there"
 _FACTORIES = {
     "tensor": "nemo/lightning/pytorch/strategies/megatron_strategy.py:801, megatron/core/optimizer/optimizer.py:481",
     "zeros": "megatron/core/pipeline_parallel/schedules.py:573, megatron/core/optimizer/clip_grads.py:103",
@@ -295,35 +295,41 @@ PATCHES: tuple[Patch, ...] = (
         "torch.utils.cpp_extension:load_inline",
         _without_cuda_builds,
         "megatron/core/inference/unified_memory.py:72 builds for CUDA when it is imported; with a CUDA build of torch"
-        " and no visible GPU that raises IndexError (torch/utils/cpp_extension.py:2714), which line 82 does not expect",
-        "Megatron builds it where it is used",
+        " and no visible GPU that raises IndexError (torch/utils/cpp_extension.py:2714), which line 82 does not handle",
+        "Megatron builds it on first use",
     ),
     Patch(
         "torch.cuda:current_device",
         _calling(lambda: _CPU),
         "megatron/core/distributed/param_and_grad_buffer.py:702 and over 100 more places allocate on it",
-        _NEVER,
+        _NO_CUDA,
     ),
     Patch(
-        "torch.cuda:synchronize", _calling(_nothing), "megatron/core/pipeline_parallel/p2p_communication.py:398", _NEVER
+        "torch.cuda:synchronize",
+        _calling(_nothing),
+        "megatron/core/pipeline_parallel/p2p_communication.py:398",
+        _NO_CUDA,
     ),
-    Patch("torch.cuda:Stream", lambda original: _Stream, "nemo/lightning/megatron_parallel.py:617", _NEVER),
+    Patch("torch.cuda:Stream", lambda original: _Stream, "nemo/lightning/megatron_parallel.py:617", _NO_CUDA),
     Patch(
-        "torch.cuda:stream", _calling(lambda stream: nullcontext()), "nemo/lightning/megatron_parallel.py:617", _NEVER
+        "torch.cuda:stream",
+        _calling(lambda stream: nullcontext()),
+        "nemo/lightning/megatron_parallel.py:617",
+        _NO_CUDA,
     ),
     Patch(
         "torch.cuda:current_stream",
         _calling(lambda *_: _Stream()),
         "megatron/core/transformer/moe/token_dispatcher.py:831",
-        _NEVER,
+        _NO_CUDA,
     ),
-    Patch("torch.cuda:manual_seed", _calling(_seed), "megatron/core/tensor_parallel/random.py:198, :370", _NEVER),
-    Patch("torch.cuda:get_rng_state", _calling(_rng_state), "megatron/core/tensor_parallel/random.py:196", _NEVER),
-    Patch("torch.cuda:set_rng_state", _calling(_set_rng_state), "megatron/core/rerun_state_machine.py:915", _NEVER),
-    Patch("torch:Tensor.cuda", _calling(_unchanged), "modelopt/torch/nas/plugins/megatron.py:1621", _NEVER),
-    Patch("torch.nn:Module.cuda", _calling(_unchanged), "nemo/lightning/megatron_parallel.py:577", _NEVER),
-    Patch("torch:Tensor.to", _to_cpu, "nemo/lightning/pytorch/strategies/megatron_strategy.py:801", _NEVER),
-    *(Patch(f"torch:{name}", _on_cpu, cause, _NEVER) for name, cause in _FACTORIES.items()),
+    Patch("torch.cuda:manual_seed", _calling(_seed), "megatron/core/tensor_parallel/random.py:198, :370", _NO_CUDA),
+    Patch("torch.cuda:get_rng_state", _calling(_rng_state), "megatron/core/tensor_parallel/random.py:196", _NO_CUDA),
+    Patch("torch.cuda:set_rng_state", _calling(_set_rng_state), "megatron/core/rerun_state_machine.py:915", _NO_CUDA),
+    Patch("torch:Tensor.cuda", _calling(_unchanged), "modelopt/torch/nas/plugins/megatron.py:1621", _NO_CUDA),
+    Patch("torch.nn:Module.cuda", _calling(_unchanged), "nemo/lightning/megatron_parallel.py:577", _NO_CUDA),
+    Patch("torch:Tensor.to", _to_cpu, "nemo/lightning/pytorch/strategies/megatron_strategy.py:801", _NO_CUDA),
+    *(Patch(f"torch:{name}", _on_cpu, cause, _NO_CUDA) for name, cause in _FACTORIES.items()),
     Patch(
         "torch:Tensor.type",
         _type_with_cuda,
@@ -333,7 +339,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         "torch.distributed:all_gather_into_tensor",
         _gather_scalars,
-        "modelopt/torch/nas/plugins/megatron.py:1623 gathers 0-d tensors, which gloo refuses",
+        "modelopt/torch/nas/plugins/megatron.py:1623 gathers 0-d tensors, which gloo rejects",
         "gloo gathers 0-d tensors",
     ),
     *(
@@ -341,45 +347,45 @@ PATCHES: tuple[Patch, ...] = (
             f"torch.distributed:{name}",
             _skip_in_single_rank,
             "megatron/core/distributed/param_and_grad_buffer.py:248, :395: in place on NCCL, copies on gloo",
-            "gloo works in place in a group of one",
+            "gloo works in place in single-rank groups",
         )
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor")
     ),
     Patch(
         "megatron.core.jit:jit_fuser",
         _calling(_unchanged),
-        "megatron/core/jit.py:12: torch.compile wants a C++ compiler and took 36 s for the first function of a process",
+        "megatron/core/jit.py:12: torch.compile needs a C++ compiler and took 36 s for the first function of a process",
         "torch.compile keeps its CPU kernels across processes at no cost",
     ),
     Patch(
         "megatron.core.fusions.fused_bias_swiglu:swiglu_back",
         _calling(_swiglu_back),
-        "megatron/core/fusions/fused_bias_swiglu.py:56: twelve passes over the activations where nothing fuses them",
+        "megatron/core/fusions/fused_bias_swiglu.py:56: twelve passes over the activations without fusion",
         "torch.compile fuses them, as above",
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         _calling(_rng_state),
         "megatron/core/tensor_parallel/random.py:383 (activation recompute)",
-        _NEVER,
+        _NO_CUDA,
     ),
     Patch(
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         _calling(_set_rng_state),
         "megatron/core/tensor_parallel/random.py:391 (activation recompute)",
-        _NEVER,
+        _NO_CUDA,
     ),
     Patch(
         "megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",
         _fork,
         "megatron/core/tensor_parallel/random.py:221 warns whenever the CPU's generator is used inside",
-        _NEVER,
+        _NO_CUDA,
     ),
     Patch(
         "megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
         _calling(_to_numpy),
-        "megatron/core/transformer/moe/moe_utils.py:883 makes numbers of CUDA tensors only; all_to_all takes no tensor",
-        "Megatron makes numbers of any tensor",
+        "megatron/core/transformer/moe/moe_utils.py:883 converts CUDA tensors only; all_to_all needs numbers",
+        "Megatron converts tensors on any device",
     ),
     Patch(
         "nemo.lightning.megatron_init:_set_random_seed",
@@ -391,6 +397,6 @@ PATCHES: tuple[Patch, ...] = (
         "nemo.lightning.io.pl:_fix_tensors_device",
         _calling(_unchanged),
         "nemo/lightning/io/pl.py:495 asserts that CUDA is initialized",
-        "NeMo does so for CUDA tensors only",
+        "NeMo asserts it for CUDA tensors only",
     ),
 )

@@ -1,9 +1,9 @@
-"""Has a fork server run the command of this interpreter (`tests/helpers/fork_server.py`), where a test wants it to.
+"""Let a fork server run the command of this interpreter (`tests/helpers/fork_server.py`), if a test enables it.
 
 Python imports a `sitecustomize` on its path before it looks at its command line. If `FORK_SERVER` is set, this one
 sends the command line, the environment, the working folder and all open files to the server. The server forks a child
-that has imported the libraries already. This process then passes signals on to the child, and ends as it ends. If it
-is killed, the server kills the child. Where the server doesn't serve the command, this process goes on as usual.
+that has already imported the libraries. This process then forwards signals to the child, and exits like it. If it
+is killed, the server kills the child. If the server does not serve the command, this process runs it as usual.
 """
 
 import os
@@ -13,9 +13,9 @@ FORK_SERVER = "PRUNE_DISTILL_TEST_FORK_SERVER"  # the folder of the server's soc
 RANK_FUNCTION = "PRUNE_DISTILL_TEST_RANK"  # set for the processes of `tests/helpers/ranks.py`
 
 COMMANDS, TORCHRUN, TRANSFORMERS, NEMO = "commands", "torchrun", "transformers", "nemo"
-# Of the interpreter: those with which the server itself was started, and those that it gives a child.
+# Interpreter options that the server has, or gives to a child.
 OPTIONS = (["-u"], ["-B"], ["-Wignore"], ["-W", "ignore"])
-# Which libraries a command needs, by the module that `python -m` names; of others nothing is known.
+# Libraries that a command needs, by the module of `python -m`.
 OF_MODULES = {
     "launch.run": COMMANDS,
     "launch.torchrun": TORCHRUN,
@@ -40,7 +40,7 @@ OF_MODULES = {
     "tests.helpers.sequences": NEMO,
     "tests.helpers.spoiled_training": NEMO,
 }
-# The stages that `recipes` runs, without their variants; those that are not named here need NeMo.
+# Stages of `recipes`, without their variants. Others need NeMo.
 OF_STAGES = {
     "prepare_data": COMMANDS,
     "hf_to_nemo": COMMANDS,
@@ -52,7 +52,7 @@ OF_STAGES = {
 
 
 def without_options(words: list[str]) -> list[str]:
-    """A Python command line from the option on that names the program."""
+    """Return a Python command line without interpreter options."""
     words = list(words)
     while words[:1] in OPTIONS or words[:2] in OPTIONS:
         del words[: 1 if words[:1] in OPTIONS else 2]
@@ -60,10 +60,10 @@ def without_options(words: list[str]) -> list[str]:
 
 
 def libraries_of(words: list[str]) -> str | None:
-    """Which libraries a Python command line needs; None where a server does not run it.
+    """Return the libraries that a Python command line needs; None if a server does not run it.
 
     Args:
-        words: what follows the interpreter.
+        words: arguments of the interpreter.
     """
     words = without_options(words)
     if words[:1] == ["-c"] and words[-1] == "--multiprocessing-fork":
@@ -79,7 +79,7 @@ def libraries_of(words: list[str]) -> str | None:
 
 
 def run_by_server(address: str) -> None:
-    """Returns where the server doesn't run the command, and else ends this process as the child ends."""
+    """Exit like the child; return if the server does not run the command."""
     import marshal
     import signal
     import socket
@@ -119,7 +119,7 @@ def run_by_server(address: str) -> None:
     for signum in forwarded:
         signal.signal(signum, lambda number, _: connection.sendall(bytes([number])))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent()  # as a rank does itself (prune_distill/pipeline/processes.py:end_with_torchrun)
+        _end_with_parent()  # as a rank does itself (prune_distill/pipeline/processes.py:exit_with_torchrun)
     content = marshal.dumps(request)
     try:
         socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)
@@ -132,9 +132,9 @@ def run_by_server(address: str) -> None:
         for signum, handler in own.items():
             signal.signal(signum, handler)
         return
-    told = connection.recv(4, socket.MSG_WAITALL)
-    # Without an answer the server's process was killed.
-    status = os.waitstatus_to_exitcode(int.from_bytes(told, "little")) if len(told) == 4 else -signal.SIGKILL
+    message = connection.recv(4, socket.MSG_WAITALL)
+    # No answer: the server's process was killed.
+    status = os.waitstatus_to_exitcode(int.from_bytes(message, "little")) if len(message) == 4 else -signal.SIGKILL
     if status >= 0:
         os._exit(status)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])

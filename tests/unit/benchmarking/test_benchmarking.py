@@ -1,4 +1,4 @@
-"""Figures of a benchmark from what was timed, and where energy is read."""
+"""Figures of a benchmark from timings, and energy counters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from prune_distill.benchmarking import energy, timing
 from prune_distill.benchmarking.timing import Memory, Timed
 from prune_distill.nemo import devices
 from prune_distill.schema import BenchmarkConfig
-from recipes.benchmark import words
+from recipes.benchmark import format_command
 
 CFG = BenchmarkConfig(batch_size=2, prompt_tokens=100, new_tokens=11, rounds=3, cost_per_hour=3.6)
 
 
 class Clockwork:
-    """Takes as long as it is told, the machine slowing down from round to round."""
+    """A model with given timings on a machine that slows down from round to round."""
 
     def __init__(self, log: list[str], name: str, seconds: float) -> None:
         self.log, self.name, self.seconds, self.calls = log, name, seconds, 0
@@ -31,14 +31,14 @@ class Clockwork:
         return Timed(self.seconds * self.calls, 2 * self.seconds * self.calls, None)
 
 
-def test_models_take_turns_and_are_compared_round_by_round() -> None:
+def test_models_are_interleaved_and_compared_per_round() -> None:
     log: list[str] = []
     models = {"teacher": Clockwork(log, "teacher", 1.0), "student": Clockwork(log, "student", 0.5)}
-    memory, timed = timing.race(models, CFG.rounds)
+    memory, timed = timing.run_rounds(models, CFG.rounds)
     order = ["teacher", "student", "student", "teacher", "teacher", "student"]
     assert log == ["warm up teacher", "warm up student", *order]
     ratios = timing.ratios("student", "teacher", memory, timed)
-    # The machine's slowing down is not seen in them.
+    # The slowdown of the machine cancels out.
     same = {"median": 2.0, "min": 2.0, "max": 2.0}
     half = {"median": 0.5, "min": 0.5, "max": 0.5}
     assert ratios == {"prefill": same, "decode": same, "time_to_first_token": half, "memory": 0.5}
@@ -61,19 +61,19 @@ def test_joules_are_read_from_the_packages_alone(tmp_path: Path) -> None:
     assert meter() == 7.0
     assert energy.rapl(tmp_path / "absent") is None
     assert energy.joules(5.0, 7.5) == 2.5
-    assert energy.joules(7.0, 1.0) is None  # the counter went round
+    assert energy.joules(7.0, 1.0) is None  # the counter wrapped around
     assert energy.joules(None, 1.0) is None
 
 
-def test_the_command_names_all_that_decides() -> None:
-    told = words({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
-    assert told == (
+def test_the_command_contains_all_settings() -> None:
+    message = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
+    assert message == (
         "python -m recipes.benchmark --models teacher=a 'student=b c' --out out --engine transformers --dtype keep"
         " --seed 5 --batch-size 2 --prompt-tokens 100 --new-tokens 11 --rounds 3 --cost-per-hour 3.6"
     )
 
 
-def test_the_peak_of_some_work_is_what_its_tensors_took() -> None:
+def test_peak_memory_of_work() -> None:
     import torch
 
     def work() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a user can get wrong: the rule that reports it, the key to change, and the value to set instead."""
+"""Faults of users: the rule that reports them, the key to change, and the value to set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CORRECTION = [
 
 # Overrides, and their one fault: its rule, its first key, and a part of the fix.
 CASES: list[tuple[list[str], str, str, str]] = [
-    # What there is no such thing of.
+    # Unknown names.
     ([], "run.experiment", "experiment", "qwen3_8b_to_6b_depth"),
     (["experiment=dmo"], "group.choice", "experiment", ""),
     ([*DEMO, "model=qwen3"], "group.choice", "model", "qwen3_8b"),
@@ -49,7 +49,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "distill.lr=nan"], "value.type", "distill.lr", ""),
     ([*DEMO, "distill.max_steps=10.0"], "value.type", "distill.max_steps", "set distill.max_steps to 10"),
     ([*DEMO, "distill.max_steps=1.5"], "value.type", "distill.max_steps", "to a whole number"),
-    # Numbers that are too large, and changes and ranges written as people say them.
+    # Numbers that are too large, and informal changes and ranges.
     ([*DEMO, "seed=4294967296"], "value.bounds", "seed", "set seed to at most 4294967295"),
     ([*DEMO, "cluster.devices_per_node=1e6"], "value.bounds", "cluster.devices_per_node", "to at most 1024"),
     ([*DEMO, "distill.max_steps=1e22"], "value.bounds", "distill.max_steps", "to at most 2147483647"),
@@ -238,7 +238,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "distill.parallel.sequence_parallel",
         "distill.parallel.sequence_parallel=true",
     ),
-    # What Hydra itself refuses.
+    # Errors of Hydra.
     ([*DEMO, "distill.lr=[1"], "override.syntax", "distill.lr", 'distill.lr=["TEXT"]\''),
     ([*DEMO, "distill.lr=1e-3,1e-4"], "override.sweep", "distill.lr", "add --multirun"),
     # Numbers out of range.
@@ -520,12 +520,12 @@ def test_a_fault_names_the_key_and_the_fix(overrides: list[str], rule: str, key:
     check_fault(overrides, rule, key, fix)
 
 
-def test_what_hydra_refuses_is_one_fault() -> None:
+def test_errors_of_hydra_are_one_fault() -> None:
     (fault,) = find_faults([*DEMO, "~no.such.key"])
     assert "no.such.key" in str(fault)
 
 
-def test_all_faults_come_in_one_message() -> None:
+def test_all_faults_are_in_one_message() -> None:
     types = ["distill.lrr=1", "seed=x"]
     contradictions = ["distill.max_steps=0", "prune.num_layers=9", "cluster.devices_per_node=3"]
     with pytest.raises(ConfigError) as caught:
@@ -551,7 +551,7 @@ def test_all_faults_come_in_one_message() -> None:
         ("benchmark.engine=vllm", "benchmark.engine", "benchmark.engine=transformers"),
     ],
 )
-def test_missing_files_are_named_where_a_run_starts(tmp_path: Path, override: str, rule: str, part: str) -> None:
+def test_missing_files_are_reported_when_a_run_starts(tmp_path: Path, override: str, rule: str, part: str) -> None:
     documents = tmp_path / "docs.jsonl"
     documents.write_text("")
     overrides = [*QWEN, f"data.train=[{documents}]", override]
@@ -561,7 +561,7 @@ def test_missing_files_are_named_where_a_run_starts(tmp_path: Path, override: st
     assert part in str(fault)
 
 
-def test_tasks_of_the_users_are_known(tmp_path: Path) -> None:
+def test_user_tasks_are_known(tmp_path: Path) -> None:
     documents, tasks = tmp_path / "docs.jsonl", tmp_path / "tasks"
     documents.write_text("")
     (tasks / "deep").mkdir(parents=True)
@@ -574,7 +574,7 @@ def test_tasks_of_the_users_are_known(tmp_path: Path) -> None:
     assert str(tasks) in str(fault)
 
 
-def test_a_harness_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from prune_distill.config.rules import evaluation as evaluation_rules
 
     monkeypatch.setattr(evaluation_rules.importlib.util, "find_spec", lambda name: None)
@@ -583,7 +583,7 @@ def test_a_harness_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("control", ["\n", "\r", "\x00", "\x1b", "\t", "\u2028", "\udcff"])
 @pytest.mark.parametrize("key", ["run_dir", "name", "model.name", "data.text_key", "data.train", "evaluate.tasks"])
-def test_a_control_character_is_refused_everywhere(key: str, control: str) -> None:
+def test_a_control_character_is_rejected_everywhere(key: str, control: str) -> None:
     text = f'"a{control}#SBATCH --wrap=id"'
     value = f"[{text}]" if key in ("data.train", "evaluate.tasks") else text
     found = [fault for fault in find_faults([*DEMO, f"{key}={value}"]) if fault.rule == "value.control_character"]
@@ -608,8 +608,8 @@ def test_a_control_character_is_refused_everywhere(key: str, control: str) -> No
         "$HOME `id` Größe 汉字 \u0915\u200d\u0937",
     ],
 )
-def test_an_override_that_is_offered_survives_bash_and_hydra(value: str) -> None:
-    """What a fault says to set, copied into a shell."""
+def test_suggested_overrides_survive_bash_and_hydra(value: str) -> None:
+    """Suggested overrides, copied into a shell."""
     command = f"printf %s {override('model.name', value)}"
     word = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
     assert compose([*DEMO, word]).model.name == value

@@ -1,4 +1,4 @@
-"""Bounds that the schema states beside its fields."""
+"""Bounds of the schema's fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def keys_below(group: str, names: str) -> list[str]:
     return [f"{group}.{name}" for name in names.split()]
 
 
-# Every key that has a bound, by the values that the bound refuses.
+# Every key with a bound, by rejected values.
 ABOVE_ZERO = [
     *keys_below("cluster", "nodes devices_per_node threads_per_rank slurm.warn_seconds slurm.cpus_per_gpu"),
     *keys_below("cluster.gpu", "memory_gib bf16_tflops fp8_tflops memory_gbs link_gbs network_gbs mfu cost_per_hour"),
@@ -172,7 +172,7 @@ def test_an_unreadable_value_is_skipped() -> None:
     assert refused(cfg, "seed", "distill.parallel") == ["distill.lr"]
 
 
-def test_hints_are_taken_apart() -> None:
+def test_type_hints_are_parsed() -> None:
     assert split_hint(PositiveInt | None).optional
     assert split_hint(Steps).bounds == (Range(above=0), Range(at_most=2**31 - 1))
     assert split_hint(list[PositiveInt]).item.bounds == (Range(above=0),)

@@ -1,4 +1,4 @@
-"""Which files a data section names: hidden ones, brackets, links, and files that hold no documents."""
+"""Files of a data section: hidden files, brackets, links, and files without documents."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_hidden_files_are_not_data(data: Path, pattern: str) -> None:
     assert sorted(map(os.path.realpath, found)) == [str(data / name) for name in expected]
 
 
-def test_hidden_names_that_are_spelled_out_are_read(data: Path) -> None:
+def test_explicit_hidden_names_are_read(data: Path) -> None:
     make(data, *HIDDEN)
     assert find_existing(str(data / ".ipynb_checkpoints" / "*.jsonl")) == [str(data / HIDDEN[1])]
     assert document_files(find_existing(str(data / HIDDEN[0]))) == [str(data / HIDDEN[0])]
     assert document_files([str(data / "sub" / ".cache")]) == [str(data / HIDDEN[3])]
 
 
-def test_what_exists_is_taken_literally(data: Path) -> None:
+def test_existing_paths_are_not_patterns(data: Path) -> None:
     make(data, "part[1].jsonl", "part1.jsonl", "part2.jsonl", "[v1]/a.jsonl", "[v1]/b*.jsonl", "[v1]/bc.jsonl")
     for pattern, expected in {
         "part[1].jsonl": ["part[1].jsonl"],
@@ -75,7 +75,7 @@ def test_linked_folders_are_followed_and_read_once(data: Path, tmp_path: Path) -
     make(tmp_path / "elsewhere", "c.jsonl")
     (data / "linked").symlink_to(tmp_path / "elsewhere")
     (data / "zagain").symlink_to(tmp_path / "elsewhere")
-    # 2^40 paths, were they followed without end.
+    # 2^40 paths, if loops were followed.
     (data / "loop").symlink_to(data)
     (data / "sub" / "loop").symlink_to(data)
     expected = ["a.jsonl", "linked/c.jsonl", "sub/b.jsonl"]
@@ -131,14 +131,14 @@ def test_files_that_hold_no_documents(tmp_path: Path, name: str, content: bytes 
 
 
 @pytest.mark.parametrize("name", ["b.jsonl", "folder"])
-def test_a_link_to_nothing_is_refused(data: Path, name: str) -> None:
+def test_a_link_to_nothing_is_rejected(data: Path, name: str) -> None:
     make(data, "a.jsonl", "README.md")
     (data / name).symlink_to("nowhere")
     assert names(document_files([str(data)]), data) == ["a.jsonl", name]
     assert "cannot be read (No such file or directory)" in (unreadable(str(data / name)) or "")
 
 
-def test_validation_files_are_not_trained_on_by_another_name(data: Path) -> None:
+def test_validation_files_are_not_training_files_under_another_name(data: Path) -> None:
     make(data, "train/a.jsonl", "train/v.jsonl", "t.jsonl")
     (data / "link.jsonl").symlink_to("train/v.jsonl")
     setting = ["experiment=qwen3_8b_to_6b_width", f"data.train=[{data}/train/*.jsonl]"]

@@ -1,4 +1,4 @@
-"""What can be wrong with the data section, and is said before anything is started."""
+"""Faults of the data section, reported before a run starts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_sources_travel_through_the_resolved_file(tmp_path: Path) -> None:
     assert cfg.data.sources["code"].weight == 3.0
 
 
-def test_one_source_is_what_train_names() -> None:
+def test_data_train_is_one_source() -> None:
     data = DataConfig(train=["a.jsonl"], text_key="content", sample=0.25)
     assert sources(data) == {"train": DataSource(["a.jsonl"], key="content", sample=0.25)}
     assert document_field(sources(DataConfig(train=[], format=DocumentFormat.chat))["train"]) == "messages"
@@ -116,7 +116,7 @@ def test_what_is_placement_and_what_is_identity(tmp_path: Path) -> None:
         ("folder/readme.md", b"", ["the folder", "contains no documents"]),
     ],
 )
-def test_files_that_cannot_be_documents_are_named_before_the_queue(
+def test_invalid_files_are_reported_before_submission(
     tmp_path: Path, name: str, content: bytes, parts: list[str]
 ) -> None:
     path = tmp_path / name
@@ -129,7 +129,7 @@ def test_files_that_cannot_be_documents_are_named_before_the_queue(
         assert part in str(fault)
 
 
-def test_files_of_sources_are_looked_for(tmp_path: Path) -> None:
+def test_missing_source_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "w.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
     sources = f"data.sources={{web: {{files: [{tmp_path}/*.jsonl]}}, code: {{files: [nowhere/c.jsonl]}}}}"
     (fault,) = find_faults([*QWEN, "data.train=null", sources], check_files=True)

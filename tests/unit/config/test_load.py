@@ -1,4 +1,4 @@
-"""Composing, writing and reading back a run's config."""
+"""Compose, write and read a run's config."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 
-# Those that need nothing of the user's.
+# Experiments that need no input of the user.
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_whole_and_survives_its_file(tmp_path: Path, name: str) -> None:
+def test_every_experiment_is_valid_and_round_trips(tmp_path: Path, name: str) -> None:
     cfg = compose([f"experiment={name}"])
     assert cfg.name == name
     assert cfg.run_dir == f"runs/{name}"
@@ -35,7 +35,7 @@ def test_every_experiment_is_whole_and_survives_its_file(tmp_path: Path, name: s
     assert [entry.name for entry in tmp_path.iterdir()] == ["resolved.yaml"]
 
 
-def test_the_experiments_that_are_promised_are_there() -> None:
+def test_documented_experiments_exist() -> None:
     promised = {"demo", "qwen3_8b_to_6b_depth", "qwen3_8b_to_6b_width", "llama3_1_8b_to_4b_depth"}
     assert promised | {"llama3_1_8b_to_4b_width", "qwen3_0_6b_one_gpu"} <= set(EXPERIMENTS)
 
@@ -118,7 +118,7 @@ def test_an_experiment_may_be_added_with_a_plus_from_any_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_environment_says_where_climbmix_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_sets_the_path_of_climbmix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIMBMIX_DIR", "/data/mix")
     train = compose(["experiment=qwen3_8b_to_6b_depth"]).data.train
     assert train is not None
@@ -139,10 +139,10 @@ def _own_model(folder: Path | str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "field", "value"),
     [
-        # What is left out is what transformers takes it for in this family; null is what the other sizes make of it.
+        # Missing values are the defaults of transformers for this family; null is derived from other sizes.
         ({"head_dim": None}, "kv_channels", 128),
         ({"tie_word_embeddings": None}, "tie_word_embeddings", False),
-        # transformers 4.56 renamed this, transformers 5 moved that; neither says anything of the shape.
+        # transformers 4.56 renamed one, transformers 5 moved the other; neither affects the shape.
         ({"dtype": None, "torch_dtype": "bfloat16"}, "hidden_size", 128),
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, "hidden_size", 128),
     ],
@@ -164,7 +164,7 @@ def test_spellings_of_config_json(
         ({"max_position_embeddings": 256}, ["prune.calibration_seq_length=512: longer"]),
     ],
 )
-def test_a_config_json_at_fault(hf_folder: Callable[..., Path], changes: dict[str, Any], parts: list[str]) -> None:
+def test_faults_of_a_config_json(hf_folder: Callable[..., Path], changes: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(_own_model(hf_folder(**changes)))
     for part in parts:
@@ -182,8 +182,8 @@ def test_a_shape_that_contradicts_config_json_is_named_field_by_field(hf_folder:
     with pytest.raises(ConfigError) as caught:
         compose(_own_model(hf_folder(), *(f"model.shape.{key}={value}" for key, value in shape.items())))
     first, second = map(str, caught.value.faults)
-    assert "model.shape.hidden_size=64, but " in first
-    assert "says hidden_size 128; set model.shape.hidden_size=128, or model.shape=null" in first
+    assert "model.shape.hidden_size=64: " in first
+    assert "has hidden_size=128; set model.shape.hidden_size=128, or model.shape=null" in first
     assert "model.shape.vocab_size=500" in second
 
 
@@ -214,7 +214,7 @@ def test_a_hub_id_is_read_from_the_local_cache(
         ("\xff\xfe", "start launch.run again"),
     ],
 )
-def test_a_resolved_file_at_fault(tmp_path: Path, content: str, part: str) -> None:
+def test_faults_of_a_resolved_file(tmp_path: Path, content: str, part: str) -> None:
     path = tmp_path / "resolved.yaml"
     path.write_bytes(content.encode("latin1"))
     with pytest.raises(ConfigError) as caught:
@@ -222,7 +222,7 @@ def test_a_resolved_file_at_fault(tmp_path: Path, content: str, part: str) -> No
     assert part in str(caught.value)
 
 
-def test_a_resolved_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_resolved_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load_resolved(tmp_path / "resolved.yaml")
 
@@ -241,7 +241,7 @@ def _full_disk(handle: int) -> None:
     raise OSError("No space left on device")
 
 
-def test_texts_that_look_like_something_else_survive(tmp_path: Path) -> None:
+def test_strings_that_look_like_other_types_round_trip(tmp_path: Path) -> None:
     cfg = compose(["experiment=demo"])
     cfg.data.text_key, cfg.model.revision = "1e5", "0123"
     save_resolved(cfg, tmp_path / "r.yaml")
@@ -278,11 +278,11 @@ def test_sweeps() -> None:
         ),
     ],
 )
-def test_the_loss_is_called_what_it_is(overrides: list[str], words: str) -> None:
+def test_the_description_of_the_loss(overrides: list[str], words: str) -> None:
     assert compose(["experiment=demo", *overrides]).distill.loss_in_words == words
 
 
-def test_a_folder_of_ones_own_group_files(tmp_path: Path) -> None:
+def test_a_user_config_folder(tmp_path: Path) -> None:
     site = tmp_path / "it's my site"
     (site / "cluster").mkdir(parents=True)
     (site / "experiment").mkdir()
@@ -306,7 +306,7 @@ def test_a_folder_of_ones_own_group_files(tmp_path: Path) -> None:
         compose(["experiment=demo", "cluster=my_sit"], config_dir=site)
 
 
-def test_a_folder_of_group_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_faults_of_a_user_config_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: not a folder"):
         compose(["experiment=demo"], config_dir=tmp_path / "nowhere")
     (tmp_path / "cluster").mkdir()
@@ -315,15 +315,15 @@ def test_a_folder_of_group_files_that_cannot_be_used(tmp_path: Path) -> None:
         compose(["experiment=demo"], config_dir=tmp_path)
 
 
-def test_an_own_model_takes_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:
+def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:
     folder = hf_folder(model_type="llama", max_position_embeddings=2048)
     own = ["experiment=own", f"model.hf_path={folder}", "data.train=[docs.jsonl]", "prune.num_layers=2"]
     cfg = compose(own)
     assert (cfg.model.family, cfg.distill.parallel.tensor_model_parallel_size) == (Family.llama, 1)
-    # One key for all lengths.
+    # A single key sets all lengths.
     short = compose([*own, "distill.seq_length=64"])
     assert {short.prune.calibration_seq_length, short.distill.seq_length, short.evaluate.seq_length} == {64}
-    with pytest.raises(ConfigError, match="model.family=qwen3, but .* says model_type llama; set model.family=llama"):
+    with pytest.raises(ConfigError, match="model.family=qwen3: .* has model_type=llama; set model.family=llama"):
         compose([*own, "model.family=qwen3"])
 
 

@@ -52,7 +52,7 @@ def test_descriptions_are_sentences() -> None:
         ("model.demo.training", "group", "", "{...}", ""),
     ],
 )
-def test_what_is_said_of_a_key(key: str, kind: str, bounds: str, default: str, default_of: str) -> None:
+def test_the_reference_of_a_key(key: str, kind: str, bounds: str, default: str, default_of: str) -> None:
     found: Setting = SETTINGS[key]
     assert (found.kind, found.bounds, found.default, found.default_of) == (kind, bounds, default, default_of)
 

@@ -1,4 +1,4 @@
-"""A key with its old name is refused with its new one."""
+"""Old names of keys are rejected with the new name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
         ("distill.correct_teacher=null", "distill.teacher_correction=null"),
     ],
 )
-def test_an_old_key_is_refused_with_its_new_name(demo: Callable[..., RunConfig], override: str, new: str) -> None:
+def test_an_old_key_is_rejected_with_its_new_name(demo: Callable[..., RunConfig], override: str, new: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(ConfigError) as caught:
         demo(override)

@@ -1,4 +1,4 @@
-"""Rules read the keys that they declare, and are skipped where one of those has no usable value."""
+"""Rules read the keys that they declare, and are skipped if one of them has no usable value."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOE = ["model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.m
 BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_fraction=0.8"]
 PAIRS = "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"
 SLURM = [*DEMO, "cluster=slurm", "cluster.slurm.partition=a b", "cluster.slurm.account=null"]
-# Configs with which the rules, in sum, take as many branches as possible.
+# Configs that cover as many branches of the rules as possible.
 CONFIGS = [
     *([f"experiment={name}"] for name in config_groups()["experiment"] if name != "own"),
     [
@@ -64,7 +64,7 @@ class UndeclaredReadError(AssertionError):
 
 
 def guard(value: Any, reads: Iterable[str], key: str = "") -> Any:
-    """A copy of a dataclass that raises where a key is read that is none of `reads`, nor above or below one of them.
+    """Copy a dataclass; reading a key that is not one of `reads`, or above or below one of them, raises.
 
     `dataclasses.replace` may copy every field.
     """
@@ -91,7 +91,7 @@ def _only_null(reads: Iterable[str]) -> set[str]:
 
 
 def read_config(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> tuple[RunConfig, set[str]]:
-    """A config and its unreadable keys, whatever its faults."""
+    """Return a config and its unreadable keys, regardless of faults."""
     found: list[tuple[RunConfig, set[str]]] = []
 
     def record(cfg: RunConfig, unreadable: Collection[str] = ()) -> list[Fault]:
@@ -123,7 +123,7 @@ def test_rules_read_only_the_keys_that_they_declare(tmp_path: Path, monkeypatch:
     assert {(one.id, one.reads) for one in ALL_RULES} - tried == set()
 
 
-def test_an_undeclared_read_is_noticed() -> None:
+def test_an_undeclared_read_raises() -> None:
     cfg = compose(["experiment=demo"])
     guarded = guard(cfg, ["distill.lr", "model.shape.num_layers", "model.demo?", "prune"])
     assert (guarded.distill.lr, guarded.model.shape.num_layers, guarded.prune.rounds) == (0.001, 6, [])
@@ -162,7 +162,7 @@ def test_rules_declare_keys_that_exist() -> None:
         (["cluster.slurm?"], [], True),
     ],
 )
-def test_a_rule_is_skipped_where_a_key_is_not_usable(reads: list[str], unreadable: list[str], applies: bool) -> None:
+def test_rules_with_unusable_keys_are_skipped(reads: list[str], unreadable: list[str], applies: bool) -> None:
     cfg = compose(["experiment=demo"])
     assert Rule("any", tuple(reads), lambda cfg: iter(())).applies_to(cfg, unreadable) is applies
 

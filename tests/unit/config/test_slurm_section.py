@@ -1,4 +1,4 @@
-"""The section `cluster.slurm`: what it asks for, and what is said of it before anything is submitted."""
+"""The section `cluster.slurm`, and its faults before submission."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*settings: str, check_files: bool = False) -> RunConfig:
     return compose([*BASE, *(f"cluster.slurm.{setting}" for setting in (*SITE, *settings))], check_files)
 
 
-def test_a_site_has_to_be_named_or_null() -> None:
+def test_the_partition_and_account_must_be_set_or_null() -> None:
     found = find_faults(BASE)
     keys = [f"cluster.slurm.{key}" for key in ("partition", "account", "container_image")]
     assert [(fault.rule, fault.keys[0]) for fault in found] == [("value.missing", key) for key in keys]
@@ -33,7 +33,7 @@ def test_a_site_has_to_be_named_or_null() -> None:
     assert (slurm.partition, slurm.account, slurm.container_image) == (None, None, None)
 
 
-def test_it_is_written_and_read_back(tmp_path: Path) -> None:
+def test_the_section_round_trips(tmp_path: Path) -> None:
     cfg = run("secrets=[HF_TOKEN]", "setup=['module load \"cuda 12\"']")
     save_resolved(cfg, tmp_path / "resolved.yaml")
     assert load_resolved(tmp_path / "resolved.yaml") == cfg
@@ -104,7 +104,7 @@ def test_a_run_folder_that_no_mount_can_name() -> None:
     check_fault([*BASE, *site, "run_dir='a:b'"], "slurm.run_dir", "run_dir", "set run_dir")
 
 
-def test_everything_wrong_comes_in_one_message(tmp_path: Path) -> None:
+def test_all_faults_of_the_section_are_in_one_message(tmp_path: Path) -> None:
     documents = tmp_path / "docs" / "a.jsonl"
     documents.parent.mkdir()
     documents.write_text("")
@@ -130,7 +130,7 @@ def test_everything_wrong_comes_in_one_message(tmp_path: Path) -> None:
     ]
 
 
-def test_what_the_container_would_not_see(tmp_path: Path) -> None:
+def test_paths_that_are_not_mounted(tmp_path: Path) -> None:
     for name in ("a/x.jsonl", "a/y.jsonl", "b/z.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -145,14 +145,14 @@ def test_what_the_container_would_not_see(tmp_path: Path) -> None:
 
     fixes = [f"add {tmp_path}/{name}:{tmp_path}/{name} to cluster.slurm.container_mounts" for name in "ab"]
     assert unmounted("[]") == fixes
-    # Another name inside is no help: the stage reads the path that the config gives.
+    # Another path in the container does not help: the stage reads the path in the config.
     assert unmounted(f"['{tmp_path}:/elsewhere']") == fixes
     assert unmounted(f"['{tmp_path}/a:{tmp_path}/a:ro']") == fixes[1:]
     compose([*BASE, *site, train, f"cluster.slurm.container_mounts=['{tmp_path}:{tmp_path}']"], check_files=True)
     compose([*BASE, *site[:2], "cluster.slurm.container_image=null", train], check_files=True)
 
 
-def test_what_a_snapshot_of_the_hubs_cache_needs(
+def test_mounts_for_a_snapshot_in_the_hub_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_folder: Callable[..., Path]
 ) -> None:
     snapshot, blobs = hub_snapshot(hf_folder(), tmp_path)
@@ -161,7 +161,7 @@ def test_what_a_snapshot_of_the_hubs_cache_needs(
     own = ["experiment=own", f"data.train=[{tmp_path}/docs.jsonl]", "prune.num_layers=2", *site]
     mounts = f"cluster.slurm.container_mounts=['{tmp_path}/docs.jsonl:{tmp_path}/docs.jsonl','{snapshot}:{snapshot}']"
     check_unmounted([*own, f"model.hf_path={snapshot}", mounts], "model.hf_path", blobs)
-    # A model of the Hub is looked for where the submitting shell keeps its cache.
+    # Hub models are searched in the cache of the submitting shell.
     for name in HUB_FOLDERS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -177,7 +177,7 @@ def check_unmounted(overrides: list[str], named_by: str, folder: Path) -> None:
     assert f" of {named_by} " in str(fault)
 
 
-def test_an_image_that_is_a_file_has_to_exist(tmp_path: Path) -> None:
+def test_an_image_file_must_exist(tmp_path: Path) -> None:
     absent = [*BASE, *(f"cluster.slurm.{s}" for s in (*SITE[:2], f"container_image={tmp_path}/nowhere.sqsh"))]
     check_fault(absent, "slurm.image_exists", "cluster.slurm.container_image", ".sqsh file", check_files=True)
     (tmp_path / "there.sqsh").write_text("")

@@ -15,7 +15,7 @@ SIZES = {
 }
 
 
-def test_an_exported_config_is_the_sources_with_the_new_sizes() -> None:
+def test_an_exported_config_has_the_new_sizes() -> None:
     source = {**dict.fromkeys(SIZES, 9), "rope_theta": 7.0, "eos_token_id": 3, "dtype": "float32"}
     source |= {"layer_types": ["full_attention"] * 4, "max_window_layers": 4}
     config = pruned_config(source, SIZES)
@@ -29,8 +29,8 @@ def test_an_exported_config_is_the_sources_with_the_new_sizes() -> None:
     }
 
 
-def test_layers_of_several_kinds_are_refused() -> None:
-    with pytest.raises(InputError, match="full_attention, sliding_attention"):
+def test_layers_of_several_types_are_rejected() -> None:
+    with pytest.raises(InputError, match="full_attention', 'sliding_attention"):
         pruned_config(
             {"num_hidden_layers": 9, "layer_types": ["full_attention", "sliding_attention"]},
             SIZES,

@@ -1,4 +1,4 @@
-"""What a family is made of, against transformers' own classes; on the numbers: tests/integration/test_conversion.py."""
+"""Tensors and configs of families, compared with transformers; for values: tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = {
     "nemotron": "Nemotron",
     "qwen3_moe": "Qwen3Moe",
 }
-# As small as it goes; what transformers knows a value for is left out.
+# Minimal configs, without settings that have defaults in transformers.
 LEAST = {
     "num_hidden_layers": 2,
     "hidden_size": 256,
@@ -39,7 +39,7 @@ LEAST = {
     "max_position_embeddings": 128,
 }
 LEAST_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LEAST_OF = {"qwen3_moe": LEAST_MOE, "nemotron": {"num_key_value_heads": 8}}  # whose class can't do without
+LEAST_OF = {"qwen3_moe": LEAST_MOE, "nemotron": {"num_key_value_heads": 8}}  # required by its class
 
 
 def folder_of(folder: Path, config: dict[str, Any]) -> Path:
@@ -59,7 +59,7 @@ def least(family: str, **values: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+def test_tensors_match_transformers(tmp_path: Path, name: str) -> None:
     family, more, _ = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **more})
     config.save_pretrained(tmp_path)
@@ -67,7 +67,7 @@ def test_tensors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_config_leaves_out_is_what_transformers_takes(tmp_path: Path, family: str) -> None:
+def test_missing_settings_have_the_defaults_of_transformers(tmp_path: Path, family: str) -> None:
     theirs = getattr(transformers, f"{SOURCES[family]}Config").from_dict(least(family))
     ours = read_config(folder_of(tmp_path, least(family)))
     assert expected_shapes(ours) == shapes_of(theirs)
@@ -92,7 +92,7 @@ def test_the_type_of_the_weights_is_not_taken_from_the_config(tmp_path: Path, ki
 
 
 def frequencies(config: dict[str, Any]) -> torch.Tensor:
-    """Of the rotary embedding that transformers makes of a config."""
+    """Return the rotary frequencies that transformers computes for a config."""
     made = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(made)
@@ -101,8 +101,8 @@ def frequencies(config: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nemo_is_given_the_rope_that_transformers_applies(tmp_path: Path, family: str) -> None:
-    """The kind llama3, which Megatron computes by itself, is compared by its logits (tests/integration)."""
+def test_nemo_gets_the_rope_settings_of_transformers(tmp_path: Path, family: str) -> None:
+    """The type llama3, which Megatron implements itself, is compared by logits (tests/integration)."""
     for kind in ("default", *Family(family).traits.rope_kinds):
         scaling = {"default": {}, "linear": {"factor": 4.0}, "llama3": LLAMA3_ROPE}[kind]
         values = {"rope_parameters": {"rope_type": kind, "rope_theta": 7e4, **scaling}, "head_dim": 32}
@@ -121,7 +121,7 @@ def test_nemo_is_given_the_rope_that_transformers_applies(tmp_path: Path, family
             torch.testing.assert_close(found, plain / (arguments["seq_len_interpolation_factor"] or 1))
 
 
-def test_transformers_ignores_how_the_rope_of_nemotron_is_scaled() -> None:
+def test_transformers_ignores_rope_scaling_of_nemotron() -> None:
     config = {**least("nemotron"), "head_dim": 32, "rope_theta": 7e4, "partial_rotary_factor": 0.5}
     scaled = {**config, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     torch.testing.assert_close(frequencies(scaled), frequencies(config))
@@ -138,7 +138,7 @@ def numbers(tensor: StoredTensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (6, 6), (6, 1)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_queries_keys_and_values_lie_group_by_group(tmp_path: Path, heads: int, groups: int, bias: bool) -> None:
+def test_queries_keys_and_values_are_interleaved_by_group(tmp_path: Path, heads: int, groups: int, bias: bool) -> None:
     size, shape = 4, () if bias else (5,)
     rng = np.random.default_rng(0)
     q, k, v = (rng.random((count * size, *shape), np.float32) for count in (heads, groups, groups))
@@ -155,7 +155,7 @@ def test_queries_keys_and_values_lie_group_by_group(tmp_path: Path, heads: int, 
         np.testing.assert_array_equal(numbers(tensor), part)
 
 
-def test_gate_lies_above_up(tmp_path: Path) -> None:
+def test_gate_and_up_projections_are_stacked(tmp_path: Path) -> None:
     gate, up = (np.random.default_rng(seed).random((3, 5), np.float32) for seed in (0, 1))
     parts = [stored(tmp_path / "gate", gate), stored(tmp_path / "up", up)]
     chunks = GateUp().to_nemo(parts, Heads(1, 1, 1), "fc1")
@@ -167,7 +167,7 @@ def test_gate_lies_above_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "values", "told"),
+    ("family", "values", "message"),
     [
         *(
             (name, {"attention_bias": True}, "attention_bias=true: ")
@@ -192,13 +192,15 @@ def test_gate_lies_above_up(tmp_path: Path) -> None:
         ("bert", {}, 'model_type="bert": .* qwen3, qwen2, llama'),
     ],
 )
-def test_what_cannot_be_had_in_nemo_is_refused(tmp_path: Path, family: Any, values: dict[str, Any], told: str) -> None:
+def test_settings_that_nemo_does_not_support_are_rejected(
+    tmp_path: Path, family: Any, values: dict[str, Any], message: str
+) -> None:
     config = least("llama") | {"model_type": family} if family not in list(FAMILIES) else least(family)
-    with pytest.raises(InputError, match=rf"config\.json: .*{told}"):
+    with pytest.raises(InputError, match=rf"config\.json: .*{message}"):
         read_config(folder_of(tmp_path, {**config, **values}))
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_config(
             folder_of(
@@ -211,7 +213,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "nemotron", "qwen2"])
-def test_every_tensor_is_made_of_something_once(name: str) -> None:
+def test_every_hugging_face_tensor_is_used_once(name: str) -> None:
     family, more, _ = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **more}).to_dict()
     names = [hf for _, _, hf_names in families.parts(config) for hf in hf_names]

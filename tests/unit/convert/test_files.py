@@ -1,4 +1,4 @@
-"""Folders appear whole or not at all, and nothing else is lost on the way."""
+"""Folders are written atomically, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.files import replaced
+from convert.files import replace_folder
 from prune_distill.errors import InputError
 
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, *sources: Path, error: BaseException | None = None) -> None:
-    with replaced(folder, *sources) as partial:
+    with replace_folder(folder, *sources) as partial:
         (partial / "config.json").write_text("new")
         if error is not None:
             raise error
@@ -31,9 +31,9 @@ def everything(folder: Path) -> dict[str, str | None]:
     return {str(path): path.read_text() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_a_folder_appears_whole(tmp_path: Path, source: Path) -> None:
+def test_a_folder_appears_complete(tmp_path: Path, source: Path) -> None:
     out = tmp_path / "a" / "b" / "out"
-    with replaced(out, source) as partial:
+    with replace_folder(out, source) as partial:
         assert not out.exists()
         (partial / "config.json").write_text("new")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -41,7 +41,7 @@ def test_a_folder_appears_whole(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["config.json", "context/io.json"])
-def test_an_older_model_or_an_attempts_remains_are_replaced(tmp_path: Path, model: str) -> None:
+def test_older_models_and_leftovers_are_replaced(tmp_path: Path, model: str) -> None:
     out = tmp_path / "out"
     (out / model).parent.mkdir(parents=True)
     (out / model).write_text("old")
@@ -52,7 +52,7 @@ def test_an_older_model_or_an_attempts_remains_are_replaced(tmp_path: Path, mode
 
 
 @pytest.mark.parametrize("error", [InputError("damaged"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
-def test_a_failure_leaves_what_there_was(tmp_path: Path, source: Path, error: BaseException) -> None:
+def test_a_failure_does_not_change_the_folder(tmp_path: Path, source: Path, error: BaseException) -> None:
     before = everything(tmp_path)
     for out in (tmp_path / "out", source):
         with pytest.raises(type(error)):
@@ -68,24 +68,24 @@ def test_a_link_is_followed(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "told"),
+    ("out", "message"),
     [
-        (lambda source: source, "must not lie in each other"),
-        (lambda source: source / "within" / "out", "must not lie in each other"),
-        (lambda source: source.parent, "must not lie in each other"),
-        (lambda source: Path("/"), "must not lie in each other"),
-        (lambda source: Path(".."), "must not lie in each other"),  # from the folder within the source
-        (lambda source: Path("."), "must not lie in each other"),
-        (lambda source: source.parent / "link", "must not lie in each other"),
+        (lambda source: source, "must not contain each other"),
+        (lambda source: source / "within" / "out", "must not contain each other"),
+        (lambda source: source.parent, "must not contain each other"),
+        (lambda source: Path("/"), "must not contain each other"),
+        (lambda source: Path(".."), "must not contain each other"),  # from the folder within the source
+        (lambda source: Path("."), "must not contain each other"),
+        (lambda source: source.parent / "link", "must not contain each other"),
         (lambda source: source.parent / "file", "is a file"),
         (lambda source: source.parent / "file" / "out", r"cannot be written \(Not a directory\)"),
-        (lambda source: source.parent / "mine", "holds something else than a model, and would be replaced"),
+        (lambda source: source.parent / "mine", "would be replaced, but does not contain a model"),
         (lambda source: Path("/proc/out"), "cannot be written"),
         (lambda source: source.parent / ("x" * 250), r"cannot be written \(File name too long\)"),
     ],
 )
 def test_nothing_else_is_replaced(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, out: Callable[[Path], Path], told: str
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, out: Callable[[Path], Path], message: str
 ) -> None:
     monkeypatch.chdir(source / "within")
     (tmp_path / "file").write_text("text")
@@ -93,13 +93,13 @@ def test_nothing_else_is_replaced(
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "link").symlink_to(source)
     before = everything(tmp_path)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         write(out(source), source)
     assert everything(tmp_path) == before
 
 
-def test_a_full_disk_is_told_of_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command lines have a message of their own for it."""
+def test_a_full_disk_raises_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command lines have their own message for it."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

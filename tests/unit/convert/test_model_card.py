@@ -1,4 +1,4 @@
-"""What an exported model's card says, and what it keeps to itself."""
+"""The model card of an exported model, without private information."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from convert.model_card import Making, model_card
+from convert.model_card import Provenance, model_card
 from tests.conftest import QWEN3
 
 
@@ -21,14 +21,14 @@ def reference(tmp_path: Path) -> Path:
     return folder
 
 
-def card(base: str, reference: Path, making: Making | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
-    """The metadata at its head, and what follows."""
-    text = model_card("small", base, reference, {**QWEN3, **sizes}, making or Making())
+def card(base: str, reference: Path, provenance: Provenance | None = None, **sizes: int) -> tuple[dict[str, Any], str]:
+    """Return the metadata of a card, and its text."""
+    text = model_card("small", base, reference, {**QWEN3, **sizes}, provenance or Provenance())
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
 
 
-def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
+def test_a_hub_model_is_in_the_metadata(reference: Path) -> None:
     metadata, body = card("Qwen/Qwen3-8B", reference)
     assert metadata == {
         "library_name": "transformers",
@@ -52,7 +52,7 @@ def test_a_model_of_the_hub_is_named_to_the_hub(reference: Path) -> None:
         ("secret-place/source", "."),
     ],
 )
-def test_a_folders_path_stays_here(
+def test_local_paths_are_not_published(
     tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch, where: str, base: str
 ) -> None:
     monkeypatch.chdir(tmp_path / where)
@@ -63,7 +63,7 @@ def test_a_folders_path_stays_here(
     assert "secret-place" not in body
 
 
-def test_the_license_is_the_sources(reference: Path) -> None:
+def test_the_license_comes_from_the_source(reference: Path) -> None:
     (reference / "README.md").write_text(
         "---\nlicense: other\nlicense_name: tongyi\nlicense_link: https://x.org/L\ntags: [chat]\n---\n# Source\n---\n"
     )
@@ -83,7 +83,7 @@ def test_a_card_without_metadata_gives_no_license(reference: Path, readme: str) 
     assert "license" not in metadata
 
 
-def test_the_table_has_what_changed(reference: Path) -> None:
+def test_the_table_shows_changed_sizes(reference: Path) -> None:
     metadata, body = card("Qwen/Qwen3-8B", reference, num_hidden_layers=2, num_key_value_heads=1)
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows == ["| | Qwen/Qwen3-8B | this model |", "| layers | 4 | 2 |", "| query groups | 2 | 1 |"]
@@ -100,30 +100,30 @@ def stage(run: Path, name: str, student: str | None = None, **metrics: Any) -> P
     return folder / "nemo"
 
 
-def test_the_making_is_told_from_the_first_stage_on(tmp_path: Path, reference: Path) -> None:
+def test_stages_are_described_in_order(tmp_path: Path, reference: Path) -> None:
     stage(tmp_path, "prune-1", params=3_000_000, params_before=5_000_000, kept_layers=[1, 2, 3, 6])
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=160_000, steps=160, val_loss=3.65432)
-    metadata, body = card("Qwen/Qwen3-8B", reference, Making.of(checkpoint))
-    told = body.splitlines()
-    begin = told.index("Made from Qwen/Qwen3-8B.")
-    assert told[begin + 1 : begin + 3] == [
+    metadata, body = card("Qwen/Qwen3-8B", reference, Provenance.read(checkpoint))
+    message = body.splitlines()
+    begin = message.index("Made from Qwen/Qwen3-8B.")
+    assert message[begin + 1 : begin + 3] == [
         "Pruned with NVIDIA ModelOpt (Minitron) from 5,000,000 to 3,000,000 parameters; layers kept: 1-3, 6.",
         "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
     ]
     assert metadata["tags"] == ["nemo", "distillation"]
-    assert Making.of(tmp_path / "elsewhere" / "nemo").sentences == []
+    assert Provenance.read(tmp_path / "elsewhere" / "nemo").sentences == []
 
 
 @pytest.mark.parametrize("student", ["distill-1/nemo", "../" + "run/distill-1/nemo", "./distill-1/../distill-1/nemo"])
 def test_a_manifest_that_names_itself_is_followed_once(tmp_path: Path, student: str) -> None:
     checkpoint = stage(tmp_path / "run", "distill-1", student, tokens=8, steps=2)
-    assert Making.of(checkpoint).sentences == ["Trained on 8 tokens in 2 steps after pruning."]
+    assert Provenance.read(checkpoint).sentences == ["Trained on 8 tokens in 2 steps after pruning."]
 
 
 def test_manifests_that_name_each_other_are_followed_once(tmp_path: Path) -> None:
     stage(tmp_path, "prune-1", "distill-2/nemo", params=3, params_before=5)
     checkpoint = stage(tmp_path, "distill-2", "prune-1/nemo", tokens=8, steps=2)
-    assert len(Making.of(checkpoint).sentences) == 2
+    assert len(Provenance.read(checkpoint).sentences) == 2
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_manifests_that_name_each_other_are_followed_once(tmp_path: Path) -> Non
         {"metrics": {"tokens": "many", "steps": None}},
     ],
 )
-def test_a_strangers_manifest_is_no_reason_to_fail(tmp_path: Path, odd: dict[str, Any]) -> None:
+def test_odd_manifests_do_not_fail(tmp_path: Path, odd: dict[str, Any]) -> None:
     checkpoint = stage(tmp_path, "distill-1")
     manifest = {"stage": "distill", "status": "complete", "inputs": {}, "metrics": {}, **odd}
     (checkpoint.parent / "manifest.json").write_text(json.dumps(manifest))
-    assert Making.of(checkpoint).sentences == []
+    assert Provenance.read(checkpoint).sentences == []

@@ -1,4 +1,4 @@
-"""What is written of a model, read again; that NeMo reads it too: tests/integration/test_conversion.py."""
+"""Contexts are written and read again; for reading with NeMo: tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(checkpoint: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+def change(checkpoint: Path, change_content: Callable[[dict[str, Any]], Any]) -> None:
     path = checkpoint / "context" / "io.json"
     content = json.loads(path.read_text())
-    content = how(content) or content
+    content = change_content(content) or content
     path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_the_model_is_read_as_it_was_written(checkpoint: Path) -> None:
+def test_the_model_round_trips(checkpoint: Path) -> None:
     record = read_context(checkpoint)
     assert record.config_class == "nemo.collections.llm.gpt.model.qwen3.Qwen3Config"
     assert record.config == ARGUMENTS  # the rest are no plain values
 
 
-def test_all_objects_are_referred_to_and_there(checkpoint: Path) -> None:
+def test_all_objects_are_referenced_and_exist(checkpoint: Path) -> None:
     content = json.loads((checkpoint / "context" / "io.json").read_text())
     keys = {node["key"] for node in nodes(content) if node.get("type") == "ref"}
     assert keys == content["objects"].keys() == content["refcounts"].keys()
@@ -75,24 +75,24 @@ def test_model_yaml_says_the_same(checkpoint: Path) -> None:
     assert config["window_size"] == [39, 0]
 
 
-def test_what_loading_would_import_is_known(checkpoint: Path) -> None:
+def test_imports_of_loading_are_listed(checkpoint: Path) -> None:
     found = references(checkpoint)
     assert {f"{MODEL.module}.Qwen3Model", "torch.bfloat16", "nemo.lightning.pytorch.trainer.Trainer"} <= found
     change(checkpoint, lambda content: content["objects"].update(more={"type": {"module": "os", "name": "system"}}))
     assert references(checkpoint) - found == {"os.system"}
 
 
-def ask(value: Any) -> Callable[[dict[str, Any]], None]:
-    """Gives the tokenizer one more argument."""
+def add_argument(value: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a change that adds an argument to the tokenizer."""
 
-    def how(content: dict[str, Any]) -> None:
+    def change_content(content: dict[str, Any]) -> None:
         objects = content["objects"]
         tokenizer = objects["autotokenizer_1"]
-        tokenizer["items"].append(["Attr(name='use_fast')", value])  # Fiddle leaves this name aside
+        tokenizer["items"].append(["Attr(name='use_fast')", value])  # Fiddle ignores this name
         names = objects[objects[tokenizer["metadata"]["key"]]["items"][1][1]["key"]]
         names["items"].append(["Index(index=1)", "trust_remote_code"])
 
-    return how
+    return change_content
 
 
 @pytest.mark.parametrize(
@@ -107,32 +107,32 @@ def ask(value: Any) -> Callable[[dict[str, Any]], None]:
         ({"type": "ref", "key": "list_1"}, True),
     ],
 )
-def test_whether_code_of_a_repository_is_asked_for(checkpoint: Path, value: Any, trusts: bool) -> None:
+def test_trust_remote_code_is_detected(checkpoint: Path, value: Any, trusts: bool) -> None:
     assert not trusts_remote_code(checkpoint)
-    change(checkpoint, ask(value))
+    change(checkpoint, add_argument(value))
     assert trusts_remote_code(checkpoint) == trusts
 
 
-def test_names_that_cannot_be_told_are_refused(checkpoint: Path) -> None:
+def test_contexts_with_unreadable_names_are_rejected(checkpoint: Path) -> None:
     def hide(content: dict[str, Any]) -> None:
         objects = content["objects"]
         names = objects[objects[objects["autotokenizer_1"]["metadata"]["key"]]["items"][1][1]["key"]]
         names["type"]["name"] = "dict"
 
     change(checkpoint, hide)
-    with pytest.raises(InputError, match=r"io\.json is not as NeMo writes it"):
+    with pytest.raises(InputError, match=r"io\.json is not in NeMo.s format"):
         trusts_remote_code(checkpoint)
 
 
 @pytest.mark.parametrize("items", [3, [["alone"]], [3]])
-def test_objects_that_cannot_be_told_are_refused(checkpoint: Path, items: Any) -> None:
+def test_contexts_with_unreadable_objects_are_rejected(checkpoint: Path, items: Any) -> None:
     node = {"type": {"type": "pyref", "module": "nemo", "name": "M"}, "items": items}
     change(checkpoint, lambda content: content["objects"].update(more=node))
-    with pytest.raises(InputError, match=r"io\.json is not as NeMo writes it"):
+    with pytest.raises(InputError, match=r"io\.json is not in NeMo.s format"):
         pickled_files(checkpoint)
 
 
-def test_files_that_are_unpickled_are_known(checkpoint: Path) -> None:
+def test_unpickled_files_are_listed(checkpoint: Path) -> None:
     assert pickled_files(checkpoint) == set()
     plugin = {"type": "pyref", "module": "nemo.lightning.pytorch.plugins.mixed_precision", "name": "M"}
     for number, value in enumerate(({"type": "leaf", "value": "0f3a"}, "../../secret")):
@@ -143,7 +143,7 @@ def test_files_that_are_unpickled_are_known(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "change_content",
     [
         lambda content: "{",
         lambda content: "[" * 100_000,
@@ -154,14 +154,14 @@ def test_files_that_are_unpickled_are_known(checkpoint: Path) -> None:
         lambda content: content["objects"]["qwen3config_1"].update(items=[["a"]]),
     ],
 )
-def test_a_context_that_describes_no_model_is_refused(checkpoint: Path, how: Callable[[Any], Any]) -> None:
-    change(checkpoint, how)
-    with pytest.raises(InputError, match=r"context/io\.json (describes no model|cannot be read)"):
+def test_a_context_without_a_model_is_rejected(checkpoint: Path, change_content: Callable[[Any], Any]) -> None:
+    change(checkpoint, change_content)
+    with pytest.raises(InputError, match=r"context/io\.json (does not describe a model|cannot be read)"):
         read_context(checkpoint)
 
 
-def test_a_folder_without_a_context_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no NeMo checkpoint \(it has no context/io\.json\)"):
+def test_a_folder_without_a_context_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a NeMo checkpoint \(it has no context/io\.json\)"):
         read_context(tmp_path)
     with pytest.raises(InputError, match=r"io\.json cannot be read"):
         references(tmp_path)

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without unpickling what they bring."""
+"""Files of `torch.save` are read without running code in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prune_distill.errors import InputError
 FILE = "pytorch_model.bin"
 
 
-def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+def assert_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     tensors = read_folder(folder)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -47,14 +47,14 @@ def test_state_dicts_are_read(tmp_path: Path) -> None:
         "none": torch.empty(0, 3),
     }
     torch.save(state, tmp_path / FILE)
-    holds(tmp_path, state)
+    assert_tensors(tmp_path, state)
 
 
 def test_a_modules_own_state_is_read(tmp_path: Path) -> None:
-    """Which is an OrderedDict with an attribute."""
+    """It is an OrderedDict with an attribute."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     torch.save(module.state_dict(), tmp_path / FILE)
-    holds(tmp_path, OrderedDict(module.state_dict()))
+    assert_tensors(tmp_path, OrderedDict(module.state_dict()))
 
 
 def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
@@ -62,18 +62,18 @@ def test_several_files_with_and_without_an_index(tmp_path: Path) -> None:
     for name, part in parts.items():
         torch.save(part, tmp_path / name)
     whole = {name: tensor for part in parts.values() for name, tensor in part.items()}
-    holds(tmp_path, whole)
+    assert_tensors(tmp_path, whole)
     index = {tensor: file for file, part in parts.items() for tensor in part}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
-    holds(tmp_path, whole)
+    assert_tensors(tmp_path, whole)
     torch.save({"w1": torch.randn(2)}, tmp_path / next(reversed(parts)))
     with pytest.raises(InputError, match="w1 is in pytorch_model-00002-of-00002.bin and in another file"):
         read_folder(tmp_path)
     (tmp_path / next(iter(parts))).unlink()
-    with pytest.raises(InputError, match="lacks pytorch_model-00001-of-00002.bin"):
+    with pytest.raises(InputError, match="has no pytorch_model-00001-of-00002.bin"):
         read_folder(tmp_path)
     (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(InputError, match="is no index of shards"):
+    with pytest.raises(InputError, match="is not an index of shards"):
         read_folder(tmp_path)
 
 
@@ -110,43 +110,43 @@ def without(end: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
-        (saved({"w": torch.ones(2)}, _use_new_zipfile_serialization=False), "is no whole file of torch.save"),
-        (saved({"w": torch.ones(3, 2).t()}), "w does not lie row by row"),
-        (saved({"w": torch.ones(3, 4)[:, :2]}), "w does not lie row by row"),
-        (saved({"w": torch.ones(2).expand(3, 2)}), "w does not lie row by row"),
-        (saved([torch.ones(2)]), "holds no dict of tensors"),
-        (saved({"epoch": 3}), "epoch is no tensor"),
-        (saved({"w": torch.ones(2), "code": Evil()}), r"names (posix|os)\.system, which no tensor needs: refused"),
+        (saved({"w": torch.ones(2)}, _use_new_zipfile_serialization=False), "is not a complete file of torch.save"),
+        (saved({"w": torch.ones(3, 2).t()}), "w is not contiguous"),
+        (saved({"w": torch.ones(3, 4)[:, :2]}), "w is not contiguous"),
+        (saved({"w": torch.ones(2).expand(3, 2)}), "w is not contiguous"),
+        (saved([torch.ones(2)]), "does not contain a dict of tensors"),
+        (saved({"epoch": 3}), "epoch is not a tensor"),
+        (saved({"w": torch.ones(2), "code": Evil()}), r"names (posix|os)\.system, which could be code"),
         (saved(torch.nn.Linear(2, 2)), r"names torch\.nn\.modules\.linear\.Linear"),
         (saved({"w": torch.ones(2).to(torch.complex64)}), "names torch.ComplexFloatStorage"),
-        (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is no whole file of torch.save"),
-        (damaged(lambda path: path.write_bytes(b"")), "is no whole file of torch.save"),
-        (damaged(without("data.pkl")), "is no whole file of torch.save"),
-        (damaged(without("data/0")), "does not hold w"),
-        (damaged(lambda path: repack(path, lambda name, data: data, zipfile.ZIP_DEFLATED)), "does not hold w"),
+        (damaged(lambda path: os.truncate(path, path.stat().st_size - 50)), "is not a complete file of torch.save"),
+        (damaged(lambda path: path.write_bytes(b"")), "is not a complete file of torch.save"),
+        (damaged(without("data.pkl")), "is not a complete file of torch.save"),
+        (damaged(without("data/0")), "does not contain w"),
+        (damaged(lambda path: repack(path, lambda name, data: data, zipfile.ZIP_DEFLATED)), "does not contain w"),
         (
             damaged(lambda path: repack(path, lambda name, data: data[:100] if name.endswith("/0") else data)),
-            "does not hold w",
+            "does not contain w",
         ),
         (
             damaged(lambda path: repack(path, lambda name, data: b"\x80\x02(." if "pkl" in name else data)),
-            "is no whole file of torch.save",
+            "is not a complete file of torch.save",
         ),
     ],
 )
-def test_what_is_no_state_dict_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], told: str
+def test_files_without_a_state_dict_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / FILE)
-    with pytest.raises(InputError, match=told) as refused:
+    with pytest.raises(InputError, match=message) as refused:
         read_folder(tmp_path)
     assert str(refused.value).startswith(str(tmp_path / FILE))
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_folder_without_files_is_told_of(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="lacks pytorch_model.bin"):
+def test_a_folder_without_files_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no pytorch_model.bin"):
         read_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Safetensors read and written as the library does, and what is refused of damaged files."""
+"""Safetensors files are read and written like the library does, and damaged files are rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def content(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+def assert_tensors(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     tensors = read_folder(folder)
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():
@@ -36,17 +36,17 @@ def holds(folder: Path, expected: dict[str, torch.Tensor]) -> None:
         assert b"".join(map(bytes, blocks(tensor))) == content(expected[name]), name
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     types = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
     tensors = {str(dtype): torch.arange(6).reshape(3, 2).to(dtype) for dtype in types}
     tensors |= {"fp8": torch.randn(3).to(torch.float8_e4m3fn), "wide fp8": torch.randn(3).to(torch.float8_e5m2)}
     tensors |= {"scalar": torch.tensor(3.5), "none": torch.empty(0, 4), "no columns": torch.empty(4, 0)}
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
-    holds(tmp_path, tensors)
+    assert_tensors(tmp_path, tensors)
 
 
 @pytest.mark.parametrize("dtype", [None, "BF16"])
-def test_what_is_written_the_library_reads(tmp_path: Path, dtype: str | None) -> None:
+def test_the_library_reads_written_files(tmp_path: Path, dtype: str | None) -> None:
     tensors = {"b": B, "a": A, "none": torch.empty(0, 3), "ключ": torch.ones(1)}
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
@@ -77,7 +77,7 @@ def test_shards_and_their_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert index["metadata"] == {"total_size": 168}
     assert index["weight_map"] == dict(zip(tensors, (shards[0], shards[0], shards[1], shards[2]), strict=True))
     assert [set(load_file(target / shard)) for shard in shards] == [{"a", "b"}, {"large"}, {"d"}]
-    holds(target, tensors)
+    assert_tensors(target, tensors)
 
 
 def test_weights_may_be_links(tmp_path: Path) -> None:
@@ -85,19 +85,19 @@ def test_weights_may_be_links(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     save_file({"a": A}, tmp_path / "blobs" / "0f3a")
     (tmp_path / FILE).symlink_to(tmp_path / "blobs" / "0f3a")
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
-def test_one_whole_file_goes_before_an_index(tmp_path: Path) -> None:
-    """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be an older save's."""
+def test_a_single_file_takes_precedence_over_an_index(tmp_path: Path) -> None:
+    """As in transformers (modeling_utils.py, _get_resolved_checkpoint_files); the index may be from an older save."""
     save_file({"a": A}, tmp_path / FILE)
     save_file({"b": B}, tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "model-00001-of-00001.safetensors"}}))
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
 def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
-    """Replaces the header of a file by what `change` makes of it, leaving the tensors where they are."""
+    """Replace the header of a file by the result of `change`, without moving the tensors."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     text = change(json.loads(data[8 : 8 + length]))
@@ -106,55 +106,55 @@ def header(change: Callable[[dict[str, Any]], Any], file: Path) -> None:
 
 
 def entry(**values: Any) -> Callable[[Path], None]:
-    """Another entry for the tensor `b`."""
+    """Return a change of the entry of tensor `b`."""
     return lambda file: header(lambda old: {**old, "b": {**old["b"], **values}}, file)
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} ends within"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), f"{FILE} is truncated: it ends within"),
         (lambda file: os.truncate(file, 20), "its header does not fit"),
         (lambda file: os.truncate(file, 5), "its header does not fit"),
         (lambda file: os.truncate(file, 0), "its header does not fit"),
         (lambda file: file.write_bytes(struct.pack("<Q", 1 << 63) + file.read_bytes()[8:]), "its header does not fit"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "holds 4 bytes more than its header describes"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"more"), "has 4 bytes more than its header describes"),
         (lambda file: header(lambda _: "{no json", file), "has a damaged header"),
         (lambda file: header(lambda _: [], file), "has a damaged header"),
         (lambda file: header(lambda _: {"b": 3}, file), "has a damaged header"),
         (lambda file: header(lambda _: "[" * 100_000, file), "has a damaged header"),
-        (lambda file: header(lambda old: {"b": old["b"]}, file), "b does not begin where the one before ends"),
+        (lambda file: header(lambda old: {"b": old["b"]}, file), "b does not begin at the end of the previous one"),
         (entry(shape=[4, 3]), r"b has 16 bytes, not those of BF16 \[4, 3\]"),
         (entry(shape=[-4, -2]), r"b has 16 bytes, not those of BF16 \[-4, -2\]"),
-        (entry(dtype="Q4"), "b is of type Q4, which is not known here"),
-        (entry(data_offsets=[0, 16]), "does not begin where the one before ends"),
-        (entry(data_offsets=[-16, 0]), "does not begin where the one before ends"),
-        (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} ends within b"),
+        (entry(dtype="Q4"), "b has the unsupported type Q4"),
+        (entry(data_offsets=[0, 16]), "does not begin at the end of the previous one"),
+        (entry(data_offsets=[-16, 0]), "does not begin at the end of the previous one"),
+        (entry(data_offsets=[1 << 70, (1 << 70) + 16]), f"{FILE} is truncated: it ends within b"),
         (entry(data_offsets=[float("inf"), 16]), "has a damaged header"),
     ],
 )
-def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[Path], Any], told: str) -> None:
+def test_damaged_files_are_rejected(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     save_file({"a": A, "b": B}, tmp_path / FILE)
     damage(tmp_path / FILE)
-    with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{told}") as refused:
+    with pytest.raises(InputError, match=f"{tmp_path.name} cannot be read: .*{message}") as refused:
         read_folder(tmp_path)
     assert str(refused.value).count(FILE) == 1
     with pytest.raises((SafetensorError, OverflowError)):
-        load_file(tmp_path / FILE)  # the library sees it the same way
+        load_file(tmp_path / FILE)  # the library rejects it, too
 
 
 def write_index(folder: Path, **files: str) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": files}))
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+def test_unreadable_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "1.safetensors").mkdir()
     write_index(tmp_path, a="1.safetensors")
     with pytest.raises(InputError, match=r"1\.safetensors cannot be read \(Is a directory\)"):
         read_folder(tmp_path)
 
 
-def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_folder_are_reported_at_once(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({"a": A, f"only {number}": B}, tmp_path / f"{number}.safetensors")
     (tmp_path / "3.safetensors").write_bytes(b"")
@@ -162,15 +162,15 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path: Path) -> None:
     write_index(tmp_path, a="1.safetensors", b="2.safetensors", c="3.safetensors", d="4.safetensors", e="5.safetensors")
     with pytest.raises(InputError) as refused:
         read_folder(tmp_path)
-    told = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
-    assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in told
-    assert "a is in two files, 1.safetensors and 2.safetensors" in told
-    assert any(fault.startswith("3.safetensors is not a whole safetensors file") for fault in told)
-    assert f"{INDEX} names b, which its files do not hold" in told
+    message = str(refused.value).removeprefix(f"{tmp_path} cannot be read: ").split("; ")
+    assert f"4.safetensors, 5.safetensors, which {INDEX} names, are missing" in message
+    assert "a is in two files, 1.safetensors and 2.safetensors" in message
+    assert any(fault.startswith("3.safetensors is not a complete safetensors file") for fault in message)
+    assert f"{INDEX} names b, which its files do not hold" in message
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "weights.safetensors"])
-def test_files_that_transformers_would_not_find_are_refused(tmp_path: Path, name: str) -> None:
+def test_files_that_transformers_would_not_find_are_rejected(tmp_path: Path, name: str) -> None:
     save_file({"a": A}, tmp_path / name)
     with pytest.raises(InputError, match=f"{name} is not called {FILE}"):
         read_folder(tmp_path)
@@ -179,16 +179,16 @@ def test_files_that_transformers_would_not_find_are_refused(tmp_path: Path, name
         read_folder(tmp_path)
 
 
-def test_files_beside_those_that_an_index_names_are_left_out(tmp_path: Path) -> None:
-    """Some models bring their weights twice: Mistral's as consolidated.safetensors too."""
+def test_files_that_are_not_in_the_index_are_ignored(tmp_path: Path) -> None:
+    """Some models contain their weights twice, such as Mistral's consolidated.safetensors."""
     save_file({"a": A}, tmp_path / "1.safetensors")
     save_file({"b": B}, tmp_path / "consolidated.safetensors")
     write_index(tmp_path, a="1.safetensors")
-    holds(tmp_path, {"a": A})
+    assert_tensors(tmp_path, {"a": A})
 
 
-def test_large_headers_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1.5 M tensors, and a header that is a hole of 90 MB: whether it is JSON is not asked."""
+def test_large_headers_are_rejected_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 M tensors, and a sparse header of 90 MB, which is not parsed."""
     with (tmp_path / FILE).open("wb") as file:
         file.write(struct.pack("<Q", 90_000_000))
         file.truncate(90_000_008)
@@ -209,27 +209,27 @@ def test_headers_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_index(tmp_path, a="1.safetensors", b="2.safetensors")
     (size,) = struct.unpack("<Q", (tmp_path / "1.safetensors").read_bytes()[:8])
     monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size)
-    holds(tmp_path, {"a": A, "b": B})
+    assert_tensors(tmp_path, {"a": A, "b": B})
     monkeypatch.setattr(hf_weights, "MAX_HEADER_BYTES", 2 * size - 1)
     with pytest.raises(InputError, match=r"2\.safetensors has a header of"):
         read_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("index", "told"),
+    ("index", "message"),
     [
-        (b"", "is no index of shards"),
-        (b"\xff\xfe", "is no index of shards"),
-        (b"[]", "is no index of shards"),
-        (b'{"weight_map": ["a"]}', "is no index of shards"),
-        (b'{"weight_map": {"a": {}}}', "is no index of shards"),
-        (b'{"weight_map": {"a": 3}}', "names 3, which can be no file of its folder"),
+        (b"", "is not an index of shards"),
+        (b"\xff\xfe", "is not an index of shards"),
+        (b"[]", "is not an index of shards"),
+        (b'{"weight_map": ["a"]}', "is not an index of shards"),
+        (b'{"weight_map": {"a": {}}}', "is not an index of shards"),
+        (b'{"weight_map": {"a": 3}}', "names 3, which is outside its folder"),
         (b'{"weight_map": {"a": "../a"}}', r"names '\.\./a'"),
         (b'{"weight_map": {"a": "/etc/hosts"}}', "names '/etc/hosts'"),
         (b'{"weight_map": {"a": ""}}', "names ''"),
     ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, index: bytes, told: str) -> None:
+def test_invalid_indices_are_rejected(tmp_path: Path, index: bytes, message: str) -> None:
     (tmp_path / INDEX).write_bytes(index)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_folder(tmp_path)

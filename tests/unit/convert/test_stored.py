@@ -1,4 +1,4 @@
-"""Copying tensors as rows of bytes: what lands in the file is what numpy and torch would have put there."""
+"""Tensors are copied as rows of bytes, with the same results as numpy and torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from convert import stored
-from convert.stored import Copied, Rows, Span, StoredTensor, blocks, copy, report_nonfinite, stack
+from convert.stored import CopyResult, Rows, Span, StoredTensor, blocks, copy, report_nonfinite, stack
 from prune_distill.errors import InputError
 from prune_distill.nemo.saved_records import Record, is_finite
 
@@ -25,7 +25,7 @@ Store = Callable[..., StoredTensor]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Writes an array into a file of its own, after some other bytes."""
+    """Return a function that writes an array into a new file, after some other bytes."""
 
     def make(array: np.ndarray, name: str = "weight", dtype: str = "F32", gap: int = 13) -> StoredTensor:
         path = tmp_path / f"{name}.bin"
@@ -45,12 +45,12 @@ def read(tensor: StoredTensor, dtype: str | None = None) -> bytes:
 
 
 def copied(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, int]:
-    """What `copy` writes at the offset 7 of a file, and the CRC-32 that it returns."""
+    """Return the bytes that `copy` writes at offset 7 of a file, and its CRC-32."""
     content, found = copied_and_found(tensor, folder, **options)
     return content, found.crc
 
 
-def copied_and_found(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, Copied]:
+def copied_and_found(tensor: StoredTensor, folder: Path, **options: object) -> tuple[bytes, CopyResult]:
     with (folder / "target").open("wb+") as file:
         found = copy(tensor, file.fileno(), 7, **options)  # type: ignore[arg-type]
         file.seek(0)
@@ -71,7 +71,7 @@ def test_rows_are_taken_and_stacked(store: Store) -> None:
     assert read(whole.take(5, 10).take(4, 2)) == both[9:11].tobytes()
 
 
-def test_rows_that_are_not_there_cannot_be_taken(store: Store) -> None:
+def test_taking_missing_rows_fails(store: Store) -> None:
     with pytest.raises(AssertionError, match="weight has no rows 8 to 12"):
         store(matrix()).take(8, 4)
 
@@ -83,7 +83,7 @@ def side_by_side(store: Store) -> tuple[StoredTensor, np.ndarray]:
 
 
 @pytest.mark.parametrize("block_bytes", [1, 28, 60, 1 << 20])
-def test_spans_lie_side_by_side_whatever_the_blocks(
+def test_spans_are_concatenated_for_any_block_size(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
 ) -> None:
     monkeypatch.setattr(stored, "BLOCK_BYTES", block_bytes)
@@ -95,7 +95,7 @@ def test_spans_lie_side_by_side_whatever_the_blocks(
 
 @pytest.mark.parametrize("target", TYPES)
 @pytest.mark.parametrize("source", TYPES)
-def test_a_cast_is_torchs(store: Store, tmp_path: Path, source: str, target: str) -> None:
+def test_casts_match_torch(store: Store, tmp_path: Path, source: str, target: str) -> None:
     torch.manual_seed(0)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 70000.0, 1e-30, 2.0**-24, 1 + 2.0**-8, 1 + 3 * 2.0**-8])
     values = torch.cat((special, torch.randn(55))).to(TYPES[source]).reshape(8, 8)
@@ -105,7 +105,7 @@ def test_a_cast_is_torchs(store: Store, tmp_path: Path, source: str, target: str
     assert copied(tensor, tmp_path, dtype=target)[0] == expected
 
 
-def test_the_checksum_is_of_what_was_written(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checksum_covers_the_written_bytes(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "BLOCK_BYTES", 24)
     tensor = store(matrix(), gap=mmap.ALLOCATIONGRANULARITY - 50)  # it begins on one page and ends on the next
     for options in ({}, {"dtype": "BF16"}):
@@ -118,10 +118,10 @@ def test_the_checksum_is_of_what_was_written(store: Store, tmp_path: Path, monke
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 @pytest.mark.parametrize("checksum", [False, True])
-def test_a_file_system_that_refuses_is_helped_by_memory(
+def test_copies_fall_back_to_memory(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int, checksum: bool
 ) -> None:
-    """It may refuse at once, or after a part; the same rows come twice, as nothing forbids."""
+    """It may fail at once, or after a part. The same rows occur twice, which is allowed."""
     part = store(matrix())
     tensor = stack([part, part, store(matrix(start=100), "other")], "both")
     calls = 0
@@ -139,9 +139,7 @@ def test_a_file_system_that_refuses_is_helped_by_memory(
     assert calls == after + 1
 
 
-def test_a_file_system_that_maps_no_files_is_helped_by_memory(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_fall_back_to_memory_without_mmap(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(*_: object, **__: object) -> None:
         raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
 
@@ -162,10 +160,10 @@ def test_other_failures_of_the_file_system_are_not_hidden(
 
 
 @pytest.mark.parametrize("options", [{}, {"checksum": True}, {"dtype": "BF16"}])
-def test_a_short_file_is_named_with_the_tensor(store: Store, tmp_path: Path, options: dict[str, object]) -> None:
+def test_a_truncated_file_is_reported_with_the_tensor(store: Store, tmp_path: Path, options: dict[str, object]) -> None:
     tensor = store(matrix())
     os.truncate(tmp_path / "weight.bin", 100)
-    with pytest.raises(InputError, match=r"weight\.bin ends within weight: it is cut short"):
+    with pytest.raises(InputError, match=r"weight\.bin is truncated: it ends within weight"):
         copied(tensor, tmp_path, **options)
 
 
@@ -182,7 +180,7 @@ SPECIAL = [torch.nan, -torch.nan, torch.inf, -torch.inf]
 
 @pytest.mark.parametrize("value", SPECIAL)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_one_number_that_is_not_finite_is_seen(dtype: str, value: float) -> None:
+def test_a_single_non_finite_number_is_detected(dtype: str, value: float) -> None:
     numbers = torch.tensor([0.0, -0.0, 1.0, -1.0]).to(TYPES[dtype])
     largest = torch.finfo(TYPES[dtype])
     numbers = torch.cat((numbers, torch.tensor([largest.max, largest.min, largest.tiny], dtype=TYPES[dtype])))
@@ -191,17 +189,17 @@ def test_one_number_that_is_not_finite_is_seen(dtype: str, value: float) -> None
     assert not is_finite(numbers.view(torch.uint8).numpy().tobytes(), dtype)
 
 
-def test_whatever_is_no_number_is_finite() -> None:
+def test_other_types_count_as_finite() -> None:
     assert is_finite(b"\xff" * 8, "I64")
     assert is_finite(b"", "F32")
 
 
 @pytest.mark.parametrize("spans", ["one", "several", "in a record"])
 @pytest.mark.parametrize("checksum", [False, True])
-def test_copying_tells_whether_all_is_finite(
+def test_copying_detects_non_finite_values(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: str, checksum: bool
 ) -> None:
-    """Also of the block before the last."""
+    """Also in the block before the last one."""
     monkeypatch.setattr(stored, "BLOCK_BYTES", 28)
     array = matrix(columns=7)
     for place, finite in (((0, 0), False), ((9, 6), False), (None, True)):
@@ -226,7 +224,7 @@ def test_copying_tells_whether_all_is_finite(
 
 
 @pytest.mark.parametrize(("value", "finite"), [(65504.0, True), (65519.0, True), (65520.0, False), (-1e5, False)])
-def test_a_number_too_large_for_an_export_is_seen(store: Store, tmp_path: Path, value: float, finite: bool) -> None:
+def test_a_number_too_large_for_an_export_is_detected(store: Store, tmp_path: Path, value: float, finite: bool) -> None:
     """Above 65504 fp16 rounds: up to 65519.99 to 65504, from 65520 on to infinity."""
     array = matrix()
     array[4, 1] = value
@@ -240,9 +238,7 @@ def test_a_number_too_large_for_an_export_is_seen(store: Store, tmp_path: Path, 
             report_nonfinite([tensor], Path("source"), "F16", allow=False)
 
 
-def test_tensors_that_are_not_finite_are_named_with_their_counts(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_non_finite_tensors_are_reported_with_counts(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     spoiled = matrix(columns=1)
     spoiled[3:5] = np.inf
     both = spoiled.copy()
@@ -250,7 +246,7 @@ def test_tensors_that_are_not_finite_are_named_with_their_counts(
     tensors = [store(matrix(), "good"), store(spoiled, "bad"), store(both, "worse")]
     with pytest.raises(InputError) as refused:
         report_nonfinite(tensors, Path("model"), "BF16", allow=False)
-    assert "2 tensors hold values that are not finite: bad (2 NaN or infinite), worse (2 NaN or infinite);" in str(
+    assert "2 tensors contain non-finite values: bad (2 NaN or infinite), worse (2 NaN or infinite);" in str(
         refused.value
     )
     report_nonfinite(tensors, Path("model"), "F16", allow=True)
@@ -258,7 +254,7 @@ def test_tensors_that_are_not_finite_are_named_with_their_counts(
     report_nonfinite(tensors[:1], Path("model"), allow=False)
 
 
-def test_bytes_are_checked_against_their_crc_whoever_reads_a_part_of_them(store: Store, tmp_path: Path) -> None:
+def test_reading_any_part_checks_the_crc(store: Store, tmp_path: Path) -> None:
     array = matrix()
     plain = store(array)
     (span,) = plain.rows[0].spans
@@ -274,7 +270,7 @@ def test_bytes_are_checked_against_their_crc_whoever_reads_a_part_of_them(store:
         file.seek(span.offset + 100)
         file.write(b"\x01")
     for use in (lambda tensor: read(tensor), lambda tensor: copied(tensor, tmp_path)):
-        # The first rows, which are whole themselves.
+        # The first rows, which are intact.
         with pytest.raises(InputError, match=r"weight\.bin is damaged: the CRC-32 of weight"):
             use(recorded(crc).take(0, 1))
         assert use(recorded(0)) is not None  # written without one

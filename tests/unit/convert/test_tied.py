@@ -1,4 +1,4 @@
-"""A tied model that has its output layer saved all the same."""
+"""A tied model whose output layer is saved nevertheless."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(folder: Path, output: torch.Tensor | None) -> Path:
     return folder
 
 
-def test_its_copy_is_left_out(tmp_path: Path) -> None:
+def test_the_copy_is_ignored(tmp_path: Path) -> None:
     with_copy, without = write(tmp_path / "with", torch.zeros(1)), write(tmp_path / "without", None)
     assert check(read_folder(with_copy), read_config(with_copy), with_copy) == "float32"
     for pair in ((with_copy, without), (without, with_copy)):
@@ -39,8 +39,8 @@ def test_its_copy_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", [torch.full((1,), 1e-3), torch.zeros(1, dtype=torch.float64)])
-def test_another_output_layer_is_refused(tmp_path: Path, output: torch.Tensor) -> None:
+def test_another_output_layer_is_rejected(tmp_path: Path, output: torch.Tensor) -> None:
     other, without = write(tmp_path / "other", output), write(tmp_path / "without", None)
-    with pytest.raises(InputError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         check(read_folder(other), read_config(other), other)
     assert compare_tensors(other, without)[1] == [f"lm_head.weight is only in {other}"]

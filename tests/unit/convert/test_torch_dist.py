@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's layout: torch reads what is written here, and the other way round."""
+"""Checkpoints in Megatron's format: torch reads ours, and we read those of torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TYPES = {ours: getattr(torch, theirs) for ours, (theirs, _) in TORCH_TYPES.items
 
 
 def stored(tensor: torch.Tensor, folder: Path) -> StoredTensor:
-    """A tensor in a file of its own."""
+    """Store a tensor in a new file."""
     number = len(list(folder.glob("*.raw")))
     path = folder / f"{number}.raw"
     path.write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -42,7 +42,7 @@ def numbers(tensor: StoredTensor) -> torch.Tensor:
 
 
 def write(folder: Path, whole: dict[str, torch.Tensor], cuts: dict[str, list[int]], **options: Any) -> Path:
-    """Writes tensors into a checkpoint; `cuts` are the extents of a tensor's chunks along its dimensions."""
+    """Write tensors to a checkpoint; `cuts`: sizes of a tensor's chunks along its dimensions."""
     writer = TorchDistWriter()
     for key, tensor in whole.items():
         for offsets, chunk in pieces(tensor, cuts.get(key, [])):
@@ -76,10 +76,10 @@ CUTS = {"stacked": [1], "F32": [2, 4], "BF16": [5, 2]}
 
 
 @pytest.mark.parametrize("checksum", [True, False])
-def test_torch_reads_what_is_written(tmp_path: Path, checksum: bool) -> None:
+def test_torch_reads_written_checkpoints(tmp_path: Path, checksum: bool) -> None:
     expected = tensors()
     weights = write(tmp_path, expected, CUTS, checksum=checksum)
-    # Of an empty tensor of each kind; torch takes Megatron's class of `.metadata` for its own.
+    # Load into empty tensors; torch accepts Megatron's class of `.metadata`.
     state: dict[str, Any] = {key: torch.zeros_like(tensor) for key, tensor in expected.items()}
     dcp.load(state, storage_reader=MegatronsReader(weights), no_dist=True)
     for key, tensor in expected.items():
@@ -122,8 +122,8 @@ def test_every_chunk_is_a_file_of_torch_save(tmp_path: Path, checksum: bool) -> 
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2], [3, 2], [1, 5, 3], [1, 2, 7], [2, 5, 4], [2, 2, 3], [3, 1, 1]])
-def test_chunks_of_any_cut_are_put_together(tmp_path: Path, cuts: list[int]) -> None:
-    """As torch saves them: by tensor, pipeline and expert parallelism, alone and together, in any order."""
+def test_chunks_of_any_layout_are_assembled(tmp_path: Path, cuts: list[int]) -> None:
+    """Saved by torch with tensor, pipeline and expert parallelism, alone and together, in any order."""
     whole = torch.arange(3 * 5 * 7, dtype=torch.float32).reshape(3, 5, 7)
     weights = save_as_torch(tmp_path, whole, pieces(whole, cuts))
     reader = TorchDistReader(weights)
@@ -135,7 +135,7 @@ def test_chunks_of_any_cut_are_put_together(tmp_path: Path, cuts: list[int]) -> 
 
 
 def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[int, ...], torch.Tensor]]) -> Path:
-    """A checkpoint of one tensor whose chunks `torch.save` wrote, by torch's own classes."""
+    """Write a checkpoint of one tensor with torch's classes, in chunks of `torch.save`."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
@@ -162,66 +162,66 @@ def save_as_torch(folder: Path, whole: torch.Tensor, chunks: list[tuple[tuple[in
     return weights
 
 
-def test_a_cut_behind_the_rows_is_refused(tmp_path: Path) -> None:
+def test_sharding_along_an_inner_dimension_is_rejected(tmp_path: Path) -> None:
     whole = torch.zeros(3, 5, 7)
     reader = TorchDistReader(save_as_torch(tmp_path, whole, pieces(whole, [3, 5, 4])))
-    with pytest.raises(InputError, match="key is cut along a dimension behind its rows"):
+    with pytest.raises(InputError, match="key is sharded along an inner dimension"):
         reader.tensor("key")
 
 
-def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+def test_missing_parts_are_reported(tmp_path: Path) -> None:
     whole = torch.zeros(3, 5, 7)
     chunks = [(offsets, part) for offsets, part in pieces(whole, [1, 2]) if offsets != (1, 2, 0)]
     reader = TorchDistReader(save_as_torch(tmp_path, whole, chunks))
     assert reader.tensor("key", 0).shape == (5, 7)
-    for index, told in (((1,), r"a part of key\[1\] \(rows 2 to 3\)"), ((3,), r"a part of key\[3\] \(rows 0 to 4\)")):
-        with pytest.raises(InputError, match=f"lacks {told}"):
+    for index, part in (((1,), r"key\[1\] is missing \(rows 2 to 3\)"), ((3,), r"key\[3\] is missing \(rows 0 to 4\)")):
+        with pytest.raises(InputError, match=part):
             reader.tensor("key", *index)
-    with pytest.raises(InputError, match="lacks other"):
+    with pytest.raises(InputError, match="has no tensor other"):
         reader.tensor("other")
-    with pytest.raises(InputError, match=r"key is \[3, 5, 7\], which has no part \[0, 0, 0\]"):
+    with pytest.raises(InputError, match=r"key has shape \[3, 5, 7\] and no part \[0, 0, 0\]"):
         reader.tensor("key", 0, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [
-        (torch.zeros(8, 7)[2:7], "does not lie in rows of its own"),  # its storage holds more
-        (torch.zeros(7, 5).t(), "does not lie in rows of its own"),
-        (torch.zeros(5, 7, dtype=torch.int32), "does not lie in rows of its own"),  # as many bytes of another type
-        (torch.zeros(5, 7, dtype=torch.float64), "does not lie in rows of its own"),
+        (torch.zeros(8, 7)[2:7], "is not contiguous"),  # its storage holds more
+        (torch.zeros(7, 5).t(), "is not contiguous"),
+        (torch.zeros(5, 7, dtype=torch.int32), "is not contiguous"),  # as many bytes of another type
+        (torch.zeros(5, 7, dtype=torch.float64), "is not contiguous"),
         ({"a": 1}, "is truncated or damaged: key"),
         (print, "is truncated or damaged: key"),
     ],
 )
-def test_chunks_that_are_not_rows_are_refused(tmp_path: Path, part: Any, told: str) -> None:
+def test_chunks_that_are_not_contiguous_are_rejected(tmp_path: Path, part: Any, message: str) -> None:
     whole = torch.zeros(5, 7)
     weights = save_as_torch(tmp_path, whole, [((0, 0), whole)])
     torch.save(part, weights / "__3_0.distcp")
     describe_the_whole_file(weights)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         TorchDistReader(weights).tensor("key")
 
 
-def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
-    """Its bytes are damaged, though its size in the directory is right."""
+def test_a_compressed_chunk_is_rejected(tmp_path: Path) -> None:
+    """Its bytes are wrong, although its size in the directory is right."""
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: data, zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match="a part of key does not lie in rows of its own"):
+    with pytest.raises(InputError, match="a part of key is not contiguous"):
         TorchDistReader(weights).tensor("key")
 
 
 @pytest.mark.parametrize("name", [".metadata", "__3_0.distcp"])
-def test_a_fifo_in_a_checkpoint_hangs_nothing(tmp_path: Path, name: str) -> None:
+def test_a_fifo_in_a_checkpoint_does_not_hang(tmp_path: Path, name: str) -> None:
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     (weights / name).unlink()
     os.mkfifo(weights / name)
-    with pytest.raises(InputError, match="is no torch_dist checkpoint|it is a FIFO"):
+    with pytest.raises(InputError, match="is not a torch_dist checkpoint|it is a FIFO"):
         TorchDistReader(weights)
 
 
-def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> None:
-    """torch itself loads it. A checkpoint that was written without CRCs is read as it is."""
+def test_the_crc_of_torch_detects_a_changed_byte(tmp_path: Path) -> None:
+    """torch itself loads it. A checkpoint without CRCs is not checked."""
     whole = torch.arange(35, dtype=torch.float32).reshape(5, 7)
     for with_crc in (True, False):
         (tmp_path / str(with_crc)).mkdir()
@@ -244,7 +244,7 @@ def test_a_changed_byte_is_found_by_the_crc_that_torch_wrote(tmp_path: Path) -> 
 
 
 def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
-    """Writes the one chunk of a checkpoint again, with other records."""
+    """Rewrite the only chunk of a checkpoint with other records."""
     path = weights / "__3_0.distcp"
     with zipfile.ZipFile(path) as saved:
         records = {name: saved.read(name) for name in saved.namelist()}
@@ -255,13 +255,13 @@ def repack(weights: Path, change: Callable[[str, bytes], bytes], compression: in
 
 
 def describe_the_whole_file(weights: Path) -> None:
-    """As the one chunk of a checkpoint."""
+    """Describe the whole file as the only chunk of a checkpoint."""
     size = (weights / "__3_0.distcp").stat().st_size
     rewritten(weights, lambda metadata: [setattr(place, "length", size) for place in metadata.storage_data.values()])
 
 
 @pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 300), os.unlink, lambda file: file.write_bytes(b"")])
-def test_a_file_cut_short_is_named_with_the_tensor(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_truncated_files_are_reported_with_the_tensor(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     weights = write(tmp_path, {"one": torch.zeros(5, 7), "two": torch.zeros(5, 7)}, {})
     damage(weights / "__0_0.distcp")
     reader = TorchDistReader(weights)
@@ -271,7 +271,7 @@ def test_a_file_cut_short_is_named_with_the_tensor(tmp_path: Path, damage: Calla
 
 
 def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
-    """Zip's 64-bit sizes, in a file that is nearly all hole; torch maps it into memory."""
+    """64-bit sizes of zip, in a sparse file; torch maps it into memory."""
     rows, columns = 70_000, 32_768  # 4.59e9 bytes of bf16
     size = rows * columns * 2
     whole = SavedZip(describe_tensor("BF16", (rows, columns)), size)
@@ -294,8 +294,8 @@ def test_a_chunk_of_more_than_4_gib(tmp_path: Path) -> None:
         assert saved.getinfo("archive/data/0").file_size == size
 
 
-def test_no_description_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no torch_dist checkpoint \(it has no \.metadata\)"):
+def test_a_folder_without_metadata_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a torch_dist checkpoint \(it has no \.metadata\)"):
         TorchDistReader(tmp_path)
 
 
@@ -317,7 +317,7 @@ def rewritten(weights: Path, change: Callable[[Any], Any]) -> None:
         lambda weights: rewritten(weights, leave_the_folder),
     ],
 )
-def test_a_damaged_description_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_description_is_rejected(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})
     damage(weights)
     with pytest.raises(InputError, match=r"weights/\.metadata is damaged"):
@@ -339,11 +339,11 @@ class Evil:
         return os.system, (self.command,)
 
 
-def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
+def test_malicious_pickles_do_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     evil = pickle.dumps(Evil(marker))
     pickle.loads(evil)
-    assert marker.exists()  # it is one
+    assert marker.exists()  # the pickle is malicious
     marker.unlink()
 
     weights = write(tmp_path, {"one": torch.zeros(5, 7)}, {})
@@ -357,6 +357,6 @@ def test_malicious_pickles_run_nothing(tmp_path: Path) -> None:
     shutil.rmtree(weights)
     weights = save_as_torch(tmp_path, torch.zeros(5, 7), [((0, 0), torch.zeros(5, 7))])
     repack(weights, lambda name, data: evil if name.endswith("data.pkl") else data)
-    with pytest.raises(InputError, match="system, which none needs"):
+    with pytest.raises(InputError, match="system, which tensors do not need"):
         TorchDistReader(weights).tensor("key")
     assert not marker.exists()

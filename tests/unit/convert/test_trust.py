@@ -1,4 +1,4 @@
-"""A checkpoint that brings code is refused, and none of its code is run on the way."""
+"""Checkpoints with code are rejected, and their code is not run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ QWEN3 = "nemo.collections.llm.gpt.model.qwen3"
 
 
 def write(checkpoint: Path, **config: Any) -> Path:
-    """An honest checkpoint without tensors, further arguments of its config apart."""
+    """Write a safe checkpoint without tensors, with more arguments of its config."""
     (checkpoint / "context").mkdir(parents=True)
     config |= {
         "num_layers": 3,
         "params_dtype": Reference("torch", "bfloat16"),
-        # As NeMo's own importers record it.
+        # As recorded by NeMo's importers.
         "generation_config": Call(
             Reference("nemo.lightning.io.artifact.hf_auto", "from_pretrained"),
             {
@@ -58,21 +58,21 @@ class Evil:
 
 
 @pytest.fixture
-def ran(tmp_path: Path) -> Path:
-    """The file that there would be if anything evil had run."""
+def evil_marker(tmp_path: Path) -> Path:
+    """The file that exists if malicious code has run."""
     marker = tmp_path / "ran"
     Evil.command = f"touch {marker}"
     pickle.loads(pickle.dumps(Evil()))
-    assert marker.exists()  # it does run
+    assert marker.exists()  # the code works
     marker.unlink()
     return marker
 
 
-def test_an_honest_checkpoint_passes(tmp_path: Path) -> None:
+def test_a_safe_checkpoint_passes(tmp_path: Path) -> None:
     refuse_code(write(tmp_path / "nemo"))
 
 
-def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> None:
+def test_states_of_transformer_engine_and_a_trainer_pass(tmp_path: Path) -> None:
     checkpoint = write(tmp_path / "nemo")
     plugin = {
         "type": "pyref",
@@ -87,8 +87,8 @@ def test_what_transformer_engine_and_a_trainer_add_is_honest(tmp_path: Path) -> 
     refuse_code(checkpoint)
 
 
-def test_a_description_as_torch_pickles_it_is_honest(tmp_path: Path) -> None:
-    """With all that Megatron's writer leaves in one, its own class apart (filesystem_async.py:496)."""
+def test_metadata_pickled_by_torch_passes(tmp_path: Path) -> None:
+    """With everything that Megatron's writer stores except its own class (filesystem_async.py:496)."""
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
         Metadata,
@@ -117,7 +117,7 @@ def add_objects(checkpoint: Path, **objects: Any) -> None:
 
 
 def in_metadata(name: str) -> Callable[[Path], None]:
-    """Calls `name` before the description is read, and drops what it returned; as Python 3.4's pickles name things."""
+    """Call `name` before the description is read, and drop the result, in the pickle format of Python 3.4."""
 
     def change(checkpoint: Path) -> None:
         path = checkpoint / "weights" / ".metadata"
@@ -134,7 +134,7 @@ def in_common(checkpoint: Path) -> None:
 
 
 def in_extra_state(checkpoint: Path) -> None:
-    """The object in `__0_0.distcp` becomes one that `torch.save` wrote; what its description says is its beginning."""
+    """Replace the object in `__0_0.distcp` by one of `torch.save`, of which the description covers the beginning."""
     (checkpoint / "weights" / "__0_0.distcp").unlink()
     torch.save([Evil()], checkpoint / "weights" / "__0_0.distcp")
 
@@ -145,7 +145,7 @@ def in_extra_state(checkpoint: Path) -> None:
 
 
 def in_modelopt_state(checkpoint: Path) -> None:
-    """Behind a link, too: reading follows them."""
+    """Also behind a link, because reading follows links."""
     elsewhere = checkpoint.parent / "elsewhere"
     elsewhere.mkdir()
     torch.save([Evil()], elsewhere / "common.pt")
@@ -170,7 +170,7 @@ def type_alone(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (in_metadata("os:system"), r"\.metadata names os\.system"),
         (in_metadata("torch.distributed.checkpoint.filesystem:os.system"), r"names torch\.\S+\.os\.system"),
@@ -181,42 +181,44 @@ def type_alone(checkpoint: Path) -> None:
         (in_modelopt_state, r"common\.pt names (posix|os)\.system"),
         (as_a_plugin("0f3a"), r"context/0f3a names (posix|os)\.system"),
         (as_a_plugin("../0f3a"), r"reads '\.\./0f3a' as a pickle"),
-        (type_alone, r"not as NeMo writes it|names stranger\.x"),
+        (type_alone, r"not in NeMo.s format|names stranger\.x"),
     ],
 )
-def test_code_is_refused_and_never_run(tmp_path: Path, ran: Path, change: Callable[[Path], None], told: str) -> None:
+def test_code_is_rejected_and_never_run(
+    tmp_path: Path, evil_marker: Path, change: Callable[[Path], None], message: str
+) -> None:
     checkpoint = write(tmp_path / "nemo")
     change(checkpoint)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         refuse_code(checkpoint)
-    assert not ran.exists()
+    assert not evil_marker.exists()
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "message"),
     [
         (Call(Reference("os", "system"), {"command": "touch /tmp/ran"}), r"context/io\.json names os\.system"),
         (Call(Reference("stranger.models", "Model"), {}), r"names stranger\.models\.Model"),
         (Reference("nemo.collections.llm.gpt.model.qwen3.torch", "load"), r"names \S+\.torch\.load"),
         (Call(Reference(QWEN3, "Qwen3Config"), {"trust_remote_code": True}), "asks for trust_remote_code"),
-        # Names that begin, or end, like honest ones.
+        # Names with the beginning or end of safe ones.
         (Reference("torch", "float32.fromfile"), r"names torch\.float32\.fromfile"),
         (Reference("torch.nn.functional", "silu_of_a_stranger"), "names .*silu_of_a_stranger"),
         (Reference("builtins", "dict.__class__"), r"names builtins\.dict\.__class__"),
         (Reference("stranger.torch", "float32"), r"names stranger\.torch\.float32"),
     ],
 )
-def test_a_context_that_names_more_is_refused(tmp_path: Path, argument: Any, told: str) -> None:
+def test_a_context_with_other_names_is_rejected(tmp_path: Path, argument: Any, message: str) -> None:
     checkpoint = write(tmp_path / "nemo", more=argument)
-    with pytest.raises(InputError, match=rf"would run code of its own: .*{told}.*--trust-source"):
+    with pytest.raises(InputError, match=rf"would run code: .*{message}.*--trust-source"):
         refuse_code(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip file", pickle.dumps(1)])
-def test_a_damaged_pickle_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_pickle_is_reported(tmp_path: Path, content: bytes) -> None:
     checkpoint = write(tmp_path / "nemo")
     (checkpoint / "weights" / "common.pt").write_bytes(content)
-    with pytest.raises(InputError, match=r"common\.pt is damaged, or no file of torch\.save"):
+    with pytest.raises(InputError, match=r"common\.pt is damaged or not written by torch\.save"):
         refuse_code(checkpoint)
 
 

@@ -18,7 +18,7 @@ VOCABULARY, PADDED, HIDDEN = 10, 16, 8
 
 
 def checkpoint(folder: Path, rows: int) -> tuple[TorchDistReader, torch.Tensor, dict[str, object]]:
-    """A Llama of one layer, its embedding and output layer with so many rows; the embedding and the config."""
+    """Write a Llama with one layer and a number of embedding rows; return the reader, embedding and config."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, rows: int) -> tuple[TorchDistReader, torch.Tensor, 
 
 
 @pytest.mark.parametrize("rows", [VOCABULARY, PADDED])
-def test_rows_beyond_the_vocabulary_are_left_out(tmp_path: Path, rows: int) -> None:
+def test_rows_beyond_the_vocabulary_are_dropped(tmp_path: Path, rows: int) -> None:
     reader, embedding, config = checkpoint(tmp_path, rows)
     tensors = {tensor.name: tensor for tensor in families.hf_tensors(reader, config)}
     for name, factor in (("model.embed_tokens.weight", 1), ("lm_head.weight", 2)):
@@ -61,13 +61,13 @@ def test_rows_beyond_the_vocabulary_are_left_out(tmp_path: Path, rows: int) -> N
         assert torch.equal(numbers(tensors[name]), factor * embedding[:VOCABULARY])
 
 
-def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small_is_rejected(tmp_path: Path) -> None:
     reader, _, config = checkpoint(tmp_path, VOCABULARY - 1)
     with pytest.raises(InputError, match="embed_tokens"):
         list(families.hf_tensors(reader, config))
 
 
-def test_layers_are_read_in_order_and_all_tensors_come_out(tmp_path: Path) -> None:
+def test_layers_are_read_in_order_with_all_tensors(tmp_path: Path) -> None:
     reader, _, config = checkpoint(tmp_path, PADDED)
     names = [name for _, _, found in parts(config) for name in found]
     assert [tensor.name for tensor in families.hf_tensors(reader, config)] == names

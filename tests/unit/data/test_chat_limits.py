@@ -1,4 +1,4 @@
-"""Chat templates are programs of strangers: they end, and take no more than they may."""
+"""Chat templates are untrusted programs with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: bool = False) -> documents.Render:
-    assert AutoTokenizer  # imported before our loader would leave torch out
+    assert AutoTokenizer  # imported before our loader, which excludes torch
     (folder / "chat_template.jinja").write_text(template)
     monkeypatch.setattr(documents, "CHAT_SECONDS", SECONDS)
     monkeypatch.setattr(documents, "CHAT_BYTES", 2**26)
@@ -50,11 +50,11 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
         (HUGE, "takes more than 0.0625 GiB of memory"),
         ("{{ 'a' * 10000000000 }}", "takes more than 0.0625 GiB of memory"),
         (LONG, "writes 4,000,000 characters"),
-        # Only once there is an answer to learn.
+        # Only if there is an answer to learn.
         ("{{ messages[0].content }}{% if add_generation_prompt %}" + ENDLESS + "{% endif %}", "takes more than 0.3 s"),
     ],
 )
-def test_a_template_that_goes_on_is_one_error(
+def test_an_endless_template_is_one_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, template: str, limit: str
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -80,7 +80,7 @@ class Records:
         return "chat.jsonl:1"
 
 
-def test_it_is_no_broken_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_is_not_an_invalid_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(template: str, lines: Lines) -> list[str]:
         source: Any = Records({"messages": CHAT}, {"messages": 3})
         call = render(folder, template, monkeypatch)
@@ -97,14 +97,14 @@ def test_it_is_no_broken_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (lines.documents, lines.bad) == (1, 1)
 
 
-def test_long_conversations_are_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a template writes may be as much longer as there is to write."""
+def test_long_conversations_do_not_reach_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of the output grows with the conversation."""
     call = render(folder, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", monkeypatch)
     text, _ = call([{"role": "user", "content": "x" * 3_000_000}])
     assert len(text) == 3_000_006
 
 
-def test_limits_count_each_block_by_itself() -> None:
+def test_limits_apply_to_each_block() -> None:
     limits = Limits(0.2, 2**26)
     for _ in range(3):
         with limits.applied():

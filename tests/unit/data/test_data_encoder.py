@@ -1,4 +1,4 @@
-"""The fast encoder gives the tokenizer's ids, or another one takes its place and the reason is told."""
+"""The fast encoder returns the tokenizer's ids; otherwise another one replaces it, with a reason."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_fastokens_is_chosen_and_gives_the_tokenizers_ids(specs: dict[str, Token
     text = "Text with <|im_start|> and <|im_end|>, a<|endoftext|>b, e\u0301, <|im_star and a <| b"
     assert fast(text).tolist() == fast.own(text).tolist()
     assert {0, 1, 2} <= set(fast(text).tolist())
-    # Regular expressions that backtrack give up on it.
+    # Backtracking regular expressions fail on it.
     spaces = "x" + " " * 200_000 + "y"
     assert np.array_equal(fast(spaces), fast.own(spaces))
 
 
-def test_added_tokens_need_not_begin_alike(specs: dict[str, TokenizerSpec]) -> None:
+def test_added_tokens_with_different_prefixes(specs: dict[str, TokenizerSpec]) -> None:
     tokens = specs["qwen"].json["added_tokens"]
     more = {**tokens[0], "id": max(specs["qwen"].json["model"]["vocab"].values()) + 1, "special": False}
     spec = changed(specs["qwen"], added_tokens=[*tokens, {**more, "content": "</tool_call>"}])
@@ -55,17 +55,17 @@ def test_added_tokens_need_not_begin_alike(specs: dict[str, TokenizerSpec]) -> N
 
 
 @pytest.mark.parametrize("style", ["qwen", "gpt2"])
-def test_every_code_point_is_split_alike(
+def test_every_code_point_is_split_equally(
     specs: dict[str, TokenizerSpec], style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both libraries' tables of Unicode say the same of each: here every fifth, at a run's start every 61st."""
+    """Both libraries have equal Unicode tables: checked for every fifth code point, in a run for every 61st."""
     monkeypatch.setattr(encoders, "STRIDE", 5)
     fast = FastokensEncoder(specs[style])
     for text in hard_texts(specs[style]):
         assert np.array_equal(fast(text), fast.own(text)), text[:50]
 
 
-def test_sentencepieces_bpe_is_served_too(tmp_path: Path) -> None:
+def test_sentencepiece_bpe_is_supported(tmp_path: Path) -> None:
     spec = read_tokenizer(sentencepiece_bpe(tmp_path / "sentencepiece"))
     name, reason = choose(spec)
     assert name == "fastokens", reason
@@ -103,12 +103,12 @@ def test_ids_need_not_be_in_the_order_of_merges(specs: dict[str, TokenizerSpec])
 def test_tokenizers_of_other_kinds_keep_their_own_encoder(
     specs: dict[str, TokenizerSpec], part: dict[str, Any], reason: str | None
 ) -> None:
-    name, told = choose(changed(specs["qwen"], **part))
+    name, message = choose(changed(specs["qwen"], **part))
     assert name == ("fastokens" if reason is None else "tokenizers")
-    assert reason is None or reason in told
+    assert reason is None or reason in message
 
 
-def test_a_text_that_fastokens_gives_up_on_goes_to_the_tokenizer(specs: dict[str, TokenizerSpec]) -> None:
+def test_texts_that_fastokens_rejects_use_the_fallback(specs: dict[str, TokenizerSpec]) -> None:
     pattern = {"Regex": r"(?:a|b)*c|\s+(?!\S)|\S+|\s"}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -121,7 +121,7 @@ def test_a_text_that_fastokens_gives_up_on_goes_to_the_tokenizer(specs: dict[str
     assert fast(backtracking).tolist() == fast.own(backtracking).tolist()
 
 
-def test_truncation_and_padding_in_the_file_are_passed_over(specs: dict[str, TokenizerSpec]) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(specs: dict[str, TokenizerSpec]) -> None:
     truncation = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     padding = {
         "strategy": {"Fixed": 8},
@@ -136,7 +136,9 @@ def test_truncation_and_padding_in_the_file_are_passed_over(specs: dict[str, Tok
         assert fast(text).tolist() == fast.own(text).tolist() == FastokensEncoder(specs["qwen"])(text).tolist()
 
 
-def test_a_difference_is_found_and_told(specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_is_detected_and_reported(
+    specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(FastokensEncoder):
         def __init__(self, spec: TokenizerSpec) -> None:
             super().__init__(spec)
@@ -148,7 +150,7 @@ def test_a_difference_is_found_and_told(specs: dict[str, TokenizerSpec], monkeyp
     assert reason.startswith("fastokens returns other ids for ")
 
 
-def test_a_tokenizer_of_words_is_served_by_its_own_library(tmp_path: Path) -> None:
+def test_a_word_tokenizer_uses_its_own_library(tmp_path: Path) -> None:
     spec = read_tokenizer(words(tmp_path / "words", ["<eos>", "alpha", "beta"], 3))
     name, reason = choose(spec)
     assert name == "tokenizers"
@@ -161,7 +163,7 @@ def test_a_tokenizer_of_words_is_served_by_its_own_library(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("vocab_size", "eos", "fault"), [(3, None, "has no eos_token"), (0, "<eos>", "ends documents with token id 0")]
 )
-def test_a_tokenizer_that_cannot_end_documents_is_refused(
+def test_a_tokenizer_that_cannot_end_documents_is_rejected(
     tmp_path: Path, vocab_size: int, eos: str | None, fault: str
 ) -> None:
     folder = words(tmp_path / "words", ["<eos>", "alpha", "beta"], vocab_size, eos)
@@ -171,7 +173,7 @@ def test_a_tokenizer_that_cannot_end_documents_is_refused(
         read_tokenizer(folder)
 
 
-def test_the_fingerprint_follows_what_decides_ids(specs: dict[str, TokenizerSpec]) -> None:
+def test_the_fingerprint_covers_everything_that_affects_ids(specs: dict[str, TokenizerSpec]) -> None:
     spec = specs["qwen"]
     assert replace(spec, folder="elsewhere").fingerprint == spec.fingerprint
     assert replace(spec, eod_token=0).fingerprint != spec.fingerprint

@@ -1,4 +1,4 @@
-"""A data section from its files to the folder that other stages read."""
+"""Data preparation from files to the folder that other stages read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def specs(folders: dict[str, Path]) -> dict[str, TokenizerSpec]:
 
 @pytest.fixture
 def model(folders: dict[str, Path], specs: dict[str, TokenizerSpec], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The model of words; that its tokenizer is read once saves a second a test."""
+    """The word model, whose tokenizer is cached, which saves a second per test."""
     known = {str(folders[name]): spec for name, spec in specs.items()}
     read = preparing.read_tokenizer
     monkeypatch.setattr(
@@ -70,12 +70,12 @@ def make(model: Path, out: Path, files: Files, seed: int = 1, **settings: Any) -
 
 
 def texts_of(folder: DataFolder, split: str = "train") -> list[str]:
-    """The documents of words as text."""
+    """Return documents of the word model as text."""
     text = " ".join(WORDS[token] for token in folder.tokens(split).tolist())
     return [document.strip() for document in text.split("<eos>")[:-1]]
 
 
-def test_documents_come_back_as_megatron_reads_them(model: Path, tmp_path: Path) -> None:
+def test_megatron_reads_the_documents(model: Path, tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     train = write_lines(tmp_path / "t.jsonl", {"text": "alpha beta"}, {"text": "gamma"}, {"text": "  "})
@@ -110,7 +110,7 @@ def test_long_documents_are_cut_or_split(model: Path, tmp_path: Path, how: LongD
     check_folder(tmp_path / "out")
 
 
-def test_documents_are_held_out_by_their_text_whatever_else_there_is(model: Path, tmp_path: Path) -> None:
+def test_held_out_documents_only_depend_on_their_text(model: Path, tmp_path: Path) -> None:
     texts = sentences(200)
     one = write_lines(tmp_path / "1.jsonl", *({"text": text} for text in texts))
     two = write_lines(tmp_path / "2.jsonl", *({"text": text} for text in sentences(200, seed=1)))
@@ -123,7 +123,7 @@ def test_documents_are_held_out_by_their_text_whatever_else_there_is(model: Path
     assert texts_of(both, "validation")[-len(expected) :] == expected
 
 
-def test_shards_are_the_same_documents_however_they_are_cut(model: Path, tmp_path: Path) -> None:
+def test_the_division_into_shards_does_not_change_documents(model: Path, tmp_path: Path) -> None:
     train = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in sentences(300)))
     whole = make(model, tmp_path / "whole", {"train": [train]}, holdout_every=10)
     cut = make(model, tmp_path / "cut", {"train": [train]}, holdout_every=10, shard_bytes=1500, num_workers=2)
@@ -131,7 +131,7 @@ def test_shards_are_the_same_documents_however_they_are_cut(model: Path, tmp_pat
     for split in ("train", "validation"):
         assert whole.tokens(split).tolist() == cut.tokens(split).tolist()
     assert whole.train_paths == [str(tmp_path / "whole" / "shards" / "00000" / "train")]
-    # Each shard has as much of the training as it has tokens.
+    # The weight of each shard is its number of tokens.
     assert [float(weight) for weight in cut.train_paths[::2]] == [part["tokens"] for part in cut.train]
 
 
@@ -147,7 +147,7 @@ def test_sources_have_weights_budgets_and_clusters(model: Path, tmp_path: Path) 
     }
     folder = make(model, tmp_path / "out", files, sources=sources, shard_bytes=5000)
     assert len(folder.train) > 6
-    # A document has 9 tokens: as many as the budget holds.
+    # A document has 9 tokens, a divisor of the budget.
     assert folder.sources["web"]["tokens"] == 900
     assert 150 < folder.sources["code"]["documents"] < 250  # 200 expected; 4 standard deviations are 40
     for name, weight in (("web", 3.0), ("code", 1.0)):
@@ -159,7 +159,7 @@ def test_sources_have_weights_budgets_and_clusters(model: Path, tmp_path: Path) 
         assert min(clusters.values()) > 0.14 * folder.sources[name]["tokens"]
     taken = Counter(texts_of(folder))
     assert not taken - Counter(text for number in (0, 1) for text in sentences(400, seed=number))
-    # From all over the source, not from its beginning.
+    # Spread over the source, not from its beginning.
     assert len([part for part in folder.train if part["source"] == "web"]) > 3
     again = make(model, tmp_path / "again", files, sources=sources, shard_bytes=5000)
     assert texts_of(again) == texts_of(folder)
@@ -168,7 +168,7 @@ def test_sources_have_weights_budgets_and_clusters(model: Path, tmp_path: Path) 
     check_folder(tmp_path / "out")
 
 
-def test_repeated_documents_are_left_out_where_that_is_asked(model: Path, tmp_path: Path) -> None:
+def test_deduplication(model: Path, tmp_path: Path) -> None:
     texts = sentences(100)
     lines = [{"text": text} for text in [*texts, *texts[:50], "alpha beta gamma delta " * 3, *texts]]
     files = {
@@ -199,7 +199,7 @@ def test_repeated_documents_are_left_out_where_that_is_asked(model: Path, tmp_pa
         (['{"txt": "alpha"}'], {}, "1 of 1 lines are invalid.*no field 'text'"),
     ],
 )
-def test_what_cannot_be_used_is_refused(
+def test_unusable_documents_are_rejected(
     model: Path, tmp_path: Path, lines: list[str], settings: dict[str, Any], fault: str
 ) -> None:
     settings = dict(settings)
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_refused(
     assert not (tmp_path / "out" / "data.json").exists()
 
 
-def test_broken_lines_that_were_allowed_once_are_judged_again(model: Path, tmp_path: Path) -> None:
+def test_a_lower_limit_of_invalid_lines_applies_to_existing_shards(model: Path, tmp_path: Path) -> None:
     files = {
         "train": [write_lines(tmp_path / "t.jsonl", {"text": "alpha"}, {"text": "beta"}, {"text": "gamma"}, "{oops")],
         "validation": [write_lines(tmp_path / "v.jsonl", {"text": "alpha"})],
@@ -224,7 +224,9 @@ def test_broken_lines_that_were_allowed_once_are_judged_again(model: Path, tmp_p
         make(model, tmp_path / "out", files, max_invalid_fraction=0.2)
 
 
-def test_faults_of_several_shards_are_told_together_and_what_is_whole_is_kept(model: Path, tmp_path: Path) -> None:
+def test_faults_of_several_shards_are_reported_together_and_complete_shards_are_kept(
+    model: Path, tmp_path: Path
+) -> None:
     good = {"text": "alpha beta"}
     files = [write_lines(tmp_path / f"{n}.jsonl", good, "{" if n in (1, 3) else good) for n in range(5)]
     paths = {"train": files, "validation": [write_lines(tmp_path / "v.jsonl", good)]}
@@ -234,7 +236,7 @@ def test_faults_of_several_shards_are_told_together_and_what_is_whole_is_kept(mo
     assert not list((tmp_path / "out" / "claims").iterdir())
 
 
-def test_files_of_no_known_kind_and_columns_that_are_not_there(model: Path, tmp_path: Path) -> None:
+def test_unknown_files_and_missing_columns(model: Path, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -244,7 +246,7 @@ def test_files_of_no_known_kind_and_columns_that_are_not_there(model: Path, tmp_
         make(model, tmp_path / "out", {"train": [str(tmp_path / "a.parquet"), str(tmp_path / "b.txt")]})
 
 
-def test_files_of_the_hub_are_those_of_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_files_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -265,7 +267,7 @@ def test_files_of_the_hub_are_those_of_its_cache(tmp_path: Path, monkeypatch: py
         local_files(("hf://datasets/lab/other/*",))
 
 
-def test_a_file_named_twice_is_read_once_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_listed_twice_is_read_once_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     one, two = write_lines(tmp_path / "a.jsonl", {"text": "a"}), write_lines(tmp_path / "b.jsonl", {"text": "b"})
     (tmp_path / "c.jsonl").write_bytes(b"")
     (tmp_path / "linked").symlink_to(tmp_path)
@@ -291,14 +293,14 @@ def test_a_small_corpus_holds_out_a_larger_share(megabytes: float, sample: float
     assert holdout_every(DataConfig(holdout_every=7), plan) == 7
 
 
-def test_without_a_share_that_is_named_a_small_corpus_is_validated(model: Path, tmp_path: Path) -> None:
+def test_a_small_corpus_gets_a_default_validation_split(model: Path, tmp_path: Path) -> None:
     train = write_lines(tmp_path / "t.jsonl", *({"text": text} for text in sentences(400)))
     folder = make(model, tmp_path / "out", {"train": [train]})
     assert 16 < folder.validation_documents < 64  # 40 expected; 4 standard deviations are 24
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """What a prepared folder holds, besides how the work went."""
+    """Return the content of a prepared folder, without logs."""
     left_out = ("claims", "metrics.jsonl")
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -307,7 +309,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_what_is_missing_is_made_and_nothing_else(model: Path, tmp_path: Path) -> None:
+def test_only_missing_shards_are_made(model: Path, tmp_path: Path) -> None:
     files = {"train": [write_lines(tmp_path / "t.jsonl", *({"text": text} for text in sentences(200)))]}
     settings: dict[str, Any] = {"shard_bytes": 1000, "holdout_every": 10}
     make(model, tmp_path / "out", files, **settings)
@@ -325,7 +327,7 @@ def test_what_is_missing_is_made_and_nothing_else(model: Path, tmp_path: Path) -
         make(model, tmp_path / "out", files, **settings, deduplicate=True)
 
 
-def test_two_at_once_share_the_work_and_declare_it_once(
+def test_two_processes_share_the_work_and_declare_it_once(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"train": [write_lines(tmp_path / "t.jsonl", *({"text": text} for text in sentences(400)))]}
@@ -349,7 +351,7 @@ def test_two_at_once_share_the_work_and_declare_it_once(
     assert alone.tokens("train").tolist() == results[0].tokens("train").tolist()
 
 
-def test_a_document_that_is_cut_does_not_hold_the_rest() -> None:
+def test_a_truncated_document_frees_the_rest() -> None:
     ids, eod = np.arange(100, dtype=np.uint32), np.asarray([0], dtype=np.uint32)
     ((part, learned),) = work._parts(ids, None, eod, DataConfig(max_document_tokens=10))
     assert [each.tolist() for each in part] == [[*range(10)], [0]]
@@ -357,7 +359,7 @@ def test_a_document_that_is_cut_does_not_hold_the_rest() -> None:
     assert learned is None
 
 
-def test_a_worker_gives_samples_of_what_fastokens_encoded(
+def test_a_worker_returns_samples_from_fastokens(
     specs: dict[str, TokenizerSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ["The quick brown fox", "jumps", "over the lazy dog"]
@@ -383,7 +385,7 @@ def test_a_worker_gives_samples_of_what_fastokens_encoded(
     assert work.make_shard(shard, tmp_path / "partial", "tokenizers").samples == []
 
 
-def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_own(
+def test_a_shard_with_different_ids_is_encoded_again_with_the_tokenizer(
     model: Path,
     folders: dict[str, Path],
     specs: dict[str, TokenizerSpec],
@@ -393,7 +395,7 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
 ) -> None:
     texts = {"one": "The quick brown fox", "two": "jumps", "validation": "over the lazy dog"}
     files = {name: [write_lines(tmp_path / f"{name}.jsonl", {"text": text})] for name, text in texts.items()}
-    # The workers are other processes, whose fastokens is right: here what it is held to finds fault with one shard.
+    # fastokens is correct in the worker processes, so the comparison is made to fail for one shard.
     monkeypatch.setattr(TokenizersEncoder, "find_mismatch", lambda own, samples: {"jumps": "jumps"}.get(samples[0][0]))
     made = prepare(DataConfig(num_workers=1), files, folders["bytes"], tmp_path / "out", 1)
     assert "is encoded again with the model's tokenizer: fastokens returned other ids for 'jumps'" in caplog.text
@@ -409,7 +411,7 @@ def test_a_shard_on_which_fastokens_differs_is_made_again_with_the_tokenizers_ow
     check_folder(tmp_path / "out")
 
 
-def test_chat_is_rendered_and_what_is_learned_is_kept(
+def test_chat_is_rendered_with_loss_masks(
     model: Path, folders: dict[str, Path], specs: dict[str, TokenizerSpec], tmp_path: Path
 ) -> None:
     chat = [

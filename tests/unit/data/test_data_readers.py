@@ -1,4 +1,4 @@
-"""Files of documents: what is read, what is counted as broken, and that nothing is lost in silence."""
+"""Files of documents: records are read or counted as invalid, and nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = [f"Document {number} says {'é漢😀'[number % 3]} " * (1 + number % 7)
 
 
 def write(path: Path, content: bytes) -> Path:
-    """A file, packed as its name says."""
+    """Write a file, compressed according to its name."""
     if path.suffix == ".gz":
         content = gzip.compress(content)
     elif path.suffix == ".zst":
@@ -62,7 +62,7 @@ def texts(*pieces: Piece) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.ndjson"])
-def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str) -> None:
+def test_lines_are_read_from_any_compression(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, lines_of(*({"text": text, "cluster_id": 3} for text in TEXTS)))
     found, lines = read(Piece(str(path)))
     assert [document.text for document in found] == TEXTS
@@ -77,7 +77,7 @@ def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 100, 1000, 100_000])
-def test_pieces_of_a_file_make_up_the_whole(tmp_path: Path, piece_bytes: int) -> None:
+def test_pieces_of_a_file_cover_it(tmp_path: Path, piece_bytes: int) -> None:
     path = write(tmp_path / "a.jsonl", lines_of(*({"text": text} for text in TEXTS[:40])))
     pieces = [piece for piece, _ in split_file(str(path), piece_bytes)]
     assert [text for piece in pieces for text in texts(piece)] == TEXTS[:40]
@@ -108,7 +108,7 @@ def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
         (b'{"text": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
-def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_invalid_lines_are_counted_and_the_first_is_reported(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, line, b"", {"text": " \n"}, {"text": "y"}, b"{"))
     found, lines = read(Piece(str(path)))
     assert [document.text for document in found] == ["x", "y"]
@@ -129,13 +129,13 @@ def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: b
         b'{"text": "\\u0061", "note": "\\ud83d"}',
     ],
 )
-def test_json_is_what_python_takes_for_it(tmp_path: Path, line: bytes) -> None:
-    """Though another library reads it, which is stricter."""
+def test_json_is_accepted_as_in_python(tmp_path: Path, line: bytes) -> None:
+    """Although a stricter library reads it."""
     assert json.loads(line)["text"] == "a"
     assert parse(line)["text"] == "a"
 
 
-def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported_with_its_position(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x" * 50}, {"text": "y"}, b"{oops"))
     _, lines = read(Piece(str(path), 20, path.stat().st_size))
     assert lines.first_bad is not None
@@ -143,7 +143,7 @@ def test_a_broken_line_within_a_file_is_named_by_its_place(tmp_path: Path) -> No
     assert path.read_bytes()[at:] == b"{oops\n"
 
 
-def test_an_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_line_is_not_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", lines_of({"text": "x"}, {"text": "long" * 2000}, {"text": "y"}))
     found, lines = read(Piece(str(path)))
@@ -154,7 +154,7 @@ def test_an_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 @pytest.mark.parametrize("left", [1, 30, 0.5, 0.999])
-def test_a_truncated_file_is_refused(tmp_path: Path, name: str, left: float) -> None:
+def test_a_truncated_file_is_rejected(tmp_path: Path, name: str, left: float) -> None:
     path = tmp_path / name
     if name.endswith("parquet"):
         parquet(path, text=TEXTS)
@@ -175,7 +175,7 @@ def test_a_file_of_no_bytes_or_of_nothing_holds_no_documents(tmp_path: Path, nam
 
 
 def zstd_frames(*parts: bytes, window_log: int = 20) -> list[bytes]:
-    """Zstandard frames of a stream, whose content's size is unknown: the window is what was asked for."""
+    """Make Zstandard frames of a stream with unknown size, so that the window has the given size."""
     from backports import zstd
 
     frames = []
@@ -222,9 +222,9 @@ def test_text_columns_of_parquet_of_any_type(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("valid", [True, False])
-def test_one_row_of_parquet_that_is_not_utf8_is_one_broken_row(tmp_path: Path, valid: bool) -> None:
+def test_a_parquet_row_that_is_not_utf8_is_one_invalid_row(tmp_path: Path, valid: bool) -> None:
     column = pyarrow.array([b"a", b"b\xff", b"c"])
-    if not valid:  # a writer that does not look
+    if not valid:  # a writer without checks
         column = pyarrow.StringArray.from_buffers(3, *column.buffers()[1:])
     path = parquet(tmp_path / "a.parquet", text=column)
     found, lines = read(Piece(str(path), 0, 1))
@@ -248,8 +248,8 @@ def test_keys_with_dots_and_spaces(tmp_path: Path, name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-def test_random_damage_is_refused_or_counted(tmp_path: Path, name: str) -> None:
-    """No crash, and nothing lost in silence: read + skipped = lines, which `read` asserts."""
+def test_random_damage_is_rejected_or_counted(tmp_path: Path, name: str) -> None:
+    """No crash, and nothing is lost silently: read + skipped = lines, which `read` asserts."""
     path = tmp_path / name
     refused = 0
     for seed in range(60):
@@ -268,7 +268,7 @@ def test_random_damage_is_refused_or_counted(tmp_path: Path, name: str) -> None:
                 read(piece)
         except InputError:
             refused += 1
-    # Damage within plain text is a matter of lines; the others have checksums or structure that most of it breaks.
+    # Damage in plain text affects lines; the other formats have checksums or a structure that most damage breaks.
     assert refused == 0 if name == "a.jsonl" else refused > 30
 
 
@@ -281,7 +281,7 @@ def test_documents_are_held_out_and_sampled_by_their_text_alone(tmp_path: Path) 
     assert lines.left_out == 300 - len(half)
     again, _ = read(Piece(str(path)), keep=lambda key: shuffle_key(key, 2) < 2**63)
     assert again != half
-    # Being sampled says nothing about being held out.
+    # Sampling and holding out are independent.
     assert 15 < sum(held_out(document.key, 4) for document in half) < 60  # 37.5 expected; 4 deviations are 21
 
 
@@ -296,8 +296,8 @@ def test_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:
     for text in TEXTS[:20]:
         ids = encode(text).tolist()
         assert decode(ids) == (text, None)
-        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is no text
-    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # cut within a character
+        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is not text
+    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # truncated within a character
     for bad in ("text", [10**6], None, [1.5], [[1]]):
         with pytest.raises(ValueError, match="not a list of the source tokenizer's ids"):
             decode(bad)

@@ -1,4 +1,4 @@
-"""Megatron's format, written here, is byte for byte what Megatron writes; a shard is whole or not there."""
+"""Shards equal Megatron's files byte by byte, and are published atomically."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write(prefix: Path, vocab_size: int, documents: list[np.ndarray] = DOCUMENTS
 
 @pytest.mark.parametrize("vocab_size", [1000, 65_499, 65_500, 150_000])
 @pytest.mark.parametrize("block", [1, 64, 1 << 20])
-def test_files_are_those_of_megatrons_builder(
+def test_files_equal_those_of_megatrons_builder(
     tmp_path: Path, vocab_size: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
@@ -54,7 +54,7 @@ def test_files_are_those_of_megatrons_builder(
     assert read_document_info(tmp_path / "ours")["cluster"].tolist() == [number % 5 for number in range(300)]
 
 
-def test_megatron_passes_over_what_an_index_leaves_out(tmp_path: Path) -> None:
+def test_megatron_skips_documents_that_are_not_in_the_index(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     write(tmp_path / "all", 1000)
@@ -65,18 +65,18 @@ def test_megatron_passes_over_what_an_index_leaves_out(tmp_path: Path) -> None:
     assert [dataset[n].tolist() for n in range(len(dataset))] == [ids.tolist() for ids in DOCUMENTS[1::3]]
 
 
-def test_ids_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+def test_ids_outside_the_vocabulary_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="returns token id 309, but the model's vocab_size is 300"):
         write(tmp_path / "a", 300)
 
 
-def test_a_split_without_documents_leaves_no_files(tmp_path: Path) -> None:
+def test_a_split_without_documents_has_no_files(tmp_path: Path) -> None:
     assert write(tmp_path / "a", 100, []).documents == 0
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("left", [0, 20, 34, 100, -1])
-def test_a_damaged_index_is_no_index(tmp_path: Path, left: int) -> None:
+def test_a_damaged_index_is_rejected(tmp_path: Path, left: int) -> None:
     write(tmp_path / "a", 1000)
     path = tmp_path / "a.idx"
     path.write_bytes(path.read_bytes()[:left])
@@ -84,7 +84,7 @@ def test_a_damaged_index_is_no_index(tmp_path: Path, left: int) -> None:
         Index.read(path)
 
 
-def test_of_two_that_make_a_shard_one_gives_way(tmp_path: Path) -> None:
+def test_the_first_of_two_equal_shards_is_kept(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "made_by").write_text(name)
@@ -92,7 +92,7 @@ def test_of_two_that_make_a_shard_one_gives_way(tmp_path: Path) -> None:
     assert (tmp_path / "shard" / "made_by").read_text() == "one"
     assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
     assert not (tmp_path / "two").exists()
-    # As of a process that was taken for dead, and whose files were cleared away.
+    # A process that was presumed dead, and whose files were removed.
     publish(tmp_path / "gone", tmp_path / "shard", {"by": "gone"})
     assert shards.read_manifest(tmp_path / "shard") == {"by": "one"}
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]

@@ -1,4 +1,4 @@
-"""Claims: one holder at a time, and the items of the dead go to others."""
+"""Claims have one owner at a time, and items of dead owners are taken over."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ITEMS = [f"{number:03d}" for number in range(200)]
 
 
 def draw_all(folder: Path, target: Path, barrier: Any) -> None:
-    """Claims items until there are none, leaving a line for each. Lives until the others have come to their end too."""
+    """Claim all items, and write a line for each. Lives until the other processes have finished."""
     worklist = Worklist(folder, 60)
     barrier.wait(60)
     while (item := worklist.claim(ITEMS)) is not None:
@@ -30,7 +30,7 @@ def claim_and_die(folder: Path) -> None:
     os._exit(9)
 
 
-def test_several_processes_draw_each_item_once(tmp_path: Path) -> None:
+def test_several_processes_claim_each_item_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     targets = [tmp_path / f"{number}.txt" for number in range(3)]
     barrier = context.Barrier(len(targets))
@@ -43,7 +43,7 @@ def test_several_processes_draw_each_item_once(tmp_path: Path) -> None:
     assert sorted(drawn) == ITEMS
 
 
-def test_what_one_holds_no_other_gets(tmp_path: Path) -> None:
+def test_claimed_items_are_not_claimed_again(tmp_path: Path) -> None:
     one, two = Worklist(tmp_path, 60), Worklist(tmp_path, 60)
     assert one.claim(["a", "b"]) == "a"
     assert one.claim(["a", "b"]) == "b"
@@ -53,7 +53,7 @@ def test_what_one_holds_no_other_gets(tmp_path: Path) -> None:
     assert one.claim(["a", "b"]) is None
 
 
-def test_the_claim_of_a_process_that_died_here_is_free_at_once(tmp_path: Path) -> None:
+def test_claims_of_dead_local_processes_are_free_at_once(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=claim_and_die, args=(tmp_path,))
     process.start()
     process.join(60)
@@ -64,29 +64,29 @@ def test_the_claim_of_a_process_that_died_here_is_free_at_once(tmp_path: Path) -
 
 
 def elsewhere(claim: Path) -> None:
-    """Has a claim be that of a process on another machine."""
+    """Change the owner of a claim to a process on another machine."""
     claim.write_text("another-node boot pid:[1] 1 1")
 
 
-def test_a_claim_from_elsewhere_is_dead_once_it_stays_untouched(tmp_path: Path) -> None:
+def test_remote_claims_expire_without_heartbeat(tmp_path: Path) -> None:
     one, two = Worklist(tmp_path, 0.3), Worklist(tmp_path, 0.3)
     assert one.claim(["a"]) == "a"
     elsewhere(tmp_path / "a.0")
     until = time.monotonic() + 1
-    while time.monotonic() < until:  # it lives as long as it beats, for longer than the limit
+    while time.monotonic() < until:  # a claim with heartbeats outlives the limit
         one.beat()
         assert two.claim(["a"]) is None
         time.sleep(0.05)
     assert two.claim(["a"]) is None
     time.sleep(0.4)
     assert two.claim(["a"]) == "a"
-    one.beat()  # it was taken for dead: nothing of the other's is touched
+    one.beat()  # it was presumed dead: the claim of the other is not touched
     one.release("a")
     assert two.claim(["a"]) is None
     assert (tmp_path / "a.1").exists()
 
 
-def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
+def test_one_of_several_observers_takes_over(tmp_path: Path) -> None:
     assert Worklist(tmp_path, 0.1).claim(["a"]) == "a"
     elsewhere(tmp_path / "a.0")
     observers = [Worklist(tmp_path, 0.1) for _ in range(5)]
@@ -96,11 +96,11 @@ def test_of_several_that_see_a_death_one_takes_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "x", "another-node boot pid:[1] 1 1", None])
-def test_a_holder_that_may_live_is_given_its_time(tmp_path: Path, content: str | None) -> None:
+def test_a_claim_of_a_possibly_live_process_is_kept(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "a.0").write_text(identity(os.getpid()) if content is None else content)
     assert Worklist(tmp_path, 60).claim(["a"]) is None
 
 
-def test_another_process_of_the_same_number_is_another(tmp_path: Path) -> None:
+def test_a_reused_pid_is_another_process(tmp_path: Path) -> None:
     (tmp_path / "a.0").write_text(identity(os.getpid()).rpartition(" ")[0] + " 1")
     assert Worklist(tmp_path, 60).claim(["a"]) == "a"

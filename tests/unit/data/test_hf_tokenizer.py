@@ -1,4 +1,4 @@
-"""Tokenizers as people have them, loaded: the ids of the library that made them, whoever saved the folder."""
+"""Loaded tokenizers return the ids of the library that made them, for folders of any transformers version."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_special_tokens_as_transformers_5_lists_them(folder: Path) -> None:
     assert load_tokenizer(folder).image_token == "<|im_start|>"
 
 
-def test_what_tokenizer_json_cannot_replace_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_tokenizers_are_reported_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise Exception("untagged enum\nModelWrapper")
 
@@ -94,7 +94,7 @@ def test_a_model_of_sentencepiece_gives_its_ids(tmp_path: Path, kind: str, legac
     pieces = sentencepiece_model(tmp_path, kind, legacy=legacy, add_bos_token=add_bos_token)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.is_fast
-    # Unless legacy, transformers adds no space in front of one that is there.
+    # Unless legacy, transformers does not add a space in front of an existing one.
     for text in [*HARD, *([" leading", "  two"] if legacy else [])]:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text), text
         assert tokenizer(text)["input_ids"] == [*([1] if add_bos_token else []), *pieces.encode(text)], text
@@ -120,6 +120,6 @@ def test_documents_get_the_ids_of_sentencepiece(tmp_path: Path) -> None:
     assert [encode(text).tolist() for text in HARD] == [pieces.encode(text) for text in HARD]
 
 
-def test_vocabularies_of_both_forms() -> None:
+def test_vocabularies_of_both_formats() -> None:
     assert ids_by_token({"model": {"vocab": {"a": 0, "b": 1}}}) == {"a": 0, "b": 1}
     assert ids_by_token({"model": {"vocab": [["a", 0.0], ["b", -1.5]]}}) == {"a": 0, "b": 1}

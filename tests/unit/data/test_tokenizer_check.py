@@ -1,4 +1,4 @@
-"""Whether two checkpoints' tokenizers are one: also without a tokenizer.json."""
+"""Comparison of two checkpoints' tokenizers, also without a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_the_same_files_are_the_same_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("content", [None, b"other"])
-def test_a_file_that_differs_or_is_missing_makes_another(tmp_path: Path, name: str, content: bytes | None) -> None:
+def test_different_or_missing_files_are_another_tokenizer(tmp_path: Path, name: str, content: bytes | None) -> None:
     other = {key: value for key, value in {**FILES, name: content}.items() if value is not None}
     with pytest.raises(InputError, match=r"student.*teacher"):
         check_tokenizers(checkpoint(tmp_path / "a", FILES), checkpoint(tmp_path / "b", other))
 
 
-def test_the_first_id_that_differs_is_named(tmp_path: Path) -> None:
+def test_the_first_different_id_is_reported(tmp_path: Path) -> None:
     def described(vocab: dict[str, int]) -> dict[str, bytes]:
         content = {"model": {"vocab": vocab, "merges": []}, "added_tokens": [{"content": "<e>", "id": 9}]}
         return {"tokenizer.json": json.dumps(content).encode(), "merges.txt": str(vocab).encode()}

@@ -82,14 +82,14 @@ def test_a_sequence_has_the_columns_of_its_own(reader: CachedLogitsReader) -> No
 @pytest.mark.parametrize(
     ("length", "count", "named"), [(LENGTH + 1, SEQUENCES, "seq_length"), (LENGTH, 4, "sequences")]
 )
-def test_the_signal_of_another_training_is_refused(
+def test_cached_logits_of_another_training_are_rejected(
     reader: CachedLogitsReader, length: int, count: int, named: str
 ) -> None:
     with pytest.raises(InputError, match=named):
         cached_logits_batch.attach_cached_logits(Sequences(), reader, length, count)
 
 
-def test_other_sequences_are_noticed_before_any_is_read(reader: CachedLogitsReader) -> None:
+def test_other_sequences_are_detected_before_reading(reader: CachedLogitsReader) -> None:
     class Other(Sequences):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
             return super().__getitem__((index + 1) % SEQUENCES)
@@ -98,7 +98,9 @@ def test_other_sequences_are_noticed_before_any_is_read(reader: CachedLogitsRead
         cached_logits_batch.attach_cached_logits(Other(), reader, LENGTH, SEQUENCES)
 
 
-def test_only_the_last_pipeline_stage_reads_it(reader: CachedLogitsReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_pipeline_stage_reads_cached_logits(
+    reader: CachedLogitsReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cached_logits_batch.parallel_state, "is_pipeline_last_stage", lambda: False)
     sequences = Sequences()
     assert cached_logits_batch.attach_cached_logits(sequences, reader, LENGTH, SEQUENCES) is sequences
@@ -137,7 +139,7 @@ def test_the_teachers_top_k_of_each_sequence_in_order() -> None:
         torch.testing.assert_close(top.tail, torch.log1p(-log_probs.exp().sum(-1)), rtol=1e-4, atol=1e-4)
 
 
-def test_chunks_of_the_teachers_logits_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_teacher_logits_are_concatenated(monkeypatch: pytest.MonkeyPatch) -> None:
     from prune_distill.distillation import teacher_forward
 
     model, (ids,) = core_model(seed=4), [tokens(0)]

@@ -1,4 +1,4 @@
-"""Distillation's models and losses on real tiny Megatron models, against the losses written plainly."""
+"""Models and losses of distillation on tiny Megatron models, compared with plain implementations of the losses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tests.helpers.one_rank import (  # noqa: E402
     save_weights,
 )
 
-# [b, s] = [2, 5]: no other order of the tokens has the same mask.
+# [b, s] = [2, 5], with a different mask for any other order of the tokens.
 MASK = torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0]])
 KD = KdConfig(temperature=2.0, kd_weight=0.7, lm_weight=0.3, chunk_tokens=3)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
@@ -74,14 +74,14 @@ def run(core: Any, given: dict[str, Tensor], labels: bool = True) -> Any:
 
 
 def plain(student: Tensor, teacher: Tensor, labels: Tensor, kd: KdConfig) -> tuple[Tensor, Tensor]:
-    """Temperature² x KL(teacher || student) and cross-entropy, token by token: `[b, s]` of logits `[b, s, v]`."""
+    """Return temperature² x KL(teacher || student) and cross-entropy per token, `[b, s]`, of logits `[b, s, v]`."""
     p, log_q = (teacher / kd.temperature).softmax(-1), (student / kd.temperature).log_softmax(-1)
     divergence = kd.temperature**2 * (p * (p.log() - log_q)).sum(-1)
     return divergence, torch.nn.functional.cross_entropy(student.transpose(1, 2), labels, reduction="none")
 
 
 def heads(kd: KdConfig = KD) -> tuple[Any, Any, FusedHead, Tensor, Tensor]:
-    """A student and a teacher with fused heads, and the logits `[b, s, v]` that they had without."""
+    """Return a student and a teacher with fused heads, and their logits `[b, s, v]` without fused heads."""
     student, teacher = core_model(SMALL, seed=1), core_model(SHAPE, seed=2)
     logits = [run(core, batch(), labels=False) for core in (student, teacher)]
     head = FusedHead(student.train(), teacher, kd)
@@ -113,14 +113,14 @@ def test_the_fused_loss_has_the_gradients_of_the_plain_one() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_validation_takes_the_cross_entropy_alone() -> None:
+def test_validation_uses_only_the_cross_entropy() -> None:
     student, _, _, student_logits, _ = heads()
     losses = run(student.eval(), batch())
     expected = torch.nn.functional.cross_entropy(student_logits.transpose(1, 2), batch()["labels"], reduction="none")
     torch.testing.assert_close(losses, expected, **CLOSE)
 
 
-def test_a_teachers_hidden_states_serve_one_step() -> None:
+def test_teacher_hidden_states_are_used_for_one_step() -> None:
     student, teacher, head, *_ = heads()
     with torch.no_grad():
         run(teacher, batch())
@@ -144,7 +144,7 @@ def test_cached_logits_give_the_loss_of_the_live_teachers_top_k() -> None:
     cached, cached_tokens, _ = run(alone, batch())
     torch.testing.assert_close(cached, expected, **CLOSE)
     torch.testing.assert_close(cached_tokens, kd_tokens, **CLOSE)
-    # One token stands for all others.
+    # A single entry represents all other tokens.
     student_probs = (student_logits / KD.temperature).softmax(-1)
     kept = student_probs.gather(-1, ids)
     p, q = log_probs.exp(), kept
@@ -164,7 +164,7 @@ def test_the_output_layers_own_weight_is_used(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("change", [{"bias": torch.zeros(1)}, {"mtp": True}])
-def test_ends_that_cannot_be_replaced_are_refused(change: dict[str, Any]) -> None:
+def test_output_layers_that_cannot_be_replaced_are_rejected(change: dict[str, Any]) -> None:
     student = core_model(SMALL)
     if "mtp" in change:
         student.mtp_process = True
@@ -174,7 +174,7 @@ def test_ends_that_cannot_be_replaced_are_refused(change: dict[str, Any]) -> Non
         FusedHead(student, None, KD)
 
 
-def test_the_weights_of_a_loss_and_what_is_reported() -> None:
+def test_the_weights_of_a_loss_and_its_reported_parts() -> None:
     kd = KdConfig(kd_weight=0.5, lm_weight=2.0)
     kd_tokens, lm_tokens = torch.arange(10.0).view(2, 5), 10 * torch.ones(2, 5)
     reduction = LossReduction(kd, object(), fused=True)
@@ -194,12 +194,12 @@ def test_the_weights_of_a_loss_and_what_is_reported() -> None:
 def student_and_teacher(
     kd: KdConfig, monkeypatch: pytest.MonkeyPatch, teacher_shape: Any = SHAPE
 ) -> tuple[DistilledModel, Any]:
-    """A configured distillation, and the teacher in it."""
+    """Return a configured distillation and its teacher."""
     teacher = core_model(teacher_shape, seed=2)
     monkeypatch.setattr(distillation, "teacher_provider", lambda *_, **__: teacher)
     torch.manual_seed(1)
     teacher_config = config(teacher_shape)
-    teacher_config.tensor_model_parallel_size = 4  # what a checkpoint may say
+    teacher_config.tensor_model_parallel_size = 4  # as a checkpoint may contain
     model = DistilledModel(config(SMALL), teacher_config, teacher_ckpt_path="x", tokenizer=TOKENIZER)
     model.kd = kd
     model._trainer = object()  # which only the loading of a teacher reads
@@ -208,7 +208,7 @@ def student_and_teacher(
 
 
 def hidden_states(core: Any, layer: int, given: dict[str, Tensor]) -> Tensor:
-    """What the `layer`-th layer, counted from 1, gives: `[s, b, h]`."""
+    """Return the output of layer `layer`, counted from 1: `[s, b, h]`."""
     found: list[Tensor] = []
     handle = core.decoder.layers[layer - 1].register_forward_hook(lambda _, __, output: found.append(output[0]))
     run(core, given, labels=False)
@@ -242,7 +242,7 @@ def test_a_step_of_both_implementations_is_the_plain_loss(
     reduction.setup(given)
     loss, sums = reduction(model.forward_step(given))
     kd_tokens, lm_tokens = plain(*logits, given["labels"], kd)
-    # Of the same hidden size, so that nothing projects them.
+    # Equal hidden sizes, so that there is no projection.
     first, second = states
     if hidden_loss is HiddenLoss.cosine:
         hidden = 1 - torch.nn.functional.cosine_similarity(first, second, dim=-1)
@@ -260,7 +260,7 @@ def test_a_step_of_both_implementations_is_the_plain_loss(
     torch.testing.assert_close(loss, found[0].float(), rtol=1e-4, atol=1e-5)
 
 
-def test_pairs_count_as_their_mean_and_parts_without_a_weight_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_are_averaged_and_parts_without_weight_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [LayerPair(student=1, teacher=2), LayerPair(student=2, teacher=4)]
     kd = KdConfig(intermediate_pairs=pairs, intermediate_loss=HiddenLoss.mse)
     given = batch()
@@ -331,7 +331,7 @@ COMPARED: list[tuple[Path, ...]] = []
 
 
 def models(monkeypatch: pytest.MonkeyPatch, **teacher: Any) -> tuple[Path, Path]:
-    """A student's and a teacher's checkpoint, of which `load_model` makes models."""
+    """Return a student's and a teacher's checkpoint, for which `load_model` is patched."""
     student, other = Path("student"), Path("teacher")
     made = {student: nemo_model(SMALL), other: nemo_model(dataclasses.replace(SHAPE, **teacher))}
     monkeypatch.setattr(nemo_api, "load_model", made.__getitem__)
@@ -360,7 +360,7 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
         assert model.__io__ is nemo_api.load_model(student).__io__
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_of_another_vocabulary_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = models(monkeypatch, vocab_size=64)
     with pytest.raises(InputError, match="48 .* 64"):
         student_to_train(DistillConfig(max_steps=1), student, teacher)

@@ -1,4 +1,4 @@
-"""The chunked loss against the same loss written plainly in float64, its gradient by autograd."""
+"""The chunked loss compared with a plain float64 implementation and its gradient by autograd."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def plain(given: dict[str, Tensor], spec: KdConfig) -> tuple[Tensor, Tensor, Ten
 
 
 def _in_part(log_probs: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen tokens' log-probabilities, and that of all others together."""
+    """Return the log-probabilities of selected tokens, and that of all others together."""
     rest = log_probs.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, chosen), rest], -1)
 
@@ -85,7 +85,7 @@ def chunked(given: dict[str, Tensor], spec: KdConfig, teacher: Any = None) -> tu
     hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = teacher or Head(given["teacher_hidden"], given["teacher_weight"])
     total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec)
-    (total / 3).backward()  # the gradient that comes in is not 1
+    (total / 3).backward()  # the incoming gradient is not 1
     assert hidden.grad is not None
     assert weight.grad is not None
     return total.detach(), hidden.grad * 3, weight.grad * 3
@@ -98,13 +98,13 @@ def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Non
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-def test_loss_and_gradients_are_those_of_the_plain_one(spec: KdConfig) -> None:
+def test_loss_and_gradients_match_the_plain_implementation(spec: KdConfig) -> None:
     given = tensors()
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=8)), plain(given, spec))
 
 
 @pytest.mark.parametrize("chunk", [1, 36, 37, 1000])
-def test_the_size_of_chunks_changes_nothing(chunk: int) -> None:
+def test_the_chunk_size_does_not_change_the_loss(chunk: int) -> None:
     given, spec = tensors(), KdConfig(lm_weight=0.5)
     assert_close(chunked(given, dataclasses.replace(spec, chunk_tokens=chunk)), plain(given, spec))
 
@@ -118,7 +118,7 @@ def test_large_logits_do_not_overflow() -> None:
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
-def test_losses_of_tokens_are_not_masked_and_carry_no_gradient() -> None:
+def test_token_losses_are_not_masked_and_have_no_gradient() -> None:
     given, spec = tensors(), KdConfig(temperature=2.0, lm_weight=0.5, chunk_tokens=8)
     student = Head(given["hidden"].requires_grad_(), given["weight"].requires_grad_())
     teacher = Head(given["teacher_hidden"], given["teacher_weight"])
@@ -138,7 +138,7 @@ def test_without_gradients_the_losses_are_the_same() -> None:
     torch.testing.assert_close(total.double(), plain(given, spec)[0], rtol=1e-6, atol=0)
 
 
-def test_cached_logits_give_what_the_live_teacher_gives() -> None:
+def test_cached_logits_match_the_live_teacher() -> None:
     given = tensors()
     spec = KdConfig(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
     logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
@@ -155,7 +155,7 @@ def test_top_k_and_tail_are_the_whole_distribution() -> None:
     torch.testing.assert_close(kept.log_probs.exp().sum(-1) + kept.tail.exp(), torch.ones(4))
 
 
-def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
+def test_a_teacher_without_tail_gives_a_finite_loss() -> None:
     given = tensors()
     teacher = TopK(
         torch.arange(3).repeat(TOKENS, 1), torch.full((TOKENS, 3), 1 / 3).log(), torch.full((TOKENS,), -torch.inf)
@@ -170,17 +170,17 @@ def test_a_teacher_without_a_tail_leaves_no_infinity() -> None:
 def test_bf16_weights_give_gradients_of_their_type() -> None:
     given = {name: value.bfloat16() if value.is_floating_point() else value for name, value in tensors().items()}
     spec = KdConfig(lm_weight=0.5, chunk_tokens=8)
-    total, of_hidden, of_weight = chunked(given, spec)
+    total, hidden_gradient, weight_gradient = chunked(given, spec)
     assert total.dtype is torch.float32
-    assert of_hidden.dtype is of_weight.dtype is torch.bfloat16
+    assert hidden_gradient.dtype is weight_gradient.dtype is torch.bfloat16
     reference = plain(given, spec)
     # Logits and their gradients are rounded to bf16's 8 bits, as the models' own output layers do.
-    for mine, theirs in zip((total, of_hidden, of_weight), reference, strict=True):
+    for mine, theirs in zip((total, hidden_gradient, weight_gradient), reference, strict=True):
         assert (mine.double() - theirs).abs().max() < 0.02 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
+def test_the_weight_gradient_goes_to_megatrons_buffer(tied: bool) -> None:
     given, spec = tensors(), KdConfig()
     weight = torch.nn.Parameter(given["weight"].clone())
     weight.main_grad = torch.ones_like(weight)  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def test_megatrons_buffer_takes_the_weights_gradient(tied: bool) -> None:
 
 
 def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """On each rank: the loss, the gradient of the hidden states summed over ranks, and its slice of the weight's."""
+    """Return the loss, the gradient of the hidden states summed over ranks, and the rank's shard of the weight's."""
     group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
     given = tensors(vocabulary=2 * 31)
     results = []
@@ -214,7 +214,7 @@ def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return results
 
 
-def test_a_vocabulary_in_slices_gives_the_same() -> None:
+def test_a_sharded_vocabulary_gives_the_same_loss() -> None:
     specs = [dataclasses.replace(spec, chunk_tokens=8) for spec in SPECS]
     first, second = run_ranks(sliced, 2, specs)
     given = tensors(vocabulary=2 * 31)

@@ -1,4 +1,4 @@
-"""The parts of an evaluation that need no model: its own task, what is kept, the harness's results, the curve."""
+"""Parts of an evaluation without models: its own task, the store, results of the harness, the recovery curve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prune_distill.errors import InputError
 from prune_distill.evaluation import continuations, heldout, recovery
 from prune_distill.evaluation.generation import Prompts
 from prune_distill.evaluation.harness import scores
-from prune_distill.evaluation.heldout import Logits, _by_token
+from prune_distill.evaluation.heldout import Logits, _score_tokens
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import devices, hf_models
@@ -48,25 +48,25 @@ def test_questions_are_fair() -> None:
         document = next(text for text in DOCUMENTS if question["context"] in text)
         follows = [question["context"] + choice in document for choice in question["choices"]]
         assert follows == [number == question["answer"] for number in range(4)]
-        # The wrong ones are of other documents, and as long.
+        # The wrong ones come from other documents, and have the same length.
         assert [choice in document for choice in question["choices"]] == follows
         assert {len(choice.split()) for choice in question["choices"]} == {SMALL.choice_words}
         assert all(choice[0] == " " and choice[1].isalpha() for choice in question["choices"])
 
 
-def test_questions_are_as_many_as_there_is_room_for() -> None:
+def test_the_number_of_questions_is_limited_by_the_documents() -> None:
     many = Continuations(questions=10_000, context_words=4, choice_words=2)
     questions = continuations.make_questions(DOCUMENTS, many, seed=3)
     assert len(questions) == len(DOCUMENTS) * 60 // 6
     assert len({question["context"][:2] for question in questions[: len(DOCUMENTS)]}) == len(DOCUMENTS)
 
 
-def test_too_few_documents_are_told() -> None:
-    with pytest.raises(InputError, match="of 4 there are 3; bring more of them, or set evaluate.continuations=null"):
+def test_too_few_documents_are_rejected() -> None:
+    with pytest.raises(InputError, match="only 3 of 4 have them; add documents, or set evaluate.continuations=null"):
         continuations.make_questions([*DOCUMENTS[:3], "short"], SMALL, seed=0)
 
 
-def test_the_task_is_one_of_the_harness(tmp_path: Path) -> None:
+def test_the_harness_loads_the_task(tmp_path: Path) -> None:
     continuations.write_task(DOCUMENTS, SMALL, 0, tmp_path)
     definition = yaml.safe_load((tmp_path / f"{OWN_TASK}.yaml").read_text())
     assert definition["task"] == OWN_TASK
@@ -79,18 +79,18 @@ def test_losses_and_agreement_of_tokens() -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(7, 11), torch.randn(7, 11), torch.arange(7)
     teacher[3] = logits[3]
-    values = _by_token(logits, teacher, targets)
+    values = _score_tokens(logits, teacher, targets)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
     assert torch.allclose(values[:, 0], expected, atol=1e-6)  # fp32
     assert values[:, 1].tolist() == [1.0] * 7
     assert values[3, 2:].tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
     p, q = teacher.softmax(-1), logits.softmax(-1)
     assert torch.allclose(values[:, 3], (p * (p / q).log()).sum(-1).double(), atol=1e-5)
-    assert _by_token(logits, None, targets)[:, 2:].abs().sum() == 0
+    assert _score_tokens(logits, None, targets)[:, 2:].abs().sum() == 0
 
 
 class CountingModel:
-    """Logits that are the tokens themselves, and how often they were computed."""
+    """A model whose logits are the tokens, which counts its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -114,12 +114,12 @@ def test_kept_logits_are_those_of_their_batch_and_are_computed_once(monkeypatch:
         assert logits.model.calls == calls
 
 
-def test_documents_are_told_apart_by_source_or_else_by_cluster() -> None:
+def test_documents_are_grouped_by_source_or_cluster() -> None:
     assert _kinds([("web", 1), ("code", 2)]) == ["web", "code"]
     assert _kinds([("train", 7), ("train", -1)]) == ["cluster 7", "no cluster"]
 
 
-def test_a_measurement_counts_for_the_versions_that_it_was_made_with(tmp_path: Path) -> None:
+def test_measurements_only_count_for_their_versions(tmp_path: Path) -> None:
     store = Store(tmp_path, {"lm_eval": "1"})
     with store.locked("recovery/step=3"):
         assert store.get("recovery/step=3", "task.a/b") is None
@@ -133,7 +133,7 @@ def test_a_measurement_counts_for_the_versions_that_it_was_made_with(tmp_path: P
     assert store.get("recovery/step=3", "task.a/b") is None
 
 
-def test_numbers_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_written_as_null(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": [math.nan, (math.inf, 1.5)], "y": {"z": -math.inf}})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, [None, 1.5]], "y": {"z": None}}
 
@@ -175,7 +175,7 @@ def _checkpoint(folder: Path, step: int) -> Path:
     return path
 
 
-def test_a_held_checkpoint_outlives_its_names(tmp_path: Path) -> None:
+def test_a_held_checkpoint_survives_its_deletion(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path / "checkpoints", 2)
     (tmp_path / "checkpoints" / ".partial.step=4").mkdir()
     seen: set[int] = set()
@@ -192,7 +192,7 @@ def test_a_held_checkpoint_outlives_its_names(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
-    """The last one comes after the last look but one, and is held all the same."""
+    """The last checkpoint appears just before the last check, and is held."""
     checkpoints, pen = tmp_path / "checkpoints", tmp_path / "pen"
     _checkpoint(checkpoints, 1)
     with holding(checkpoints, pen, seconds=0.01):
@@ -205,18 +205,18 @@ def test_checkpoints_are_held_while_the_process_is_busy(tmp_path: Path) -> None:
     assert list(find_checkpoints(pen)) == [1, 2, 3]
 
 
-def test_nothing_is_held_once_the_process_was_killed(tmp_path: Path) -> None:
+def test_the_watcher_ends_when_the_process_is_killed(tmp_path: Path) -> None:
     script = (
         "import os, sys, pathlib; from prune_distill.evaluation.holding import holding\n"
         "with holding(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), 60): os.kill(os.getpid(), 9)"
     )
-    # Ends when no process has its output open any more.
+    # Returns when no process has its output open.
     done = subprocess.run([sys.executable, "-c", script, tmp_path, tmp_path / "pen"], capture_output=True, timeout=50)
     assert done.returncode == -signal.SIGKILL
 
 
-def test_what_vanishes_while_it_is_held_is_held_whole_or_not_at_all(tmp_path: Path) -> None:
-    """As training takes a checkpoint away: renamed first, then its files one by one."""
+def test_checkpoints_deleted_while_being_linked_are_held_completely_or_not_at_all(tmp_path: Path) -> None:
+    """Training deletes a checkpoint by renaming it, then removing its files."""
     pen, gone = tmp_path / "pen", tmp_path / "checkpoints"
 
     def come_and_go() -> None:
@@ -263,7 +263,7 @@ def test_prompts_are_the_beginnings_of_long_documents(demo: Any) -> None:
     assert Prompts.read(_Documents([2, 3]), cfg).ids.shape == (0, 4)  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_fit_is_rejected_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(100, 50, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
@@ -284,7 +284,7 @@ def test_a_model_that_does_not_fit_is_told_before_it_is_loaded(tmp_path: Path, m
         ({"eos_token_id": 2, "temperature": 0.6, "do_sample": True}, None),
     ],
 )
-def test_a_generation_config_that_transformers_refuses_leaves_its_ids(
+def test_ids_of_an_invalid_generation_config_are_kept(
     tmp_path: Path, content: dict[str, Any], ids: dict[str, Any] | None
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(content))

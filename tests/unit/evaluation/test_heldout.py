@@ -1,4 +1,4 @@
-"""Held-out loss on a small real model and real documents, against the loss written plainly."""
+"""Held-out loss of a small model on documents, compared with a plain implementation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from prune_distill.data.shards import SplitWriter
 from prune_distill.errors import InputError
 from prune_distill.evaluation import harness, heldout, recovery
 from prune_distill.evaluation.harness import Harness
-from prune_distill.evaluation.heldout import Logits, comparable, held_out
+from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DistillConfig, EvaluateConfig, Phase
 
 VOCABULARY, LENGTH = 11, 4
-# By source: 23 tokens in all, which make 5 sequences of 4 and a token to predict after each.
+# By source: 23 tokens in total, which make 5 sequences of 4, each with a token to predict.
 DOCUMENTS = {"web": [[1, 2, 3, 4, 5, 0], [6, 7, 0]], "code": [[8, 9, 10, 1, 3, 5, 7, 9, 0], [2, 4, 6, 8, 0]]}
 BYTES = 7
 
 
 def write_documents(folder: Path, documents: dict[str, list[list[int]]] | None = None) -> DataFolder:
-    """Held-out documents with the shards that say which source each is of."""
+    """Write held-out documents, with shards that record their sources."""
     found = DOCUMENTS if documents is None else documents
     folder.mkdir(exist_ok=True)
     whole = SplitWriter(folder / "validation", np.dtype(np.uint16), VOCABULARY)
@@ -46,7 +46,7 @@ def write_documents(folder: Path, documents: dict[str, list[list[int]]] | None =
 
 
 class Model:
-    """A bigram model: logits of the next token by the last one."""
+    """A bigram model: logits of the next token depend on the last one."""
 
     def __init__(self, seed: int) -> None:
         self.weights = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
@@ -58,7 +58,7 @@ class Model:
 
 
 def pairs(count: int = 5) -> list[tuple[int, int, str]]:
-    """Each token that is predicted: the token before it, the token, and its source."""
+    """Return each predicted token with the token before it and its source."""
     tokens = [(token, source) for source, texts in DOCUMENTS.items() for text in texts for token in text]
     return [(tokens[n][0], *tokens[n + 1]) for n in range(count * LENGTH)]
 
@@ -69,10 +69,10 @@ def data(tmp_path: Path) -> DataFolder:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: int) -> None:
+def test_the_heldout_loss_is_the_next_token_loss(data: DataFolder, batch: int) -> None:
     model, teacher = Model(0), Model(1)
     cfg = EvaluateConfig(seq_length=LENGTH, micro_batch_size=batch)
-    found = held_out(Logits(model), Logits(teacher, keep=True), data, cfg)
+    found = measure_heldout(Logits(model), Logits(teacher, keep=True), data, cfg)
     q, p = (one.weights.double().log_softmax(-1) for one in (model, teacher))
     losses = [-q[before, token].item() for before, token, _ in pairs()]
     assert found["tokens"] == len(losses) == 20
@@ -90,18 +90,18 @@ def test_the_held_out_loss_is_that_of_the_next_token(data: DataFolder, batch: in
         assert found["per_source"][source]["val_loss"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
-def test_the_first_sequences_alone(data: DataFolder) -> None:
+def test_max_sequences_limits_the_evaluation(data: DataFolder) -> None:
     model = Model(0)
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
     q = model.weights.log_softmax(-1)
     assert found["tokens"] == 8
     assert found["val_loss"] == pytest.approx(sum(-q[b, t].item() for b, t, _ in pairs(2)) / 8, rel=1e-5)
     assert "agreement" not in found
 
 
-def test_documents_of_one_source_are_not_told_apart(tmp_path: Path) -> None:
+def test_documents_of_one_source_have_no_groups(tmp_path: Path) -> None:
     data = write_documents(tmp_path / "one", {"web": [*DOCUMENTS["web"], *DOCUMENTS["code"]]})
-    found = held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))
     assert found["tokens"] == 20
     assert "per_source" not in found
 
@@ -113,39 +113,39 @@ def test_ranks_share_the_sequences(data: DataFolder, monkeypatch: pytest.MonkeyP
     tokens = []
     for rank in range(2):
         monkeypatch.setattr(heldout, "rank", lambda rank=rank: rank)
-        tokens.append(held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))["tokens"])
+        tokens.append(measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=LENGTH))["tokens"])
     assert tokens == [12, 8]
     model = Model(0).weights.double().log_softmax(-1)
     whole = sum(-model[before, token].item() for before, token, _ in pairs())
     assert float(sum(sums)[:, 0].sum()) == pytest.approx(whole, rel=1e-5)
 
 
-def test_fewer_tokens_than_a_sequence_are_refused(data: DataFolder) -> None:
-    held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=22))
+def test_fewer_tokens_than_a_sequence_are_rejected(data: DataFolder) -> None:
+    measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=22))
     with pytest.raises(InputError, match="evaluate.seq_length"):
-        held_out(Logits(Model(0)), None, data, EvaluateConfig(seq_length=23))
+        measure_heldout(Logits(Model(0)), None, data, EvaluateConfig(seq_length=23))
 
 
-def test_a_loss_that_is_not_finite_is_told(data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_non_finite_loss_is_logged(data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
     model = Model(0)
     model.weights[3] = torch.nan
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
     assert math.isnan(found["val_loss"])
     assert "not finite" in caplog.text
     model = Model(0)
     model.weights[:, 0] = 1e6
-    found = held_out(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
+    found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH))
     assert found["perplexity"] == math.inf
 
 
-def test_chunks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_logits_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     logits, teacher, targets = torch.randn(7, 11), torch.randn(7, 11), torch.arange(7)
-    whole = heldout._by_token(logits, teacher, targets)
+    whole = heldout._score_tokens(logits, teacher, targets)
     monkeypatch.setattr(heldout, "CHUNK_LOGITS", 22)
-    torch.testing.assert_close(heldout._by_token(logits, teacher, targets), whole)
+    torch.testing.assert_close(heldout._score_tokens(logits, teacher, targets), whole)
     monkeypatch.setattr(heldout, "CHUNK_LOGITS", 1)
-    torch.testing.assert_close(heldout._by_token(logits, teacher, targets), whole)
+    torch.testing.assert_close(heldout._score_tokens(logits, teacher, targets), whole)
 
 
 def test_models_of_one_vocabulary_are_comparable() -> None:
@@ -155,7 +155,7 @@ def test_models_of_one_vocabulary_are_comparable() -> None:
     assert not comparable(Model(0), other)
 
 
-def test_kept_logits_stop_at_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_logits_are_limited_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[1, 2, 3]])
     size = 2 * VOCABULARY * 4
     for room, kept in ((size - 1, []), (size, [0]), (2 * size, [0, 1]), (3 * size - 1, [0, 1])):
@@ -166,7 +166,7 @@ def test_kept_logits_stop_at_their_room(monkeypatch: pytest.MonkeyPatch) -> None
         assert list(logits._kept) == kept
 
 
-def test_a_task_is_asked_as_the_config_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_task_uses_the_settings_of_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
     def simple_evaluate(**options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Looking at a run, and starting a finished one again, is cheap: no torch, no NeMo."""
+"""Inspecting a run, and starting a complete one again, is cheap: no torch, no NeMo."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 10.0
 
 
 def cheaply(*arguments: str, module: str = "launch.run") -> str:
-    """What a command prints, once it was seen to take little."""
+    """Return the output of a command, after checking that it is cheap."""
     started = time.monotonic()
     command = [sys.executable, "-c", CODE.format(module), "experiment=demo", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -34,17 +34,17 @@ def cheaply(*arguments: str, module: str = "launch.run") -> str:
 
 
 @pytest.mark.parametrize("argument", ["--list", "--cfg=job", "dry_run=true"])
-def test_a_look_costs_little_and_writes_nothing(tmp_path: Path, argument: str) -> None:
+def test_inspection_is_cheap_and_writes_nothing(tmp_path: Path, argument: str) -> None:
     assert "prune" in cheaply(argument, f"run_dir={tmp_path}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_plan_costs_little_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_is_cheap_and_writes_nothing(tmp_path: Path) -> None:
     assert "GiB a rank" in cheaply(f"run_dir={tmp_path}", module="launch.plan")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_slurm_would_be_given_costs_little(tmp_path: Path) -> None:
+def test_a_slurm_dry_run_is_cheap(tmp_path: Path) -> None:
     site = [f"cluster.slurm.{key}=null" for key in ("partition", "account", "container_image")]
     shared = ("cluster=slurm", "cluster.devices_per_node=1", "cluster.run_dir_is_shared=true", "dry_run=true")
     assert cheaply(*shared, *site, f"run_dir={tmp_path}").count("#!/bin/bash -l") == 15

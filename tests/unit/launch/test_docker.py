@@ -1,4 +1,4 @@
-"""The `docker run` that a run becomes."""
+"""The `docker run` command of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    for name in (*docker.PASSED_ON, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+    for name in (*docker.PASSED_VARIABLES, "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -35,7 +35,7 @@ def values(words: list[str], option: str) -> list[str]:
     return [after for word, after in itertools.pairwise(words) if word == option]
 
 
-def test_a_run_sees_its_folders_under_their_own_paths(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_are_mounted_at_their_own_paths(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = printed(capsys, "--", "experiment=demo", "run_dir=../out", "--until", "prune")
     assert (
         words[-7:]
@@ -79,7 +79,9 @@ def test_a_run_folder_below_the_data_can_be_written(here: Path, capsys: pytest.C
     assert f"{data}/run:{data}/run" in values(words, "--volume")
 
 
-def test_secrets_go_by_name(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_passed_by_name(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     words = printed(capsys, "--", "experiment=demo")
     assert "HF_TOKEN" in values(words, "--env")
@@ -96,7 +98,7 @@ def test_a_cache_of_its_own_is_mounted(
     assert f"HF_HUB_CACHE={hub}" in values(words, "--env")
 
 
-def test_a_snapshot_of_the_hubs_cache_brings_its_blobs(
+def test_blobs_of_a_hub_snapshot_are_mounted(
     here: Path, capsys: pytest.CaptureFixture[str], hf_folder: Callable[..., Path]
 ) -> None:
     snapshot, blobs = hub_snapshot(hf_folder(), here.parent / "hub")
@@ -116,19 +118,19 @@ def test_a_folder_of_group_files_is_mounted_and_passed_on(here: Path, capsys: py
     assert "--cap-add=SYS_NICE" in words
 
 
-def test_numa_binding_asks_for_what_numactl_calls(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numa_binding_adds_the_capability_for_numactl(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     binding = "cluster.numa_binding=node"
     assert "--cap-add=SYS_NICE" in printed(capsys, "--", "experiment=demo", binding)
     assert "--cap-add=SYS_NICE" not in printed(capsys, "--gpus", "none", "--", "experiment=demo", binding)
     assert "--cap-add=SYS_NICE" not in printed(capsys, "--", "experiment=demo")
 
 
-def test_what_is_wrong_is_said_before_docker_starts(
+def test_faults_are_reported_before_docker_starts(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert docker.main(["--", "experiment=demo", "distill.lrr=1"]) == 2
     assert "distill.lrr: not a known key" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
     assert docker.main(["--", "experiment=demo"]) == 2
-    assert "docker cannot be found" in capsys.readouterr().err
+    assert "docker not found" in capsys.readouterr().err
     assert os.listdir(here) == []

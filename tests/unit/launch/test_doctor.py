@@ -1,4 +1,4 @@
-"""What the doctor finds, on machines made of stand-ins for commands on the PATH."""
+"""Findings of the doctor, on machines that are simulated by commands on the PATH."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Fake = Callable[[str, str], None]
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Puts a shell script on a PATH that holds nothing else."""
+    """Return a function that adds a shell script to an otherwise empty PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -99,7 +99,7 @@ def test_gpus(
     assert {finding.name: finding.state.value for finding in findings} == expected
 
 
-def test_fewer_gpus_than_the_run_asks_for(
+def test_fewer_gpus_than_the_run_needs(
     demo: Callable[..., Any], fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("python", f"echo '{seen()}'")
@@ -128,9 +128,14 @@ def test_the_probe_runs_here() -> None:
 @pytest.mark.parametrize(
     ("overrides", "numactl", "state", "part"),
     [
-        ([], "exit 0", "warn", "2 nodes, and ranks run on the cores of any"),
+        ([], "exit 0", "warn", "2 nodes, but ranks are not bound to one"),
         (["cluster.numa_binding=core_complex"], "exit 0", "ok", "are bound (cluster.numa_binding=core-complex)"),
-        (["cluster.numa_binding=node"], "echo denied >&2; exit 1", "warn", "numactl does not work here (denied)"),
+        (
+            ["cluster.numa_binding=node"],
+            "echo denied >&2; exit 1",
+            "warn",
+            "numactl does not work on this machine (denied)",
+        ),
         (None, "exit 0", "ok", "2 nodes; ranks can be bound"),
     ],
 )
@@ -150,9 +155,7 @@ def test_numa_nodes(
     assert (finding.state.value, part in finding.found) == (state, True), finding
     (tmp_path / "sys/devices/system/node/node1/cpulist").write_text("\n")
     (finding,) = checks.numa(None, tmp_path)
-    assert finding == Finding(
-        "NUMA", State.ok, "1 node; nothing to bind: all cores that may be used are of one NUMA node"
-    )
+    assert finding == Finding("NUMA", State.ok, "1 node; nothing to bind: all available cores belong to one NUMA node")
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +203,7 @@ def test_slurm(ping: str, srun: str, expected: dict[str, str], fake: Fake) -> No
     assert {finding.name: finding.state.value for finding in checks.slurm(None)} == expected
 
 
-def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fake) -> None:
+def test_missing_slurm_only_fails_runs_that_need_it(demo: Callable[..., Any], fake: Fake) -> None:
     assert [finding.state for finding in checks.slurm(None)] == [State.ok]
     asked = "{partition:null,account:null,container_image:null}"
     cfg = demo(f"cluster.slurm={asked}", "cluster.time_limit='4:00:00'")
@@ -209,12 +212,10 @@ def test_slurm_is_not_missed_unless_asked_for(demo: Callable[..., Any], fake: Fa
     assert missing.found.startswith("sbatch, srun")
 
 
-def test_a_full_disk_is_what_the_plan_warns_of(
-    demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_fails_the_check(demo: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.planning.disk.free_bytes", lambda path: 1 << 20)
     cfg = demo(f"run_dir={tmp_path}")
-    (finding,) = [finding for finding in doctor.planned(cfg) if finding.name == "disk"]
+    (finding,) = [finding for finding in doctor.check_run(cfg) if finding.name == "disk"]
     assert finding.state is State.fail
     assert f"{finding.found}; {finding.fix}" in doctor.make_plan(cfg).warnings
     assert finding.found.startswith(f"{tmp_path} has 0.0 GiB free, and the run still writes about")

@@ -1,4 +1,4 @@
-"""What Slurm's SIGTERM does to a stage that runs under the guard: nothing but a file."""
+"""SIGTERM from Slurm only creates a file for a stage that runs under the guard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from launch.environment import ROOT
 
-# Sets a handler, as torchrun does, starts a child with a default one, as the data loader does, and says that it is up.
+# Sets a handler like torchrun, starts a child with the default one like the data loader, and prints that it is ready.
 COMMAND = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
@@ -29,7 +29,7 @@ def guarded(stop: Path, *command: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: int) -> None:
+def test_a_signal_to_all_processes_creates_a_stop_file(tmp_path: Path, signum: int) -> None:
     with guarded(tmp_path / "stop", sys.executable, "-c", COMMAND) as guard:
         assert guard.stdout is not None
         child = int(guard.stdout.readline())
@@ -42,21 +42,21 @@ def test_a_signal_to_all_processes_leaves_a_stop_file(tmp_path: Path, signum: in
     assert guard.returncode == 5
 
 
-def test_exit_codes_pass_and_no_file_is_left(tmp_path: Path) -> None:
+def test_exit_codes_are_passed_on_without_a_stop_file(tmp_path: Path) -> None:
     killed = "killed by SIGKILL (out of memory?)\n"
-    for command, code, told in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
+    for command, code, message in (("exit 0", 0, ""), ("exit 3", 3, "exit code 3\n"), ("kill -KILL $$", 137, killed)):
         guard = guarded(tmp_path / "stop", "bash", "-c", command)
-        assert guard.communicate(timeout=30)[1] == told
+        assert guard.communicate(timeout=30)[1] == message
         assert guard.returncode == code
     assert not (tmp_path / "stop").exists()
 
 
-def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
-    """Python would wait for ever for daemonic children that cannot be terminated."""
+def test_a_failing_process_with_waiting_children_ends(tmp_path: Path) -> None:
+    """Python would wait forever for daemonic children that cannot be terminated."""
     script = (
         "import multiprocessing, time\n"
-        "from prune_distill.pipeline.stage_main import stay_guarded\n"
-        "stay_guarded()\n"
+        "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"
+        "keep_signals_blocked()\n"
         "multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,), daemon=True).start()\n"
         "raise ValueError('x')\n"
     )
@@ -64,11 +64,11 @@ def test_a_failing_process_with_children_that_wait_ends(tmp_path: Path) -> None:
         assert guard.wait(timeout=30) == 1
 
 
-def test_what_takes_the_block_away_does_not(tmp_path: Path) -> None:
+def test_signals_stay_blocked(tmp_path: Path) -> None:
     script = (
         "import multiprocessing, os, signal\n"
-        "from prune_distill.pipeline.stage_main import stay_guarded\n"
-        "stay_guarded()\n"
+        "from prune_distill.pipeline.stage_main import keep_signals_blocked\n"
+        "keep_signals_blocked()\n"
         "multiprocessing.get_context('spawn').Manager().shutdown()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "raise SystemExit(7)\n"

@@ -1,4 +1,4 @@
-"""A launcher that is stopped, killed or doubled: its stages end, and the next one goes on."""
+"""A launcher that is stopped, killed or started twice: its stages end, and the next one resumes."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launches import ends, launched, wait_for
+from tests.helpers.launches import run_launcher, wait_for, wait_for_exit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and Linux's parent-death signal")
 
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Children hear of SIGINT, also where a shell in the background has had the tests ignore it."""
+    """Children receive SIGINT, even if the tests run in a background shell that ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_stage_and_says_how_to_go_on(
+def test_a_signal_stops_the_stage_and_prints_how_to_resume(
     tmp_path: Path, signum: int, status: int, interruptible: None
 ) -> None:
-    with launched(tmp_path, {"first": "sleep"}) as launcher:
+    with run_launcher(tmp_path, {"first": "sleep"}) as launcher:
         pid = wait_for(tmp_path, "first")
         launcher.send_signal(signum)
         _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == status
     assert "the same command goes on" in err
-    assert ends(pid)
+    assert wait_for_exit(pid)
 
 
-def test_nohup_is_heeded(tmp_path: Path) -> None:
+def test_nohup_is_respected(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with launched(tmp_path, {"first": "train"}, "--until", "first") as launcher:
+        with run_launcher(tmp_path, {"first": "train"}, "--until", "first") as launcher:
             wait_for(tmp_path, "first")
             launcher.send_signal(signal.SIGHUP)
             launcher.communicate(timeout=60)
@@ -47,24 +47,24 @@ def test_nohup_is_heeded(tmp_path: Path) -> None:
     assert launcher.returncode == 0
 
 
-def test_a_killed_launcher_takes_its_stage_along_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    with launched(tmp_path, {"second": "sleep"}) as launcher:
+def test_a_killed_launcher_kills_its_stage_and_the_next_one_resumes(tmp_path: Path) -> None:
+    with run_launcher(tmp_path, {"second": "sleep"}) as launcher:
         pid = wait_for(tmp_path, "second")
         launcher.kill()
         launcher.communicate(timeout=30)
-    # At once, though the lock is the dying stage's until it has ended.
-    with launched(tmp_path, {}) as following:
+    # Immediately, although the dying stage holds the lock until it has ended.
+    with run_launcher(tmp_path, {}) as following:
         out, err = following.communicate(timeout=60)
     assert (following.returncode, err) == (0, "")
     assert "first: complete, skipped" in out
-    assert ends(pid)
+    assert wait_for_exit(pid)
     assert (tmp_path / "calls.txt").read_text().split() == ["first", "second", "second", "aside", "report"]
 
 
-def test_one_launcher_a_run_folder(tmp_path: Path) -> None:
-    with launched(tmp_path, {"first": "sleep"}) as launcher:
+def test_one_launcher_per_run_folder(tmp_path: Path) -> None:
+    with run_launcher(tmp_path, {"first": "sleep"}) as launcher:
         wait_for(tmp_path, "first")
-        with launched(tmp_path, {}) as second:
+        with run_launcher(tmp_path, {}) as second:
             _, err = second.communicate(timeout=60)
     assert second.returncode == 2
     assert f"in use by process {launcher.pid} on " in err

@@ -1,4 +1,4 @@
-"""The memory of a rank by part, against sums done by hand."""
+"""The memory of a rank by part, compared with manual sums."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def one(training: Training, ranks: int = 1, models: Models = QWEN3, loss: Loss =
     return memory
 
 
-def test_data_parallel_ranks_share_the_optimizer_and_nothing_else() -> None:
+def test_data_parallelism_only_shards_the_optimizer() -> None:
     assert one(TRAINING, ranks=2) == Memory(
         weights=2 * STUDENT_PARAMS,
         gradients=4 * STUDENT_PARAMS,
@@ -69,17 +69,17 @@ def test_fp32_has_no_master_weights() -> None:
 
 
 @pytest.mark.parametrize(("sequence_parallel", "norms"), [(True, 16), (False, 32)])
-def test_tensor_parallelism_cuts_all_but_the_norms_parameters(sequence_parallel: bool, norms: int) -> None:
+def test_tensor_parallelism_shards_all_but_norms(sequence_parallel: bool, norms: int) -> None:
     memory = one(dataclasses.replace(TRAINING, parallel=Parallel(2, 1, 1, sequence_parallel)), ranks=2)
-    of_rank = 2 * (576 // 2 + 24) + 520 // 2 + 4
-    assert memory.weights == 2 * of_rank
-    assert memory.optimizer == 12 * of_rank
+    rank_parameters = 2 * (576 // 2 + 24) + 520 // 2 + 4
+    assert memory.weights == 2 * rank_parameters
+    assert memory.optimizer == 12 * rank_parameters
     assert memory.activations == 2 * 16 * (2 * (norms + (48 + 48) // 2) + NORM * norms // 32)
     # One fp32 tensor more, of half the vocabulary.
     assert memory.loss == 16 * 16 * (2 * 2 + 8 * 4)
 
 
-def test_context_parallelism_cuts_the_tokens_and_the_optimizer() -> None:
+def test_context_parallelism_shards_tokens_and_optimizer() -> None:
     memory, whole = one(dataclasses.replace(TRAINING, parallel=Parallel(1, 1, 2)), ranks=2), one(TRAINING)
     assert (memory.activations * 2, memory.loss * 2) == (whole.activations, whole.loss)
     assert (memory.weights, memory.optimizer * 2) == (whole.weights, whole.optimizer)
@@ -103,7 +103,7 @@ def test_recomputation() -> None:
     assert full.activations == 2 * 16 * (2 * 8 + NORM)
     # Attention without stored scores leaves `selective` nothing to save.
     assert one(dataclasses.replace(TRAINING, recompute=Recompute.selective)) == one(TRAINING)
-    # Where the loss is small, the layer that is computed again is the fullest moment.
+    # With a small loss, the peak is at the recomputed layer.
     few = dataclasses.replace(STUDENT, vocab_size=2)
     small = one(
         dataclasses.replace(TRAINING, recompute=Recompute.full),
@@ -133,7 +133,7 @@ def test_pruning() -> None:
     assert prune_memory(prune, TEACHER, Family.qwen3, 2) == Memory(weights=2 * (2 * 600 + 8 + 256))
 
 
-def test_the_reserve_is_an_assumption_on_top() -> None:
+def test_the_reserve_is_added() -> None:
     memory = Memory(weights=50 * GIB, teacher=50 * GIB)
     assert memory.tensors == 100 * GIB
     assert memory.reserve == 7 * GIB
@@ -152,7 +152,7 @@ def test_the_chunked_loss_grows_with_the_chunk_and_not_with_the_tokens() -> None
     assert one(upstream).loss == one(TRAINING).loss
 
 
-def test_experts_and_their_optimizer_are_shared_out() -> None:
+def test_experts_and_their_optimizer_are_sharded() -> None:
     mixture = dataclasses.replace(STUDENT, num_moe_experts=4, moe_ffn_hidden_size=12, moe_router_topk=2)
     models = Models(Family.qwen3_moe, mixture, None)
     whole = one(TRAINING, models=models, loss=Loss.ce)
@@ -165,6 +165,6 @@ def test_experts_and_their_optimizer_are_shared_out() -> None:
     assert half.optimizer == 12 * rest // 4 + 12 * (experts // 2) // 2
     # With balanced routing a rank's experts are sent as many tokens as it has: norms, attention, and of two experts the
     # token itself, gate, up and the down projection's input; four values of each expert's router.
-    of_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
+    per_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
     assert half.activations == whole.activations
-    assert whole.activations == 2 * 16 * (2 * of_layer + NORM)
+    assert whole.activations == 2 * 16 * (2 * per_layer + NORM)

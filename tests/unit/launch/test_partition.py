@@ -1,4 +1,4 @@
-"""What a partition can never run, and what sbatch's refusals mean. A real Slurm is in tests/slurm."""
+"""Limits of partitions, and errors of sbatch. Tests with a real Slurm are in tests/slurm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PartitionName=long MaxNodes=UNLIMITED MaxTime=UNLIMITED Nodes=n[1-2] State=UP To
 
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a script in the place of Slurm's."""
+    """Return a function that replaces Slurm's command by a script."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     def script(text: str) -> None:
@@ -49,12 +49,12 @@ NODES = ("cluster.nodes=5", "distill.global_batch_size=20")
         (("cluster.time_limit='1-00:00:00'",), []),
         (
             ("cluster.time_limit='24:00:01'",),
-            ["cluster.time_limit=24:00:01 is more than the 1-00:00:00 that partition gpu"],
+            ["cluster.time_limit=24:00:01: partition gpu allows at most 1-00:00:00"],
         ),
-        (NODES, ["cluster.nodes=5, but partition gpu gives a job 4 at most; set cluster.nodes=4"]),
+        (NODES, ["cluster.nodes=5: partition gpu allows at most 4 per job; set cluster.nodes=4"]),
         (("cluster.slurm.partition=long", "cluster.time_limit='90-00:00:00'"), []),
         (("cluster.slurm.partition='gpu,long'", "cluster.time_limit='90-00:00:00'"), []),
-        (("cluster.slurm.partition='gpu,none'",), ["cluster.slurm.partition=none does not exist; set"]),
+        (("cluster.slurm.partition='gpu,none'",), ["cluster.slurm.partition=none: does not exist; set"]),
         (("cluster.slurm.partition=null", *NODES), []),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_controller_that_does_not_answer(scontrol: Callable[[str], None], run:
 
 
 @pytest.mark.parametrize(
-    ("said", "key"),
+    ("message", "key"),
     [
         ("Batch job submission failed: Invalid account or account/partition combination specified", "slurm.account"),
         ("Batch job submission failed: Invalid qos specification", "cluster.slurm.qos"),
@@ -80,9 +80,9 @@ def test_a_controller_that_does_not_answer(scontrol: Callable[[str], None], run:
         ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "fewer jobs"),
         ("Requested node configuration is not available", "cluster.devices_per_node"),
         ("sbatch: unrecognized option '--nonsense=1'", "cluster.slurm.sbatch"),
-        ("Unable to contact slurm controller (connect failure)", "tries again"),
+        ("Unable to contact slurm controller (connect failure)", "run the same command again"),
         ("Something else", "#SBATCH lines"),
     ],
 )
-def test_a_refusal_comes_with_its_mend(said: str, key: str) -> None:
-    assert key in slurm._fix(said)
+def test_errors_of_sbatch_have_a_fix(message: str, key: str) -> None:
+    assert key in slurm._fix(message)

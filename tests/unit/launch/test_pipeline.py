@@ -1,4 +1,4 @@
-"""The launcher over stages that do nothing, as real processes."""
+"""The launcher with fake stages as real processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Launcher:
         return (status, *self._capfd.readouterr())
 
     def calls(self) -> list[str]:
-        """The stages that were started since the last call of this."""
+        """Return the stages that were started since the last call."""
         path = self.run_dir / "calls.txt"
         names = path.read_text().split() if path.exists() else []
         path.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return Launcher(tmp_path / "run", monkeypatch, capfd)
 
 
-def test_a_run_a_second_one_and_one_with_a_change(launcher: Launcher) -> None:
+def test_a_run_its_repetition_and_a_change(launcher: Launcher) -> None:
     code, out, err = launcher.run()
     assert (code, err) == (0, "")
     assert launcher.calls() == ALL
@@ -73,7 +73,7 @@ def test_a_run_a_second_one_and_one_with_a_change(launcher: Launcher) -> None:
     assert launcher.run("distill.lr=2e-3")[0] == 0
     assert launcher.calls() == ["second", "report"]
     assert load_resolved(launcher.run_dir / "resolved.yaml").distill.lr == 2e-3
-    # Back again: what was made before is still there; only the report, which is one a run folder, is written again.
+    # Reverted: earlier results still exist; only the report, of which a run folder has one, is written again.
     assert launcher.run("cluster.threads_per_rank=3")[0] == 0
     assert launcher.calls() == ["report"]
 
@@ -111,7 +111,7 @@ def test_a_failed_stage_is_named_with_its_last_lines_and_resumed(launcher: Launc
     assert (launcher.folder("second") / "log.txt").read_text().count("--- 20") == 2
 
 
-def test_a_fault_of_the_user_is_shown_alone(launcher: Launcher) -> None:
+def test_only_the_message_of_a_user_error_is_shown(launcher: Launcher) -> None:
     code, _, err = launcher.run(plan={"first": "fault"})
     assert code == 2
     assert "stage first failed (exit code 2)\n1 fault in the configuration:\n  - distill.lr=9 is too high; set 1" in err
@@ -119,7 +119,7 @@ def test_a_fault_of_the_user_is_shown_alone(launcher: Launcher) -> None:
 
 
 @pytest.mark.parametrize("action", ["no_manifest", "half"])
-def test_success_without_a_whole_manifest_is_an_error(launcher: Launcher, action: str) -> None:
+def test_success_without_a_valid_manifest_is_an_error(launcher: Launcher, action: str) -> None:
     code, _, err = launcher.run("--until", "first", plan={"first": action})
     assert code == 1
     assert "no manifest.json" in err
@@ -127,7 +127,7 @@ def test_success_without_a_whole_manifest_is_an_error(launcher: Launcher, action
     assert launcher.calls() == ["first", "first"]
 
 
-def test_progress_comes_from_the_metrics_file(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_read_from_the_metrics_file(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
     code, out, _ = launcher.run("--until", "first", plan={"first": "train"})
     assert code == 0
@@ -135,7 +135,7 @@ def test_progress_comes_from_the_metrics_file(launcher: Launcher, monkeypatch: p
     assert line == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
 
 
-def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(launcher: Launcher) -> None:
+def test_a_sweep_runs_every_combination_in_its_own_folder(launcher: Launcher) -> None:
     code, _, err = launcher.run("-m", "distill.lr=1e-3,2e-3", "--until", "first")
     assert (code, err) == (0, "")
     rates = [load_resolved(launcher.run_dir / number / "resolved.yaml").distill.lr for number in "01"]
@@ -203,7 +203,7 @@ def test_a_config_with_faults_prints_and_so_does_one_without_an_experiment(capsy
     assert "experiment: not chosen" in err
 
 
-def test_the_help_lists_ones_own_group_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_help_lists_user_config_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "my_site.yaml").write_text("name: my_site\n")
     with pytest.raises(SystemExit):
@@ -212,7 +212,7 @@ def test_the_help_lists_ones_own_group_files(capsys: pytest.CaptureFixture[str],
     assert main(["--config-dir", str(tmp_path / "nowhere")]) == 2
 
 
-def test_a_command_is_noted_without_credentials_and_a_refused_one_not_at_all(launcher: Launcher) -> None:
+def test_commands_are_recorded_without_credentials_unless_rejected(launcher: Launcher) -> None:
     key = "distill.mlflow.tracking_uri"
     assert launcher.run(f"{key}='http://u:hunter2@h/'", "distill.mlflow.experiment=x", "--until", "first")[0] == 2
     assert not launcher.run_dir.exists()
@@ -223,7 +223,7 @@ def test_a_command_is_noted_without_credentials_and_a_refused_one_not_at_all(lau
     assert "hunter2" not in line
 
 
-def test_threads_are_shared_among_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_divided_among_ranks(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launcher.run("--until", "first")
     cores = len(os.sched_getaffinity(0))
@@ -241,17 +241,17 @@ def test_a_run_starts_with_its_plan(launcher: Launcher, monkeypatch: pytest.Monk
         "plan: 5.25 M -> 3.28 M parameters (-37%), 160 steps, 164 k tokens",
         "plan: 0.84 GiB on disk, 0.10 GiB are free",
     ]
-    # On a machine without a stated GPU neither memory nor hours are said.
+    # Without a configured GPU there are neither memory nor hours.
     assert "GPU" not in out
     assert f"warning: {launcher.run_dir} has 0.1 GiB free, and the run still writes about 0.8 GiB" in out
-    # Nothing is left to plan of what is complete.
+    # Complete stages have no plan.
     assert "plan:" not in launcher.run("--until", "first")[1]
 
 
 SMALL_GPU = "cluster.gpu={name: tiny, memory_gib: 0.1, bf16_tflops: 100}"
 
 
-def test_what_cannot_fit_the_gpu_is_refused_unless_it_is_done(launcher: Launcher) -> None:
+def test_stages_that_do_not_fit_the_gpu_are_rejected_unless_complete(launcher: Launcher) -> None:
     table = (Stage("distill", MODULE, ("distill",), lambda cfg: {}),)
     code, out, err = launcher.run(SMALL_GPU, stages=table)
     assert (code, out) == (2, "")
@@ -264,7 +264,7 @@ def test_what_cannot_fit_the_gpu_is_refused_unless_it_is_done(launcher: Launcher
     assert launcher.run(SMALL_GPU, stages=table)[0] == 0
 
 
-def test_what_only_lacks_the_reserve_is_warned_about(launcher: Launcher) -> None:
+def test_stages_that_only_lack_the_reserve_cause_a_warning(launcher: Launcher) -> None:
     code, out, _ = launcher.run("--until", "first", SMALL_GPU.replace("0.1", "1"))
     assert code == 0
     assert "warning: the plan does not fit: " in out

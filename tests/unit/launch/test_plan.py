@@ -46,8 +46,8 @@ def planned(*overrides: str) -> Plan:
     return make_plan(compose([*overrides, PUBLISHED] if DEPTH in overrides else overrides))
 
 
-def hours_of(of_plan: Plan) -> dict[str, float | None]:
-    return {row.stage: row.hours for row in of_plan.stages}
+def hours_by_stage(run_plan: Plan) -> dict[str, float | None]:
+    return {row.stage: row.hours for row in run_plan.stages}
 
 
 # Arithmetic.
@@ -76,17 +76,17 @@ def test_flops_by_hand() -> None:
 
 def test_hours_by_hand() -> None:
     assert hours.seconds_at(0.5, 3.6e17 * 8, Gpu("g", 1.0, 100.0), 8) == pytest.approx(2.0 * 3600)
-    assert set(hours_of(planned(DEPTH, "cluster.gpu=null")).values()) == {None}
-    assert set(hours_of(planned(DEPTH, "cluster.gpu.memory_gbs=null")).values()) == {None}
-    in_fp32 = hours_of(planned(DEPTH, AS_PUBLISHED, "distill.precision=fp32"))
+    assert set(hours_by_stage(planned(DEPTH, "cluster.gpu=null")).values()) == {None}
+    assert set(hours_by_stage(planned(DEPTH, "cluster.gpu.memory_gbs=null")).values()) == {None}
+    in_fp32 = hours_by_stage(planned(DEPTH, AS_PUBLISHED, "distill.precision=fp32"))
     assert in_fp32["distill"] is None
 
 
-def test_six_n_for_the_large_ones() -> None:
+def test_flops_of_large_models_are_six_n() -> None:
     """Within a few percent FLOP a token are 6 x student + 2 x teacher: attention adds, the embedding takes away."""
-    of_plan = planned(DEPTH)
-    student, teacher = of_plan.student.parameters, of_plan.teacher.parameters
-    assert of_plan.work.flops_a_token.total == pytest.approx(6 * student + 2 * teacher, rel=0.05)
+    run_plan = planned(DEPTH)
+    student, teacher = run_plan.student.parameters, run_plan.teacher.parameters
+    assert run_plan.work.flops_a_token.total == pytest.approx(6 * student + 2 * teacher, rel=0.05)
 
 
 def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
@@ -126,8 +126,8 @@ def test_cached_logits_by_hand() -> None:
     assert stored.signal.flops_a_token == teacher_flops
     assert stored.work.flops_a_token.teacher == 0
     assert stored.signal.spared_share == teacher_flops / live.work.flops_a_token.total
-    after = hours_of(stored)
-    assert after["cache_logits"] + after["distill"] == pytest.approx(hours_of(live)["distill"])
+    after = hours_by_stage(stored)
+    assert after["cache_logits"] + after["distill"] == pytest.approx(hours_by_stage(live)["distill"])
     assert all(memory.teacher == 0 for memory in stored.memory["distill"])
     (signal,) = stored.memory["cache_logits"]
     assert signal.weights == live.memory["distill"][0].teacher
@@ -138,7 +138,7 @@ def test_cached_logits_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])
-def test_bytes_of_a_stored_token_are_those_that_ids_take(vocab_size: int, size: int) -> None:
+def test_bytes_of_a_cached_token(vocab_size: int, size: int) -> None:
     assert disk.cached_logits_bytes(7, vocab_size) == 7 * (size + 2) + 4
 
 
@@ -166,11 +166,11 @@ def test_a_correction_that_does_not_fit_has_a_fix() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(1024, 2), (65_499, 2), (65_500, 4), (151_936, 4)])
-def test_bytes_of_a_token_are_megatrons(vocab_size: int, size: int) -> None:
+def test_bytes_of_a_token_match_megatron(vocab_size: int, size: int) -> None:
     assert disk.token_bytes(vocab_size) == size
 
 
-def test_what_a_run_folder_holds_is_no_longer_to_come(
+def test_existing_files_reduce_the_needed_disk(
     demo: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     cfg = demo()
@@ -187,10 +187,10 @@ def test_what_a_run_folder_holds_is_no_longer_to_come(
 
 
 @pytest.mark.parametrize("overrides", [[DEPTH], [DEPTH, SMALL], ["experiment=llama3_1_8b_to_4b_width"]])
-def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None:
-    of_plan = planned(*overrides, PUBLISHED)
-    assert of_plan.layouts
-    for layout in of_plan.layouts:
+def test_suggested_layouts_are_valid(overrides: list[str]) -> None:
+    run_plan = planned(*overrides, PUBLISHED)
+    assert run_plan.layouts
+    for layout in run_plan.layouts:
         values = {
             "parallel.tensor_model_parallel_size": layout.tensor,
             "parallel.pipeline_model_parallel_size": layout.pipeline,
@@ -200,22 +200,22 @@ def test_a_layout_that_is_offered_can_be_asked_for(overrides: list[str]) -> None
         }
         again = planned(*overrides, PUBLISHED, *(f"distill.{key}={value}" for key, value in values.items()))
         assert again.layout == layout
-        assert layout.peak <= of_plan.cluster.gpu.memory_gib * GIB
+        assert layout.peak <= run_plan.cluster.gpu.memory_gib * GIB
         assert layout.tensor * layout.pipeline * layout.context * layout.data == 8
 
 
-def test_a_mixture_is_planned_with_its_experts_shared_out() -> None:
-    of_plan = planned(*MIXTURE)
-    teacher = of_plan.teacher
+def test_an_moe_model_is_planned_with_sharded_experts() -> None:
+    run_plan = planned(*MIXTURE)
+    teacher = run_plan.teacher
     assert (teacher.parameters, teacher.active_parameters) == (30_532_122_624, 3_353_032_704)
-    assert of_plan.layout.expert == 8
-    assert "EP 8" in to_table(of_plan)
-    experts = {layout.expert for layout in of_plan.layouts}
+    assert run_plan.layout.expert == 8
+    assert "EP 8" in to_table(run_plan)
+    experts = {layout.expert for layout in run_plan.layouts}
     assert max(experts) == 8
     # A token's FLOP are those of the experts that it is sent to: twice the products, and attention.
     products = teacher.active_parameters - 151_936 * 2048
-    assert of_plan.work.flops_a_token.teacher == pytest.approx(2 * products + 2 * 4096 * 48 * 4096, rel=1e-3)
-    best = of_plan.layouts[0]
+    assert run_plan.work.flops_a_token.teacher == pytest.approx(2 * products + 2 * 4096 * 48 * 4096, rel=1e-3)
+    best = run_plan.layouts[0]
     again = planned(
         *MIXTURE,
         f"distill.parallel.tensor_model_parallel_size={best.tensor}",
@@ -243,9 +243,9 @@ def test_where_the_speed_is_not_known_the_first_layout_communicates_least() -> N
     assert sizes[0] > 1
 
 
-def test_what_does_not_divide_is_named() -> None:
-    of_plan = planned(DEPTH)
-    assert of_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
+def test_indivisible_sizes_are_reported() -> None:
+    run_plan = planned(DEPTH)
+    assert run_plan.undivided == ["pipeline_model_parallel_size=8: does not divide the teacher's 36 layers"]
     odd = planned(DEPTH, "distill.global_batch_size=510")
     assert any(reason.startswith("global_batch_size=510: not divisible by 4") for reason in odd.undivided)
 
@@ -259,28 +259,28 @@ def test_what_does_not_divide_is_named() -> None:
     ],
 )
 def test_the_fix_makes_it_fit(overrides: list[str]) -> None:
-    of_plan = planned(*overrides)
-    assert of_plan.fits is False
-    changes = re.findall(r"distill\.\S+=\S+", of_plan.fix)
+    run_plan = planned(*overrides)
+    assert run_plan.fits is False
+    changes = re.findall(r"distill\.\S+=\S+", run_plan.fix)
     assert changes
     assert planned(*overrides, *changes).fits is True
 
 
 def test_where_nothing_fits() -> None:
-    of_plan = planned("experiment=qwen3_0_6b_one_gpu", PUBLISHED, ONE_RANK, "cluster.gpu.memory_gib=4")
-    assert of_plan.fits is False
-    assert of_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
-    assert "raise prune.pipeline_model_parallel_size" in of_plan.fix
+    run_plan = planned("experiment=qwen3_0_6b_one_gpu", PUBLISHED, ONE_RANK, "cluster.gpu.memory_gib=4")
+    assert run_plan.fits is False
+    assert run_plan.fix.startswith("no layout of 1 ranks fits: take more GPUs")
+    assert "raise prune.pipeline_model_parallel_size" in run_plan.fix
     with pytest.raises(ConfigError, match=r"distill needs .* GiB a GPU for its tensors alone") as caught:
-        of_plan.refuse_impossible(["prune", "distill"])
+        run_plan.refuse_impossible(["prune", "distill"])
     assert len(caught.value.faults) == 1
-    of_plan.refuse_impossible(["prune", "evaluate"])
+    run_plan.refuse_impossible(["prune", "evaluate"])
 
 
 def test_the_one_gpu_experiment_fits_its_gpu() -> None:
-    of_plan = planned("experiment=qwen3_0_6b_one_gpu")
-    assert of_plan.fits is True
-    assert of_plan.cluster.gpu.name == "RTX 4090 24GB"
+    run_plan = planned("experiment=qwen3_0_6b_one_gpu")
+    assert run_plan.fits is True
+    assert run_plan.cluster.gpu.name == "RTX 4090 24GB"
 
 
 def test_a_time_limit_cuts_a_stage_into_jobs() -> None:
@@ -320,7 +320,7 @@ def test_columns_are_aligned() -> None:
     assert re.findall(r"\S+", heading)[-2:] == ["reserve*", "total"]
 
 
-def test_json_holds_what_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([DEPTH, "--json", "--what-if"]) == 0
     printed = json.loads(capsys.readouterr().out)
     documented = re.findall(r"^(\w+) {2,}\S", (plan.__doc__ or "").partition("`--json`")[2], flags=re.MULTILINE)
@@ -363,13 +363,13 @@ def test_a_budget_is_planned_by_its_largest_candidate() -> None:
     # The winner's steps are not taken again: what successive halving adds is those of the others.
     successive_halving = "prune.successive_halving.round_tokens=314572800"  # 100 steps
     fought = planned(DEPTH, "prune.num_layers=null", "prune.budget.params_fraction=0.7", successive_halving)
-    before, after = hours_of(searched), hours_of(fought)
+    before, after = hours_by_stage(searched), hours_by_stage(fought)
     assert after["distill"] == pytest.approx(before["distill"] * (28600 - 200) / 28600)
     assert after["successive_halving"] == pytest.approx(before["distill"] * (4 * 100 + 2 * 100) / 28600)
     assert fought.disk.needed["checkpoints"] == 5 * searched.disk.needed["checkpoints"]
 
 
-def test_a_deep_cut_is_proposed_in_rounds() -> None:
+def test_rounds_are_suggested_for_large_cuts() -> None:
     (warning,) = [text for text in planned(DEPTH, "prune.num_layers=12").warnings if "pruning removes" in text]
     assert "3 rounds that each leave 76% (76% -> 57% -> 43% of the parameters)" in warning
 
@@ -378,7 +378,7 @@ def test_rounds_are_planned_each_with_its_own_student() -> None:
     in_rounds = planned(DEPTH, "prune.num_layers=12", "prune.rounds=[{steps: 5000, num_layers: 24}]")
     # 36 -> 24 -> 12 layers: 28 %, and 40 % of what is left.
     assert not any("pruning removes" in warning for warning in in_rounds.warnings)
-    after, alone = hours_of(in_rounds), hours_of(planned(DEPTH))
+    after, alone = hours_by_stage(in_rounds), hours_by_stage(planned(DEPTH))
     assert after["distill.round1"] == pytest.approx(alone["distill"] * 5000 / 28600)
     assert after["importance"] < after["importance.round1"] == alone["importance"]
     assert in_rounds.memory["distill.round1"] == planned(DEPTH).memory["distill"]

@@ -1,4 +1,4 @@
-"""The status line, the summary of a run and what a failed stage's log says."""
+"""The status line, the summary of a run and the reasons in the log of a failed stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from launch import progress
 from launch.progress import StatusLine, duration, summary, training_status
 from prune_distill.pipeline.artifact import locate, write_json, write_manifest
-from prune_distill.pipeline.stage_log import exit_words, last_attempt, read_reason
+from prune_distill.pipeline.stage_log import describe_exit, last_attempt, read_reason
 from prune_distill.schema import RunConfig
 
 
@@ -32,12 +32,12 @@ def test_a_terminals_line_is_rewritten() -> None:
     first, second, done, after = stream.getvalue().replace("\n", "\r").split("\r")[1:5]
     assert first == "\x1b[2Kone"
     assert second.startswith("\x1b[2Ktwotwo")
-    # Never wider than the terminal, or it could not be rewritten.
+    # Not wider than the terminal, so that it can be rewritten.
     assert len(second) < 200
     assert (done, after) == ("\x1b[2Kdone", "next")
 
 
-def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_lines_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -48,7 +48,7 @@ def test_elsewhere_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue().split() == ["15", "30"]
 
 
-def test_training_status_takes_the_newest_of_each(tmp_path: Path) -> None:
+def test_training_status_shows_the_newest_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "max_steps": 5000, "loss": 3.0 - step / 5000} for step in range(1000)]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 999, "val_loss": 3.5}])
@@ -65,11 +65,11 @@ def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
 
-def test_exit_words() -> None:
-    assert exit_words(3) == "exit code 3"
-    assert exit_words(-9) == "killed by SIGKILL (out of memory?)"
-    assert exit_words(-15) == "killed by SIGTERM"
-    assert exit_words(-7) == "killed by SIGBUS (a full disk, or a file that was cut short?)"
+def test_describe_exit() -> None:
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(-9) == "killed by SIGKILL (out of memory?)"
+    assert describe_exit(-15) == "killed by SIGTERM"
+    assert describe_exit(-7) == "killed by SIGBUS (a full disk, or a truncated file?)"
 
 
 def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
     assert reason.lines == [f"line {number}" for number in range(20, 50)]
 
 
-def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path) -> None:
+def test_only_the_last_attempt_counts_and_srun_messages_are_ignored(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text(
         "--- 2030-01-01 00:00:00 +0000 job 1, restart 0, on n1\nerror: fixed since\n"
@@ -100,7 +100,7 @@ def test_only_the_last_attempt_counts_and_srun_is_not_the_reason(tmp_path: Path)
     assert last_attempt(log) == 0
 
 
-def test_a_fault_of_several_lines_is_taken_whole_and_once(tmp_path: Path) -> None:
+def test_a_fault_with_several_lines_is_read_once(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     fault = "error: 2 faults in the configuration:\n  - one\n  - two\n"
     log.write_text(f"Loading\n{fault}[rank1]: {fault}W1122 torchrun\n")

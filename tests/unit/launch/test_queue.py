@@ -1,4 +1,4 @@
-"""What squeue says of jobs, job arrays among them."""
+"""States of jobs and job arrays from squeue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.queue import active, ask
+from launch.queue import filter_active, query_jobs
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,12 @@ from launch.queue import active, ask
         (["7|RUNNING|None|9:00", "71_0|FAILED|None|0:00"], "RUNNING"),
     ],
 )
-def test_the_task_that_matters_most_speaks_for_an_array(
+def test_an_array_has_the_state_of_its_most_relevant_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[str], state: str
 ) -> None:
     squeue = tmp_path / "squeue"
     squeue.write_text("#!/bin/sh\ncat <<END\n" + "\n".join(rows) + "\nEND\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert {job: queued.state for job, queued in ask(["7", "8"]).items()} == {"7": state}
-    assert active(["7", "8"]) == (["7"] if state in ("RUNNING", "PENDING") else [])
+    assert {job: queued.state for job, queued in query_jobs(["7", "8"]).items()} == {"7": state}
+    assert filter_active(["7", "8"]) == (["7"] if state in ("RUNNING", "PENDING") else [])

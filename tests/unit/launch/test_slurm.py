@@ -1,4 +1,4 @@
-"""What would be submitted, and what is refused before anything is. A real Slurm is in tests/slurm."""
+"""Job scripts, and faults before submission. Tests with a real Slurm are in tests/slurm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DryRun:
         return (status, *self._capsys.readouterr())
 
     def scripts(self, *overrides: str, stages: tuple = TABLE) -> dict[str, str]:  # type: ignore[type-arg]
-        """Script by stage."""
+        """Return the script of each stage."""
         status, out, err = self(*overrides, stages=stages)
         assert (status, err) == (0, "")
         return {text.split("# Stage ")[1].partition(".")[0]: text for text in out.split("#!/bin/bash -l\n")[1:]}
@@ -62,7 +62,7 @@ def test_a_dry_run_shows_every_script_and_writes_nothing(dry_run: DryRun, way: s
 
 
 def test_all_later_stages_wait_for_a_gate(dry_run: DryRun) -> None:
-    """Also those that read nothing of it, and none before it."""
+    """Also stages that do not read it, but none before it."""
     first, second, aside, report = TABLE
     gated = (first, second, dataclasses.replace(aside, gate=True), dataclasses.replace(report, inputs=second.inputs))
     out = dry_run(stages=gated)[1]
@@ -94,7 +94,7 @@ def test_the_lines_of_a_script(dry_run: DryRun) -> None:
     ]
 
 
-def test_jobs_ask_for_cores_and_a_type_of_gpu(dry_run: DryRun) -> None:
+def test_jobs_request_cores_and_a_gpu_type(dry_run: DryRun) -> None:
     layout = ("cluster.devices_per_node=4", "distill.global_batch_size=16", "cluster.slurm.gpu_type=h100")
     scripts = dry_run.scripts(*layout, stages=DISTRIBUTED)
     assert "#SBATCH --gpus-per-node=h100:4\n#SBATCH --cpus-per-task=48\n" in scripts["ranks"]
@@ -129,13 +129,15 @@ def test_jobs_ask_for_cores_and_a_type_of_gpu(dry_run: DryRun) -> None:
         (("cluster.slurm.cpus_per_gpu=null", "cluster.slurm.sbatch=[--exclusive]"), []),
     ],
 )
-def test_what_jobs_do_not_ask_for_is_warned_of(dry_run: DryRun, overrides: tuple[str, ...], keys: list[str]) -> None:
+def test_missing_resource_requests_cause_a_warning(
+    dry_run: DryRun, overrides: tuple[str, ...], keys: list[str]
+) -> None:
     status, _, err = dry_run(*overrides)
     assert status == 0
     assert [line.removeprefix("warning: ").partition("=")[0] for line in err.splitlines()] == keys
 
 
-def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> None:
+def test_stages_with_several_ranks_run_torchrun_on_every_node(dry_run: DryRun) -> None:
     layout = ("cluster.nodes=2", "cluster.devices_per_node=8", "cluster.slurm.gpu_request=gres")
     batches = ("distill.global_batch_size=64", "distill.parallel.tensor_model_parallel_size=2")
     script = dry_run.scripts(*layout, *batches, stages=DISTRIBUTED)["ranks"]
@@ -149,7 +151,7 @@ def test_a_stage_of_many_ranks_is_torchrun_on_every_node(dry_run: DryRun) -> Non
     assert "export OMP_NUM_THREADS=$(( (SLURM_CPUS_ON_NODE + 7) / 8 ))" in script
 
 
-def test_scripts_are_bash_whatever_the_names(dry_run: DryRun, tmp_path: Path) -> None:
+def test_scripts_are_valid_bash_for_any_name(dry_run: DryRun, tmp_path: Path) -> None:
     dry_run.run_dir = tmp_path / "it's $HOME `date` 100%"
     scripts = dry_run.scripts("name='a \\'b'", "cluster.slurm.requeue=false")
     assert len(scripts) == 4
@@ -167,7 +169,7 @@ def test_scripts_are_bash_whatever_the_names(dry_run: DryRun, tmp_path: Path) ->
     assert "100%%/report/log.txt" in scripts["report"]
 
 
-def test_complete_stages_are_left_out(dry_run: DryRun) -> None:
+def test_complete_stages_have_no_script(dry_run: DryRun) -> None:
     cfg = make_paths_absolute(compose(["experiment=demo", f"run_dir={dry_run.run_dir}", *SITE]))
     located = locate(cfg, TABLE)
     write_manifest(located["first"], 0.0, 1.0, {})
@@ -188,13 +190,11 @@ def test_without_requeue_a_training_is_a_chain(dry_run: DryRun) -> None:
     ]
     assert "#SBATCH --no-requeue" in out
     assert "scontrol requeue" not in out
-    # The stages that do not train are jobs like any others.
+    # Stages without training are ordinary jobs.
     assert out.count("end_chain()") == 1
 
 
-def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
-    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_container_image_determines_the_folders(dry_run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dry_run.scripts()["first"]
     monkeypatch.setattr("prune_distill.pipeline.identity.library_versions", lambda: {"torch": "0.0"})
     assert dry_run.scripts()["first"] == before
@@ -208,7 +208,7 @@ def test_what_a_container_holds_decides_the_folders_not_what_is_installed_here(
     assert dry_run.scripts("cluster.slurm.container_image=null")["first"] != own
 
 
-def test_relative_paths_are_those_of_the_place_of_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_refer_to_the_submission_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs.jsonl").write_text("")
     own = ("cluster.devices_per_node=8", "run_dir=runs/x", "data.train=[docs.jsonl]")
@@ -220,19 +220,17 @@ def test_relative_paths_are_those_of_the_place_of_submission(tmp_path: Path, mon
     assert cfg.run_dir == "runs/x"
 
 
-def test_no_slurm_here_and_a_disk_of_this_machine_are_one_message(
-    dry_run: DryRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_slurm_and_a_local_disk_are_one_message(dry_run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("launch.filesystem.local_type", lambda path: "ext4")
     status, out, err = dry_run("cluster.run_dir_is_shared=false", dry="experiment=demo")
     assert (status, out) == (2, "")
     assert "2 faults in the configuration" in err
-    assert "sbatch, srun, squeue, scontrol, scancel cannot be found; start this on a login node, or add" in err
-    assert f"run_dir={dry_run.run_dir} is on ext4, by the look of it a disk of this machine only" in err
+    assert "sbatch, srun, squeue, scontrol, scancel not found; run this on a login node, or add" in err
+    assert f"run_dir={dry_run.run_dir}: ext4 appears to be a local disk of this machine" in err
     assert "cluster.run_dir_is_shared=true" in err
     assert not dry_run.run_dir.exists()
-    # To look at what would be submitted, any machine will do.
+    # A dry run works on any machine.
     status, out, err = dry_run("cluster.run_dir_is_shared=false")
     assert (status, out.count("#!/bin/bash -l")) == (0, 4)
     assert err.startswith("warning: run_dir=")

@@ -1,4 +1,4 @@
-"""Where a run on this machine stands, without Slurm."""
+"""The status of a run on this machine, without Slurm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launch.status import main, status
 from prune_distill.pipeline.artifact import read_state
 from prune_distill.pipeline.names import LAUNCHES, PLAN
 from tests.helpers.fake_stage import TABLE
-from tests.helpers.launches import launched, wait_for
+from tests.helpers.launches import run_launcher, wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def states(run_dir: Path) -> list[str]:
 
 
 def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with launched(tmp_path, {"first": "train", "second": "fail"}) as launcher:
+    with run_launcher(tmp_path, {"first": "train", "second": "fail"}) as launcher:
         wait_for(tmp_path, "first")
         while not list(tmp_path.glob("first*/metrics.jsonl")):
             time.sleep(0.05)
@@ -42,11 +42,11 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Stage second failed." in report
     assert "ZeroDivisionError: nothing by nothing" in report
     assert main([str(tmp_path)], TABLE) == 0
-    told = capsys.readouterr().out
-    assert "second failed:\n" in told
-    assert "ZeroDivisionError: nothing by nothing\n" in told
-    assert str(next(tmp_path.glob("second*")) / "log.txt") in told
-    with launched(tmp_path, {}) as launcher:
+    message = capsys.readouterr().out
+    assert "second failed:\n" in message
+    assert "ZeroDivisionError: nothing by nothing\n" in message
+    assert str(next(tmp_path.glob("second*")) / "log.txt") in message
+    with run_launcher(tmp_path, {}) as launcher:
         launcher.communicate(timeout=60)
     assert states(tmp_path) == ["complete"] * 4
     assert main([str(tmp_path), "--json", "--watch"], TABLE) == 0
@@ -54,39 +54,37 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [stage["cause"] for stage in stages] == [None] * 4
 
 
-def test_a_report_that_cannot_be_made_is_no_error_of_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_report_does_not_fail_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_interim_report(tmp_path)
-    assert capsys.readouterr().out.startswith("no report could be made: error: ")
+    assert capsys.readouterr().out.startswith("cannot write the report: error: ")
 
 
-def test_a_paused_stage_is_no_failure_and_goes_on(tmp_path: Path) -> None:
+def test_a_paused_stage_is_not_a_failure_and_resumes(tmp_path: Path) -> None:
     plan = {"second": "steps 60"}
-    with launched(tmp_path, plan) as launcher:
+    with run_launcher(tmp_path, plan) as launcher:
         wait_for(tmp_path, "second")
         (folder,) = tmp_path.glob("second*")
         (folder / "stop").touch()
-        _, told = launcher.communicate(timeout=60)
+        _, message = launcher.communicate(timeout=60)
     step = read_state(folder)["step"]
     assert launcher.returncode == 1
-    assert told == f"stage second is paused at step {step}; the same command goes on from there\n"
+    assert message == f"stage second is paused at step {step}; run the same command to resume it\n"
     assert states(tmp_path) == ["complete", "paused", "to do", "to do"]
     assert status(tmp_path, TABLE)[1].detail == f"at step {step}"
-    # What was left over asks nobody to stop.
+    # A leftover stop file has no effect.
     (folder / "stop").touch()
-    with launched(tmp_path, plan) as launcher:
+    with run_launcher(tmp_path, plan) as launcher:
         launcher.communicate(timeout=60)
     assert launcher.returncode == 0
     assert states(tmp_path) == ["complete"] * 4
 
 
 def test_an_attempt_that_fails_after_a_pause_is_a_failure(tmp_path: Path) -> None:
-    with launched(tmp_path, {"second": "steps 60"}) as launcher:
+    with run_launcher(tmp_path, {"second": "steps 60"}) as launcher:
         wait_for(tmp_path, "second")
         (next(tmp_path.glob("second*")) / "stop").touch()
         launcher.communicate(timeout=60)
-    with launched(tmp_path, {"second": "fault"}) as launcher:
+    with run_launcher(tmp_path, {"second": "fault"}) as launcher:
         launcher.communicate(timeout=60)
     second = status(tmp_path, TABLE)[1]
     assert (second.state, second.cause) == (
@@ -97,11 +95,11 @@ def test_an_attempt_that_fails_after_a_pause_is_a_failure(tmp_path: Path) -> Non
 
 def test_a_sweep_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in "01":
-        with launched(tmp_path / number, {}, "--until", "first") as launcher:
+        with run_launcher(tmp_path / number, {}, "--until", "first") as launcher:
             launcher.communicate(timeout=60)
     assert main([str(tmp_path)], TABLE) == 0
-    told = capsys.readouterr().out
-    assert told.count("complete") == 2
-    assert f"{tmp_path}/1\n" in told
+    message = capsys.readouterr().out
+    assert message.count("complete") == 2
+    assert f"{tmp_path}/1\n" in message
     assert main([str(tmp_path / "nowhere")], TABLE) == 2
     assert "nowhere/resolved.yaml: does not exist" in capsys.readouterr().err

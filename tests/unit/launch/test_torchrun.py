@@ -1,4 +1,4 @@
-"""When ranks are bound to the cores near their GPUs, and when a line says why they are not."""
+"""Ranks are bound to the cores near their GPUs, or a line names the reason why not."""
 
 from __future__ import annotations
 
@@ -30,44 +30,44 @@ def numactl(root: Path, script: str) -> None:
 
 def test_ranks_can_be_bound(machine: Path) -> None:
     assert torchrun.numa_nodes(machine) == {0: {2, 3}, 1: {4, 5}}
-    assert torchrun.pointless(machine) is None
-    assert torchrun.prevented(machine) is None
+    assert torchrun.explain_unneeded(machine) is None
+    assert torchrun.explain_impossible(machine) is None
 
 
 def test_nothing_to_bind(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torchrun.pointless(machine / "elsewhere") == "no GPU is visible"
+    assert torchrun.explain_unneeded(machine / "elsewhere") == "no GPU is visible"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert torchrun.pointless(machine) == "no GPU is visible"
+    assert torchrun.explain_unneeded(machine) == "no GPU is visible"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3})
-    assert torchrun.pointless(machine) == "all cores that may be used are of one NUMA node"
+    assert torchrun.explain_unneeded(machine) == "all available cores belong to one NUMA node"
 
 
 def test_cores_that_are_too_far_from_a_gpu(machine: Path) -> None:
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").write_text("3\n")
-    reason = "GPU 0000:dc:00.0 is on NUMA node 3, none of whose cores may be used here"
-    assert torchrun.prevented(machine) == reason
-    # What the kernel says where a virtual machine hides it.
+    reason = "GPU 0000:dc:00.0 is on NUMA node 3, which has no available cores"
+    assert torchrun.explain_impossible(machine) == reason
+    # The value of the kernel in a virtual machine.
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").write_text("-1\n")
-    assert torchrun.prevented(machine) is None
+    assert torchrun.explain_impossible(machine) is None
     (machine / "sys/bus/pci/devices/0000:dc:00.0/numa_node").unlink()
-    assert torchrun.prevented(machine) == "the NUMA node of GPU 0000:dc:00.0 is not known"
+    assert torchrun.explain_impossible(machine) == "the NUMA node of GPU 0000:dc:00.0 is unknown"
 
 
-def test_no_numactl_or_one_that_may_not(machine: Path) -> None:
+def test_missing_or_blocked_numactl(machine: Path) -> None:
     numactl(machine, "echo 'numactl: This system does not support NUMA policy' >&2; exit 1")
-    forbidden = "numactl does not work here (numactl: This system does not support NUMA policy)"
-    assert torchrun.prevented(machine) == forbidden
+    forbidden = "numactl does not work on this machine (numactl: This system does not support NUMA policy)"
+    assert torchrun.explain_impossible(machine) == forbidden
     (machine / "bin/numactl").unlink()
-    assert torchrun.prevented(machine) == "numactl cannot be found"
+    assert torchrun.explain_impossible(machine) == "numactl not found"
 
 
-@pytest.mark.parametrize("reason", [None, "numactl cannot be found"])
+@pytest.mark.parametrize("reason", [None, "numactl not found"])
 def test_torchrun_is_started_with_or_without(
     reason: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torchrun, "pointless", lambda: None)
-    monkeypatch.setattr(torchrun, "prevented", lambda: reason)
+    monkeypatch.setattr(torchrun, "explain_unneeded", lambda: None)
+    monkeypatch.setattr(torchrun, "explain_impossible", lambda: reason)
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, words: started.append(words))
     torchrun.main(["--numa-binding=node", "--standalone", "-m", "recipes", "distill"])
@@ -75,8 +75,8 @@ def test_torchrun_is_started_with_or_without(
     assert started == [
         [sys.executable, "-m", "torch.distributed.run", *bound, "--standalone", "-m", "recipes", "distill"]
     ]
-    told = "" if reason is None else f"numa-binding=node is left out: {reason}\n"
-    assert capsys.readouterr().out == told
+    message = "" if reason is None else f"numa-binding=node is ignored: {reason}\n"
+    assert capsys.readouterr().out == message
 
 
 def test_the_modes_are_those_of_the_installed_torchrun() -> None:

@@ -1,4 +1,4 @@
-"""A run whose complete folders were damaged, through the command lines of launcher and status, over fake stages."""
+"""Runs with damaged folders, through the command lines of launcher and status, with fake stages."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Launch = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two complete stages; `second` holds a training checkpoint."""
-    run_dir = tmp_path_factory.mktemp("made") / "run"
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two complete stages; `second` has a training checkpoint."""
+    run_dir = tmp_path_factory.mktemp("finished_run") / "run"
     assert main(["experiment=demo", f"run_dir={run_dir}", "--until", "second"], TABLE) == 0
     (folder,) = run_dir.glob("second-*")
     checkpoint = folder / "checkpoints" / "step=7"
@@ -35,8 +35,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_dir(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def run_dir(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -48,21 +48,21 @@ def launch(run_dir: Path, capfd: pytest.CaptureFixture[str]) -> Launch:
     return run
 
 
-def test_a_whole_run_is_verified(launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_run_is_verified(launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = launch("--verify")
     assert (code, err) == (0, "")
     heading, first, second, aside, report = out.splitlines()
     assert heading == f"{run_dir}:"
     assert first.startswith("first ")
-    assert "as it was written: 2 files, 0.0 MB" in first  # result.txt and pid-0
-    assert "as it was written" in second
+    assert "intact: 2 files, 0.0 MB" in first  # result.txt and pid-0
+    assert "intact" in second
     assert aside.endswith("not complete")
     assert report.endswith("not complete")
     assert status.main([str(run_dir), "--verify"], TABLE) == 0
     assert capfd.readouterr().out == out
 
 
-def test_all_damage_is_listed_with_the_command_that_makes_it_good(
+def test_all_damage_is_listed_with_the_command_that_repairs_it(
     launch: Launch, run_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (first,), (second,) = run_dir.glob("first-*"), run_dir.glob("second-*")
@@ -76,7 +76,7 @@ def test_all_damage_is_listed_with_the_command_that_makes_it_good(
     assert f"rm -r {first} {second}/checkpoints/step=7 && python -m launch.run experiment=demo" in err
     assert status.main([str(run_dir), "--verify"], TABLE) == 2
     assert capfd.readouterr().out == out
-    # Sizes are as they were, and a launch reads nothing.
+    # Sizes are unchanged, and a launch does not read the files.
     assert launch("--until", "second")[0] == 0
 
 
@@ -104,7 +104,7 @@ def test_a_run_made_before_outputs_were_recorded_is_used_and_named(launch: Launc
         write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k not in ("outputs", "crc32")})
     code, out, err = launch("--until", "second")
     assert (code, out.count("complete, skipped")) == (0, 2)
-    assert err == "first, second: made before outputs were recorded, so not checked\n"
+    assert err == "first, second: not checked, because made before outputs were recorded\n"
     code, out, _ = launch("--verify")
     assert code == 0
-    assert out.count("made before outputs were recorded, not checked") == 2
+    assert out.count("not checked: made before outputs were recorded") == 2

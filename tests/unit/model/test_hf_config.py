@@ -1,4 +1,4 @@
-"""`config.json` as people have it: both forms of transformers, wrong types, contradictions, and files that are none."""
+"""`config.json` files: both formats of transformers, wrong types, contradictions, and invalid files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(folder: Path, content: object) -> Path:
 
 
 def faults_of(folder: Path, content: object) -> list[str]:
-    """What is wrong, without the path, which every line starts with."""
+    """Return the faults without the path at the start of every line."""
     path = write(folder, content)
     _, faults = examine(path)
     assert all(fault.startswith(f"{path}: ") and "\n" not in fault and len(fault) < 400 for fault in faults)
@@ -50,17 +50,17 @@ def faults_of(folder: Path, content: object) -> list[str]:
         ({"dtype": "float32"}, {"dtype": ..., "torch_dtype": "float32"}),
     ],
 )
-def test_both_forms_are_read_alike(tmp_path: Path, newer: dict[str, Any], older: dict[str, Any]) -> None:
+def test_both_formats_are_read_equally(tmp_path: Path, newer: dict[str, Any], older: dict[str, Any]) -> None:
     first, second = (
         read_config(write(tmp_path, {key: value for key, value in {**QWEN3, **form}.items() if value is not ...}))
         for form in (newer, older)
     )
     assert first == second
-    # A file that says both is read as either of them.
+    # A file with both formats is read like either of them.
     assert read_config(write(tmp_path, make_compatible(first))) == first
 
 
-def test_what_is_read_and_what_is_written(tmp_path: Path) -> None:
+def test_reading_and_writing(tmp_path: Path) -> None:
     written = {**LLAMA, "rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 8}}
     config = read_config(write(tmp_path, written))
     assert config["rope_theta"] == 5e5
@@ -73,7 +73,7 @@ def test_what_is_read_and_what_is_written(tmp_path: Path) -> None:
     }
 
 
-def test_names_that_one_family_has(tmp_path: Path) -> None:
+def test_names_of_a_single_family(tmp_path: Path) -> None:
     mixture = {key: value for key, value in MIXTURE.items() if key != "num_experts"} | {"num_local_experts": 4}
     config = read_config(write(tmp_path, mixture))
     assert config["num_experts"] == 4
@@ -84,7 +84,7 @@ def test_names_that_one_family_has(tmp_path: Path) -> None:
     assert make_compatible(config)["rope_parameters"] == rope
 
 
-def test_what_is_left_out(tmp_path: Path) -> None:
+def test_defaults_of_missing_settings(tmp_path: Path) -> None:
     sizes = {key: value for key, value in LLAMA.items() if key not in ("head_dim", "num_key_value_heads")}
     config = read_config(write(tmp_path, {**sizes, "tie_word_embeddings": False}))
     assert (config["head_dim"], config["num_key_value_heads"], config["rope_theta"]) == (32, 4, 10000.0)
@@ -109,7 +109,7 @@ def test_what_is_left_out(tmp_path: Path) -> None:
         ({"torch_dtype": "float32"}, ['torch_dtype="float32"', 'dtype="bfloat16"']),
     ],
 )
-def test_two_values_of_one_setting_are_refused(tmp_path: Path, content: dict[str, Any], keys: list[str]) -> None:
+def test_two_values_of_one_setting_are_rejected(tmp_path: Path, content: dict[str, Any], keys: list[str]) -> None:
     (fault,) = faults_of(tmp_path, {**QWEN3, **content})
     for part in [*keys, "disagree"]:
         assert part in fault
@@ -199,14 +199,14 @@ def test_a_wrong_type_or_range_is_one_line(tmp_path: Path, key: str, value: obje
         (QWEN3, {"model_type": ["qwen3"]}, 'model_type=["qwen3"]: '),
     ],
 )
-def test_a_contradiction_or_what_cannot_be_done_is_one_line(
+def test_contradictions_and_unsupported_settings_are_one_line(
     tmp_path: Path, base: dict[str, Any], change: dict[str, Any], start: str
 ) -> None:
     (fault,) = faults_of(tmp_path, {**base, **change})
     assert fault.startswith(start)
 
 
-def test_one_expert_per_token_goes_where_its_weight_is_not_always_one(tmp_path: Path) -> None:
+def test_one_expert_per_token_needs_a_variable_weight(tmp_path: Path) -> None:
     assert faults_of(tmp_path, {**MIXTURE, "num_experts_per_tok": 1, "norm_topk_prob": False}) == []
 
 
@@ -225,12 +225,12 @@ def test_one_expert_per_token_goes_where_its_weight_is_not_always_one(tmp_path: 
         (b'{"model_type":' + b"[" * 900 + b"]" * 900 + b"}", "not a supported family"),
     ],
 )
-def test_a_file_that_is_no_config_is_one_line(tmp_path: Path, content: bytes, part: str) -> None:
+def test_invalid_files_are_one_line(tmp_path: Path, content: bytes, part: str) -> None:
     (fault,) = faults_of(tmp_path, content)
     assert part in fault
 
 
-def test_a_path_that_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+def test_special_files_are_rejected_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     (tmp_path / "file").touch()
     for path in (tmp_path / "config.json", tmp_path, tmp_path / "absent", tmp_path / "file" / "config.json"):
@@ -238,13 +238,13 @@ def test_a_path_that_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) 
             read_config(path)
 
 
-def test_all_faults_come_at_once_and_before_anything_is_started(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once_before_a_run_starts(tmp_path: Path) -> None:
     write(tmp_path, {**QWEN3, "hidden_size": "128", "num_hidden_layers": 10**9, "auto_map": {}})
     with pytest.raises(ConfigError) as caught:
         compose(["model=local", "name=mine", f"model.hf_path={tmp_path}", "data.train=[docs.jsonl]"], check_files=True)
     about = [message for fault in caught.value.faults if str(tmp_path) in (message := str(fault))]
     keys = [fault.removeprefix(f"{tmp_path / 'config.json'}: ").split("=")[0].split(":")[0] for fault in about]
-    # What else is missing from the folder comes in the same message.
+    # Other missing files are in the same message.
     assert keys[:3] == ["auto_map", "num_hidden_layers", "hidden_size"]
     assert "has no tokenizer" in keys[3]
     assert len(keys) == 4

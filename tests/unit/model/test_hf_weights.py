@@ -1,4 +1,4 @@
-"""What the headers of a model's weights say against its config.json, found where a run is composed."""
+"""Headers of a model's weights are compared with its config.json when a run is composed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def without(name: str) -> Shapes:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_a_whole_model_has_no_faults(tmp_path: Path, dtype: str) -> None:
+def test_a_complete_model_has_no_faults(tmp_path: Path, dtype: str) -> None:
     assert faults(folder(tmp_path, SHAPES, dtype), UNTIED) == []
 
 
-def test_what_may_be_there_besides(tmp_path: Path) -> None:
+def test_allowed_extra_tensors(tmp_path: Path) -> None:
     tied = {**QWEN3, "tie_word_embeddings": True}
     extra = {**expected_shapes(tied), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
     assert "lm_head.weight" not in extra
@@ -62,9 +62,7 @@ def test_what_may_be_there_besides(tmp_path: Path) -> None:
         ({**SHAPES, "model.layers.0.mlp.up_proj.qweight": (4,)}, {}, ["quantized (", "up_proj.qweight)"]),
     ],
 )
-def test_what_config_json_does_not_describe(
-    tmp_path: Path, shapes: Shapes, types: dict[str, str], parts: list[str]
-) -> None:
+def test_differences_from_config_json(tmp_path: Path, shapes: Shapes, types: dict[str, str], parts: list[str]) -> None:
     found = "\n".join(faults(folder(tmp_path, shapes, **types), UNTIED))
     assert str(tmp_path) in found
     for part in parts:
@@ -78,20 +76,20 @@ def test_each_kind_of_difference_is_one_line(tmp_path: Path) -> None:
     assert f"and {len(SHAPES) - 1 - 3} more" in found[0]
 
 
-def test_a_config_that_describes_a_billion_layers_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_billion_layers_are_rejected_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     assert "more than any model has" in faults(folder(tmp_path, SHAPES), {**UNTIED, "num_hidden_layers": 10**9})[0]
     assert time.monotonic() - started < 5
 
 
-def test_pickled_weights_are_wanted_on_request_only(tmp_path: Path) -> None:
+def test_pickled_weights_must_be_allowed(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert "convert.allow_pickle=true" in faults(tmp_path, UNTIED)[0]
     assert faults(tmp_path, UNTIED, allow_pickle=True) == []
 
 
 def shard(path: Path) -> None:
-    """Makes two shards with an index of a folder's one file."""
+    """Split a folder's single file into two shards with an index."""
     (path / "model.safetensors").unlink()
     names, half = list(SHAPES), len(SHAPES) // 2
     parts = {"1.safetensors": names[:half], "2.safetensors": names[half:]}
@@ -101,8 +99,8 @@ def shard(path: Path) -> None:
     (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def test_launchers_find_it_before_anything_is_started(tmp_path: Path) -> None:
-    """Of a local folder; the config alone is read without looking at weights."""
+def test_launchers_report_faults_before_a_run_starts(tmp_path: Path) -> None:
+    """In a local folder; reading the config alone does not check weights."""
     model = folder(tmp_path / "model", SHAPES, config=UNTIED)
     write_tokenizer(model)
     shard(model)

@@ -1,4 +1,4 @@
-"""Counting parameters: by transformers, by hand, and over ranks."""
+"""Parameter counts, compared with transformers and manual sums, and over ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = ("distill=demo", "prune.calibration_seq_length=256")
 ODD = dataclasses.replace(TINY, num_attention_heads=6, num_query_groups=3, vocab_size=37, tie_word_embeddings=True)
 
 
-# In a process of its own: once a test has activated the CPU backend, a model on "meta" takes real memory.
+# In a separate process: after a test has activated the CPU backend, a model on "meta" uses real memory.
 COUNT = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -38,7 +38,7 @@ print(json.dumps(counts))
 
 
 def of_transformers(*models: tuple[Shape, Family]) -> list[int]:
-    """`num_parameters()` of models that have no storage."""
+    """Return `num_parameters()` of models without storage."""
     asked = [
         (family.value, {theirs: getattr(shape, ours) for ours, theirs in terms(shape).items()})
         for shape, family in models
@@ -78,7 +78,7 @@ def test_by_hand() -> None:
     assert product_weights(TINY, Family.qwen3) == 4 * 576 + 32 * 8
 
 
-def test_ranks_share_weights_and_each_has_the_norms() -> None:
+def test_ranks_share_weights_except_norms() -> None:
     assert rank_parameters(TINY, Family.llama, 2) == 4 * (288 + 16) + 2 * 16 * 8 + 8
     first, last = (rank_parameters(TINY, Family.llama, 1, 2, stage) for stage in (0, 1))
     assert first == 2 * (576 + 16) + 32 * 8
@@ -87,12 +87,12 @@ def test_ranks_share_weights_and_each_has_the_norms() -> None:
     assert rank_parameters(TINY, Family.llama, 1, 4, 1) == 576 + 16
 
 
-def test_a_tied_embedding_is_there_twice_in_a_pipeline() -> None:
+def test_a_pipeline_has_two_copies_of_a_tied_embedding() -> None:
     assert parameters(TIED, Family.llama) == parameters(TINY, Family.llama) - 32 * 8
     assert sum(rank_parameters(TIED, Family.llama, 1, 2, stage) for stage in (0, 1)) == parameters(TINY, Family.llama)
 
 
-def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+def test_active_parameters_are_those_of_the_routed_experts() -> None:
     # A layer: attention 2 x 8 x 8 + 2 x 8 x 4, the router 4 x 8, four experts of 3 x 8 x 12; norms as of Qwen3.
     expert, rest = 288, 192 + 32 + 16 + 8
     assert parameters(MIXTURE, MOE) == 4 * (4 * expert + rest) + 2 * 32 * 8 + 8
@@ -101,7 +101,7 @@ def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
     assert active_parameters(TINY, Family.qwen3) == parameters(TINY, Family.qwen3)
 
 
-def test_experts_are_shared_out_and_not_cut() -> None:
+def test_experts_are_distributed_but_not_sharded() -> None:
     assert rank_experts(MIXTURE, MOE) == 4 * 4 * 288
     assert rank_experts(MIXTURE, MOE, 2, 4) == 2 * 288
     assert rank_experts(TINY, Family.qwen3) == 0
@@ -109,7 +109,7 @@ def test_experts_are_shared_out_and_not_cut() -> None:
     assert rank_parameters(MIXTURE, MOE, 2, 1, 0, 2) == 4 * (2 * 288 + 192 // 2 + 32 + 24) + 2 * 32 * 8 // 2 + 8
 
 
-def test_biases_are_cut_like_the_matrices_that_they_belong_to() -> None:
+def test_biases_are_sharded_like_their_matrices() -> None:
     # Per rank of two: half of the matrices and of the biases of q, k and v, 8 + 2 x 4; the norms whole.
     assert rank_parameters(TINY, Family.qwen2, 2) == 4 * (288 + 8 + 16) + 2 * 16 * 8 + 8
     assert rank_parameters(TINY, Family.nemotron, 2) == 4 * (224 + 32) + 2 * 16 * 8 + 16

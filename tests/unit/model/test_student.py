@@ -1,4 +1,4 @@
-"""What a budget allows: the shapes of a search, their costs, and the faults of a budget."""
+"""Budgets: the shapes of a search, their costs, and faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sizes(shape: Shape) -> tuple[int, ...]:
     return tuple(getattr(shape, axis) for axis in AXES)
 
 
-def test_candidates_meet_the_budget_and_the_bounds_and_none_is_inside_another() -> None:
+def test_candidates_meet_the_budget_and_bounds_and_are_maximal() -> None:
     cfg = demo(TWO_THIRDS)
     found = candidates(build_space(cfg))
     teacher = cfg.model.shape
@@ -49,14 +49,14 @@ def test_candidates_meet_the_budget_and_the_bounds_and_none_is_inside_another() 
     assert any(shape.num_layers == 6 for shape in found)
 
 
-def test_what_distillation_cuts_divides_every_candidate() -> None:
+def test_parallelism_of_the_distillation_divides_every_candidate() -> None:
     cfg = compose([*QWEN, "prune.budget.params_fraction=0.7", "prune.budget.max_candidates=1000"])
     found = student_shapes(cfg)
     assert len(found) > 20
     for shape in found:
         assert shape.num_query_groups % 8 == shape.num_attention_heads % 8 == shape.ffn_hidden_size % 128 == 0
         assert shape.hidden_size % 128 == 0
-    # The budget is used: the FFN's step is worth less than 3 % of the model.
+    # The budget is used up to a step of the FFN, which is less than 3 % of the model.
     limit = 0.7 * parameters(cfg.model.shape, cfg.model.family)  # type: ignore[arg-type]
     assert all(0.97 * limit < parameters(shape, cfg.model.family) <= limit for shape in found)
     pipelined = ("distill.parallel.pipeline_model_parallel_size=2", "distill.parallel.tensor_model_parallel_size=4")
@@ -64,7 +64,7 @@ def test_what_distillation_cuts_divides_every_candidate() -> None:
     assert {shape.num_layers % 2 for shape in halves} == {0}
 
 
-def test_the_plan_reckons_with_the_largest_candidate() -> None:
+def test_the_plan_uses_the_largest_candidate() -> None:
     cfg = demo(TWO_THIRDS)
     most = max(parameters(shape, cfg.model.family) for shape in student_shapes(cfg))
     assert parameters(student_shape(cfg), cfg.model.family) == most
@@ -82,9 +82,9 @@ def test_memory_is_weights_and_cache() -> None:
     assert all(space.cost(shape).params <= 3.4e6 for shape in both)
 
 
-def test_a_limit_on_latency_takes_what_was_measured() -> None:
+def test_a_latency_limit_uses_measurements() -> None:
     space = build_space(demo("prune.budget.latency_ms=4.5"))
-    # Until it is measured nothing is ruled out: a shape next to the teacher's is the largest.
+    # Without measurements nothing is excluded: the largest shape is close to the teacher's.
     assert sizes(student_shape(demo("prune.budget.latency_fraction=0.5"))) == (6, 256, 704, 4, 2)
     found = candidates(space, lambda shape: shape.num_layers * shape.hidden_size / 256)
     assert found
@@ -101,7 +101,7 @@ def test_what_needs_importance() -> None:
     assert student.runs_teacher(PruneConfig(num_layers=2, layer_selection=LayerSelection.block))
 
 
-def test_rounds_halve_the_field_and_double_the_steps() -> None:
+def test_rounds_halve_the_candidates_and_double_the_steps() -> None:
     cfg = demo(TWO_THIRDS, "prune.successive_halving.round_tokens=10000", "prune.successive_halving.candidates=5")
     assert halving_rounds(cfg) == [(5, 10), (3, 20), (2, 40)]
 
@@ -215,11 +215,11 @@ BUDGETS: list[tuple[list[str], str, str, str]] = [
 
 
 @pytest.mark.parametrize(("overrides", "rule", "key", "fix"), BUDGETS, ids=[" ".join(case[0]) for case in BUDGETS])
-def test_a_budget_that_cannot_be_met_names_the_nearest(overrides: list[str], rule: str, key: str, fix: str) -> None:
+def test_an_impossible_budget_reports_the_nearest_shape(overrides: list[str], rule: str, key: str, fix: str) -> None:
     check_fault([*DEMO, *overrides], rule, key, fix)
 
 
-def test_the_value_that_is_offered_is_accepted() -> None:
+def test_the_suggested_value_is_accepted() -> None:
     with pytest.raises(ConfigError) as caught:
         demo("prune.budget.params_fraction=0.1")
     offered = str(caught.value).partition("set prune.budget.params_fraction to ")[2].split()[0]
@@ -227,7 +227,7 @@ def test_the_value_that_is_offered_is_accepted() -> None:
     assert candidates(build_space(cfg))
 
 
-def test_pipeline_stages_divide_the_layers_that_are_left() -> None:
+def test_pipeline_stages_divide_the_remaining_layers() -> None:
     pipeline = ("distill.parallel.pipeline_model_parallel_size=6", "cluster.devices_per_node=6")
     cfg = demo("prune.budget.params_fraction=0.95", *pipeline)
     assert {shape.num_layers for shape in student_shapes(cfg)} == {6}
@@ -248,12 +248,12 @@ LLAMA += ("prune.ffn_hidden_size=null",)
         (["prune.hidden_size=128", "prune.num_attention_heads=4"], None),
         (["prune.hidden_size=128", "model.family=mistral"], None),
         (["prune.num_layers=4"], None),
-        # What transformers 5 refuses of the teacher already, pruning makes no worse.
+        # A fault that the teacher already has in transformers 5.
         (["prune.hidden_size=128", "model.shape.hidden_size=256"], None),
     ],
 )
-def test_widths_of_llama_that_transformers_refuses(overrides: list[str], key: str | None) -> None:
-    """transformers 5 wants the hidden size to be a multiple of the heads, whatever the size of a head."""
+def test_llama_widths_that_transformers_rejects(overrides: list[str], key: str | None) -> None:
+    """transformers 5 requires the hidden size to be a multiple of the heads, for any head size."""
     overrides = [*LLAMA, *overrides]
     if key is None:
         compose(overrides)
@@ -263,7 +263,7 @@ def test_widths_of_llama_that_transformers_refuses(overrides: list[str], key: st
     check_fault(overrides, "prune.loadable", key, heads)
 
 
-def test_a_search_considers_no_widths_that_transformers_refuses() -> None:
+def test_a_search_skips_widths_that_transformers_rejects() -> None:
     llama, mistral = (
         build_space(compose([*LLAMA, f"model.family={family}", "prune.budget.params_fraction=0.7"]))
         for family in ("llama", "mistral")

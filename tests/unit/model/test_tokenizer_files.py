@@ -1,4 +1,4 @@
-"""What is known of a tokenizer's files before a run: without transformers, and one sentence a fault."""
+"""Checks of a tokenizer's files before a run, without transformers, with one sentence per fault."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_tokenizer_model_is_of_sentencepiece_or_of_tiktoken(tmp_path: Path) -> N
     assert faults(tmp_path) == []
 
 
-def test_a_run_does_not_start_with_a_faulty_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_faulty_tokenizer_does_not_start(folder: Path, tmp_path: Path) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
     config |= {"num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 1024}
     (folder / "config.json").write_text(json.dumps(config))
@@ -139,7 +139,7 @@ def test_a_run_does_not_start_with_a_faulty_tokenizer(folder: Path, tmp_path: Pa
     assert all("Git LFS" in str(fault) for fault in caught.value.faults)
 
 
-def test_whatever_a_library_raises_becomes_one_line(tmp_path: Path) -> None:
+def test_library_errors_become_one_line(tmp_path: Path) -> None:
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
     for error in (Exception("a\n  b"), panic("a\n  b"), RecursionError("a b"), SystemError("a b")):
         line = rf"^{tmp_path} cannot be read \({type(error).__name__}: a b\); fix it$"

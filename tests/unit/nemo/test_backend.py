@@ -1,4 +1,4 @@
-"""The switch between CPU and GPU. Each activation is a process of its own, for it changes PyTorch and the path."""
+"""Activation of the CPU or GPU backend, in separate processes because it changes PyTorch and the path."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ assert torch.equal(torch.rand(2), torch.rand(2, generator=torch.Generator().manu
 print("DONE")
 """)
     assert done.stdout.strip().endswith("DONE"), done.stderr[-3000:]
-    said = [line for line in done.stderr.splitlines() if line.startswith("backend: ")]
-    assert said == ["backend: cpu (no CUDA device found; Transformer Engine stand-in 1.9.0+cpu.standin)"]
+    output = [line for line in done.stderr.splitlines() if line.startswith("backend: ")]
+    assert output == ["backend: cpu (no CUDA device found; Transformer Engine stand-in 1.9.0+cpu.standin)"]
 
 
 @pytest.mark.parametrize("early", ["megatron.core", "nemo"])
@@ -97,7 +97,7 @@ def test_a_real_transformer_engine_without_cuda_is_an_error(tmp_path: Path) -> N
 
 
 @without_cuda
-def test_the_stand_in_refuses_a_machine_with_cuda() -> None:
+def test_the_stand_in_rejects_machines_with_cuda() -> None:
     done = _python(
         """
 import torch
@@ -108,7 +108,7 @@ import transformer_engine
     )
     assert done.returncode == 1
     assert "ImportError: the CPU stand-in" in done.stderr
-    assert "was imported where CUDA is available (H100)" in done.stderr
+    assert "was imported although CUDA is available (H100)" in done.stderr
 
 
 @pytest.fixture
@@ -139,8 +139,8 @@ def test_with_cuda_and_transformer_engine_nothing_is_changed(two_gpus: None, mon
     assert devices.torch_device() == "cuda"
 
 
-def test_a_killed_processs_build_lock_is_free(tmp_path: Path) -> None:
-    """Torch's own is a file's existence: with it all further processes would wait forever."""
+def test_the_build_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
+    """Torch's lock is the existence of a file, so all later processes would wait forever."""
     script = (
         "import sys, time; from prune_distill.nemo.backend import FlockBaton\n"
         "baton = FlockBaton(sys.argv[1]); assert baton.try_acquire(); print(flush=True); time.sleep(60)"

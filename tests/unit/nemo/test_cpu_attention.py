@@ -18,7 +18,7 @@ backend.activate()
 
 from transformer_engine.pytorch import DotProductAttention  # noqa: E402
 
-# fp32 softmax sums over up to 17 keys, computed blockwise here and at once there.
+# fp32 softmax sums over up to 17 keys, with and without blocks.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 HEADS, GROUPS, SIZE, LENGTH, BATCH = 6, 2, 16, 17, 3
 
@@ -53,7 +53,7 @@ def test_output_and_gradients_equal_transformers(groups: int, mask_type: str, sc
         torch.testing.assert_close(a.grad, b.grad, **ROUNDING)
 
 
-def test_the_mask_type_of_the_call_goes_before_the_modules() -> None:
+def test_the_mask_type_of_the_call_takes_precedence() -> None:
     query, key, value = _inputs(GROUPS)
     attention = DotProductAttention(HEADS, SIZE, GROUPS, attn_mask_type="causal")
     output = attention(query, key, value, None, attn_mask_type="no_mask")
@@ -80,7 +80,7 @@ def _within_window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
 
 
-# The sequence is 17 long: windows of a token, shorter, just as long and longer.
+# The sequence length is 17: windows of one token, shorter, equal and longer.
 @pytest.mark.parametrize("left", [0, 1, 5, 15, 16, 17, 40])
 @pytest.mark.parametrize("groups", [HEADS, GROUPS], ids=["mha", "gqa"])
 def test_a_window_is_a_tokens_own_key_and_those_before_it(groups: int, left: int) -> None:
@@ -125,7 +125,7 @@ def test_dropout_works_in_training_alone() -> None:
     query, key, value = (t.detach() for t in _inputs(HEADS))
     value = torch.ones_like(value)
     attention = DotProductAttention(HEADS, SIZE, attention_dropout=0.5, attn_mask_type="no_mask")
-    # Weights sum to 1; half of them, doubled, do so in the mean only: 3 * 17 * 6 rows, deviation < 0.5 each.
+    # Weights sum to 1; half of them, doubled, only on average: 3 * 17 * 6 rows, deviation < 0.5 each.
     dropped = attention(query, key, value)
     assert dropped.std() > 0.05
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)
@@ -145,12 +145,12 @@ def test_dropout_works_in_training_alone() -> None:
         ({}, {"cu_seqlens_q": torch.tensor([0, 17])}, "cu_seqlens_q"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(build: dict[str, object], call: dict[str, object], named: str) -> None:
+def test_unsupported_options_raise(build: dict[str, object], call: dict[str, object], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         DotProductAttention(HEADS, SIZE, GROUPS, **build)(*_inputs(GROUPS), **call)
 
 
-def test_query_key_layer_scaling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_query_key_layer_scaling_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_APPLY_QK_LAYER_SCALING", "1")
     with pytest.raises(NotImplementedError, match="unset NVTE_APPLY_QK_LAYER_SCALING"):
         DotProductAttention(HEADS, SIZE)

@@ -1,4 +1,4 @@
-"""The stand-in's GroupedLinear; in a model of experts: tests/integration/test_conversion.py."""
+"""The stand-in's GroupedLinear; for MoE models see tests/integration/test_conversion.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.mark.parametrize("parallel_mode", ["column", "row", None])
 @pytest.mark.parametrize("splits", [[3, 4, 2], [9, 0, 0], [0, 9, 0], [0, 0, 0]])
-def test_every_expert_does_its_share(splits: list[int], parallel_mode: str | None) -> None:
+def test_every_expert_processes_its_tokens(splits: list[int], parallel_mode: str | None) -> None:
     torch.manual_seed(0)
     layer = GroupedLinear(3, 48, 32, bias=False, parallel_mode=parallel_mode)
     x = torch.randn(sum(splits), 48, requires_grad=True)
@@ -43,10 +43,10 @@ def test_every_expert_does_its_share(splits: list[int], parallel_mode: str | Non
     for expert, weight in enumerate(weights):
         ours = getattr(layer, f"weight{expert}").grad
         theirs = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(ours, theirs.float(), **ROUNDING)  # of an idle expert: zeros, not None
+        torch.testing.assert_close(ours, theirs.float(), **ROUNDING)  # an expert without tokens has zeros, not None
 
 
-def test_splits_have_to_cover_the_tokens() -> None:
+def test_splits_must_cover_the_tokens() -> None:
     with pytest.raises(RuntimeError, match="split"):
         GroupedLinear(2, 4, 3, bias=False)(torch.zeros(5, 4), [2, 2])
 
@@ -61,7 +61,7 @@ def test_its_parameters_are_named_and_marked_as_megatron_expects() -> None:
     assert layer.state_dict()["_extra_state"] is None
 
 
-def test_the_weights_are_drawn_by_init_method_under_the_named_random_state() -> None:
+def test_weights_are_initialized_with_the_named_rng_state() -> None:
     entered = []
 
     class Tracker:
@@ -76,7 +76,7 @@ def test_the_weights_are_drawn_by_init_method_under_the_named_random_state() -> 
     assert entered == ["expert-parallel-rng"] * 2
 
 
-def test_meta_weights_are_not_drawn() -> None:
+def test_meta_weights_are_not_initialized() -> None:
     layer = GroupedLinear(2, 4, 3, bias=False, device="meta", init_method=lambda weight: pytest.fail("drawn"))
     assert all(weight.is_meta for weight in layer.parameters())
 
@@ -92,6 +92,6 @@ def test_meta_weights_are_not_drawn() -> None:
         ({"device": "cuda:0"}, "use_cpu_initialization"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(options: dict[str, object], named: str) -> None:
+def test_unsupported_options_raise(options: dict[str, object], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         GroupedLinear(2, 4, 4, **{"bias": False, **options})

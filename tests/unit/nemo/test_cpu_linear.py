@@ -1,4 +1,4 @@
-"""The stand-in's Linear and LayerNormLinear on one rank; split: tests/integration/test_te_standin_parallel.py."""
+"""The stand-in's Linear and LayerNormLinear on one rank; sharded: tests/integration/test_te_standin_parallel.py."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def test_state_has_an_empty_extra_state_and_no_bias_without_one() -> None:
     assert set(state) == {"weight", "layer_norm_weight", "_extra_state"}
     assert state["_extra_state"] is None
     other = LayerNormLinear(4, 3, bias=False, normalization="RMSNorm")
-    other.load_state_dict({**state, "_extra_state": torch.zeros(3, dtype=torch.uint8)})  # as a GPU writes it
+    other.load_state_dict({**state, "_extra_state": torch.zeros(3, dtype=torch.uint8)})  # as written on a GPU
     assert torch.equal(other.weight, state["weight"])
 
 
-def test_the_weight_is_drawn_by_init_method_under_the_named_random_state() -> None:
+def test_the_weight_is_initialized_with_the_named_rng_state() -> None:
     from contextlib import contextmanager
 
     entered = []
@@ -93,7 +93,7 @@ def test_the_weight_is_drawn_by_init_method_under_the_named_random_state() -> No
     assert entered == ["default", "data-parallel-rng"]
 
 
-def test_a_meta_weight_is_not_drawn() -> None:
+def test_a_meta_weight_is_not_initialized() -> None:
     layer = Linear(4, 3, device="meta", init_method=lambda weight: pytest.fail("drawn"))
     assert layer.weight.is_meta
 
@@ -107,12 +107,12 @@ def test_a_meta_weight_is_not_drawn() -> None:
         ({"device": "cuda:0"}, "use_cpu_initialization"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(options: dict[str, object], named: str) -> None:
+def test_unsupported_options_raise(options: dict[str, object], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         Linear(4, 4, **options)
 
 
-def test_other_refusals() -> None:
+def test_other_unsupported_options_raise() -> None:
     with pytest.raises(NotImplementedError, match="return_layernorm_output"):
         LayerNormLinear(4, 4, return_layernorm_output=True)
     with pytest.raises(ValueError, match="'diagonal'"):

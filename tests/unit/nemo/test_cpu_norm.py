@@ -1,4 +1,4 @@
-"""The stand-in's norms against PyTorch's and transformers'."""
+"""The stand-in's norms, compared with PyTorch and transformers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_bf16_is_computed_in_fp32_and_cast_back_once(kind: type) -> None:
     exact = _reference(
         kind.__name__, x.detach().double(), norm.weight.double(), None if beta is None else beta.double()
     )
-    # One rounding to bf16 (8 bits) is all that may be lost; fp32 before it can turn a tie.
+    # Only one rounding to bf16 (8 bits) is allowed; fp32 before it can change a tie.
     torch.testing.assert_close(y.double(), exact, rtol=2**-8 * 1.01, atol=0)
     assert (y.dtype, x.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16,) * 3
 
@@ -72,7 +72,7 @@ def test_rms_norm_equals_transformers() -> None:
     torch.testing.assert_close(ours(x), theirs(x), **ROUNDING)
 
 
-def test_parameters_are_marked_and_named_as_checkpoints_want_them() -> None:
+def test_parameters_are_marked_and_named_as_in_checkpoints() -> None:
     assert list(RMSNorm(8).state_dict()) == ["weight"]
     assert list(LayerNorm(8).state_dict()) == ["weight", "bias"]
     norm = LayerNorm(8, sequence_parallel=True, zero_centered_gamma=True)
@@ -81,7 +81,7 @@ def test_parameters_are_marked_and_named_as_checkpoints_want_them() -> None:
     assert norm.weight.tolist() == [0.0] * 8
 
 
-def test_parameters_may_be_left_without_data_but_not_on_a_gpu() -> None:
+def test_parameters_may_be_on_meta_but_not_on_a_gpu() -> None:
     assert RMSNorm(8, device="meta").weight.is_meta
     with pytest.raises(NotImplementedError, match="device 'cuda'.*use_cpu_initialization"):
         RMSNorm(8, device="cuda")

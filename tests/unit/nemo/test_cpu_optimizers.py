@@ -1,4 +1,4 @@
-"""The stand-in's FusedAdam against PyTorch's optimizers, and the multi-tensor functions."""
+"""The stand-in's FusedAdam, compared with PyTorch's optimizers, and the multi-tensor functions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_state_is_laid_out_as_megatron_saves_it() -> None:
         }
 
 
-def test_a_restored_state_goes_on_exactly() -> None:
+def test_a_loaded_state_continues_exactly() -> None:
     params = _parameters()
     optimizer = optimizers.FusedAdam(params, **SETTINGS)
     _run(optimizer, params, 0, 2)
@@ -78,7 +78,7 @@ def test_a_restored_state_goes_on_exactly() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
-def test_parameters_without_gradient_stay() -> None:
+def test_parameters_without_gradient_do_not_change() -> None:
     params = _parameters()
     before = params[1].detach().clone()
     optimizer = optimizers.FusedAdam(params, **SETTINGS)
@@ -110,12 +110,12 @@ def test_the_closures_loss_is_returned() -> None:
         ({"bias_correction": False}, "bias correction"),
     ],
 )
-def test_what_it_cannot_do_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+def test_unsupported_options_raise(options: dict[str, Any], named: str) -> None:
     with pytest.raises(NotImplementedError, match=named):
         optimizers.FusedAdam(_parameters(), **options)
 
 
-def test_other_refusals() -> None:
+def test_other_unsupported_options_raise() -> None:
     half = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     half.grad = torch.ones_like(half)
     with pytest.raises(NotImplementedError, match="bfloat16 parameters"):

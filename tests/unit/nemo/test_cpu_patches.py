@@ -1,4 +1,4 @@
-"""What answers for CUDA on a CPU, and that it is in place before anybody takes the original."""
+"""Patches of CUDA functions on a CPU, applied before other modules bind the originals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_patch_names_an_upstream_line(patch: patches.Patch) -> None:
     assert patch.until
 
 
-def test_cuda_means_cpu_for_tensors_and_modules() -> None:
+def test_cuda_is_mapped_to_cpu_for_tensors_and_modules() -> None:
     assert torch.cuda.current_device() == torch.device("cpu")
     made = [
         torch.tensor([1.0], device="cuda"),
@@ -54,14 +54,14 @@ def test_type_names_are_cudas_as_megatron_compares_them() -> None:
     assert torch.ones(1).type(torch.int32).dtype is torch.int32
 
 
-def test_streams_and_synchronisation_do_nothing() -> None:
+def test_streams_and_synchronization_do_nothing() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(stream)
     with torch.cuda.stream(stream):
         torch.cuda.synchronize()
 
 
-def test_jit_fuser_leaves_functions_alone() -> None:
+def test_jit_fuser_does_not_change_functions() -> None:
     from megatron.core.fusions.fused_bias_swiglu import swiglu
     from megatron.core.jit import jit_fuser
 
@@ -69,7 +69,7 @@ def test_jit_fuser_leaves_functions_alone() -> None:
     assert swiglu.__module__ == "megatron.core.fusions.fused_bias_swiglu"
 
 
-def test_swiglus_gradient_is_that_of_its_formula() -> None:
+def test_the_swiglu_gradient_matches_its_formula() -> None:
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def test_swiglus_gradient_is_that_of_its_formula() -> None:
     torch.testing.assert_close(of_found, of_expected)
 
 
-def test_a_group_of_one_rank_exchanges_nothing(tmp_path: Path) -> None:
+def test_single_rank_groups_do_not_communicate(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         whole = torch.arange(4.0)
@@ -96,7 +96,7 @@ def test_a_group_of_one_rank_exchanges_nothing(tmp_path: Path) -> None:
 
 
 def test_dynamo_can_be_imported_over_the_patches() -> None:
-    """It refuses to start if one function stands under two of the names it knows."""
+    """It fails to start if one function has two of its known names."""
     from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
     assert torch.zeros in get_torch_obj_rule_map()
@@ -117,8 +117,8 @@ def test_each_named_random_state_is_a_stream_of_its_own() -> None:
             inside.append(torch.rand(3))
     outside.append(torch.rand(3))
     expected = torch.Generator().manual_seed(1)
-    assert torch.equal(torch.cat(outside), plain)  # nothing outside notices
-    assert torch.equal(torch.cat((inside[0], inside[2])), torch.rand(6, generator=expected))  # "a" goes on where it was
+    assert torch.equal(torch.cat(outside), plain)  # no effect outside
+    assert torch.equal(torch.cat((inside[0], inside[2])), torch.rand(6, generator=expected))  # "a" continues
     assert not torch.equal(inside[0], inside[1])
 
 
@@ -129,14 +129,14 @@ def test_an_unknown_random_state_is_an_error() -> None:
         pass
 
 
-def test_recompute_draws_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recompute_uses_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.tensor_parallel import random
 
     monkeypatch.setattr(random, "_CUDA_RNG_STATE_TRACKER", random.CudaRNGStatesTracker())
     monkeypatch.setattr(random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True)
     x = torch.ones(64, requires_grad=True)
     y = random.checkpoint(lambda t: torch.nn.functional.dropout(t, 0.5), False, x)
-    torch.rand(5)  # what comes between forward and backward
+    torch.rand(5)  # between forward and backward
     y.sum().backward()
     assert torch.equal(y.detach(), x.grad)
 

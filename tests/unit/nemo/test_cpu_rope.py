@@ -26,6 +26,6 @@ def test_output_and_gradient_equal_megatrons(rotated: int) -> None:
     torch.testing.assert_close(gradient, their_gradient)
 
 
-def test_other_layouts_are_refused() -> None:
+def test_other_layouts_are_rejected() -> None:
     with pytest.raises(NotImplementedError, match="layout 'thd'"):
         apply_rotary_pos_emb(torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1, 8), tensor_format="thd")

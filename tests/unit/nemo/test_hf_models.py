@@ -1,4 +1,4 @@
-"""The teacher as plain transformers runs it, whichever version of transformers wrote its folder."""
+"""Teachers in plain transformers, from folders of any transformers version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import QWEN3
 
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A model as transformers 5 describes it, and its logits."""
+    """A model in the format of transformers 5, and its logits."""
     folder = tmp_path_factory.mktemp("hf")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**{**QWEN3, "dtype": "float32", "rope_theta": 1e6})
@@ -57,12 +57,12 @@ def test_other_libraries_are_given_a_folder_that_they_read_right(newer: tuple[Pa
         )
 
 
-def test_keys_and_values_take_what_their_sizes_say(newer: tuple[Path, torch.Tensor]) -> None:
+def test_the_size_of_the_kv_cache(newer: tuple[Path, torch.Tensor]) -> None:
     # Keys and values of 4 layers, 2 groups, heads of 64, in fp32, of 10 tokens.
     assert hf_models.kv_cache_bytes(newer[0], 10) == 2 * 4 * 2 * 64 * 4 * 10
 
 
-def test_a_config_at_fault_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_config_at_fault_is_rejected_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**QWEN3, "hidden_size": "128"}))
     with pytest.raises(InputError, match="hidden_size="):
         hf_models.load(tmp_path)

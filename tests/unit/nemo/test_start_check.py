@@ -60,7 +60,7 @@ def loss_by_hand(core: Any) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows(1).flatten()).item()
 
 
-def test_logits_come_batch_by_batch() -> None:
+def test_logits_are_computed_per_batch() -> None:
     core, found = core_model(), []
     with torch.no_grad():
         expected = [core(ids, positions(ids), None) for ids in (rows(0), rows(1))]
@@ -109,10 +109,10 @@ def trainer(core: Any = None) -> Any:
     return SimpleNamespace(datamodule=data, strategy=SimpleNamespace(megatron_parallel=parallel))
 
 
-def test_a_teacher_is_held_against_chance(saved: Path) -> None:
+def test_a_teacher_is_compared_with_chance(saved: Path) -> None:
     teacher = core_model()
     loss = loss_by_hand(teacher)
-    better = math.ceil(math.exp(loss)) + 1  # of so many entries chance is worse than this teacher
+    better = math.ceil(math.exp(loss)) + 1  # a vocabulary size for which chance is worse than this teacher
     StartCheck(None).on_train_start(trainer(), module_of(saved, teacher, better))
     with pytest.raises(InputError, match="chance"):
         StartCheck(None).on_train_start(trainer(), module_of(saved, teacher, math.floor(math.exp(loss))))
@@ -130,7 +130,7 @@ def test_parameters_that_a_checkpoint_lacks_are_named(tmp_path: Path, saved: Pat
         StartCheck(tied).on_train_start(trainer(student), alone)
 
 
-def test_a_checkpoint_without_bytes_that_were_written_is_refused(tmp_path: Path, saved: Path) -> None:
+def test_an_incomplete_checkpoint_is_rejected(tmp_path: Path, saved: Path) -> None:
     checkpoint = tmp_path / "whole"
     shutil.copytree(saved, checkpoint)
     nemo_api.check_bytes(checkpoint)
@@ -152,7 +152,7 @@ def test_another_models_checkpoint_is_not_resumed_from(monkeypatch: pytest.Monke
     assert set(start_check.SIZES) >= {"hidden_size", "num_attention_heads", "kv_channels", "vocab_size"}
 
 
-def test_documents_of_another_tokenizer_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_of_another_tokenizer_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nemo_api, "load_model", lambda checkpoint: nemo_model())
     data = write_data(tmp_path, {"a": [[1, 0]]}, [[1, 0]])
     nemo_api.match_tokenizer(Path("x"), data)
@@ -194,7 +194,7 @@ def test_nemos_model_averages_over_tokens() -> None:
 
 
 def test_sequences_of_documents_count_every_token(tmp_path: Path) -> None:
-    """The padding token of the tokenizer, 0, ends documents, and is learned as well."""
+    """The padding token of the tokenizer, 0, also ends documents, and is learned."""
     data = write_data(tmp_path, {"a": [[1, 2, 0], [3, 4, 5, 0], [6, 0, 7, 0]]}, [[9, 8, 0]] * 4)
     module = make_data_module(
         TOKENIZER,

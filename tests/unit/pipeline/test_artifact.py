@@ -26,7 +26,7 @@ def folders(cfg: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def changed(before: RunConfig, after: RunConfig) -> list[str]:
-    """The stages whose identity differs, in order."""
+    """Return the stages with different identities, in order."""
     first, second = folders(before), folders(after)
     return [name for name in first if first[name] != second[name]]
 
@@ -41,7 +41,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
     ("override", "stages"),
     [
         ("distill.lr=2e-3", AFTER_DISTILL),
-        # What was measured of the teacher stays, whatever is pruned.
+        # Measurements of the teacher do not depend on pruning.
         ("prune.num_layers=3", ["prune", *AFTER_DISTILL]),
         ("prune.hidden_size=192", ["prune", *AFTER_DISTILL]),
         ("prune.calibration_samples=32", ["importance", "prune", *AFTER_DISTILL]),
@@ -52,7 +52,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("model.demo.training.max_steps=900", EVERYTHING),
         ("seed=1", EVERYTHING),
         ("name=other", ["report"]),
-        # Where and how visibly it is computed changes nothing.
+        # Placement and logging have no effect.
         ("cluster=one_node cluster.devices_per_node=1", []),
         ("cluster.threads_per_rank=7", []),
         ("distill.micro_batch_size=2", []),
@@ -67,7 +67,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("benchmark.rounds=3", ["benchmark", "report"]),
         ("benchmark.cost_per_hour=2", ["report"]),
         ("data.max_invalid_fraction=0.5", []),
-        # A control has no teacher; and without pairs of layers their weight is nothing.
+        # A control has no teacher; without pairs of layers their weight has no effect.
         ("distill.kd.temperature=3", OF_STUDENT),
         ("distill.kd.divergence=reverse_kl distill.kd.lm_weight=0.25", OF_STUDENT),
         ("distill.kd.intermediate_weight=7 distill.kd.intermediate_loss=mse", []),
@@ -76,7 +76,7 @@ EVERYTHING = ["demo_model", "prepare_data", "hf_to_nemo", "verify_import", "impo
         ("distill.cached_logits_top_k=8", []),
     ],
 )
-def test_what_a_change_touches(demo: Compose, override: str, stages: list[str]) -> None:
+def test_stages_affected_by_a_change(demo: Compose, override: str, stages: list[str]) -> None:
     assert changed(demo(), demo(*override.split())) == stages
 
 
@@ -88,7 +88,7 @@ def test_a_student_without_a_teacher_ignores_the_teachers_settings(demo: Compose
     assert redone == ["cache_logits", *OF_STUDENT]
 
 
-def test_a_control_that_is_removed_or_added_redoes_nothing_of_the_others(demo: Compose) -> None:
+def test_adding_or_removing_a_control_does_not_affect_other_stages(demo: Compose) -> None:
     one, both = folders(demo("distill.controls=[ce]")), folders(demo("distill.controls=[ce,scratch]"))
     assert {name: both[name] for name in one if name != "report"} == {
         name: folder for name, folder in one.items() if name != "report"
@@ -114,7 +114,7 @@ FOUGHT = ["successive_halving", "prune", *AFTER_DISTILL]
         ("vllm", ("benchmark.engine=vllm",), ["benchmark", "report"]),
     ],
 )
-def test_a_library_belongs_to_what_it_measures(
+def test_libraries_only_affect_stages_that_use_them(
     demo: Compose, monkeypatch: pytest.MonkeyPatch, library: str, overrides: tuple[str, ...], stages: list[str]
 ) -> None:
     cfg, version = demo(*overrides), identity.installed_version
@@ -131,7 +131,7 @@ def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "overrides", "said"),
+    ("stage", "overrides", "output"),
     [
         ("distill", (), []),
         ("distill", ("distill.micro_batch_size=2",), []),
@@ -143,13 +143,13 @@ def complete(cfg: RunConfig, stage: str, **metrics: float) -> None:
     ],
 )
 def test_a_complete_stage_names_the_settings_that_no_longer_have_an_effect(
-    demo: Compose, stage: str, overrides: tuple[str, ...], said: list[str]
+    demo: Compose, stage: str, overrides: tuple[str, ...], output: list[str]
 ) -> None:
     made = ("name=mine", "distill.val_batches=3")
     complete(demo(*made), stage)
     located = locate(demo(*made, *overrides))[stage]
     assert located.complete
-    assert located.ignored_changes() == said
+    assert located.ignored_changes() == output
 
 
 @pytest.mark.parametrize(("allowed", "whole"), [("0.5", True), ("0.2", True), ("0.1", False)])
@@ -182,7 +182,7 @@ def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: p
     assert all(before[name] != now for name, now in folders(cfg).items())
 
 
-def test_the_build_of_torch_is_none_of_it() -> None:
+def test_the_build_of_torch_is_not_part_of_the_identity() -> None:
     assert "+" not in identity.library_versions()["torch"]
     assert identity.installed_version("no-such-distribution") is None
 
@@ -198,7 +198,7 @@ def own(tmp_path: Path, *overrides: str) -> RunConfig:
     return cfg
 
 
-def test_the_users_files_are_known_by_content(tmp_path: Path) -> None:
+def test_user_files_are_identified_by_content(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     located = locate(cfg)
     assert located["prepare_data"].inputs["train"] == (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -217,7 +217,7 @@ def test_the_tokenizer_is_part_of_the_identity(tmp_path: Path) -> None:
     assert before["prepare_data"] != folders(cfg)["prepare_data"]
 
 
-def test_a_hub_id_is_known_by_its_revision(tmp_path: Path) -> None:
+def test_a_hub_id_is_identified_by_its_revision(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = "Qwen/Qwen3-8B"
     located = locate(cfg)
@@ -231,10 +231,10 @@ def test_a_new_name_of_the_teacher_makes_a_new_report(tmp_path: Path) -> None:
     assert changed(cfg, dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, name="other"))) == ["report"]
 
 
-def test_missing_files_are_all_named_once(tmp_path: Path) -> None:
+def test_all_missing_files_are_reported_once(tmp_path: Path) -> None:
     cfg = own(tmp_path)
     cfg.model.hf_path = str(tmp_path / "no-model")
-    # Looks like a Hub id, but documents never come from there.
+    # Looks like a Hub id, but documents do not come from the Hub.
     cfg.data.train = ["data/nowhere.jsonl"]
     with pytest.raises(ConfigError) as caught:
         locate(cfg)
@@ -269,7 +269,7 @@ def test_fingerprints(tmp_path: Path) -> None:
         fingerprints([tmp_path / "none"])
 
 
-def test_placement_is_left_out_of_the_view(demo: Compose) -> None:
+def test_placement_is_not_hashed(demo: Compose) -> None:
     view = hashed_values(demo().distill)
     assert view["loss"] == "kd"
     assert "micro_batch_size" not in view
@@ -298,7 +298,7 @@ def test_manifests(demo: Compose) -> None:
     assert manifest["seconds"] == 2.5
     assert manifest["inputs"]["train"]["path"] == f"{located['demo_model'].folder.name}/corpus/train.jsonl"
     assert sorted(entry.name for entry in stage.folder.iterdir()) == ["manifest.json", "outputs.json"]
-    # Another identity in the same folder (the report's) is not this one.
+    # Another identity in the same folder (that of the report).
     assert read_manifest(stage.folder, "other") is None
 
 
@@ -309,7 +309,7 @@ ODD_TYPES = [f'{{"status": "complete", {odd}}}' for odd in ('"metrics": [1]', '"
     "content",
     ["", '{"stage": "prune", "stat', '{"status": "running"}', "{}", "[]", "null", "\0" * 9, "[" * 9999, *ODD_TYPES],
 )
-def test_what_is_no_whole_manifest(tmp_path: Path, content: str) -> None:
+def test_invalid_manifests(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     assert read_manifest(tmp_path) is None
 
@@ -319,7 +319,7 @@ def test_a_folder_in_place_of_a_manifest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     artifact.write_json(path, {"a": 1})
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""What a stage's folder is named by: settings that decide a result, and none that do not."""
+"""The hashes of stages contain the settings that affect their results, and no others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folders(*overrides: str) -> dict[str, str]:
 
 
 def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
-    """The stages of which another value of a setting changes the folder."""
+    """Return the stages whose folder depends on a setting."""
     before = folders(*overrides)
     after = locate(replace_values(base(*overrides), {key: value}))
     return {name for name in before if before[name] != after[name].folder.name}
@@ -74,16 +74,16 @@ def test_cached_logits_serve_other_trainings(change: tuple[str, Any]) -> None:
         ("convert.export_dtype", ExportDtype.bf16),
     ],
 )
-def test_a_tournament_that_asks_a_task_is_that_of_the_tasks_settings(change: tuple[str, Any]) -> None:
+def test_task_settings_affect_successive_halving_with_a_task(change: tuple[str, Any]) -> None:
     assert "successive_halving" in changed(SCORED, *change)
-    if change[0].startswith("evaluate."):  # the search itself weighs exported bytes
+    if change[0].startswith("evaluate."):  # the search uses the size of exported models
         assert "successive_halving" not in changed(SEARCHED, *change)
 
 
 @pytest.mark.parametrize(
     "change", [("distill.num_workers", 1), ("distill.micro_batch_size", 2), ("distill.kd.chunk_tokens", 64)]
 )
-def test_what_cannot_change_a_result_names_no_folder(change: tuple[str, Any]) -> None:
+def test_settings_without_effect_do_not_change_folders(change: tuple[str, Any]) -> None:
     assert changed((), *change) == set()
 
 
@@ -96,7 +96,7 @@ def test_what_cannot_change_a_result_names_no_folder(change: tuple[str, Any]) ->
         (("seed", 3), "demo_model", ""),
     ],
 )
-def test_a_change_reaches_what_reads_it_and_what_follows(change: tuple[str, Any], first: str, same: str) -> None:
+def test_a_change_affects_its_readers_and_later_stages(change: tuple[str, Any], first: str, same: str) -> None:
     found = changed((), *change)
     assert first in found
     assert same not in found

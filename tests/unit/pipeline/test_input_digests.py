@@ -1,4 +1,4 @@
-"""The user's files are known by all of their content, which is read again only if a file's size or times changed."""
+"""User files are identified by content, which is only read again if size or times have changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.artifact import locate, remember_inputs
 from prune_distill.pipeline.identity import fingerprints
-from prune_distill.pipeline.input_digests import REMEMBERED, digests, recall
+from prune_distill.pipeline.input_digests import CACHE, digests, load_cache
 from prune_distill.schema import RunConfig
 
 Reads = Callable[[], list[str]]
@@ -25,7 +25,7 @@ Reads = Callable[[], list[str]]
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Starts with no memory, takes every file for settled, and lists the files read since the last call."""
+    """Clear the cache, treat every file as settled, and return a function that lists newly read files."""
     read: list[str] = []
     digest = input_digests._Reading.digest
 
@@ -33,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
         read.append(os.path.basename(path))
         return digest(self, path)
 
-    def since() -> list[str]:
+    def list_new_reads() -> list[str]:
         names = sorted(read)
         read.clear()
         return names
@@ -41,11 +41,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     monkeypatch.setattr(input_digests._Reading, "digest", note)
     monkeypatch.setattr(input_digests, "SETTLED_NS", -(10**18))
     forget(monkeypatch)
-    return since
+    return list_new_reads
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process knows."""
+    """Reset the records, as in a new process."""
     monkeypatch.setattr(input_digests, "_records", {})
 
 
@@ -67,7 +67,7 @@ def test_digests_are_those_of_the_content_in_order(tmp_path: Path, reads: Reads)
     assert reads() == []
 
 
-def test_an_edit_in_place_is_seen_wherever_it_is_and_whatever_the_time_says(tmp_path: Path, reads: Reads) -> None:
+def test_edits_in_place_are_detected_despite_restored_times(tmp_path: Path, reads: Reads) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(12 << 20))
     (before,) = digests([path])
@@ -89,18 +89,14 @@ def test_a_touched_or_copied_file_is_the_same(tmp_path: Path, reads: Reads) -> N
     assert reads() == ["a", "a", "b"]
 
 
-def test_a_file_written_just_now_is_not_remembered(
-    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recently_written_files_are_not_cached(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_digests, "SETTLED_NS", 2 * 10**9)
     (tmp_path / "a").write_bytes(b"content")
     assert digests([tmp_path / "a"]) == digests([tmp_path / "a"])
     assert reads() == ["a", "a"]
 
 
-def test_a_runs_folder_remembers_for_the_next_process(
-    tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_serves_the_next_process(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
     known = digests([tmp_path / "a"])
@@ -110,17 +106,17 @@ def test_a_runs_folder_remembers_for_the_next_process(
     run_dir.mkdir()
     remember_inputs(run_dir)
     forget(monkeypatch)
-    recall(run_dir)
+    load_cache(run_dir)
     known += digests([tmp_path / "b"])
     remember_inputs(run_dir)
     reads()
     forget(monkeypatch)
-    recall(run_dir)
-    before = (run_dir / REMEMBERED).stat().st_ino
+    load_cache(run_dir)
+    before = (run_dir / CACHE).stat().st_ino
     assert digests([tmp_path / "a", tmp_path / "b"]) == known
     assert reads() == []
     remember_inputs(run_dir)
-    assert (run_dir / REMEMBERED).stat().st_ino == before  # nothing new: not written again
+    assert (run_dir / CACHE).stat().st_ino == before  # nothing new: not written again
 
 
 def damage(content: str) -> list[str]:
@@ -130,16 +126,16 @@ def damage(content: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_damage_to_what_is_remembered_costs_time_only(
+def test_a_damaged_cache_only_costs_time(
     tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     (tmp_path / "a").write_bytes(b"a")
     known = digests([tmp_path / "a"])
     remember_inputs(tmp_path)
-    path = tmp_path / REMEMBERED
+    path = tmp_path / CACHE
     path.write_text(damage(path.read_text())[number])
     forget(monkeypatch)
-    recall(tmp_path)
+    load_cache(tmp_path)
     reads()
     assert digests([tmp_path / "a"]) == known
     assert reads() == ["a"]
@@ -148,7 +144,7 @@ def test_damage_to_what_is_remembered_costs_time_only(
 
 
 @pytest.mark.timeout(20)
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+def test_special_files_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"model.safetensors is a pipe, socket or device"):
         fingerprints([tmp_path])
@@ -168,7 +164,7 @@ def own(tmp_path: Path) -> RunConfig:
     return cfg
 
 
-def test_what_belongs_to_the_identity_of_a_data_folder(tmp_path: Path, reads: Reads) -> None:
+def test_the_identity_of_a_data_folder(tmp_path: Path, reads: Reads) -> None:
     cfg = own(tmp_path)
 
     def identity() -> str:

@@ -1,4 +1,4 @@
-"""Records of folders, what they catch, and from which checkpoint a training resumes. Expected values by hand."""
+"""Records of folders, detection of damage, and the checkpoint from which a training resumes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ import pytest
 
 from prune_distill.errors import InputError
 from prune_distill.pipeline import outputs
-from prune_distill.pipeline.artifact import Located, locate, read_manifest, record_again, write_json, write_manifest
-from prune_distill.pipeline.integrity import Damage, checkpoint_damage, damaged_inputs, find_damage, refuse, unrecorded
+from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record, write_json, write_manifest
+from prune_distill.pipeline.integrity import (
+    Damage,
+    checkpoint_damage,
+    damaged_inputs,
+    describe_unrecorded,
+    find_damage,
+    raise_if_damaged,
+)
 from prune_distill.pipeline.names import OUTPUTS, find_checkpoints
 from prune_distill.pipeline.outputs import digests, list_files, list_outputs, parse_record, select, select_share
 from prune_distill.schema import RunConfig
@@ -46,8 +53,8 @@ def fill(folder: Path, files: dict[str, bytes] | tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def made(demo: Compose) -> dict[str, Located]:
-    """Stages of a run of which `prune` and `prepare_data` are complete."""
+def complete_stages(demo: Compose) -> dict[str, Located]:
+    """The stages of a run with complete `prune` and `prepare_data`."""
     located = locate(demo())
     fill(located["prune"].folder, {**RESULTS, **dict.fromkeys(OTHERS, b"x")})
     fill(located["prepare_data"].folder, {"data.json": b"{}", "shards/0/train.bin": b"\1\2"})
@@ -56,8 +63,8 @@ def made(demo: Compose) -> dict[str, Located]:
     return located
 
 
-def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_only_results_are_recorded(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     assert list_outputs(folder) == sorted(RESULTS)
     record = json.loads((folder / OUTPUTS).read_text())
     assert record == {
@@ -66,11 +73,11 @@ def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, 
     manifest = read_manifest(folder) or {}
     assert (manifest["outputs"]["files"], manifest["outputs"]["bytes"]) == (6, sum(map(len, RESULTS.values())))
     assert find_damage(folder) is None
-    # Metrics of a training are a result; those of work that processes share may still grow.
+    # Metrics of a training are a result; those of shared work may still grow.
     for name, recorded in (("prune", False), ("distill", True)):
-        fill(made[name].folder, {"metrics.jsonl": b"{}"})
-        write_manifest(made[name], 1.0, 2.0, {})
-        assert ("metrics.jsonl" in json.loads((made[name].folder / OUTPUTS).read_text())) is recorded
+        fill(complete_stages[name].folder, {"metrics.jsonl": b"{}"})
+        write_manifest(complete_stages[name], 1.0, 2.0, {})
+        assert ("metrics.jsonl" in json.loads((complete_stages[name].folder / OUTPUTS).read_text())) is recorded
     for name in OTHERS:
         (folder / name).unlink()
     assert find_damage(folder) is None
@@ -78,10 +85,10 @@ def test_results_are_recorded_and_what_tells_of_the_work_is_not(made: dict[str, 
 
 @pytest.mark.parametrize("damage", corruption.DAMAGES)
 @pytest.mark.parametrize("name", [*RESULTS, "outputs.json", "manifest.json"])
-def test_every_damage_is_found_and_undone(made: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
-    folder = made["prune"].folder
-    with corruption.damaged(folder / name, damage, tmp_path / "aside"):
-        if made["prune"].complete:
+def test_every_damage_is_detected(complete_stages: dict[str, Located], tmp_path: Path, name: str, damage: Any) -> None:
+    folder = complete_stages["prune"].folder
+    with corruption.damage_file(folder / name, damage, tmp_path / "aside"):
+        if complete_stages["prune"].complete:
             found = find_damage(folder)
             assert found is not None
             assert list(found.files) == [name]
@@ -90,35 +97,35 @@ def test_every_damage_is_found_and_undone(made: dict[str, Located], tmp_path: Pa
     assert find_damage(folder) is None
 
 
-def test_a_changed_figure_in_a_manifest_is_damage(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_a_changed_figure_in_a_manifest_is_damage(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     path = folder / "manifest.json"
     content = path.read_text()
     path.write_text(content.replace('"kept_layers": [\n   1,', '"kept_layers": [\n   3,'))
     assert path.read_text() != content
-    assert made["prune"].complete
+    assert complete_stages["prune"].complete
     assert "manifest.json has other content" in str(find_damage(folder))
-    # Neither key that vouches may be renamed.
+    # The keys of checksums must not be renamed.
     for key in ("outputs", "crc32"):
         path.write_text(content.replace(f'\n "{key}"', '\n "other"'))
-        assert made["prune"].complete
+        assert complete_stages["prune"].complete
         assert "manifest.json has other content" in str(find_damage(folder))
 
 
-def test_sizes_are_compared_without_reading(made: dict[str, Located], tmp_path: Path) -> None:
-    folder = made["prune"].folder
+def test_sizes_are_compared_without_reading(complete_stages: dict[str, Located], tmp_path: Path) -> None:
+    folder = complete_stages["prune"].folder
     path = folder / "nemo/weights/__0_0.distcp"
-    with corruption.damaged(path, corruption.flip, tmp_path / "aside"):
+    with corruption.damage_file(path, corruption.flip, tmp_path / "aside"):
         assert find_damage(folder, contents=False) is None
-    with corruption.damaged(path, corruption.truncate, tmp_path / "aside"):
+    with corruption.damage_file(path, corruption.truncate, tmp_path / "aside"):
         assert "__0_0.distcp has 4,500 bytes instead of 9,000" in str(find_damage(folder, contents=False))
     path.unlink()
     path.mkdir()
     assert "__0_0.distcp is not a file" in str(find_damage(folder, contents=False))
 
 
-def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_ranks_share_the_reading_and_find_all_damage(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     for name in ("nemo/weights/__0_0.distcp", "nemo/weights/__0_1.distcp"):
         corruption.flip(folder / name)
     shares = [find_damage(folder, share=(rank, 2)) for rank in range(2)]
@@ -127,8 +134,8 @@ def test_ranks_share_the_reading_and_together_find_all(made: dict[str, Located])
     assert [sorted(select_share(entries, rank, 2)) for rank in range(2)] == [["1", "3", "5"], ["2", "4"]]
 
 
-def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]) -> None:
-    stages, folder = made, made["prune"].folder
+def test_only_damaged_inputs_stop_a_stage(complete_stages: dict[str, Located]) -> None:
+    stages, folder = complete_stages, complete_stages["prune"].folder
     corruption.flip(folder / "blocks.json")
     assert damaged_inputs(stages["distill"], stages, contents=True) == []  # it reads nemo/ and the data
     corruption.flip(folder / "nemo/context/model.yaml")
@@ -138,55 +145,55 @@ def test_a_stage_is_refused_what_it_reads_and_only_that(made: dict[str, Located]
     assert [damage.folder for damage in damaged_inputs(stages["report"], stages, contents=True)] == [folder]
 
 
-def test_what_was_not_recorded_is_no_input(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_unrecorded_files_are_not_inputs(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     assert "hf is not among what was written" in str(find_damage(folder, "hf"))
     assert select({"nemo2/a": {}, "nemo/b": {}, "nemo": {}}, "nemo") == {"nemo/b": {}, "nemo": {}}
     assert select({"a/b.json": {}, "a/c.bin": {}}, "a", ("*.json",)) == {"a/b.json": {}}
 
 
-def test_the_message_names_the_folder_and_the_command(made: dict[str, Located], tmp_path: Path) -> None:
-    folder = made["prune"].folder
+def test_the_message_names_the_folder_and_the_command(complete_stages: dict[str, Located], tmp_path: Path) -> None:
+    folder = complete_stages["prune"].folder
     for name in RESULTS:
         (folder / name).unlink()
     damages = [find_damage(folder, part) for part in ("nemo", "winner", ".")]
     with pytest.raises(InputError) as caught:
-        refuse(filter(None, damages), tmp_path)
-    told = str(caught.value)
-    assert "\n" not in told
-    assert told.startswith(f"{folder} is damaged: ")
-    assert "and 3 more files" in told
-    assert told.endswith(f"rm -r {folder} && the command that started the run")
+        raise_if_damaged(filter(None, damages), tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{folder} is damaged: ")
+    assert "and 3 more files" in message
+    assert message.endswith(f"rm -r {folder} && the command that started the run")
     (tmp_path / "launches.jsonl").write_text('{"command": "first"}\n{"command": "python -m launch.run a=1"}\n')
     with pytest.raises(InputError, match=f"rm -r '/a b' {folder} && python -m launch.run a=1"):
-        refuse([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
-    refuse([], tmp_path)
+        raise_if_damaged([Damage(Path("/a b"), {"x": "is missing"}), *filter(None, damages)], tmp_path)
+    raise_if_damaged([], tmp_path)
 
 
-def test_folders_made_before_outputs_were_recorded_are_used_and_named(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_folders_made_before_outputs_were_recorded_are_used_and_named(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     manifest = read_manifest(folder) or {}
     write_json(folder / "manifest.json", {key: manifest[key] for key in manifest if key not in ("outputs", "crc32")})
     (folder / OUTPUTS).unlink()
     corruption.flip(folder / "nemo/context/model.yaml")
-    assert made["prune"].complete
+    assert complete_stages["prune"].complete
     assert find_damage(folder) is None
-    told = unrecorded(made.values())
-    assert told is not None
-    assert told.startswith("prune: made before outputs were recorded")
-    assert unrecorded([made["prepare_data"], made["distill"]]) is None
+    message = describe_unrecorded(complete_stages.values())
+    assert message is not None
+    assert message.startswith("prune: not checked, because made before outputs were recorded")
+    assert describe_unrecorded([complete_stages["prepare_data"], complete_stages["distill"]]) is None
 
 
-def test_a_file_rewritten_on_purpose_is_recorded_again_and_nothing_else(made: dict[str, Located]) -> None:
-    folder = made["prune"].folder
+def test_updating_the_record_of_a_file(complete_stages: dict[str, Located]) -> None:
+    folder = complete_stages["prune"].folder
     (folder / "blocks.json").write_text("[]")
     corruption.flip(folder / "nemo/context/model.yaml")
-    record_again(folder, ("blocks.json",))
+    update_record(folder, ("blocks.json",))
     found = find_damage(folder)
     assert found is not None
     assert list(found.files) == ["nemo/context/model.yaml"]
-    record_again(made["distill"].folder, ("blocks.json",))  # not complete
-    assert not made["distill"].folder.exists()
+    update_record(complete_stages["distill"].folder, ("blocks.json",))  # not complete
+    assert not complete_stages["distill"].folder.exists()
 
 
 ODD_RECORDS = (
@@ -196,9 +203,9 @@ ODD_RECORDS = (
 
 
 @pytest.mark.parametrize("content", ODD_RECORDS)
-def test_what_is_no_record(made: dict[str, Located], content: str) -> None:
+def test_invalid_records(complete_stages: dict[str, Located], content: str) -> None:
     assert parse_record(content.encode()) is None
-    folder = made["prune"].folder
+    folder = complete_stages["prune"].folder
     (folder / OUTPUTS).write_text(content)
     assert "outputs.json has other content" in str(find_damage(folder))
 
@@ -215,7 +222,7 @@ def test_large_and_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def checkpoint(folder: Path, step: int) -> Path:
-    """As `Checkpoints` leaves one."""
+    """Write a checkpoint like `Checkpoints`."""
     path = folder / f"step={step}"
     fill(path, {"weights/.metadata": b"m", "weights/__0_0.distcp": bytes([step]) * 5000, "context/model.yaml": b"a"})
     write_json(path / OUTPUTS, digests(path, [*list_files(path)]))
@@ -234,7 +241,7 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
     assert "step=10 is damaged: weights/__0_0.distcp has other content" in caplog.text
     assert "resuming from step=2; the damaged checkpoint is kept as .damaged.step=10" in caplog.text
     assert sorted(path.name for path in tmp_path.iterdir()) == [".damaged.step=10", "step=2"]
-    # None is left: the work of a whole training is not thrown away without a word.
+    # No intact one is left: a whole training is not discarded silently.
     corruption.delete(older / "context/model.yaml")
     with pytest.raises(InputError, match=rf"step=2 is damaged: context/model.yaml is missing.*rm -r {tmp_path}"):
         resume_point(tmp_path)
@@ -245,14 +252,14 @@ def test_a_training_resumes_from_the_newest_undamaged_checkpoint(
 @pytest.mark.parametrize("name", ["weights/.metadata", "weights/__0_0.distcp", "context/model.yaml"])
 def test_damage_to_a_checkpoint_is_found(tmp_path: Path, name: str, damage: Any) -> None:
     path = checkpoint(tmp_path, 2)
-    with corruption.damaged(path / name, damage, tmp_path / "aside"):
+    with corruption.damage_file(path / name, damage, tmp_path / "aside"):
         assert checkpoint_damage(path) is not None
     assert checkpoint_damage(path) is None
-    with corruption.damaged(path / OUTPUTS, corruption.truncate, tmp_path / "aside"):
+    with corruption.damage_file(path / OUTPUTS, corruption.truncate, tmp_path / "aside"):
         assert checkpoint_damage(path) is not None
 
 
-def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_names_are_not_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = checkpoint(tmp_path, 4)
     for name in ("step=abc", "step=-1", "step=", "step=007", "step=4.5", "step=4-last", ".partial.step=9", "4"):
         (tmp_path / name).mkdir()
@@ -260,7 +267,7 @@ def test_strange_names_are_no_checkpoints(tmp_path: Path, caplog: pytest.LogCapt
     assert find_checkpoints(tmp_path) == {4: whole}
     assert select_superfluous(tmp_path, 1, {5: 0.1, 4: 0.2}) == []
     assert resume_point(tmp_path) == whole
-    # A folder that is named like one, with nothing of one in it.
+    # A folder with the name of a checkpoint, but without its content.
     (tmp_path / "step=8" / "step=9").mkdir(parents=True)
     assert resume_point(tmp_path) == whole
     assert "step=8 is damaged: weights/ is missing" in caplog.text

@@ -1,4 +1,4 @@
-"""Helpers of a stage end with it, and what a shell has of another job's ranks does not reach it."""
+"""Helpers of a stage exit with it, and rank variables of another job do not reach it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from launch.environment import ROOT
 from prune_distill.errors import InputError
 from prune_distill.pipeline import processes
-from prune_distill.pipeline.processes import drop_foreign_ranks, shorten_socket_paths
-from tests.helpers.launches import ends
+from prune_distill.pipeline.processes import remove_foreign_ranks, shorten_socket_paths
+from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
 
-# Prints the pids of its helpers: each says its own, and waits. `HOW` starts them.
+# Prints the pids of its helpers: each prints its own, and waits. `HOW` starts them.
 PARENT = """
 import multiprocessing, os, sys, threading, time
 from prune_distill.pipeline import stage_main
@@ -37,7 +37,7 @@ def start(kind, target):
     multiprocessing.get_context(kind).Process(target=target).start()
 
 if __name__ == "__main__":
-    stage_main.end_with_parent()
+    stage_main.exit_with_parent()
     HOW
     time.sleep(100)
 """
@@ -70,28 +70,28 @@ def test_helpers_end_with_a_killed_parent(tmp_path: Path, how: str, helpers: int
         assert parent.stdout is not None
         pids = [int(parent.stdout.readline()) for _ in range(helpers)]
         parent.kill()
-    assert all(ends(pid) for pid in pids)
+    assert all(wait_for_exit(pid) for pid in pids)
 
 
 def test_a_helper_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
-    """The kernel's signal comes when the thread ends, long before the parent."""
+    """The kernel sends the signal when the thread ends, long before the parent."""
     how = 'thread = threading.Thread(target=start, args=("fork", wait)); thread.start(); thread.join()'
     with started(tmp_path, f'{how}; os.write(1, b"joined\\n")') as parent:
         assert parent.stdout is not None
         lines = {parent.stdout.readline().strip() for _ in range(2)}
         (pid,) = (int(line) for line in lines - {"joined"})
-        assert not ends(pid, seconds=1.5)
+        assert not wait_for_exit(pid, seconds=1.5)
         parent.kill()
-    assert ends(pid)
+    assert wait_for_exit(pid)
 
 
-# As `python -m recipes` does, with a stage that prints the pid of a helper which needs nothing of ours, and waits.
+# Like `python -m recipes`, with a stage that prints the pid of a helper that needs none of our modules, and waits.
 RUNNER = """
 import multiprocessing, runpy, sys, time
 from prune_distill.pipeline import stage_main
 
 def run_stage(name, config, load):
-    stage_main.end_with_parent()
+    stage_main.exit_with_parent()
     manager = multiprocessing.get_context("spawn").Manager()
     print(manager._process.pid, flush=True)
     time.sleep(100)
@@ -103,7 +103,7 @@ runpy.run_module("recipes", run_name="__main__", alter_sys=True)
 
 
 def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
-    """Multiprocessing by itself imports no `__main__.py` of a package in a helper (multiprocessing/spawn.py)."""
+    """By default, multiprocessing does not import a package's `__main__.py` in a helper (multiprocessing/spawn.py)."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", RUNNER]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as runner:
@@ -112,15 +112,15 @@ def test_a_helper_that_the_runners_stage_spawns_ends_with_it() -> None:
             pid = int(runner.stdout.readline())
         finally:
             runner.kill()
-    assert ends(pid)
+    assert wait_for_exit(pid)
 
 
-def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
+def test_variables_of_several_ranks_without_launcher_are_rejected() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PATH": "/bin"}
-    with pytest.raises(InputError, match=r"^WORLD_SIZE=2 .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
-        drop_foreign_ranks(environment)
-    with pytest.raises(InputError, match="^WORLD_SIZE=two "):
-        drop_foreign_ranks({"WORLD_SIZE": "two"})
+    with pytest.raises(InputError, match=r"^WORLD_SIZE=2: .* `unset RANK WORLD_SIZE MASTER_ADDR`"):
+        remove_foreign_ranks(environment)
+    with pytest.raises(InputError, match="^WORLD_SIZE=two: "):
+        remove_foreign_ranks({"WORLD_SIZE": "two"})
 
 
 @pytest.mark.parametrize(
@@ -128,19 +128,19 @@ def test_one_of_several_ranks_that_nobody_started_is_refused() -> None:
 )
 def test_ranks_of_torchrun_and_srun_keep_their_variables(starter: dict[str, str]) -> None:
     environment = {"RANK": "1", "WORLD_SIZE": "2", **starter}
-    drop_foreign_ranks(environment)
+    remove_foreign_ranks(environment)
     assert environment == {"RANK": "1", "WORLD_SIZE": "2", **starter}
 
 
 def test_a_job_script_of_another_size_did_not_start_this_rank() -> None:
     """The shell of a Slurm allocation has its variables as well."""
     with pytest.raises(InputError, match="WORLD_SIZE=2"):
-        drop_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+        remove_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
 
 
-def test_a_single_process_forgets_its_rank() -> None:
+def test_rank_variables_of_a_single_process_are_removed() -> None:
     environment = {"RANK": "3", "WORLD_SIZE": "1", "MASTER_ADDR": "elsewhere", "PATH": "/bin"}
-    drop_foreign_ranks(environment)
+    remove_foreign_ranks(environment)
     assert environment == {"PATH": "/bin"}
 
 
@@ -165,11 +165,11 @@ def check_manager(tmp_path: Path, folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Everything else stays where the user wants it.
+    # Other files stay in the user's folder.
     assert Path(done.stdout.strip()).parent == folder
 
 
-def test_a_long_tmpdir_without_a_short_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tmpdir_without_a_short_folder_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes.tempfile, "tempdir", f"/{'x' * 75}")
     monkeypatch.setattr(processes, "SHORT_FOLDERS", ("/none",))
     with pytest.raises(InputError, match=r"^TMPDIR=/x+: .*set TMPDIR to a shorter path"):

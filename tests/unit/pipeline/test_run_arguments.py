@@ -1,4 +1,4 @@
-"""What a stage's `run` is given: the view of the config, and the dataclass of its inputs."""
+"""Arguments of a stage's `run`: the view of the config, and the dataclass of its inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HALVING = (*SEARCHED, "prune.successive_halving.round_tokens=10000")
 TASK = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
-# Together they want every stage of the table.
+# Together they use every stage of the table.
 VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
     "scored": (*HALVING, *TASK, "benchmark.enabled=true"),
@@ -36,11 +36,11 @@ VARIANTS = {
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
-# `Evaluator.measure` reads them, which successive halving does not call.
+# Keys that `Evaluator.measure` reads, which successive halving does not call.
 NOT_REACHED = {
     "recipes.successive_halving": {"evaluate.max_sequences", "evaluate.samples", "evaluate.sample_new_tokens"}
 }
-# `prune_distill.schema.phases.phase_sizes` reads them by name.
+# Keys that `prune_distill.schema.phases.phase_sizes` reads by name.
 BY_NAME = {"distill.lr", "distill.min_lr", "distill.seq_length", "distill.global_batch_size"}
 
 
@@ -51,14 +51,14 @@ def configs() -> dict[str, RunConfig]:
 
 
 def configured_stages() -> Iterator[tuple[Stage, RunConfig]]:
-    """Every stage of every config, with the config as the stage sees it."""
+    """Yield every stage of every config with its config."""
     for cfg in configs().values():
         yield from ((stage, stage.configure(cfg)) for stage in select_stages(cfg))
 
 
 @cache
 def keys_of(module: str) -> set[str]:
-    """The keys that a stage's module reads."""
+    """Return the keys that a stage's module reads."""
     found = keys_read(module)
     if module == "recipes.report":
         for path in (ROOT / "prune_distill" / "reporting").glob("*.py"):
@@ -71,7 +71,7 @@ def read(view: Any, key: str) -> None:
         view = None if view is None else getattr(view, part)
 
 
-def test_the_configs_here_want_every_stage() -> None:
+def test_the_configs_use_every_stage() -> None:
     rounds = {f".round{number}" for number in (1, 2)}
     wanted = {stage.name for stage, _ in configured_stages()}
     assert {stage.name for stage in STAGES if ".round" not in stage.name} <= wanted
@@ -108,7 +108,7 @@ def test_a_field_that_another_stage_hashes_is_read_by_that_stage_alone() -> None
                     break
 
 
-def test_a_fields_reason_is_a_reason() -> None:
+def test_fields_have_reasons() -> None:
     reasons = [reason for stage in STAGES for reason in stage.reads.values()]
     assert all(len(reason) > 15 for reason in reasons)
 
@@ -137,7 +137,7 @@ def test_another_key_raises_with_the_stage_and_the_key(view: RunConfig, key: str
         read(view, key)
 
 
-def test_properties_see_no_more_than_the_view() -> None:
+def test_properties_have_the_restrictions_of_the_view() -> None:
     cfg = configs()["demo"]
     both = ConfigView(cfg.distill, frozenset({"loss", "teacher_logits"}), "mine")
     assert both.runs_teacher is cfg.distill.runs_teacher
@@ -148,7 +148,7 @@ def test_properties_see_no_more_than_the_view() -> None:
         _ = one.no_such_key
 
 
-def test_whether_a_group_is_null_has_to_be_declared_as_well(view: RunConfig) -> None:
+def test_checking_a_group_for_null_needs_a_declaration(view: RunConfig) -> None:
     with pytest.raises(UndeclaredKeyError, match=r"reads prune\.budget"):
         _ = view.prune.budget
     declared = view_config(configs()["demo"], find("search"))
@@ -191,7 +191,7 @@ def test_inputs_are_filled_by_name_and_the_others_by_name_in_one_field() -> None
 
 @cache
 def inputs_class(module: str) -> type[Any]:
-    """`Inputs` of a stage's module, which is not imported: most of them import NeMo."""
+    """Return `Inputs` of a stage's module without importing it, because most modules import NeMo."""
     source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
     (definition,) = [node for node in ast.parse(source).body if getattr(node, "name", None) == "Inputs"]
     names: dict[str, Any] = {**globals()}

@@ -1,4 +1,4 @@
-"""What a stage's process writes to its log."""
+"""The log of a stage's process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ with command_line():
 
 
 @pytest.mark.parametrize(("error", "status"), [("RuntimeError", 1), ("InputError", 2)])
-def test_what_libraries_quote_reaches_no_log(error: str, status: int) -> None:
+def test_credentials_in_library_errors_are_not_logged(error: str, status: int) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery"}
     command = [sys.executable, "-c", PROGRAM.format(error=error)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The stage table: whole, in order, and what configs ask of it."""
+"""The stage table: complete, ordered, and selected by configs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
     assert done[-1] == "report"
 
 
-def test_what_is_wanted(demo: Callable[..., RunConfig]) -> None:
+def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
     every = [
         stage.name
         for stage in STAGES
@@ -94,7 +94,7 @@ def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable
     }
 
 
-def test_where_the_students_shape_comes_from(demo: Callable[..., RunConfig]) -> None:
+def test_the_source_of_the_students_shape(demo: Callable[..., RunConfig]) -> None:
     named = [stage.name for stage in select_stages(demo("prune.num_layers=null", "prune.ffn_hidden_size=null", DROP))]
     assert "importance" not in named
     budget = ("prune.num_layers=null", "prune.ffn_hidden_size=null", "prune.budget.params_fraction=0.667")
@@ -132,7 +132,7 @@ def test_a_control_is_distillation_without_a_teacher(demo: Callable[..., RunConf
     assert "teacher" in find("distill").inputs(cfg)
 
 
-def test_cached_logits_take_the_teachers_place(demo: Callable[..., RunConfig]) -> None:
+def test_cached_logits_replace_the_teacher(demo: Callable[..., RunConfig]) -> None:
     cfg = demo("distill.teacher_logits=cached")
     inputs = find("distill").inputs(cfg)
     assert inputs["cached_logits"] == Output("cache_logits")
@@ -140,7 +140,7 @@ def test_cached_logits_take_the_teachers_place(demo: Callable[..., RunConfig]) -
     assert find("cache_logits").inputs(cfg)["teacher"] == Output("hf_to_nemo", "nemo")
 
 
-def test_a_corrected_teacher_teaches_and_is_not_what_is_pruned(demo: Callable[..., RunConfig]) -> None:
+def test_the_corrected_teacher_is_not_pruned(demo: Callable[..., RunConfig]) -> None:
     corrected = Output("correct_teacher", "nemo")
     cfg = demo(*CORRECTED)
     assert find("distill").inputs(cfg)["teacher"] == corrected
@@ -168,7 +168,7 @@ def test_a_sweep_of_the_student_does_not_cache_logits_again(demo: Callable[..., 
         "distill.cached_logits_shard_sequences=1",
     ],
 )
-def test_a_control_does_not_depend_on_what_is_said_of_the_teacher(demo: Callable[..., RunConfig], change: str) -> None:
+def test_controls_do_not_depend_on_teacher_settings(demo: Callable[..., RunConfig], change: str) -> None:
     assert _folders(demo())["distill.ce"] == _folders(demo(change))["distill.ce"]
 
 
@@ -188,7 +188,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
 
-def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[..., RunConfig]) -> None:
+def test_the_import_is_verified_before_it_is_used(demo: Callable[..., RunConfig]) -> None:
     names = [stage.name for stage in select_stages(demo(*CORRECTED, CONTROLS))]
     assert names[names.index("hf_to_nemo") + 1] == "verify_import"
     gates = [stage for stage in STAGES if stage.gate]
@@ -197,8 +197,8 @@ def test_the_import_is_checked_before_anything_is_made_of_it(demo: Callable[...,
     assert set(find("verify").inputs(demo())) == {"student_hf", "student_nemo", "data"}
 
 
-def test_an_unknown_stage_is_named_with_those_there_are() -> None:
-    with pytest.raises(KeyError, match="no stage 'destil'; the stages are demo_model, prepare_data"):
+def test_an_unknown_stage_is_reported_with_the_known_ones() -> None:
+    with pytest.raises(KeyError, match="no stage 'destil'; use one of demo_model, prepare_data"):
         find("destil")
 
 
@@ -206,12 +206,12 @@ def test_ranks_are_counted_over_all_nodes() -> None:
     assert count_ranks(compose(["experiment=qwen3_8b_to_6b_depth"])) == 8
 
 
-def test_rounds_prune_what_the_one_before_distilled_and_learn_from_the_same_teacher(
+def test_rounds_prune_the_previous_student_and_keep_the_teacher(
     demo: Callable[..., RunConfig],
 ) -> None:
     cfg = demo(*ROUNDS)
     rows = {stage.name: stage for stage in select_stages(cfg)}
-    # Layers that are named need no importance.
+    # Named layers need no importance scores.
     in_rounds = ("importance.round1", "prune.round1", "distill.round1", "prune.round2", "distill.round2", "importance")
     assert [name for name in rows if ".round" in name or name == "importance"] == [*in_rounds]
     inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}

@@ -1,4 +1,4 @@
-"""Importance, cutting and the search's scores on real tiny models, against models that are cut by hand."""
+"""Importance, pruning and search scores on tiny models, compared with models pruned by hand."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def loss_of(core: Any, rows: Tensor) -> float:
 
 @contextmanager
 def watched(modules: dict[str, Any], inputs: bool) -> Iterator[dict[str, list[Tensor]]]:
-    """What goes into modules, or comes out of them, call by call."""
+    """Record inputs or outputs of modules, call by call."""
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     handles = []
     for name, module in modules.items():
@@ -80,7 +80,7 @@ def watched(modules: dict[str, Any], inputs: bool) -> Iterator[dict[str, list[Te
 
 
 def measured(core: Any, rows: Tensor) -> Importance:
-    """Of each sequence by itself, as the calibration runs them."""
+    """Measure importance one sequence at a time, like the calibration."""
 
     def forward() -> None:
         for row in rows:
@@ -89,7 +89,7 @@ def measured(core: Any, rows: Tensor) -> Importance:
     return measure(core, forward)
 
 
-def test_importance_is_minitrons() -> None:
+def test_importance_matches_minitron() -> None:
     rows = sequences()
     plain = teacher()
     parts: dict[str, Any] = {}
@@ -130,7 +130,7 @@ def test_importance_is_minitrons() -> None:
             torch.testing.assert_close(importance.hidden[number][index], expected, **CLOSE)
 
 
-def test_scores_are_given_back_to_another_search_space() -> None:
+def test_scores_are_restored_in_another_search_space() -> None:
     importance = measured(teacher(), sequences())
     core = convert_to_search_space(teacher())
     assert core is dynamic_core(core)
@@ -145,7 +145,7 @@ def test_scores_are_given_back_to_another_search_space() -> None:
         assert torch.equal(second, importance.hidden[number][1])
 
 
-def test_a_teacher_that_is_not_finite_is_refused_by_its_layer() -> None:
+def test_a_non_finite_teacher_is_rejected_with_its_layer() -> None:
     core = teacher()
     core.decoder.layers[2].mlp.linear_fc2.weight.data[0, 0] = torch.inf
     with pytest.raises(InputError, match="layer [34]"):
@@ -155,7 +155,7 @@ def test_a_teacher_that_is_not_finite_is_refused_by_its_layer() -> None:
 def test_a_cut_keeps_the_channels_of_the_highest_scores() -> None:
     plain, core = teacher(), teacher()
     importance = measured(teacher(), sequences())
-    for number in importance.layers:  # the last half of the channels, in the reverse of their order
+    for number in importance.layers:  # the last half of the channels, in reverse order
         importance.ffn[number] = torch.arange(128.0)
     cut(core, {"ffn_hidden_size": 64}, [], importance)
     for before, after in zip(plain.decoder.layers, core.decoder.layers, strict=True):
@@ -175,7 +175,7 @@ def test_layers_that_are_named_are_dropped() -> None:
     torch.testing.assert_close(logits_of(core, rows), logits_of(plain, rows))
 
 
-def test_depth_is_cut_by_importance() -> None:
+def test_depth_is_pruned_by_importance() -> None:
     core, plain = teacher(), teacher()
     importance = measured(teacher(), sequences())
     importance = dataclasses.replace(importance, layers={1: 0.3, 2: 0.1, 3: 0.2, 4: 0.4})
@@ -184,7 +184,7 @@ def test_depth_is_cut_by_importance() -> None:
     torch.testing.assert_close(logits_of(core, sequences()), logits_of(plain, sequences()))
 
 
-def test_modelopt_is_given_heads_and_groups_together() -> None:
+def test_modelopt_gets_heads_and_groups_together() -> None:
     config = SimpleNamespace(num_attention_heads=8, num_query_groups=4)
     every = {"num_layers": None, "hidden_size": 64, "ffn_hidden_size": None}
     assert complete_sizes(every, config) == {"hidden_size": 64}
@@ -201,7 +201,7 @@ SHAPES = [
 ]
 
 
-def test_the_search_scores_shapes_as_if_they_were_cut() -> None:
+def test_search_scores_match_pruned_models() -> None:
     rows = sequences(4)
     importance = measured(teacher(), sequences())
     subnets = Subnets(teacher(), importance, SHAPE)
@@ -216,7 +216,7 @@ def test_the_search_scores_shapes_as_if_they_were_cut() -> None:
         cut(core, complete_sizes(sizes, core.config), dropped, importance)
         student = logits_of(core, rows[:, :-1]).log_softmax(-1)
         assert loss == pytest.approx(loss_of(core, rows), rel=1e-4)
-        # Weighed by the teacher's probabilities.
+        # Weighted by the teacher's probabilities.
         expected = (reference.exp() * (reference - student)).sum(-1).mean().item()
         assert kl == pytest.approx(expected, rel=1e-3, abs=1e-5)
         other_way = (student.exp() * (student - reference)).sum(-1).mean().item()
@@ -256,7 +256,7 @@ def test_the_search_reads_held_out_documents_and_calibration_training_ones(tmp_p
     other = torch.cat(losses.calibration_batches(data, prune, 5, 4, "cpu"))
     assert torch.equal(rows, again)
     assert not torch.equal(rows, other)
-    # All that there is: 59 tokens and one to predict make 14 sequences of 4.
+    # All tokens: 59 and one to predict make 14 sequences of 4.
     assert len(torch.cat(losses.calibration_batches(data, prune, 99, 3, "cpu"))) == 14
     assert len(torch.cat(losses.held_out_batches(data, prune, 99, "cpu"))) == 10
     with pytest.raises(InputError, match="calibration_seq_length"):
@@ -276,7 +276,7 @@ def test_losses_without_sets_of_layers() -> None:
     assert len(core.decoder.layers) == 4
 
 
-def test_the_sets_that_are_missed_least_come_first() -> None:
+def test_layer_sets_with_the_lowest_loss_come_first() -> None:
     core, rows = teacher(), list(sequences(4).split(4))
     sets = layer_sets.list_blocks(4, 2)
     assert sets == [[1, 2], [2, 3], [3, 4]]
@@ -288,7 +288,7 @@ def test_the_sets_that_are_missed_least_come_first() -> None:
 
 
 def test_latency_is_the_sum_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer takes 1 ms and a hundredth of its FFN, everything else 10 ms."""
+    """A layer takes 1 ms plus a hundredth of its FFN, the rest 10 ms."""
     built: list[Any] = []
 
     def milliseconds(core: Any, ids: Tensor) -> float:
@@ -321,8 +321,8 @@ def test_latency_is_the_sum_of_its_layers(monkeypatch: pytest.MonkeyPatch) -> No
     assert one(SHAPE) == pytest.approx(10 + 4 * (1 + 1.28))
 
 
-def test_the_fastest_pass_after_the_warm_up_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The warm-up has the shortest ones; of the others the third, 4 ms.
+def test_the_fastest_pass_after_the_warmup_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The warmup has the shortest passes; the fastest of the others is the third, 4 ms.
     durations = [1, 2, 9, 8, 4, 7, 6, 5, 9]
     clock = iter([moment for n, ms in enumerate(durations) for moment in (n, n + ms / 1000)])
     monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -333,7 +333,7 @@ def test_the_fastest_pass_after_the_warm_up_counts(monkeypatch: pytest.MonkeyPat
     assert torch.equal(seen[0], torch.arange(9).expand(3, -1))
 
 
-def test_skipped_layers_come_back_after_an_error() -> None:
+def test_skipped_layers_are_restored_after_an_error() -> None:
     core = teacher()
     seen: list[int] = []
 

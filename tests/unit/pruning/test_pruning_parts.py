@@ -33,7 +33,7 @@ def scores() -> Importance:
     )
 
 
-def test_importance_comes_back_from_its_file(tmp_path: Path) -> None:
+def test_importance_round_trips(tmp_path: Path) -> None:
     scores().save(tmp_path)
     back = Importance.load(tmp_path)
     assert back.layers == scores().layers
@@ -46,13 +46,13 @@ def test_importance_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_the_least_important_layers_are_those_that_modelopt_drops() -> None:
     assert scores().least_important(0) == []
-    # Of equal ones the later goes, as in a stable sort from the highest score down.
+    # Of equal layers the later one is dropped, as in a stable descending sort.
     assert scores().least_important(1) == [3]
     assert scores().least_important(3) == [2, 3, 4]
 
 
 @pytest.mark.parametrize(("part", "words"), [("ffn", "MLP"), ("heads", "attention"), ("layers", "output")])
-def test_activations_that_are_not_finite_are_refused_by_their_layer(part: str, words: str) -> None:
+def test_non_finite_activations_are_rejected_with_their_layer(part: str, words: str) -> None:
     damaged = scores()
     refuse_infinite(damaged)
     values: Any = getattr(damaged, part)
@@ -61,7 +61,7 @@ def test_activations_that_are_not_finite_are_refused_by_their_layer(part: str, w
         refuse_infinite(damaged)
 
 
-def test_too_few_calibration_samples_are_told_by_number(caplog: pytest.LogCaptureFixture) -> None:
+def test_too_few_calibration_samples_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     prune = PruneConfig(calibration_samples=10, calibration_seq_length=100)
     with caplog.at_level(logging.WARNING):
         warn_if_few_sequences(prune, train_tokens=1001)
@@ -87,7 +87,7 @@ def row(layers: int, params: int, loss: float, latency: float | None = None) -> 
     return {"num_layers": layers, "params": params, "loss": loss, "latency_ms": latency}
 
 
-def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
+def test_the_pareto_front(tmp_path: Path) -> None:
     rows = [row(4, 100, 3.0), row(4, 90, 3.0), row(4, 80, 3.5), row(4, 85, 3.6)]
     evidence.mark_front(rows)
     assert [entry["front"] for entry in rows] == [False, True, True, False]
@@ -100,7 +100,7 @@ def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     assert "Pareto front" in (tmp_path / "pareto.svg").read_text()
 
 
-def test_candidates_come_in_turns_over_the_layers_that_are_kept() -> None:
+def test_candidates_are_interleaved_by_kept_layers() -> None:
     rows = [row(6, 1, 4.0), row(6, 2, 4.1), row(5, 3, 3.2), row(4, 4, 3.0), row(4, 5, 3.1), row(4, 6, 3.3)]
     for entry in rows:
         entry["drop_layers"] = list(range(3, 9 - entry["num_layers"]))
@@ -109,7 +109,7 @@ def test_candidates_come_in_turns_over_the_layers_that_are_kept() -> None:
     assert [entry["params"] for entry in best_first([*rows, others])] == [4, 3, 7, 1, 5, 2, 6]
 
 
-def test_a_layer_gives_its_place_to_a_neighbor_that_is_kept() -> None:
+def test_layer_sets_with_a_shifted_layer() -> None:
     backend.activate()
     from prune_distill.pruning import layer_sets
 
@@ -119,7 +119,7 @@ def test_a_layer_gives_its_place_to_a_neighbor_that_is_kept() -> None:
     assert layer_sets.list_shifted([], 6) == layer_sets.list_shifted([1, 2], 2) == []
 
 
-def test_a_candidate_is_named_by_all_that_makes_it() -> None:
+def test_candidate_names_contain_all_sizes() -> None:
     shape = dict(zip(AXES, (4, 256, 704, 4, 2), strict=True))
     one, other = ({**shape, "drop_layers": layers} for layers in ([3, 4], [2, 4]))
     assert finalists.name_of(one) == "candidate-l4-h256-f704-a4-q2-d3-d4"
@@ -143,7 +143,7 @@ def test_scores_that_are_clearly_worse() -> None:
     assert successive_halving.find_clearly_worse(exact, 2.0) == ["near", "far"]
 
 
-def test_what_a_round_leaves(tmp_path: Path) -> None:
+def test_the_files_of_a_round(tmp_path: Path) -> None:
     candidate = tmp_path / "candidate"
     for name in ("weights", "context"):
         (candidate / "checkpoints" / "step=4" / name).mkdir(parents=True)
@@ -155,7 +155,7 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     write_json(candidate / "state.json", {"state": "paused", "step": 4})
     assert successive_halving.has_reached(candidate, 4)
     assert not successive_halving.has_reached(candidate, 8)
-    # Saved, but its validation was lost, or its checkpoint damaged: it is trained to that step again.
+    # Saved, but its validation is lost or its checkpoint damaged: it is trained to that step again.
     (candidate / "metrics.jsonl").rename(tmp_path / "aside.jsonl")
     assert not successive_halving.has_reached(candidate, 4)
     (tmp_path / "aside.jsonl").rename(candidate / "metrics.jsonl")
@@ -180,7 +180,7 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
     assert (out / "checkpoints" / "step=4" / "weights" / ".metadata").read_text() == "w"
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step=4"]
     assert (out / "metrics.jsonl").read_text() == (candidate / "metrics.jsonl").read_text()
-    # A training that has begun goes on from its own.
+    # A training that has started resumes from its own checkpoints.
     (out / "checkpoints" / "step=4").rename(out / "checkpoints" / "step=6")
     (out / "metrics.jsonl").write_text("")
     successive_halving.resume_from_winner(tmp_path / "winner", out)
@@ -193,7 +193,7 @@ def test_what_a_round_leaves(tmp_path: Path) -> None:
 
 
 def test_every_setting_of_the_search_decides_its_folder() -> None:
-    # None of them only places the work, so that a folder never answers for other settings.
+    # None of them is placement, so a folder always belongs to its settings.
     from prune_distill.schema import Budget, SuccessiveHalving
     from prune_distill.schema.fields import Identity, identity_of
 

@@ -1,4 +1,4 @@
-"""The search from a teacher to its table, the front, and the scores of a successive_halving."""
+"""The search from a teacher to its table, the Pareto front, and scores in successive halving."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def cfg(demo: Compose) -> RunConfig:
 
 
 def run(cfg: RunConfig, importance: Importance, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The stage's module on a teacher that is in memory."""
+    """Run the stage's module with a teacher in memory."""
     trainer = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda: None))
     core = teacher()
     model = SimpleNamespace(module=core, config=core.config, modules=core.modules)
@@ -65,7 +65,7 @@ def run(cfg: RunConfig, importance: Importance, folder: Path, monkeypatch: pytes
     monkeypatch.setattr(search, "_space", lambda cfg, model, device: (search.student.build_space(cfg), None))
     monkeypatch.setattr(search, "Subnets", lambda _, scores, shape: _subnets(core, scores, shape))
     importance.save(folder)
-    # Held-out documents that are nothing like those for training.
+    # Held-out documents that differ from the training documents.
     write_data(folder, {"a": [[*range(1, 20), 0]] * 6}, [[*range(47, 20, -1), 0]] * 2)
     content = {"vocab_size": 48, "eod_token": 0, "sources": {}, "lines": {}}
     content["validation"] = {"documents": 2, "tokens": 56, "bytes": 1}
@@ -80,7 +80,7 @@ def _subnets(core: Any, scores: Importance, shape: Any) -> Any:
     return Subnets(core, scores, shape)
 
 
-def test_a_search_scores_held_out_documents_and_gives_the_best_first(
+def test_a_search_scores_heldout_documents_and_sorts_candidates(
     cfg: RunConfig, importance: Importance, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = run(cfg, importance, tmp_path, monkeypatch)
@@ -140,7 +140,7 @@ def test_importance_for_people_by_hand() -> None:
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> scoring.Scores:
-    """Scores of a task that an evaluator knows."""
+    """Scores with an evaluator that returns given entries."""
     entries = {
         "own": {"acc": {"value": 0.5, "stderr": 0.1}, "perplexity": {"value": 9.0, "stderr": None}, "samples": 4}
     }
@@ -155,28 +155,28 @@ def scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> scoring.Scores:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", module)
 
     @contextmanager
-    def exported(*_: Any) -> Iterator[Any]:
+    def export_temporarily(*_: Any) -> Iterator[Any]:
         yield lambda: tmp_path
 
-    monkeypatch.setattr(scoring, "exported", exported)
+    monkeypatch.setattr(scoring, "export_temporarily", export_temporarily)
     return made
 
 
 def test_a_candidates_score(scores: scoring.Scores) -> None:
-    assert scores.of("x", Path("x")) == {"value": 0.5, "stderr": 0.1}
+    assert scores.measure("x", Path("x")) == {"value": 0.5, "stderr": 0.1}
     scores.score = TaskScore(task="own", metric="mine (strict)")
-    assert scores.of("x", Path("x"))["value"] == 0.25
+    assert scores.measure("x", Path("x"))["value"] == 0.25
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "told"),
+    ("task", "metric", "message"),
     [
         ("group", "acc", "task.* own"),
         ("own", "f1", r"metric.* acc, mine \(strict\), perplexity$"),
         ("own", "perplexity", "perplexity"),
     ],
 )
-def test_scores_that_cannot_rank_are_refused(scores: scoring.Scores, task: str, metric: str, told: str) -> None:
+def test_scores_that_cannot_rank_are_rejected(scores: scoring.Scores, task: str, metric: str, message: str) -> None:
     scores.score = TaskScore(task=task, metric=metric)
-    with pytest.raises(InputError, match=told):
-        scores.of("x", Path("x"))
+    with pytest.raises(InputError, match=message):
+        scores.measure("x", Path("x"))

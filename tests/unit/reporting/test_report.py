@@ -1,4 +1,4 @@
-"""The report of runs in every state: what it says, and what it never says."""
+"""The report of runs in every state, without private information."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import LOCK, MANIFEST, PLAN, RESOLVED
 from prune_distill.reporting import words
-from prune_distill.reporting.comparison import named
+from prune_distill.reporting.comparison import name_runs
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.run_folder import read_run
 from recipes import report
@@ -24,7 +24,7 @@ from tests.helpers.report_runs import HOSTILE, SECRETS
 
 
 def build(*paths: Path, out: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """The page and the JSON object of a report."""
+    """Return the page and the JSON object of a report."""
     where = ["--out", str(out)] if out is not None else []
     assert report.main([*map(str, paths), *where]) == 0
     folder = out or paths[0] / "report"
@@ -37,7 +37,7 @@ def build(*paths: Path, out: Path | None = None) -> tuple[str, dict[str, Any]]:
 
 
 def text_of(page: str) -> str:
-    """What a reader sees of a page, roughly."""
+    """Return the approximate visible text of a page."""
     body = re.sub(r"(?s)<(style|script|svg).*?</\1>", " ", page)
     return " ".join(re.sub(r"<[^>]+>", " ", body).replace("&#39;", "'").split())
 
@@ -49,14 +49,14 @@ def finished(tmp_path: Path) -> Path:
 
 def test_a_finished_run(finished: Path) -> None:
     page, content = build(finished)
-    said = text_of(page)
-    assert "The student keeps 63 % of the teacher's parameters. Its held-out loss is 3.547 nats per token" in said
-    assert "0.033 below the teacher's and 0.173 better than just pruned" in said
-    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and takes 66 % of the memory" in said
-    assert "distil for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in said
-    assert "0.676 ± 0.021" in said
-    assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in said
-    assert "python -m launch.run experiment=demo" in said
+    output = text_of(page)
+    assert "The student keeps 63 % of the teacher's parameters. Its held-out loss is 3.547 nats per token" in output
+    assert "0.033 below the teacher's and 0.173 better than just pruned" in output
+    assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and uses 66 % of the memory" in output
+    assert "distill for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in output
+    assert "0.676 ± 0.021" in output
+    assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in output
+    assert "python -m launch.run experiment=demo" in output
     assert page.count("<svg") == 15
     assert content["state"] == "complete"
     assert content["models"]["student"]["hf_path"] == "nemo_to_hf-0000/student"
@@ -75,7 +75,7 @@ def test_models_and_samples_of_controls_come_from_their_own_stages(finished: Pat
     assert text_of(page).count("written by the control") == 3
 
 
-def test_every_commit_that_took_part_is_named(finished: Path) -> None:
+def test_every_commit_is_listed(finished: Path) -> None:
     assert "code 0123456789ab" in text_of(build(finished)[0])
     manifest = report_runs.folder_of(finished, "distill") / MANIFEST
     write_json(manifest, {**json.loads(manifest.read_text()), "git_commit": "ba9876543210-dirty"})
@@ -88,22 +88,22 @@ def test_every_commit_that_took_part_is_named(finished: Path) -> None:
 
 def test_costs_are_those_of_the_configs_price(tmp_path: Path) -> None:
     _, content = build(report_runs.finished(tmp_path / "run", "benchmark.cost_per_hour=3.6"))
-    # 0.01 s a token at a thousandth a second.
+    # 0.01 s per token at a price of 0.001 per second.
     assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] == pytest.approx(10.0)
     _, content = build(report_runs.finished(tmp_path / "free"))
     assert content["benchmark"]["models"]["teacher"]["cost_per_million_tokens"] is None
 
 
-def test_planned_against_actual(finished: Path) -> None:
-    said = text_of(build(finished)[0])
-    assert "student: parameters 3,279,616 3,279,616" in said
-    assert "distill: time 58 s 1 min 02 s" in said
-    assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in said
+def test_planned_and_actual(finished: Path) -> None:
+    output = text_of(build(finished)[0])
+    assert "student: parameters 3,279,616 3,279,616" in output
+    assert "distill: time 58 s 1 min 02 s" in output
+    assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in output
     (finished / PLAN).unlink()
-    assert "What was planned was not kept" in text_of(build(finished)[0])
+    assert "This run has no plan" in text_of(build(finished)[0])
 
 
-def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
+def test_the_page_has_no_external_resources(finished: Path) -> None:
     page = build(finished)[0]
     links = re.findall(r"(?:href|src)=\"([^\"]*)\"|url\(([^)]*)\)|@import", page)
     outside = [one or other for one, other in links if not (one or other).startswith(("#", "data:"))]
@@ -131,21 +131,21 @@ def test_texts_are_escaped(finished: Path) -> None:
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     page, content = build(report_runs.failed(tmp_path / "run"))
-    said = text_of(page)
+    output = text_of(page)
     assert content["state"] == "failed"
     assert content["stages"]["distill"]["status"] == "failed"
     assert content["stages"]["distill"]["starts"] == 3
-    assert "Stage distill failed." in said
-    assert "step 91: the loss is nan" in said
-    assert "No student has been evaluated yet." in said
-    assert "No model has been evaluated: this run has no stage evaluate." in said
-    assert "distill 3 times" in said
+    assert "Stage distill failed." in output
+    assert "step 91: the loss is nan" in output
+    assert "No student has been evaluated yet." in output
+    assert "No model has been evaluated: this run has no stage evaluate." in output
+    assert "distill 3 times" in output
     assert "<script>alert" not in page
-    # The losses until then are drawn.
-    assert "Held-out loss of the students while they train." in said
+    # The losses before the failure are drawn.
+    assert "Held-out loss of the students during training." in output
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+def test_a_run_that_has_only_started(tmp_path: Path) -> None:
     report_runs.begin(tmp_path / "run")
     page, content = build(tmp_path / "run")
     assert content["state"] == "unfinished"
@@ -170,7 +170,7 @@ def test_a_paused_and_a_running_stage(tmp_path: Path) -> None:
     assert "Stage distill was running when this was written. Step 90 of 160" in text_of(page)
 
 
-def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_and_home_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "s3cr3tWandbKey0123")
     run_dir = report_runs.finished(
         tmp_path / "run",
@@ -178,15 +178,15 @@ def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pyte
         "distill.mlflow.experiment=/root/runs/x",
         "data.train=[/home/alice/data/part_0.jsonl]",
     )
-    # As runs of versions that did not refuse credentials have them.
+    # Earlier versions accepted credentials.
     for path in [run_dir / RESOLVED, *run_dir.rglob("*.jsonl")]:
         uri = "https://alice:hunter2@tracking.example/x?sig=5eC2eT5eC2eT"
         path.write_text(path.read_text().replace("https://tracking.example/x", uri))
     folder = report_runs.folder_of(run_dir, "distill.ce")
     (folder / MANIFEST).unlink()
-    told = "error: WANDB_API_KEY s3cr3tWandbKey0123, token=hf_AbCdEfGhIjKlMnOpQrSt of /lustre/home/alice/x"
+    message = "error: WANDB_API_KEY s3cr3tWandbKey0123, token=hf_AbCdEfGhIjKlMnOpQrSt of /lustre/home/alice/x"
     with (folder / "log.txt").open("a") as log:
-        log.write(f"{told}\n  api_key: 5eC2eT5eC2eT\n")
+        log.write(f"{message}\n  api_key: 5eC2eT5eC2eT\n")
     stored = "".join(path.read_text(errors="replace") for path in run_dir.rglob("*") if path.is_file())
     assert all(secret in stored for secret in SECRETS)
     page, content = build(run_dir)
@@ -215,7 +215,7 @@ def test_neither_secrets_nor_home_folders_show(tmp_path: Path, monkeypatch: pyte
         ("/runs/ab", "/runs/ab"),
     ],
 )
-def test_what_is_taken_out_of_a_text(text: str, shown: str) -> None:
+def test_private_parts_of_a_text(text: str, shown: str) -> None:
     assert Privacy((Path("/runs/a"),), {}).text(text) == shown
 
 
@@ -229,15 +229,15 @@ NONSENSE = (
 
 @pytest.mark.parametrize("nonsense", NONSENSE)
 @pytest.mark.parametrize("manifests", [False, True])
-def test_broken_files_are_as_good_as_missing(finished: Path, nonsense: str, manifests: bool) -> None:
-    """All of a run's files hold nonsense: those that stages leave, or manifests as well. The report is built."""
+def test_damaged_files_count_as_missing(finished: Path, nonsense: str, manifests: bool) -> None:
+    """The report is written although a run's files, and optionally its manifests, contain nonsense."""
     for path in sorted(path for path in finished.rglob("*") if path.suffix in (".json", ".jsonl", ".txt")):
         if manifests or path.name != MANIFEST:
             path.write_text(nonsense)
     build(finished)
 
 
-def test_numbers_that_are_none(finished: Path) -> None:
+def test_non_finite_numbers(finished: Path) -> None:
     folder = report_runs.folder_of(finished, "evaluate")
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["metrics"]["student"] |= {"val_loss": math.nan, "perplexity": math.inf, "params": None, "agreement": 3}
@@ -253,7 +253,7 @@ def test_numbers_that_are_none(finished: Path) -> None:
     assert "nan" not in text_of(page).lower()
 
 
-def test_a_report_of_another_state_does_not_pass_for_the_last_stage(finished: Path) -> None:
+def test_an_interim_report_is_not_complete(finished: Path) -> None:
     write_json(finished / "report" / MANIFEST, {"status": "complete", "config_hash": "of another config"})
     build(finished)
     assert not (finished / "report" / MANIFEST).exists()
@@ -267,33 +267,33 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         report_runs.failed(tmp_path / "sweep" / "2"),
     ]
     page, content = build(tmp_path / "sweep")
-    said = text_of(page)
-    assert "Of 2 students, that of demo: 0 has the lowest held-out loss: 3.547 nats per token." in said
-    assert "demo: 2 has no evaluated student (failed)." in said
-    assert "distill.lr 0.001 0.0005 0.001" in said
-    assert "run_dir" not in said.partition("Settings that differ")[2].partition("Made by")[0]
+    output = text_of(page)
+    assert "Of 2 students, that of demo: 0 has the lowest held-out loss: 3.547 nats per token." in output
+    assert "demo: 2 has no evaluated student (failed)." in output
+    assert "distill.lr 0.001 0.0005 0.001" in output
+    assert "run_dir" not in output.partition("Settings that differ")[2].partition("Made by")[0]
     assert set(content["runs"]) == {"demo: 0", "demo: 1", "demo: 2"}
     assert page.count("<svg") == 3
     assert build(*runs, out=tmp_path / "out")[1] == content
     assert str(tmp_path) not in page
     assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "holds no resolved.yaml" in capsys.readouterr().err
+    assert "has no resolved.yaml" in capsys.readouterr().err
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_get_unique_names(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "x", tmp_path / "b" / "x"]
     for path in paths:
         report_runs.begin(path)
-    assert list(named([read_run(path) for path in paths])) == ["demo: x", "demo: x (2)"]
+    assert list(name_runs([read_run(path) for path in paths])) == ["demo: x", "demo: x (2)"]
 
 
-def test_a_config_of_another_version_is_shown_as_it_stands(finished: Path) -> None:
+def test_a_config_of_another_version_is_shown_unchanged(finished: Path) -> None:
     with (finished / RESOLVED).open("a") as file:
         file.write("forgotten_setting: 3\n")
-    said = text_of(build(finished)[0])
-    assert "The run's config cannot be used here" in said
-    assert "forgotten_setting: 3" in said
-    assert "The student keeps 63 %" in said
+    output = text_of(build(finished)[0])
+    assert "The run's config is not valid here" in output
+    assert "forgotten_setting: 3" in output
+    assert "The student keeps 63 %" in output
 
 
 def test_the_report_imports_neither_torch_nor_nemo() -> None:
@@ -305,7 +305,7 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("output", "expected"),
     [
         (words.number(-1234.56, 1), "\N{MINUS SIGN}1,234.6"),
         (words.number(math.nan), "\N{EN DASH}"),
@@ -329,5 +329,5 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
         (words.moment(1e30), "\N{EN DASH}"),
     ],
 )
-def test_numbers_for_people(said: str, expected: str) -> None:
-    assert said == expected
+def test_formatted_numbers(output: str, expected: str) -> None:
+    assert output == expected

@@ -1,4 +1,4 @@
-"""What markers of fields mean for hashes."""
+"""Markers of fields and their effect on hashes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_marker_keeps_the_default() -> None:
     assert Outer().is_recorded is not Outer().is_recorded
 
 
-def test_what_each_marker_means() -> None:
+def test_markers() -> None:
     found = {field.name: identity_of(field, Outer()) for field in dataclasses.fields(Outer)}
     assert found == {
         "kind": Identity.hashed,
@@ -56,5 +56,5 @@ def test_recorded_fields_are_found_below_the_keys_of_a_stage() -> None:
     assert values["distill.val_every_n_steps"] == 100
     assert values["distill.skip_steps"] == []
     assert not {key for key in values if key.startswith(("data.", "distill.teacher_correction", "distill.lr"))}
-    # Of a single field nothing is recorded: it is in the hash.
+    # A single field is in the hash, so it is not recorded.
     assert dict(recorded_values(["distill.cached_logits_top_k"], cfg)) == {}

@@ -1,4 +1,4 @@
-"""The phases of a training: steps, tokens and sizes, and the faults that each of them may have."""
+"""The phases of a training: steps, tokens, sizes, and faults."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_a_training_without_phases_is_one() -> None:
     assert training_tokens(training()) == 320
 
 
-def test_tokens_stay_right_across_a_change() -> None:
+def test_tokens_across_a_change_of_phase() -> None:
     run = training(max_steps=5, warmup_steps=1, phases=[Phase(max_steps=3, lr=0.5), Phase(tokens=100, seq_length=16)])
     phases = training_phases(run)
-    # 100 tokens are one step of 64 and a part of another: two whole ones.
+    # 100 tokens are one step of 64 and a part of another, rounded up to two.
     assert [(phase.first_step, phase.steps, phase.tokens_a_step) for phase in phases] == [(0, 3, 32), (3, 2, 64)]
     assert [(phase.lr, phase.min_lr, phase.warmup_steps) for phase in phases] == [(0.5, 0.1, 1), (1.0, 0.1, 0)]
     assert [tokens_before(phases, step) for step in range(7)] == [0, 32, 64, 96, 160, 224, 224]
@@ -48,16 +48,16 @@ def test_tokens_stay_right_across_a_change() -> None:
     assert training_tokens(run) == 96 + 128
 
 
-def test_steps_that_pass_over_their_batch_take_another_and_no_other_step_does() -> None:
+def test_skipped_steps_use_spare_batches() -> None:
     run = training(max_steps=6, phases=[Phase(max_steps=4), Phase(max_steps=2)], skip_steps=[[2, 3], [5, 5]])
     assert spare_batches(run) == {1: (2, 0), 2: (2, 1), 4: (3, 0)}
-    # Added later, a span changes nothing of the others; a step that is named again takes a further batch.
+    # A span that is added later does not affect others; a repeated step takes another batch.
     run.skip_steps += [[3, 3]]
     assert spare_batches(run) == {1: (2, 0), 2: (2, 2), 4: (3, 0)}
     assert spare_batches(training()) == {}
 
 
-def test_the_plan_counts_every_phases_tokens_and_the_fullest_phases_memory() -> None:
+def test_the_plan_uses_the_tokens_of_all_phases_and_the_largest_memory() -> None:
     lengths = "distill.phases=[{max_steps:10,seq_length:128},{max_steps:10,seq_length:512}]"
     cfg = compose([*DEMO, "distill.max_steps=20", "distill.warmup_steps=5", lengths])
     alone = [
@@ -126,7 +126,7 @@ def test_faults_of_a_training(override: str, parts: list[str]) -> None:
         assert part in str(raised.value)
 
 
-def test_warm_up_and_decay_have_to_fit() -> None:
+def test_warmup_and_decay_must_fit() -> None:
     with pytest.raises(
         ConfigError, match="distill.warmup_steps=10: too long for distill.max_steps=160 with distill.decay_steps=151"
     ):
@@ -134,7 +134,7 @@ def test_warm_up_and_decay_have_to_fit() -> None:
     assert compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=150"]).distill.decay_steps == 150
 
 
-def test_a_tracker_whose_package_is_absent_is_refused(
+def test_a_tracker_whose_package_is_absent_is_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from prune_distill.config.rules import training as training_rules

@@ -1,4 +1,4 @@
-"""Which sequences a step takes, what documents they are of, and the sizes that Megatron gets."""
+"""The sequences of a step, their documents, and the batch sizes for Megatron."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ CFG = Training(
     num_workers=0,
     val_batches=1,
 )
-# Every document has an id of its own, from 1, and ends with 0.
+# Every document has a unique id, from 1, and ends with 0.
 LENGTHS = {"a": [5, 9, 20, 7], "b": [11, 6, 30]}
 IDS = {"a": range(1, 5), "b": range(11, 14)}
 DOCUMENTS = {
     source: [[number] * (length - 1) + [0] for number, length in zip(IDS[source], lengths, strict=True)]
     for source, lengths in LENGTHS.items()
 }
-# By id, the document's number among those of both sources.
+# Index of each document among both sources, by id.
 NUMBERS = {number: place for place, number in enumerate([*IDS["a"], *IDS["b"]])}
 
 
@@ -77,7 +77,7 @@ def test_a_step_takes_the_next_sequences_of_its_phase(batches: Batches) -> None:
 def test_a_skipped_step_takes_a_batch_that_no_other_step_takes(tmp_path: Path) -> None:
     batches = make(tmp_path, dataclasses.replace(CFG, skip_steps=[[2, 2], [5, 5], [2, 3]]))
     assert batches.places(0) == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert batches.places(1) == [(2, 4), (2, 5), (2, 6), (2, 7)]  # named twice: the second spare batch
+    assert batches.places(1) == [(2, 4), (2, 5), (2, 6), (2, 7)]  # skipped twice: the second spare batch
     assert batches.places(2) == [(2, 8), (2, 9), (2, 10), (2, 11)]
     assert batches.places(3) == [(1, 0), (1, 1)]
     assert batches.places(4) == [(3, 0), (3, 1)]
@@ -100,14 +100,14 @@ def test_the_documents_of_a_step_are_those_of_its_tokens(batches: Batches) -> No
         ids = {int(number) for item in items for number in (*item["tokens"], item["labels"][-1])} - {0}
         documents = batches.documents(step)
         assert documents == sorted(documents)
-        # A document of which a batch has the end alone shows no id.
+        # If a batch only has the end of a document, its id does not occur.
         assert {NUMBERS[number] for number in ids} <= set(documents)
         assert len(documents) <= len(ids) + 4
         seen |= set(documents)
-    assert seen >= {4, 5, 6}  # of the second source, behind the four of the first
+    assert seen >= {4, 5, 6}  # of the second source, after the four of the first
 
 
-def test_phases_take_the_data_in_orders_of_their_own(tmp_path: Path) -> None:
+def test_phases_have_their_own_data_order(tmp_path: Path) -> None:
     cfg = dataclasses.replace(CFG, phases=[Phase(max_steps=3), Phase(max_steps=2)])
     batches = make(tmp_path, cfg)
     first, second = batches.sequences(0), batches.sequences(1)
@@ -125,7 +125,7 @@ def test_a_phases_weights_choose_its_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [[0], [2], [0], [2]]), (1, [[1], [3], [1], [3]])])
-def test_ranks_take_turns_at_micro_batches(
+def test_micro_batches_are_interleaved_over_ranks(
     batches: Batches, monkeypatch: pytest.MonkeyPatch, rank: int, expected: list[list[int]]
 ) -> None:
     monkeypatch.setattr(parallel_state, "get_data_parallel_rank", lambda: rank)
@@ -140,13 +140,13 @@ def test_ranks_take_turns_at_micro_batches(
     assert places[6:] == [[(1, rank)], [(1, 2 + rank)]]
 
 
-def test_a_resumed_training_goes_on_at_its_step(batches: Batches) -> None:
+def test_a_resumed_training_continues_at_its_step(batches: Batches) -> None:
     micro = MicroBatches(batches, first_step=2)
     assert list(micro) == [[(0, 8), (0, 9)], [(0, 10), (0, 11)], [(1, 0)], [(1, 1)], [(1, 2)], [(1, 3)]]
     assert len(micro) == 3 * 2 + 2 * 2  # with those before it
 
 
-def test_a_loader_gives_what_the_places_say(batches: Batches) -> None:
+def test_the_loader_follows_the_positions(batches: Batches) -> None:
     batches.setup()
     batches.trainer.global_step = 2
     first = next(iter(batches.train_dataloader()))
@@ -165,7 +165,7 @@ def test_the_first_validation_batch(batches: Batches) -> None:
     assert set(found["tokens"].flatten().tolist()) <= {20, 0}
 
 
-def test_a_checkpoint_says_how_far_the_data_were_read(batches: Batches) -> None:
+def test_a_checkpoint_records_the_position_in_the_data(batches: Batches) -> None:
     batches.trainer.global_step = 4
     state = batches.state_dict()
     assert state == {"consumed_samples": 3 * 4 + 2, "sizes": [[3, 8, 4], [2, 4, 2]]}
@@ -189,7 +189,7 @@ def test_the_sizes_of_each_step(batches: Batches) -> None:
 
 
 @pytest.mark.parametrize(("step", "last"), [(4, False), (5, True), (6, True)])
-def test_lightning_is_told_the_last_batch(batches: Batches, step: int, last: bool) -> None:
+def test_lightning_gets_the_last_batch(batches: Batches, step: int, last: bool) -> None:
     progress = SimpleNamespace(is_last_batch=False)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     UsePhase(batches).on_train_batch_end(SimpleNamespace(global_step=step, fit_loop=loop), None, None, None, 0)
@@ -210,7 +210,7 @@ def test_learned_tokens_of_a_step(batches: Batches, monkeypatch: pytest.MonkeyPa
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the sampler reads of NeMo's step."""
+    """The attributes of NeMo's step that the sampler reads."""
 
     data: Any
     num_microbatches: int = 2
@@ -230,7 +230,7 @@ def test_a_loss_is_divided_by_the_learned_tokens_of_its_step(batches: Batches, m
     given = [{"loss_mask": mask}, {"loss_mask": mask[:, :3]}]
     step = sampler.on_megatron_step_start(Step(iter(given)))
     assert reduction.learned == (5 + 3) / 2
-    assert list(step.data) == given  # read ahead, and given all the same
+    assert list(step.data) == given  # read ahead, and still returned
     sampler.on_megatron_step_start(Step(iter([{"loss_mask": 0 * mask}] * 2)))
     assert reduction.learned == 1.0
     reduction.learned = -1.0

@@ -1,4 +1,4 @@
-"""Callbacks of a training that need no NeMo: checkpoints, pauses, judged losses, metrics."""
+"""Callbacks of a training without NeMo: checkpoints, pauses, loss checks, metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CFG = Training(
 
 
 class Trainer:
-    """What callbacks ask of Lightning's trainer; it saves a file of weights and a context."""
+    """The part of Lightning's trainer that callbacks use; it saves a file of weights and a context."""
 
     def __init__(self, step: int = 0) -> None:
         self.global_step = step
@@ -56,7 +56,7 @@ def saver(tmp_path: Path, cfg: Training = CFG) -> Checkpoints:
 
 
 def partial_of(target: Path) -> Path:
-    """A checkpoint as it is before it is declared."""
+    """Write a checkpoint that is not declared yet."""
     partial = target.with_name(f".partial.{target.name}")
     (partial / "weights").mkdir(parents=True)
     (partial / "context").mkdir()
@@ -71,7 +71,7 @@ def declare(saves: Checkpoints, step: int) -> None:
 
 
 @pytest.mark.parametrize(("keep_best", "kept"), [(True, [2, 6, 8]), (False, [6, 8])])
-def test_the_best_checkpoint_is_kept_where_it_is_asked_for(tmp_path: Path, keep_best: bool, kept: list[int]) -> None:
+def test_keep_best_keeps_the_best_checkpoint(tmp_path: Path, keep_best: bool, kept: list[int]) -> None:
     losses = {2: 1.0, 4: 1.5, 6: 2.0, 8: 3.0}
     lines = [{"step": step, key: loss} for step, loss in losses.items() for key in ("val_loss", "loss")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -117,7 +117,7 @@ def test_when_checkpoints_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert written[1:] == [(9, "nemo", True)]
 
 
-def test_what_a_killed_training_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_training_are_removed(tmp_path: Path) -> None:
     saves = saver(tmp_path)
     declare(saves, 3)
     partial_of(saves.folder / "step=6")
@@ -177,7 +177,7 @@ def test_a_stop_file_saves_and_ends_the_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "state"), [(9, "paused"), (10, "done"), (11, "done")])
-def test_the_state_that_a_training_leaves(tmp_path: Path, step: int, state: str) -> None:
+def test_the_state_file_of_a_training(tmp_path: Path, step: int, state: str) -> None:
     (tmp_path / "stop").touch()
     StopFile(tmp_path, 10, lambda trainer: None).on_train_end(Trainer(step), None)
     assert json.loads((tmp_path / "state.json").read_text()) == {"state": state, "step": step}
@@ -198,7 +198,7 @@ def guard(tmp_path: Path, documents: Callable[[int], list[int]] = lambda step: [
     return LossGuard(dataclasses.replace(CFG, max_loss_ratio=2.0, **changes), batches, tmp_path, "distill")
 
 
-def test_a_bad_loss_ends_the_training_and_is_named(tmp_path: Path) -> None:
+def test_a_bad_loss_stops_training_and_names_its_documents(tmp_path: Path) -> None:
     judge, trainer = guard(tmp_path, skip_steps=[[2, 3]]), Trainer(0)
 
     def step(loss: float) -> None:
@@ -208,15 +208,15 @@ def test_a_bad_loss_ends_the_training_and_is_named(tmp_path: Path) -> None:
 
     for _ in range(MIN_LOSSES - 1):
         step(1.0)
-    step(99.0)  # too few before it
+    step(99.0)  # too few losses before it
     with pytest.raises(InputError) as caught:
         step(2.1)
-    said = str(caught.value)
-    assert said.startswith("step 11: the loss is 2.1")
-    assert "2 training documents" in said
-    assert ": 10, 7 (" in said  # those of the step, counted from 0
-    assert "distill.skip_steps='[[2,3],[11,11]]'" in said
-    assert "from the start" in said
+    output = str(caught.value)
+    assert output.startswith("step 11: the loss is 2.1")
+    assert "2 training documents" in output
+    assert ": 10, 7 (" in output  # those of the step, counted from 0
+    assert "distill.skip_steps='[[2,3],[11,11]]'" in output
+    assert "from the start" in output
     (tmp_path / "checkpoints" / "step=9").mkdir(parents=True)
     assert "from step=9" in str(judge.error(3, "x"))
     many = str(guard(tmp_path, lambda step: list(range(101))).error(0, "x"))
@@ -232,7 +232,7 @@ def test_a_bad_loss_ends_the_training_and_is_named(tmp_path: Path) -> None:
     assert resumed.losses.maxlen == WINDOW
 
 
-def test_other_ranks_judge_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_do_not_check_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_guard, "rank", lambda: 1)
     trainer = Trainer(1)
     trainer.callback_metrics["reduced_train_loss"] = math.nan
@@ -264,7 +264,7 @@ def test_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         writer.on_train_batch_end(trainer, model, None, None, 0)
         if step == 8:
             writer.on_validation_start(trainer, model)
-            clock.now += 1000  # a validation is not training
+            clock.now += 1000  # validation time does not count
             writer.on_validation_end(trainer, model)
     writer.on_train_end(trainer, model)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -297,13 +297,13 @@ def test_other_ranks_write_no_metrics(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resumed_training_forgets_later_lines(tmp_path: Path) -> None:
+def test_a_resumed_training_removes_later_lines(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n{"step": 5, "loss": 1.0}\n')
     MetricsWriter(CFG, tmp_path, None).on_train_start(Trainer(4), None)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4]
 
 
-def test_a_training_that_lowers_the_loss_has_gained(tmp_path: Path) -> None:
+def test_the_gain_of_a_training(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "val_loss": 3.0}\n{"step": 9, "val_loss": 2.25}\n{"step": 4, "val_loss": 2.5}\n')
     assert loss_gain(path) == {"val_loss_before": 3.0, "val_loss_after": 2.25, "val_loss_gain": 0.75}

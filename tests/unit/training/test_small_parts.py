@@ -1,4 +1,4 @@
-"""Metrics files, exported configs, the check of a teacher: no NeMo."""
+"""Metrics files, exported configs, the check of a teacher, without NeMo."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.pipeline.metrics_file import MetricsFile, loss_gain, read_metrics
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.pruning.importance import check_loss
-from recipes.prepare_data import repetition
+from recipes.prepare_data import describe_repetition
 from tests.conftest import QWEN3
 
 
-def test_a_resumed_run_forgets_the_steps_it_repeats(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_repeated_steps(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     for step in (1, 2, 3):
         file.append(step=step, loss=1.0 / step)
@@ -49,12 +49,12 @@ ODD_LINES = (
 
 
 @pytest.mark.parametrize("odd", ODD_LINES)
-def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_them(
+def test_invalid_metrics_lines_are_skipped_and_removed_on_resume(
     tmp_path: Path, odd: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     good = ['{"step": 2, "loss": 2.0}', '{"step": 2, "val_loss": 3.0}', '{"step": 3, "loss": 9.0}']
-    # Steps 2 and 3 twice, as two starts of one stage left them.
+    # Steps 2 and 3 twice, from two starts of a stage.
     again = ['{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 1.0}']
     path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
     assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]
@@ -64,9 +64,7 @@ def test_odd_lines_of_metrics_are_passed_over_and_a_resumed_training_removes_the
     assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text
 
 
-def test_a_missing_metrics_file_is_named_where_a_training_resumes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_missing_metrics_file_causes_a_warning_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.truncate_after(0)
     assert caplog.text == ""
@@ -76,7 +74,7 @@ def test_a_missing_metrics_file_is_named_where_a_training_resumes(
     assert loss_gain(file.path) == {"val_loss_before": None, "val_loss_after": None, "val_loss_gain": None}
 
 
-def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_model_folders_that_cannot_be_used_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
         local_folder(tmp_path, None, weights=True)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
@@ -88,11 +86,11 @@ def test_model_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         local_folder(tmp_path, None, weights=True)
     assert local_folder(tmp_path, None, weights=False) == tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
-    with pytest.raises(InputError, match="asks for code of its own"):
+    with pytest.raises(InputError, match="needs custom code"):
         local_folder(tmp_path, None, weights=False)
 
 
-def test_a_teacher_that_knows_nothing_is_refused() -> None:
+def test_an_untrained_teacher_is_rejected() -> None:
     check_loss(3.2, vocab_size=1000)
     with pytest.raises(InputError, match="no better than chance"):
         check_loss(math.log(1000) + 0.1, vocab_size=1000)
@@ -103,7 +101,7 @@ def test_a_teacher_that_knows_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "output"),
     [
         (ConfigError("set x"), "error: 1 fault in the configuration:\n  - set x"),
         (InputError("bring y"), "error: bring y"),
@@ -117,13 +115,11 @@ def test_a_teacher_that_knows_nothing_is_refused() -> None:
         ),
     ],
 )
-def test_what_a_user_can_mend_ends_with_one_message(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors_end_with_one_message(error: Exception, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, command_line():
         raise error
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(output)
 
 
 def test_a_full_disk_is_recognized_where_numpy_only_counts_what_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,8 +134,8 @@ def test_other_errors_keep_their_traceback() -> None:
         _ = 1 / 0
 
 
-def test_documents_that_are_read_more_than_once_are_told() -> None:
-    assert repetition(there=1000, read=1000) is None
-    said = repetition(there=4_000, read=10_000)
-    assert said is not None
-    assert "10,000 tokens of 4,000: each document 2.5 times" in said
+def test_repeated_documents_cause_a_warning() -> None:
+    assert describe_repetition(available=1000, read=1000) is None
+    output = describe_repetition(available=4_000, read=10_000)
+    assert output is not None
+    assert "10,000 tokens, but there are 4,000: each document is read 2.5 times" in output

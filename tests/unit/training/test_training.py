@@ -1,4 +1,4 @@
-"""What a training sets up, checks and reports, with NeMo's own objects."""
+"""Setup, checks and summary of a training, with NeMo's objects."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_the_optimizer_has_the_trainings_settings(precision: Precision) -> None:
     assert isinstance(model.optim.lr_scheduler, LearningRates)
 
 
-def test_adam_does_what_the_settings_say() -> None:
-    """Two steps of a real optimizer, against AdamW written out."""
+def test_adam_uses_the_settings() -> None:
+    """Two steps of a real optimizer, compared with a plain AdamW."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.transformer import TransformerConfig
@@ -144,7 +144,7 @@ def test_data_and_ranks_that_fit_pass(data: Any, monkeypatch: pytest.MonkeyPatch
         (3, Parallel(1), "global_batch_size=4: .* 6"),
     ],
 )
-def test_ranks_that_do_not_fit_are_refused(
+def test_ranks_that_do_not_fit_are_rejected(
     data: Any, monkeypatch: pytest.MonkeyPatch, ranks: int, parallel: Parallel, fault: str
 ) -> None:
     monkeypatch.setattr(training, "world_size", lambda: ranks)
@@ -152,13 +152,13 @@ def test_ranks_that_do_not_fit_are_refused(
         training.check(dataclasses.replace(CFG, parallel=parallel), data)
 
 
-def test_a_phases_batch_has_to_fit_as_well(data: Any) -> None:
+def test_the_batch_of_a_phase_must_fit(data: Any) -> None:
     phases = [Phase(max_steps=5), Phase(max_steps=5, global_batch_size=3)]
     with pytest.raises(ConfigError, match="global_batch_size=3: .* 2"):
         training.check(dataclasses.replace(CFG, phases=phases), data)
 
 
-def test_too_few_documents_are_refused(data: Any) -> None:
+def test_too_few_documents_are_rejected(data: Any) -> None:
     # 49 training tokens and 33 held-out ones: a sequence has a token more than it is long.
     training.check(dataclasses.replace(CFG, seq_length=32, val_batches=1), data)
     with pytest.raises(InputError, match="validation .* 33 tokens, 0 sequences of 33"):
@@ -169,7 +169,7 @@ def test_too_few_documents_are_refused(data: Any) -> None:
     training.check(dataclasses.replace(CFG, phases=only_a), data)
     with pytest.raises(InputError, match="train .* 9 tokens, 0 sequences of 16"):
         training.check(dataclasses.replace(CFG, seq_length=16, phases=only_a), data)
-    # The whole set at once has to fill a global batch.
+    # The whole set must fill a global batch.
     training.check(dataclasses.replace(CFG, val_batches=None), data)
     with pytest.raises(InputError, match="validation .* 2 sequences of 16, but 4 are needed"):
         training.check(dataclasses.replace(CFG, seq_length=16, val_batches=None), data)
@@ -183,14 +183,14 @@ def test_too_few_documents_are_refused(data: Any) -> None:
         (Recompute.full, ("full", "uniform", 1)),
     ],
 )
-def test_what_is_computed_again(recompute: Recompute, expected: tuple[Any, ...]) -> None:
+def test_recomputation_settings(recompute: Recompute, expected: tuple[Any, ...]) -> None:
     made = config()
     training._configure(made, dataclasses.replace(CFG, recompute=recompute))
     assert (made.recompute_granularity, made.recompute_method, made.recompute_num_layers) == expected
     assert made.seq_length == 8
 
 
-def test_a_routers_loss_is_that_of_whole_sequences() -> None:
+def test_the_router_loss_is_per_sequence() -> None:
     made = SimpleNamespace(num_moe_experts=4, moe_aux_loss_coeff=0.25, moe_router_load_balancing_type="aux_loss")
     training._configure(made, dataclasses.replace(CFG, parallel=Parallel(context_parallel_size=2)))
     assert (made.moe_aux_loss_coeff, made.moe_router_load_balancing_type) == (0.5, "seq_aux_loss")
@@ -200,7 +200,7 @@ def test_a_routers_loss_is_that_of_whole_sequences() -> None:
 
 
 @pytest.mark.parametrize(("val_batches", "limit"), [(None, 1.0), (3, 3)])
-def test_the_trainer_validates_and_logs_as_asked(val_batches: int | None, limit: float) -> None:
+def test_the_trainer_uses_the_settings_for_validation_and_logging(val_batches: int | None, limit: float) -> None:
     cfg = dataclasses.replace(CFG, val_batches=val_batches, val_every_n_steps=4, async_save=False)
     trainer = training._trainer(cfg, [])
     assert (trainer.max_steps, trainer.val_check_interval, trainer.limit_val_batches) == (10, 4, limit)
@@ -223,7 +223,7 @@ def test_the_layout_of_a_trainer() -> None:
     assert not alone.sequence_parallel
 
 
-def test_a_summary_is_of_the_last_and_the_best(tmp_path: Path) -> None:
+def test_the_summary_has_the_last_and_the_best_loss(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         {"step": 1, "loss": 4.0},
@@ -246,8 +246,8 @@ def test_a_summary_is_of_the_last_and_the_best(tmp_path: Path) -> None:
     assert (empty["train_loss"], empty["val_loss"], empty["best_val_loss"]) == (None, None, None)
 
 
-def test_gradients_that_are_not_finite_are_an_input_error() -> None:
-    told = InputError("documents")
+def test_non_finite_gradients_are_an_input_error() -> None:
+    message = InputError("documents")
 
     def fit(fault: str) -> Any:
         def raises(*_: Any, ckpt_path: str | None) -> None:
@@ -255,7 +255,7 @@ def test_gradients_that_are_not_finite_are_an_input_error() -> None:
 
         return SimpleNamespace(fit=raises, global_step=6)
 
-    guard = SimpleNamespace(error=lambda step, fault: told if step == 6 else None)
+    guard = SimpleNamespace(error=lambda step, fault: message if step == 6 else None)
     with pytest.raises(InputError, match="documents"):
         training._fit(fit("found NaN in local grad norm for bucket"), None, None, None, guard)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="other None"):
@@ -263,7 +263,7 @@ def test_gradients_that_are_not_finite_are_an_input_error() -> None:
 
 
 @pytest.mark.parametrize(("layers", "stages", "last"), [(8, 2, None), (7, 2, 3), (5, 4, 2), (9, 4, 0), (3, 2, 1)])
-def test_the_last_stage_takes_what_is_left(layers: int, stages: int, last: int | None) -> None:
+def test_the_last_pipeline_stage_gets_the_remaining_layers(layers: int, stages: int, last: int | None) -> None:
     found = nemo_api._layers_in_last_stage(layers, stages)
     if last is None:
         assert found is None

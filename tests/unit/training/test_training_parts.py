@@ -1,4 +1,4 @@
-"""Learning rates, judged losses, kept checkpoints, compared tokenizers, trackers, utilization: no NeMo."""
+"""Learning rates, loss checks, checkpoints, tokenizers, trackers and utilization, without NeMo."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def rates(**values: Any) -> list[float]:
     return [learning_rate(cfg, step) for step in range(cfg.max_steps + 1)]
 
 
-def test_cosine_is_nemos() -> None:
+def test_the_cosine_schedule_matches_nemo() -> None:
     def nemo(step: int) -> float:  # nemo/core/optim/lr_scheduler.py:361-390, with 2 steps of warm-up
         return (step + 1) / 3 if step <= 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 8)) / 2
 
     assert rates(warmup_steps=2) == pytest.approx([nemo(step) for step in range(11)])
 
 
-def test_linear_falls_in_a_line() -> None:
+def test_the_linear_schedule() -> None:
     expected = [1.0, 0.91, 0.82, 0.73, 0.64, 0.55, 0.46, 0.37, 0.28, 0.19, 0.1]
     assert rates(schedule=Schedule.linear) == pytest.approx(expected)
 
 
-def test_wsd_warms_up_stays_and_decays() -> None:
+def test_the_wsd_schedule() -> None:
     expected = [0.5, *[1.0] * 6, 0.775, 0.55, 0.325, 0.1]
     assert rates(schedule=Schedule.wsd, warmup_steps=1, decay_steps=4) == pytest.approx(expected)
 
@@ -54,7 +54,7 @@ def test_a_phase_has_a_schedule_of_its_own() -> None:
     assert rates(schedule=Schedule.linear, phases=phases) == pytest.approx(expected)
 
 
-def test_losses_that_end_a_training() -> None:
+def test_losses_that_stop_a_training() -> None:
     usual = deque([2.0, 1.0, *[1.5] * MIN_LOSSES])
     assert find_loss_fault(14.9, usual, 10.0) is None
     assert find_loss_fault(15.1, usual, 10.0) == "the loss is 15.1, more than 10 times the median of the last 12, 1.5"
@@ -102,7 +102,7 @@ def test_tokenizers_are_compared_by_content(tmp_path: Path) -> None:
         check_tokenizers(student, _checkpoint(tmp_path / "merges", {"a": 0, "b": 1, "ab": 2}, []))
 
 
-def test_weights_of_a_phase_are_shared_out_among_a_sources_parts() -> None:
+def test_phase_weights_are_divided_among_the_parts_of_a_source() -> None:
     parts = [
         {"prefix": "a-0", "source": "a", "tokens": 30, "documents": 3, "weight": 1.0},
         {"prefix": "a-1", "source": "a", "tokens": 10, "documents": 1, "weight": 1.0},
@@ -114,7 +114,7 @@ def test_weights_of_a_phase_are_shared_out_among_a_sources_parts() -> None:
     assert folder.weighted({"b": 1.0, "a": 0.0}).train_paths == ["x/b-0"]
 
 
-def test_figures_go_to_tensorboard_and_a_resumed_training_replaces_what_a_killed_one_wrote(tmp_path: Path) -> None:
+def test_tensorboard_and_a_resume_after_a_kill(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     killed = Trackers(Training(), tmp_path, step=0)
@@ -127,7 +127,7 @@ def test_figures_go_to_tensorboard_and_a_resumed_training_replaces_what_a_killed
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
 
 
-def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_resumes_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     run = SimpleNamespace(
         log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("finished")
@@ -143,7 +143,7 @@ def test_weights_and_biases_goes_on_with_the_same_run(tmp_path: Path, monkeypatc
     assert rest == [({"loss": 1.0}, 5), "finished"]
 
 
-def test_mlflow_goes_on_with_the_same_run_and_an_outage_ends_nothing(
+def test_mlflow_resumes_the_same_run_and_survives_an_outage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[Any] = []
@@ -167,7 +167,7 @@ def test_mlflow_goes_on_with_the_same_run_and_an_outage_ends_nothing(
     assert "metrics of step 5 were not written" in caplog.text
 
 
-def test_utilisation_is_the_models_flops_over_the_peak() -> None:
+def test_utilization_is_model_flops_over_peak() -> None:
     shape = Shape(2, 8, 16, 2, 1, 4, 32, 64, False)
     flops = sequence_flops(16, Recompute.none, Loss.kd, Family.qwen3, shape, shape).total
     meter = Meter(Loss.kd, Family.qwen3, shape, shape, peak=100.0 * flops)

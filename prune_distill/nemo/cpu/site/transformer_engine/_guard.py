@@ -1,4 +1,4 @@
-"""The stand-in must never be taken where the real Transformer Engine could run."""
+"""Prevent the use of the stand-in on machines where the real Transformer Engine could run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 _SITE = Path(__file__).resolve().parents[1]
-# How NVIDIA names its wheels: the meta package, and the library and the framework extension below it.
+# NVIDIA's wheels: the meta package, the libraries and the framework extension.
 _REAL_NAMES = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
 
 
@@ -23,16 +23,16 @@ def real_distributions() -> list[str]:
     return found
 
 
-def refuse_beside_the_real_one() -> None:
-    """Raise ImportError where CUDA is available or a real Transformer Engine is installed."""
+def check_machine() -> None:
+    """Raise ImportError if CUDA is available or a real Transformer Engine is installed."""
     if torch.cuda.is_available():
         raise ImportError(
-            "the CPU stand-in for Transformer Engine was imported where CUDA is available "
-            f"({torch.cuda.get_device_name()}); take {_SITE} off PYTHONPATH"
+            "the CPU stand-in for Transformer Engine was imported although CUDA is available "
+            f"({torch.cuda.get_device_name()}); remove {_SITE} from PYTHONPATH"
         )
     real = real_distributions()
     if real:
         raise ImportError(
-            "the CPU stand-in for Transformer Engine was imported beside a real one: "
-            f"{', '.join(real)}; uninstall that one, or run where a CUDA device is visible"
+            "the CPU stand-in for Transformer Engine was imported although a real one is installed: "
+            f"{', '.join(real)}; uninstall it, or run with a visible CUDA device"
         )

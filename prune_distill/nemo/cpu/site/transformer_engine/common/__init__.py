@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.common`."""
+"""Stand-in for `transformer_engine.common`."""
 
 from . import recipe
 

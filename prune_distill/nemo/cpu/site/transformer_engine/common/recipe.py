@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.common.recipe`: FP8 recipes, which only the GPU has.
+"""Stand-in for `transformer_engine.common.recipe`: FP8 recipes, which need a GPU.
 
 Megatron derives a class from `DelayedScaling` on import (megatron/core/extensions/transformer_engine.py:1791), NeMo
 imports both names (nemo/collections/llm/gpt/model/megatron/hyena/hyena_mixer.py:47).
@@ -10,7 +10,7 @@ from .._refuse import refuse
 
 
 class Format(Enum):
-    """Stands for `transformer_engine.common.recipe.Format`: names of the FP8 formats."""
+    """Stand-in for `transformer_engine.common.recipe.Format`: names of the FP8 formats."""
 
     E4M3 = "E4M3"
     E5M2 = "E5M2"
@@ -18,7 +18,7 @@ class Format(Enum):
 
 
 class DelayedScaling:
-    """Stands for `transformer_engine.common.recipe.DelayedScaling`; refused when built."""
+    """Stand-in for `transformer_engine.common.recipe.DelayedScaling`; the constructor raises."""
 
     def __init__(self, *_: object, **__: object) -> None:
         refuse("FP8", "leave fp8 unset in the precision plugin")

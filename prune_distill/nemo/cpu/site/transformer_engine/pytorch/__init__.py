@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch`; the names that Megatron, NeMo and Model Optimizer take from it."""
+"""Stand-in for `transformer_engine.pytorch`, with the names that Megatron, NeMo and Model Optimizer import."""
 
 from . import distributed, float8_tensor, fp8, optimizers
 from .attention import DotProductAttention

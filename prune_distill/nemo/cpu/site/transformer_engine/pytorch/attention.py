@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.DotProductAttention` (megatron/core/extensions/transformer_engine.py:831)."""
+"""Stand-in for `DotProductAttention` (megatron/core/extensions/transformer_engine.py:831)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 from .._refuse import refuse, refuse_options
 from .base import BaseModule, divide
 from .collectives import gather_sequence
-from .rope import apply_rotary_pos_emb as apply_rotary_pos_emb  # Megatron takes it from here
+from .rope import apply_rotary_pos_emb as apply_rotary_pos_emb  # Megatron imports it from here
 
-# Sequences up to this length are attended to plainly; see `_plain_causal`.
+# Maximum sequence length for `_plain_causal`.
 _SHORT = 512
 _MASKS = ("causal", "no_mask")
 _NO_WINDOW = (None, (-1, -1), (-1, 0))
@@ -30,8 +30,8 @@ class DotProductAttention(BaseModule):
     """Multi-head or grouped-query attention without parameters, causal or unmasked, in the layout `[s, b, heads, d]`.
 
     Under context parallelism each of n ranks holds two of 2n chunks of the sequence, the r-th from the front and the
-    r-th from the back, so that causal work is even (megatron/core/utils.py, `get_batch_on_this_cp_rank`). Keys and
-    values are gathered, queries stay.
+    r-th from the back, which balances causal work (megatron/core/utils.py, `get_batch_on_this_cp_rank`). Keys and
+    values are gathered, queries are not.
 
     Args:
         num_attention_heads: of the whole model.
@@ -39,17 +39,17 @@ class DotProductAttention(BaseModule):
         num_gqa_groups: key and value heads of the whole model; `num_attention_heads` if None.
         attention_dropout: probability, in training.
         qkv_format: must be "sbhd".
-        attn_mask_type: "causal" or "no_mask"; others are refused.
-        window_size: how many keys before a query's own it attends to, and 0; None or -1 for all. Under context
-            parallelism a window is refused.
-        sequence_parallel: of no meaning for attention itself.
-        tp_size, tp_group: heads and groups are divided by the size.
-        get_rng_state_tracker: tracker under whose default state dropout is drawn.
-        layer_number: not used; Transformer Engine scales by it on request of an environment variable, which is refused.
+        attn_mask_type: "causal" or "no_mask"; other masks raise NotImplementedError.
+        window_size: number of keys before a query's own that it attends to, and 0; None or -1 for all. Not supported
+            with context parallelism.
+        sequence_parallel: ignored.
+        tp_size, tp_group: the tensor-parallel group, among whose ranks heads and groups are divided.
+        get_rng_state_tracker: tracker whose default state dropout uses.
+        layer_number: ignored; Transformer Engine scales by it if an environment variable is set, which raises here.
         attention_type: "self" or "cross".
-        cp_group, cp_global_ranks, cp_stream: the context-parallel group; the other two are of no meaning on a CPU.
-        softmax_scale: factor on the scores; `1 / sqrt(kv_channels)` if None.
-        **options: any further option is refused.
+        cp_group, cp_global_ranks, cp_stream: the context-parallel group; the other two are ignored.
+        softmax_scale: factor of the scores; `1 / sqrt(kv_channels)` if None.
+        **options: other options raise NotImplementedError.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DotProductAttention(BaseModule):
             refuse(f"attention in the layout {qkv_format!r} (packed sequences)", "use 'sbhd'")
         refuse_options("DotProductAttention", options)
         head_size = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
-        # Model Optimizer sets these three names when it prunes heads (modelopt/torch/nas/plugins/megatron.py:578).
+        # Model Optimizer sets these three attributes when it prunes heads (modelopt/torch/nas/plugins/megatron.py:578).
         self.num_attention_heads = num_attention_heads
         self.num_gqa_groups = num_gqa_groups or num_attention_heads
         self.num_gqa_groups_per_partition = divide(self.num_gqa_groups, tp_size)
@@ -99,7 +99,7 @@ class DotProductAttention(BaseModule):
     def set_context_parallel_group(
         self, cp_group: ProcessGroup | None, cp_global_ranks: list[int] | None = None, cp_stream: object = None
     ) -> None:
-        """Give the context-parallel group late (nemo/collections/llm/gpt/model/base.py:438)."""
+        """Set the context-parallel group after construction (nemo/collections/llm/gpt/model/base.py:438)."""
         self.cp_group = cp_group
 
     def forward(
@@ -114,7 +114,7 @@ class DotProductAttention(BaseModule):
     ) -> Tensor:
         """`[s, b, heads, d]`, `[s_kv, b, groups, d]`, `[s_kv, b, groups, d_v]` -> `[s, b, heads * d_v]`.
 
-        `attention_mask` is left aside under "causal" and "no_mask", as Transformer Engine does.
+        `attention_mask` is ignored, as in Transformer Engine for "causal" and "no_mask".
 
         Raises:
             NotImplementedError: for other masks, attention bias, packed sequences (`cu_seqlens_q`) and unknown options.
@@ -131,7 +131,7 @@ class DotProductAttention(BaseModule):
             if self.window is not None:
                 refuse("sliding-window attention under context parallelism", "set context_parallel_size=1")
             key, value = _gather_keys_and_values(key, value, self.cp_group)
-            mask = _mask_of_rank(query.shape[0], self.cp_group) if causal else None
+            mask = _rank_mask(query.shape[0], self.cp_group) if causal else None
             causal = False
         elif self.window is not None and key.shape[0] > self.window + 1:
             mask, causal = _windowed_rows(query.shape[0], key.shape[0], self.window), False
@@ -157,15 +157,15 @@ class DotProductAttention(BaseModule):
 
 
 def _plain_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention by two products and a softmax: `[s, b, heads, d]` and groups -> `[s, b, heads * d_v]`.
+    """Compute causal attention with two matmuls and a softmax: `[s, b, heads, d]`, groups -> `[s, b, heads * d_v]`.
 
-    Quicker than torch's blocked kernel on short sequences, above all where fp32 products go through bf16. Forward and
-    backward of 1024 tokens, 4 heads of 64, CPU ms, blocked and plain: 35 and 16 at a sequence length of 256, 42 and 29
+    Faster than torch's blocked kernel on short sequences, especially if fp32 matmuls use bf16. Forward and
+    backward of 1024 tokens, 4 heads of 64, CPU ms, blocked and plain: 35 and 16 at sequence length 256, 42 and 29
     at 512, 45 and 56 at 1024.
     """
     length, batch, heads, _ = query.shape
     groups = key.shape[2]
-    # A group's heads lie end to end along the rows, so that keys and values need no copy for each of them.
+    # Concatenate a group's heads along the rows, so that keys and values are not copied for each head.
     rows = query.unflatten(2, (groups, -1)).permute(1, 2, 3, 0, 4).flatten(2, 3).flatten(0, 1)
     keys = key.permute(1, 2, 3, 0).flatten(0, 1)
     values = value.permute(1, 2, 0, 3).flatten(0, 1)
@@ -176,13 +176,13 @@ def _plain_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 @lru_cache(maxsize=4)
 def _causal_bias(length: int, repeats: int) -> Tensor:
-    """`[1, repeats * s, s]`: 0 where a row may look, minus infinity elsewhere."""
-    with torch.inference_mode(False):  # kept for training too, whoever asks first
+    """Return `[1, repeats * s, s]`: 0 for the keys that a row attends to, minus infinity elsewhere."""
+    with torch.inference_mode(False):  # the cached tensor is also used in training
         return torch.full((length, length), -math.inf).triu(1).repeat(repeats, 1)[None]
 
 
 def _gather_keys_and_values(key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """This rank's chunks -> the whole sequence in its natural order, in one collective."""
+    """Gather keys and values in one collective: this rank's chunks -> the whole sequence in its natural order."""
     ranks = dist.get_world_size(group)
     gathered = gather_sequence(torch.cat((key, value), dim=-1), group)
     chunks = gathered.unflatten(0, (ranks, 2, -1))
@@ -191,13 +191,13 @@ def _gather_keys_and_values(key: Tensor, value: Tensor, group: ProcessGroup) -> 
     return keys, values
 
 
-def _mask_of_rank(length: int, group: ProcessGroup) -> Tensor:
+def _rank_mask(length: int, group: ProcessGroup) -> Tensor:
     return _causal_rows(length, dist.get_world_size(group), dist.get_rank(group))
 
 
 @lru_cache(maxsize=4)
 def _windowed_rows(queries: int, keys: int, left: int) -> Tensor:
-    """`[s, s_kv]`: True where a query, one of the last, attends to a key: its own and the `left` ones before it."""
+    """Return `[s, s_kv]`: True if a query (one of the last) attends to a key: its own and the `left` before it."""
     own = keys - queries
     with torch.inference_mode(False):
         return torch.ones(queries, keys, dtype=torch.bool).tril(own).triu(own - left)
@@ -205,7 +205,7 @@ def _windowed_rows(queries: int, keys: int, left: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _causal_rows(length: int, ranks: int, rank: int) -> Tensor:
-    """Rows `[length, length * ranks]` of the causal mask that belong to a rank's two chunks; True is attended to."""
+    """Return the rows `[length, length * ranks]` of the causal mask for a rank's two chunks; True: attended to."""
     half = length // 2
     front = torch.arange(rank * half, (rank + 1) * half)
     back = torch.arange((2 * ranks - 1 - rank) * half, (2 * ranks - rank) * half)

@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.module.base.TransformerEngineBaseModule`."""
+"""Stand-in for `transformer_engine.pytorch.module.base.TransformerEngineBaseModule`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._refuse import refuse
 
 
 class BaseModule(nn.Module):
-    """What all modules share: the tensor-parallel group and an `_extra_state` entry without content.
+    """Base of all modules: holds the tensor-parallel group and an empty `_extra_state` entry.
 
     Transformer Engine keeps FP8 scales in `_extra_state`. Megatron's sharded checkpoints hold that key for every module
     (megatron/core/transformer/utils.py, `make_sharded_tensors_for_checkpoint`), so it exists here too, as None.
@@ -21,21 +21,21 @@ class BaseModule(nn.Module):
     tp_group: ProcessGroup | None = None
 
     def get_extra_state(self) -> None:
-        """The state of FP8 training, of which there is none."""
+        """Return None: there is no FP8 state."""
 
     def set_extra_state(self, state: object) -> None:
         """Ignore the FP8 scales of a checkpoint written on a GPU: weights are never stored in FP8 there."""
 
     def set_tensor_parallel_group(self, tp_group: ProcessGroup | None) -> None:
-        """Give the group late (nemo/collections/llm/gpt/model/base.py:427)."""
+        """Set the group after construction (nemo/collections/llm/gpt/model/base.py:427)."""
         self.tp_group = tp_group
 
 
 def parameter_options(params_dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Any]:
-    """Keyword arguments for `torch.empty` and its like.
+    """Return keyword arguments for `torch.empty` and similar factories.
 
     NeMo builds models on "meta" before it fills them from a checkpoint (nemo/lightning/_strategy_lib.py:193); any other
-    device than that and the CPU is refused.
+    device than "meta" and the CPU raises NotImplementedError.
     """
     if torch.device(device).type not in ("cpu", "meta"):
         refuse(f"parameters on device {device!r}", "set use_cpu_initialization=True in the model config")
@@ -43,7 +43,7 @@ def parameter_options(params_dtype: torch.dtype | None, device: torch.device | s
 
 
 def divide(total: int, parts: int) -> int:
-    """`total / parts`, which must be whole."""
+    """Return `total / parts`. Raises: ValueError, if it is not an integer."""
     if total % parts:
         raise ValueError(f"{total} features cannot be split over {parts} tensor-parallel ranks")
     return total // parts

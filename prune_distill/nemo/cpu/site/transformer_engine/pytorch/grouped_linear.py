@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.GroupedLinear` (megatron/core/extensions/transformer_engine.py:1086)."""
+"""Stand-in for `transformer_engine.pytorch.GroupedLinear` (megatron/core/extensions/transformer_engine.py:1086)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .linear import default_init, mark_tensor_parallel, rng_state
 
 
 class GroupedLinear(BaseModule):
-    """The experts of a mixture in one module: `y_i = x_i W_i^T` for each of them, on its share of the tokens.
+    """The experts of an MoE layer in one module: `y_i = x_i W_i^T`, where `x_i` are the tokens of expert i.
 
-    Megatron cuts experts over tensor-parallel ranks itself and passes no group then; a group of several ranks is
-    refused.
+    Megatron shards experts over tensor-parallel ranks itself and then passes no group; a group of several ranks is
+    not supported.
 
     Args:
-        num_gemms: how many experts; their weights are the parameters `weight0`, `weight1`, ...
+        num_gemms: number of experts; their weights are the parameters `weight0`, `weight1`, ...
         in_features, out_features: sizes of each layer.
-        parallel_mode: "column", "row" or None: marks how a parameter would be cut.
+        parallel_mode: "column", "row" or None: marks how a parameter would be sharded.
         device, params_dtype, init_method, get_rng_state_tracker, rng_tracker_name: as in `Linear`.
-        sequence_parallel, ub_name: of no meaning for a single rank.
-        fuse_wgrad_accumulation, bias, return_bias: refused.
+        sequence_parallel, ub_name: ignored.
+        fuse_wgrad_accumulation, bias, return_bias: not supported.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class GroupedLinear(BaseModule):
         refuse_options(type(self).__name__, options)
         self.num_gemms = num_gemms
         self.use_bias = False
-        # What Megatron asks of FP8 (megatron/core/extensions/transformer_engine.py:1297).
+        # Megatron reads this (megatron/core/extensions/transformer_engine.py:1297).
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.fp8 = self.fp8_calibration = False
         for expert in range(num_gemms):
@@ -70,9 +70,9 @@ class GroupedLinear(BaseModule):
             self.register_parameter(f"weight{expert}", weight)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """Nothing: there is no FP8 here."""
+        """Do nothing: there is no FP8."""
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
-        """`[tokens, in_features]`, sorted by expert, `m_splits[i]` of them for the i-th -> `[tokens, out_features]`."""
+        """`[tokens, in_features]`, sorted by expert, `m_splits[i]` for expert i -> `[tokens, out_features]`."""
         shares = x.split(m_splits)
         return torch.cat([F.linear(share, getattr(self, f"weight{i}")) for i, share in enumerate(shares)])

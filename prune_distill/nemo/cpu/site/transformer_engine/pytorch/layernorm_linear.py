@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.LayerNormLinear` (megatron/core/extensions/transformer_engine.py:454)."""
+"""Stand-in for `transformer_engine.pytorch.LayerNormLinear` (megatron/core/extensions/transformer_engine.py:454)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerNormLinear(Linear):
         in_features, out_features: as in `Linear`.
         eps: of the norm.
         normalization: "LayerNorm" or "RMSNorm".
-        return_layernorm_output: refused.
+        return_layernorm_output: not supported.
         zero_centered_gamma: the norm's weight holds `gamma - 1`.
         sequence_parallel, params_dtype, device, **linear: as in `Linear`.
     """
@@ -47,7 +47,7 @@ class LayerNormLinear(Linear):
             **linear,
         )
         if normalization not in ("LayerNorm", "RMSNorm"):
-            raise ValueError(f"normalization is {normalization!r}; use 'LayerNorm' or 'RMSNorm'")
+            raise ValueError(f"normalization={normalization!r}: unknown; use 'LayerNorm' or 'RMSNorm'")
         if return_layernorm_output:
             refuse("LayerNormLinear with return_layernorm_output", "leave the option off")
         self.eps = eps
@@ -60,7 +60,7 @@ class LayerNormLinear(Linear):
             self.layer_norm_bias = new_beta(in_features, self.sequence_parallel, parameters)
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """`[s, b, in_features]` -> as `Linear.forward` of the normed input."""
+        """`[s, b, in_features]` -> `Linear.forward` of the normalized input."""
         return super().forward(self._norm(x), is_first_microbatch)
 
     def _norm(self, x: Tensor) -> Tensor:

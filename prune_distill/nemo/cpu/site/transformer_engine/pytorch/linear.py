@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.Linear` (megatron/core/extensions/transformer_engine.py:242)."""
+"""Stand-in for `transformer_engine.pytorch.Linear` (megatron/core/extensions/transformer_engine.py:242)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .collectives import copy_to_group, gather_sequence, sum_and_scatter_sequenc
 
 
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
-    """Say how a parameter is cut; Megatron's gradient norm reads it (megatron/core/tensor_parallel/layers.py:87)."""
+    """Mark how a parameter is sharded, for Megatron's gradient norm (megatron/core/tensor_parallel/layers.py:87)."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = dim  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
@@ -29,22 +29,22 @@ def default_init(weight: Tensor) -> None:
 
 
 class Linear(BaseModule):
-    """`y = x W^T + b`, with `W` cut over the tensor-parallel group by rows ("column") or columns ("row").
+    """`y = x W^T + b`, with `W` sharded over the tensor-parallel group by rows ("column") or columns ("row").
 
     Args:
-        in_features, out_features: sizes of the whole layer; each rank holds its part of the one that is cut.
-        sequence_parallel: "column" gathers its input `[s / tp, b, h]` first, "row" leaves its output so cut.
-        fuse_wgrad_accumulation: refused.
-        tp_group, tp_size: the tensor-parallel group; where only the size is given, `set_tensor_parallel_group` follows.
-        get_rng_state_tracker, rng_tracker_name: the tracker, and its state, under which the weight is drawn.
-        init_method: fills the weight in place; normal with a deviation of 0.023 if None.
-        bias: have a bias.
-        return_bias: leave the bias to the caller: the output is `(y, bias)`.
+        in_features, out_features: sizes of the whole layer; each rank holds its shard.
+        sequence_parallel: "column" all-gathers its input `[s / tp, b, h]`, "row" reduce-scatters its output to it.
+        fuse_wgrad_accumulation: not supported.
+        tp_group, tp_size: the tensor-parallel group; with the size alone, call `set_tensor_parallel_group` later.
+        get_rng_state_tracker, rng_tracker_name: the tracker, and its state, for initializing the weight.
+        init_method: fills the weight in place; normal with a standard deviation of 0.023 if None.
+        bias: whether there is a bias.
+        return_bias: return `(y, bias)` without adding the bias.
         params_dtype: type of the parameters; PyTorch's default type if None.
         parallel_mode: "column", "row" or None.
-        device: the CPU, or "meta" for a weight that is filled later.
+        device: the CPU, or "meta" for a weight that is loaded later.
         ub_name: name of the layer's communication buffer, kept as an attribute.
-        **options: any further option of Transformer Engine 1.9 (communication overlap, parameter split) is refused.
+        **options: other options of Transformer Engine 1.9 (communication overlap, parameter split) raise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Linear(BaseModule):
                 "fused accumulation of weight gradients", "set gradient_accumulation_fusion=False in the model config"
             )
         if parallel_mode not in ("column", "row", None):
-            raise ValueError(f"parallel_mode is {parallel_mode!r}; use 'column', 'row' or None")
+            raise ValueError(f"parallel_mode={parallel_mode!r}: unknown; use 'column', 'row' or None")
         refuse_options(type(self).__name__, options)
         self.tp_group = tp_group
         self.tp_size = dist.get_world_size(tp_group) if tp_group is not None else tp_size
@@ -91,7 +91,7 @@ class Linear(BaseModule):
             with rng_state(get_rng_state_tracker, rng_tracker_name):
                 (init_method or default_init)(self.weight)
         mark_tensor_parallel(self.weight, dim=1 if parallel_mode == "row" else 0)
-        # Without a bias Transformer Engine keeps an empty tensor here, which is no parameter.
+        # Without a bias Transformer Engine keeps an empty tensor here, which is not a parameter.
         self.bias = self._new_bias(parameters) if bias else torch.empty(0, **parameters)
 
     def _new_bias(self, parameters: dict[str, Any]) -> nn.Parameter:
@@ -105,22 +105,22 @@ class Linear(BaseModule):
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """`[s, b, in_features]` -> `[s, b, out_features]`; with sequence parallelism one of the two is `[s / tp, ...]`.
 
-        `is_first_microbatch` tells Transformer Engine to keep its FP8 weights; it has no meaning here.
+        `is_first_microbatch` tells Transformer Engine to cache its FP8 weights; it is ignored.
         """
         bias = self.bias if self.apply_bias else None
         if self.tp_size == 1 or self.parallel_mode is None:
             y = F.linear(x, self.weight, bias)
         elif self.parallel_mode == "column":
-            y = F.linear(self._enter(x), self.weight, bias)
+            y = F.linear(self._distribute_input(x), self.weight, bias)
         else:
-            y = self._leave(F.linear(x, self.weight))
+            y = self._reduce_output(F.linear(x, self.weight))
             y = y if bias is None else y + bias
         return (y, self.bias) if self.return_bias else y
 
-    def _enter(self, x: Tensor) -> Tensor:
+    def _distribute_input(self, x: Tensor) -> Tensor:
         return (gather_sequence if self.sequence_parallel else copy_to_group)(x, self._group())
 
-    def _leave(self, y: Tensor) -> Tensor:
+    def _reduce_output(self, y: Tensor) -> Tensor:
         return (sum_and_scatter_sequence if self.sequence_parallel else sum_over_group)(y, self._group())
 
     def _group(self) -> ProcessGroup:

@@ -1,7 +1,7 @@
-"""Stands for `transformer_engine.pytorch.LayerNorm` and `RMSNorm`.
+"""Stand-in for `transformer_engine.pytorch.LayerNorm` and `RMSNorm`.
 
 Megatron builds them at megatron/core/extensions/transformer_engine.py:218 and :229. As in Transformer Engine,
-statistics and products are computed in fp32 whatever the input's type, and the result is cast back to it.
+statistics and products are computed in fp32, and the result is cast to the input's type.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .base import parameter_options
 
 
 class _RMSNormFunction(torch.autograd.Function):
-    """`x / rms(x) * gamma` over the last dimension, with its gradients in one step."""
+    """`x / rms(x) * gamma` over the last dimension, with a fused backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -32,44 +32,44 @@ class _RMSNormFunction(torch.autograd.Function):
         grad_by_normed = grad * normed
         projection = (grad_by_normed @ gamma).div_(x.shape[-1]).unsqueeze(-1)
         grad_gamma = grad_by_normed.flatten(0, -2).sum(0)
-        del grad_by_normed  # in bf16 each of these is twice as large as what the layer keeps
+        del grad_by_normed  # fp32: with bf16 activations, twice as large as what the layer saves
         grad_x = (grad * gamma).addcmul_(normed, projection, value=-1).mul_(rstd)
         return grad_x.to(x.dtype), grad_gamma, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered_gamma: bool) -> Tensor:
-    """`[..., h]` normalized by its root mean square, times `weight` `[h]` (or `1 + weight`)."""
+    """Normalize `[..., h]` by its root mean square and multiply by `weight` `[h]` (or `1 + weight`)."""
     gamma = weight.float() + 1 if zero_centered_gamma else weight.float()
     return _RMSNormFunction.apply(x, gamma, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, zero_centered_gamma: bool) -> Tensor:
-    """`[..., h]` with mean 0 and variance 1, times `weight` `[h]` (or `1 + weight`), plus `bias` `[h]`."""
+    """Normalize `[..., h]` to mean 0 and variance 1, multiply by `weight` `[h]` (or `1 + weight`), add `bias` `[h]`."""
     gamma = weight.float() + 1 if zero_centered_gamma else weight.float()
     return F.layer_norm(x.float(), weight.shape, gamma, bias.float(), eps).to(x.dtype)
 
 
 def new_gamma(size: int, zero_centered: bool, sequence_parallel: bool, options: dict[str, Any]) -> nn.Parameter:
-    """A norm's weight `[size]`; Megatron sums the gradients of parameters marked `sequence_parallel`."""
+    """Create a norm's weight `[size]`; Megatron sums the gradients of parameters marked `sequence_parallel`."""
     weight = nn.Parameter(torch.full((size,), 0.0 if zero_centered else 1.0, **options))
     weight.sequence_parallel = sequence_parallel
     return weight
 
 
 def new_beta(size: int, sequence_parallel: bool, options: dict[str, Any]) -> nn.Parameter:
-    """A norm's bias `[size]`."""
+    """Create a norm's bias `[size]`."""
     bias = nn.Parameter(torch.zeros(size, **options))
     bias.sequence_parallel = sequence_parallel
     return bias
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension. Like Transformer Engine 1.9's it has no `_extra_state`.
+    """Root-mean-square norm over the last dimension. As in Transformer Engine 1.9, it has no `_extra_state`.
 
     Args:
         hidden_size: size of the last dimension.
         eps: added to the mean square.
-        sequence_parallel: mark the weight, for Megatron to sum its gradient over the tensor-parallel group.
+        sequence_parallel: mark the weight, so that Megatron sums its gradient over the tensor-parallel group.
         params_dtype: type of the weight; PyTorch's default type if None.
         zero_centered_gamma: store `gamma - 1`.
         device: the CPU or "meta".

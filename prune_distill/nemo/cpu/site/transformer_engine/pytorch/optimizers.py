@@ -1,4 +1,4 @@
-"""Stands for `transformer_engine.pytorch.optimizers` (megatron/core/optimizer/__init__.py:11, clip_grads.py:11)."""
+"""Stand-in for `transformer_engine.pytorch.optimizers` (megatron/core/optimizer/__init__.py:11, clip_grads.py:11)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .._refuse import refuse, refuse_options
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam or AdamW in PyTorch's fused CPU kernel, with the state of Transformer Engine's and Apex's FusedAdam.
+    """Adam or AdamW with PyTorch's fused CPU kernel and the state layout of FusedAdam in Transformer Engine and Apex.
 
-    `step` is an int of the parameter group, `exp_avg` and `exp_avg_sq` are fp32 tensors of each parameter: that is what
-    Megatron's distributed optimizer saves and restores (megatron/core/optimizer/distrib_optimizer.py:651, :792).
+    `step` is an int per parameter group, `exp_avg` and `exp_avg_sq` are fp32 tensors per parameter, which
+    Megatron's distributed optimizer saves and loads (megatron/core/optimizer/distrib_optimizer.py:651, :792).
 
     Args:
         params: fp32 parameters or parameter groups.
@@ -24,8 +24,8 @@ class FusedAdam(torch.optim.Optimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         adam_w_mode: decoupled weight decay (AdamW) instead of an L2 term in the gradient.
-        weight_decay: its strength.
-        **options: further options (amsgrad, capturable, master weights, other state types) are refused.
+        weight_decay: weight decay coefficient.
+        **options: other options (amsgrad, capturable, master weights, other state types) raise.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FusedAdam(torch.optim.Optimizer):
         **options: object,
     ) -> None:
         if not bias_correction:
-            refuse("FusedAdam without bias correction", "leave bias_correction on")
+            refuse("FusedAdam without bias correction", "set bias_correction=True")
         refuse_options("FusedAdam", {name: value for name, value in options.items() if name != "set_grad_none"})
         defaults = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
@@ -48,7 +48,7 @@ class FusedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, grad_scaler: object = None) -> Any:  # type: ignore[override]
-        """Update every parameter that has a gradient; returns what `closure` returns.
+        """Update every parameter that has a gradient, and return the result of `closure`.
 
         Raises:
             NotImplementedError: for `grad_scaler`, and for parameters that are not fp32.
@@ -60,7 +60,7 @@ class FusedAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # As in Transformer Engine, a group without parameters does not count steps.
+            # As in Transformer Engine, groups without parameters do not count steps.
             if group["params"]:
                 group["step"] = group.get("step", 0) + 1
                 self._update_group(group)
@@ -98,7 +98,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 class FusedSGD(torch.optim.Optimizer):
-    """Imported by Megatron beside FusedAdam; refused when built."""
+    """Imported by Megatron along with FusedAdam; the constructor raises NotImplementedError."""
 
     def __init__(self, *_: object, **__: object) -> None:
         refuse("FusedSGD", "set optimizer='adam'")
@@ -107,18 +107,18 @@ class FusedSGD(torch.optim.Optimizer):
 def multi_tensor_l2norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The L2 norm `[1]` over all tensors of the first list, and each tensor's own `[n]` if `per_tensor`.
+    """Return the L2 norm `[1]` over all tensors of the first list, and that of each tensor `[n]` if `per_tensor`.
 
-    `chunk_size` and `noop_flag` belong to the CUDA kernel's interface.
+    `chunk_size` and `noop_flag` are arguments of the CUDA kernel and ignored.
     """
     norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
     return torch.linalg.vector_norm(norms).reshape(1), norms if per_tensor else None
 
 
 def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float) -> None:
-    """Write the first list's tensors times `scale` into the second's.
+    """Write the tensors of the first list, times `scale`, to those of the second.
 
-    Like Megatron's own substitute (megatron/core/utils.py:1034) it does not report infinities in `noop_flag`.
+    Like Megatron's fallback (megatron/core/utils.py:1034) it does not report infinities in `noop_flag`.
     """
     source, target = tensor_lists
     if all(a is b for a, b in zip(source, target, strict=True)):
@@ -130,5 +130,5 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[li
 def multi_tensor_applier(
     op: Callable[..., Any], noop_flag: Tensor, tensor_lists: list[list[Tensor]], *args: Any
 ) -> Any:
-    """Call one of the functions above the way Megatron does (megatron/core/optimizer/clip_grads.py:108)."""
+    """Call one of the functions above with Megatron's signature (megatron/core/optimizer/clip_grads.py:108)."""
     return op(2048 * 32, noop_flag, tensor_lists, *args)

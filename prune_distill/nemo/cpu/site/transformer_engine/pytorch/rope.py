@@ -1,6 +1,6 @@
-"""Stands for `apply_rotary_pos_emb` of transformer_engine/pytorch/attention.py.
+"""Stand-in for `apply_rotary_pos_emb` of transformer_engine/pytorch/attention.py.
 
-Megatron calls it where `apply_rope_fusion` is on (megatron/core/extensions/transformer_engine.py:1939).
+Megatron calls it if `apply_rope_fusion` is set (megatron/core/extensions/transformer_engine.py:1939).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .._refuse import refuse, refuse_options
 def apply_rotary_pos_emb(
     t: Tensor, freqs: Tensor, tensor_format: str = "sbhd", fused: bool = False, **options: object
 ) -> Tensor:
-    """Rotates the first `d_rot` of each head: `[s, b, heads, d]`, angles `[>= s, 1, 1, d_rot]` -> `[s, b, heads, d]`.
+    """Rotate the first `d_rot` of each head: `[s, b, heads, d]`, angles `[>= s, 1, 1, d_rot]` -> `[s, b, heads, d]`.
 
-    Halves are rotated against each other, in fp32, as the fused kernel does.
+    The two halves of a head are rotated against each other, in fp32, as in the fused kernel.
 
     Raises:
         NotImplementedError: for other layouts, interleaved rotation and packed sequences.
@@ -31,7 +31,7 @@ def apply_rotary_pos_emb(
 
 
 class _Rotation(torch.autograd.Function):
-    """Each half of a head is read once and written once, there and back."""
+    """Rotary embedding that reads and writes each half of a head once, in forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        # The transpose of a rotation: the sines change places and sign.
+        # The transpose of a rotation swaps the sines and negates them.
         return _rotate(grad, cos, -sin.roll(sin.shape[-1] // 2, -1)), None, None
 
 
