@@ -1,7 +1,7 @@
 """python -m launch.run experiment=demo [key=value ...]
 
 Composes a run's config, checks it, and brings the run to its end: on this machine, or, with cluster=slurm, as jobs. The
-same command again goes on from where it stopped, and redoes exactly what a changed setting touches.
+same command again continues where it stopped, and redoes exactly what a changed setting affects.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except _StoppedError as error:
-        print(f"\nstopped by {error}; the same command goes on from where it was", file=sys.stderr)
+        print(f"\nstopped by {error}; the same command continues from there", file=sys.stderr)
         return 128 + error.signum
     return 2 if args.damaged else 0
 

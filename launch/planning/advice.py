@@ -33,7 +33,7 @@ def warnings(cfg: RunConfig, disk: Disk) -> list[str]:
     cuts = [1 - after / before for before, after in itertools.pairwise(sizes)]
     found = [
         f"pruning removes {cut:.0%} of the parameters in round {number} of {len(cuts)}; "
-        f"beyond {LARGEST_CUT:.0%} prune and distil a model in between first (prune.rounds), and prune that "
+        f"beyond {LARGEST_CUT:.0%} prune and distill a model in between first (prune.rounds), and prune that "
         f"one: {_in_rounds(cut)}"
         for number, cut in enumerate(cuts, 1)
         if cut > LARGEST_CUT
