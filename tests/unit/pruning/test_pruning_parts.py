@@ -139,6 +139,10 @@ def test_scores_that_are_clearly_worse() -> None:
     assert successive_halving.find_clearly_worse(scores, 2.0) == ["far"]
     assert successive_halving.find_clearly_worse(scores, 1.5) == ["near", "far"]
     assert successive_halving.find_clearly_worse(scores, 0.0) == ["near", "far"]
+    # The difference counts, not what is left of the best score.
+    assert successive_halving.find_clearly_worse(
+        {"best": {"value": 0.9, "stderr": 0.05}, "third": {"value": 0.3, "stderr": 0.05}}, 2.0
+    ) == ["third"]
     exact = {name: {**score, "stderr": None} for name, score in scores.items()}
     assert successive_halving.find_clearly_worse(exact, 2.0) == ["near", "far"]
 

@@ -19,7 +19,7 @@ from prune_distill.nemo import backend
 backend.activate()
 
 from prune_distill.nemo import nemo_api  # noqa: E402
-from prune_distill.pruning import evidence, scoring  # noqa: E402
+from prune_distill.pruning import evidence, scoring, search_space  # noqa: E402
 from prune_distill.pruning.importance import Importance  # noqa: E402
 from prune_distill.pruning.search_space import measure  # noqa: E402
 from prune_distill.schema import Family, RunConfig, TaskScore  # noqa: E402
@@ -180,3 +180,14 @@ def test_scores_that_cannot_rank_are_rejected(scores: scoring.Scores, task: str,
     scores.score = TaskScore(task=task, metric=metric)
     with pytest.raises(InputError, match=message):
         scores.measure("x", Path("x"))
+
+
+def test_an_expert_without_tokens_has_activations_of_zero() -> None:
+    def expert(activations: torch.Tensor | None) -> SimpleNamespace:
+        return SimpleNamespace(_activations=activations, get_hparam=lambda name: SimpleNamespace(max=3))
+
+    local = [expert(torch.tensor([1.0, 2.0, 3.0])), expert(None)]
+    layer = SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace(local_experts=local)))
+    assert search_space._ffn(layer).tolist() == [[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]
+    dense = SimpleNamespace(mlp=SimpleNamespace(_activations=torch.tensor([4.0])))
+    assert search_space._ffn(dense).tolist() == [4.0]
