@@ -294,3 +294,26 @@ def test_ids_of_an_invalid_generation_config_are_kept(
     else:
         assert options["generation_config"].to_diff_dict().items() >= ids.items()
         assert options["generation_config"].num_return_sequences == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_checkpoint_is_exported_by_the_first_rank_and_removed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "rank", lambda: number)
+    waits: list[None] = []
+    monkeypatch.setattr(recovery.ranks, "wait", lambda: waits.append(None))
+
+    def export(checkpoint: Path, folder: Path) -> None:
+        assert checkpoint == tmp_path / "step=3"
+        folder.mkdir()
+
+    with recovery.export_temporarily("recovery/step=3", tmp_path / "step=3", tmp_path, export) as make:
+        assert list(tmp_path.iterdir()) == []
+        folder = make()
+        assert folder == tmp_path / "exported_recovery_step_3"
+        assert folder.exists() is (number == 0)
+        assert len(waits) == 1
+        folder.mkdir(exist_ok=True)
+    # Another rank leaves it to the first one.
+    assert folder.exists() is (number != 0)
