@@ -114,15 +114,20 @@ def _is_group(key: str, groups: Collection[str]) -> bool:
 
 
 def _expand(override: Override, config_dir: str | os.PathLike[str] | None) -> list[str]:
-    """The overrides that a short form stands for: the name of a GPU, or `auto` for a group; none of any other."""
+    """The overrides that a short form stands for: a GPU, or `auto` for all sizes of a layout; none of any other."""
     key, value = override.key_or_group, override.value() if not override.is_sweep_override() else None
-    if not isinstance(value, str):
-        return []
-    if key == "cluster.gpu":
-        # As a group of its own: where the cluster states none, it is null.
-        figures = ",".join(f"{name}:{_hydra_value(figure)}" for name, figure in gpu_figures(value, config_dir).items())
-        return [f"++cluster.gpu={{{figures}}}"]
-    return [f"++{item}={AUTO}" for item in AUTOMATIC if value == AUTO and item.startswith(f"{key}.")]
+    if key == "cluster.gpu" and value is not None:
+        # Nothing is left of the GPU that the cluster states.
+        figures = gpu_figures(value, config_dir) if isinstance(value, str) else value
+        if not isinstance(figures, dict):
+            names = f"one of {', '.join(_gpu_files(config_dir))}"
+            message = f"cluster.gpu={value}: not a GPU; set cluster.gpu to {names}, or state its figures one by one"
+            raise ConfigError([Fault("cluster.gpu", ("cluster.gpu",), message)])
+        figures = dict.fromkeys(field.name for field in dataclasses.fields(Gpu)) | figures
+        return [f"++cluster.gpu={{{','.join(f'{name}:{_hydra_value(figure)}' for name, figure in figures.items())}}}"]
+    if value == AUTO and key.endswith(".parallel"):
+        return [f"++{item}={AUTO}" for item in AUTOMATIC if item.startswith(f"{key}.")]
+    return []
 
 
 def _hydra_value(value: Any) -> str:
@@ -130,22 +135,24 @@ def _hydra_value(value: Any) -> str:
 
 
 def gpu_figures(name: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """The figures of a GPU by its name in `conf/cluster/gpu`, or in that folder of `config_dir`; null where the file
-    does not state one.
+    """The figures of a GPU by its name in `conf/cluster/gpu`, or in that folder of `config_dir`.
 
     Raises:
         ConfigError: no file has the name.
     """
-    folders = [Path(folder) / "cluster" / "gpu" for folder in (CONFIG_DIR, config_dir) if folder is not None]
-    files = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    files = _gpu_files(config_dir)
     if name not in files:
         close = did_you_mean(name, list(files))
         known = f"choose from {', '.join(files)}, or state another's figures, as in conf/cluster/gpu/h100_sxm.yaml"
-        raise ConfigError(
-            [Fault("cluster.gpu", ("cluster.gpu",), f"cluster.gpu={name}: not a known GPU{close}; {known}")]
-        )
-    figures = dict.fromkeys(field.name for field in dataclasses.fields(Gpu))
-    return {**figures, **yaml.safe_load(files[name].read_text())}
+        message = f"cluster.gpu={name}: not a known GPU{close}; {known}"
+        raise ConfigError([Fault("cluster.gpu", ("cluster.gpu",), message)])
+    figures: dict[str, Any] = yaml.safe_load(files[name].read_text())
+    return figures
+
+
+def _gpu_files(config_dir: str | os.PathLike[str] | None) -> dict[str, Path]:
+    folders = [Path(folder) / "cluster" / "gpu" for folder in (CONFIG_DIR, config_dir) if folder is not None]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def _unreadable(line: str, reason: str) -> Fault:

@@ -179,6 +179,10 @@ def test_gpus_by_name() -> None:
     with pytest.raises(ConfigError, match=r"cluster.gpu=h100_sx: not a known GPU \(did you mean h100_sxm") as caught:
         compose([DEPTH, "cluster.gpu=h100_sx"])
     assert caught.value.faults[0].rule == "cluster.gpu"
+    with pytest.raises(ConfigError, match=r"cluster.gpu=\[1\]: not a GPU; set cluster.gpu to one of a100_40,"):
+        compose([DEPTH, "cluster.gpu=[1]"])
+    with pytest.raises(ConfigError, match=r"prune=auto: does not exist"):
+        compose([DEPTH, "prune=auto"])
 
 
 def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
@@ -188,6 +192,8 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     # Nothing is left of the GPU that the cluster states.
     assert cfg.cluster.gpu is not None
     assert (cfg.cluster.gpu.name, cfg.cluster.gpu.memory_gbs) == ("Mine", None)
+    inline = compose([DEPTH, "cluster.gpu={name: Mine, memory_gib: 90, bf16_tflops: 500}"])
+    assert inline.cluster.gpu == cfg.cluster.gpu
 
 
 def test_nodes_without_a_network_figure() -> None:
