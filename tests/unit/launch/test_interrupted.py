@@ -31,7 +31,7 @@ def test_a_signal_stops_the_stage_and_prints_how_to_resume(
         launcher.send_signal(signum)
         _, err = launcher.communicate(timeout=30)
     assert launcher.returncode == status
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     assert wait_for_exit(pid)
 
 
