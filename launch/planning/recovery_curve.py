@@ -28,7 +28,7 @@ DRAWS = 4000
 # More points than that are averaged in groups: nothing is gained, and time is lost.
 MOST_POINTS = 120
 # Points before this share of the progress so far are not fitted.
-EARLY = 0.1
+EARLY = 0.2
 # The noise of a point is taken for at least this share of the decrease.
 NOISE_FLOOR = 1e-3
 # The noise decides how much the assumptions weigh, and so again the fit: it settles in a few rounds.
@@ -37,6 +37,9 @@ ROUNDS = 3
 # are no noise: the curve has another shape.
 MOST_MISFIT = 0.2
 CLEAR_MISFIT = 3.0
+# What a decay gives is in units of the decrease, or of this share of the loss if that is more: it is there also where
+# the loss has settled at the high rate.
+LEAST_SCALE = 0.03
 # The share of draws that has to be possible: fewer are a fit against its own bounds.
 FEWEST_POSSIBLE = 0.05
 EXPONENTS = np.geomspace(0.1, 3.0, 40)
@@ -49,14 +52,18 @@ class Assumptions:
     """What the points themselves cannot tell early on, from real curves (tests/data/recovery_curves.json).
 
     Attributes:
-        gain: what a full decay of the learning rate gives by itself, in units of the decrease so far; mean.
+        gain: what a full decay of the learning rate gives by itself, in units of the decrease over the fitted points;
+            mean.
         gain_spread: the same; standard deviation.
         model_error: standard deviation of the true further decrease around the predicted one, relative.
+        drift: standard deviation of the true loss around the predicted one, relative to the loss, at a distance of 1:
+            where progress is e times as far, or the learning rate has fallen by its peak. Real losses wander.
     """
 
-    gain: float = 0.2
-    gain_spread: float = 0.2
-    model_error: float = 0.25
+    gain: float = 0.5
+    gain_spread: float = 0.5
+    model_error: float = 0.15
+    drift: float = 0.0075
 
 
 ASSUMPTIONS = Assumptions()
@@ -113,7 +120,7 @@ class Recovery:
     Attributes:
         limit, amplitude, exponent, shift, gain: of the formula above, one value per draw. Progress is in units of
             `unit` tokens at the peak rate.
-        error: the relative model error of each draw's further decrease.
+        error: the relative model error of each draw's further decrease; `drift`: its drift in nats, at a distance of 1.
         now: each draw's loss at the last point.
         noise: standard deviation of a point around the curve, nats.
         points: how many were fitted, and `tokens`: where the last one is.
@@ -127,6 +134,7 @@ class Recovery:
     shift: np.ndarray
     gain: np.ndarray
     error: np.ndarray
+    drift: np.ndarray
     noise: float
     points: int
     tokens: float
@@ -146,17 +154,21 @@ class Recovery:
         Args:
             end: the tokens of the whole training, whose schedule is stretched to them; None: as it is.
         """
-        return self._widened(self._curve(tokens, end))
+        progress, annealed = self.schedule.at(tokens, end)
+        progress_now, annealed_now = self.schedule.at(np.array([self.tokens]))
+        # Backwards there is none: the points are there.
+        distance = np.maximum(np.log(np.maximum(progress, 1e-9) / progress_now), 0) + np.maximum(
+            annealed - annealed_now, 0
+        )
+        decrease = (self.now[:, None] - self._curve(tokens, end)) * np.exp(self.error)[:, None]
+        decrease = decrease - self.drift[:, None] * distance[None, :]
+        # A loss does not end above where it is, unless the training breaks, which no curve foretells.
+        ahead = distance > 0
+        return self.now[:, None] - np.where(ahead[None, :], np.maximum(decrease, 0), decrease)
 
     def floor(self) -> np.ndarray:
-        """What the loss tends to at the end of ever longer trainings, a value per draw."""
-        annealed = self.schedule.annealed[-1]
-        return self._widened((self.limit - self.gain * annealed)[:, None])[:, 0]
-
-    def _widened(self, losses: np.ndarray) -> np.ndarray:
-        """Losses with the model error of their draw."""
-        decrease = self.now[:, None] - losses
-        return self.now[:, None] - decrease * np.exp(self.error)[:, None]
+        """What the fitted curve tends to at the end of ever longer trainings, a value per draw."""
+        return self.limit - self.gain * self.schedule.annealed[-1]
 
 
 def fit(tokens: np.ndarray, losses: np.ndarray, schedule: Schedule, assumptions: Assumptions = ASSUMPTIONS) -> Recovery:
@@ -173,8 +185,7 @@ def fit(tokens: np.ndarray, losses: np.ndarray, schedule: Schedule, assumptions:
     progress, annealed = schedule.at(tokens)
     unit = float(progress[-1])
     grid = _Grid.of(progress / unit, annealed)
-    decrease = float(losses[: len(losses) // 4].mean() - losses[-(len(losses) // 4) :].mean())
-    fits = grid.solve(losses, decrease, assumptions)
+    fits = grid.solve(losses, _scale(losses), assumptions)
     if fits.noise > max(MOST_MISFIT * float(np.std(losses)), CLEAR_MISFIT * _neighbor_noise(losses)):
         raise CannotFitError("do not follow a curve that falls and flattens")
     rng = np.random.default_rng(0)  # the same points give the same forecast
@@ -183,11 +194,13 @@ def fit(tokens: np.ndarray, losses: np.ndarray, schedule: Schedule, assumptions:
         "dij,dj->di", _root(fits.covariance)[picked], rng.standard_normal((DRAWS, 3))
     )
     error = assumptions.model_error * rng.standard_normal(DRAWS)
+    drift = assumptions.drift * float(losses[-(len(losses) // 4) :].mean()) * rng.standard_normal(DRAWS)
     # Losses are not negative, a curve that is continued falls, and a decay of the learning rate does no harm.
-    possible = (linear[:, 0] > 0) & (linear[:, 1] > 0) & (linear[:, 2] >= 0)
+    limit, amplitude, gain = linear.T
+    possible = (limit > gain) & (amplitude > 0) & (gain >= 0)
     if possible.mean() < FEWEST_POSSIBLE:
         raise CannotFitError("do not follow a curve that falls and flattens")
-    picked, linear, error = picked[possible], linear[possible], error[possible]
+    picked, linear, error, drift = picked[possible], linear[possible], error[possible], drift[possible]
     return Recovery(
         schedule=schedule,
         unit=unit,
@@ -197,7 +210,8 @@ def fit(tokens: np.ndarray, losses: np.ndarray, schedule: Schedule, assumptions:
         shift=grid.shifts[picked],
         gain=linear[:, 2],
         error=error,
-        noise=fits.noise,
+        drift=drift,
+        noise=fits.noise * float(np.sqrt(-(-(count - begin) // MOST_POINTS))),
         points=count,
         tokens=last,
     )
@@ -218,6 +232,13 @@ def _refuse_hopeless(losses: np.ndarray) -> None:
             f"do not decrease clearly: by {decrease:.4f} nats from the first third to the last, where a point's noise "
             f"is {noise:.4f}"
         )
+
+
+def _scale(losses: np.ndarray) -> float:
+    """The decrease from the first quarter to the last, or a share of the loss itself if that is more; nats."""
+    quarter = len(losses) // 4
+    decrease = float(losses[:quarter].mean() - losses[-quarter:].mean())
+    return max(decrease, LEAST_SCALE * float(losses[-quarter:].mean()))
 
 
 def _neighbor_noise(losses: np.ndarray) -> float:
@@ -266,12 +287,12 @@ class _Grid:
             np.stack([np.ones_like(power), power, np.broadcast_to(-annealed, power.shape)], axis=-1),
         )
 
-    def solve(self, losses: np.ndarray, decrease: float, assumptions: Assumptions) -> _Fits:
+    def solve(self, losses: np.ndarray, scale: float, assumptions: Assumptions) -> _Fits:
         """Least squares with one more row, for what is assumed of the gain; the noise is that of the best pair."""
-        noise = NOISE_FLOOR * decrease
+        noise = NOISE_FLOOR * scale
         for _ in range(ROUNDS):
             rows = np.concatenate([self.columns, np.zeros((len(self.columns), 1, 3))], axis=1)
-            rows[:, -1, 2] = 1 / (assumptions.gain_spread * decrease) * noise
+            rows[:, -1, 2] = 1 / (assumptions.gain_spread * scale) * noise
             target = np.append(losses, assumptions.gain / assumptions.gain_spread * noise)
             inverse = np.linalg.pinv(np.einsum("gni,gnj->gij", rows, rows), rcond=1e-13, hermitian=True)
             solved = np.einsum("gij,gnj,n->gi", inverse, rows, target)
@@ -280,7 +301,7 @@ class _Grid:
             if not np.isfinite(misfit).any():
                 raise CannotFitError("do not follow a curve that falls and flattens")
             best = int(misfit.argmin())
-            noise, neighbors = _noise(losses - self.columns[best] @ solved[best], NOISE_FLOOR * decrease)
+            noise, neighbors = _noise(losses - self.columns[best] @ solved[best], NOISE_FLOOR * scale)
         chance = np.exp(-(misfit - misfit.min()) / (2 * noise**2 * neighbors))
         return _Fits(solved, inverse * noise**2 * neighbors, chance / chance.sum(), noise)
 

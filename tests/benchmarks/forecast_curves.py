@@ -2,8 +2,8 @@
 
 Prints how forecasts from the first third of each curve in tests/data/recovery_curves.json compare with its end. With a
 folder, it makes the curves first: each is a distillation at the demo's size through the real command line, of other
-shapes of the student, losses, seeds and lengths, with a validation every few steps. Runs of one shape and seed share a
-folder, and so what is before distillation. What is complete there is not repeated.
+shapes of the student, losses, seeds and lengths, with a validation every few steps. Runs of one seed share a folder,
+and so what is before distillation. What is complete there is not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from prune_distill.config.load import compose
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import CORPUS_TRAIN, CORPUS_VALIDATION, HF, METRICS
-from tests.helpers.recovery_curves import FIXTURE, load_curves, look_back, look_back_at_training
+from tests.helpers.recovery_curves import (
+    FIXTURE,
+    Hindsight,
+    load_curves,
+    look_back,
+    look_back_at_training,
+    try_look,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # The demo's sizes, with sequences of half the length and a teacher of fewer steps: minutes on one core.
@@ -36,6 +43,8 @@ COMMON = (
 SHAPES = {
     "depth": ("prune.num_layers=4", "prune.ffn_hidden_size=null"),
     "half": ("prune.num_layers=3", "prune.ffn_hidden_size=512"),
+    "two": ("prune.num_layers=2", "prune.ffn_hidden_size=512"),
+    "narrow": ("prune.num_layers=null", "prune.hidden_size=128", "prune.ffn_hidden_size=384"),
     "width": ("prune.num_layers=null", "prune.hidden_size=192", "prune.ffn_hidden_size=512"),
     "ffn": ("prune.num_layers=null", "prune.ffn_hidden_size=256"),
 }
@@ -69,29 +78,35 @@ class Arm:
         return (*COMMON, *SHAPES[self.shape], *LOSSES[self.loss], f"seed={self.seed}", steps, *self.more)
 
 
-# Those of tuning first, then those that are held out. They have no seed in common, and with it no batch.
+# They share neither a seed, and so no batch, nor a shape.
 TUNING = (
     Arm("depth", "mix", 1, 120),
-    Arm("half", "kd", 1, 150),
-    Arm("half", "ce", 1, 90),
-    Arm("depth", "reverse", 1, 90),
-    Arm("half", "mix", 1, 120, ("distill.schedule=linear",)),
-    Arm("depth", "ce", 1, 120, ("distill.lr=4e-4",)),
-)
-HELD_OUT = (
     Arm("half", "mix", 2, 120),
     Arm("half", "kd", 2, 90),
-    Arm("half", "reverse", 2, 150),
+    Arm("half", "reverse", 2, 90),
     Arm("half", "ce", 2, 120),
-    Arm("width", "mix", 2, 150),
-    Arm("width", "kd", 2, 120),
-    Arm("width", "ce", 2, 90),
-    Arm("ffn", "mix", 3, 120),
-    Arm("ffn", "reverse", 3, 90),
-    Arm("ffn", "ce", 3, 150),
-    Arm("ffn", "hot", 3, 120),
-    Arm("half", "mix", 2, 120, ("distill.lr=4e-4",)),
-    Arm("width", "mix", 2, 120, ("distill.schedule=wsd", "distill.decay_steps=30")),
+    Arm("width", "mix", 3, 90),
+    Arm("width", "ce", 3, 90),
+    Arm("width", "kd", 3, 120),
+    Arm("width", "reverse", 3, 90),
+    Arm("width", "mix", 3, 90, ("distill.schedule=wsd", "distill.decay_steps=30")),
+    Arm("ffn", "mix", 4, 90),
+    Arm("ffn", "ce", 4, 120),
+    Arm("ffn", "hot", 4, 90),
+    Arm("ffn", "kd", 4, 90, ("distill.schedule=linear",)),
+    Arm("ffn", "mix", 4, 90, ("distill.lr=4e-4",)),
+)
+HELD_OUT = (
+    Arm("two", "mix", 5, 120),
+    Arm("two", "kd", 5, 90),
+    Arm("narrow", "ce", 5, 90),
+    Arm("narrow", "mix", 5, 90),
+    Arm("two", "reverse", 5, 90),
+    Arm("narrow", "kd", 5, 90, ("distill.lr=4e-4",)),
+    Arm("two", "ce", 5, 90, ("distill.schedule=linear",)),
+    Arm("narrow", "reverse", 5, 120),
+    Arm("two", "hot", 5, 90, ("distill.schedule=wsd", "distill.decay_steps=30")),
+    Arm("narrow", "mix", 5, 150),
 )
 
 
@@ -121,7 +136,7 @@ def make_teacher(folder: Path) -> list[str]:
 
 def measure(arm: Arm, teacher: list[str], folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics of one arm."""
-    overrides = [*teacher, f"run_dir={folder / f'{arm.shape}-{arm.seed}'}", *arm.overrides]
+    overrides = [*teacher, f"run_dir={folder / f'seed-{arm.seed}'}", *arm.overrides]
     launch(overrides, "distill")
     return read_metrics(locate(compose(overrides))["distill"].folder / METRICS)
 
@@ -159,14 +174,8 @@ def make_curves(folder: Path, seconds: float) -> None:
     began = time.monotonic()
     teacher = make_teacher(folder)
     print(f"teacher: {time.monotonic() - began:.0f} s", flush=True)
-    # Of both uses in proportion, so that both have curves when the time is up.
-    order = [
-        (index / len(arms), use, arm)
-        for use, arms in (("tuning", TUNING), ("held out", HELD_OUT))
-        for index, arm in enumerate(arms)
-    ]
     curves = []
-    for _, use, arm in sorted(order, key=lambda entry: entry[0]):
+    for use, arm in [*(("tuning", arm) for arm in TUNING), *(("held out", arm) for arm in HELD_OUT)]:
         if time.monotonic() - began > seconds:
             print(f"left out for lack of time: {arm.name}", flush=True)
             continue
@@ -179,25 +188,33 @@ def make_curves(folder: Path, seconds: float) -> None:
 
 def table() -> str:
     """Markdown: a row per curve, then the summary of each use."""
-    lines = ["| curve | use | at a third | forecast of the end (90 %) | end | held |", "|---|---|---|---|---|---|"]
+    lines = ["| curve | at a third | forecast of the end (90 %) | end | held |", "|---|---|---|---|---|"]
     notes = []
     for use in ("tuning", "held out"):
+        curves = [curve for curve in load_curves() if curve.use == use]
         for title, look in (("validation", look_back), ("training", look_back_at_training)):
-            found = [look(curve) for curve in load_curves() if curve.use == use]
-            held = sum(one.holds for one in found)
-            width = median(one.width for one in found)
-            fall = median(one.now - one.truth for one in found)
-            error = median(abs(one.median - one.truth) for one in found)
-            notes.append(
-                f"{use}, {title} loss: {held} of {len(found)} held; medians: width {width:.4f}, error {error:.4f}, "
-                f"further decrease {fall:.4f} nats"
-            )
-            lines += [
-                f"| {one.name} | {use} | {one.now:.3f} | {one.median:.3f}, {one.low:.3f} to {one.high:.3f} | "
-                f"{one.truth:.3f} | {'yes' if one.holds else 'no'} |"
-                for one in (found if title == "validation" else [])
-            ]
+            found = {curve.name: one for curve in curves if (one := try_look(look, curve)) is not None}
+            notes.append(f"{use}, {title} loss: {summarize(list(found.values()))}, {len(curves) - len(found)} refused")
+            if title == "validation":
+                lines += [_row(curve.name, use, found.get(curve.name)) for curve in curves]
     return "\n".join([*lines, "", *notes])
+
+
+def _row(name: str, use: str, one: Hindsight | None) -> str:
+    if one is None:
+        return f"| {name} ({use}) | | refused: no clear decrease | | |"
+    forecast = f"{one.median:.3f}, {one.low:.3f} to {one.high:.3f}"
+    return f"| {name} ({use}) | {one.now:.3f} | {forecast} | {one.truth:.3f} | {'yes' if one.holds else 'no'} |"
+
+
+def summarize(found: list[Hindsight]) -> str:
+    medians = {
+        "width": median(one.width for one in found),
+        "error": median(abs(one.median - one.truth) for one in found),
+        "further decrease": median(one.now - one.truth for one in found),
+    }
+    held = sum(one.holds for one in found)
+    return f"{held} of {len(found)} held; medians in nats: " + ", ".join(f"{k} {v:.4f}" for k, v in medians.items())
 
 
 def main() -> None:

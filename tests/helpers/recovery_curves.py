@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.planning.recovery_curve import ASSUMPTIONS, INTERVAL, Assumptions, Schedule, fit
+from launch.planning.recovery_curve import ASSUMPTIONS, INTERVAL, Assumptions, CannotFitError, Schedule, fit
 
 FIXTURE = Path(__file__).resolve().parents[1] / "data" / "recovery_curves.json"
 # How much of a training the forecast sees.
@@ -101,3 +102,11 @@ def look_back_at_training(curve: RealCurve, seen: float = SEEN, assumptions: Ass
     low, median, high = np.quantile(losses + noise, (INTERVAL[0], 0.5, INTERVAL[1]))
     now, truth = (float(part.mean()) for part in (curve.loss[count - last : count], curve.loss[-last:]))
     return Hindsight(curve.name, now, low, median, high, truth)
+
+
+def try_look(look: Callable[[RealCurve], Hindsight], curve: RealCurve) -> Hindsight | None:
+    """What `look` finds; None where the forecast is refused."""
+    try:
+        return look(curve)
+    except CannotFitError:
+        return None
