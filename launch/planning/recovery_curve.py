@@ -8,8 +8,9 @@ falls further while the rate decays, because the noise of large steps goes. Both
 its memory of some thousand steps is left out, as it cannot be told from so few points.
 
 Uncertainty: exponent and shift are on a grid, each pair weighted by how well it explains the points; given both, the
-other three follow from a linear regression. Draws from all of them are the forecast, and their quantiles its interval.
-A model error, measured on real curves, widens the further decrease of each draw.
+other three follow from a linear regression, in which the gain has a prior. Draws from all of them are the forecast, and
+their quantiles its interval. Two model errors, measured on real curves, widen it: one relative to the further decrease,
+one that grows with the distance, as real losses wander.
 """
 
 from __future__ import annotations
@@ -157,9 +158,8 @@ class Recovery:
         progress, annealed = self.schedule.at(tokens, end)
         progress_now, annealed_now = self.schedule.at(np.array([self.tokens]))
         # Backwards there is none: the points are there.
-        distance = np.maximum(np.log(np.maximum(progress, 1e-9) / progress_now), 0) + np.maximum(
-            annealed - annealed_now, 0
-        )
+        further = np.maximum(np.log(np.maximum(progress, 1e-9) / progress_now), 0)
+        distance = further + np.maximum(annealed - annealed_now, 0)
         decrease = (self.now[:, None] - self._curve(tokens, end)) * np.exp(self.error)[:, None]
         decrease = decrease - self.drift[:, None] * distance[None, :]
         # A loss does not end above where it is, unless the training breaks, which no curve foretells.

@@ -103,7 +103,9 @@ def test_the_end_of_a_training_that_runs(make: Make, say: Say) -> None:
     assert (found["points"], found["step"], found["max_steps"], found["end"]) == (30, 60, STEPS, END)
     (end,) = found["losses"]
     assert (end["tokens"], end["steps"], end["stretched"], end["measured"]) == (END, STEPS, False, None)
-    assert end["loss"]["low"] < end["loss"]["median"] < end["loss"]["high"] < loss(60)
+    assert end["loss"]["low"] < end["loss"]["median"] < end["loss"]["high"]
+    # At most where it is now, up to the fit's residual.
+    assert end["loss"]["high"] < loss(60) + 1e-3
     status, out, _ = say(run.path)
     assert status == 0
     assert f"after {END:,} tokens (step {STEPS})" in out
