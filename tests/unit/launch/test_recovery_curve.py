@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from launch.planning.recorded import make_schedule
 from launch.planning.recovery_curve import FEWEST_POINTS, CannotFitError, Schedule, fit
 from tests.conftest import Compose
 from tests.helpers.recovery_curves import (
+    SEEN,
     Hindsight,
     RealCurve,
     load_curves,
@@ -21,8 +23,9 @@ from tests.helpers.recovery_curves import (
 
 STEPS, TOKENS_PER_STEP = 200, 512
 LIMIT, AMPLITUDE, EXPONENT = 3.0, 0.5, 0.6
-# Of the intervals of real curves, nats: the losses fall by 0.2 to 0.5 in all.
-MOST_WIDTH = 0.25
+# Of the intervals of real curves, nats: the losses fall by 0.4 to 1.0 in all, of which a median of 0.22 after the first
+# third.
+MOST_WIDTH = 0.4
 
 
 def constant_rate(steps: int = STEPS) -> Schedule:
@@ -191,14 +194,15 @@ def test_the_real_curves_are_enough_and_differ() -> None:
     assert not seeds[0] & seeds[1]
 
 
-def hindsights(look: Callable[[RealCurve], Hindsight]) -> list[Hindsight]:
-    """Of the held-out curves; those whose first third has no clear decrease are refused."""
-    return [found for curve in curves("held out") if (found := try_look(look, curve)) is not None]
+def hindsights(look: Callable[..., Hindsight], seen: float = SEEN) -> list[Hindsight]:
+    """Of the held-out curves; those that have no clear decrease by then are refused."""
+    return [found for curve in curves("held out") if (found := try_look(partial(look, seen=seen), curve)) is not None]
 
 
-def test_intervals_hold_the_ends_of_held_out_curves() -> None:
-    """From the first third of each. The intervals are meant to hold 9 of 10; 8 of 10 are asked for."""
-    found = hindsights(look_back)
+@pytest.mark.parametrize("seen", [SEEN, 0.5])
+def test_intervals_hold_the_ends_of_held_out_curves(seen: float) -> None:
+    """From the first part of each. The intervals are meant to hold 9 of 10; 8 of 10 are asked for."""
+    found = hindsights(look_back, seen)
     missed = [one for one in found if not one.holds]
     assert len(found) >= 9
     assert len(missed) <= 0.2 * len(found), missed
