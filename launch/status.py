@@ -142,7 +142,7 @@ def _span(jobs: Sequence[str]) -> str:
     return jobs[0] if len(jobs) == 1 else f"{jobs[0]}..{jobs[-1]}" if jobs else ""
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def find_runs(folder: Path) -> Iterator[Path]:
     """Yield the run in a folder, or the runs of a sweep."""
     sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
     yield from sweep if sweep and not (folder / RESOLVED).exists() else [folder]
@@ -162,10 +162,10 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     args = parser.parse_args(arguments)
     try:
         if args.verify:
-            intact = [verify(_located(folder, stages), folder) for folder in _runs(args.run_dir)]
+            intact = [verify(_located(folder, stages), folder) for folder in find_runs(args.run_dir)]
             return 0 if all(intact) else 2
         while True:
-            runs = {str(folder): status(folder, stages) for folder in _runs(args.run_dir)}
+            runs = {str(folder): status(folder, stages) for folder in find_runs(args.run_dir)}
             if args.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             print(_format_json(runs) if args.json else _format_text(runs), flush=True)

@@ -10,7 +10,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerMod
 from torch.optim.lr_scheduler import LambdaLR
 
 from prune_distill.schema import Precision, Training
-from prune_distill.training.schedules import learning_rate
+from prune_distill.schema.schedules import learning_rate
 
 
 def connect_optimizer(model: Any, cfg: Training) -> None:

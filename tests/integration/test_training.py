@@ -22,7 +22,7 @@ from launch.planning.automatic import compose
 from prune_distill.config.load import save_resolved
 from prune_distill.pipeline.artifact import Located, locate, read_manifest, update_record
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.training.schedules import learning_rate
+from prune_distill.schema.schedules import learning_rate
 from tests.helpers import tiny, tolerance
 
 EXPLODED = r"the loss is [\d.e+]+, more than 10 times the median of the last 12, [\d.e-]+"

@@ -19,9 +19,9 @@ backend.activate()
 
 from prune_distill.nemo import nemo_api  # noqa: E402
 from prune_distill.schema import Parallel, Phase, Precision, Recompute, Schedule, Training  # noqa: E402
+from prune_distill.schema.schedules import learning_rate  # noqa: E402
 from prune_distill.training import training  # noqa: E402
 from prune_distill.training.optimizer import LearningRates, _no_decay, connect_optimizer  # noqa: E402
-from prune_distill.training.schedules import learning_rate  # noqa: E402
 from tests.helpers.one_rank import SHAPE, config, nemo_model, one_rank, write_data  # noqa: E402
 
 CFG = Training(

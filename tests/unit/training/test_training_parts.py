@@ -19,9 +19,9 @@ from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.errors import InputError
 from prune_distill.model.flops import Meter, sequence_flops
 from prune_distill.schema import Family, Loss, Mlflow, Phase, Recompute, Schedule, Shape, Training, WeightsAndBiases
+from prune_distill.schema.schedules import learning_rate
 from prune_distill.training.checkpoints import newest_checkpoint, select_superfluous
 from prune_distill.training.loss_guard import MIN_LOSSES, find_loss_fault
-from prune_distill.training.schedules import learning_rate
 from prune_distill.training.trackers import Trackers
 
 
