@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch import local, records
+from launch.planning.disk import free_bytes
 from launch.planning.output import summarize
 from launch.planning.plan import make_plan
 from launch.progress import StatusLine, duration, summary, training_status
@@ -25,6 +26,8 @@ from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 SECONDS_BETWEEN_LOOKS = 0.2
+# With less, the last lines of a log may be missing.
+ROOM_FOR_A_LOG = 64 * 1024
 
 
 @dataclass
@@ -164,9 +167,17 @@ def _failure(located: Located, code: int, reason: Reason, log: Path) -> StageFai
     if code == 0:
         ending = f"exit code 0, but no manifest.json in {located.folder}, so it is incomplete"
     parts = [f"stage {located.stage.name} failed ({ending})"]
-    if reason.fault is not None:
-        parts += [reason.fault]
+    fault = reason.fault or _disk_fault(located.folder)
+    if fault is not None:
+        parts += [fault]
     elif reason.lines:
         parts += ["last lines of its log:", *(f"  {line}" for line in reason.lines)]
     parts += [f"log: {log}", "complete stages are kept: fix the cause, then run the same command to resume"]
-    return StageFailedError("\n".join(parts), 2 if reason.fault is not None else 1)
+    return StageFailedError("\n".join(parts), 2 if fault is not None else 1)
+
+
+def _disk_fault(folder: Path) -> str | None:
+    """What a stage would have said if its disk had room for a line of the log."""
+    if free_bytes(folder) >= ROOM_FOR_A_LOG:
+        return None
+    return f"error: no space left on the disk of {folder}; free some space and run again: complete results are kept"

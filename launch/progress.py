@@ -122,4 +122,6 @@ def _headlines(folder: Path) -> list[str]:
         figures += [f"val loss {model['val_loss']:.4f}"] if model.get("val_loss") is not None else []
         lines.append(f"  {name:<8}  {'  '.join(figures)}")
     page = next(path for path in (folder / REPORT_PAGE, folder / REPORT_JSON) if path.exists())
-    return ["", *lines, "", f"report: {page}"]
+    student = report.get("models", {}).get("student", {}).get("hf_path")
+    exported = [] if student is None else [f"student: {folder.parent / student}"]
+    return ["", *lines, "", *exported, f"report: {page}"]

@@ -24,7 +24,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_manifest, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED
 from prune_distill.pipeline.stage import Output, Stage
-from prune_distill.pipeline.stage_log import last_attempt, read_reason
+from prune_distill.pipeline.stage_log import last_attempt, read_attempts, read_reason
 from prune_distill.pipeline.stages import STAGES
 
 SECONDS_BETWEEN_LOOKS = 5.0
@@ -102,6 +102,8 @@ def _stage(
         found.state, found.detail = "paused", f"at step {paused['step']}"
         # Why its job did not start it again, if the script recorded it.
         found.cause = read_reason(log, last_attempt(log)).fault if log.exists() else None
+    elif _has_other_settings(stage.folder):
+        found.detail = "complete for other settings"
     elif log.exists() and log.stat().st_size:
         found.state, found.cause = "failed", _cause(log, [queue[job].state for job in jobs if job in queue])
         found.detail = training_status(metrics, since=0)
@@ -112,6 +114,12 @@ def _stage(
         missing = [name for name in needs if not located[name].complete]
         found.detail = f"needs {', '.join(missing)}" if missing else ""
     return found
+
+
+def _has_other_settings(folder: Path) -> bool:
+    """Whether the folder's last attempt completed it, for settings that have changed since."""
+    manifest, starts = read_manifest(folder), read_attempts(folder / LOG)
+    return manifest is not None and not (starts and starts[-1].started > float(manifest["ended"]))
 
 
 def _cause(log: Path, states: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from prune_distill.schema.phases import training_tokens
 from prune_distill.units import GIB
 
 # Where there is too little room.
-FIX = "free some, or set run_dir to a larger disk"
+FIX = "delete something, or set run_dir to a larger disk"
 # What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
 # shapes (ckpt_optim_fully_reshardable), in either precision.
 OPTIMIZER_BYTES = 12

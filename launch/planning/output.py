@@ -32,6 +32,8 @@ PUBLISHED_DISTILLATIONS = {
     "Nemotron-Nano-9B-v2 to 7B": 0.18,
     "Nemotron-3-Nano-30B-A3B to 22B": 0.08,
 }
+# Parameters of a teacher below which those say nothing.
+SMALLEST_COMPARED = 1e9
 # Of a mixture: its experts, the FFN of each, and how many a token goes through.
 SIZES_OF_EXPERTS = {
     "experts": "num_moe_experts",
@@ -114,7 +116,8 @@ def to_table(plan: Plan, variants: Sequence[Variant] = ()) -> str:
 def _variants(variants: Sequence[Variant]) -> list[str]:
     """What other lengths and variants take, with the present layout."""
     rows = to_rows(variants)
-    notes = [f"{variant.name}: not estimated ({variant.why_not})" for variant in variants if variant.why_not]
+    notes = ["cached logits pay where further students or epochs read them"] if rows and len(rows) > 2 else []
+    notes += [f"{variant.name}: not estimated ({variant.why_not})" for variant in variants if variant.why_not]
     return [*(_columns(rows) if rows else []), *(line for note in notes for line in WRAP.wrap(note))]
 
 
@@ -258,12 +261,17 @@ def _speed(plan: Plan, gpu: Gpu) -> list[str]:
         return ["time, computed from shapes and the GPU's figures"]
     parts = sorted(step.parts.items(), key=lambda part: -part[1])
     shares = ", ".join(f"{name.replace('_', ' ')} {value / step.total:.0%}" for name, value in parts if value)
-    known = ", ".join(f"{share:.0%} ({name}: {share / mfu:.2f}x)" for name, share in PUBLISHED_DISTILLATIONS.items())
     sentences = [
         f"time, computed from shapes, layout and the GPU's figures; not measured: a step of the distillation takes "
         f"{_number(step.total)} s, {mfu:.0%} of the peak (MFU): {shares}",
-        f"published distillations on H100s, whose layouts are not known, reached {known}",
     ]
+    (hours,) = [stage.hours for stage in plan.stages if stage.stage == "distill"]
+    if hours is not None and plan.teacher.parameters >= SMALLEST_COMPARED:
+        known = ", ".join(
+            f"{share:.0%} ({name}), at which it would take {_number(hours * mfu / share)} hours"
+            for name, share in PUBLISHED_DISTILLATIONS.items()
+        )
+        sentences.append(f"published distillations on H100s, whose layouts are not known, reached {known}")
     if plan.teacher.shape.num_moe_experts:
         sentences.append("mixtures of experts: one published pretraining on H100s took 2.2 times the estimate")
     return [line for text in sentences for line in WRAP.wrap(text)]
@@ -337,11 +345,11 @@ def _disk(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> list[str]:
     gpu = plan.cluster.gpu
     if gpu is None:
-        verdict = "whether it fits is not known: state cluster.gpu (name, memory_gib, bf16_tflops)"
+        verdict = "whether it fits is not known: choose a GPU, as in cluster.gpu=h200"
     elif plan.fits:
-        verdict = f"fits: {_gib(plan.peak)} of {_number(gpu.memory_gib)} GiB"
+        verdict = f"fits the GPU: {_gib(plan.peak)} of {_number(gpu.memory_gib)} GiB"
     else:
-        verdict = f"does not fit: {plan.fix}"
+        verdict = f"does not fit the GPU: {plan.fix}"
     sentences = [*(f"warning: {warning}" for warning in plan.warnings), verdict]
     return [line for text in sentences for line in WRAP.wrap(text)]
 

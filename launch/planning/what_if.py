@@ -59,12 +59,11 @@ def what_if(cfg: RunConfig) -> list[Variant]:
     layers = math.ceil(student_shape(cfg).num_layers * FEWER_LAYERS)
     cached = dataclasses.replace(cfg.distill, teacher_logits=TeacherLogits.cached)
     pruned = dataclasses.replace(cfg.prune, num_layers=layers, drop_layers=None)
-    variants = [
-        _variant("as configured", {}, cfg, lengths),
-        _variant(
-            f"{layers} layers", {"prune.num_layers": str(layers)}, dataclasses.replace(cfg, prune=pruned), lengths
-        ),
-    ]
+    variants = [_variant("as configured", {}, cfg, lengths)]
+    # A search chooses its sizes itself, and rounds have sizes of their own.
+    if cfg.prune.budget is None and not cfg.prune.rounds and layers < student_shape(cfg).num_layers:
+        smaller = dataclasses.replace(cfg, prune=pruned)
+        variants.append(_variant(f"{layers} layers", {"prune.num_layers": str(layers)}, smaller, lengths))
     if cfg.distill.runs_teacher:
         variants += [
             _variant(
@@ -120,21 +119,23 @@ def to_json(variants: Sequence[Variant]) -> list[dict[str, object]]:
 
 def to_rows(variants: Sequence[Variant]) -> list[list[str]]:
     """A table: for each variant the GPU-hours at each length, and the cost where the GPU's price is stated."""
-    shown = next((variant for variant in variants if variant.cells), None)
-    if shown is None:
+    estimated = [variant for variant in variants if variant.cells]
+    if not estimated:
         return []
-    lengths = [f"{cell.tokens / 1e9:,.3g} B tokens" for cell in shown.cells]
+    lengths = [f"{_count(cell.tokens)} tokens" for cell in estimated[0].cells]
     rows = [["GPU-hours", *lengths]]
-    for variant in variants:
-        cells = [
-            f"{cell.gpu_hours:,.0f}" if cell.gpu_hours >= 10 else f"{cell.gpu_hours:.2f}" for cell in variant.cells
-        ]
-        rows.append([variant.name, *(cells or ["-"] * len(lengths))])
-    if shown.cells[0].cost is not None:
+    rows += [[variant.name, *(_number(cell.gpu_hours) for cell in variant.cells)] for variant in estimated]
+    if estimated[0].cells[0].cost is not None:
         rows.append(["cost", *lengths])
-        rows += [
-            [variant.name, *(f"{cell.cost or 0:,.0f}" for cell in variant.cells)]
-            for variant in variants
-            if variant.cells
-        ]
+        rows += [[variant.name, *(_number(cell.cost or 0.0) for cell in variant.cells)] for variant in estimated]
     return rows
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def _count(tokens: float) -> str:
+    """`10 B`, or in smaller units for a small run."""
+    unit, letter = next((item for item in ((1e9, "B"), (1e6, "M")) if tokens >= item[0]), (1e3, "k"))
+    return f"{tokens / unit:,.3g} {letter}"

@@ -41,10 +41,15 @@ def thin_points(points: Points) -> Points:
     return points if stride < 2 else [*points[:-1:stride], points[-1]]
 
 
-def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines]) -> Plot | None:
-    """Plot the held-out loss of every student during training, with those of the pruned model and the teacher."""
-    pruned = finite(models.get("pruned", {}).get("val_loss"))
-    levels = {name: models.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
+def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines], same_tokens: bool = True) -> Plot | None:
+    """Plot the held-out loss of every student during training, with those of the pruned model and the teacher.
+
+    Args:
+        same_tokens: whether training and evaluation measure on the same tokens; otherwise the curves stand alone.
+    """
+    evaluated = models if same_tokens else {}
+    pruned = finite(evaluated.get("pruned", {}).get("val_loss"))
+    levels = {name: evaluated.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
     found = {}
     for name, lines in curves.items():
         if points := extract_points(lines, "val_loss"):

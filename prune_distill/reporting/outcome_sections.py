@@ -44,10 +44,13 @@ def models(run: RunFolder, report: Report) -> Iterator[Block]:
     tokens = next((model["tokens"] for model in models.values() if finite(model.get("tokens")) is not None), None)
     if tokens is not None:
         yield Note(
-            f"Held-out loss: mean over {words.number(tokens)} tokens of documents that no model was trained on, with"
+            f"Held-out loss: mean over {words.number(tokens)} tokens of documents that this run does not train on, with"
             " plain transformers on the Hugging Face folders. Changes are relative to the teacher."
             f"{CONTROL if 'ce' in models else ''}"
         )
+    folders = {name: model["hf_path"] for name, model in models.items() if model.get("hf_path")}
+    if "student" in folders:
+        yield Note(f"The student's Hugging Face folder, below the run's folder: {folders['student']}")
     yield _details(models)
 
 

@@ -16,14 +16,19 @@ from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
+from prune_distill.schema import RunConfig
 
 CANDIDATES_SHOWN = 40
 
 
 def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     curves = {name: run.stages[stage].lines() for name, stage in TRAINED.items() if stage in run.stages}
+    same = _validates_as_evaluated(run.cfg)
+    validated = "Held-out loss of the students during training" + (
+        "." if same else ", on the validation batches: not comparable with the losses of the evaluation."
+    )
     shown: list[tuple[Plot | None, str]] = [
-        (figures.validation(report["models"], curves), "Held-out loss of the students during training."),
+        (figures.validation(report["models"], curves, same), validated),
         *(
             (figures.training(lines, name), f"Training loss: {format_label(name)}{_kind(run, name)}.")
             for name, lines in curves.items()
@@ -39,12 +44,20 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     ]
     if drawn := draw(shown, clean):
         yield from drawn
-        yield Note("Training losses of different kinds are not comparable; held-out losses are.")
+        yield Note("Training losses of different kinds are not comparable; the students' held-out losses are.")
     for name, stage in TRAINED.items():
         if stage in run.stages and not curves[name]:
             yield missing(run, stage, f"{format_label(name)}: no step has been recorded")
     if not report["recovery"]:
         yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
+
+
+def _validates_as_evaluated(cfg: RunConfig | None) -> bool:
+    """Whether validation during training measures on the same tokens as the evaluation."""
+    if cfg is None:
+        return False
+    whole = cfg.distill.val_batches is None and cfg.evaluate.max_sequences is None
+    return whole and cfg.distill.seq_length == cfg.evaluate.seq_length
 
 
 def _kind(run: RunFolder, name: str) -> str:
@@ -113,6 +126,8 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
             drawn.append((plots.pareto(rows, teacher, cost), caption))
     yield from draw(drawn, clean)
     rows = figures.candidates(table.get("candidates", []), "params")
+    if any(row["rounds"] for row in rows):
+        yield Note("Losses just pruned and after a round are measured on different held-out samples.")
     if rows:
         yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
 
@@ -123,9 +138,9 @@ def _candidate_table(rows: list[Json], choice: Json) -> Table:
         Column("Candidate", text=True),
         Column("Parameters"),
         Column("Latency", "ms"),
-        Column("Loss", "just pruned"),
+        Column("Loss", "just pruned, search's samples"),
         Column("KL", "to the teacher"),
-        Column("Loss", "after its last round"),
+        Column("Loss", "after its last round, validation batches"),
         *([Column("Score", "after its last round")] if scored else []),
         Column("Pareto", text=True),
     ]

@@ -36,7 +36,7 @@ class Gpu:
     """The GPU that `launch.plan` computes memory and hours for."""
 
     # Name of the GPU in plans and messages.
-    name: str = MISSING
+    name: str = site_specific("its name, or choose a GPU with its figures, as in cluster.gpu=h200")
     # GiB that PyTorch can use: the "total capacity" in its out-of-memory errors.
     memory_gib: PositiveFloat = MISSING
     # Peak TFLOP/s of bf16 products with fp32 sums, without sparsity.

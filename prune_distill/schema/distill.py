@@ -38,7 +38,7 @@ class Divergence(Enum):
 
 
 class TeacherLogits(Enum):
-    """Where distillation gets the teacher's distributions. `live`: the teacher runs next to the student. `stored`: the
+    """Where distillation gets the teacher's distributions. `live`: the teacher runs next to the student. `cached`: the
     teacher runs once in an earlier stage, which keeps the most probable tokens of each distribution (offline
     distillation)."""
 

@@ -311,7 +311,7 @@ def _whole(folder: Path) -> bool:
 def cut(folder: Path) -> str:
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 1000)
-    return "model.safetensors ends within"
+    return "model.safetensors is truncated: it ends within"
 
 
 def damage_header(folder: Path) -> str:

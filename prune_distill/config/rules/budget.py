@@ -96,9 +96,9 @@ def _reachable_limits(cfg: RunConfig, space: student.Space) -> Iterator[Finding]
             sizes = ", ".join(f"{axis} {getattr(smallest, axis)}" for axis in student.AXES)
             yield Finding(
                 key,
-                f"below the {smallest_value / unit:g} {words} of the smallest shape within max_depth_pruning and "
-                f"max_width_pruning ({sizes}); set {key} to {_round_up(smallest_value / scale)} or more, or raise "
-                "those",
+                f"below the {smallest_value / unit:g} {words} of the smallest shape within the bounds of the search "
+                f"({sizes}); set {key} to {_round_up(smallest_value / scale)} or more, or raise "
+                "prune.budget.max_depth_pruning or prune.budget.max_width_pruning",
             )
 
 

@@ -147,7 +147,7 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
 
 def test_a_plan_shows_the_nearest_layout_where_none_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main([ONE_GPU, "distill.seq_length=32768", "cluster.gpu.memory_gib=15"]) == 1
-    assert "does not fit: no layout fits sequences of 32768 tokens: set" in capsys.readouterr().out
+    assert "does not fit the GPU: no layout fits sequences of 32768 tokens: set" in capsys.readouterr().out
 
 
 def test_where_nothing_divides_the_reasons_are_named() -> None:

@@ -111,6 +111,14 @@ def test_a_failed_stage_is_named_with_its_last_lines_and_resumed(launcher: Launc
     assert (launcher.folder("second") / "log.txt").read_text().count("--- 20") == 2
 
 
+def test_a_disk_without_room_for_the_log_is_named(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.pipeline.free_bytes", lambda path: 4096)
+    code, _, err = launcher.run(plan={"second": "fail"})
+    assert code == 2
+    assert f"error: no space left on the disk of {launcher.folder('second')}; free some space" in err
+    assert "about to divide" not in err
+
+
 def test_only_the_message_of_a_user_error_is_shown(launcher: Launcher) -> None:
     code, _, err = launcher.run(plan={"first": "fault"})
     assert code == 2

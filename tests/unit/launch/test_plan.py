@@ -307,7 +307,7 @@ def test_every_experiment_has_a_table_that_fits_a_terminal(name: str, capsys: py
     assert status == 0
     assert len(lines) <= 70
     assert max(map(len, lines)) <= 110
-    assert lines[-1].startswith("whether it fits is not known" if name == "demo" else "fits: ")
+    assert lines[-1].startswith("whether it fits is not known" if name == "demo" else "fits the GPU: ")
     assert any("assumption" in line or "assumed" in line for line in lines)
     assert name == "demo" or any("not measured" in line for line in lines)
 
@@ -336,7 +336,7 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
 def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["experiment=qwen3_0_6b_one_gpu", PUBLISHED, ONE_RANK, "distill.micro_batch_size=8"]) == 1
     out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("does not fit: set distill.micro_batch_size=4")
+    assert out.splitlines()[-1].startswith("does not fit the GPU: set distill.micro_batch_size=4")
     assert plan.main([DEPTH, "distill.parallel.tensor_model_parallel_size=3"]) == 2
     assert "with distill.parallel.tensor_model_parallel_size=3 divides" in capsys.readouterr().err
 
