@@ -73,7 +73,7 @@ def _describe(stage: str, metrics: dict[str, Any]) -> list[str]:
         loss = metrics.get("val_loss")
         return [
             f"Trained on {metrics['tokens']:,} tokens in {metrics['steps']:,} steps after pruning"
-            + (f"; held-out loss {loss:.4f} nats per token." if loss is not None else ".")
+            + (f"; validation loss {loss:.4f} nats per token." if loss is not None else ".")
         ]
     return []
 

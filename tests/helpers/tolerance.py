@@ -10,8 +10,8 @@ BACKEND = "gpu" if GPU else "cpu"
 LOGITS = 2e-2 if GPU else 1e-4
 # Losses of the same run in another layout. CPU: 2e-8 measured; the project guarantees 1e-5.
 LOSS = 1e-3 if GPU else 1e-5
-# Gradients of the same run in another layout, of the largest one. CPU: sums in fp32 in another order, after steps of Adam
-# that it changed too; at most 1.3e-5 measured (AMD EPYC with AVX-512, upstream's loss), below 1e-5 on other processors.
+# Gradients of the same run in another layout, of the largest one. CPU: sums in fp32 in another order, also in earlier
+# steps of Adam; at most 1.3e-5 measured (AMD EPYC with AVX-512, upstream's loss), below 1e-5 on other processors.
 GRADIENTS = 1e-3 if GPU else 2e-5
 # Losses of the same run, killed and resumed: to the last digit on a CPU; a GPU's kernels may add in any order.
 RESUMED = LOSS if GPU else 0.0

@@ -108,7 +108,7 @@ def test_stages_are_described_in_order(tmp_path: Path, reference: Path) -> None:
     begin = message.index("Made from Qwen/Qwen3-8B.")
     assert message[begin + 1 : begin + 3] == [
         "Pruned with NVIDIA ModelOpt (Minitron) from 5,000,000 to 3,000,000 parameters; layers kept: 1-3, 6.",
-        "Trained on 160,000 tokens in 160 steps after pruning; held-out loss 3.6543 nats per token.",
+        "Trained on 160,000 tokens in 160 steps after pruning; validation loss 3.6543 nats per token.",
     ]
     assert metadata["tags"] == ["nemo", "distillation"]
     assert Provenance.read(tmp_path / "elsewhere" / "nemo").sentences == []
