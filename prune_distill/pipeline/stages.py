@@ -71,6 +71,8 @@ READ_BY_EVALUATE = {
 READ_BY_REPORT = {
     "prune": "in the hash of prune, an input",
     "distill": "in the hash of distill, an input",
+    "evaluate.seq_length": "in the hash of evaluate, an input",
+    "evaluate.max_sequences": "in the hash of evaluate, an input",
     "model.shape": "read from the teacher's files, inputs of stages that are inputs",
 }
 

@@ -33,6 +33,7 @@ class Manifest:
 
     Attributes:
         started, ended, seconds: times of the stage's last process.
+        settings: values of settings that are not part of the stage's hash, by dotted key.
         inputs: the path of each input, relative to the run where it is inside.
         metrics: metrics that the stage returned; may be empty.
         peak_memory: `gpu_bytes` and `host_bytes`.
@@ -43,6 +44,7 @@ class Manifest:
     seconds: float | None = None
     git_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     metrics: Json = field(default_factory=dict)
     peak_memory: dict[str, int | None] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Manifest:
             seconds=finite(content.get("seconds")),
             git_commit=commit if isinstance(commit, str) else None,
             versions={name: str(version) for name, version in _object(content.get("versions")).items()},
+            settings=_object(content.get("settings")),
             inputs={name: path for name, path in paths.items() if isinstance(path, str)},
             metrics=_object(content.get("metrics")),
             peak_memory=_object(content.get("peak_memory")),

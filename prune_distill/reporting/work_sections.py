@@ -16,14 +16,13 @@ from prune_distill.reporting.plots import Plot
 from prune_distill.reporting.results import TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
-from prune_distill.schema import RunConfig
 
 CANDIDATES_SHOWN = 40
 
 
 def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     curves = {name: run.stages[stage].lines() for name, stage in TRAINED.items() if stage in run.stages}
-    same = _validates_as_evaluated(run.cfg)
+    same = _validates_as_evaluated(run)
     validated = "Held-out loss of the students during training" + (
         "." if same else ", on the validation batches: not comparable with the losses of the evaluation."
     )
@@ -52,11 +51,14 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
 
 
-def _validates_as_evaluated(cfg: RunConfig | None) -> bool:
-    """Whether validation during training measures on the same tokens as the evaluation."""
-    if cfg is None:
+def _validates_as_evaluated(run: RunFolder) -> bool:
+    """Whether validation during the distillation measures on the same tokens as the evaluation."""
+    cfg, distill = run.cfg, run.stages.get("distill")
+    if cfg is None or distill is None:
         return False
-    whole = cfg.distill.val_batches is None and cfg.evaluate.max_sequences is None
+    # A complete stage keeps the value that it was made with.
+    batches = distill.manifest.settings.get("distill.val_batches", cfg.distill.val_batches)
+    whole = batches is None and cfg.evaluate.max_sequences is None
     return whole and cfg.distill.seq_length == cfg.evaluate.seq_length
 
 

@@ -111,7 +111,7 @@ def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., Run
     located = list(locate(demo()).values())
     for number, stage in enumerate(located):
         write_manifest(stage, 0.0, 60.0 + number, {})
-    student = {"params": 3_000_000, "val_loss": None}
+    student = {"params": 3_000_000, "val_loss": None, "hf_path": "nemo_to_hf-0123/student"}
     report = {"models": {"teacher": {"params": 5_250_000, "val_loss": 3.588}, "student": student}}
     folder = located[-1].folder
     write_json(folder / "report.json", report)
@@ -121,7 +121,7 @@ def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., Run
     evaluate = [stage.stage.name for stage in located].index("evaluate")
     assert ["evaluate", f"1:{evaluate:02}"] in rows
     assert "teacher        5.25 M parameters  val loss 3.5880\n" in text
-    assert f"report: {folder / 'report.json'}" in text
+    assert f"student: {folder.parent / 'nemo_to_hf-0123/student'}\nreport: {folder / 'report.json'}" in text
     (folder / "index.html").write_text("")
     assert f"report: {folder / 'index.html'}" in summary(located)
     (folder / "report.json").write_text("{")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.planning.automatic import compose
 from launch.records import write_interim_report
 from launch.status import main, status
-from prune_distill.pipeline.artifact import read_state
-from prune_distill.pipeline.names import LAUNCHES, PLAN
+from prune_distill.config.load import save_resolved
+from prune_distill.pipeline.artifact import locate, read_state, write_manifest
+from prune_distill.pipeline.names import LAUNCHES, LOG, PLAN, RESOLVED
 from tests.helpers.fake_stage import TABLE
 from tests.helpers.launches import run_launcher, wait_for
 
@@ -103,3 +105,21 @@ def test_a_sweep_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.Captu
     assert f"{tmp_path}/1\n" in message
     assert main([str(tmp_path / "nowhere")], TABLE) == 2
     assert "nowhere/resolved.yaml: does not exist" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_complete_for_other_settings_has_not_failed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    cfg = compose(["experiment=demo", f"run_dir={run_dir}"])
+    save_resolved(cfg, run_dir / RESOLVED)
+    report = locate(cfg)["report"]
+    report.folder.mkdir()
+    (report.folder / LOG).write_text("--- 2026-11-28 10:00:00 +0000 python -m recipes report\n")
+    write_manifest(report, 1.0, 4e9, {})
+    changed = compose(["experiment=demo", f"run_dir={run_dir}", "distill.lr=5e-4"])
+    save_resolved(changed, run_dir / RESOLVED)
+    (found,) = [stage for stage in status(run_dir) if stage.stage == "report"]
+    assert (found.state, found.detail) == ("to do", "complete for other settings")
+    # An attempt after it that left no manifest of its own has failed.
+    write_manifest(report, 1.0, 2.0, {})
+    (found,) = [stage for stage in status(run_dir) if stage.stage == "report"]
+    assert found.state == "failed"

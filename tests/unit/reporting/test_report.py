@@ -331,3 +331,16 @@ def test_the_report_imports_neither_torch_nor_nemo() -> None:
 )
 def test_formatted_numbers(output: str, expected: str) -> None:
     assert output == expected
+
+
+def test_losses_on_other_tokens_are_not_drawn_together(tmp_path: Path) -> None:
+    whole, _ = build(report_runs.finished(tmp_path / "whole"))
+    assert "Held-out loss of the students during training.</" in whole
+    batches, _ = build(report_runs.finished(tmp_path / "batches", "distill.val_batches=8"))
+    assert "during training, on the validation batches: not comparable with the losses of the evaluation." in batches
+    # A complete distillation keeps the value that it was made with.
+    run_dir = report_runs.finished(tmp_path / "kept")
+    (manifest,) = run_dir.glob("distill-*/manifest.json")
+    content = json.loads(manifest.read_text())
+    write_json(manifest, {**content, "settings": {"distill.val_batches": 8}})
+    assert "on the validation batches" in build(run_dir)[0]
