@@ -25,7 +25,7 @@ from launch.planning.memory import Models, fullest, prune_memory
 from launch.planning.plan import distillation, stage_memory
 from prune_distill.config import load
 from prune_distill.config.validate import validate
-from prune_distill.config.values import get_value
+from prune_distill.config.values import get_value, replace_values
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.pipeline.names import RESOLVED
 from prune_distill.schema import Gpu, Precision, Recompute, RunConfig
@@ -71,15 +71,8 @@ def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = Fa
     for key in (CORRECTION, DISTILL):
         fixed = {name: get_value(cfg, f"{key}.{name}") for name in LAYOUT if f"{key}.{name}" not in automatic}
         if len(fixed) < len(LAYOUT) and get_value(cfg, key) is not None:
-            task = _task(cfg, key, fixed)
-            cfg = _set(
-                cfg,
-                {
-                    f"{key}.{name}": value
-                    for name, value in _best(task, accept_nearest).values.items()
-                    if name not in fixed
-                },
-            )
+            chosen = _best(_task(cfg, key, fixed), accept_nearest)
+            cfg = replace_values(cfg, {f"{key}.{name}": value for name, value in chosen.values.items()})
     return _choose_pruning(cfg, automatic, accept_nearest)
 
 
@@ -94,7 +87,7 @@ def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
     values = {key: get_value(earlier, key) for key in automatic}
     if any(value is None for value in values.values()):
         return None
-    kept = _set(cfg, values)
+    kept = replace_values(cfg, values)
     fits = kept.cluster.gpu is None or all(
         fullest(memory).total <= _limit(kept) for memory in stage_memory(kept).values()
     )
@@ -129,12 +122,13 @@ def _best(task: Task, accept_nearest: bool) -> Layout:
     one sequence at a time."""
     if task.cfg.cluster.gpu is None:
         fixed = {"micro_batch_size": 1, "recompute": Recompute.none, **task.fixed}
-        layouts = fitting(dataclasses.replace(task, fixed=fixed), float("inf"))
+        fit = iter(fitting(dataclasses.replace(task, fixed=fixed), float("inf")))
     else:
         limit = _limit(task.cfg)
-        layouts = [layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout, limit)]
-    if layouts:
-        return layouts[0]
+        fit = (layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout, limit))
+    best = next(fit, None)
+    if best is not None:
+        return best
     nearest = smallest_layout(task)
     if accept_nearest and nearest is not None:
         return nearest
@@ -143,7 +137,7 @@ def _best(task: Task, accept_nearest: bool) -> Layout:
 
 def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
     """Whether the other stages that have the distillation's layout fit as well."""
-    cfg = _set(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
+    cfg = replace_values(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
     memory = stage_memory(cfg)
     return all(
         fullest(memory[stage]).total <= limit
@@ -182,7 +176,7 @@ def _choose_pruning(cfg: RunConfig, automatic: Collection[str], accept_nearest: 
     stages = [count for count in range(1, devices + 1) if devices % count == 0]
     sizes = [1] if cfg.cluster.gpu is None else list(MICRO_BATCHES)
     options = [
-        _set(cfg, {PRUNE_STAGES: count, PRUNE_BATCH: size}, automatic)
+        replace_values(cfg, {PRUNE_STAGES: count, PRUNE_BATCH: size})
         for count in (stages if PRUNE_STAGES in automatic else [cfg.prune.pipeline_model_parallel_size])
         for size in (sizes if PRUNE_BATCH in automatic else [cfg.prune.micro_batch_size])
     ]
@@ -205,16 +199,3 @@ def _choose_pruning(cfg: RunConfig, automatic: Collection[str], accept_nearest: 
         "take GPUs of more memory"
     )
     raise ConfigError([Fault("launch.layout", (PRUNE_STAGES,), message)])
-
-
-def _set(cfg: RunConfig, values: dict[str, Any], only: Collection[str] | None = None) -> RunConfig:
-    """A copy of a config with other values of these dotted keys, or of those that are among `only`."""
-    for key, value in values.items():
-        if only is None or key in only:
-            cfg = _replace(cfg, key.split("."), value)
-    return cfg
-
-
-def _replace(node: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    return dataclasses.replace(node, **{name: _replace(getattr(node, name), rest, value) if rest else value})

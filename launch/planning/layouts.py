@@ -167,14 +167,14 @@ def _parallels(task: Task) -> Iterator[Parallel]:
     """Every split of the ranks, and of a mixture's experts; tensor-parallel ranks share a node."""
     cfg, shape = task.cfg, task.cfg.model.shape
     sequence_parallel = task.training.parallel.sequence_parallel
+    fixed = {key.partition(".")[2]: value for key, value in task.fixed.items() if key.startswith("parallel.")}
     experts = (shape.num_moe_experts if shape else None) or 1
     for tensor in _divisors(cfg.cluster.devices_per_node):
         for pipeline in _divisors(task.ranks // tensor):
             for context in _divisors(task.ranks // tensor // pipeline):
                 for expert in _divisors(math.gcd(experts, task.ranks // pipeline)):
                     parallel = Parallel(tensor, pipeline, context, sequence_parallel, expert)
-                    fixed = {key: value for key, value in task.fixed.items() if key.startswith("parallel.")}
-                    if all(getattr(parallel, key.partition(".")[2]) == value for key, value in fixed.items()):
+                    if all(getattr(parallel, name) == value for name, value in fixed.items()):
                         yield parallel
 
 

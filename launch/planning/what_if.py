@@ -57,25 +57,16 @@ def what_if(cfg: RunConfig) -> list[Variant]:
     lengths = sorted([own, *(tokens for tokens in TOKENS if abs(tokens / own - 1) > SAME_LENGTH)])
     gpu = cfg.cluster.gpu
     layers = math.ceil(student_shape(cfg).num_layers * FEWER_LAYERS)
-    cached = dataclasses.replace(cfg.distill, teacher_logits=TeacherLogits.cached)
-    pruned = dataclasses.replace(cfg.prune, num_layers=layers, drop_layers=None)
     variants = [_variant("as configured", {}, cfg, lengths)]
     # A search chooses its sizes itself, and rounds have sizes of their own.
     if cfg.prune.budget is None and not cfg.prune.rounds and layers < student_shape(cfg).num_layers:
-        smaller = dataclasses.replace(cfg, prune=pruned)
+        smaller = dataclasses.replace(cfg, prune=dataclasses.replace(cfg.prune, num_layers=layers, drop_layers=None))
         variants.append(_variant(f"{layers} layers", {"prune.num_layers": str(layers)}, smaller, lengths))
     if cfg.distill.runs_teacher:
-        variants += [
-            _variant(
-                "cached logits",
-                {"distill.teacher_logits": "cached"},
-                dataclasses.replace(cfg, distill=cached),
-                lengths,
-            ),
-            _variant("FP8 teacher", {}, cfg, lengths, fp8=(False, True)),
-        ]
-    if gpu is not None and gpu.fp8_tflops is None:
-        variants = [variant for variant in variants if variant.name != "FP8 teacher"]
+        cached = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, teacher_logits=TeacherLogits.cached))
+        variants.append(_variant("cached logits", {"distill.teacher_logits": "cached"}, cached, lengths))
+        if gpu is None or gpu.fp8_tflops is not None:
+            variants.append(_variant("FP8 teacher", {}, cfg, lengths, fp8=(False, True)))
     return variants
 
 

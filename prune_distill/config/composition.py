@@ -124,14 +124,11 @@ def _expand(override: Override, config_dir: str | os.PathLike[str] | None) -> li
             message = f"cluster.gpu={value}: not a GPU; set cluster.gpu to {names}, or state its figures one by one"
             raise ConfigError([Fault("cluster.gpu", ("cluster.gpu",), message)])
         figures = dict.fromkeys(field.name for field in dataclasses.fields(Gpu)) | figures
-        return [f"++cluster.gpu={{{','.join(f'{name}:{_hydra_value(figure)}' for name, figure in figures.items())}}}"]
+        pairs = (f"{name}:{quote_for_hydra(figure, quote=True)}" for name, figure in figures.items())
+        return [f"++cluster.gpu={{{','.join(pairs)}}}"]
     if value == AUTO and key.endswith(".parallel"):
         return [f"++{item}={AUTO}" for item in AUTOMATIC if item.startswith(f"{key}.")]
     return []
-
-
-def _hydra_value(value: Any) -> str:
-    return quote_for_hydra(value, quote=True) if isinstance(value, str) else "null" if value is None else str(value)
 
 
 def gpu_figures(name: str, config_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def write(curves: list[dict[str, Any]], path: Path) -> None:
 
 
 def make_curves(folder: Path, seconds: float) -> None:
-    """Writes the fixture anew; no curve is started once the time is up."""
+    """Writes the fixture again; no curve is started once the time is up."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     teacher = make_teacher(folder)

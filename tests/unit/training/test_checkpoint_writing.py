@@ -101,7 +101,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
         assert not target.exists()
         assert synced == []
         saves._finish(trainer)
-        # Both waits block: the one before a checkpoint is begun, and this one.
+        # Both waits block: the one before a checkpoint is written, and this one.
         assert trainer.waits == [True, True]
     assert trainer.written == [("training", None)]
     assert {path.name for path in target.iterdir()} == {"weights", CONTEXT, OUTPUTS}
