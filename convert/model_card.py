@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from prune_distill.config.wording import ranges
 from prune_distill.model.hf_config import HfConfig
 from prune_distill.model.hf_shape import may_be_hub_id, parse_shape
 from prune_distill.pipeline.artifact import read_manifest
+from prune_distill.schema import QuantFormat, QuantizeConfig
 
 _SIZES = {
     "num_layers": "layers",
@@ -21,6 +23,40 @@ _SIZES = {
     "ffn_hidden_size": "FFN size",
     "num_attention_heads": "attention heads",
     "num_query_groups": "query groups",
+}
+
+
+_VLLM = "vLLM 0.32 reads it: on CPUs, as the tests of the repository that wrote it do with small models, and on GPUs"
+_UNTRIED = "vLLM 0.32 reads it on {gpus} GPUs by its source; the repository that wrote it has no test of that"
+_CALIBRATED = "Ranges were calibrated on {samples} sequences of {tokens} tokens of the training data."
+# What is quantized, how, and which engine reads it.
+_FORMATS = {
+    QuantFormat.fp8: (
+        "FP8 (E4M3) weights with a scale per output channel, and activations with a scale per token",
+        "Weights are rounded to nearest; no calibration was needed.",
+        f"{_VLLM} of compute capability 8.9 and later.",
+    ),
+    QuantFormat.fp8_tensor: (
+        "FP8 (E4M3) weights and activations with one scale per tensor",
+        _CALIBRATED,
+        f"{_UNTRIED.format(gpus='NVIDIA')}.",
+    ),
+    QuantFormat.nvfp4: (
+        "FP4 (E2M1) weights and activations in blocks of 16, with scales in FP8",
+        _CALIBRATED,
+        f"{_UNTRIED.format(gpus='NVIDIA Blackwell')}.",
+    ),
+    QuantFormat.int8: (
+        "INT8 weights with a scale per output channel, and activations with a scale per token",
+        "Weights are rounded to nearest; no calibration was needed.",
+        f"{_VLLM} (format compressed-tensors).",
+    ),
+    QuantFormat.int4: (
+        "INT4 weights in groups with a common scale; activations keep their type",
+        "Groups have {group} weights; the range of each was found by AWQ's clipping search, without its scaling of"
+        f" channels. {_CALIBRATED}",
+        f"{_VLLM} (format compressed-tensors).",
+    ),
 }
 
 
@@ -119,6 +155,47 @@ def model_card(
         'model = AutoModelForCausalLM.from_pretrained("PATH")',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def quantized_model_card(
+    name: str, student: Path, quant_format: QuantFormat, kept: Sequence[str], cfg: QuantizeConfig
+) -> str:
+    """Return the card of a quantized model.
+
+    Args:
+        name: name of the quantized model.
+        student: folder of the model that was quantized, whose card continues this one.
+        kept: names of its linear layers that are not quantized.
+    """
+    metadata = _front_matter(student)
+    tags = metadata.get("tags")
+    metadata["tags"] = [*(tags if isinstance(tags, list) else []), quant_format.value]
+    if "base_model_relation" in metadata:
+        metadata["base_model_relation"] = "quantized"
+    what, how, engines = _FORMATS[quant_format]
+    how = how.format(
+        samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size
+    )
+    patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
+    others = f" and those that match {patterns}" if patterns else ""
+    body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2]
+    made = body.partition("```python")[0].strip().removeprefix("# ").partition("\n")
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    lines += [
+        f"{made[0]}, quantized with NVIDIA ModelOpt after training: {what}. {how}",
+        f"{len(kept)} linear layers keep their type: the output layer, routers{others}.",
+        "",
+        engines,
+        "",
+        "```bash",
+        "vllm serve PATH",
+        "```",
+        "",
+        "## The model before quantization",
+        made[2].rstrip(),
         "",
     ]
     return "\n".join(lines)

@@ -45,7 +45,8 @@ class Inputs:
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `evaluation.json`, `samples.json`, `recovery.json`; `measured/`, one file per model and part."""
     teacher = local_folder(inputs.teacher, cfg.model.revision, weights=True)
-    models = {name: local_folder(folder, None, weights=True) for name, folder in inputs.models.items()}
+    # Not checked as models to convert: a quantized one is not.
+    models = {name: local_folder(folder, None, weights=True, model=False) for name, folder in inputs.models.items()}
     # The stage of a control only needs the teacher for the agreement; that of the student measures the teacher.
     measured = {TEACHER: teacher, **models} if "student" in models else models
     with ranks.join_process_group():

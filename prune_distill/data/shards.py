@@ -175,10 +175,14 @@ class Index:
         )
 
 
+def map_tokens(prefix: Path) -> np.ndarray:
+    """Return the tokens of a split in the order of its file, `[tokens]`, mapped from it."""
+    return np.memmap(f"{prefix}.bin", dtype=Index.read(Path(f"{prefix}.idx")).dtype, mode="r")
+
+
 def read_documents(prefix: Path) -> Iterator[np.ndarray]:
     """Yield the ids of each document of a split, `[tokens]`, mapped from the file."""
-    index = Index.read(Path(f"{prefix}.idx"))
-    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    index, tokens = Index.read(Path(f"{prefix}.idx")), map_tokens(prefix)
     for length, pointer in zip(index.lengths, index.pointers, strict=True):
         start = pointer // index.dtype.itemsize
         yield tokens[start : start + length]

@@ -22,6 +22,7 @@ from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
 from prune_distill.pipeline.names import MEASURED
 from prune_distill.pipeline.stage_main import rank
+from prune_distill.quantization import reader
 from prune_distill.schema import RunConfig
 
 log = logging.getLogger("recipes.evaluate")
@@ -132,8 +133,10 @@ class Evaluator:
         evaluate = self.cfg.evaluate
         # Logits of two models for a batch, with two bytes each.
         logits = 2 * 2 * evaluate.micro_batch_size * evaluate.seq_length * self.data.vocab_size
-        hf_models.check_fits([("model", hf_models.weight_bytes(found)), ("logits", logits)], FIX)
-        return hf_models.load(found)
+        quantized = reader.is_quantized(found)
+        size = reader.dequantized_bytes(found) if quantized else hf_models.weight_bytes(found)
+        hf_models.check_fits([("model", size), ("logits", logits)], FIX)
+        return reader.load(found) if quantized else hf_models.load(found)
 
     def _known(self, name: str, part: str) -> bool:
         return bool(ranks.broadcast(self.store.get(name, part) is not None))

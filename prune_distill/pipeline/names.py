@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from prune_distill.schema import QuantFormat
+
 # In the folder of a run: its config, the plan, a line per launch (time and command), and the file that its launcher
 # locks, as do stages that outlive the launcher.
 RESOLVED = "resolved.yaml"
@@ -69,3 +71,8 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
         if match is not None and path.is_dir():
             found[int(match[1])] = path
     return dict(sorted(found.items()))
+
+
+def quantized_name(quant_format: QuantFormat) -> str:
+    """Return the name of the student in a quantized format: of its folder, and in reports."""
+    return f"student_{quant_format.value}"

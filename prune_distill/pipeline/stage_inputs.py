@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from prune_distill.config.data_files import sources
 from prune_distill.model.student import needs_importance
-from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER
+from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER, quantized_name
 from prune_distill.pipeline.stage import External, Output, Source
-from prune_distill.schema import DocumentFormat, Init, RunConfig
+from prune_distill.schema import DocumentFormat, Init, QuantFormat, RunConfig
 
 IMPORTED = Output("hf_to_nemo", NEMO)
 DATA = Output("prepare_data")
@@ -157,3 +157,13 @@ def evaluate_control_inputs(cfg: RunConfig, name: str) -> Sources:
 
 def benchmark_inputs(cfg: RunConfig) -> Sources:
     return {"teacher": teacher_hf(cfg), "student": Output("nemo_to_hf", "student")}
+
+
+def quantize_inputs(_: RunConfig) -> Sources:
+    return {"student": Output("nemo_to_hf", "student"), "data": DATA}
+
+
+def evaluate_quantized_inputs(cfg: RunConfig, quant_format: QuantFormat) -> Sources:
+    name = quantized_name(quant_format)
+    model = {name: Output(f"quantize.{quant_format.value}", name)}
+    return {"teacher": teacher_hf(cfg), "data": DATA, **model, **_task_folder(cfg)}

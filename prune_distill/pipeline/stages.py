@@ -17,7 +17,7 @@ from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_set
 from prune_distill.pipeline import stage_inputs as inputs
 from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
-from prune_distill.schema import Engine, Init, Loss, RunConfig, TeacherLogits
+from prune_distill.schema import Engine, Init, Loss, QuantFormat, RunConfig, TeacherLogits
 
 # Settings for exporting and scoring a candidate. Successive halving depends on no other settings of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
@@ -62,6 +62,13 @@ READ_BY_DISTILL = dict.fromkeys(
     "for the speed in metrics.jsonl; weights depend on the input models",
 )
 READ_BY_EXPORT = {**REVISION, "distill": "for cards; in the hash of the distillation, an input"}
+READ_BY_QUANTIZE = {
+    **dict.fromkeys(
+        ("quantize.calibration_samples", "quantize.calibration_seq_length"),
+        "for the number of sequences in the log, of which these formats use one to check the result",
+    ),
+    "quantize.int4_group_size": "used by int4, which has it in its hash",
+}
 READ_BY_EVALUATE = {
     **REVISION,
     "convert.export_dtype": "in the hash of nemo_to_hf, an input",
@@ -154,6 +161,37 @@ def _evaluate_control(name: str) -> Stage:
         name=f"evaluate.{name}",
         inputs=partial(inputs.evaluate_control_inputs, name=name),
         wanted=partial(_is_control, name=name),
+        settings=lambda cfg: {"evaluate.recovery": False},
+    )
+
+
+def _is_quantized(cfg: RunConfig, quant_format: QuantFormat) -> bool:
+    return quant_format in cfg.quantize.formats
+
+
+def _quantize(quant_format: QuantFormat) -> Stage:
+    """Return the stage that writes the student in a quantized format."""
+    calibration = ("calibration_samples", "calibration_seq_length") if quant_format.calibrated else ()
+    group = ("int4_group_size",) if quant_format is QuantFormat.int4 else ()
+    return Stage(
+        f"quantize.{quant_format.value}",
+        "recipes.quantize",
+        tuple(f"quantize.{name}" for name in ("formats", "keep", *calibration, *group)),
+        inputs.quantize_inputs,
+        wanted=partial(_is_quantized, quant_format=quant_format),
+        settings=lambda cfg: {"quantize.formats": [quant_format]},
+        shows=("name",),
+        reads=READ_BY_QUANTIZE,
+        needs_nemo=True,
+    )
+
+
+def _evaluate_quantized(quant_format: QuantFormat) -> Stage:
+    return replace(
+        EVALUATE,
+        name=f"evaluate.{quant_format.value}",
+        inputs=partial(inputs.evaluate_quantized_inputs, quant_format=quant_format),
+        wanted=partial(_is_quantized, quant_format=quant_format),
         settings=lambda cfg: {"evaluate.recovery": False},
     )
 
@@ -284,8 +322,10 @@ STAGES: tuple[Stage, ...] = (
         reads=REVISION,
         needs_nemo=True,
     ),
+    *map(_quantize, QuantFormat),
     EVALUATE,
     *(_evaluate_control(name) for name in CONTROLS),
+    *map(_evaluate_quantized, QuantFormat),
     Stage(
         "benchmark",
         "recipes.benchmark",

@@ -18,6 +18,11 @@ LABELS = {
     "corrected_teacher": "Teacher, corrected",
     "pruned": "Just pruned",
     "student": "Student",
+    "student_fp8": "Student, FP8",
+    "student_fp8_tensor": "Student, FP8 per tensor",
+    "student_nvfp4": "Student, NVFP4",
+    "student_int8": "Student, INT8",
+    "student_int4": "Student, INT4",
     "ce": "Control: no teacher",
     "scratch": "Control: from scratch",
 }

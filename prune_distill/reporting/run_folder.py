@@ -24,7 +24,7 @@ from prune_distill.schema import RunConfig
 
 # Maximum number of log lines to show for a failed stage.
 LINES = 8
-_STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z_]+)?)-[0-9a-f]{8}")
+_STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z0-9_]+)?)-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class RunFolder:
         return list(dict.fromkeys(str(command) for command in commands if command))
 
     def evaluations(self) -> list[StageFolder]:
-        """The stages that evaluated models: that of the student and those of the controls."""
+        """The stages that evaluated models: those of the student, of its quantized formats and of the controls."""
         return [stage for name, stage in self.stages.items() if name.partition(".")[0] == "evaluate"]
 
     def metrics(self, stage: str) -> Json:

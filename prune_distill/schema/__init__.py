@@ -36,6 +36,7 @@ from prune_distill.schema.prune import (
     TargetSizes,
     TaskScore,
 )
+from prune_distill.schema.quantize import QuantFormat, QuantizeConfig
 from prune_distill.schema.run import RunConfig
 from prune_distill.schema.training import (
     MatmulPrecision,
@@ -84,6 +85,8 @@ __all__ = [
     "Precision",
     "PruneConfig",
     "PruneRound",
+    "QuantFormat",
+    "QuantizeConfig",
     "Recompute",
     "RunConfig",
     "Schedule",

@@ -16,6 +16,7 @@ from prune_distill.schema.evaluate import EvaluateConfig
 from prune_distill.schema.fields import NonNegativeInt, Range, Text, placement
 from prune_distill.schema.model import ModelConfig
 from prune_distill.schema.prune import PruneConfig
+from prune_distill.schema.quantize import QuantizeConfig
 
 # The settings of a training that its layout consists of.
 LAYOUT = (
@@ -55,6 +56,7 @@ class RunConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     cluster: ClusterConfig = placement(ClusterConfig)

@@ -24,8 +24,8 @@ RUNNER = "recipes.__main__"
 CONVERT_COMMANDS = ("convert.hf_to_nemo", "convert.nemo_to_hf", "convert.verify")
 # Folders of the library: each may import those before it. Modules next to the folders come before all of them.
 FOLDERS = (
-    *("schema", "model", "config", "pipeline", "data", "nemo", "distillation", "training", "evaluation", "pruning"),
-    *("benchmarking", "reporting"),
+    *("schema", "model", "config", "pipeline", "data", "nemo", "distillation", "training", "quantization"),
+    *("evaluation", "pruning", "benchmarking", "reporting"),
 )
 # What a login node imports.
 NO_TORCH = tuple(f"prune_distill.{folder}." for folder in ("schema", "model", "config", "pipeline", "reporting"))
