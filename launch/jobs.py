@@ -62,6 +62,8 @@ def make_paths_absolute(cfg: RunConfig) -> RunConfig:
         source.files = _make_absolute(source.files)
     if cfg.evaluate.task_folder is not None:
         cfg.evaluate.task_folder = absolute(cfg.evaluate.task_folder)
+    if cfg.benchmark.serve_python is not None:
+        cfg.benchmark.serve_python = absolute(cfg.benchmark.serve_python)
     if Path(absolute(cfg.data.source_tokenizer)).exists():
         cfg.data.source_tokenizer = absolute(cfg.data.source_tokenizer)
     return cfg

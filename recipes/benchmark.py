@@ -9,6 +9,7 @@ other program should run during a benchmark.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
@@ -65,8 +66,9 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    models, dtype = _load(folders, cfg, seed)
-    memory, timed = timing.run_rounds(models, cfg.rounds)
+    with contextlib.ExitStack() as stack:
+        models, dtype = _load(folders, cfg, seed, stack)
+        memory, timed = timing.run_rounds(models, cfg.rounds)
     base, *others = folders
     return {
         "engine": cfg.engine.value,
@@ -83,16 +85,19 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, comman
     }
 
 
-def _load(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int) -> tuple[dict[str, Any], str]:
-    """Load the models by name, and return the type in which they compute."""
+def _load(
+    folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], str]:
+    """Load the models by name, and return the type in which they compute. `stack` ends the processes of vLLM."""
     prompts.check(folders, cfg)
     if cfg.engine is Engine.vllm:
         ids = prompts.draw(folders, cfg, seed)
         share = vllm_engine.SHARE / len(folders)
-        return (
-            {name: vllm_engine.Model(folder, ids, cfg, share) for name, folder in folders.items()},
-            vllm_engine.TYPES[cfg.dtype],
-        )
+        engines = {
+            name: stack.enter_context(contextlib.closing(vllm_engine.Model(folder, ids, cfg, share)))
+            for name, folder in folders.items()
+        }
+        return engines, vllm_engine.TYPES[cfg.dtype]
     transformers_engine.check(folders, cfg)
     ids = prompts.draw(folders, cfg, seed)
     models = {name: transformers_engine.Model(folder, ids, cfg) for name, folder in folders.items()}

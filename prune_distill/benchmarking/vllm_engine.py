@@ -1,4 +1,4 @@
-"""Generation with vLLM's offline API. Written from vLLM's documentation; not run by the tests of this repository.
+"""Generation with vLLM, each model in a process of the serving environment (`vllm_process`).
 
 All models are loaded at once, each with a share of the GPU. vLLM's timings of single tokens differ between versions, so
 two generations are timed: one with a single new token, and one with all.
@@ -6,13 +6,14 @@ two generations are timed: one with a single new token, and one with all.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from prune_distill.benchmarking.energy import find_counter, joules
 from prune_distill.benchmarking.timing import Memory, Timed
-from prune_distill.nemo import devices, hf_models
+from prune_distill.benchmarking.vllm_process import VllmProcess
+from prune_distill.config.values import serve_python
+from prune_distill.nemo import hf_models
 from prune_distill.schema import BenchmarkConfig, ExportDtype
 
 # Fraction of the GPU's memory for all models together.
@@ -30,33 +31,29 @@ class Model:
 
     Args:
         ids: the prompts, `[b, s]`.
+        share: fraction of the GPU's memory.
     """
 
     def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
-        from vllm import LLM, SamplingParams  # optional
-
-        self.folder, self.cfg, self.sampling = folder, cfg, SamplingParams
-        self.prompts = [{"prompt_token_ids": row.tolist()} for row in ids]
-        with hf_models.link_compatible_folder(folder) as loadable:
-            self.llm = LLM(
-                model=str(loadable),
-                dtype=TYPES[cfg.dtype],
-                max_model_len=cfg.prompt_tokens + cfg.new_tokens,
-                max_num_seqs=cfg.batch_size,
-                gpu_memory_utilization=share,
-                # Otherwise repeated prompts would be free.
-                enable_prefix_caching=False,
-                # Inputs and outputs are ids.
-                skip_tokenizer_init=True,
-            )
+        self.folder, self.cfg, self.prompts = folder, cfg, ids.tolist()
+        tokens = cfg.batch_size * (cfg.prompt_tokens + cfg.new_tokens)
+        self.kv_cache_bytes = hf_models.kv_cache_bytes(folder, tokens, cfg.dtype)
+        self.process = VllmProcess(
+            folder,
+            serve_python(cfg),
+            self.kv_cache_bytes,
+            dtype=TYPES[cfg.dtype],
+            max_model_len=cfg.prompt_tokens + cfg.new_tokens,
+            max_num_seqs=cfg.batch_size,
+            gpu_memory_utilization=share,
+        )
 
     def warm_up(self) -> Memory:
-        self._generate(self.cfg.new_tokens)
-        tokens = self.cfg.batch_size * (self.cfg.prompt_tokens + self.cfg.new_tokens)
+        self._seconds(self.cfg.new_tokens)
+        self._seconds(1)
         weights = hf_models.weight_bytes(self.folder, self.cfg.dtype)
-        kv_cache = hf_models.kv_cache_bytes(self.folder, tokens, self.cfg.dtype)
         # vLLM allocates its whole share for the cache, so the cache of the batch is estimated.
-        return Memory(weights, kv_cache, weights + kv_cache)
+        return Memory(weights, self.kv_cache_bytes, weights + self.kv_cache_bytes)
 
     def generate(self) -> Timed:
         first = self._seconds(1)
@@ -66,14 +63,8 @@ class Model:
         used = joules(before, energy() if energy else None)
         return Timed(first, max(whole - first, 1e-9), used)
 
-    def _seconds(self, new_tokens: int) -> float:
-        started = time.perf_counter()
-        self._generate(new_tokens)
-        return time.perf_counter() - started
+    def close(self) -> None:
+        self.process.close()
 
-    def _generate(self, new_tokens: int) -> None:
-        parameters = self.sampling(
-            temperature=0.0, min_tokens=new_tokens, max_tokens=new_tokens, ignore_eos=True, detokenize=False
-        )
-        self.llm.generate(self.prompts, parameters, use_tqdm=False)
-        devices.synchronize()
+    def _seconds(self, new_tokens: int) -> float:
+        return float(self.process.generate(self.prompts, new_tokens)["seconds"])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from prune_distill.model.flops import Meter
 from prune_distill.model.student import student_shape
-from prune_distill.schema import Precision, RunConfig
+from prune_distill.schema import BenchmarkConfig, Precision, RunConfig
 from prune_distill.schema.phases import training_phases
 
 # The name of the task that a run makes of its own documents.
 OWN_TASK = "heldout_continuations"
+
+# Python of the environment that `make serve-env` creates.
+SERVE_PYTHON = Path(__file__).resolve().parents[2] / ".venv-serve/bin/python"
 
 T = TypeVar("T")
 
@@ -48,6 +52,11 @@ def require(value: T | None) -> T:
     """A value that is known not to be null."""
     assert value is not None
     return value
+
+
+def serve_python(benchmark: BenchmarkConfig) -> Path:
+    """Python of the environment that has vLLM."""
+    return SERVE_PYTHON if benchmark.serve_python is None else Path(benchmark.serve_python).expanduser().absolute()
 
 
 def count_ranks(cfg: RunConfig) -> int:

@@ -11,7 +11,7 @@ from prune_distill.schema.fields import PositiveFloat, PositiveInt, Range, hashe
 
 
 class Engine(Enum):
-    """The library that generates text in a benchmark."""
+    """The library that generates text in a benchmark; vllm runs in an environment of its own (`make serve-env`)."""
 
     transformers = "transformers"
     vllm = "vllm"
@@ -36,5 +36,7 @@ class BenchmarkConfig:
     rounds: PositiveInt = 5
     # Threads on a CPU; null: PyTorch's default.
     threads: PositiveInt | None = None
+    # Python of the environment that has vLLM; null: that of `make serve-env`.
+    serve_python: str | None = placement(None)
     # Price of the machine per hour, in any currency; null: the report shows no costs.
     cost_per_hour: PositiveFloat | None = hashed_elsewhere(None)

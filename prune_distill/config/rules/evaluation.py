@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prune_distill.config.rule import Finding, rule
-from prune_distill.config.values import OWN_TASK, get_value, require
+from prune_distill.config.values import OWN_TASK, get_value, require, serve_python
 from prune_distill.config.wording import quote_for_hydra, too_long
 from prune_distill.schema import Engine, RunConfig
 
@@ -78,11 +78,20 @@ def lm_eval(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule("benchmark.engine", "benchmark.enabled", "benchmark.engine", _IMAGE, on_machine=True)
-def engine(cfg: RunConfig) -> Iterator[Finding]:
+@rule(
+    "benchmark.serve_python",
+    *("benchmark.enabled", "benchmark.engine", "benchmark.serve_python", _IMAGE),
+    on_machine=True,
+)
+def serve_environment(cfg: RunConfig) -> Iterator[Finding]:
     wanted = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm
-    if wanted and not _runs_in_container(cfg) and importlib.util.find_spec("vllm") is None:
-        yield Finding("benchmark.engine", "vllm is not installed; install it, or set benchmark.engine=transformers")
+    python = serve_python(cfg.benchmark)
+    if wanted and not _runs_in_container(cfg) and not python.exists():
+        yield Finding(
+            "benchmark.serve_python",
+            f"benchmark.engine=vllm needs the environment with vLLM, and {python} does not exist; run make serve-env, or"
+            " set benchmark.engine=transformers",
+        )
 
 
 @rule("evaluate.task_folder", "evaluate.task_folder", on_machine=True)

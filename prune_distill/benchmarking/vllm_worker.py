@@ -1,0 +1,65 @@
+"""PYTHON -P vllm_worker.py
+
+Serve one model with vLLM to another process. The first line of the standard input contains vLLM's settings as JSON; each
+further line requests a generation, and gets one line of JSON on the standard output. The process ends with its input.
+
+It runs in the serving environment, which has none of this repository's libraries, so it only imports vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    # vLLM and its helpers print to the standard output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import vllm  # takes seconds, and must print nothing to `answers`
+
+    llm = vllm.LLM(**json.loads(sys.stdin.readline()))
+    _answer(answers, {"version": vllm.__version__})
+    for line in sys.stdin:
+        _answer(answers, _generate(vllm, llm, **json.loads(line)))
+
+
+def _answer(answers: Any, content: dict[str, Any]) -> None:
+    answers.write(json.dumps(content) + "\n")
+    answers.flush()
+
+
+def _generate(
+    vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool
+) -> dict[str, Any]:
+    """Generate greedily.
+
+    Returns:
+        `seconds`; `tokens`, the new ids of each prompt; if requested, `log_probs` of each prompt's tokens but the first.
+    """
+    parameters = vllm.SamplingParams(
+        temperature=0.0,
+        min_tokens=new_tokens,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0 if prompt_log_probs else None,
+    )
+    started = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    content: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    content["tokens"] = [list(output.outputs[0].token_ids) for output in outputs]
+    if prompt_log_probs:
+        # vLLM may also return the most probable token of each position.
+        content["log_probs"] = [
+            [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(prompts, outputs, strict=True)
+        ]
+    return content
+
+
+if __name__ == "__main__":
+    main()
