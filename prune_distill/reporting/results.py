@@ -12,17 +12,20 @@ from prune_distill.reporting import Json
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
+QUANTIZED = {
+    "student_fp8": "Student, FP8",
+    "student_fp8_tensor": "Student, FP8 per tensor",
+    "student_nvfp4": "Student, NVFP4",
+    "student_int8": "Student, INT8",
+    "student_int4": "Student, INT4",
+}
 # Labels of the models, in the order of the tables.
 LABELS = {
     "teacher": "Teacher",
     "corrected_teacher": "Teacher, corrected",
     "pruned": "Just pruned",
     "student": "Student",
-    "student_fp8": "Student, FP8",
-    "student_fp8_tensor": "Student, FP8 per tensor",
-    "student_nvfp4": "Student, NVFP4",
-    "student_int8": "Student, INT8",
-    "student_int4": "Student, INT4",
+    **QUANTIZED,
     "ce": "Control: no teacher",
     "scratch": "Control: from scratch",
 }
@@ -32,9 +35,15 @@ TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch
 
 
 class ModelReport(ModelEntry, total=False):
-    """A model's entry. `hf_path`: its Hugging Face folder, relative to the run."""
+    """A model's entry, with its folder relative to the run.
+
+    Attributes:
+        hf_path: a Hugging Face folder that transformers loads.
+        engine_path: the folder of a quantized model, which engines such as vLLM load.
+    """
 
     hf_path: str
+    engine_path: str
 
 
 class StageReport(TypedDict, total=False):
@@ -179,7 +188,8 @@ def _models(run: RunFolder) -> dict[str, ModelReport]:
 def _place(run: RunFolder, path: str | None, name: str) -> dict[str, str]:
     """Return the path of a model of this run. The path of a teacher outside the run is not reported."""
     made_here = name != "teacher" or "demo_model" in run.stages
-    return {"hf_path": path} if path is not None and not path.startswith(("/", "..", "~")) and made_here else {}
+    key = "engine_path" if name in QUANTIZED else "hf_path"
+    return {key: path} if path is not None and not path.startswith(("/", "..", "~")) and made_here else {}
 
 
 def _tasks(models: dict[str, ModelReport]) -> dict[str, dict[str, TaskScores]]:

@@ -548,7 +548,6 @@ def test_all_faults_are_in_one_message() -> None:
         ("data.validation=[v.jsonl]", "data.exist", "v.jsonl not found"),
         ("evaluate.tasks=[mmlu,nonsuch]", "evaluate.known_tasks", "nonsuch"),
         ("evaluate.task_folder=./nowhere", "evaluate.task_folder", "=./nowhere: "),
-        ("benchmark.engine=vllm", "benchmark.engine", "benchmark.engine=transformers"),
     ],
 )
 def test_missing_files_are_reported_when_a_run_starts(tmp_path: Path, override: str, rule: str, part: str) -> None:

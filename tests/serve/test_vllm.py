@@ -1,0 +1,82 @@
+"""vLLM serves what this repository exports, on this machine's CPU: `make test-serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prune_distill.benchmarking.vllm_process import VllmProcess
+from prune_distill.config.values import SERVE_PYTHON
+from prune_distill.nemo import hf_models
+from tests.helpers.quantized import quantize_student, write_student
+
+from prune_distill.quantization import reader  # isort: skip (after the backend is activated)
+
+PROMPTS = torch.randint(3, 517, (4, 48), generator=torch.Generator().manual_seed(2))
+NEW_TOKENS = 12
+
+
+def serve(folder: Path, dtype: str) -> VllmProcess:
+    # Compiling takes longer than all that these tests generate.
+    return VllmProcess(folder, SERVE_PYTHON, dtype=dtype, max_model_len=128, max_num_seqs=4, enforce_eager=True)
+
+
+def log_probs(model: Any) -> torch.Tensor:
+    """The log-probabilities of each prompt's tokens but the first, `[b, s - 1]`."""
+    with torch.inference_mode():
+        values = torch.log_softmax(model(PROMPTS).logits.float(), -1)
+    return values[:, :-1].gather(-1, PROMPTS[:, 1:, None]).squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_student(tmp_path_factory.mktemp("bf16") / "student", **SIZES)
+
+
+# Widths that all of vLLM's kernels for CPUs accept: AMX's take multiples of 128.
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+def test_the_export_in_fp32_continues_prompts_as_transformers_does(tmp_path: Path) -> None:
+    folder = write_student(tmp_path / "student", "qwen3_tied", **SIZES)
+    model = hf_models.load(folder)
+    with serve(folder, "float32") as process:
+        answer = process.generate(PROMPTS.tolist(), NEW_TOKENS, prompt_log_probs=True)
+    # Both compute in fp32, and differ in the order of sums.
+    torch.testing.assert_close(torch.tensor(answer["log_probs"]), log_probs(model), rtol=0, atol=1e-4)
+    with torch.inference_mode():
+        generated = model.generate(
+            PROMPTS,
+            attention_mask=torch.ones_like(PROMPTS),
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            temperature=None,
+            pad_token_id=0,
+        )
+    assert answer["tokens"] == generated[:, PROMPTS.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("quant_format", ["fp8", "int8", "int4"])
+def test_a_quantized_model_computes_as_the_reader_does(quant_format: str, bf16: Path) -> None:
+    out = bf16.parent / quant_format
+    quantize_student(bf16, quant_format, out)
+    folder = out / f"student_{quant_format}"
+    with serve(folder, "bfloat16") as process:
+        found = torch.tensor(process.generate(PROMPTS.tolist(), 1, prompt_log_probs=True)["log_probs"])
+    expected, original = log_probs(reader.load(folder)), log_probs(hf_models.load(bf16))
+    error, damage = (found - expected).abs().mean(), (found - original).abs().mean()
+    print(quant_format, float(error), float(damage), float((expected - original).abs().mean()))
+    assert error < 0.1
+
+
+def test_a_folder_that_vllm_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = write_student(tmp_path / "student")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="vLLM ended with status 1"):
+        serve(folder, "bfloat16")
+    assert "weights" in capfd.readouterr().err
