@@ -176,9 +176,7 @@ def quantized_model_card(
     if "base_model_relation" in metadata:
         metadata["base_model_relation"] = "quantized"
     what, how, engines = _FORMATS[quant_format]
-    how = how.format(
-        samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size
-    )
+    how = how.format(samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size)
     patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
     others = f" and those that match {patterns}" if patterns else ""
     body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2]

@@ -22,10 +22,10 @@ from prune_distill.nemo import hf_models
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import quantized_name
 from prune_distill.pipeline.run_arguments import Metrics
-from prune_distill.quantization import compressed_tensors, modelopt, reader
+from prune_distill.quantization import compressed_tensors, modelopt
 from prune_distill.quantization.calibration import calibration_batches
 from prune_distill.quantization.check import check_export
-from prune_distill.schema import QuantFormat, QuantizeConfig, RunConfig
+from prune_distill.schema import QuantizeConfig, RunConfig
 
 log = logging.getLogger("recipes.quantize")
 

@@ -1,7 +1,8 @@
 """PYTHON -P vllm_worker.py
 
-Serve one model with vLLM to another process. The first line of the standard input contains vLLM's settings as JSON; each
-further line requests a generation, and gets one line of JSON on the standard output. The process ends with its input.
+Serve one model with vLLM to another process. The first line of the standard input contains vLLM's settings as JSON.
+Each further line requests a generation, and gets one line of JSON on the standard output. The process ends with its
+input.
 
 It runs in the serving environment, which has none of this repository's libraries, so it only imports vLLM.
 """
@@ -32,13 +33,12 @@ def _answer(answers: Any, content: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _generate(
-    vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool
-) -> dict[str, Any]:
+def _generate(vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:
     """Generate greedily.
 
     Returns:
-        `seconds`; `tokens`, the new ids of each prompt; if requested, `log_probs` of each prompt's tokens but the first.
+        `seconds`; `tokens`, the new ids of each prompt; if requested, `log_probs` of each prompt's tokens but the
+        first.
     """
     parameters = vllm.SamplingParams(
         temperature=0.0,

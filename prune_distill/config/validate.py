@@ -11,7 +11,18 @@ from types import ModuleType
 
 from prune_distill.config.bounds import out_of_bounds
 from prune_distill.config.rule import Rule
-from prune_distill.config.rules import budget, cluster, data, distill, evaluation, model, prune, quantize, slurm, training
+from prune_distill.config.rules import (
+    budget,
+    cluster,
+    data,
+    distill,
+    evaluation,
+    model,
+    prune,
+    quantize,
+    slurm,
+    training,
+)
 from prune_distill.errors import Fault
 from prune_distill.schema import RunConfig
 

@@ -78,7 +78,7 @@ def load(folder: Path) -> Any:
         InputError: its format is not one that the stage quantize writes, or tensors are missing.
     """
     found = read_format(folder)
-    content = {key: value for key, value in hf_config.parse(folder / "config.json").items()}
+    content = hf_config.parse(folder / "config.json")
     content.pop("quantization_config")
     config = AutoConfig.for_model(**hf_config.make_compatible(hf_config.normalize(content)))
     dtype = getattr(torch, config.to_dict().get("torch_dtype") or config.to_dict()["dtype"])

@@ -20,10 +20,28 @@ from tests.helpers.one_rank import VOCABULARY, write_data  # noqa: E402
 
 # Sizes that groups of 32 divide.
 SIZES = {"head_dim": 32, "rope_scaling": None}
+# As nemo_to_hf writes it, shortened.
+CARD = """---
+library_name: transformers
+base_model: owner/teacher
+base_model_relation: finetune
+tags:
+- nemo
+---
+
+# demo: student
+
+Made from owner/teacher.
+
+```python
+from transformers import AutoModelForCausalLM
+```
+"""
 
 
 def write_student(folder: Path, name: str = "qwen3_untied_bf16", **sizes: object) -> Path:
     write_model(name, folder, **{**SIZES, **sizes})
+    (folder / "README.md").write_text(CARD)
     return folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from prune_distill.quantization import reader  # isort: skip (after the backend 
 
 PROMPTS = torch.randint(3, 517, (4, 48), generator=torch.Generator().manual_seed(2))
 NEW_TOKENS = 12
+# vLLM's kernels for CPUs take multiples of 32 (int4) and, with AMX, of 128.
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
 
 def serve(folder: Path, dtype: str) -> VllmProcess:
@@ -32,13 +33,15 @@ def log_probs(model: Any) -> torch.Tensor:
     return values[:, :-1].gather(-1, PROMPTS[:, 1:, None]).squeeze(-1)
 
 
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start vLLM in a single process, because each takes seconds to import it."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(tmp_path_factory.mktemp("bf16") / "student", **SIZES)
-
-
-# Widths that all of vLLM's kernels for CPUs accept: AMX's take multiples of 128.
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
 
 def test_the_export_in_fp32_continues_prompts_as_transformers_does(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def serve_environment(cfg: RunConfig) -> Iterator[Finding]:
     if wanted and not _runs_in_container(cfg) and not python.exists():
         yield Finding(
             "benchmark.serve_python",
-            f"benchmark.engine=vllm needs the environment with vLLM, and {python} does not exist; run make serve-env, or"
-            " set benchmark.engine=transformers",
+            f"benchmark.engine=vllm needs the environment with vLLM, and {python} does not exist; run make serve-env,"
+            " or set benchmark.engine=transformers",
         )
 
 

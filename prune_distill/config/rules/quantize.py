@@ -74,8 +74,8 @@ def nvfp4(cfg: RunConfig) -> Iterator[Finding]:
     if QuantFormat.nvfp4 in cfg.quantize.formats and cfg.cluster.gpu is None:
         yield Finding(
             "quantize.formats",
-            "ModelOpt quantizes to nvfp4 on GPUs only, and cluster.gpu=null states none; choose a cluster with GPUs, such"
-            " as cluster=one_node, or remove nvfp4",
+            "ModelOpt quantizes to nvfp4 on GPUs only, and cluster.gpu=null states none; choose a cluster with GPUs,"
+            " such as cluster=one_node, or remove nvfp4",
         )
 
 

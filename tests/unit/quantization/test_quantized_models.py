@@ -61,7 +61,10 @@ def test_a_format(quant_format: str, types: dict[str, str], student: Path) -> No
         assert (folder / name).read_bytes() == (student / name).read_bytes()
     card = (folder / "README.md").read_text()
     assert f"- {quant_format}\n" in card
-    assert "vLLM" in card
+    assert "base_model: owner/teacher\nbase_model_relation: quantized\n" in card
+    for part in (f"# demo: student_{quant_format}\n", "demo: student, quantized", "vLLM", "Made from owner/teacher."):
+        assert part in card
+    assert "AutoModelForCausalLM" not in card
     # Quantization changes the model a little: more than nothing, and much less than another model would.
     original = log_probs(hf_models.load(student))
     changed = divergence(reader.load(folder), original)
@@ -128,5 +131,5 @@ def test_a_missing_tensor_is_found(student: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_documents(student: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="quantize.calibration_seq_length=600"):
-        quantize_student(student, "int8", tmp_path / "out", ["quantize.calibration_seq_length=600"])
+    with pytest.raises(InputError, match="quantize.calibration_seq_length=1000"):
+        quantize_student(student, "int8", tmp_path / "out", ["quantize.calibration_seq_length=1000"])
