@@ -67,8 +67,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
       files hold, and their tokens are not known before.
     - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
     - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; the candidates of successive
-    halving; what
-      earlier rounds leave, for NeMo.
+      halving; what earlier rounds leave, for NeMo; a byte per parameter of each quantized format.
     - `checkpoints`: of each training, those that are kept and the one being written.
     - `signal`: the teacher's, where it is stored: at most, before compression (see `cached_logits_bytes`).
 
@@ -87,7 +86,7 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     needed = {
         "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
         "teacher": (1 if demo is None else 3) * stored * teacher_params + correction_bytes,
-        "students": (2 * (stored + trainings * trained) + taking_part * stored) * student
+        "students": (2 * (stored + trainings * trained) + taking_part * stored + len(cfg.quantize.formats)) * student
         + (stored + trained) * sum(between),
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
         + (0 if demo is None else _checkpoints(demo.training, teacher_params))

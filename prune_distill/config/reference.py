@@ -124,6 +124,8 @@ def _singular(hint: Hint) -> str:
 def _plural(hint: Hint) -> str:
     if hint.origin is list:
         return f"lists of {_plural(hint.item)}"
+    if issubclass(hint.kind, Enum):
+        return ", ".join(hint.kind.__members__)
     return "groups" if hint.is_group else _WORDS[hint.kind][1]
 
 
