@@ -45,6 +45,8 @@ SIZES_OF_EXPERTS = {
 def to_json(plan: Plan) -> dict[str, object]:
     """A plan as plain data: the object that `launch.plan --json` prints, whose keys programs read."""
     cluster, work = plan.cluster, plan.work
+    on_gpu = cluster.gpu is not None
+    memory = {stage: [_memory_to_json(rank, on_gpu) for rank in ranks] for stage, ranks in plan.memory.items()}
     return {
         "experiment": plan.experiment,
         "cluster": {
@@ -67,10 +69,7 @@ def to_json(plan: Plan) -> dict[str, object]:
         },
         "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
-        "memory": {
-            stage: _memory_to_json(memory[0]) if stage == "prune" else [_memory_to_json(rank) for rank in memory]
-            for stage, memory in plan.memory.items()
-        },
+        "memory": {**memory, "prune": memory["prune"][0]},
         "automatic": plan.automatic,
         "layout": _layout_to_json(plan.layout),
         "step": None if plan.step is None else {**plan.step.parts, "total": plan.step.total},
@@ -98,8 +97,10 @@ def _model_to_json(model: Model) -> dict[str, object]:
     return {**counts, **dataclasses.asdict(model.shape)}
 
 
-def _memory_to_json(memory: Memory) -> dict[str, int]:
-    return {**memory.parts, "reserve": memory.reserve, "total": memory.total}
+def _memory_to_json(memory: Memory, on_gpu: bool) -> dict[str, int]:
+    # The reserve is an assumption about CUDA.
+    reserve = memory.reserve if on_gpu else 0
+    return {**memory.parts, "reserve": reserve, "total": memory.tensors + reserve}
 
 
 def _layout_to_json(layout: Layout) -> dict[str, object]:
