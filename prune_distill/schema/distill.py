@@ -55,10 +55,11 @@ class HiddenLoss(Enum):
 
 
 class LossImplementation(Enum):
-    """`chunked`: computed from hidden states in chunks, without ever storing all logits. `upstream`: NeMo's
-    LogitsKLLoss, for reference."""
+    """`chunked`: computed from hidden states in chunks, without ever storing all logits. `triton`: the same by Triton
+    kernels, with fewer passes over a chunk's logits. `upstream`: NeMo's LogitsKLLoss, for reference."""
 
     chunked = "chunked"
+    triton = "triton"
     upstream = "upstream"
 
 
