@@ -101,7 +101,8 @@ class KdConfig:
     # Weight of the mean loss of the layer pairs.
     intermediate_weight: PositiveFloat = hashed_if(1.0, lambda kd: bool(kd.intermediate_pairs))
     implementation: LossImplementation = placement(LossImplementation.chunked)
-    # Tokens whose logits are in memory at the same time, for implementation=chunked.
+    # Tokens whose logits are in memory at the same time, unless implementation=upstream. `auto`: the fewest with which
+    # the loss is nearly as fast as it gets, as far as the GPU's memory goes.
     chunk_tokens: PositiveInt = placement(256)
 
 

@@ -173,18 +173,11 @@ def related(std: float, distance: float) -> dict[str, Tensor]:
     """Two models of bf16 whose logits have a standard deviation of about `std`, and differ by `distance` of it."""
     generator = torch.Generator().manual_seed(0)
     tokens, hidden, vocabulary = 32, 256, 8192
-    states, weight = (
-        torch.randn(tokens, hidden, generator=generator),
-        torch.randn(vocabulary, hidden, generator=generator),
-    )
-    given = {
-        "hidden": states,
-        "weight": weight * std / hidden**0.5,
-        "teacher_hidden": states + distance * torch.randn(tokens, hidden, generator=generator),
-        "teacher_weight": (weight + distance * torch.randn(vocabulary, hidden, generator=generator))
-        * std
-        / hidden**0.5,
-    }
+    given = {"hidden": torch.randn(tokens, hidden, generator=generator)}
+    given["weight"] = torch.randn(vocabulary, hidden, generator=generator) * std / hidden**0.5
+    for name, scale in (("hidden", 1), ("weight", std / hidden**0.5)):
+        noise = torch.randn(given[name].shape, generator=generator)
+        given[f"teacher_{name}"] = given[name] + distance * scale * noise
     given = {name: value.bfloat16() for name, value in given.items()}
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
     return {**given, "labels": labels, "mask": torch.ones(tokens)}
