@@ -87,6 +87,9 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
         file.write("x.py:1: UserWarning: noise\n\n" + "".join(f"line {number}\n" for number in range(50)))
         file.write("E1122 02:45:26.013000 4951 /s/torch/distributed/elastic/multiprocessing/api.py:1002] failed ")
         file.write("(exitcode: 1) local_rank: 3 (pid: 5024) of binary: python\nTraceback: of torchrun's own\n")
+        # The first death counts, and what follows it is torchrun's.
+        file.write("E1122 02:45:26.013000 4951 /s/torch/distributed/elastic/multiprocessing/api.py:1002] failed ")
+        file.write("(exitcode: -15) local_rank: 0 (pid: 5021) of binary: python\n")
     reason = read_reason(log, start)
     assert reason.fault is None
     assert reason.death == "rank 3: exit code 1"
