@@ -248,6 +248,8 @@ def hub() -> Iterator[Finding]:
 def slurm(cfg: RunConfig | None) -> Iterator[Finding]:
     """Check Slurm's commands, its controller and pyxis, which runs with `cluster=slurm` need."""
     section = cfg.cluster.slurm if cfg is not None else None
+    if cfg is not None and section is None:
+        return
     severity = State.warn if section is None else State.fail
     absent = [name for name in COMMANDS if shutil.which(name) is None]
     if absent and section is None:

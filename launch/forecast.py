@@ -19,8 +19,8 @@ from pathlib import Path
 
 from launch.planning.forecast import Forecast, forecast, to_json, to_text
 from launch.planning.recorded import RecordedCurve, read_curves
-from launch.status import find_runs
 from prune_distill.errors import ConfigError, InputError
+from prune_distill.pipeline.artifact import find_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _read_arguments(arguments)
     forecasts: list[Forecast] = []
     faults: list[str] = []
-    for run_dir in [run for folder in args.run_dirs for run in find_runs(folder)]:
+    run_dirs: list[Path] = []
+    for folder in args.run_dirs:
+        try:
+            run_dirs += find_runs(folder)
+        except InputError as error:
+            faults.append(f"error: {error}")
+    for run_dir in run_dirs:
         try:
             for curve in read_curves(run_dir, args.stage, args.metric):
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from launch.progress import StatusLine, duration, summary, training_status
 from launch.verification import check_sizes, refuse_damaged
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline import lock
-from prune_distill.pipeline.artifact import Located, locate, read_state
+from prune_distill.pipeline.artifact import Located, locate, read_state, write_json
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED, STATE, STOP
 from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stage_log import Reason, describe_exit, read_reason
@@ -26,6 +27,10 @@ from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
 SECONDS_BETWEEN_LOOKS = 0.2
+# The state of a stage that its launcher started and that has not ended.
+STARTED = {"state": "started"}
+# Signals by which people and systems ask a process to end.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # With less, the last lines of a log may be missing.
 ROOM_FOR_A_LOG = 64 * 1024
 
@@ -134,8 +139,9 @@ def _run_stage(
     """Run one stage, with its output appended to the log in its folder."""
     started = time.time()
     located.folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (STOP, STATE):
-        (located.folder / leftover).unlink(missing_ok=True)
+    (located.folder / STOP).unlink(missing_ok=True)
+    # It stays if a signal ends the launcher or the stage.
+    write_json(located.folder / STATE, STARTED)
     log = located.folder / LOG
     progress.event(f"{label}: started, log in {log}")
     with log.open("ab") as file:
@@ -157,6 +163,13 @@ def _run_stage(
         raise StageFailedError(
             f"stage {located.stage.name} is paused at step {state['step']}; run the same command to resume it"
         )
+    if not located.complete and -process.returncode in STOP_SIGNALS:
+        raise StageFailedError(
+            f"stage {located.stage.name} was interrupted ({describe_exit(process.returncode)}); "
+            "run the same command to resume it"
+        )
+    if state == STARTED:
+        (located.folder / STATE).unlink(missing_ok=True)
     if not located.complete:
         raise _failure(located, process.returncode, read_reason(log, begin), log)
     progress.event(f"{label}: done in {duration(time.time() - started)}")

@@ -16,8 +16,8 @@ signal          of cached logits: top_k, bytes (at most), flops_a_token, spared_
 stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least), cost
 step            seconds of a step of the distillation by what takes them, and total; null without the GPU's figures
 memory          distill: a list, one a pipeline stage; prune: its largest. Each: weights, gradients, optimizer, teacher,
-                activations, loss, reserve, total (bytes; the reserve is an assumption). Lists, where a run has them:
-                correct_teacher, cache_logits
+                activations, loss, reserve, total (bytes; the reserve is an assumption, and 0 where the GPU is not
+                stated). Lists, where a run has them: correct_teacher, cache_logits
 layout          the present one: tensor, pipeline, context, data, micro_batch_size, recompute, peak, seconds (of a step)
 layouts         those that fit, best first; undivided: values that keep others from dividing
 disk            tokens, teacher, students, checkpoints, signal (if stored), total; written: of that; free (bytes)

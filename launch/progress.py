@@ -52,6 +52,8 @@ class StatusLine:
 def training_status(metrics: Path, since: float) -> str:
     """Format step, losses, speed and remaining time from a stage's `metrics.jsonl`; empty if there are none.
 
+    A training without a teacher minimizes the cross-entropy, which validation always measures.
+
     Args:
         metrics: the file, which may not exist.
         since: seconds since the epoch; an older file belongs to an earlier attempt and is ignored.
@@ -60,9 +62,9 @@ def training_status(metrics: Path, since: float) -> str:
     parts = []
     if "step" in latest:
         parts.append(f"step {latest['step']}/{latest.get('max_steps', '?')}")
-    parts += [
-        f"{label} {latest[key]:.3f}" for key, label in (("loss", "loss"), ("val_loss", "val loss")) if key in latest
-    ]
+    distills = "kd_loss" in latest or "hidden_loss" in latest
+    labels = {"loss": "distillation loss" if distills else "cross-entropy", "val_loss": "val cross-entropy"}
+    parts += [f"{label} {latest[key]:.3f}" for key, label in labels.items() if key in latest]
     if "tokens_per_second" in latest:
         parts.append(f"{latest['tokens_per_second']:,.0f} tokens/s")
     if "seconds_left" in latest:

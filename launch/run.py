@@ -30,8 +30,6 @@ from prune_distill.pipeline.stage import Stage
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.schema import RunConfig
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class _StoppedError(Exception):
     """A signal asked the launcher to end."""
@@ -215,7 +213,7 @@ def _signals_raised() -> Iterator[None]:
         raise _StoppedError(signum)
 
     # Those that are ignored stay so: nohup means it.
-    heeded = [signum for signum in _SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    heeded = [signum for signum in pipeline.STOP_SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
     before = {signum: signal.signal(signum, stop) for signum in heeded}
     try:
         yield

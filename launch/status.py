@@ -1,7 +1,8 @@
 """python -m launch.status RUN_DIR [--watch] [--json]
 
-Show the status of a run: its stages, their jobs, the step and speed of a training, and why a stage failed. It reads the
-run's folder and, with Slurm, `squeue`; it changes nothing, and works on any machine that can access the folder.
+Show the status of a run: its stages, their jobs, the step and speed of a training, why a stage failed, and what earlier
+settings left. It reads the run's folder and, with Slurm, `squeue`; it works on any machine that can access the folder,
+and changes nothing without --remove-old.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.old_stages import find_old_stages, format_list, remove_old_stages
 from launch.progress import duration, newest, training_status
 from launch.queue import ENDED, Queued, query_jobs, read_submissions
 from launch.verification import check_sizes, verify
 from prune_distill.config.load import load_resolved
 from prune_distill.credentials import redact
-from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import Located, in_use, locate, read_manifest, read_state
+from prune_distill.errors import ConfigError, InputError
+from prune_distill.pipeline import lock
+from prune_distill.pipeline.artifact import Located, find_runs, in_use, locate, read_manifest, read_state
 from prune_distill.pipeline.names import LOG, METRICS, RESOLVED
 from prune_distill.pipeline.stage import Output, Stage
 from prune_distill.pipeline.stage_log import last_attempt, read_attempts, read_reason
@@ -38,7 +41,8 @@ class StageStatus:
 
     Attributes:
         state: complete, damaged (files of a complete stage are missing or have other sizes), running, queued, paused,
-            failed, canceled (the value is "cancelled"), or "to do".
+            interrupted (by a signal or the end of the machine), failed, canceled (the value is "cancelled"), or "to
+            do".
         jobs: ids of its Slurm jobs, in order.
         detail: one line of further information.
         cause: why it failed or cannot resume, or what is damaged.
@@ -81,7 +85,7 @@ def _stage(
     found = StageStatus(stage.stage.name, "to do", str(stage.folder), jobs)
     metrics = stage.folder / METRICS
     found.figures = newest(metrics, since=0)
-    paused = read_state(stage.folder)
+    last = read_state(stage.folder)
     alive = [queue[job] for job in jobs if job in queue and queue[job].state not in ENDED]
     log = stage.folder / LOG
     damage = check_sizes(stage)
@@ -96,14 +100,17 @@ def _stage(
         found.detail = ", ".join(filter(None, [training_status(metrics, since=0), *left]))
     elif alive:
         found.state = "queued"
-        at = [f"paused at step {paused['step']}"] if paused.get("state") == "paused" else []
+        at = [f"paused at step {last['step']}"] if last.get("state") == "paused" else []
         found.detail = ", ".join([*at, alive[0].reason])
-    elif paused.get("state") == "paused":
-        found.state, found.detail = "paused", f"at step {paused['step']}"
+    elif last.get("state") == "paused":
+        found.state, found.detail = "paused", f"at step {last['step']}"
         # Why its job did not start it again, if the script recorded it.
         found.cause = read_reason(log, last_attempt(log)).fault if log.exists() else None
     elif _has_other_settings(stage.folder):
         found.detail = "complete for other settings"
+    elif last.get("state") == "started":
+        progress = training_status(metrics, since=0)
+        found.state, found.detail = "interrupted", f"{progress and progress + '; '}the same command resumes it"
     elif log.exists() and log.stat().st_size:
         found.state, found.cause = "failed", _cause(log, [queue[job].state for job in jobs if job in queue])
         found.detail = training_status(metrics, since=0)
@@ -150,12 +157,6 @@ def _span(jobs: Sequence[str]) -> str:
     return jobs[0] if len(jobs) == 1 else f"{jobs[0]}..{jobs[-1]}" if jobs else ""
 
 
-def find_runs(folder: Path) -> Iterator[Path]:
-    """Yield the run in a folder, or the runs of a sweep."""
-    sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
-    yield from sweep if sweep and not (folder / RESOLVED).exists() else [folder]
-
-
 def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     """Run the command line. Returns the exit status: 0, or 2 if the folder is not a run or `--verify` finds damage."""
     parser = argparse.ArgumentParser(
@@ -167,16 +168,26 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
     parser.add_argument(
         "--verify", action="store_true", help="read all outputs of complete stages, and list all damage"
     )
+    parser.add_argument(
+        "--remove-old",
+        action="store_true",
+        help="remove the stages of earlier settings, if those of the present ones are complete",
+    )
     args = parser.parse_args(arguments)
     try:
         if args.verify:
             intact = [verify(_located(folder, stages), folder) for folder in find_runs(args.run_dir)]
             return 0 if all(intact) else 2
+        if args.remove_old:
+            for folder in find_runs(args.run_dir):
+                with lock.hold_lock(folder, fix="end it"):
+                    remove_old_stages(folder, _located(folder, stages), stages)
+            return 0
         while True:
             runs = {str(folder): status(folder, stages) for folder in find_runs(args.run_dir)}
             if args.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
-            print(_format_json(runs) if args.json else _format_text(runs), flush=True)
+            print(_format_json(runs) if args.json else _format_text(runs, stages), flush=True)
             if not args.watch or all(
                 stage.state not in ("running", "queued") for run in runs.values() for stage in run
             ):
@@ -184,6 +195,9 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
             time.sleep(SECONDS_BETWEEN_LOOKS)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -193,13 +207,18 @@ def _format_json(runs: Mapping[str, Sequence[StageStatus]]) -> str:
     return json.dumps({run: [dataclasses.asdict(stage) for stage in stages] for run, stages in runs.items()}, indent=1)
 
 
-def _format_text(runs: Mapping[str, Sequence[StageStatus]]) -> str:
-    tables = {run: table(stages) for run, stages in runs.items()}
+def _format_text(runs: Mapping[str, Sequence[StageStatus]], stages: Sequence[Stage]) -> str:
+    tables = {run: "\n\n".join([table(found), *_old(Path(run), stages)]) for run, found in runs.items()}
     return (
         next(iter(tables.values()))
         if len(tables) == 1
         else "\n\n".join(f"{run}\n{text}" for run, text in tables.items())
     )
+
+
+def _old(run_dir: Path, stages: Sequence[Stage]) -> list[str]:
+    old = find_old_stages(run_dir, _located(run_dir, stages), stages)
+    return [format_list(old)] if old else []
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_distill.errors import ConfigError
-from prune_distill.pipeline.artifact import read_manifest, update_record, write_json
+from prune_distill.errors import InputError
+from prune_distill.pipeline.artifact import find_runs, read_manifest, update_record, write_json
 from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.reporting import comparison, html, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import Report, summarize
-from prune_distill.reporting.run_folder import RunFolder, find_runs, locate_report, read_run, stage_run_folder
+from prune_distill.reporting.run_folder import RunFolder, locate_report, read_run, stage_run_folder
 from prune_distill.reporting.words import strict
 from prune_distill.schema import RunConfig
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / REPORT)
             write_comparison(paths, out)
-    except ConfigError as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

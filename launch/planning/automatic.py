@@ -35,6 +35,10 @@ from prune_distill.units import GIB
 # The share of the GPU's memory that a chosen layout leaves free, beyond the reserve that every estimate has.
 MARGIN = 0.05
 REASONS_SHOWN = 3
+CHUNK = "distill.kd.chunk_tokens"
+CHUNKS, USUAL_CHUNK = (256, 512, 1024, 2048, 4096, 8192), 1024
+# A larger chunk has to make a step faster by more than this share.
+CHUNK_TOLERANCE = 0.005
 PRUNE_STAGES, PRUNE_BATCH = "prune.pipeline_model_parallel_size", "prune.micro_batch_size"
 
 
@@ -68,12 +72,47 @@ def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = Fa
     kept = _kept(cfg, automatic)
     if kept is not None:
         return kept
-    for key in (CORRECTION, DISTILL):
-        fixed = {name: get_value(cfg, f"{key}.{name}") for name in LAYOUT if f"{key}.{name}" not in automatic}
-        if len(fixed) < len(LAYOUT) and get_value(cfg, key) is not None:
-            chosen = _best(_task(cfg, key, fixed), accept_nearest)
-            cfg = replace_values(cfg, {f"{key}.{name}": value for name, value in chosen.values.items()})
+    cfg = _choose_layout(cfg, CORRECTION, automatic, accept_nearest)
+    if CHUNK in automatic:
+        cfg = replace_values(cfg, {CHUNK: _best_chunk(cfg, automatic)})
+    cfg = _choose_layout(cfg, DISTILL, automatic, accept_nearest)
     return _choose_pruning(cfg, automatic, accept_nearest)
+
+
+def _choose_layout(cfg: RunConfig, key: str, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
+    fixed = {name: get_value(cfg, f"{key}.{name}") for name in LAYOUT if f"{key}.{name}" not in automatic}
+    if len(fixed) == len(LAYOUT) or get_value(cfg, key) is None:
+        return cfg
+    chosen = _best(_task(cfg, key, fixed), accept_nearest)
+    return replace_values(cfg, {f"{key}.{name}": value for name, value in chosen.values.items()})
+
+
+def _best_chunk(cfg: RunConfig, automatic: Collection[str]) -> int:
+    """The fewest tokens of a chunk of the loss with which a step is nearly as fast as with any other, each in the best
+    layout for it; `USUAL_CHUNK` where speed is not known, and the smallest where nothing fits.
+
+    The output weight's gradient is read and written once for each chunk, whatever its tokens: traffic that takes as
+    long as the chunk's products if a chunk has a few hundred tokens.
+    """
+    seconds: dict[int, float] = {}
+    for tokens in CHUNKS:
+        try:
+            option = _choose_layout(replace_values(cfg, {CHUNK: tokens}), DISTILL, automatic, accept_nearest=False)
+        except ConfigError:
+            break
+        layout = distillation(option).layout()
+        if option.cluster.gpu is None or layout.seconds is None:
+            return USUAL_CHUNK
+        if not _fits(option):
+            break
+        seconds[tokens] = layout.seconds
+    fastest = min(seconds.values(), default=0.0)
+    near = [tokens for tokens in seconds if seconds[tokens] <= (1 + CHUNK_TOLERANCE) * fastest]
+    return min(near, default=CHUNKS[0])
+
+
+def _fits(cfg: RunConfig) -> bool:
+    return all(fullest(memory).total <= _limit(cfg) for memory in stage_memory(cfg).values())
 
 
 def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
@@ -88,9 +127,7 @@ def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
     if any(value is None for value in values.values()):
         return None
     kept = replace_values(cfg, values)
-    fits = kept.cluster.gpu is None or all(
-        fullest(memory).total <= _limit(kept) for memory in stage_memory(kept).values()
-    )
+    fits = kept.cluster.gpu is None or _fits(kept)
     return kept if fits and not validate(kept) else None
 
 

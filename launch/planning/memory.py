@@ -152,21 +152,27 @@ def _loss(training: Training, loss: Loss, models: Models, tokens: int, width: in
         return tokens * vocabulary * loss_bytes(loss, tensor, width)
     live = loss is Loss.kd and models.teacher is not None
     gathered = tokens * (models.student.hidden_size + (models.teacher.hidden_size if live and models.teacher else 0))
+    chunk = chunked_loss_bytes(training.kd, loss, live, min(training.kd.chunk_tokens, tokens), vocabulary, width)
+    output_weight = vocabulary * models.student.hidden_size
     return (
-        chunked_loss_bytes(training.kd, loss, live, min(training.kd.chunk_tokens, tokens), vocabulary, width)
-        # The weight's gradient in fp32; in bf16 each chunk's share of it as it comes.
-        + vocabulary * models.student.hidden_size * (FP32_BYTES + (width if width < FP32_BYTES else 0))
+        # The output weight's gradient in fp32. The backward pass adds it to Megatron's buffer, when the chunk's buffers
+        # are free, and returns a tensor of the weight's type that nobody reads.
+        FP32_BYTES * output_weight
+        + max(chunk, width * output_weight)
         + width * tokens * models.student.hidden_size  # the hidden states' gradient
         + (width * gathered if _sequence_share(training) > 1 else 0)
     )
 
 
 def chunked_loss_bytes(kd: KdConfig, loss: Loss, live: bool, chunk: int, vocabulary: int, width: int) -> int:
-    """Bytes of a chunk's `[chunk, V / tensor]` buffers in `prune_distill/distillation/kd_loss.py`.
+    """Bytes of a chunk's `[chunk, V / tensor]` buffers in `prune_distill/distillation/loss_chunk.py`.
 
     In fp32 the student's logits; with a live teacher its logits, and their difference unless only the top k count;
-    exponentials for the cross-entropy. In bf16 a copy more of one of them.
+    exponentials for the cross-entropy. In bf16 the gradient's copy. The kernels of `triton_chunk.py` need the logits
+    and the gradient alone.
     """
+    if kd.implementation is LossImplementation.triton:
+        return chunk * vocabulary * ((2 if live else 1) * FP32_BYTES + width)
     buffers = 1
     if live:
         buffers += 1 if kd.top_k is not None else 2

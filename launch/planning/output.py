@@ -11,6 +11,7 @@ from launch.planning.memory import Memory, fullest
 from launch.planning.plan import Model, Plan
 from launch.planning.what_if import Variant, to_rows
 from prune_distill.schema import Gpu
+from prune_distill.schema.run import LAYOUT
 from prune_distill.units import GIB
 
 COLUMNS = 100
@@ -45,6 +46,8 @@ SIZES_OF_EXPERTS = {
 def to_json(plan: Plan) -> dict[str, object]:
     """A plan as plain data: the object that `launch.plan --json` prints, whose keys programs read."""
     cluster, work = plan.cluster, plan.work
+    on_gpu = cluster.gpu is not None
+    memory = {stage: [_memory_to_json(rank, on_gpu) for rank in ranks] for stage, ranks in plan.memory.items()}
     return {
         "experiment": plan.experiment,
         "cluster": {
@@ -67,12 +70,10 @@ def to_json(plan: Plan) -> dict[str, object]:
         },
         "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
-        "memory": {
-            stage: _memory_to_json(memory[0]) if stage == "prune" else [_memory_to_json(rank) for rank in memory]
-            for stage, memory in plan.memory.items()
-        },
+        "memory": {**memory, "prune": memory["prune"][0]},
         "automatic": plan.automatic,
         "layout": _layout_to_json(plan.layout),
+        "loss_chunk": plan.loss_chunk,
         "step": None if plan.step is None else {**plan.step.parts, "total": plan.step.total},
         "layouts": [_layout_to_json(layout) for layout in plan.layouts],
         "undivided": plan.undivided,
@@ -98,8 +99,10 @@ def _model_to_json(model: Model) -> dict[str, object]:
     return {**counts, **dataclasses.asdict(model.shape)}
 
 
-def _memory_to_json(memory: Memory) -> dict[str, int]:
-    return {**memory.parts, "reserve": memory.reserve, "total": memory.total}
+def _memory_to_json(memory: Memory, on_gpu: bool) -> dict[str, int]:
+    # The reserve is an assumption about CUDA.
+    reserve = memory.reserve if on_gpu else 0
+    return {**memory.parts, "reserve": reserve, "total": memory.tensors + reserve}
 
 
 def _layout_to_json(layout: Layout) -> dict[str, object]:
@@ -141,7 +144,7 @@ def summarize(plan: Plan) -> list[str]:
 
 def _choice(plan: Plan) -> list[str]:
     """The layout that was chosen, why, and those that come next; nothing where all of it was set."""
-    if not any(key.startswith("distill.") for key in plan.automatic):
+    if not any(key.removeprefix("distill.") in LAYOUT for key in plan.automatic):
         return []
     gpu, present = plan.cluster.gpu, plan.layout
     if gpu is None:
@@ -296,9 +299,16 @@ def _memory(plan: Plan) -> list[str]:
     return [
         f"memory at the fullest moment, with {_describe(plan.layout)}",
         *_columns(rows),
-        "loss: logits (of a chunk, or whole with implementation=upstream) and the output weight's gradient",
+        f"loss: logits{_chunk(plan)} and the output weight's gradient",
         *(["* assumed: 2 GiB for CUDA, NCCL and workspaces, 5 % for fragmentation"] if on_gpu else []),
     ]
+
+
+def _chunk(plan: Plan) -> str:
+    if plan.loss_chunk is None:
+        return ""
+    chosen = " (chosen)" if "distill.kd.chunk_tokens" in plan.automatic else ""
+    return f" of {plan.loss_chunk:,} tokens at a time{chosen}"
 
 
 def _describe(layout: Layout) -> str:

@@ -20,7 +20,7 @@ from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
 from prune_distill.model.student import student_shape, student_shapes
 from prune_distill.pipeline.stages import select_stages
-from prune_distill.schema import ClusterConfig, Family, Loss, Precision, RunConfig, Shape
+from prune_distill.schema import ClusterConfig, Family, Loss, LossImplementation, Precision, RunConfig, Shape
 from prune_distill.schema.phases import phase_sizes, training_tokens
 from prune_distill.units import GIB
 
@@ -83,6 +83,7 @@ class Plan:
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
             fullest rank. It always has `distill` and `prune`.
         layout: the configured layout of the distillation.
+        loss_chunk: tokens of a chunk of the loss; None with implementation=upstream.
         step: what one of its steps takes, the first phase's; None where the GPU's figures are not stated.
         layouts: those that divide everything and fit the GPU, best first; empty where no GPU is stated.
         undivided: why other layouts are not possible.
@@ -101,6 +102,7 @@ class Plan:
     stages: list[StageHours]
     memory: dict[str, list[Memory]]
     layout: Layout
+    loss_chunk: int | None
     step: Seconds | None
     layouts: list[Layout]
     undivided: list[str]
@@ -182,6 +184,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         stages=estimate_hours(cfg, teacher),
         memory=memory,
         layout=task.layout(),
+        loss_chunk=_loss_chunk(cfg),
         step=_step(task),
         layouts=layouts,
         undivided=undivided(task),
@@ -197,6 +200,11 @@ def distillation(cfg: RunConfig) -> Task:
     # Only the speed of bf16 is stated.
     machine = describe_machine(cfg.cluster) if cfg.distill.precision is Precision.bf16 else None
     return Task(cfg, DISTILL, _models(cfg, cfg.model.shape), count_ranks(cfg), machine)
+
+
+def _loss_chunk(cfg: RunConfig) -> int | None:
+    kd = cfg.distill.kd
+    return None if kd.implementation is LossImplementation.upstream else kd.chunk_tokens
 
 
 def _step(task: Task) -> Seconds | None:

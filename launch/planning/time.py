@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from launch.planning.machine import BF16_BYTES, COLLECTIVE_SECONDS, FP32_BYTES, KERNEL_SECONDS, Machine
 from launch.planning.memory import Models
 from prune_distill.model.model_size import rank_experts, rank_parameters
-from prune_distill.schema import DistillConfig, Family, Loss, Parallel, Recompute, Shape, Training
+from prune_distill.schema import DistillConfig, Family, Loss, LossImplementation, Parallel, Recompute, Shape, Training
 from prune_distill.schema.phases import training_phases
 
 # FlashAttention-3 with causal masks, heads of 128, bf16 (arXiv 2407.08608, figures 5 and 6): 550 to 650 TFLOP/s
@@ -25,9 +25,11 @@ ATTENTION_BACKWARD = 2.5
 # are read (16), the last three and the bf16 weight written (14), and the gradient is read once more for its norm (4).
 OPTIMIZER_BYTES = 34
 # Bytes that are read and written for each logit of the student and, with a live teacher, of both models together, as
-# counted in prune_distill/distillation/kd_loss.py and loss_terms.py: for each model the product in bf16 and its fp32
-# copy (8), maximum and subtraction (12), exponentials and their sum (12); then differences, gradient, its bf16 copy.
-LOSS_BYTES = {"ce": 54, "cached": 54, "live": 102}
+# counted in prune_distill/distillation/loss_chunk.py and loss_terms.py: for each model the product in fp32 (4), maximum
+# and subtraction (12), exponentials and their sum (12); then differences, gradient, its bf16 copy.
+LOSS_BYTES = {"ce": 50, "cached": 50, "live": 94}
+# The same of the kernels in triton_chunk.py: logits written once and read twice, the bf16 gradient written.
+TRITON_LOSS_BYTES = {"ce": 14, "live": 26}
 
 # Whether the layers of the student, and of the teacher, compute in FP8.
 Fp8 = tuple[bool, bool]
@@ -312,12 +314,14 @@ def _loss(training: Training, loss: Loss, student: Pass, live: bool) -> float:
     machine, tokens = student.machine, student.tokens
     columns = student.shape.vocab_size / student.tensor
     kind = "ce" if loss is Loss.ce else ("live" if live else "cached")
-    logits = machine.copy(LOSS_BYTES[kind] * tokens * columns)
     if not isinstance(training, DistillConfig):
-        return logits
-    # Of every chunk the output weight's gradient is written in bf16, read, and added to the fp32 sum.
+        return machine.copy(LOSS_BYTES[kind] * tokens * columns)
+    triton = training.kd.implementation is LossImplementation.triton
+    logits = machine.copy((TRITON_LOSS_BYTES if triton else LOSS_BYTES)[kind] * tokens * columns)
+    # Of every chunk the output weight's gradient is written in fp32, read, and added to the sum. Newer versions of
+    # PyTorch do it in one pass (`products.add_product`).
     chunks = -(-tokens // min(training.kd.chunk_tokens, tokens))
-    gradient = machine.copy((2 * BF16_BYTES + 2 * FP32_BYTES) * columns * student.shape.hidden_size)
+    gradient = machine.copy(4 * FP32_BYTES * columns * student.shape.hidden_size)
     sums = 2 * COLLECTIVE_SECONDS if student.tensor > 1 else 0.0
     return logits + chunks * (gradient + sums + 20 * KERNEL_SECONDS)
 

@@ -36,8 +36,10 @@ from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import cached_logits_batch
-from prune_distill.distillation.kd_loss import Head, TopK, distillation_loss
-from prune_distill.nemo import backend, nemo_api
+from prune_distill.distillation.kd_loss import check_implementation, distillation_loss
+from prune_distill.distillation.loss_chunk import Head
+from prune_distill.distillation.loss_terms import TopK
+from prune_distill.nemo import backend, devices, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
 from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
@@ -79,8 +81,7 @@ class FusedHead:
         batch_size, tokens = labels.shape[0], _token_order(labels)
         group = parallel_state.get_tensor_model_parallel_group()
         if not self.student.training:
-            lm_only = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=self.config.chunk_tokens)
-            _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), lm_only, group)
+            _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), _data_loss(self.config), group)
             return _batch_order(losses.lm, batch_size)
         mask = _token_order(self.batch["loss_mask"])
         total, losses = distillation_loss(head, self._pop_teacher(), tokens, mask, self.config, group)
@@ -92,6 +93,11 @@ class FusedHead:
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
         teacher, self.teacher_head = self.teacher_head, None
         return teacher
+
+
+def _data_loss(kd: KdConfig) -> KdConfig:
+    """Cross-entropy alone, computed in the same way."""
+    return KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=kd.chunk_tokens, implementation=kd.implementation)
 
 
 def _replace_output(model: Any, loss: Callable[[Tensor, Head], Any]) -> None:
@@ -250,10 +256,10 @@ class DistilledModel(_FixedLossModel, DistillationGPTModel):
         }
         model = mtd.convert(student, mode=[("kd_loss", settings)])
         adjust_distillation_model_for_mcore(model, SimpleNamespace(skip_lm_loss=not self.kd.lm_weight))
-        if self.kd.implementation is LossImplementation.chunked:
-            self.head = FusedHead(model, model.teacher_model, self.kd)
-        else:
+        if self.kd.implementation is LossImplementation.upstream:
             _copy_logits_for_loss(model)
+        else:
+            self.head = FusedHead(model, model.teacher_model, self.kd)
         self.module = model
 
     @contextmanager
@@ -321,13 +327,14 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
 
     Raises:
-        InputError: not a NeMo checkpoint; tokenizers or vocabularies differ.
+        InputError: not a NeMo checkpoint; tokenizers or vocabularies differ; this device cannot compute the
+            loss.
     """
+    check_implementation(distill.kd, devices.torch_device())
     student = nemo_api.load_model(checkpoint)
     if teacher is None:
-        data_loss = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
-        model.kd = distill.kd if distill.reads_cached_logits else data_loss
+        model.kd = distill.kd if distill.reads_cached_logits else _data_loss(distill.kd)
     else:
         check_tokenizers(checkpoint, teacher)
         config = nemo_api.load_model(teacher).config

@@ -9,11 +9,16 @@ Computing gradients in the forward pass is the method of Liger Kernel's fused li
 losses are defined in Hinton et al., arXiv 1503.02531 (temperature; its square is a factor, so that gradients keep their
 size) and Agarwal et al., arXiv 2306.13649 (reverse KL and Jensen-Shannon).
 
+In bf16, the logits and the sum of the weight's gradient are exact to float32 (`products`). The gradient with respect to
+the logits is rounded to bf16 once, for the products with the weight and the hidden states.
+
 This module uses PyTorch alone, no Megatron.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,25 +26,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from prune_distill.distillation.loss_terms import (
-    DIVERGENCES,
-    CrossEntropy,
-    LossTerm,
-    TopK,
-    TopKKL,
-    Vocabulary,
-    select_top_k,
-)
-from prune_distill.schema import KdConfig
-
-
-@dataclass(frozen=True)
-class Head:
-    """Inputs of the loss from one model: final hidden states `[n, h]`, and this rank's rows of the output weight `[v,
-    h]`."""
-
-    hidden: Tensor
-    weight: Tensor
+from prune_distill.distillation import products
+from prune_distill.distillation.loss_chunk import Chunk, Head
+from prune_distill.distillation.loss_terms import TopK, Vocabulary
+from prune_distill.errors import InputError
+from prune_distill.schema import KdConfig, LossImplementation
 
 
 @dataclass(frozen=True)
@@ -136,94 +127,39 @@ def _compute(
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
-    chunk = _Chunk(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group))
+    chunk = _chunk_type(config)(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group))
     for start in range(0, tokens, config.chunk_tokens):
         rows = slice(start, min(start + config.chunk_tokens, tokens))
-        kd[rows], lm[rows], gradient = chunk.compute(rows)
+        kd[rows], lm[rows], gradient = chunk.compute(rows, any(needs_grad))
+        if gradient is None:
+            continue
         gradient = gradient.to(weight.dtype)
         if grad_hidden is not None:
             torch.mm(gradient, weight, out=grad_hidden[rows])
         if grad_weight is not None:
-            _add_product(grad_weight, gradient.t(), hidden[rows])
+            products.add_product(gradient.t(), hidden[rows], grad_weight)
     return TokenLosses(kd.mul_(config.temperature**2), lm), grad_hidden, grad_weight
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Compute total += left @ right; total is float32."""
-    if left.dtype is total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
+def check_implementation(config: KdConfig, device: str) -> None:
+    """Refuse an implementation that this machine cannot run.
+
+    Raises:
+        InputError: Triton is not installed, or has no compiler for the device.
+    """
+    if config.implementation is not LossImplementation.triton:
+        return
+    key, fix = "distill.kd.implementation=triton", "set distill.kd.implementation=chunked"
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(f"{key}: the package triton is not installed; install it where PyTorch is, or {fix}")
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(f"{key}: Triton needs a GPU, and this machine has none; {fix}")
 
 
-class _Chunk:
-    """Loss of a chunk of tokens and its gradient with respect to the logits. All chunks share the same buffers."""
+def _chunk_type(config: KdConfig) -> type[Chunk]:
+    if config.implementation is not LossImplementation.triton:
+        return Chunk
+    # CPU builds of PyTorch come without Triton.
+    from prune_distill.distillation.triton_chunk import TritonChunk
 
-    def __init__(
-        self,
-        student: Head,
-        teacher: Head | TopK | None,
-        labels: Tensor | None,
-        mask: Tensor,
-        config: KdConfig,
-        vocabulary: Vocabulary,
-    ) -> None:
-        self.student, self.teacher, self.labels, self.mask = student, teacher, labels, mask
-        self.config, self.vocabulary = config, vocabulary
-        self.buffers: dict[str, Tensor] = {}
-
-    def compute(self, rows: slice) -> tuple[Tensor | float, Tensor | float, Tensor]:
-        """Return divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum."""
-        config = self.config
-        s = self._logits("student", self.student, rows)
-        t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
-        models = [s] if t is None else [s, t]
-        for logits, maximum in zip(models, self.vocabulary.maximum([x.amax(-1) for x in models]), strict=True):
-            logits.sub_(maximum[:, None])
-        terms: dict[str, LossTerm] = {}
-        partial_sums: list[Tensor] = []
-        if config.lm_weight:  # before the divergence, which overwrites the logits
-            assert self.labels is not None
-            exponentials = self._buffer("exponentials", rows)
-            terms["lm"] = CrossEntropy(s, self.labels[rows], self.vocabulary, exponentials)
-            partial_sums += terms["lm"].partial_sums()
-        if config.kd_weight:
-            terms["kd"] = self._divergence(s, t, rows)
-            partial_sums += terms["kd"].partial_sums()
-        # One all-reduce for both terms.
-        sums = self.vocabulary.sum(partial_sums)
-        losses: dict[str, Tensor] = {}
-        gradients: list[Tensor] = []
-        factors = {"lm": config.lm_weight, "kd": config.kd_weight * config.temperature}
-        for name, term in terms.items():
-            losses[name], gradient = term.finish(sums[: term.SUMS])
-            sums = sums[term.SUMS :]
-            gradients.append(gradient.mul_((factors[name] * self.mask[rows])[:, None]))
-        total, *others = gradients
-        for other in others:
-            total.add_(other)
-        return losses.get("kd", 0.0), losses.get("lm", 0.0), total
-
-    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> LossTerm:
-        """Build the divergence term from both models' logits, less their maxima. The term overwrites them."""
-        config = self.config
-        s.div_(config.temperature)
-        if t is None:
-            assert isinstance(self.teacher, TopK)
-            return TopKKL(s, self.teacher[rows], self.vocabulary)
-        t.div_(config.temperature)
-        if config.top_k is not None:
-            return TopKKL(s, select_top_k(t, config.top_k, self.vocabulary), self.vocabulary)
-        return DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)
-
-    def _logits(self, name: str, head: Head, rows: slice) -> Tensor:
-        logits = self._buffer(name, rows)
-        if head.weight.dtype is torch.float32:
-            return torch.mm(head.hidden[rows], head.weight.t(), out=logits)
-        return logits.copy_(head.hidden[rows] @ head.weight.t())
-
-    def _buffer(self, name: str, rows: slice) -> Tensor:
-        count = rows.stop - rows.start
-        if name not in self.buffers:  # allocated for the first chunk, which is the largest
-            self.buffers[name] = self.student.weight.new_empty(count, self.vocabulary.size, dtype=torch.float32)
-        return self.buffers[name][:count]
+    return TritonChunk

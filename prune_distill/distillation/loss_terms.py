@@ -149,7 +149,7 @@ class ForwardKL(DivergenceTerm):
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         student_sum, teacher_sum, cross = sums
         gradient = self.s.div_(student_sum[:, None]).sub_(self.t.div_(teacher_sum[:, None]))
-        return cross / teacher_sum + student_sum.log() - teacher_sum.log(), gradient
+        return cross / teacher_sum + (student_sum / teacher_sum).log(), gradient
 
 
 class ReverseKL(DivergenceTerm):
@@ -165,7 +165,7 @@ class ReverseKL(DivergenceTerm):
 
     def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         student_sum, teacher_sum, cross = sums
-        log_ratio = teacher_sum.log() - student_sum.log()
+        log_ratio = (teacher_sum / student_sum).log()
         mean = cross / student_sum
         gradient = self.s.div_(student_sum[:, None]).mul_(self.spare.sub_(mean[:, None]))
         return mean + log_ratio, gradient

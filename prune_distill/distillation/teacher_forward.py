@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from prune_distill.distillation.kd_loss import TopK, Vocabulary, select_top_k
+from prune_distill.distillation.loss_terms import TopK, Vocabulary, select_top_k
 from prune_distill.nemo.forward import run_forward
 
 # Number of tokens whose logits are in memory in fp32 at the same time.

@@ -19,7 +19,7 @@ from typing import Any
 
 from prune_distill.atomic_files import write_text
 from prune_distill.config.values import get_value
-from prune_distill.errors import ConfigError
+from prune_distill.errors import ConfigError, InputError
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.identity import (
     find_external,
@@ -30,7 +30,7 @@ from prune_distill.pipeline.identity import (
     recorded_values,
     versions_of,
 )
-from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, STATE
+from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, RESOLVED, STATE
 from prune_distill.pipeline.outputs import Entries, compute_crc32, digests, list_outputs, parse_record, total_bytes
 from prune_distill.pipeline.stage import External, Source, Stage
 from prune_distill.pipeline.stages import STAGES
@@ -243,10 +243,27 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) and type(state.get("step", 0)) is int else {}
 
 
-def in_use(run_dir: Path) -> bool:
-    """Return whether a launcher, or a stage that outlives it, holds the lock of a run folder."""
+def find_runs(folder: Path) -> list[Path]:
+    """Find the run in a folder, or the runs of a sweep.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (folder / RESOLVED).exists():
+        return [folder]
+    sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
+    if not sweep:
+        problem = f"contains no {RESOLVED}" if folder.exists() else "does not exist"
+        raise InputError(
+            f"RUN_DIR={folder}: {problem}; give the folder of a run, or of a sweep (run_dir of launch.run)"
+        )
+    return sweep
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether the lock of a folder is held: of a run by its launcher, or of a stage by its process."""
     try:
-        with (run_dir / LOCK).open() as file:
+        with (folder / LOCK).open() as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -27,8 +27,9 @@ MANIFEST = "manifest.json"  # written last
 OUTPUTS = "outputs.json"  # size and CRC-32 of each file that the stage wrote
 LOG = "log.txt"
 METRICS = "metrics.jsonl"
-# Written by the last attempt of a training stage: {"state": "paused" or "done", "step": N}. A paused stage resumes when
-# it is started again. Only the manifest marks a stage as complete.
+# Of the last attempt: {"state": "started"} by a launcher, until the stage ends; then, or by a training stage,
+# {"state": "paused" or "done", "step": N}. A paused or interrupted stage resumes when it is started again. Only the
+# manifest marks a stage as complete.
 STATE = "state.json"
 # A file of this name asks a training stage to save and pause. The launcher removes both when it starts a stage.
 STOP = "stop"
@@ -56,6 +57,13 @@ CONTEXT = "context"
 TOKENIZER = "tokenizer"  # in the context
 
 _CHECKPOINT = re.compile(r"step=(0|[1-9]\d*)")
+_STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z_0-9]+)*)-[0-9a-f]{8}")
+
+
+def parse_stage_folder(name: str) -> str | None:
+    """Return the stage of a folder's name, `<stage>-<hash8>`; None if it is another name."""
+    match = _STAGE_FOLDER.fullmatch(name)
+    return match[1] if match is not None else None
 
 
 def checkpoint_name(step: int) -> str:

@@ -177,7 +177,7 @@ def _locate_checked(config: Path, stage: str) -> Located:
     if stage not in known:
         raise InputError(f"there is no stage {stage!r}; use one of {', '.join(known)}")
     if not config.is_file():
-        raise ConfigError(f"--config={config}: does not exist; give the resolved.yaml of a run folder")
+        raise ConfigError(f"--config={config}: no such file; give the resolved.yaml of a run folder")
     everything = locate(load_resolved(config))
     if stage not in everything:
         raise ConfigError(f"this run has no stage {stage!r}; use one of {', '.join(everything)}")

@@ -29,6 +29,12 @@ from prune_distill.reporting.words import finite
 # With more tasks, the overview only shows their mean.
 TASKS_IN_OVERVIEW = 2
 SAMPLES_SHOWN = 8
+# The share of questions that a metric counts, by its name in lm-evaluation-harness.
+METRICS = {
+    "acc": "those whose right choice is the most probable",
+    "acc_norm": "those whose right choice has the highest log-probability per byte",
+    "acc_mutual_info": "those whose right choice gains the most log-probability from the question",
+}
 CONTROL = (
     " A control is the same pruned model, trained on the same tokens and steps without a teacher; at small"
     " sizes it can be better."
@@ -121,7 +127,12 @@ def _details(models: Mapping[str, ModelReport]) -> Table:
 def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     models, tasks = report["models"], report["tasks"]
     if tasks:
-        yield _task_table(models, tasks)
+        table = _task_table(models, tasks)
+        yield table
+        shown = {row[1].text for row in table.rows}
+        explained = [f"{metric}, {share}" for metric, share in METRICS.items() if metric in shown]
+        if explained:
+            yield Note(f"Scores are shares of the questions: {'; '.join(explained)}.")
     else:
         yield (
             missing(run, "evaluate", "No tasks were scored") if not models else Note("No tasks were scored.", "missing")

@@ -121,12 +121,12 @@ def summarize(run: RunFolder) -> Report:
 
 
 def state_of(run: RunFolder) -> str:
-    """Return the state of a run: complete, failed, running, paused, or unfinished."""
+    """Return the state of a run: complete, failed, running, interrupted, paused, or unfinished."""
     states = [stage.state for stage in run.stages.values()]
     # Without the evaluation a run is not complete. If stages are only known by their folders, later ones are missing.
     if "evaluate" in run.stages and all(state == "complete" for state in states):
         return "complete"
-    return next((state for state in ("failed", "running", "paused") if state in states), "unfinished")
+    return next((state for state in ("failed", "running", "interrupted", "paused") if state in states), "unfinished")
 
 
 def headline(task: TaskScores) -> tuple[str, float, float | None] | None:

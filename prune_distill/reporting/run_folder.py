@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,18 @@ from prune_distill.config.load import load_resolved
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import Located, in_use, locate, read_state
 from prune_distill.pipeline.metrics_file import read_metrics
-from prune_distill.pipeline.names import JOBS, LAUNCHES, LOG, MANIFEST, METRICS, PLAN, REPORT, RESOLVED, SLURM
+from prune_distill.pipeline.names import (
+    JOBS,
+    LAUNCHES,
+    LOG,
+    MANIFEST,
+    METRICS,
+    PLAN,
+    REPORT,
+    RESOLVED,
+    SLURM,
+    parse_stage_folder,
+)
 from prune_distill.pipeline.stage_log import Attempt, last_attempt, parse_object, read_attempts, read_reason
 from prune_distill.pipeline.stages import STAGES
 from prune_distill.reporting import Json
@@ -24,7 +34,6 @@ from prune_distill.schema import RunConfig
 
 # Maximum number of log lines to show for a failed stage.
 LINES = 8
-_STAGE_FOLDER = re.compile(r"([a-z_]+(?:\.[a-z0-9_]+)?)-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class StageFolder:
     """One stage of a run.
 
     Attributes:
-        state: complete, running, paused, failed, submitted (to Slurm, which is not queried), or "to do".
+        state: complete, running, paused, interrupted, failed, submitted (to Slurm, which is not queried), or "to do".
         manifest: manifest of a complete stage; empty otherwise.
         cause: why it failed, or cannot resume.
         step: the step at which it paused.
@@ -164,20 +173,6 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def find_runs(folder: Path) -> list[Path]:
-    """Find the run in a folder, or the runs of a sweep.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if (folder / RESOLVED).exists():
-        return [folder]
-    sweep = sorted(path.parent for path in folder.glob(f"*/{RESOLVED}"))
-    if not sweep:
-        raise ConfigError(f"{folder} has no {RESOLVED}; give the folder of a run, or of a sweep")
-    return sweep
-
-
 def read_run(path: Path) -> RunFolder:
     """Read the run in a folder, in any state."""
     text, tree = _config(path / RESOLVED)
@@ -233,9 +228,9 @@ def _stage_folders(path: Path) -> Iterator[tuple[str, Path]]:
     for folder in sorted(
         (entry for entry in path.iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime
     ):
-        match = _STAGE_FOLDER.fullmatch(folder.name)
-        if match is not None:
-            newest[match[1]] = folder
+        name = parse_stage_folder(folder.name)
+        if name is not None:
+            newest[name] = folder
     order = [stage.name for stage in STAGES]
     for name in sorted(newest, key=lambda name: (order.index(name) if name in order else len(order), name)):
         yield name, newest[name]
@@ -265,10 +260,12 @@ def _stage(name: str, folder: Path, complete: bool | None, working: bool, submit
         return StageFolder(name, folder, "complete", starts, Manifest.read(manifest))
     if working:
         return StageFolder(name, folder, "running", starts)
-    paused = read_state(folder)
+    last = read_state(folder)
     fault, lines = _reason(log)
-    if paused.get("state") == "paused":
-        step = paused.get("step")
+    if last.get("state") == "started":
+        return StageFolder(name, folder, "interrupted", starts)
+    if last.get("state") == "paused":
+        step = last.get("step")
         return StageFolder(name, folder, "paused", starts, cause=fault, step=step if isinstance(step, int) else None)
     if fault is not None or (lines and not submitted):
         return StageFolder(name, folder, "failed", starts, cause=fault or "\n".join(lines[-LINES:]))

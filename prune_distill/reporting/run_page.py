@@ -16,6 +16,7 @@ STATES = {
     "complete": "complete",
     "failed": "failed",
     "running": "running",
+    "interrupted": "interrupted",
     "paused": "paused",
     "unfinished": "not finished",
 }
@@ -148,6 +149,8 @@ def _opening(run: RunFolder, report: Report) -> Iterator[Block]:
         elif stage.state == "paused":
             at = f" at step {stage.step:,}" if stage.step is not None else ""
             yield Note(f"Stage {name} is paused{at}; run the same command to resume it. {stage.cause or ''}", "warning")
+        elif stage.state == "interrupted":
+            yield Note(f"Stage {name} was interrupted; run the same command to resume it.", "warning")
         elif stage.state == "running":
             yield Note(f"Stage {name} was running when this was written.{_progress(run, name)}", "warning")
         elif stage.state == "submitted":

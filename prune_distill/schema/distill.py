@@ -55,10 +55,11 @@ class HiddenLoss(Enum):
 
 
 class LossImplementation(Enum):
-    """`chunked`: computed from hidden states in chunks, without ever storing all logits. `upstream`: NeMo's
-    LogitsKLLoss, for reference."""
+    """`chunked`: computed from hidden states in chunks, without ever storing all logits. `triton`: the same by Triton
+    kernels, with fewer passes over a chunk's logits. `upstream`: NeMo's LogitsKLLoss, for reference."""
 
     chunked = "chunked"
+    triton = "triton"
     upstream = "upstream"
 
 
@@ -100,7 +101,8 @@ class KdConfig:
     # Weight of the mean loss of the layer pairs.
     intermediate_weight: PositiveFloat = hashed_if(1.0, lambda kd: bool(kd.intermediate_pairs))
     implementation: LossImplementation = placement(LossImplementation.chunked)
-    # Tokens whose logits are in memory at the same time, for implementation=chunked.
+    # Tokens whose logits are in memory at the same time, unless implementation=upstream. `auto`: the fewest with which
+    # the loss is nearly as fast as it gets, as far as the GPU's memory goes.
     chunk_tokens: PositiveInt = placement(256)
 
 

@@ -31,6 +31,7 @@ LAYOUT = (
 AUTOMATIC = (
     *(f"distill.{key}" for key in LAYOUT),
     *(f"distill.teacher_correction.{key}" for key in LAYOUT),
+    "distill.kd.chunk_tokens",
     "prune.pipeline_model_parallel_size",
     "prune.micro_batch_size",
 )

@@ -39,7 +39,8 @@ def main() -> None:
 def _ours() -> Any:
     import torch
 
-    from prune_distill.distillation.kd_loss import Head, distillation_loss
+    from prune_distill.distillation.kd_loss import distillation_loss
+    from prune_distill.distillation.loss_chunk import Head
     from prune_distill.schema import KdConfig
 
     def loss(student: Any, teacher: Any) -> Any:

@@ -106,7 +106,8 @@ def _ours(case: Case, student: Any, teacher: Any, mask: Any) -> Any:
     """Compute our loss without the squared temperature, which upstream omits."""
     import torch
 
-    from prune_distill.distillation.kd_loss import Head, distillation_loss
+    from prune_distill.distillation.kd_loss import distillation_loss
+    from prune_distill.distillation.loss_chunk import Head
     from prune_distill.schema import Divergence, KdConfig
 
     divergence = Divergence.reverse_kl if case.reverse else Divergence.forward_kl

@@ -157,6 +157,12 @@ def test_a_phone_does_not_scroll_sideways(browser: Browser, pages: dict[str, Pat
     assert page.evaluate("[document.documentElement.scrollWidth, scrollX]") == [PHONE[0], 0]
 
 
+def test_the_models_table_fits_a_small_window(browser: Browser, pages: dict[str, Path]) -> None:
+    page = browser.open(pages["finished"], (1200, 900)).page
+    table = page.get_by_role("region", name="Models: size, quality, speed")
+    assert table.evaluate("region => region.scrollWidth") <= table.evaluate("region => region.clientWidth")
+
+
 @pytest.mark.parametrize("name", ["finished", "comparison"])
 def test_the_page_has_a_structure(browser: Browser, pages: dict[str, Path], name: str) -> None:
     page = browser.open(pages[name]).page

@@ -11,6 +11,7 @@ from prune_distill.config.values import OWN_TASK, halving_rounds, require
 from prune_distill.config.wording import too_long
 from prune_distill.model import student
 from prune_distill.schema import RunConfig
+from prune_distill.schema.phases import training_phases
 
 # The absolute limits, and the shares of the teacher's cost that limit the same.
 LIMITS = {"params": "params_fraction", "memory_gb": "memory_fraction", "latency_ms": "latency_fraction"}
@@ -127,13 +128,20 @@ def successive_halving(cfg: RunConfig) -> Iterator[Finding]:
     *(f"distill.{name}" for name in ("lr", "min_lr", "warmup_steps")),
 )
 def halving_length(cfg: RunConfig) -> Iterator[Finding]:
-    steps, most = halving_rounds(cfg)[-1][1], cfg.distill.max_steps
-    if steps >= most:
-        yield Finding(
-            "prune.successive_halving.round_tokens",
-            f"the last round would end at step {steps} of distill.max_steps={most}; lower "
-            "prune.successive_halving.round_tokens or prune.successive_halving.candidates, or raise distill.max_steps",
-        )
+    rounds, most = halving_rounds(cfg), cfg.distill.max_steps
+    steps = rounds[-1][1]
+    if steps < most:
+        return
+    key = "prune.successive_halving.round_tokens"
+    # Each round ends at twice the step of the one before.
+    doubled = 2 ** (len(rounds) - 1)
+    tokens = (most - 1) // doubled * training_phases(cfg.distill)[0].tokens_a_step
+    fix = f"set {key}={tokens} or less, or lower" if tokens else "lower"
+    yield Finding(
+        key,
+        f"the last round would end at step {steps} of distill.max_steps={most}; {fix} "
+        f"prune.successive_halving.candidates, or set distill.max_steps to {steps + 1} or more",
+    )
 
 
 @rule(

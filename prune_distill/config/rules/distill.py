@@ -108,14 +108,17 @@ def divergence(cfg: RunConfig) -> Iterator[Finding]:
 
 @rule("kd.implementation", TOP_K, "distill.kd.divergence", IMPLEMENTATION)
 def implementation(cfg: RunConfig) -> Iterator[Finding]:
-    """Refuse what LogitsKLLoss does not support (nemo/collections/llm/modelopt/distill/loss.py:138)."""
+    """Refuse what LogitsKLLoss (nemo/collections/llm/modelopt/distill/loss.py:138) and the kernels do not support."""
     kd = cfg.distill.kd
+    if kd.implementation is LossImplementation.chunked:
+        return
+    upstream = kd.implementation is LossImplementation.upstream
     unsupported = {
-        "distill.kd.divergence=jensen_shannon": kd.divergence is Divergence.jensen_shannon,
+        "distill.kd.divergence=jensen_shannon": upstream and kd.divergence is Divergence.jensen_shannon,
         f"{TOP_K}={kd.top_k}": kd.top_k is not None,
     }
     settings = [setting for setting, is_set in unsupported.items() if is_set]
-    if settings and kd.implementation is LossImplementation.upstream:
+    if settings:
         yield Finding(IMPLEMENTATION, f"does not support {' and '.join(settings)}; set {IMPLEMENTATION}=chunked")
 
 

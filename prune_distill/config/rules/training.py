@@ -69,13 +69,17 @@ def warmup(cfg: RunConfig, at: str) -> Iterator[Finding]:
     training = _training(cfg, at)
     decay = training.decay_steps or 0
     for key, phase in _phases(training, at):
+        length = f"{at}.max_steps={phase.steps}" if key == at else f"its {phase.steps} steps"
+        if phase.steps and decay > phase.steps:
+            fix = f"set {at}.decay_steps to less, such as {math.ceil(phase.steps / 10)}"
+            yield Finding(f"{at}.decay_steps", f"too long for {length}; {fix}")
         # The learning rate is to reach its height, and to keep it for a step unless it falls at once.
-        if phase.steps and phase.warmup_steps + decay > phase.steps - (decay == 0):
-            length = f"{at}.max_steps={phase.steps}" if key == at else f"its {phase.steps} steps"
+        elif phase.steps and phase.warmup_steps + decay > phase.steps - (decay == 0):
             falling = f" with {at}.decay_steps={decay}" if decay else ""
+            fitting = min(phase.steps // 20, phase.steps - decay)
             yield Finding(
                 f"{key}.warmup_steps",
-                f"too long for {length}{falling}; set {key}.warmup_steps to less, such as {phase.steps // 20}",
+                f"too long for {length}{falling}; set {key}.warmup_steps to less, such as {fitting}",
                 value=phase.warmup_steps,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -619,3 +620,14 @@ def test_a_value_that_hydra_cannot_read_is_offered_quoted() -> None:
     assert first.endswith("""set 'model.name="a(b"'""")
     assert """set 'run_dir="/x/a,b"' for one text""" in second
     assert "--multirun" in second
+
+
+def test_a_tracker_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracked = [*DEMO, "distill.wandb={project: x}"]
+    find_spec, installed = importlib.util.find_spec, {"wandb": None}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: installed[name] if name in installed else find_spec(name)
+    )
+    check_fault(tracked, "training.trackers", "distill.wandb", "pip install wandb, or set distill.wandb=null", True)
+    installed["wandb"] = find_spec("json")
+    assert compose(tracked, check_files=True).distill.wandb is not None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from prune_distill.config.values import count_ranks, get_value, replace_values
+from prune_distill.config.wording import ranges
 from prune_distill.schema import RunConfig
 
 
@@ -26,3 +27,8 @@ def test_a_copy_has_the_other_values(demo: Callable[..., RunConfig]) -> None:
     assert (count_ranks(other), other.seed) == (6, 7)
     assert (count_ranks(cfg), cfg.seed) == (2, cfg.seed)
     assert cfg.seed != 7
+
+
+def test_numbers_as_ranges() -> None:
+    assert ranges([1, 2, 3, 5, 7, 8]) == "1-3, 5, 7-8"
+    assert ranges([]) == ""

@@ -26,7 +26,7 @@ from prune_distill.distillation.cached_logits import (  # noqa: E402
     tokens_crc,
     write_index,
 )
-from prune_distill.distillation.kd_loss import TopK  # noqa: E402
+from prune_distill.distillation.loss_terms import TopK  # noqa: E402
 from prune_distill.distillation.teacher_forward import compute_top_k  # noqa: E402
 from tests.helpers.one_rank import VOCABULARY, core_model, one_rank, positions  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 
 from launch import plan
 from launch.planning import automatic
-from launch.planning.automatic import MARGIN, compose
+from launch.planning.automatic import CHUNK_TOLERANCE, CHUNKS, MARGIN, USUAL_CHUNK, compose
 from launch.planning.memory import fullest
 from launch.planning.output import summarize, to_table
 from launch.planning.plan import make_plan, stage_memory
@@ -79,7 +79,7 @@ def test_what_is_set_is_kept() -> None:
     assert "distill.parallel.context_parallel_size" in cfg.automatic
     published = compose([DEPTH, "layout=published"])
     assert (published.distill.parallel, published.distill.micro_batch_size) == (Parallel(8), 2)
-    assert published.automatic == []
+    assert published.automatic == ["distill.kd.chunk_tokens"]
 
 
 def test_a_group_may_be_automatic_as_a_whole() -> None:
@@ -101,6 +101,31 @@ def test_the_correction_of_the_teacher_has_a_layout_of_its_own() -> None:
     assert correction.parallel != Parallel()
     assert fullest(stage_memory(cfg)["correct_teacher"]).total <= limit(cfg)
     assert not any(key.startswith("distill.teacher_correction.micro") for key in cfg.automatic)
+
+
+def test_the_chunk_of_the_loss_is_the_smallest_that_is_nearly_as_fast_as_any() -> None:
+    cfg = compose([DEPTH])
+    chosen = make_plan(cfg)
+    seconds = {
+        tokens: make_plan(compose([DEPTH, f"distill.kd.chunk_tokens={tokens}"])).layout.seconds or 0.0
+        for tokens in CHUNKS
+    }
+    # Two context-parallel ranks have 2,048 tokens of a sequence each: larger chunks change nothing.
+    assert (chosen.loss_chunk, seconds[2048]) == (2048, seconds[8192])
+    assert seconds[1024] > (1 + CHUNK_TOLERANCE) * seconds[2048]
+    assert "of 2,048 tokens at a time (chosen)" in to_table(chosen)
+    # In a layout that is set, what fits: at TP 1 and without recomputation the smaller memory leaves less to the loss.
+    layout = ["distill.parallel.context_parallel_size=2", "distill.parallel.tensor_model_parallel_size=1"]
+    small = compose(
+        [DEPTH, *layout, "distill.micro_batch_size=1", "distill.recompute=none", "cluster.gpu.memory_gib=77.5"]
+    )
+    assert small.distill.kd.chunk_tokens == 1024
+    assert fullest(stage_memory(small)["distill"]).total <= limit(small)
+    # Where speed is not known, and where nothing fits.
+    assert compose([DEPTH, "cluster.gpu=null"]).distill.kd.chunk_tokens == USUAL_CHUNK
+    assert compose([DEPTH, "layout=published", "cluster.gpu.memory_gib=9"]).distill.kd.chunk_tokens == CHUNKS[0]
+    with pytest.raises(ConfigError, match=r"distill.kd.chunk_tokens=auto: not a whole number"):
+        load.compose([DEPTH, "distill.kd.chunk_tokens=auto", "layout=published"])
 
 
 def test_pruning_takes_as_few_pipeline_stages_as_fit() -> None:
@@ -139,14 +164,14 @@ def test_where_nothing_fits_the_nearest_is_named() -> None:
     assert message.startswith("distill.parallel=auto: no layout fits RTX 4090 24GB with 5% to spare; the nearest (")
     assert "GiB too much" in message
     assert "take more GPUs, or GPUs of more memory" in message
-    shorter = fault_of(ONE_GPU, "distill.seq_length=32768", "cluster.gpu.memory_gib=15")
+    shorter = fault_of(ONE_GPU, "distill.seq_length=32768", "cluster.gpu.memory_gib=13")
     assert "no layout fits sequences of 32768 tokens: set distill.seq_length=" in shorter
     pruning = fault_of(DEPTH, "cluster.gpu=rtx_4090", "prune.calibration_seq_length=32768")
     assert pruning.startswith("prune.pipeline_model_parallel_size=auto: pruning needs at least")
 
 
 def test_a_plan_shows_the_nearest_layout_where_none_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main([ONE_GPU, "distill.seq_length=32768", "cluster.gpu.memory_gib=15"]) == 1
+    assert plan.main([ONE_GPU, "distill.seq_length=32768", "cluster.gpu.memory_gib=13"]) == 1
     assert "does not fit the GPU: no layout fits sequences of 32768 tokens: set" in capsys.readouterr().out
 
 

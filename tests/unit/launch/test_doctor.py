@@ -203,6 +203,12 @@ def test_slurm(ping: str, srun: str, expected: dict[str, str], fake: Fake) -> No
     assert {finding.name: finding.state.value for finding in checks.slurm(None)} == expected
 
 
+def test_slurm_does_not_matter_to_a_run_without_it(demo: Callable[..., Any], fake: Fake) -> None:
+    for name in (*SLURM_COMMANDS, "scontrol", "srun"):
+        fake(name, "exit 1")
+    assert list(checks.slurm(demo())) == []
+
+
 def test_missing_slurm_only_fails_runs_that_need_it(demo: Callable[..., Any], fake: Fake) -> None:
     assert [finding.state for finding in checks.slurm(None)] == [State.ok]
     asked = "{partition:null,account:null,container_image:null}"

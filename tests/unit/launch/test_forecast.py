@@ -236,7 +236,7 @@ def refused(say: Say, *arguments: str | Path) -> str:
 
 
 def test_no_run(say: Say, tmp_path: Path) -> None:
-    assert RESOLVED in refused(say, tmp_path / "nothing")
+    assert f"RUN_DIR={tmp_path}/nothing: does not exist; " in refused(say, tmp_path / "nothing")
 
 
 def test_no_distillation_yet(make: Make, say: Say) -> None:

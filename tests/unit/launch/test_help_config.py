@@ -42,8 +42,9 @@ def test_an_item_of_a_list() -> None:
 def test_an_entry() -> None:
     assert to_text("distill.kd.chunk_tokens") == (
         "distill.kd.chunk_tokens\n"
-        "    integer, above 0; default 1024 (distill=minitron)\n"
-        "    Tokens whose logits are in memory at the same time, for implementation=chunked.\n"
+        "    integer, above 0; default auto (distill=minitron)\n"
+        "    Tokens whose logits are in memory at the same time, unless implementation=upstream. `auto`: the\n"
+        "    fewest with which the loss is nearly as fast as it gets, as far as the GPU's memory goes.\n"
     )
 
 

@@ -143,11 +143,16 @@ def test_the_reserve_is_added() -> None:
 def test_the_chunked_loss_grows_with_the_chunk_and_not_with_the_tokens() -> None:
     distill = DistillConfig(**vars(TRAINING), kd=KdConfig(chunk_tokens=4))
     vocabulary, hidden = QWEN3.student.vocab_size, QWEN3.student.hidden_size
-    # Student, teacher and their difference in fp32, one of them in bf16 too; the weight's gradient in fp32 and bf16.
-    parts = 4 * vocabulary * (3 * 4 + 2) + vocabulary * hidden * (4 + 2)
+    # Student, teacher and their difference in fp32, the gradient in bf16 too; the weight's gradient in fp32.
+    parts = 4 * vocabulary * (3 * 4 + 2) + vocabulary * hidden * 4
     assert one(distill).loss == parts + 2 * 16 * hidden
     twice = dataclasses.replace(distill, micro_batch_size=2 * distill.micro_batch_size)
     assert one(twice).loss == parts + 2 * 32 * hidden
+    kernels = dataclasses.replace(distill, kd=KdConfig(chunk_tokens=4, implementation=LossImplementation.triton))
+    assert one(kernels).loss == 4 * vocabulary * (2 * 4 + 2) + vocabulary * hidden * 4 + 2 * 16 * hidden
+    # With a small chunk the most is needed when the gradient is added to Megatron's, where autograd gets one in bf16.
+    small = dataclasses.replace(distill, kd=KdConfig(chunk_tokens=1))
+    assert one(small).loss == max(vocabulary * 14, vocabulary * hidden * 2) + vocabulary * hidden * 4 + 2 * 16 * hidden
     upstream = dataclasses.replace(distill, kd=KdConfig(implementation=LossImplementation.upstream))
     assert one(upstream).loss == one(TRAINING).loss
 

@@ -140,7 +140,7 @@ def test_progress_is_read_from_the_metrics_file(launcher: Launcher, monkeypatch:
     code, out, _ = launcher.run("--until", "first", plan={"first": "train"})
     assert code == 0
     (line,) = {line.partition(" s, ")[2] for line in out.splitlines() if "step " in line}
-    assert line == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
+    assert line == "step 40/150, cross-entropy 2.500, val cross-entropy 3.250, 1,234 tokens/s, 1:15 left"
 
 
 def test_a_sweep_runs_every_combination_in_its_own_folder(launcher: Launcher) -> None:

@@ -333,6 +333,14 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
         assert memory.pop("total") == sum(memory.values())
 
 
+def test_a_plan_without_a_gpu_has_no_reserve_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["experiment=demo", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    for rank in [*memory["distill"], memory["prune"]]:
+        assert rank.pop("reserve") == 0
+        assert rank.pop("total") == sum(rank.values()) > 0
+
+
 def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["experiment=qwen3_0_6b_one_gpu", PUBLISHED, ONE_RANK, "distill.micro_batch_size=8"]) == 1
     out = capsys.readouterr().out

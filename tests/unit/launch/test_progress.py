@@ -53,9 +53,16 @@ def test_training_status_shows_the_newest_values(tmp_path: Path) -> None:
     lines = [{"step": step, "max_steps": 5000, "loss": 3.0 - step / 5000} for step in range(1000)]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 999, "val_loss": 3.5}])
     path.write_text(text + '{"step": 1000, "lo')
-    assert training_status(path, since=0) == "step 999/5000, loss 2.800, val loss 3.500"
+    assert training_status(path, since=0) == "step 999/5000, cross-entropy 2.800, val cross-entropy 3.500"
     assert training_status(path, since=time.time() + 100) == ""
     assert training_status(tmp_path / "none", since=0) == ""
+
+
+@pytest.mark.parametrize("part", ["kd_loss", "hidden_loss"])
+def test_the_loss_of_a_distillation_is_named_as_such(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 1.5, part: 1.0, "lm_loss": 2.0}) + "\n")
+    assert training_status(path, since=0) == "step 1/?, distillation loss 1.500"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,9 @@ def test_a_reason_is_read_from_the_last_attempt_only(tmp_path: Path) -> None:
         file.write("x.py:1: UserWarning: noise\n\n" + "".join(f"line {number}\n" for number in range(50)))
         file.write("E1122 02:45:26.013000 4951 /s/torch/distributed/elastic/multiprocessing/api.py:1002] failed ")
         file.write("(exitcode: 1) local_rank: 3 (pid: 5024) of binary: python\nTraceback: of torchrun's own\n")
+        # The first death counts, and what follows it is torchrun's.
+        file.write("E1122 02:45:26.013000 4951 /s/torch/distributed/elastic/multiprocessing/api.py:1002] failed ")
+        file.write("(exitcode: -15) local_rank: 0 (pid: 5021) of binary: python\n")
     reason = read_reason(log, start)
     assert reason.fault is None
     assert reason.death == "rank 3: exit code 1"

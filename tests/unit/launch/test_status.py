@@ -34,7 +34,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
             time.sleep(0.05)
         first = status(tmp_path, TABLE)[0]
         assert first.state == "running"
-        assert first.detail == "step 40/150, loss 2.500, val loss 3.250, 1,234 tokens/s, 1:15 left"
+        assert first.detail == "step 40/150, cross-entropy 2.500, val cross-entropy 3.250, 1,234 tokens/s, 1:15 left"
         assert first.figures["tokens_per_second"] == 1234.5
         launcher.communicate(timeout=60)
     assert states(tmp_path) == ["complete", "failed", "to do", "to do"]
@@ -103,8 +103,13 @@ def test_a_sweep_and_a_folder_without_a_run(tmp_path: Path, capsys: pytest.Captu
     message = capsys.readouterr().out
     assert message.count("complete") == 2
     assert f"{tmp_path}/1\n" in message
-    assert main([str(tmp_path / "nowhere")], TABLE) == 2
-    assert "nowhere/resolved.yaml: does not exist" in capsys.readouterr().err
+    for arguments in ([], ["--verify"], ["--remove-old"]):
+        assert main([str(tmp_path / "nowhere"), *arguments], TABLE) == 2
+        assert capsys.readouterr().err.startswith(f"error: RUN_DIR={tmp_path}/nowhere: does not exist; ")
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")], TABLE) == 2
+    assert "empty: contains no resolved.yaml; " in capsys.readouterr().err
 
 
 def test_a_stage_that_is_complete_for_other_settings_has_not_failed(tmp_path: Path) -> None:

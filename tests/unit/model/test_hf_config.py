@@ -12,6 +12,8 @@ import pytest
 from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.hf_config import MAX_BYTES, examine, make_compatible, read_config
+from prune_distill.model.hf_shape import may_be_hub_id
+from prune_distill.model.huggingface import copy_side_files
 from tests.conftest import QWEN3
 
 MIXTURE = {
@@ -192,6 +194,7 @@ def test_a_wrong_type_or_range_is_one_line(tmp_path: Path, key: str, value: obje
         (QWEN3, {"layer_types": [{}, [], 1, None]}, "layer_types: "),
         ({**QWEN3, "model_type": "mistral"}, {"sliding_window": 0}, "sliding_window=0: "),
         (NEMOTRON, {"partial_rotary_factor": None}, "partial_rotary_factor=null: "),
+        (NEMOTRON, {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5: "),
         (NEMOTRON, {"rope_scaling": LINEAR}, 'rope_scaling.rope_type="linear": transformers 4 ignores it'),
         (QWEN3, {"rope_scaling": {"factor": 2.0}}, 'rope_scaling={"factor": 2.0}: names no rope_type'),
         (QWEN3, {"auto_map": {"AutoModelForCausalLM": "x.Y"}}, "auto_map: "),
@@ -248,3 +251,26 @@ def test_all_faults_are_reported_at_once_before_a_run_starts(tmp_path: Path) -> 
     assert keys[:3] == ["auto_map", "num_hidden_layers", "hidden_size"]
     assert "has no tokenizer" in keys[3]
     assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("Qwen/Qwen3-8B", True),
+        *((path, False) for path in ("/models/qwen", "./a/b", "~/qwen", "a/b/c", "qwen", "data/*.jsonl", "owner/", "")),
+    ],
+)
+def test_what_looks_like_a_hub_id(path: str, expected: bool) -> None:
+    assert may_be_hub_id(path) is expected
+
+
+def test_side_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", "additional_chat_templates/tools.jinja", "model.safetensors"):
+        (source / name).write_text(name)
+    for _ in range(2):  # into a folder that has them already, too
+        copy_side_files(source, target)
+    copied = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    names = ["config.json", "tokenizer.json", "additional_chat_templates/tools.jinja"]
+    assert copied == {name: name for name in names}

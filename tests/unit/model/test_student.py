@@ -147,7 +147,7 @@ BUDGETS: list[tuple[list[str], str, str, str]] = [
         [TWO_THIRDS, "prune.successive_halving.round_tokens=1000000"],
         "prune.successive_halving.steps",
         "prune.successive_halving.round_tokens",
-        "lower prune.successive_halving",
+        "set prune.successive_halving.round_tokens=80896 or less",
     ),
     (
         [*SCORED, "evaluate.continuations=null", "prune.successive_halving.score.task=heldout_continuations"],

@@ -12,7 +12,6 @@ import pytest
 
 from launch.planning.automatic import compose
 from prune_distill.errors import ConfigError
-from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import artifact, identity
 from prune_distill.pipeline.artifact import locate, read_manifest, write_manifest
 from prune_distill.pipeline.identity import fingerprints, hashed_values
@@ -241,17 +240,6 @@ def test_all_missing_files_are_reported_once(tmp_path: Path) -> None:
     tokenizer, train = map(str, caught.value.faults)
     assert f"stage prepare_data, input tokenizer: '{tmp_path}/no-model' does not exist" in tokenizer
     assert "stage prepare_data, input train: 'data/nowhere.jsonl' does not exist" in train
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("Qwen/Qwen3-8B", True),
-        *((path, False) for path in ("/models/qwen", "./a/b", "~/qwen", "a/b/c", "qwen", "data/*.jsonl", "owner/", "")),
-    ],
-)
-def test_what_looks_like_a_hub_id(path: str, expected: bool) -> None:
-    assert may_be_hub_id(path) is expected
 
 
 def test_fingerprints(tmp_path: Path) -> None:

@@ -195,3 +195,27 @@ def test_a_stage_reads_nothing_that_the_launcher_read(
     os.utime(tmp_path / "data" / "a.jsonl", ns=(1, 1))
     assert locate(cfg)["prepare_data"].config_hash == before
     assert reads() == ["a.jsonl"]
+
+
+def test_progress_is_printed_from_time_to_time_by_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1e6
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    reading = input_digests._Reading(total=90_000_000_000)
+    reading.done = 30_000_000_000
+    lines = []
+    # A line is due after the interval, and the next one an interval after that.
+    for seconds in (1, input_digests.SECONDS_BETWEEN_LINES + 1, 1, input_digests.SECONDS_BETWEEN_LINES):
+        now += seconds
+        reading.report()
+        lines.append(capsys.readouterr().err)
+    monkeypatch.setenv("RANK", "1")
+    now += 1000
+    reading.report()
+    assert capsys.readouterr().err == ""
+    assert [bool(line) for line in lines] == [False, True, False, True]
+    assert lines[1].startswith("reading new and changed inputs: 30.0 of 90.0 GB, ")
+    # Twice the bytes are left as were read.
+    elapsed = 2 + input_digests.SECONDS_BETWEEN_LINES
+    assert f"{2 * elapsed / 60:,.1f} min left" in lines[1]

@@ -55,6 +55,7 @@ def test_a_finished_run(finished: Path) -> None:
     assert "generates text 1.43\N{MULTIPLICATION SIGN} as fast as the teacher, and uses 66 % of the memory" in output
     assert "distill for 160 steps with 0.5 x KL divergence from the teacher + 0.5 x cross-entropy on the data" in output
     assert "0.676 ± 0.021" in output
+    assert "Scores are shares of the questions: acc, those whose right choice is the most probable" in output
     assert "4 layers, hidden 256, FFN 704, heads 4 without layers 3-4" in output
     assert "python -m launch.run experiment=demo" in output
     assert page.count("<svg") == 15
@@ -152,6 +153,14 @@ def test_a_run_that_has_only_started(tmp_path: Path) -> None:
     assert {stage["status"] for stage in content["stages"].values()} == {"to do"}
     assert "No model has been evaluated: stage evaluate is to do." in text_of(page)
     assert content["models"] == {}
+
+
+def test_an_interrupted_stage_has_not_failed(tmp_path: Path) -> None:
+    run_dir = report_runs.failed(tmp_path / "run")
+    write_json(report_runs.folder_of(run_dir, "distill") / "state.json", {"state": "started"})
+    page, content = build(run_dir)
+    assert content["state"] == content["stages"]["distill"]["status"] == "interrupted"
+    assert "Stage distill was interrupted; run the same command to resume it." in text_of(page)
 
 
 def test_a_paused_and_a_running_stage(tmp_path: Path) -> None:
@@ -277,7 +286,7 @@ def test_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert build(*runs, out=tmp_path / "out")[1] == content
     assert str(tmp_path) not in page
     assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "has no resolved.yaml" in capsys.readouterr().err
+    assert "nowhere: does not exist; give the folder of a run" in capsys.readouterr().err
 
 
 def test_runs_with_equal_names_get_unique_names(tmp_path: Path) -> None:

@@ -132,6 +132,14 @@ def test_warmup_and_decay_must_fit() -> None:
     ):
         compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=151"])  # and 10 of warm-up
     assert compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=150"]).distill.decay_steps == 150
+    with pytest.raises(ConfigError, match="distill.decay_steps=161: too long for .*, such as 16$"):
+        compose([*DEMO, "distill.schedule=wsd", "distill.decay_steps=161"])
+
+
+def test_the_offered_warmup_fits() -> None:
+    with pytest.raises(ConfigError, match="set distill.warmup_steps to less, such as 0$"):
+        compose([*DEMO, "distill.max_steps=8"])
+    assert compose([*DEMO, "distill.max_steps=8", "distill.warmup_steps=0"]).distill.warmup_steps == 0
 
 
 def test_a_tracker_whose_package_is_absent_is_rejected(

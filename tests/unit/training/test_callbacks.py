@@ -289,6 +289,20 @@ def test_lines_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert total == ["reset"]
 
 
+def test_trackers_get_every_line_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    tracked = SimpleNamespace(
+        write=lambda values, step: done.append((step, values)), close=lambda: done.append("closed")
+    )
+    monkeypatch.setattr(metrics, "Trackers", lambda cfg, out, step: tracked)
+    writer, trainer = MetricsWriter(CFG, tmp_path, None), Trainer(0)
+    writer.on_train_start(trainer, None)
+    model = SimpleNamespace(validation_loss_reduction=SimpleNamespace(mean=lambda where: 1.5))
+    writer.on_validation_end(trainer, model)
+    writer.on_train_end(trainer, None)
+    assert done == [(0, {"val_loss": 1.5}), "closed"]
+
+
 def test_other_ranks_write_no_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "rank", lambda: 1)
     writer, trainer = MetricsWriter(CFG, tmp_path, None), Trainer(4)

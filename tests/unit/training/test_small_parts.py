@@ -58,7 +58,7 @@ def test_invalid_metrics_lines_are_skipped_and_removed_on_resume(
     again = ['{"step": 2, "loss": 2.5}', '{"step": 3, "loss": 1.0}']
     path.write_bytes("\n".join([good[0], odd, *good[1:], *again]).encode("latin-1"))
     assert [line["step"] for line in read_metrics(path)] == [2, 2, 3, 2, 3]
-    assert training_status(path, 0) == "step 3/?, loss 1.000, val loss 3.000"
+    assert training_status(path, 0) == "step 3/?, cross-entropy 1.000, val cross-entropy 3.000"
     MetricsFile(path).truncate_after(2)
     assert path.read_text().splitlines() == ['{"step": 2, "loss": 2.5}', good[1]]
     assert "2 of steps after 2, 1 that were repeated, 1 that are not metrics" in caplog.text

@@ -1,0 +1,104 @@
+"""One chunk of tokens of the distillation loss: its logits, its losses, and the gradient with respect to its logits.
+
+This module uses PyTorch alone. `triton_chunk` computes the same with fewer passes over the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prune_distill.distillation import products
+from prune_distill.distillation.loss_terms import (
+    DIVERGENCES,
+    CrossEntropy,
+    LossTerm,
+    TopK,
+    TopKKL,
+    Vocabulary,
+    select_top_k,
+)
+from prune_distill.schema import KdConfig
+
+
+@dataclass(frozen=True)
+class Head:
+    """Inputs of the loss from one model: final hidden states `[n, h]`, and this rank's rows of the output weight `[v,
+    h]`."""
+
+    hidden: Tensor
+    weight: Tensor
+
+
+class Chunk:
+    """Loss of a chunk of tokens and its gradient with respect to the logits. All chunks share the same buffers."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | TopK | None,
+        labels: Tensor | None,
+        mask: Tensor,
+        config: KdConfig,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.student, self.teacher, self.labels, self.mask = student, teacher, labels, mask
+        self.config, self.vocabulary = config, vocabulary
+        self.buffers: dict[str, Tensor] = {}
+
+    def compute(self, rows: slice, needs_grad: bool) -> tuple[Tensor | float, Tensor | float, Tensor | None]:
+        """Return divergence `[c]`, cross-entropy `[c]`, and the gradient `[c, v]` of their weighted and masked sum, in
+        any type; None unless it is needed."""
+        config = self.config
+        s = self._logits("student", self.student, rows)
+        t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
+        models = [s] if t is None else [s, t]
+        for logits, maximum in zip(models, self.vocabulary.maximum([x.amax(-1) for x in models]), strict=True):
+            logits.sub_(maximum[:, None])
+        terms: dict[str, LossTerm] = {}
+        partial_sums: list[Tensor] = []
+        if config.lm_weight:  # before the divergence, which overwrites the logits
+            assert self.labels is not None
+            exponentials = self._buffer("exponentials", rows)
+            terms["lm"] = CrossEntropy(s, self.labels[rows], self.vocabulary, exponentials)
+            partial_sums += terms["lm"].partial_sums()
+        if config.kd_weight:
+            terms["kd"] = self._divergence(s, t, rows)
+            partial_sums += terms["kd"].partial_sums()
+        # One all-reduce for both terms.
+        sums = self.vocabulary.sum(partial_sums)
+        losses: dict[str, Tensor] = {}
+        gradients: list[Tensor] = []
+        factors = {"lm": config.lm_weight, "kd": config.kd_weight * config.temperature}
+        for name, term in terms.items():
+            losses[name], gradient = term.finish(sums[: term.SUMS])
+            sums = sums[term.SUMS :]
+            if needs_grad:
+                gradients.append(gradient.mul_((factors[name] * self.mask[rows])[:, None]))
+        total = gradients[0] if gradients else None
+        for other in gradients[1:]:
+            gradients[0].add_(other)
+        return losses.get("kd", 0.0), losses.get("lm", 0.0), total
+
+    def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> LossTerm:
+        """Build the divergence term from both models' logits, less their maxima. The term overwrites them."""
+        config = self.config
+        s.div_(config.temperature)
+        if t is None:
+            assert isinstance(self.teacher, TopK)
+            return TopKKL(s, self.teacher[rows], self.vocabulary)
+        t.div_(config.temperature)
+        if config.top_k is not None:
+            return TopKKL(s, select_top_k(t, config.top_k, self.vocabulary), self.vocabulary)
+        return DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)
+
+    def _logits(self, name: str, head: Head, rows: slice) -> Tensor:
+        return products.multiply(head.hidden[rows], head.weight.t(), self._buffer(name, rows))
+
+    def _buffer(self, name: str, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        count = rows.stop - rows.start
+        if name not in self.buffers:  # allocated for the first chunk, which is the largest
+            self.buffers[name] = self.student.weight.new_empty(count, self.vocabulary.size, dtype=dtype)
+        return self.buffers[name][:count]
