@@ -11,6 +11,8 @@ import torch
 from prune_distill.benchmarking.vllm_process import VllmProcess
 from prune_distill.config.values import SERVE_PYTHON
 from prune_distill.nemo import hf_models
+from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype
+from recipes import benchmark
 from tests.helpers.quantized import quantize_student, write_student
 
 from prune_distill.quantization import reader  # isort: skip (after the backend is activated)
@@ -83,3 +85,18 @@ def test_a_folder_that_vllm_cannot_load(tmp_path: Path, capfd: pytest.CaptureFix
     with pytest.raises(RuntimeError, match="vLLM ended with status 1"):
         serve(folder, "bfloat16")
     assert "weights" in capfd.readouterr().err
+
+
+def test_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all that is generated
+    teacher = write_student(tmp_path / "teacher", "qwen3_tied", **SIZES)
+    student = write_student(tmp_path / "student", "qwen3_tied", **SIZES, num_hidden_layers=1)
+    cfg = BenchmarkConfig(
+        enabled=True, engine=Engine.vllm, dtype=ExportDtype.keep, batch_size=2, prompt_tokens=32, new_tokens=8, rounds=2
+    )
+    result = benchmark.measure({"teacher": teacher, "student": student}, cfg, 1, "repeat")
+    assert (result["engine"], result["dtype"]) == ("vllm", "auto")
+    for model in result["models"].values():
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "time_to_first_token_seconds"):
+            assert 0 < model[name]["min"] <= model[name]["median"] <= model[name]["max"]
+    assert result["ratios"]["student"]["memory"] < 1
