@@ -63,13 +63,14 @@ def test_the_export_in_fp32_continues_prompts_as_transformers_does(tmp_path: Pat
 
 # The differences to the reader, relative to what quantization changes; independent roundings would make about 1.4. In
 # fp32 nothing but the order of sums differs, which moves few activations to another step of INT8 (0.07 measured). vLLM
-# computes FP8 in bf16 (it refuses ModelOpt's formats in fp32), whose rounding moves many to another step (0.60).
+# computes FP8 and INT4 in bf16 (it refuses ModelOpt's formats in fp32, and its INT4 kernel for CPUs has no fp32), whose
+# rounding moves many FP8 activations to another step (0.60).
 @pytest.mark.parametrize(
     ("quant_format", "name", "dtype", "most"),
     [
         ("fp8", "qwen3_untied_bf16", "bfloat16", 0.75),
         ("int8", "qwen3_tied", "float32", 0.15),
-        ("int4", "qwen3_tied", "float32", 0.001),
+        ("int4", "qwen3_untied_bf16", "bfloat16", 0.3),
     ],
 )
 def test_a_quantized_model_computes_as_the_reader_does(
