@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,11 +15,9 @@ from modelopt.torch.export.quant_utils import get_weight_scaling_factor
 
 from prune_distill.schema import QuantFormat
 
-# Tokens on which the ranges of INT4 groups are searched, as in AWQ; the search takes about 20 times as many operations
-# as the weights have, for each of them (modelopt/torch/quantization/config.py:1085).
+# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085). For
+# each of them and for 11 ranges, the search multiplies all weights without matrix products.
 AWQ_TOKENS = 512
-
-log = logging.getLogger("recipes.quantize")
 
 
 def quantize(

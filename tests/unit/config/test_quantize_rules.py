@@ -9,8 +9,6 @@ from prune_distill.config.rules.quantize import linear_layers
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import Shape
 
-GPU = ("cluster=one_node", "cluster.gpu=h100_sxm")
-
 
 def find_faults(*overrides: str) -> list[Fault]:
     try:
