@@ -214,10 +214,10 @@ def write_model(folder: Path, sizes: dict[str, Any], texts: list[str]) -> None:
     save_file(_weights(shapes, frequencies), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# Scale of the weights, and of those whose output is added to the residual stream: all layers together change it about as
-# much as the embedding does. Much less would make student and teacher equal, and of a loss of 0 all gradients are zeros,
-# with which a chip runs faster than with real ones.
-_SCALE, _RESIDUAL_SCALE = 0.02, 1e-4
+# Standard deviation of the weights, and of what all layers together add to the residual stream. That is more than the
+# embedding's: were it much less, student and teacher would be equal, and of a loss of 0 all gradients are zeros, with
+# which a chip runs faster than with others.
+_SCALE, _ADDED = 0.02, 0.04
 # Of the first column of the embedding: 1 + _SLOPE x log frequency, which stays above 0.
 _SLOPE = 0.02
 
@@ -232,8 +232,10 @@ def _weights(shapes: dict[str, tuple[int, ...]], frequencies: torch.Tensor) -> d
     device = devices.torch_device()
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
+    adding = [name for name in shapes if name.endswith(("o_proj.weight", "down_proj.weight"))]
     for name, shape in shapes.items():
-        scale = _RESIDUAL_SCALE if name.endswith(("o_proj.weight", "down_proj.weight")) else _SCALE
+        # The inputs of the products that add to the stream are about 1.
+        scale = _ADDED / (len(adding) * shape[-1]) ** 0.5 if name in adding else _SCALE
         drawn = torch.randn(shape, device=device, generator=generator, dtype=torch.bfloat16) * scale
         tensors[name] = (torch.ones_like(drawn) if len(shape) == 1 else drawn).cpu()
     column = 1 + _SLOPE * frequencies.log()
