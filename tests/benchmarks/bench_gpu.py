@@ -8,8 +8,8 @@ convert   import and export of a checkpoint: GB/s
 fp8       a distillation step with a teacher in FP8, and with both models
 
 Each part is a process of its own, with a share of the seconds; one that crashes, hangs or needs too much memory costs
-only itself. Runs on one GPU of 24 GB or more: sizes are chosen from the free memory by the numbers of launch.plan. After
-every part the results are written to runs/bench/gpu.json, and the part's output to runs/bench/gpu/PART.log.
+only itself. Runs on one GPU of 24 GB or more: sizes are chosen from the free memory by the numbers of launch.plan.
+After every part the results are written to runs/bench/gpu.json; a part's output is in runs/bench/gpu/PART.log.
 
 --toy runs the same on a CPU at toy sizes, which shows that the benchmark works, and measures nothing.
 """

@@ -1,7 +1,7 @@
 """The distillation loss as one would write it first, from whole logits, and exact gradients to compare with.
 
-    given = random_heads(tokens=8192, hidden=4096, vocabulary=151936, device="cuda", dtype=torch.bfloat16)
-    chunked_gradients(given, config).errors(exact_gradients(given, config))     # the library's loss, next to float64
+given = random_heads(tokens=8192, hidden=4096, vocabulary=151936, device="cuda", dtype=torch.bfloat16)
+chunked_gradients(given, config).errors(exact_gradients(given, config))     # the library's loss, next to float64
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch.nn.functional import cross_entropy, log_softmax
 from prune_distill.distillation.kd_loss import Head, distillation_loss
 from prune_distill.schema import Divergence, KdConfig
 
-
-# Of loss and gradients to float64 (`Gradients.errors`), by the inputs' type. fp32: sums of 64 to 1009 products in another
-# order; at most 1.1e-6 measured on a CPU. bf16: nearly all of it is the rounding of logits to 8 bits, which a loss that is
-# a difference of large terms feels most; loss at most 1e-4, gradients 0.014 measured on a CPU. Not measured on a GPU.
-TOLERANCES = {torch.float32: {"loss": 1e-5, "gradients": 1e-5}, torch.bfloat16: {"loss": 1e-3, "gradients": 0.03}}
+# Of loss and gradients to float64 (`Gradients.errors`), by the inputs' type. fp32: sums of 64 to 1009 products in
+# another order; at most 1.4e-6 measured on a CPU. bf16: nearly all of it is the rounding of logits to 8 bits; loss at
+# most 6e-4, gradients 0.019 measured on a CPU. Not measured on a GPU, whose random numbers are others.
+TOLERANCES = {torch.float32: {"loss": 1e-5, "gradients": 1e-5}, torch.bfloat16: {"loss": 3e-3, "gradients": 0.05}}
 # All divergences with and without cross-entropy, and a temperature; chunks that do not divide the tokens.
 CONFIGS = [
     KdConfig(divergence, temperature, kd_weight=1 - lm_weight, lm_weight=lm_weight, chunk_tokens=40)
@@ -46,9 +45,7 @@ class Heads:
 
     def first(self, tokens: int) -> Heads:
         """Return the same with the first tokens only."""
-        rows = {
-            name: getattr(self, name)[:tokens].detach() for name in ("hidden", "teacher_hidden", "labels", "mask")
-        }
+        rows = {name: getattr(self, name)[:tokens].detach() for name in ("hidden", "teacher_hidden", "labels", "mask")}
         return dataclasses.replace(self, **rows)
 
     def as_parameters(self) -> Heads:
@@ -57,19 +54,19 @@ class Heads:
         return dataclasses.replace(self, hidden=hidden, weight=weight)
 
 
-def random_heads(tokens: int, hidden: int, vocabulary: int, device: str, dtype: torch.dtype, spread: float = 3) -> Heads:
-    """Make heads whose logits have a standard deviation of `spread`, the student's and the teacher's being related."""
+def random_heads(tokens: int, hidden: int, vocabulary: int, device: str, dtype: torch.dtype) -> Heads:
+    """Make heads whose logits have a standard deviation of about 3, the student's and the teacher's being related."""
     generator = torch.Generator(device).manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
-    states, weight = noise(tokens, hidden), noise(vocabulary, hidden) * (spread / hidden**0.5)
+    states, weight = noise(tokens, hidden), noise(vocabulary, hidden) * (3 / hidden**0.5)
     return Heads(
         hidden=states.to(dtype),
         weight=weight.to(dtype),
         teacher_hidden=(states + 0.5 * noise(tokens, hidden)).to(dtype),
-        teacher_weight=(weight + noise(vocabulary, hidden) * (spread / 3 / hidden**0.5)).to(dtype),
+        teacher_weight=(weight + noise(vocabulary, hidden) * (1 / hidden**0.5)).to(dtype),
         labels=torch.randint(vocabulary, (tokens,), device=device, generator=generator),
         mask=torch.ones(tokens, device=device),
     )

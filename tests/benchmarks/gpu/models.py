@@ -38,7 +38,7 @@ class Model:
 
     Attributes:
         experiment: whose settings are used.
-        layers: the most that are tried. Of the 8B model fewer than it has: its files are written and read several times.
+        layers: the most that are tried. Fewer than the 8B model has, whose files are written and read several times.
         at_least: layers without which a smaller micro batch is tried first.
     """
 
@@ -115,9 +115,9 @@ class Run:
             **dict.fromkeys(("val_every_n_steps", "save_every_n_steps"), 100_000),
             "val_batches": 1,
         }
-        card = devices.device_name() if devices.torch_device() == "cuda" else ""
+        gpu = gpu_choice(devices.device_name()) or "null"
         return [
-            *(f"experiment={self.model.experiment}", "cluster=one_gpu_24gb", f"cluster.gpu={gpu_choice(card) or 'null'}"),
+            *(f"experiment={self.model.experiment}", "cluster=one_gpu_24gb", f"cluster.gpu={gpu}"),
             *(f"name={self.model.name}", f"run_dir={self.folder / 'run'}", f"model.hf_path={self.folder / 'hf'}"),
             *(*self.model.overrides, f"model.shape.num_layers={self.layers}"),
             *("data=jsonl", f"data.train=[{self.folder / 'text.jsonl'}]", "data.holdout_every=20"),

@@ -1,4 +1,4 @@
-"""The whole tiny job through `launch.run`, with the real Transformer Engine: logits next to transformers', and losses."""
+"""The whole tiny job through `launch.run`, with the real Transformer Engine: logits next to transformers', losses."""
 
 from __future__ import annotations
 

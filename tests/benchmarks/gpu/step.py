@@ -56,7 +56,7 @@ def prepare(figures: Figures, model: Model) -> Run | None:
         models.write(run)
         launch(run.overrides(1), "--until", "prune")
         (folder / "complete").touch()
-    how = f"chosen for {models.free_bytes() / GIB:.1f} GiB by the plan; random weights, a teacher of {run.layers} layers"
+    how = f"for {models.free_bytes() / GIB:.1f} GiB by the plan; random weights, a teacher of {run.layers} layers"
     figures.add(f"step/{model.name}/layers", run.kept, "layers of the student", how)
     figures.add(f"step/{model.name}/seq_length", compose(run.overrides(1)).distill.seq_length, "tokens", how)
     return run
