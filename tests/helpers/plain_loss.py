@@ -82,8 +82,8 @@ def plain_loss(given: Heads, config: KdConfig) -> Tensor:
 
 def token_losses(student: Tensor, teacher: Tensor, labels: Tensor, config: KdConfig) -> Tensor:
     """The loss of every token `[n]` from the logits `[n, v]`; the definitions of `prune_distill.schema.Divergence`."""
-    log_q = log_softmax(student / config.temperature, -1)
-    log_p = log_softmax(teacher / config.temperature, -1)
+    scaled = [logits if config.temperature == 1 else logits / config.temperature for logits in (student, teacher)]
+    log_q, log_p = (log_softmax(logits, -1) for logits in scaled)
     if config.divergence is Divergence.forward_kl:
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     elif config.divergence is Divergence.reverse_kl:

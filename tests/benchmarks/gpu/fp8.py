@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from prune_distill.nemo import devices
 from prune_distill.schema import DistillConfig
 from tests.benchmarks.gpu import models
 from tests.benchmarks.gpu.figures import Figures
@@ -24,8 +25,11 @@ def measure(figures: Figures) -> None:
     if not settings:
         figures.missing("fp8", "", "not available: distill.fp8 and distill.teacher_fp8 are no keys of this version")
         return
+    if devices.torch_device() == "cpu":
+        figures.missing("fp8", "", "not available: the stand-in for Transformer Engine has no FP8")
+        return
     # On a GPU that the 8B shapes do not fit, the small model's.
-    run = prepare(figures, models.BIG) or prepare(figures, models.SMALL)
+    run = prepare(figures, "fp8", models.BIG) or prepare(figures, "fp8", models.SMALL)
     if run is None:
         return
     micro_batch = min(MICRO_BATCH, run.micro_batches[0])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,9 @@ from prune_distill.units import GIB
 from tests.benchmarks.gpu.machine import gpu_choice
 
 MICRO_BATCHES = (4, 2, 1)
-SEQ_LENGTHS = (4096, 2048, 1024)
-# Sequences of a step: several micro batches, so that the optimizer has the small share of the time that it has in real
-# runs. Theirs are larger.
-GLOBAL_BATCH = 16
+SEQ_LENGTHS, TOY_LENGTH = (4096, 2048, 1024), 64
+# Sequences of a step. Those of real runs are larger, so that the optimizer's share of the time is smaller there.
+GLOBAL_BATCH = 8
 TOKENIZER_SIZE = 4096
 # A model with fewer layers than this shows nothing: one is dropped, and the loss would dwarf the others.
 LEAST_LAYERS = 3
@@ -86,14 +88,23 @@ def as_toy(model: Model) -> Model:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that distills a model: the layers of the teacher, those that are kept, and its training's sizes."""
+    """A run that distills a model.
+
+    Attributes:
+        gpu: its name in `conf/cluster/gpu`; None: another, for which no peak is known.
+        free: bytes of the GPU for which the following were chosen.
+        layers: of the teacher.
+        micro_batches: sizes that fit, the largest first.
+    """
 
     model: Model
     folder: Path
+    gpu: str | None
+    free: int
     layers: int
     seq_length: int
     micro_batches: tuple[int, ...]
-    toy: bool = False
+    toy: bool
 
     @property
     def kept(self) -> int:
@@ -103,8 +114,8 @@ class Run:
         """The command line. Nothing is `auto`; no checkpoint is written; losses may do what they like."""
         training = {
             "max_steps": 1000,
-            "seq_length": 64 if self.toy else self.seq_length,
-            "global_batch_size": 8 if self.toy else GLOBAL_BATCH,
+            "seq_length": self.seq_length,
+            "global_batch_size": GLOBAL_BATCH,
             "micro_batch_size": micro_batch_size,
             "recompute": "none",
             **dict.fromkeys((f"parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline", "expert")), 1),
@@ -115,9 +126,8 @@ class Run:
             **dict.fromkeys(("val_every_n_steps", "save_every_n_steps"), 100_000),
             "val_batches": 1,
         }
-        gpu = gpu_choice(devices.device_name()) or "null"
         return [
-            *(f"experiment={self.model.experiment}", "cluster=one_gpu_24gb", f"cluster.gpu={gpu}"),
+            *(f"experiment={self.model.experiment}", "cluster=one_gpu_24gb", f"cluster.gpu={self.gpu or 'null'}"),
             *(f"name={self.model.name}", f"run_dir={self.folder / 'run'}", f"model.hf_path={self.folder / 'hf'}"),
             *(*self.model.overrides, f"model.shape.num_layers={self.layers}"),
             *("data=jsonl", f"data.train=[{self.folder / 'text.jsonl'}]", "data.holdout_every=20"),
@@ -129,13 +139,13 @@ class Run:
         ]
 
 
-def choose(model: Model, folder: Path, free: int, toy: bool) -> Run | None:
+def choose(model: Model, folder: Path, gpu: str | None, free: int, toy: bool = False) -> Run | None:
     """Return the largest run whose memory by the plan is below `free` bytes; None where none is.
 
     First with a micro batch of 4 sequences, then with smaller ones, then with shorter sequences; of `at_least` layers
     first, and then with fewer.
     """
-    most = Run(model, folder, model.layers, SEQ_LENGTHS[0], MICRO_BATCHES, toy)
+    most = Run(model, folder, gpu, free, model.layers, TOY_LENGTH if toy else SEQ_LENGTHS[0], MICRO_BATCHES, toy)
     for at_least in sorted({model.at_least, LEAST_LAYERS}, reverse=True):
         for run in _smaller(most):
             if run.layers >= at_least and planned_bytes(run) <= free:
@@ -144,7 +154,7 @@ def choose(model: Model, folder: Path, free: int, toy: bool) -> Run | None:
 
 
 def _smaller(most: Run) -> Iterator[Run]:
-    for seq_length in SEQ_LENGTHS:
+    for seq_length in SEQ_LENGTHS if most.seq_length in SEQ_LENGTHS else (most.seq_length,):
         for micro_batch in MICRO_BATCHES:
             below = tuple(size for size in MICRO_BATCHES if size <= micro_batch)
             for layers in range(most.layers, LEAST_LAYERS - 1, -1):
@@ -153,9 +163,8 @@ def _smaller(most: Run) -> Iterator[Run]:
 
 def planned_bytes(run: Run) -> int:
     """Return the memory of the fullest stage by the plan, the reserve included."""
-    cfg = composed(run.model, run.folder, run.toy)
     cfg = replace_values(
-        cfg,
+        _compose_once(run),
         {
             "model.shape.num_layers": run.layers,
             "prune.drop_layers": [*range(run.kept, run.layers)],
@@ -169,17 +178,36 @@ def planned_bytes(run: Run) -> int:
 _composed: dict[str, RunConfig] = {}
 
 
-def composed(model: Model, folder: Path, toy: bool) -> RunConfig:
-    """Compose the config of a model's run once: Hydra takes half a second."""
-    if model.name not in _composed:
-        run = Run(model, folder, model.layers, SEQ_LENGTHS[0], MICRO_BATCHES, toy)
-        _composed[model.name] = compose(run.overrides(1), for_plan=True)
-    return _composed[model.name]
+def _compose_once(run: Run) -> RunConfig:
+    """Compose the config of a model's run: Hydra takes half a second."""
+    if run.model.name not in _composed:
+        _composed[run.model.name] = compose(run.overrides(1), for_plan=True)
+    return _composed[run.model.name]
+
+
+def prepare(model: Model, folder: Path, toy: bool) -> Run | None:
+    """Choose the sizes for the memory that is free, and write the model; None where nothing fits.
+
+    In a process of its own, as this uses the GPU: the caller's memory on it would count in later measurements.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_prepare, model, folder, toy).result()
+
+
+def _prepare(model: Model, folder: Path, toy: bool) -> Run | None:
+    cuda = devices.torch_device() == "cuda"
+    # On a CPU as many bytes as a toy needs.
+    free = round((1 - MARGIN) * devices.free_memory_bytes()) if cuda else 64 * GIB
+    run = choose(as_toy(model) if toy else model, folder, gpu_choice(devices.device_name()), free, toy)
+    if run is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write(run)
+    return run
 
 
 def write(run: Run) -> None:
     """Write the documents to `text.jsonl`, and the teacher to `hf`."""
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True)
     texts, _ = demo_corpus.documents()
     texts = texts[: 200 if run.toy else None]
     (run.folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -272,8 +300,3 @@ def _write_tokenizer(folder: Path, texts: list[str], vocab_size: int) -> torch.T
     ids = torch.tensor([number for encoding in tokenizer.encode_batch(sample) for number in encoding.ids])
     counts = torch.bincount(ids, minlength=vocab_size).double() + 1e-3
     return counts / counts.sum()
-
-
-def free_bytes() -> int:
-    """Return the bytes of the GPU that a plan may fill; on a CPU as many as a toy needs."""
-    return round((1 - MARGIN) * devices.free_memory_bytes()) if devices.torch_device() == "cuda" else 64 * GIB

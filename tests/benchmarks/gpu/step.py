@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from launch.planning.memory import fullest
 from launch.planning.plan import stage_memory
 from prune_distill.config.load import save_resolved
 from prune_distill.config.values import utilization_meter
+from prune_distill.errors import ConfigError
 from prune_distill.nemo import devices
 from prune_distill.pipeline.artifact import locate
 from prune_distill.schema import RunConfig
@@ -33,32 +35,31 @@ LEAST_SECONDS = 25.0
 
 def measure(figures: Figures) -> None:
     for model in (models.SMALL, models.BIG):
-        run = prepare(figures, model)
+        name = f"step/{model.name}"
+        run = prepare(figures, name, model)
         for micro_batch in sorted(run.micro_batches) if run is not None else ():
-            measure_run(figures, f"step/{model.name}/micro_batch_{micro_batch}", run, micro_batch)
+            measure_run(figures, f"{name}/micro_batch_{micro_batch}", run, micro_batch)
 
 
-def prepare(figures: Figures, model: Model) -> Run | None:
+def prepare(figures: Figures, name: str, model: Model) -> Run | None:
     """Write a model, convert and prune it, unless an earlier part did; None where it does not fit, or no time is
     left."""
-    model = models.as_toy(model) if figures.toy else model
     folder = figures.work / model.name
-    run = models.choose(model, folder, models.free_bytes(), figures.toy)
-    if run is None:
-        why = f"by the plan not even {models.LEAST_LAYERS} layers fit {models.free_bytes() / GIB:.1f} GiB"
-        figures.missing(f"step/{model.name}", "", why)
-        return None
-    if figures.left < LEAST_SECONDS:
-        figures.missing(f"step/{model.name}", "", "no time left")
-        return None
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        models.write(run)
-        launch(run.overrides(1), "--until", "prune")
-        (folder / "complete").touch()
-    how = f"for {models.free_bytes() / GIB:.1f} GiB by the plan; random weights, a teacher of {run.layers} layers"
-    figures.add(f"step/{model.name}/layers", run.kept, "layers of the student", how)
-    figures.add(f"step/{model.name}/seq_length", compose(run.overrides(1)).distill.seq_length, "tokens", how)
+    prepared = folder / "run.pickle"
+    if not prepared.exists():
+        if figures.left < LEAST_SECONDS:
+            figures.missing(name, "", "no time left")
+            return None
+        made = models.prepare(model, folder, figures.toy)
+        if made is None:
+            figures.missing(name, "", f"by the plan, not even {models.LEAST_LAYERS} layers fit the GPU's free memory")
+            return None
+        launch(made.overrides(1), "--until", "prune")
+        prepared.write_bytes(pickle.dumps(made))
+    run: Run = pickle.loads(prepared.read_bytes())
+    how = f"for {run.free / GIB:.1f} GiB by the plan; random weights, a teacher of {run.layers} layers"
+    figures.add(f"{name}/layers", run.kept, "layers of the student", how)
+    figures.add(f"{name}/seq_length", run.seq_length, "tokens", how)
     return run
 
 
@@ -78,10 +79,10 @@ def measure_run(figures: Figures, name: str, run: Run, micro_batch: int, *more: 
     if figures.left < LEAST_SECONDS:
         figures.missing(f"{name}/tokens_per_second", "tokens/s", "no time left")
         return
-    cfg = compose(run.overrides(micro_batch, *more))
     try:
+        cfg = compose(run.overrides(micro_batch, *more))
         found = _steps(cfg, figures.left)
-    except RuntimeError as fault:
+    except (ConfigError, RuntimeError) as fault:
         figures.missing(f"{name}/tokens_per_second", "tokens/s", str(fault))
         return
     _add_speed(figures, name, cfg, found)

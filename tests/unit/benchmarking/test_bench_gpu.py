@@ -66,17 +66,17 @@ def test_kernel_names(name: str, group: str) -> None:
 
 
 def test_sizes_follow_the_free_memory(tmp_path: Path) -> None:
-    small = models.choose(models.SMALL, tmp_path, 40 * GIB, toy=False)
+    small = models.choose(models.SMALL, tmp_path, None, 40 * GIB)
     assert small is not None
     assert (small.layers, small.kept, small.micro_batches) == (28, 19, (4, 2, 1))
-    tight = models.choose(models.SMALL, tmp_path, 22 * GIB, toy=False)
+    tight = models.choose(models.SMALL, tmp_path, None, 22 * GIB)
     assert tight is not None
     assert max(tight.micro_batches) < 4 or tight.layers < 28
     for gib in (24, 40, 80, 140):
         for model in (models.SMALL, models.BIG):
-            run = models.choose(model, tmp_path, gib * GIB, toy=False)
+            run = models.choose(model, tmp_path, None, gib * GIB)
             assert run is None or models.planned_bytes(run) <= gib * GIB
-    assert models.choose(models.BIG, tmp_path, 16 * GIB, toy=False) is None
+    assert models.choose(models.BIG, tmp_path, None, 16 * GIB) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
