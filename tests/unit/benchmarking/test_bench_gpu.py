@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from pydoc_data import topics
@@ -15,7 +16,8 @@ from launch.environment import ROOT
 from prune_distill.schema import KdConfig
 from prune_distill.units import GIB
 from tests.benchmarks import bench_gpu
-from tests.benchmarks.gpu import kernels, machine, models
+from tests.benchmarks.gpu import kernels, loss, machine, models
+from tests.benchmarks.gpu.figures import Figures
 from tests.helpers.plain_loss import CONFIGS, assert_exact
 
 
@@ -93,8 +95,8 @@ def test_random_teachers_are_better_than_chance(tmp_path: Path, tied: bool) -> N
         log_p = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
         teacher.model.layers = teacher.model.layers[:3]
         log_q = teacher(ids, use_cache=False).logits[0].log_softmax(-1)
-    loss = -log_p[:-1].gather(-1, ids[0, 1:, None]).mean().item()
-    assert loss < math.log(1000) - 0.5
+    mean = -log_p[:-1].gather(-1, ids[0, 1:, None]).mean().item()
+    assert mean < math.log(1000) - 0.5
     assert (log_p.exp() * (log_p - log_q)).sum(-1).mean().item() > 1e-4
 
 
@@ -114,5 +116,17 @@ def test_a_part_that_does_not_end_is_killed_and_reported(tmp_path: Path, monkeyp
     monkeypatch.setattr(bench_gpu, "GRACE", 0.3)
     found = bench_gpu.run_part("loss", tmp_path, tmp_path / "work", 0.0, toy=True)
     assert found["fault"].startswith("killed")
-    assert found["seconds"] < 20
     assert found["figures"] == []
+
+
+def test_a_way_that_fails_is_reported_and_the_others_are_measured(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB")
+
+    figures = Figures(tmp_path / "loss.json", tmp_path, 60.0, toy=True)
+    loss._compare(figures, "loss", {"whole": fail, "chunked": lambda: torch.ones(1000).sum()}, 2, 1.0)
+    written = json.loads((tmp_path / "loss.json").read_text())
+    assert [item["name"] for item in written if item["value"] is None] == ["loss/whole/time"]
+    assert "out of memory" in written[0]["why"]
+    assert figures.value("loss/chunked/time") > 0
+    assert figures.value("loss/chunked/peak_memory") == pytest.approx(4000 / GIB, rel=0.1)
