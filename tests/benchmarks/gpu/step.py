@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from tests.benchmarks.gpu import models
 from tests.benchmarks.gpu.figures import Figures
 from tests.benchmarks.gpu.models import Model, Run
 from tests.benchmarks.gpu.step_probe import PROFILED, RESULT, TIMED
-from tests.helpers import tiny
+from tests.helpers.fork_server import python_path
 
 # Seconds that a measurement takes at the least: imports, loading two models, a few steps.
 LEAST_SECONDS = 25.0
@@ -42,8 +43,8 @@ def measure(figures: Figures) -> None:
 
 
 def prepare(figures: Figures, name: str, model: Model) -> Run | None:
-    """Write a model, convert and prune it, unless an earlier part did; None where it does not fit, or no time is
-    left."""
+    """Write a model, convert and prune it, unless an earlier part did; None where it does not fit, a stage fails, or no
+    time is left."""
     folder = figures.work / model.name
     prepared = folder / "run.pickle"
     if not prepared.exists():
@@ -54,7 +55,11 @@ def prepare(figures: Figures, name: str, model: Model) -> Run | None:
         if made is None:
             figures.missing(name, "", f"by the plan, not even {models.LEAST_LAYERS} layers fit the GPU's free memory")
             return None
-        launch(made.overrides(1), "--until", "prune")
+        try:
+            launch(made.overrides(1), "--until", "prune")
+        except RuntimeError as fault:
+            figures.missing(name, "", str(fault))
+            return None
         prepared.write_bytes(pickle.dumps(made))
     run: Run = pickle.loads(prepared.read_bytes())
     how = f"for {run.free / GIB:.1f} GiB by the plan; random weights, a teacher of {run.layers} layers"
@@ -66,12 +71,16 @@ def prepare(figures: Figures, name: str, model: Model) -> Run | None:
 def launch(overrides: Sequence[str], *flags: str) -> None:
     """`python -m launch.run`. Raises: RuntimeError, with the log of the stage that failed."""
     command = [sys.executable, "-m", "launch.run", *overrides, *flags]
-    done = subprocess.run(command, cwd=ROOT, env=tiny.environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
     if done.returncode:
         run_dir = next(word.partition("=")[2] for word in overrides if word.startswith("run_dir="))
         logs = sorted(Path(run_dir).glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
         log = logs[-1].read_text(errors="replace")[-2000:] if logs else ""
         raise RuntimeError(f"{done.stderr[-1000:]}\n{log}")
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": python_path()}
 
 
 def measure_run(figures: Figures, name: str, run: Run, micro_batch: int, *more: str) -> None:
@@ -104,7 +113,7 @@ def _steps(cfg: RunConfig, seconds: float) -> dict[str, Any]:
     output = ""
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
+            command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
         )
         output = done.stdout.decode(errors="replace")
     except subprocess.TimeoutExpired as fault:
@@ -128,7 +137,7 @@ def _add_speed(figures: Figures, name: str, cfg: RunConfig, found: dict[str, Any
     figures.add(f"{name}/loss", found["loss"], "nats per token", "after the timed steps; random weights")
     meter = utilization_meter(cfg)
     if meter is None:
-        figures.missing(f"{name}/mfu", "", f"the peak of {devices.device_name()} is not in conf/cluster/gpu")
+        figures.missing(f"{name}/mfu", "", "conf/cluster/gpu has no peak of this card")
         return
     utilization = meter.utilization(speed, training.seq_length)
     how = f"prune_distill/model/flops.py: student forward and backward, teacher forward; of {meter.peak / 1e12} TFLOP/s"
