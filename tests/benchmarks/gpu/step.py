@@ -28,7 +28,6 @@ from tests.benchmarks.gpu import models
 from tests.benchmarks.gpu.figures import Figures
 from tests.benchmarks.gpu.models import Model, Run
 from tests.benchmarks.gpu.step_probe import PROFILED, RESULT, TIMED
-from tests.helpers.fork_server import python_path
 
 # Seconds that a measurement takes at the least: imports, loading two models, a few steps.
 LEAST_SECONDS = 25.0
@@ -80,7 +79,7 @@ def launch(overrides: Sequence[str], *flags: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": python_path()}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def measure_run(figures: Figures, name: str, run: Run, micro_batch: int, *more: str) -> None:
