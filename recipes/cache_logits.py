@@ -63,12 +63,14 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """
     distill, data = cfg.distill, DataFolder.read(inputs.data)
     check(distill, data)
+    nemo_api.require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
         inputs.teacher,
         tensor_model_parallel_size=distill.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
         precision=distill.precision,
+        fp8=distill.fp8_of_teacher,
         max_steps=distill.max_steps,
     )
     sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)

@@ -332,7 +332,7 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         check_tokenizers(checkpoint, teacher)
         config = nemo_api.load_model(teacher).config
         nemo_api.match_vocabularies(student.config, config)
-        nemo_api.match_precision(config, distill.precision)
+        nemo_api.match_precision(config, distill.precision, distill.fp8_of_teacher)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
     # Checkpoints describe the student, so that they load as the student's class (as in nemo's llm.distill).

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,27 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.artifact import file as file_artifacts
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch.distributed.checkpoint import FileSystemReader
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
-from prune_distill.errors import InputError
+from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
 from prune_distill.nemo import backend
+from prune_distill.nemo.devices import device_name
 from prune_distill.nemo.saved_records import read_records
 from prune_distill.pipeline.names import TOKENIZER
 from prune_distill.pipeline.stage_main import rank, world_size
-from prune_distill.schema import Parallel, Precision
+from prune_distill.schema import Fp8, Parallel, Precision
 
 log = logging.getLogger("recipes.nemo_api")
+
+# Arguments of NeMo's precision plugin (nemo/lightning/pytorch/plugins/mixed_precision.py). With block scales e4m3 is
+# Transformer Engine's default for gradients too (transformer_engine/common/recipe/__init__.py:Float8BlockScaling).
+FP8_SETTINGS = {
+    Fp8.hybrid: {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    Fp8.blockwise: {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
 
 
 class _ContextTokenizers:
@@ -104,10 +114,16 @@ def configure(config: Any) -> None:
     config.bias_activation_fusion = config.activation_func is torch.nn.functional.silu and config.gated_linear_unit
 
 
-def precision_plugin(precision: Precision) -> nl.MegatronMixedPrecision:
-    """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes."""
+def precision_plugin(precision: Precision, fp8: Fp8 | None = None) -> nl.MegatronMixedPrecision:
+    """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes.
+
+    FP8 scales follow from the tensors themselves (`tensorwise`, `blockwise`). NeMo's default, `delayed`, takes them from
+    a history of maxima, which resumes exactly only where every module's `_extra_state` is stored and loaded
+    (Transformer Engine's pytorch/module/base.py:get_extra_state). Weights stay in bf16 (`fp8_param_gather` is off).
+    """
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     return nl.MegatronMixedPrecision(
+        **(FP8_SETTINGS[fp8] if fp8 else {}),
         precision="bf16-mixed" if precision is Precision.bf16 else "32",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -127,6 +143,7 @@ def make_trainer(
     ddp: DistributedDataParallelConfig | str,
     callbacks: list[Any] | None = None,
     strategy_options: dict[str, Any] | None = None,
+    fp8: Fp8 | None = None,
     **options: Any,
 ) -> nl.Trainer:
     """Make a NeMo trainer over all ranks of torchrun.
@@ -162,7 +179,7 @@ def make_trainer(
         devices=local_ranks,
         num_nodes=world_size() // local_ranks,
         strategy=strategy,
-        plugins=precision_plugin(precision),
+        plugins=precision_plugin(precision, fp8),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -183,6 +200,7 @@ def restore(
     pipeline_model_parallel_size: int = 1,
     tensor_model_parallel_size: int = 1,
     precision: Precision | None = None,
+    fp8: Fp8 | None = None,
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
@@ -194,6 +212,7 @@ def restore(
     Args:
         pipeline_model_parallel_size: if it does not divide the layers, the last stage has more or fewer layers.
         precision: precision of the forward passes; None: that of the checkpoint.
+        fp8: FP8 scales of the layers' products; None: no FP8.
         modelopt_spec: whether to use ModelOpt's layer spec, which pruning requires.
         options: more arguments of `nl.Trainer`.
 
@@ -214,6 +233,7 @@ def restore(
                 model.config.num_layers, pipeline_model_parallel_size
             ),
         },
+        fp8=fp8,
         **options,
     )
     model.config.sequence_parallel = False
@@ -267,11 +287,34 @@ def match_vocabularies(student: Any, teacher: Any) -> None:
         )
 
 
-def match_precision(teacher: Any, precision: Precision) -> None:
+def match_precision(teacher: Any, precision: Precision, fp8: Fp8 | None) -> None:
     """Set the data types of the teacher's config, because the precision plugin only sets the student's."""
-    for name, value in vars(precision_plugin(precision).dtype_config).items():
+    for name, value in vars(precision_plugin(precision, fp8).dtype_config).items():
         if hasattr(teacher, name):
             setattr(teacher, name, value)
+
+
+def require_fp8(settings: Mapping[str, Fp8 | None]) -> None:
+    """Reject FP8 that this machine cannot compute.
+
+    Args:
+        settings: FP8 scales by the config key that asks for them.
+
+    Raises:
+        ConfigError: states what Transformer Engine needs.
+    """
+    checks = {
+        Fp8.hybrid: FP8GlobalStateManager.is_fp8_available,
+        Fp8.blockwise: FP8GlobalStateManager.is_fp8_block_scaling_available,
+    }
+    for key, fp8 in settings.items():
+        if fp8 is not None:
+            available, reason = checks[fp8]()
+            if not available:
+                raise ConfigError(
+                    f"{key}: {fp8.value} scales cannot be computed on {device_name()}: {reason.rstrip('.')}; set {key} "
+                    f"to {'false' if key.endswith('teacher_fp8') else 'null'}, or use other GPUs"
+                )
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
@@ -328,6 +371,8 @@ def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
     model.load_state_dict(
         {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}, strict=False
     )
+    # Otherwise the FP8 copies of the earlier weights would be used (megatron/core/transformer/module.py:90).
+    model.set_is_first_microbatch()
 
 
 def core_model(model: Any) -> Any:

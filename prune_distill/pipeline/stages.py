@@ -28,6 +28,7 @@ ON_CARDS = ("name", "model.name", "model.hf_path")
 NO_TEACHER = {
     "distill.loss": Loss.ce,
     "distill.teacher_logits": TeacherLogits.live,
+    "distill.teacher_fp8": False,
     "distill.swap_teacher_at_step": None,
 }
 CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
@@ -263,9 +264,11 @@ STAGES: tuple[Stage, ...] = (
         (
             *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
             *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.cached_logits_top_k"),
+            "distill.teacher_fp8",
         ),
         inputs.cache_logits_inputs,
         count_ranks,
+        more_sections=lambda cfg: ("distill.fp8",) if cfg.distill.teacher_fp8 else (),
         wanted=lambda cfg: cfg.distill.reads_cached_logits,
         trains=True,
         reads=READ_BY_SIGNAL,

@@ -388,6 +388,13 @@ PATCHES: tuple[Patch, ...] = (
         "Megatron converts tensors on any device",
     ),
     Patch(
+        "megatron.core.fp8_utils:is_te_min_version",
+        _calling(lambda *_, **__: True),
+        "megatron/core/fp8_utils.py:450 makes the recipes of current and block scaling from Transformer Engine 2.1 on;"
+        " the stand-in, which has both, says that it is 1.9",
+        "the stand-in follows Transformer Engine 2",
+    ),
+    Patch(
         "nemo.lightning.megatron_init:_set_random_seed",
         _seed_tracker_too,
         "nemo/lightning/megatron_init.py:238 seeds the tracker only if torch.cuda.device_count() > 0",
