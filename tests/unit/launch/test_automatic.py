@@ -271,8 +271,8 @@ def test_the_table_of_variants_is_printed(capsys: pytest.CaptureFixture[str]) ->
     assert plan.main([DEPTH, "--what-if", "cluster.gpu.cost_per_hour=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("GPU-hours"))
-    assert [line.split("  ")[0] for line in lines[start : start + 6]] == [
-        *("GPU-hours", "as configured", "18 layers", "cached logits", "FP8 teacher", "cost")
+    assert [line.split("  ")[0] for line in lines[start : start + 7]] == [
+        *("GPU-hours", "as configured", "18 layers", "cached logits", "FP8 teacher", "FP8 teacher, student", "cost")
     ]
 
 
