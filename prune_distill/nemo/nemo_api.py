@@ -117,9 +117,9 @@ def configure(config: Any) -> None:
 def precision_plugin(precision: Precision, fp8: Fp8 | None = None) -> nl.MegatronMixedPrecision:
     """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes.
 
-    FP8 scales follow from the tensors themselves (`tensorwise`, `blockwise`). NeMo's default, `delayed`, takes them from
-    a history of maxima, which resumes exactly only where every module's `_extra_state` is stored and loaded
-    (Transformer Engine's pytorch/module/base.py:get_extra_state). Weights stay in bf16 (`fp8_param_gather` is off).
+    FP8 scales follow from the tensors themselves (`tensorwise`, `blockwise`). NeMo's default, `delayed`, takes them
+    from a history of maxima, which resumes exactly only where every module's `_extra_state` is stored and loaded
+    (transformer_engine/pytorch/module/base.py:get_extra_state). Weights stay in bf16 (`fp8_param_gather` is off).
     """
     dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
     return nl.MegatronMixedPrecision(

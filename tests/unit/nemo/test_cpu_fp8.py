@@ -16,6 +16,7 @@ from torch import Tensor
 if torch.cuda.is_available():
     pytest.skip("the stand-in is for machines without CUDA", allow_module_level=True)
 
+from prune_distill.errors import ConfigError
 from prune_distill.nemo import backend
 
 backend.activate()
@@ -72,7 +73,11 @@ def by_block(values: np.ndarray, kind: tuple[int, int, float], rows: int, column
 
 
 def linear_by_hand(x: Tensor, weight: Tensor, grad: Tensor, recipe: Recipe) -> list[np.ndarray]:
-    """Output and gradients of input and weight, in float64, of matrices `[tokens, in]`, `[out, in]`, `[tokens, out]`."""
+    """Output and gradients of input and weight in float64.
+
+    Args:
+        x, weight, grad: `[tokens, in]`, `[out, in]` and `[tokens, out]`.
+    """
     a, w, g = (tensor.detach().double().numpy() for tensor in (x, weight, grad))
     backward = E5M2 if recipe.fp8_format is Format.HYBRID else E4M3
     if isinstance(recipe, Float8CurrentScaling):
@@ -186,7 +191,6 @@ def test_weights_are_rounded_again_in_the_first_micro_batch() -> None:
 def test_sizes_that_fp8_products_do_not_take(tokens: int, inputs: int, outputs: int) -> None:
     layer, x = te.Linear(inputs, outputs, bias=False), torch.randn(tokens, inputs)
     assert layer(x).shape == (tokens, outputs)
-    # The rows of a weight, its outputs, are divided by 8 only.
     with te.fp8_autocast(fp8_recipe=RECIPES[0]), pytest.raises(AssertionError, match="divisible"):
         layer(x)
 
@@ -224,30 +228,44 @@ def test_what_is_not_emulated_raises(start: Callable[[], Any]) -> None:
 class Tracker:
     """States of random generators, as Megatron's tracker has them."""
 
-    states: dict[str, int] = {"model-parallel-rng": 1}
+    def __init__(self) -> None:
+        self.states = {"model-parallel-rng": 1}
 
     def get_states(self) -> dict[str, int]:
         return self.states
 
     def set_states(self, states: dict[str, int]) -> None:
-        Tracker.states = states
+        self.states = states
 
 
 def test_recompute_is_in_fp8() -> None:
     torch.manual_seed(0)
     layer, x, grad = te.Linear(16, 16, bias=False), torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
-    enabled, gradients = [], []
+    enabled, gradients, tracker = [], [], Tracker()
 
     def forward(hidden: Tensor) -> Tensor:
         enabled.append(FP8GlobalStateManager.is_fp8_enabled())
         return layer(hidden).square()
 
-    for run in (forward, lambda hidden: checkpoint(forward, hidden, get_rng_state_tracker=Tracker)):
+    for run in (forward, lambda hidden: checkpoint(forward, hidden, get_rng_state_tracker=lambda: tracker)):
         with te.fp8_autocast(fp8_recipe=RECIPES[0]):
             y = run(x)
         gradients.append(torch.autograd.grad(y, (x, layer.weight), grad))
     assert enabled == [True] * 3
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("fp8", list(Fp8))
+def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch, fp8: Fp8) -> None:
+    nemo_api.require_fp8({"distill.fp8": fp8, "distill.teacher_fp8": None})
+    name = {Fp8.hybrid: "is_fp8_available", Fp8.blockwise: "is_fp8_block_scaling_available"}[fp8]
+    monkeypatch.setattr(FP8GlobalStateManager, name, lambda: (False, "Compute capability 9.0 required."))
+    nemo_api.require_fp8({"distill.fp8": None, "distill.teacher_fp8": None})
+    for key, off in (("distill.fp8", "null"), ("distill.teacher_fp8", "false")):
+        with pytest.raises(ConfigError) as caught:
+            nemo_api.require_fp8({key: fp8})
+        assert str(caught.value).startswith(key)
+        assert f"Compute capability 9.0 required; set {key} to {off}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("fp8", "recipe"), [(Fp8.hybrid, RECIPES[0]), (Fp8.blockwise, RECIPES[1])])

@@ -34,7 +34,7 @@ def check_dimensions(*tensors: Tensor) -> None:
 
 
 def fp8_linear(x: Tensor, weight: Tensor, rounded_weight: Tensor, recipe: Recipe) -> Tensor:
-    """Return `x W^T`, `[..., in]` -> `[..., out]`, with the rounded operands of a recipe, here and in the backward pass.
+    """Return `x W^T`, `[..., in]` -> `[..., out]`, with operands rounded here and in the backward pass.
 
     Args:
         weight: `[out, in]`, which gets the gradient.
