@@ -1,4 +1,4 @@
-"""What a run takes at other lengths, and what cached logits, an FP8 teacher or a smaller student would save."""
+"""What a run takes at other lengths, and what cached logits, FP8 or a smaller student would save."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def to_notes(variants: Sequence[Variant]) -> list[str]:
             notes.append(f"{variant.name}: not estimated ({variant.why_not})")
         elif variant.fits is False and variant.changes:
             settings = " ".join(f"{key}={value}" for key, value in variant.changes.items())
-            notes.append(f"{variant.name}: does not fit in this layout; {settings} may have another one")
+            notes.append(f"{variant.name}: does not fit in this layout; plan with {settings} for one that does")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for `Fp8Padding` and `Fp8Unpadding` of Transformer Engine (megatron/core/transformer/moe/experts.py:817)."""
+"""Stand-ins for `Fp8Padding` and `Fp8Unpadding`, used by megatron/core/transformer/moe/experts.py:817."""
 
 from __future__ import annotations
 
