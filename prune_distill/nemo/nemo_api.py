@@ -308,13 +308,15 @@ def require_fp8(settings: Mapping[str, Fp8 | None]) -> None:
         Fp8.blockwise: FP8GlobalStateManager.is_fp8_block_scaling_available,
     }
     for key, fp8 in settings.items():
-        if fp8 is not None:
-            available, reason = checks[fp8]()
-            if not available:
-                raise ConfigError(
-                    f"{key}: {fp8.value} scales cannot be computed on {device_name()}: {reason.rstrip('.')}; set {key} "
-                    f"to {'false' if key.endswith('teacher_fp8') else 'null'}, or use other GPUs"
-                )
+        if fp8 is None:
+            continue
+        available, reason = checks[fp8]()
+        if not available:
+            value, off = ("true", "false") if key.endswith("teacher_fp8") else (fp8.value, "null")
+            raise ConfigError(
+                f"{key}={value}: {device_name()} does not compute {fp8.value} FP8 ({reason.rstrip('.')}); set "
+                f"{key}={off}, or use other GPUs"
+            )
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:

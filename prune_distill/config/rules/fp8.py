@@ -28,9 +28,9 @@ FP8 = ("{at}.fp8", TEACHER_FP8, "distill.loss")
 # The lowest compute capability (transformer_engine/pytorch/quantization.py: check_fp8_support,
 # check_fp8_block_scaling_support).
 CAPABILITY = {Fp8.hybrid: 8.9, Fp8.blockwise: 9.0}
-# What tokens and features come in multiples of. FP8 products need 16: transformer_engine/pytorch/utils.py:438 asserts 16
-# features and 8 tokens, over which the gradient of a weight is summed as another product. With blocks, inputs that are
-# not whole ones are gathered in bf16 (transformer_engine/pytorch/tensor/float8_blockwise_tensor.py:is_quantizable).
+# What tokens and features come in multiples of. FP8 products need 16: transformer_engine/pytorch/utils.py:438 asserts
+# 16 features, and 8 tokens, over which the gradient of a weight is summed as another product. With blocks, inputs that
+# are not whole ones are gathered in bf16 (transformer_engine/pytorch/tensor/float8_blockwise_tensor.py:is_quantizable).
 MULTIPLE = {Fp8.hybrid: 16, Fp8.blockwise: 128}
 
 
