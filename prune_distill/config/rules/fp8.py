@@ -24,7 +24,7 @@ from prune_distill.model.student import student_shapes
 from prune_distill.schema import Fp8, Loss, Precision, RunConfig, Shape
 
 TEACHER_FP8 = "distill.teacher_fp8"
-FP8 = ("{at}.fp8", TEACHER_FP8, "distill.loss")
+KEYS = ("{at}.fp8", TEACHER_FP8, "distill.loss")
 # The lowest compute capability (transformer_engine/pytorch/quantization.py: check_fp8_support,
 # check_fp8_block_scaling_support).
 CAPABILITY = {Fp8.hybrid: 8.9, Fp8.blockwise: 9.0}
@@ -40,7 +40,7 @@ def teacher(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(TEACHER_FP8, f"distill.loss=ce uses no teacher; set {TEACHER_FP8}=false")
 
 
-@training_rule("training.fp8_precision", *FP8, "{at}.precision")
+@training_rule("training.fp8_precision", *KEYS, "{at}.precision")
 def precision(cfg: RunConfig, at: str) -> Iterator[Finding]:
     for key in _requested(cfg, at):
         if get_training(cfg, at).precision is not Precision.bf16:
@@ -48,7 +48,7 @@ def precision(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 
 @training_rule(
-    "training.fp8_gpu", *FP8, *(f"cluster.gpu?.{name}" for name in ("fp8_tflops", "compute_capability", "name"))
+    "training.fp8_gpu", *KEYS, *(f"cluster.gpu?.{name}" for name in ("fp8_tflops", "compute_capability", "name"))
 )
 def gpu(cfg: RunConfig, at: str) -> Iterator[Finding]:
     gpu = cfg.cluster.gpu
@@ -70,7 +70,7 @@ def gpu(cfg: RunConfig, at: str) -> Iterator[Finding]:
             )
 
 
-@training_rule("training.fp8_sizes", *FP8, TENSOR, MODELS)
+@training_rule("training.fp8_sizes", *KEYS, TENSOR, MODELS)
 def sizes(cfg: RunConfig, at: str) -> Iterator[Finding]:
     tensor = get_training(cfg, at).parallel.tensor_model_parallel_size
     for key, fp8 in _requested(cfg, at).items():
@@ -91,7 +91,7 @@ def sizes(cfg: RunConfig, at: str) -> Iterator[Finding]:
             )
 
 
-@training_rule("training.fp8_tokens", *FP8, *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL)
+@training_rule("training.fp8_tokens", *KEYS, *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL)
 def tokens(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel = get_training(cfg, at).parallel
     tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

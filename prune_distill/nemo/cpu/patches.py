@@ -387,12 +387,21 @@ PATCHES: tuple[Patch, ...] = (
         "megatron/core/transformer/moe/moe_utils.py:883 converts CUDA tensors only; all_to_all needs numbers",
         "Megatron converts tensors on any device",
     ),
-    Patch(
-        "megatron.core.fp8_utils:is_te_min_version",
-        _calling(lambda *_, **__: True),
-        "megatron/core/fp8_utils.py:450 makes the recipes of current and block scaling from Transformer Engine 2.1 on;"
-        " the stand-in, which has both, says that it is 1.9",
-        "the stand-in follows Transformer Engine 2",
+    *(
+        Patch(
+            f"{module}:is_te_min_version",
+            _calling(lambda *_, **__: True),
+            f"{line} accepts {what} from a later Transformer Engine than 1.9, which the stand-in says it is",
+            "the stand-in follows Transformer Engine 2",
+        )
+        for module, line, what in (
+            ("megatron.core.fp8_utils", "megatron/core/fp8_utils.py:450", "current and block scaling"),
+            (
+                "megatron.core.transformer.transformer_config",
+                "megatron/core/transformer/transformer_config.py:1320",
+                "experts in FP8",
+            ),
+        )
     ),
     Patch(
         "nemo.lightning.megatron_init:_set_random_seed",

@@ -1,6 +1,6 @@
 """The stand-in's FP8 against a formula in float64, and Megatron's config turning it on.
 
-Sharded layers: tests/integration/test_te_standin_parallel.py.
+Sharded layers: tests/integration/test_fp8.py.
 """
 
 from __future__ import annotations
@@ -304,3 +304,25 @@ def test_megatron_turns_fp8_on_for_the_layers(monkeypatch: pytest.MonkeyPatch) -
     assert ends == [False] * 4 + [True] * 8 + [False] * 4
     errors = [(logits - exact).norm() for logits in (rounded, partly)]
     assert errors[0] > errors[1] > 0
+
+
+@pytest.mark.parametrize("fp8", [("hybrid", "tensorwise"), ("e4m3", "blockwise")])
+def test_megatron_pads_the_tokens_of_experts(monkeypatch: pytest.MonkeyPatch, fp8: tuple[str, str]) -> None:
+    splits: list[list[int]] = []
+    forward = te.GroupedLinear.forward
+
+    def record(self: Any, x: Tensor, m_splits: list[int], *args: Any, **options: Any) -> Any:
+        splits.append([int(rows) for rows in m_splits])
+        return forward(self, x, m_splits, *args, **options)
+
+    monkeypatch.setattr(te.GroupedLinear, "forward", record)
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_grouped_gemm": True}
+    on, rounded = layers_in_fp8(monkeypatch, **experts, fp8=fp8[0], fp8_recipe=fp8[1])
+    assert on == [True] * 8  # attention's
+    assert len(splits) == 8
+    assert all(rows % 16 == 0 for layer in splits for rows in layer)
+    splits.clear()
+    _, exact = layers_in_fp8(monkeypatch, **experts)
+    assert any(rows % 16 for layer in splits for rows in layer)
+    # A router may choose another expert for a few tokens.
+    assert 0 < (rounded - exact).norm() < 0.5 * exact.norm()
