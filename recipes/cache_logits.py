@@ -32,6 +32,7 @@ from prune_distill.distillation.cached_logits import (
 from prune_distill.distillation.teacher_forward import compute_top_k
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.chance import require_better_than_chance
+from prune_distill.nemo.precision import require_fp8
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
 from prune_distill.pipeline.names import METRICS, STATE, STOP
@@ -63,7 +64,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """
     distill, data = cfg.distill, DataFolder.read(inputs.data)
     check(distill, data)
-    nemo_api.require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
+    require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
         inputs.teacher,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +28,19 @@ from nemo.lightning.ckpt_utils import ckpt_to_context_subdir
 from nemo.lightning.io.artifact import file as file_artifacts
 from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from torch.distributed.checkpoint import FileSystemReader
-from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
-from prune_distill.errors import ConfigError, InputError
+from prune_distill.errors import InputError
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
 from prune_distill.nemo import backend
-from prune_distill.nemo.devices import device_name
+from prune_distill.nemo.precision import model_precision, precision_plugin
 from prune_distill.nemo.saved_records import read_records
 from prune_distill.pipeline.names import TOKENIZER
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import Fp8, Parallel, Precision
 
 log = logging.getLogger("recipes.nemo_api")
-
-# Arguments of NeMo's precision plugin (nemo/lightning/pytorch/plugins/mixed_precision.py). With block scales e4m3 is
-# Transformer Engine's default for gradients too (transformer_engine/common/recipe/__init__.py:Float8BlockScaling).
-FP8_SETTINGS = {
-    Fp8.hybrid: {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
-    Fp8.blockwise: {"fp8": "e4m3", "fp8_recipe": "blockwise"},
-}
 
 
 class _ContextTokenizers:
@@ -112,29 +103,6 @@ def configure(config: Any) -> None:
         setattr(config, name, value)
     config.apply_rope_fusion = not config.rotary_interleaved
     config.bias_activation_fusion = config.activation_func is torch.nn.functional.silu and config.gated_linear_unit
-
-
-def precision_plugin(precision: Precision, fp8: Fp8 | None = None) -> nl.MegatronMixedPrecision:
-    """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes.
-
-    FP8 scales follow from the tensors themselves (`tensorwise`, `blockwise`). NeMo's default, `delayed`, takes them
-    from a history of maxima, which resumes exactly only where every module's `_extra_state` is stored and loaded
-    (transformer_engine/pytorch/module/base.py:get_extra_state). Weights stay in bf16 (`fp8_param_gather` is off).
-    """
-    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    return nl.MegatronMixedPrecision(
-        **(FP8_SETTINGS[fp8] if fp8 else {}),
-        precision="bf16-mixed" if precision is Precision.bf16 else "32",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_enabled=False,
-        grad_reduce_in_fp32=True,
-    )
-
-
-def model_precision(config: Any) -> Precision:
-    """Return the precision of a checkpoint's weights."""
-    return Precision.bf16 if config.params_dtype is torch.bfloat16 else Precision.fp32
 
 
 def make_trainer(
@@ -285,38 +253,6 @@ def match_vocabularies(student: Any, teacher: Any) -> None:
             f"the student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}; their"
             " logits cannot be compared; prune the student from this teacher"
         )
-
-
-def match_precision(teacher: Any, precision: Precision, fp8: Fp8 | None) -> None:
-    """Set the data types of the teacher's config, because the precision plugin only sets the student's."""
-    for name, value in vars(precision_plugin(precision, fp8).dtype_config).items():
-        if hasattr(teacher, name):
-            setattr(teacher, name, value)
-
-
-def require_fp8(settings: Mapping[str, Fp8 | None]) -> None:
-    """Reject FP8 that this machine cannot compute.
-
-    Args:
-        settings: FP8 scales by the config key that asks for them.
-
-    Raises:
-        ConfigError: states what Transformer Engine needs.
-    """
-    checks = {
-        Fp8.hybrid: FP8GlobalStateManager.is_fp8_available,
-        Fp8.blockwise: FP8GlobalStateManager.is_fp8_block_scaling_available,
-    }
-    for key, fp8 in settings.items():
-        if fp8 is None:
-            continue
-        available, reason = checks[fp8]()
-        if not available:
-            value, off = ("true", "false") if key.endswith("teacher_fp8") else (fp8.value, "null")
-            raise ConfigError(
-                f"{key}={value}: {device_name()} does not compute {fp8.value} FP8 ({reason.rstrip('.')}); set "
-                f"{key}={off}, or use other GPUs"
-            )
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:

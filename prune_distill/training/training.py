@@ -25,6 +25,7 @@ from prune_distill.distillation.cached_logits import CachedLogitsReader
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.flops import Meter
 from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo.precision import require_fp8
 from prune_distill.nemo.start_check import StartCheck, check_resumed
 from prune_distill.nemo.token_loss import average_over_tokens
 from prune_distill.pipeline.metrics_file import read_metrics
@@ -80,7 +81,7 @@ def train(
     """
     check(cfg, data)
     teacher_fp8 = cfg.fp8_of_teacher if isinstance(cfg, DistillConfig) and cfg.runs_teacher else None
-    nemo_api.require_fp8({f"{key}.fp8": cfg.fp8, "distill.teacher_fp8": teacher_fp8})
+    require_fp8({f"{key}.fp8": cfg.fp8, "distill.teacher_fp8": teacher_fp8})
     if not (out / NEMO).exists():
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)

@@ -389,18 +389,14 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *(
         Patch(
-            f"{module}:is_te_min_version",
+            f"megatron.core.{module}:is_te_min_version",
             _calling(lambda *_, **__: True),
-            f"{line} accepts {what} from a later Transformer Engine than 1.9, which the stand-in says it is",
+            f"megatron/core/{line} accepts FP8 from a later Transformer Engine than the stand-in says it is",
             "the stand-in follows Transformer Engine 2",
         )
-        for module, line, what in (
-            ("megatron.core.fp8_utils", "megatron/core/fp8_utils.py:450", "current and block scaling"),
-            (
-                "megatron.core.transformer.transformer_config",
-                "megatron/core/transformer/transformer_config.py:1320",
-                "experts in FP8",
-            ),
+        for module, line in (
+            ("fp8_utils", "fp8_utils.py:450"),
+            ("transformer.transformer_config", "transformer/transformer_config.py:1320"),
         )
     ),
     Patch(

@@ -33,7 +33,7 @@ from transformer_engine.common.recipe import (  # noqa: E402
 from transformer_engine.pytorch.distributed import checkpoint  # noqa: E402
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # noqa: E402
 
-from prune_distill.nemo import nemo_api  # noqa: E402
+from prune_distill.nemo.precision import match_precision, require_fp8  # noqa: E402
 from prune_distill.schema import Fp8, Precision  # noqa: E402
 from tests.helpers.one_rank import VOCABULARY, config, core_model, one_rank, positions  # noqa: E402
 
@@ -257,22 +257,22 @@ def test_recompute_is_in_fp8() -> None:
 
 @pytest.mark.parametrize("fp8", list(Fp8))
 def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch, fp8: Fp8) -> None:
-    nemo_api.require_fp8({"distill.fp8": fp8, "distill.teacher_fp8": None})
+    require_fp8({"distill.fp8": fp8, "distill.teacher_fp8": None})
     name = {Fp8.hybrid: "is_fp8_available", Fp8.blockwise: "is_fp8_block_scaling_available"}[fp8]
     monkeypatch.setattr(FP8GlobalStateManager, name, lambda: (False, "Compute capability 9.0 required."))
-    nemo_api.require_fp8({"distill.fp8": None, "distill.teacher_fp8": None})
+    require_fp8({"distill.fp8": None, "distill.teacher_fp8": None})
     for key, off in (("distill.fp8", "null"), ("distill.teacher_fp8", "false")):
         with pytest.raises(ConfigError, match=rf"Compute capability 9.0 required\); set {key}={off}"):
-            nemo_api.require_fp8({key: fp8})
+            require_fp8({key: fp8})
 
 
 @pytest.mark.parametrize(("fp8", "recipe"), [(Fp8.hybrid, RECIPES[0]), (Fp8.blockwise, RECIPES[1])])
 def test_settings_choose_the_recipe(fp8: Fp8, recipe: Recipe) -> None:
     made = config()
-    nemo_api.match_precision(made, Precision.bf16, fp8)
+    match_precision(made, Precision.bf16, fp8)
     with get_fp8_context(made, layer_no=0):
         assert FP8GlobalStateManager.get_fp8_recipe() == recipe
-    nemo_api.match_precision(made, Precision.bf16, None)
+    match_precision(made, Precision.bf16, None)
     with get_fp8_context(made, layer_no=0):
         assert not FP8GlobalStateManager.is_fp8_enabled()
 
