@@ -18,8 +18,9 @@ from tests.helpers import tiny, tolerance
 BF16 = (*tiny.DEPTH, "distill.precision=bf16", "distill.kd.kd_weight=0.5", "distill.kd.lm_weight=0.5")
 TEACHER = (*BF16, "distill.teacher_fp8=true")
 STUDENT = (*BF16, "distill.fp8=hybrid")
-# e4m3 keeps 4 bits, bf16 8: 2 % of each product (test_cpu_fp8.py), in four products of each of two layers.
-LM_LOSS = 0.02
+# Shares of a loss. e4m3 keeps 4 bits: products are off by 2 % (test_cpu_fp8.py), at random, so that the cross-entropy
+# of thousands of tokens hardly moves: by 2e-4 at most in six steps; the divergence, which is small itself, by 1.5 %.
+LM_LOSS, KD_LOSS = 2e-3, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_a_teacher_in_fp8_changes_the_teacher_alone(run_dir: Path) -> None:
     # Before any step the students are equal, so that their own loss is.
     assert parts(run_dir, TEACHER, "lm_loss")[0] == parts(run_dir, BF16, "lm_loss")[0]
     exact, rounded = (parts(run_dir, settings, "kd_loss") for settings in (BF16, TEACHER))
-    assert all(0 < abs(one - other) < 0.2 * one for one, other in zip(exact, rounded, strict=True))
+    assert all(0 < abs(one - other) < KD_LOSS * one for one, other in zip(exact, rounded, strict=True))
 
 
 def test_fp8_resumes_exactly(run_dir: Path, tmp_path: Path) -> None:
@@ -73,24 +74,22 @@ def test_fp8_resumes_exactly(run_dir: Path, tmp_path: Path) -> None:
 
 def test_cached_logits_of_a_teacher_in_fp8(run_dir: Path) -> None:
     top_k = 64
-    live = (*TEACHER, f"distill.kd.top_k={top_k}")
+    bf16, live = (*BF16, f"distill.kd.top_k={top_k}"), (*TEACHER, f"distill.kd.top_k={top_k}")
     cached = (*TEACHER, "distill.teacher_logits=cached", f"distill.cached_logits_top_k={top_k}")
-    losses = {}
-    for name, settings in {"live": live, "cached": cached}.items():
+    losses = []
+    for settings in (bf16, live, cached):
         tiny.launch(run_dir, *settings, "--until", "distill")
-        losses[name] = parts(run_dir, settings, "kd_loss")[0]
-    exact = parts(run_dir, BF16, "kd_loss")[0]
-    # The cache's logits are in bf16, and its log-probabilities in fp16.
-    assert losses["cached"] == pytest.approx(losses["live"], rel=0.02)
-    assert losses["cached"] != exact
+        losses.append(parts(run_dir, settings, "kd_loss")[0])
+    # The cache's logits are rounded to bf16, and its log-probabilities to fp16: 1.2e-4 measured. A teacher in bf16 gives
+    # another loss.
+    assert losses[2] == pytest.approx(losses[1], rel=5e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=5e-4)
 
 
 def test_tensor_parallel_ranks_with_recompute(run_dir: Path, tmp_path: Path) -> None:
     copied = tiny.copy_run(run_dir, tmp_path / "run")
     both = (*STUDENT, "distill.teacher_fp8=true")
-    layout = (
-        *("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2", "distill.recompute=full"),
-    )
+    layout = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2", "distill.recompute=full")
     tiny.launch(copied, *both, *layout, "--until", "distill")
     one_rank = parts(run_dir, STUDENT, "lm_loss")
     # Each rank's shards have scales of their own.
