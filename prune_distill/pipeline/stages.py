@@ -48,6 +48,7 @@ READ_BY_SIGNAL = {
     "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.val_batches": "for the check that there are enough validation documents",
+    "distill.fp8": "the scales of a teacher in FP8, in the hash if distill.teacher_fp8 is set",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
 READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
