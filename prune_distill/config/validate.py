@@ -11,7 +11,7 @@ from types import ModuleType
 
 from prune_distill.config.bounds import out_of_bounds
 from prune_distill.config.rule import Rule
-from prune_distill.config.rules import budget, cluster, data, distill, evaluation, model, prune, slurm, training
+from prune_distill.config.rules import budget, cluster, data, distill, evaluation, fp8, model, prune, slurm, training
 from prune_distill.errors import Fault
 from prune_distill.schema import RunConfig
 
@@ -22,7 +22,7 @@ def _rules_in(module: ModuleType) -> Iterator[Rule]:
 
 
 # In the order in which their faults are printed.
-MODULES = (cluster, model, data, prune, budget, evaluation, distill, training, slurm)
+MODULES = (cluster, model, data, prune, budget, evaluation, distill, training, fp8, slurm)
 ALL_RULES = [rule for module in MODULES for rule in _rules_in(module)]
 RULES = [rule for rule in ALL_RULES if not rule.on_machine]
 

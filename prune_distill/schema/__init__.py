@@ -38,6 +38,7 @@ from prune_distill.schema.prune import (
 )
 from prune_distill.schema.run import RunConfig
 from prune_distill.schema.training import (
+    Fp8,
     MatmulPrecision,
     Mlflow,
     Parallel,
@@ -65,6 +66,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportDtype",
     "Family",
+    "Fp8",
     "Gpu",
     "GpuRequest",
     "HiddenLoss",

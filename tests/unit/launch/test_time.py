@@ -19,6 +19,7 @@ from prune_distill.schema import (
     ClusterConfig,
     DistillConfig,
     Family,
+    Fp8,
     Gpu,
     KdConfig,
     Loss,
@@ -35,7 +36,7 @@ LLAMA3_70B = Shape(80, 8192, 28672, 64, 8, 128, 128_256, 131_072)
 QWEN3_30B_A3B = Shape(
     48, 2048, 6144, 32, 4, 128, 151_936, 40_960, num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8
 )
-BF16, FP8 = (False, False), (True, False)
+BF16, FP8 = None, Fp8.hybrid
 
 
 def gpu(name: str) -> Gpu:
@@ -69,9 +70,10 @@ def distillation(micro: int = 2, **parallel: Any) -> DistillConfig:
     )
 
 
-def speed(run: Training, shape: Shape, family: Family, at: Machine, ranks: int, fp8: tuple[bool, bool]) -> float:
+def speed(run: Training, shape: Shape, family: Family, at: Machine, ranks: int, fp8: Fp8 | None) -> float:
     """Tokens a second and GPU of a pretraining."""
-    seconds = step_seconds(run, Loss.ce, Models(family, shape, None), at, ranks, fp8).total
+    run = dataclasses.replace(run, fp8=fp8)
+    seconds = step_seconds(run, Loss.ce, Models(family, shape, None), at, ranks).total
     return run.global_batch_size * run.seq_length / seconds / ranks
 
 
@@ -113,7 +115,7 @@ def test_published_runs(
     family: Family,
     at: Machine,
     ranks: int,
-    fp8: tuple[bool, bool],
+    fp8: Fp8 | None,
     ratio: tuple[float, float],
 ) -> None:
     low, high = ratio
@@ -242,13 +244,13 @@ def test_small_chunks_of_the_loss_cost_memory_traffic() -> None:
 
 def test_a_teacher_in_fp8_is_faster_and_the_student_is_not() -> None:
     models, run = Models(Family.qwen3, QWEN3_6B, QWEN3_8B), distillation()
-    plain, teacher, both = (
-        step_seconds(run, Loss.kd, models, machine(), 8, fp8).total for fp8 in (BF16, (False, True), (True, True))
-    )
+    in_fp8 = dataclasses.replace(run, teacher_fp8=True)
+    runs = (run, in_fp8, dataclasses.replace(in_fp8, fp8=Fp8.hybrid))
+    plain, teacher, both = (step_seconds(each, Loss.kd, models, machine(), 8).total for each in runs)
     assert both < teacher < plain
     # The teacher's layers are a third of the FLOP; FP8 at most halves them.
     assert 1 - teacher / plain < 1 / 6
-    assert step_seconds(run, Loss.kd, models, machine("a100_80"), 8, (False, True)).products >= (
+    assert step_seconds(in_fp8, Loss.kd, models, machine("a100_80"), 8).products >= (
         step_seconds(run, Loss.kd, models, machine("a100_80"), 8).products
     )
 
