@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from prune_distill.distillation.kd_loss import Head, distillation_loss
+from prune_distill.distillation.kd_loss import distillation_loss
+from prune_distill.distillation.loss_chunk import Head
 from prune_distill.schema import Divergence, KdConfig
 
 # Of loss and gradients to float64 (`Gradients.errors`), by the inputs' type. fp32: sums of 64 to 1009 products in
-# another order; at most 1.4e-6 measured on a CPU. bf16: nearly all of it is the rounding of logits to 8 bits; loss at
-# most 6e-4, gradients 0.019 measured on a CPU. Not measured on a GPU, whose random numbers are others.
-TOLERANCES = {torch.float32: {"loss": 1e-5, "gradients": 1e-5}, torch.bfloat16: {"loss": 3e-3, "gradients": 0.05}}
+# another order; at most 1.4e-6 measured on a CPU. bf16: the logits' gradient and the results are rounded to 8 bits;
+# gradients at most 3e-3 on a CPU. Not measured on a GPU, whose random numbers are others.
+TOLERANCES = {torch.float32: {"loss": 1e-5, "gradients": 1e-5}, torch.bfloat16: {"loss": 1e-5, "gradients": 5e-3}}
 # All divergences with and without cross-entropy, and a temperature; chunks that do not divide the tokens.
 CONFIGS = [
     KdConfig(divergence, temperature, kd_weight=1 - lm_weight, lm_weight=lm_weight, chunk_tokens=40)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prune_distill.nemo import devices
-from prune_distill.schema import Divergence, KdConfig
+from prune_distill.schema import Divergence, KdConfig, LossImplementation
 from prune_distill.units import GIB
 from tests.benchmarks.gpu.figures import Figures
 from tests.benchmarks.gpu.machine import data_sheet
@@ -82,10 +82,21 @@ def measure(figures: Figures) -> None:
 
 def _ways(given: Heads, config: KdConfig, sizes: Sizes) -> dict[str, Work]:
     ways = {
-        f"chunked_{chunk}": _call(plain_loss.chunked_loss, given, dataclasses.replace(config, chunk_tokens=chunk))
+        f"{implementation.value}_{chunk}": _call(
+            plain_loss.chunked_loss,
+            given,
+            dataclasses.replace(config, chunk_tokens=chunk, implementation=implementation),
+        )
+        for implementation in _implementations()
         for chunk in sizes.chunks
     }
     return {**ways, "plain": _call(plain_loss.plain_loss, given, config)}
+
+
+def _implementations() -> list[LossImplementation]:
+    """The library's ways to compute the loss that this device can run."""
+    on_gpu = devices.torch_device() != "cpu"
+    return [LossImplementation.chunked, *([LossImplementation.triton] if on_gpu else [])]
 
 
 def _call(loss: Callable[[Heads, KdConfig], Any], given: Heads, config: KdConfig) -> Work:
@@ -172,8 +183,13 @@ def _errors(figures: Figures, name: str, given: Heads, config: KdConfig) -> None
     config = dataclasses.replace(config, chunk_tokens=max(1, tokens // 4))
     try:
         exact = plain_loss.exact_gradients(given, config)
-        ways = {"chunked": plain_loss.chunked_gradients, "plain": plain_loss.plain_gradients}
-        found = {way: compute(given, config).errors(exact) for way, compute in ways.items()}
+        found = {
+            way.value: plain_loss.chunked_gradients(given, dataclasses.replace(config, implementation=way)).errors(
+                exact
+            )
+            for way in _implementations()
+        }
+        found["plain"] = plain_loss.plain_gradients(given, config).errors(exact)
         found["float64_rounded_to_bf16"] = exact.rounded(torch.bfloat16).errors(exact)
     except torch.OutOfMemoryError as fault:
         figures.missing(f"{name}/error", "", f"out of memory: {str(fault).splitlines()[0][:200]}")
