@@ -12,7 +12,7 @@ from launch.planning import machine as figures
 from launch.planning import time
 from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models
-from launch.planning.time import Pass, Seconds, step_seconds
+from launch.planning.time import Pass, Seconds, forward_seconds, step_seconds
 from prune_distill.config.composition import CONFIG_DIR
 from prune_distill.model.flops import sequence_flops
 from prune_distill.schema import (
@@ -187,6 +187,34 @@ def test_attention_by_hand() -> None:
     assert halves - figures.KERNEL_SECONDS == pytest.approx(
         (one.layer_forward().attention - figures.KERNEL_SECONDS) / 2
     )
+
+
+def test_the_products_of_a_layer_by_hand() -> None:
+    """Tokens, inner size and columns of QKV, the attention's output, gate and up, and the down projection."""
+    one = Pass(QWEN3_8B, Family.qwen3, Parallel(), machine(), tokens=2048, seq_length=4096)
+    layer = [
+        (2048, 4096, 4096 + 2 * 1024, 1),
+        (2048, 4096, 4096, 1),
+        (2048, 4096, 2 * 12288, 1),
+        (2048, 12288, 4096, 1),
+    ]
+    assert one._products() == layer
+    halves = dataclasses.replace(one, parallel=Parallel(tensor_model_parallel_size=2))
+    assert halves._products() == [
+        *((2048, 4096, 3072, 1), (2048, 2048, 4096, 1), (2048, 4096, 12288, 1), (2048, 6144, 4096, 1))
+    ]
+    # Of 128 experts each of 8 ranks has 16, to which 8 x 2,048 tokens come.
+    experts = Pass(QWEN3_30B_A3B, Family.qwen3_moe, Parallel(expert_model_parallel_size=8), machine(), 2048, 4096)
+    assert experts._products()[2:] == [(2048, 2048, 128, 1), (1024, 2048, 2 * 768, 16), (1024, 768, 2048, 16)]
+
+
+def test_a_forward_pass_ends_with_the_logits_and_what_reads_them() -> None:
+    run, at = training(4096, 8, 1, pp=2), machine()
+    first, last = forward_seconds(QWEN3_8B, Family.qwen3, run, at)
+    one = Pass(QWEN3_8B, Family.qwen3, run.parallel, at, 4096, 4096)
+    assert first == pytest.approx(18 * one.layer_forward().total)
+    read = at.copy(time.LOSS_BYTES["ce"] * 4096 * 151_936)
+    assert last - first == pytest.approx(one.head_forward().total + read)
 
 
 def test_products_count_the_flops_of_the_models() -> None:
