@@ -7,7 +7,7 @@ NEMO26 := .venv-nemo26
 SERVE := .venv-serve
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test docs bench-convert bench-data bench-distill bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -28,7 +28,7 @@ unit: setup ## some of the launchers mostly sleep: more workers than cores
 integration: setup
 	$(BIN)/pytest -n 3 --no-loadscope-reorder tests/integration tests/gpu
 
-test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed
+test-gpu: ## in the container, or wherever CUDA, Transformer Engine and the stack are installed; a few minutes on one GPU
 	python -m pytest tests/gpu
 
 test-slurm: setup ## as root, with Debian's slurm-wlm and munge: two workers, each with a cluster of its own on loopback
@@ -45,6 +45,9 @@ bench-prune: setup ## pruning compared with ModelOpt's, and the search compared 
 
 bench-distill: setup ## the loss compared with ModelOpt's, a step compared with a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality skips it); writes runs/bench/distill.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
+
+bench-gpu: ## on one GPU, with the container's Python: loss, step, pipeline, resume, conversion, FP8; half an hour at most; writes runs/bench/gpu.json; ARGS="--parts loss,step --seconds 600", ARGS=--toy rehearses it on a CPU
+	python -W ignore -m tests.benchmarks.bench_gpu $(ARGS)
 
 kills: setup ## kills tiny runs at random times and resumes them, 200 times (2 hours or more; resumes where it was stopped); writes runs/bench/kills.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_kills $(ARGS)

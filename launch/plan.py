@@ -12,6 +12,7 @@ automatic       the keys that were `auto`, for which values were chosen
 models          teacher, student: parameters and sizes (with a budget, of the largest candidate); candidates: shapes,
                 least and most parameters, or null; cut: share of the parameters that pruning removes
 training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
+fp8             the scales of FP8 by model (student, teacher); empty without FP8
 signal          of cached logits: top_k, bytes (at most), flops_a_token, spared_share (of further students); or null
 stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least), cost
 step            seconds of a step of the distillation by what takes them, and total; null without the GPU's figures
@@ -25,7 +26,7 @@ warnings        sentences
 fits            true, false, or null where the GPU is not stated
 impossible      a sentence by stage: those whose tensors alone, without the reserve, are more than the GPU holds
 fix             what to set where it does not fit, else null
-what_if         with --what-if a list: name, changes, why_not, cells (tokens, hours, gpu_hours, cost)
+what_if         with --what-if a list: name, changes, why_not, fits, cells (tokens, hours, gpu_hours, cost)
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_config_dir(parser)
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     parser.add_argument(
-        "--what-if", action="store_true", help="also print other lengths, cached logits, an FP8 teacher, fewer layers"
+        "--what-if", action="store_true", help="also print other lengths, cached logits, FP8, fewer layers"
     )
     args = parser.parse_intermixed_args(arguments)
     try:

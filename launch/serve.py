@@ -27,7 +27,7 @@ from launch.verification import check_sizes
 from prune_distill.config.load import load_resolved
 from prune_distill.config.values import serve_python
 from prune_distill.errors import ConfigError, InputError
-from prune_distill.nemo import hf_models
+from prune_distill.model.huggingface import link_compatible_folder
 from prune_distill.pipeline.artifact import Located, find_runs, locate
 from prune_distill.pipeline.names import RESOLVED
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"benchmark.serve_python={python}: does not exist; run make serve-env, or set it to a Python with vLLM"
             )
         require_free(args.host, args.port)
-        with hf_models.link_compatible_folder(folder) as links:
+        with link_compatible_folder(folder) as links:
             return serve(python, links, args.model, args.host, args.port, options)
     except (ConfigError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)

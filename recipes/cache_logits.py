@@ -32,6 +32,7 @@ from prune_distill.distillation.cached_logits import (
 from prune_distill.distillation.teacher_forward import compute_top_k
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.chance import require_better_than_chance
+from prune_distill.nemo.precision import require_fp8
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
 from prune_distill.pipeline.names import METRICS, STATE, STOP
@@ -63,12 +64,14 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """
     distill, data = cfg.distill, DataFolder.read(inputs.data)
     check(distill, data)
+    require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
         inputs.teacher,
         tensor_model_parallel_size=distill.parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
         precision=distill.precision,
+        fp8=distill.fp8_of_teacher,
         max_steps=distill.max_steps,
     )
     sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)

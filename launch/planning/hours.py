@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models, caching_layout
-from launch.planning.time import BF16, Fp8, forward_seconds, training_seconds
+from launch.planning.time import forward_seconds, training_seconds
 from prune_distill.config.values import halving_rounds, halving_steps
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
@@ -68,8 +68,8 @@ class TrainingWork:
         flops = training_flops(self.training, self.loss, models.family, models.student, models.teacher)
         return training_tokens(self.training) * self.share * flops.total
 
-    def seconds(self, machine: Machine, ranks: int, fp8: Fp8) -> float:
-        return self.share * training_seconds(self.training, self.loss, self.models, machine, ranks, fp8)
+    def seconds(self, machine: Machine, ranks: int) -> float:
+        return self.share * training_seconds(self.training, self.loss, self.models, machine, ranks)
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class ForwardWork:
     layout: Training
     sequential: bool
 
-    def seconds(self, machine: Machine, ranks: int, fp8: Fp8) -> float:
+    def seconds(self, machine: Machine, ranks: int) -> float:
         layout, parallel = self.layout, self.layout.parallel
-        stages = forward_seconds(self.shape, self.family, layout, machine, fp8[1])
+        stages = forward_seconds(self.shape, self.family, layout, machine)
         tokens = layout.micro_batch_size * layout.seq_length
         micro_batches = self.flops / (tokens * forward_flops(self.shape, self.family, layout.seq_length))
         if self.sequential:
@@ -102,7 +102,7 @@ class ForwardWork:
 Work = TrainingWork | ForwardWork
 
 
-def estimate_hours(cfg: RunConfig, teacher: Shape, fp8: Fp8 = BF16) -> list[StageHours]:
+def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
     """Every stage of a run, with hours where they can be estimated."""
     correction, limit, gpu = cfg.distill.teacher_correction, cfg.cluster.time_limit, cfg.cluster.gpu
     price = gpu.cost_per_hour if gpu else None
@@ -110,7 +110,7 @@ def estimate_hours(cfg: RunConfig, teacher: Shape, fp8: Fp8 = BF16) -> list[Stag
     for stage in select_stages(cfg):
         ranks, work = stage.ranks(cfg), stage_work(stage, cfg, teacher)
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
-        seconds = _seconds(work, cfg, ranks, fp8) if work and precision is Precision.bf16 else None
+        seconds = _seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
         hours = None if seconds is None else seconds / 3600
         gpu_hours = None if hours is None else hours * ranks
         jobs = math.ceil(hours * 3600 / parse_time_limit(limit)) if hours is not None and limit else None
@@ -119,13 +119,13 @@ def estimate_hours(cfg: RunConfig, teacher: Shape, fp8: Fp8 = BF16) -> list[Stag
     return estimates
 
 
-def _seconds(work: Work, cfg: RunConfig, ranks: int, fp8: Fp8) -> float | None:
+def _seconds(work: Work, cfg: RunConfig, ranks: int) -> float | None:
     gpu = cfg.cluster.gpu
     if gpu is not None and gpu.mfu is not None:
         working = 1 if isinstance(work, ForwardWork) and work.sequential else ranks
         return seconds_at(gpu.mfu, work.flops, gpu, working)
     machine = describe_machine(cfg.cluster)
-    return None if machine is None else work.seconds(machine, ranks, fp8)
+    return None if machine is None else work.seconds(machine, ranks)
 
 
 def seconds_at(mfu: float, flops: float, gpu: Gpu, ranks: int) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from prune_distill.model.model_size import rank_experts, rank_parameters
+from prune_distill.model.model_size import rank_experts, rank_parameters, rank_product_weights
 from prune_distill.model.student import runs_teacher
 from prune_distill.schema import (
     DistillConfig,
@@ -41,6 +41,12 @@ FRAGMENTATION = 0.05
 # top-k sorts (prune_distill/distillation/teacher_forward.py).
 TOP_K_CHUNK = 256
 TOP_K_COPIES = 3
+# FP8 copies of each weight of the layers' products, next to the weight in bf16, which Transformer Engine keeps from one
+# micro batch to the next (transformer_engine/pytorch/module/base.py:get_weight_workspace): as it is and, for the
+# gradient of the input, transposed (module/linear.py: columnwise_usage), which Blackwell does without
+# (pytorch/utils.py:is_non_tn_fp8_gemm_supported). The teacher has no gradients.
+FP8_COPIES_OF_STUDENT = 2
+FP8_COPIES_OF_TEACHER = 1
 # Values a token and expert that a router keeps: logits, scores, probabilities (megatron's transformer/moe/router.py).
 ROUTER_ELEMENTS = 4
 
@@ -59,10 +65,10 @@ class Memory:
     """Bytes on one rank at the fullest moment of a step.
 
     Attributes:
-        weights: the model that is trained or calibrated, in the training precision.
+        weights: the model that is trained or calibrated, in the training precision, and its FP8 copies.
         gradients: the buffer that they are summed and reduced in, always fp32.
         optimizer: fp32 master weights and Adam's moments, this rank's share of them.
-        teacher: its weights.
+        teacher: its weights, and their FP8 copies.
         activations: what is kept for the backward pass, of all micro batches in flight.
         loss: both models' logits, whole or in chunks, the loss's own tensors of the vocabulary's size, and the
             gradient of the output weight where the loss makes it.
@@ -126,19 +132,23 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
     # (megatron/core/optimizer/__init__.py:620).
     shares = (replicas, ranks // (stages * experts_over)) if training.use_distributed_optimizer else (1, 1)
     state = FP32_BYTES * (MOMENTS + (0 if width == FP32_BYTES else 1))
-    teacher = 0
+    teacher = fp8_student = fp8_teacher = 0
     if models.teacher is not None:
         teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage, experts_over)
+        if isinstance(training, DistillConfig) and training.teacher_fp8:
+            fp8_teacher = rank_product_weights(models.teacher, models.family, tensor, stages, experts_over)
+    if training.fp8 is not None:
+        fp8_student = rank_product_weights(models.student, models.family, tensor, stages, experts_over)
     tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
     kept = _kept(training, models, ranks, stage, tokens) * width
     loss_memory = _loss(training, loss, models, tokens, width) if stage == stages - 1 else 0
     # The loss is behind when the backward pass comes to the layers: only the larger of the two counts.
     working = _working(training, models, tokens) * width
     return Memory(
-        weights=width * student,
+        weights=width * student + FP8_COPIES_OF_STUDENT * fp8_student,
         gradients=FP32_BYTES * student,
         optimizer=state * (student - experts) // shares[0] + state * experts // shares[1],
-        teacher=width * teacher,
+        teacher=width * teacher + FP8_COPIES_OF_TEACHER * fp8_teacher,
         activations=kept + max(0, working - loss_memory),
         loss=loss_memory,
     )
@@ -228,45 +238,57 @@ def _layer_elements(training: Training, models: Models, tokens: int) -> int:
     """Elements that one layer keeps for its backward pass: what its operations read and have to read again.
 
     Both norms' inputs and outputs are cut over the tensor-parallel ranks under sequence parallelism, the rest by its
-    heads and channels always.
+    heads and channels always. With FP8, inputs of products are kept in FP8, half an element each
+    (transformer_engine/pytorch/module/linear.py:353, layernorm_linear.py:433), except attention's output, which
+    attention keeps itself (megatron/core/transformer/attention.py:213).
     """
     shape, tensor = models.student, training.parallel.tensor_model_parallel_size
+    spared = 0.5 if training.fp8 is not None else 0.0
     queries = shape.num_attention_heads * shape.kv_channels
     keys = shape.num_query_groups * shape.kv_channels
     attention = (queries + 2 * keys) + (queries + keys) + queries  # QKV as projected; rotated q and k; the output
     if models.family.traits.qk_norm:
         # Their inputs: q and k lie in pieces, and Transformer Engine's RMSNorm makes copies in one (pytorch/ops/basic).
         attention += queries + keys
-    norms = 4 * shape.hidden_size // _sequence_share(training)
+    share = _sequence_share(training)
     if shape.num_moe_experts:
-        return tokens * (norms + attention // tensor + _expert_elements(shape) // _sequence_share(training))
+        # The router keeps the output of the norm before it in bf16.
+        norms = (4 - spared) * shape.hidden_size / share
+        return round(tokens * (norms + attention // tensor + _expert_elements(shape, spared) / share))
+    norms = (4 - 2 * spared) * shape.hidden_size / share
     # Gate and up, and the down projection's input: the fused SwiGLU (prune_distill/nemo/nemo_api.py) keeps its
     # input alone. Without a gate: what the squared ReLU keeps, its rectified input, and the down projection's input.
-    channels = (3 if models.family.traits.gated_mlp else 2) * shape.ffn_hidden_size
-    return tokens * (norms + (attention + channels) // tensor)
+    channels = ((3 if models.family.traits.gated_mlp else 2) - spared) * shape.ffn_hidden_size
+    return round(tokens * (norms + (attention + channels) / tensor))
 
 
-def _expert_elements(shape: Shape) -> int:
+def _expert_elements(shape: Shape, spared: float) -> float:
     """Elements a token that a mixture keeps for its backward pass, where routing is balanced: as many tokens come to a
     rank's experts as it sends to others'.
 
     Of each chosen expert the copy of the token that is its input, gate and up, and the down projection's input
     (megatron/core/fusions/fused_bias_swiglu.py:WeightedSwiGLUFunction); of the router its probabilities.
+
+    Args:
+        spared: the share of an input that FP8 saves.
     """
     chosen, experts = shape.moe_router_topk or 0, shape.num_moe_experts or 0
-    return chosen * (shape.hidden_size + 3 * (shape.moe_ffn_hidden_size or 0)) + ROUTER_ELEMENTS * experts
+    inputs = shape.hidden_size + (shape.moe_ffn_hidden_size or 0)
+    return chosen * ((1 - spared) * inputs + 2 * (shape.moe_ffn_hidden_size or 0)) + ROUTER_ELEMENTS * experts
 
 
 def _working(training: Training, models: Models, tokens: int) -> int:
     """Elements that come and go in one layer's backward pass, and the layer itself where it is computed again.
 
     The most is in the MLP: the gradients of its output and of the two factors of the down projection's input. Of a
-    mixture those of the chosen experts, and of what they are sent, before and after the exchange between ranks.
+    mixture those of the chosen experts, and of what they are sent, before and after the exchange between ranks. With
+    FP8, the former also in FP8, as they are and transposed: as much again as in bf16.
     """
     shape, tensor = models.student, training.parallel.tensor_model_parallel_size
-    gradients = tokens * (2 * shape.ffn_hidden_size // tensor + shape.hidden_size)
+    copies = 2 if training.fp8 is not None else 1
+    gradients = tokens * (2 * copies * shape.ffn_hidden_size // tensor + shape.hidden_size)
     if shape.num_moe_experts:
-        expert_elements = 2 * (shape.moe_ffn_hidden_size or 0) + 2 * shape.hidden_size
+        expert_elements = 2 * copies * (shape.moe_ffn_hidden_size or 0) + 2 * shape.hidden_size
         gradients = (
             tokens * ((shape.moe_router_topk or 0) * expert_elements + shape.hidden_size) // _sequence_share(training)
         )
@@ -295,7 +317,7 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
     )
 
 
-def cached_logits_memory(distill: Training, teacher: Shape, family: Family) -> Memory:
+def cached_logits_memory(distill: DistillConfig, teacher: Shape, family: Family) -> Memory:
     """The memory of making the teacher's cached logits, of its fullest rank: the teacher forward, in distillation's
     layout but for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
     layout = caching_layout(distill)
@@ -304,17 +326,21 @@ def cached_logits_memory(distill: Training, teacher: Shape, family: Family) -> M
     width = FP32_BYTES if distill.precision is Precision.fp32 else 2
     tokens = distill.micro_batch_size * distill.seq_length
     logits = width * tokens + TOP_K_COPIES * FP32_BYTES * min(TOP_K_CHUNK, distill.seq_length)
+    weights = width * max(rank_parameters(teacher, family, tensor, stages, stage) for stage in range(stages))
+    if distill.teacher_fp8:
+        weights += FP8_COPIES_OF_TEACHER * rank_product_weights(teacher, family, tensor, stages)
     return Memory(
-        weights=width * max(rank_parameters(teacher, family, tensor, stages, stage) for stage in range(stages)),
+        weights=weights,
         activations=width * _layer_elements(layout, Models(family, teacher, None), tokens),
         loss=logits * teacher.vocab_size // tensor,
     )
 
 
-def caching_layout(distill: Training) -> Training:
-    """The layout in which the teacher's logits are cached: distillation's, but for the sequences' parallelism."""
+def caching_layout(distill: DistillConfig) -> DistillConfig:
+    """The layout and precision in which the teacher's logits are cached: distillation's, but for the sequences'
+    parallelism."""
     parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
-    return replace(distill, parallel=parallel)
+    return replace(distill, parallel=parallel, fp8=distill.fp8_of_teacher)
 
 
 def _pipeline(training: Training) -> int:

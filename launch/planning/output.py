@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from launch.planning.layouts import Layout
 from launch.planning.memory import Memory, fullest
 from launch.planning.plan import Model, Plan
-from launch.planning.what_if import Variant, to_rows
+from launch.planning.what_if import Variant, to_notes, to_rows
 from prune_distill.schema import Gpu
 from prune_distill.schema.run import LAYOUT
 from prune_distill.units import GIB
@@ -68,6 +68,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             **dataclasses.asdict(work),
             "flops_a_token": {**dataclasses.asdict(work.flops_a_token), "total": work.flops_a_token.total},
         },
+        "fp8": plan.fp8,
         "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
         "memory": {**memory, "prune": memory["prune"][0]},
@@ -119,9 +120,7 @@ def to_table(plan: Plan, variants: Sequence[Variant] = ()) -> str:
 def _variants(variants: Sequence[Variant]) -> list[str]:
     """What other lengths and variants take, with the present layout."""
     rows = to_rows(variants)
-    notes = ["cached logits pay where further students or epochs read them"] if rows and len(rows) > 2 else []
-    notes += [f"{variant.name}: not estimated ({variant.why_not})" for variant in variants if variant.why_not]
-    return [*(_columns(rows) if rows else []), *(line for note in notes for line in WRAP.wrap(note))]
+    return [*(_columns(rows) if rows else []), *(line for note in to_notes(variants) for line in WRAP.wrap(note))]
 
 
 def summarize(plan: Plan) -> list[str]:
@@ -268,6 +267,9 @@ def _speed(plan: Plan, gpu: Gpu) -> list[str]:
         f"time, computed from shapes, layout and the GPU's figures; not measured: a step of the distillation takes "
         f"{_number(step.total)} s, {mfu:.0%} of the peak (MFU): {shares}",
     ]
+    if plan.fp8:
+        models = " and ".join(f"the {model} ({scales})" for model, scales in plan.fp8.items())
+        sentences.append(f"FP8 products in the layers of {models}; attention, output layers and loss in bf16")
     (hours,) = [stage.hours for stage in plan.stages if stage.stage == "distill"]
     if hours is not None and plan.teacher.parameters >= SMALLEST_COMPARED:
         known = ", ".join(
@@ -300,6 +302,11 @@ def _memory(plan: Plan) -> list[str]:
         f"memory at the fullest moment, with {_describe(plan.layout)}",
         *_columns(rows),
         f"loss: logits{_chunk(plan)} and the output weight's gradient",
+        *(
+            ["weights, teacher: with copies in FP8: 2 bytes a product's weight (student), 1 (teacher)"]
+            if plan.fp8
+            else []
+        ),
         *(["* assumed: 2 GiB for CUDA, NCCL and workspaces, 5 % for fragmentation"] if on_gpu else []),
     ]
 

@@ -20,7 +20,16 @@ from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
 from prune_distill.model.student import student_shape, student_shapes
 from prune_distill.pipeline.stages import select_stages
-from prune_distill.schema import ClusterConfig, Family, Loss, LossImplementation, Precision, RunConfig, Shape
+from prune_distill.schema import (
+    ClusterConfig,
+    DistillConfig,
+    Family,
+    Loss,
+    LossImplementation,
+    Precision,
+    RunConfig,
+    Shape,
+)
 from prune_distill.schema.phases import phase_sizes, training_tokens
 from prune_distill.units import GIB
 
@@ -78,6 +87,7 @@ class Plan:
         automatic: the keys for which values were chosen.
         student: with a budget, the largest candidate.
         candidates: None without a budget.
+        fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
         signal: None where the teacher runs next to the student.
         stages: every stage of the run in order, with its hours.
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
@@ -98,6 +108,7 @@ class Plan:
     student: Model
     candidates: Candidates | None
     work: Work
+    fp8: dict[str, str]
     signal: CachedLogits | None
     stages: list[StageHours]
     memory: dict[str, list[Memory]]
@@ -180,6 +191,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         student=_model(student, family),
         candidates=_candidates(cfg),
         work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
+        fp8=_fp8(cfg.distill),
         signal=_cached_logits(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg, teacher),
         memory=memory,
@@ -243,6 +255,11 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
 
 def _model(shape: Shape, family: Family) -> Model:
     return Model(parameters(shape, family), active_parameters(shape, family), shape)
+
+
+def _fp8(distill: DistillConfig) -> dict[str, str]:
+    scales = {"student": distill.fp8, "teacher": distill.fp8_of_teacher if distill.loss is Loss.kd else None}
+    return {model: fp8.value for model, fp8 in scales.items() if fp8 is not None}
 
 
 def _candidates(cfg: RunConfig) -> Candidates | None:

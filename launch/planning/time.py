@@ -31,10 +31,6 @@ LOSS_BYTES = {"ce": 50, "cached": 50, "live": 94}
 # The same of the kernels in triton_chunk.py: logits written once and read twice, the bf16 gradient written.
 TRITON_LOSS_BYTES = {"ce": 14, "live": 26}
 
-# Whether the layers of the student, and of the teacher, compute in FP8.
-Fp8 = tuple[bool, bool]
-BF16: Fp8 = (False, False)
-
 
 @dataclass(frozen=True)
 class Seconds:
@@ -227,21 +223,17 @@ class Pass:
         return self.machine.exchange(size, self.parallel.expert_model_parallel_size)
 
 
-def training_seconds(
-    training: Training, loss: Loss, models: Models, machine: Machine, ranks: int, fp8: Fp8 = BF16
-) -> float:
+def training_seconds(training: Training, loss: Loss, models: Models, machine: Machine, ranks: int) -> float:
     """Seconds of all steps of a training, with the sizes of each phase; see `step_seconds`."""
     total = 0.0
     for phase in training_phases(training):
         sizes = {name: getattr(phase, name) for name in ("seq_length", "global_batch_size", "micro_batch_size")}
         step = dataclasses.replace(training, phases=None, **sizes)
-        total += phase.steps * step_seconds(step, loss, models, machine, ranks, fp8).total
+        total += phase.steps * step_seconds(step, loss, models, machine, ranks).total
     return total
 
 
-def step_seconds(
-    training: Training, loss: Loss, models: Models, machine: Machine, ranks: int, fp8: Fp8 = BF16
-) -> Seconds:
+def step_seconds(training: Training, loss: Loss, models: Models, machine: Machine, ranks: int) -> Seconds:
     """Seconds of an optimizer step of a training without phases, or of a phase's sizes.
 
     Args:
@@ -251,7 +243,7 @@ def step_seconds(
     stages = parallel.pipeline_model_parallel_size
     replicas = ranks // (parallel.tensor_model_parallel_size * stages * parallel.context_parallel_size)
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
-    student, teacher = _passes(training, models, machine, fp8)
+    student, teacher = _passes(training, models, machine)
     forward = [_stage_forward(training, loss, student, teacher, stage) for stage in range(stages)]
     backward = [_stage_backward(training, loss, student, stage) for stage in range(stages)]
     both = [first + second for first, second in zip(forward, backward, strict=True)]
@@ -264,11 +256,9 @@ def step_seconds(
     return both[slowest] * micro_batches + Seconds(pipeline=pipeline, data_parallel=data, optimizer=optimizer)
 
 
-def forward_seconds(
-    shape: Shape, family: Family, training: Training, machine: Machine, fp8: bool = False
-) -> list[float]:
+def forward_seconds(shape: Shape, family: Family, training: Training, machine: Machine) -> list[float]:
     """Seconds that each pipeline stage takes for a model's forward pass over one micro batch, logits included."""
-    passes, _ = _passes(training, Models(family, shape, None), machine, (fp8, False))
+    passes, _ = _passes(training, Models(family, shape, None), machine)
     stages = training.parallel.pipeline_model_parallel_size
     layers = passes.layer_forward().total * shape.num_layers / stages
     # What reads the logits is like a cross-entropy's forward pass.
@@ -277,12 +267,14 @@ def forward_seconds(
     return [layers + (head if stage == stages - 1 else 0.0) for stage in range(stages)]
 
 
-def _passes(training: Training, models: Models, machine: Machine, fp8: Fp8) -> tuple[Pass, Pass | None]:
+def _passes(training: Training, models: Models, machine: Machine) -> tuple[Pass, Pass | None]:
     tokens = training.micro_batch_size * training.seq_length // training.parallel.context_parallel_size
-    student = Pass(models.student, models.family, training.parallel, machine, tokens, training.seq_length, fp8[0])
+    fp8, sizes = training.fp8 is not None, (tokens, training.seq_length)
+    student = Pass(models.student, models.family, training.parallel, machine, *sizes, fp8)
     if models.teacher is None:
         return student, None
-    return student, dataclasses.replace(student, shape=models.teacher, fp8=fp8[1])
+    teacher_fp8 = isinstance(training, DistillConfig) and training.teacher_fp8
+    return student, dataclasses.replace(student, shape=models.teacher, fp8=teacher_fp8)
 
 
 def _stage_forward(training: Training, loss: Loss, student: Pass, teacher: Pass | None, stage: int) -> Seconds:

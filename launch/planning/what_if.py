@@ -1,4 +1,4 @@
-"""What a run takes at other lengths, and what cached logits, an FP8 teacher or a smaller student would save."""
+"""What a run takes at other lengths, and what cached logits, FP8 or a smaller student would save."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.planning.hours import estimate_hours
-from launch.planning.time import BF16, Fp8
+from launch.planning.memory import Models, fullest, training_memory
 from prune_distill.config.validate import validate
+from prune_distill.config.values import count_ranks, replace_values
 from prune_distill.model.student import student_shape
-from prune_distill.schema import RunConfig, TeacherLogits
+from prune_distill.schema import Fp8, RunConfig, TeacherLogits
 from prune_distill.schema.phases import training_phases, training_tokens
+from prune_distill.units import GIB
 
 TOKENS = (10e9, 30e9, 90e9)
 # A length that differs from the run's own by less is left out.
@@ -43,12 +45,14 @@ class Variant:
     Attributes:
         changes: the settings that ask for it; empty for the run as it is.
         why_not: why it is not estimated; None where it is.
+        fits: whether it fits the GPU in the present layout; None where no GPU is stated.
     """
 
     name: str
     changes: dict[str, str]
     cells: list[Cell]
     why_not: str | None = None
+    fits: bool | None = None
 
 
 def what_if(cfg: RunConfig) -> list[Variant]:
@@ -66,23 +70,46 @@ def what_if(cfg: RunConfig) -> list[Variant]:
         cached = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, teacher_logits=TeacherLogits.cached))
         variants.append(_variant("cached logits", {"distill.teacher_logits": "cached"}, cached, lengths))
         if gpu is None or gpu.fp8_tflops is not None:
-            variants.append(_variant("FP8 teacher", {}, cfg, lengths, fp8=(False, True)))
+            variants += _fp8_variants(cfg, lengths)
     return variants
 
 
-def _variant(name: str, changes: dict[str, str], cfg: RunConfig, lengths: Sequence[float], fp8: Fp8 = BF16) -> Variant:
+def _fp8_variants(cfg: RunConfig, lengths: Sequence[float]) -> list[Variant]:
+    """FP8 for the teacher, and for both models, unless the run has it already."""
+    variants = []
+    if not cfg.distill.teacher_fp8:
+        teacher = replace_values(cfg, {"distill.teacher_fp8": True})
+        variants.append(_variant("FP8 teacher", {"distill.teacher_fp8": "true"}, teacher, lengths))
+    if cfg.distill.fp8 is None:
+        both = replace_values(cfg, {"distill.fp8": Fp8.hybrid, "distill.teacher_fp8": True})
+        settings = {"distill.fp8": "hybrid", "distill.teacher_fp8": "true"}
+        variants.append(_variant("FP8 teacher, student", settings, both, lengths))
+    return variants
+
+
+def _variant(name: str, changes: dict[str, str], cfg: RunConfig, lengths: Sequence[float]) -> Variant:
     faults = validate(cfg)
     if faults:
         return Variant(name, changes, [], faults[0].message)
-    cells = [_cell(with_tokens(cfg, tokens), tokens, fp8) for tokens in lengths]
+    cells = [_cell(with_tokens(cfg, tokens), tokens) for tokens in lengths]
     if not all(cell.hours for cell in cells):
         return Variant(name, changes, [], "hours are not estimated for this GPU")
-    return Variant(name, changes, cells)
+    return Variant(name, changes, cells, fits=_fits(cfg))
 
 
-def _cell(cfg: RunConfig, tokens: float, fp8: Fp8) -> Cell:
+def _fits(cfg: RunConfig) -> bool | None:
+    """Whether the distillation fits the GPU."""
+    if cfg.cluster.gpu is None:
+        return None
+    teacher = cfg.model.shape if cfg.distill.runs_teacher else None
+    models = Models(cfg.model.family, student_shape(cfg), teacher)
+    memory = training_memory(cfg.distill, cfg.distill.loss, models, count_ranks(cfg))
+    return fullest(memory).total <= cfg.cluster.gpu.memory_gib * GIB
+
+
+def _cell(cfg: RunConfig, tokens: float) -> Cell:
     assert cfg.model.shape is not None
-    stages = estimate_hours(cfg, cfg.model.shape, fp8)
+    stages = estimate_hours(cfg, cfg.model.shape)
     hours = sum(stage.hours or 0.0 for stage in stages)
     costs = [stage.cost for stage in stages if stage.cost is not None]
     return Cell(tokens, hours, sum(stage.gpu_hours or 0.0 for stage in stages), sum(costs) if costs else None)
@@ -120,6 +147,19 @@ def to_rows(variants: Sequence[Variant]) -> list[list[str]]:
         rows.append(["cost", *lengths])
         rows += [[variant.name, *(_number(cell.cost or 0.0) for cell in variant.cells)] for variant in estimated]
     return rows
+
+
+def to_notes(variants: Sequence[Variant]) -> list[str]:
+    """Sentences on the variants, below the table."""
+    estimated = [variant for variant in variants if variant.cells]
+    notes = ["cached logits pay where further students or epochs read them"] if len(estimated) > 1 else []
+    for variant in variants:
+        if variant.why_not:
+            notes.append(f"{variant.name}: not estimated ({variant.why_not})")
+        elif variant.fits is False and variant.changes:
+            settings = " ".join(f"{key}={value}" for key, value in variant.changes.items())
+            notes.append(f"{variant.name}: does not fit in this layout; plan with {settings} for one that does")
+    return notes
 
 
 def _number(value: float) -> str:

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from prune_distill.errors import InputError
-from prune_distill.nemo import hf_models
+from prune_distill.model.huggingface import link_compatible_folder
+from prune_distill.units import GIB
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 # Variables of the training environment that must not reach the other one.
@@ -42,10 +43,10 @@ class VllmProcess:
                 f"benchmark.serve_python={python}: does not exist; run make serve-env, or set it to a Python with vLLM"
             )
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(kv_cache_bytes / hf_models.GIB))))
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(kv_cache_bytes / GIB))))
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self._stack = ExitStack()
-        links = self._stack.enter_context(hf_models.link_compatible_folder(folder))
+        links = self._stack.enter_context(link_compatible_folder(folder))
         self._process = subprocess.Popen(
             [python, "-P", _WORKER],
             stdin=subprocess.PIPE,

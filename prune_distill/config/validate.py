@@ -17,6 +17,7 @@ from prune_distill.config.rules import (
     data,
     distill,
     evaluation,
+    fp8,
     model,
     prune,
     quantize,
@@ -33,7 +34,7 @@ def _rules_in(module: ModuleType) -> Iterator[Rule]:
 
 
 # In the order in which their faults are printed.
-MODULES = (cluster, model, data, prune, budget, evaluation, quantize, distill, training, slurm)
+MODULES = (cluster, model, data, prune, budget, evaluation, quantize, distill, training, fp8, slurm)
 ALL_RULES = [rule for module in MODULES for rule in _rules_in(module)]
 RULES = [rule for rule in ALL_RULES if not rule.on_machine]
 

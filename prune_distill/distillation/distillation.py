@@ -41,6 +41,7 @@ from prune_distill.distillation.loss_chunk import Head
 from prune_distill.distillation.loss_terms import TopK
 from prune_distill.nemo import backend, devices, nemo_api
 from prune_distill.nemo.nemo_api import core_model
+from prune_distill.nemo.precision import match_precision
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
 from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
 
@@ -339,7 +340,7 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         check_tokenizers(checkpoint, teacher)
         config = nemo_api.load_model(teacher).config
         nemo_api.match_vocabularies(student.config, config)
-        nemo_api.match_precision(config, distill.precision)
+        match_precision(config, distill.precision, distill.fp8_of_teacher)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
     # Checkpoints describe the student, so that they load as the student's class (as in nemo's llm.distill).

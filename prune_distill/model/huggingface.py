@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from prune_distill.errors import InputError
-from prune_distill.model import model_folder
+from prune_distill.model import hf_config, model_folder
 from prune_distill.model.hf_tokenizer import SIDE_FILES
 from prune_distill.model.hf_weights import PICKLED
 from prune_distill.regular_files import folder_faults
@@ -81,3 +84,19 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)
+
+
+@contextlib.contextmanager
+def link_compatible_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder with links to a model's files and a `config.json` for transformers 4 and 5.
+
+    For libraries that load models from a folder with their own version of transformers. The model may be quantized.
+    """
+    config = hf_config.make_compatible(hf_config.normalize(hf_config.parse(folder / "config.json")))
+    with tempfile.TemporaryDirectory() as name:
+        links = Path(name)
+        for path in folder.iterdir():
+            (links / path.name).symlink_to(path.resolve())
+        (links / "config.json").unlink()
+        (links / "config.json").write_text(json.dumps(config, indent=2))
+        yield links

@@ -79,6 +79,17 @@ def rank_experts(shape: Shape, family: Family, pipeline_parallel: int = 1, exper
     return shape.num_layers // pipeline_parallel * layer_params
 
 
+def rank_product_weights(
+    shape: Shape, family: Family, tensor_parallel: int = 1, pipeline_parallel: int = 1, expert_parallel: int = 1
+) -> int:
+    """Count the parameters of the layers' matmuls on one rank, the router left out."""
+    mlp = 0 if shape.num_moe_experts else _mlp_weights(shape.ffn_hidden_size, shape, family)
+    layer = (_attention_weights(shape) + mlp) // tensor_parallel
+    return shape.num_layers // pipeline_parallel * layer + rank_experts(
+        shape, family, pipeline_parallel, expert_parallel
+    )
+
+
 def expert_weights(shape: Shape, family: Family) -> int:
     """Count the parameters of one expert of one layer; 0 for a dense model."""
     return _mlp_weights(shape.moe_ffn_hidden_size or 0, shape, family)

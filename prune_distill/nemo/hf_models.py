@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +66,6 @@ def generation_options(folder: Path) -> dict[str, Any]:
 
 def _are_ids(value: Any) -> bool:
     return all(type(number) is int for number in (value if isinstance(value, list) else [value]))
-
-
-@contextlib.contextmanager
-def link_compatible_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder with links to a model's files and a `config.json` for transformers 4 and 5.
-
-    For libraries that load models from a folder with their own version of transformers. The model may be quantized.
-    """
-    config = hf_config.make_compatible(hf_config.normalize(hf_config.parse(folder / "config.json")))
-    with tempfile.TemporaryDirectory() as name:
-        links = Path(name)
-        for path in folder.iterdir():
-            (links / path.name).symlink_to(path.resolve())
-        (links / "config.json").unlink()
-        (links / "config.json").write_text(json.dumps(config, indent=2))
-        yield links
 
 
 def describe(config: Any, params: int) -> ModelSizes:

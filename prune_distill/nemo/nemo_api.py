@@ -34,10 +34,11 @@ from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
 from prune_distill.nemo import backend
+from prune_distill.nemo.precision import model_precision, precision_plugin
 from prune_distill.nemo.saved_records import read_records
 from prune_distill.pipeline.names import TOKENIZER
 from prune_distill.pipeline.stage_main import rank, world_size
-from prune_distill.schema import Parallel, Precision
+from prune_distill.schema import Fp8, Parallel, Precision
 
 log = logging.getLogger("recipes.nemo_api")
 
@@ -104,29 +105,13 @@ def configure(config: Any) -> None:
     config.bias_activation_fusion = config.activation_func is torch.nn.functional.silu and config.gated_linear_unit
 
 
-def precision_plugin(precision: Precision) -> nl.MegatronMixedPrecision:
-    """Make NeMo's precision plugin. In bf16 the gradients are reduced in fp32, as in NeMo's recipes."""
-    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    return nl.MegatronMixedPrecision(
-        precision="bf16-mixed" if precision is Precision.bf16 else "32",
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_enabled=False,
-        grad_reduce_in_fp32=True,
-    )
-
-
-def model_precision(config: Any) -> Precision:
-    """Return the precision of a checkpoint's weights."""
-    return Precision.bf16 if config.params_dtype is torch.bfloat16 else Precision.fp32
-
-
 def make_trainer(
     parallel: Parallel,
     precision: Precision,
     ddp: DistributedDataParallelConfig | str,
     callbacks: list[Any] | None = None,
     strategy_options: dict[str, Any] | None = None,
+    fp8: Fp8 | None = None,
     **options: Any,
 ) -> nl.Trainer:
     """Make a NeMo trainer over all ranks of torchrun.
@@ -162,7 +147,7 @@ def make_trainer(
         devices=local_ranks,
         num_nodes=world_size() // local_ranks,
         strategy=strategy,
-        plugins=precision_plugin(precision),
+        plugins=precision_plugin(precision, fp8),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -183,6 +168,7 @@ def restore(
     pipeline_model_parallel_size: int = 1,
     tensor_model_parallel_size: int = 1,
     precision: Precision | None = None,
+    fp8: Fp8 | None = None,
     modelopt_spec: bool = False,
     **options: Any,
 ) -> tuple[llm.GPTModel, nl.Trainer]:
@@ -194,6 +180,7 @@ def restore(
     Args:
         pipeline_model_parallel_size: if it does not divide the layers, the last stage has more or fewer layers.
         precision: precision of the forward passes; None: that of the checkpoint.
+        fp8: FP8 scales of the layers' products; None: no FP8.
         modelopt_spec: whether to use ModelOpt's layer spec, which pruning requires.
         options: more arguments of `nl.Trainer`.
 
@@ -214,6 +201,7 @@ def restore(
                 model.config.num_layers, pipeline_model_parallel_size
             ),
         },
+        fp8=fp8,
         **options,
     )
     model.config.sequence_parallel = False
@@ -265,13 +253,6 @@ def match_vocabularies(student: Any, teacher: Any) -> None:
             f"the student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}; their"
             " logits cannot be compared; prune the student from this teacher"
         )
-
-
-def match_precision(teacher: Any, precision: Precision) -> None:
-    """Set the data types of the teacher's config, because the precision plugin only sets the student's."""
-    for name, value in vars(precision_plugin(precision).dtype_config).items():
-        if hasattr(teacher, name):
-            setattr(teacher, name, value)
 
 
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
@@ -328,6 +309,8 @@ def load_parameters(model: Any, checkpoint: Path, trainer: nl.Trainer) -> None:
     model.load_state_dict(
         {name.removeprefix("module."): value for name, value in loaded["state_dict"].items()}, strict=False
     )
+    # Otherwise the FP8 copies of the earlier weights would be used (megatron/core/transformer/module.py:90).
+    model.set_is_first_microbatch()
 
 
 def core_model(model: Any) -> Any:

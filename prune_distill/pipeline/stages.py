@@ -28,6 +28,7 @@ ON_CARDS = ("name", "model.name", "model.hf_path")
 NO_TEACHER = {
     "distill.loss": Loss.ce,
     "distill.teacher_logits": TeacherLogits.live,
+    "distill.teacher_fp8": False,
     "distill.swap_teacher_at_step": None,
 }
 CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
@@ -47,6 +48,7 @@ READ_BY_SIGNAL = {
     "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.val_batches": "for the check that there are enough validation documents",
+    "distill.fp8": "the scales of a teacher in FP8, in the hash if distill.teacher_fp8 is set",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
 READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
@@ -301,9 +303,11 @@ STAGES: tuple[Stage, ...] = (
         (
             *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
             *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.cached_logits_top_k"),
+            "distill.teacher_fp8",
         ),
         inputs.cache_logits_inputs,
         count_ranks,
+        more_sections=lambda cfg: ("distill.fp8",) if cfg.distill.teacher_fp8 else (),
         wanted=lambda cfg: cfg.distill.reads_cached_logits,
         trains=True,
         reads=READ_BY_SIGNAL,

@@ -39,6 +39,7 @@ from prune_distill.schema.prune import (
 from prune_distill.schema.quantize import QuantFormat, QuantizeConfig
 from prune_distill.schema.run import RunConfig
 from prune_distill.schema.training import (
+    Fp8,
     MatmulPrecision,
     Mlflow,
     Parallel,
@@ -66,6 +67,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportDtype",
     "Family",
+    "Fp8",
     "Gpu",
     "GpuRequest",
     "HiddenLoss",

@@ -43,6 +43,8 @@ class Gpu:
     bf16_tflops: PositiveFloat = MISSING
     # Peak TFLOP/s of FP8 products, without sparsity; null: the GPU has no FP8.
     fp8_tflops: PositiveFloat | None = None
+    # CUDA compute capability, such as 9.0: FP8 needs 8.9, with block scales 9.0; null: not checked before the start.
+    compute_capability: PositiveFloat | None = None
     # Bandwidth of the GPU's memory in GB/s; null: launch.plan estimates no hours unless mfu is set.
     memory_gbs: PositiveFloat | None = None
     # Bandwidth between the GPUs of a node in GB/s per GPU and direction (NVLink or PCIe); null: not known, for runs on

@@ -16,7 +16,7 @@ from prune_distill.schema.fields import (
     placement,
     recorded,
 )
-from prune_distill.schema.training import Training
+from prune_distill.schema.training import Fp8, Training
 
 
 class Loss(Enum):
@@ -114,6 +114,8 @@ class DistillConfig(Training):
     init: Init = Init.pruned
     kd: KdConfig = hashed_if(KdConfig, lambda distill: distill.loss is Loss.kd)
     teacher_logits: TeacherLogits = hashed_if(TeacherLogits.live, lambda distill: distill.loss is Loss.kd)
+    # FP8 for the matrix products of the teacher's layers too, with the scales of distill.fp8 (hybrid if that is null).
+    teacher_fp8: bool = hashed_if(False, lambda distill: distill.loss is Loss.kd)
     # Tokens of each distribution that the cache keeps. Part of the identity of the stage cache_logits, and
     # through its output of the stages that read it.
     cached_logits_top_k: PositiveInt = recorded(64)
@@ -133,6 +135,11 @@ class DistillConfig(Training):
     def runs_teacher(self) -> bool:
         """Whether the teacher runs beside the student."""
         return self.loss is Loss.kd and self.teacher_logits is TeacherLogits.live
+
+    @property
+    def fp8_of_teacher(self) -> Fp8 | None:
+        """The FP8 scales of the teacher's products; None: no FP8."""
+        return (self.fp8 or Fp8.hybrid) if self.teacher_fp8 else None
 
     @property
     def loss_in_words(self) -> str:

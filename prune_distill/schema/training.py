@@ -28,6 +28,15 @@ class Precision(Enum):
     fp32 = "fp32"
 
 
+class Fp8(Enum):
+    """The layers' matrix products in FP8, by Transformer Engine. `hybrid`: e4m3 for inputs and weights, e5m2 for
+    gradients, one scale per tensor. `blockwise`: e4m3, one scale per 128 elements of inputs and gradients and per
+    128 x 128 elements of weights."""
+
+    hybrid = "hybrid"
+    blockwise = "blockwise"
+
+
 class MatmulPrecision(Enum):
     """How fp32 matrix products are computed, by the names of torch.set_float32_matmul_precision: in fp32 (`highest`),
     or with TF32 (`high`) or bf16 (`medium`) allowed."""
@@ -154,6 +163,9 @@ class Training:
     # Norm to which gradients are clipped.
     clip_grad: PositiveFloat = 1.0
     precision: Precision = Precision.bf16
+    # FP8 for the matrix products of the layers of the model that is trained, forward and backward; needs
+    # precision=bf16. Attention, embedding, output layer, loss and stored weights stay in bf16; null: no FP8.
+    fp8: Fp8 | None = None
     # Takes effect with precision=fp32 only.
     float32_matmul_precision: MatmulPrecision = MatmulPrecision.highest
     parallel: Parallel = placement(Parallel)

@@ -25,12 +25,13 @@ from prune_distill.distillation.cached_logits import CachedLogitsReader
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.flops import Meter
 from prune_distill.nemo import backend, nemo_api
+from prune_distill.nemo.precision import require_fp8
 from prune_distill.nemo.start_check import StartCheck, check_resumed
 from prune_distill.nemo.token_loss import average_over_tokens
 from prune_distill.pipeline.metrics_file import read_metrics
 from prune_distill.pipeline.names import CHECKPOINTS, METRICS, NEMO
 from prune_distill.pipeline.stage_main import PausedError, world_size
-from prune_distill.schema import Recompute, Training
+from prune_distill.schema import DistillConfig, Recompute, Training
 from prune_distill.schema.phases import spare_batches, training_phases, training_tokens
 from prune_distill.training.batches import Batches, UsePhase
 from prune_distill.training.checkpoints import Checkpoints, resume_point
@@ -73,12 +74,14 @@ def train(
         loss (nats per token).
 
     Raises:
-        ConfigError: the ranks do not fit the parallel layout or the batch.
+        ConfigError: the ranks do not fit the parallel layout or the batch; the GPU has no FP8.
         InputError: too little data; a checkpoint lacks a parameter or belongs to another model; all checkpoints are
             damaged; a loss is non-finite or much too high.
         PausedError: training stopped early because of a stop file; the next run resumes.
     """
     check(cfg, data)
+    teacher_fp8 = cfg.fp8_of_teacher if isinstance(cfg, DistillConfig) and cfg.runs_teacher else None
+    require_fp8({f"{key}.fp8": cfg.fp8, "distill.teacher_fp8": teacher_fp8})
     if not (out / NEMO).exists():
         torch.set_float32_matmul_precision(cfg.float32_matmul_precision.value)
         _configure(model.config, cfg)
@@ -185,6 +188,7 @@ def _trainer(cfg: Training, callbacks: list[Callback]) -> nl.Trainer:
         ddp,
         callbacks,
         {"ckpt_async_save": cfg.async_save},
+        cfg.fp8,
         max_steps=cfg.max_steps,
         val_check_interval=min(cfg.val_every_n_steps, cfg.max_steps),
         check_val_every_n_epoch=None,

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -114,8 +115,12 @@ def compare(first: Path, second: Path) -> None:
     print(said.strip())
 
 
-def write_random_model(folder: Path, layers: int) -> int:
-    """Write a model with small random bf16 weights; return its number of parameters."""
+def write_random_model(folder: Path, layers: int, sizes: Mapping[str, int] = CONFIG) -> int:
+    """Write a model with small random bf16 weights; return its number of parameters.
+
+    Args:
+        sizes: keys of `config.json`.
+    """
     import numpy as np
 
     from prune_distill.model.hf_weights import expected_shapes
@@ -123,7 +128,7 @@ def write_random_model(folder: Path, layers: int) -> int:
 
     # Tokenizer and config of a tiny model, with other sizes.
     write_model("qwen3_untied_bf16", folder)
-    config = json.loads((folder / "config.json").read_text()) | CONFIG
+    config = json.loads((folder / "config.json").read_text()) | dict(sizes)
     config |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}
     (folder / "config.json").write_text(json.dumps(config))
     shapes = expected_shapes(config)

@@ -7,11 +7,12 @@ validation set after the last step, nats per token.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ PAIRS = {
     "depth": "[{student:2,teacher:4},{student:3,teacher:5}]",
     "width": "[{student:2,teacher:2},{student:4,teacher:4}]",
 }
+BF16 = ("distill.precision=bf16",)
 ARMS = {
     "kd": (),
     "kd_t2": ("distill.kd.temperature=2",),
@@ -43,6 +45,10 @@ ARMS = {
     "stored": ("distill.teacher_logits=cached",),
     "pairs": ("distill.kd.intermediate_pairs={pairs}", "distill.kd.intermediate_weight=0.5"),
     "scratch": ("distill.loss=ce", "distill.init=random"),
+    "bf16": BF16,
+    "fp8_teacher": (*BF16, "distill.teacher_fp8=true"),
+    "fp8_both": (*BF16, "distill.teacher_fp8=true", "distill.fp8=hybrid"),
+    "fp8_blockwise": (*BF16, "distill.teacher_fp8=true", "distill.fp8=blockwise"),
 }
 # What the README's table compares; the others are had by name.
 COMPARED = ("kd", "ce", "mix", "top_k", "stored", "pairs", "scratch")
@@ -73,10 +79,13 @@ class Run:
         ]
 
 
-def measure(folder: Path, teacher: Path, arms: list[str], seeds: list[int]) -> list[dict[str, Any]]:
-    """Runs of one student and seed share a folder, and so what is before distillation; two such are at work at once."""
-    shares = [[Run(arm, student, seed) for arm in arms] for seed in seeds for student in STUDENTS]
-    with ThreadPoolExecutor(2) as pool:
+def measure(
+    folder: Path, teacher: Path, arms: list[str], seeds: list[int], students: Iterable[str] = STUDENTS, workers: int = 2
+) -> list[dict[str, Any]]:
+    """Runs of one student and seed share a folder, and so what is before distillation; `workers` such are at work at
+    once."""
+    shares = [[Run(arm, student, seed) for arm in arms] for seed in seeds for student in students]
+    with ThreadPoolExecutor(workers) as pool:
         return [
             result for share in pool.map(lambda runs: list(_work(runs, teacher, folder)), shares) for result in share
         ]
@@ -107,12 +116,14 @@ def distill(overrides: list[str]) -> float:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| arm | " + " | ".join(f"{student}: mean (each seed)" for student in STUDENTS) + " |", "|---|---|---|"]
+    students = list(dict.fromkeys(result["student"] for result in results))
+    lines = ["| arm | " + " | ".join(f"{student}: mean (each seed)" for student in students) + " |"]
+    lines.append("|---" * (1 + len(students)) + "|")
     for arm in dict.fromkeys(result["arm"] for result in results):
         cells = []
-        for student in STUDENTS:
+        for student in students:
             losses = [r["val_loss"] for r in results if (r["arm"], r["student"]) == (arm, student)]
-            cells.append(f"{mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})")
+            cells.append(f"{mean(losses):.4f} ({', '.join(f'{loss:.4f}' for loss in losses)})")
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -129,10 +140,17 @@ def teacher_of_the_demo(run_dir: Path) -> Path:
 
 
 def main() -> None:
-    """By itself: python -m tests.benchmarks.quality FOLDER [ARM ...]."""
-    folder = Path(sys.argv[1]).resolve()
+    """By itself: python -m tests.benchmarks.quality FOLDER [ARM ...] [--students depth] [--workers 1]."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("arms", nargs="*", metavar="ARM", default=[*COMPARED], help=", ".join(ARMS))
+    parser.add_argument("--students", nargs="+", choices=[*STUDENTS], default=[*STUDENTS])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure(folder, teacher_of_the_demo(folder / "teacher"), sys.argv[2:] or [*COMPARED], [*SEEDS])
+    teacher = teacher_of_the_demo(folder / "teacher")
+    results = measure(folder, teacher, args.arms, [*SEEDS], args.students, args.workers)
     (folder / "quality.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

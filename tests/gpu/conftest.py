@@ -1,20 +1,28 @@
-"""These tests need CUDA; without it they are skipped with a reason."""
+"""A tiny complete run, shared by the tests of this folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.integration.conftest import finished, real_start  # noqa: F401
+from tests.helpers import tiny
+from tests.helpers.tolerance import DETERMINISTIC
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
+@pytest.fixture(scope="session")
+def deterministic() -> Iterator[None]:
+    """Kernels that add in a fixed order, in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in DETERMINISTIC.items():
+            patch.setenv(name, value)
+        yield
 
-    ranks = torch.cuda.device_count()
-    for item in items:
-        if "tests/gpu" not in item.path.as_posix():
-            continue
-        if not ranks:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device: run `make test-gpu` on a machine with one"))
-        elif ranks < 2 and ("layout" in item.name or "killed_rank" in item.name or "pipeline_ranks" in item.name):
-            item.add_marker(pytest.mark.skip(reason="needs two CUDA devices, there is one"))
+
+@pytest.fixture(scope="session")
+def finished(deterministic: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete tiny run with depth pruning, on the GPU."""
+    run_dir = tmp_path_factory.getbasetemp() / "finished"
+    tiny.launch(run_dir, *tiny.DEPTH)
+    return run_dir

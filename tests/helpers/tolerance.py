@@ -15,3 +15,9 @@ LOSS = 1e-3 if GPU else 1e-5
 GRADIENTS = 1e-3 if GPU else 2e-5
 # Losses of the same run, killed and resumed: to the last digit on a CPU; a GPU's kernels may add in any order.
 RESUMED = LOSS if GPU else 0.0
+# Difference of Megatron's logits in bf16 from transformers' in fp32, as a multiple of that of transformers' in bf16.
+# Both round to 8 bits, in other places: 0.9 measured with the stand-in on a CPU; not measured on a GPU.
+BF16_LOGITS = 2.0
+# Environment variables with which a GPU adds in a fixed order: attention kernels that Transformer Engine may choose
+# (megatron/core/extensions/transformer_engine.py:940), and cuBLAS's workspace (torch.use_deterministic_algorithms).
+DETERMINISTIC = {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

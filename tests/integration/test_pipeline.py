@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from prune_distill.pipeline import lock
 from prune_distill.pipeline.metrics_file import read_metrics
 from tests.helpers import tiny, tolerance
+from tests.helpers.killed_run import kill_and_resume
 
 
 def test_the_format_of_the_report(finished: Path) -> None:
@@ -83,22 +83,10 @@ def test_second_run_does_nothing(finished: Path) -> None:
 
 @pytest.mark.usefixtures("real_start")
 def test_killed_distillation_resumes_with_the_same_losses(finished: Path, tmp_path: Path) -> None:
-    run_dir = tiny.copy_run(finished, tmp_path / "run")
-    folder = tiny.stages(run_dir, *tiny.DEPTH)["distill"].folder
-    killed = subprocess.Popen(
-        tiny.command(run_dir, *tiny.DEPTH, "--until", "distill"),
-        env=tiny.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    tiny.wait_for_checkpoint(folder, killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (folder / "manifest.json").exists()
-    resumed = tiny.launch(run_dir, *tiny.DEPTH, "--until", "distill")
-    assert "step=" in (folder / "log.txt").read_text(), resumed.stdout
+    resumed = kill_and_resume(tiny.copy_run(finished, tmp_path / "run"), *tiny.DEPTH)
+    assert resumed.step > 0
     unbroken = tiny.stages(finished, *tiny.DEPTH)["distill"].folder
-    assert tiny.losses(folder) == pytest.approx(tiny.losses(unbroken), rel=0, abs=tolerance.RESUMED)
+    assert resumed.losses == pytest.approx(tiny.losses(unbroken), rel=0, abs=tolerance.RESUMED)
 
 
 @pytest.mark.usefixtures("real_start")

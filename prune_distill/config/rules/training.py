@@ -56,7 +56,7 @@ def _keys(read: str, at: str) -> tuple[str, ...]:
 
 @training_rule("training.schedule", "{at}.schedule", "{at}.decay_steps")
 def schedule(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    training = _training(cfg, at)
+    training = get_training(cfg, at)
     key, decay = f"{at}.schedule", f"{at}.decay_steps"
     if training.schedule is Schedule.wsd and training.decay_steps is None:
         yield Finding(key, f"needs {decay}; set {decay} to a tenth of {at}.max_steps")
@@ -66,7 +66,7 @@ def schedule(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.warmup", *PHASES, "{at}.decay_steps")
 def warmup(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    training = _training(cfg, at)
+    training = get_training(cfg, at)
     decay = training.decay_steps or 0
     for key, phase in _phases(training, at):
         length = f"{at}.max_steps={phase.steps}" if key == at else f"its {phase.steps} steps"
@@ -86,7 +86,7 @@ def warmup(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.min_lr", *PHASES)
 def min_lr(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    for key, phase in _phases(_training(cfg, at), at):
+    for key, phase in _phases(get_training(cfg, at), at):
         if phase.min_lr > phase.lr:
             yield Finding(
                 f"{key}.min_lr",
@@ -97,7 +97,7 @@ def min_lr(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.phases", *PHASES)
 def phases(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    training, key = _training(cfg, at), f"{at}.phases"
+    training, key = get_training(cfg, at), f"{at}.phases"
     if training.phases is None:
         return
     if not training.phases:
@@ -119,7 +119,7 @@ def _has_length(phase: Phase) -> bool:
 @training_rule("training.phase_weights", "{at}.phases", *SOURCES, only=(DISTILL,))
 def phase_weights(cfg: RunConfig, at: str) -> Iterator[Finding]:
     known = sorted(sources(cfg.data))
-    for number, phase in enumerate(_training(cfg, at).phases or ()):
+    for number, phase in enumerate(get_training(cfg, at).phases or ()):
         key, weights = f"{at}.phases[{number}].weights", phase.weights
         if weights is None:
             continue
@@ -132,7 +132,7 @@ def phase_weights(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.skip_steps", "{at}.skip_steps", "{at}.max_steps")
 def skip_steps(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    training, key = _training(cfg, at), f"{at}.skip_steps"
+    training, key = get_training(cfg, at), f"{at}.skip_steps"
     for span in training.skip_steps:
         if len(span) != 2 or not 1 <= span[0] <= span[1] <= training.max_steps:
             yield Finding(
@@ -153,7 +153,7 @@ def trackers(cfg: RunConfig, at: str) -> Iterator[Finding]:
     if cfg.cluster.slurm is not None and cfg.cluster.slurm.container_image is not None:
         return  # What a container has installed is not known here.
     for name in ("wandb", "mlflow"):
-        if getattr(_training(cfg, at), name) is not None and importlib.util.find_spec(name) is None:
+        if getattr(get_training(cfg, at), name) is not None and importlib.util.find_spec(name) is None:
             yield Finding(
                 f"{at}.{name}", f"the package {name} is not installed; pip install {name}, or set {at}.{name}=null"
             )
@@ -161,7 +161,7 @@ def trackers(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.overlap_param_gather", "{at}.overlap_param_gather", "{at}.use_distributed_optimizer")
 def overlap_param_gather(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    training = _training(cfg, at)
+    training = get_training(cfg, at)
     # Megatron takes the overlap only with the distributed optimizer (distributed/distributed_data_parallel.py:368)
     # and asserts it when gathering (distributed/param_and_grad_buffer.py:280); otherwise it is silently left out.
     if training.overlap_param_gather and not training.use_distributed_optimizer:
@@ -172,7 +172,7 @@ def overlap_param_gather(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.ranks", TENSOR, PIPELINE, CONTEXT, RANKS)
 def ranks(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/parallel_state.py:698
-    count, model_ranks = _ranks(cfg, at), _model_parallel(_training(cfg, at))
+    count, model_ranks = _ranks(cfg, at), _model_parallel(get_training(cfg, at))
     if count % model_ranks:
         least = math.ceil(count / model_ranks) * model_ranks
         yield Finding(
@@ -186,8 +186,8 @@ def ranks(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.global_batch_size", *SIZES, TENSOR, PIPELINE, CONTEXT, RANKS)
 def global_batch_size(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/num_microbatches_calculator.py:340
-    replicas = max(_ranks(cfg, at) // _model_parallel(_training(cfg, at)), 1)
-    for where, training in _with_phases(_training(cfg, at), at):
+    replicas = max(_ranks(cfg, at) // _model_parallel(get_training(cfg, at)), 1)
+    for where, training in with_phases(get_training(cfg, at), at):
         size, step = training.global_batch_size, training.micro_batch_size * replicas
         if size % step:
             key, micro = f"{where}.global_batch_size", f"{where}.micro_batch_size"
@@ -202,7 +202,7 @@ def global_batch_size(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.max_length", *SIZES, "model.shape.max_position_embeddings")
 def max_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
     limit = get_value(cfg, "model.shape.max_position_embeddings")
-    for where, training in _with_phases(_training(cfg, at), at):
+    for where, training in with_phases(get_training(cfg, at), at):
         if training.seq_length > limit:
             key = f"{where}.seq_length"
             yield Finding(key, too_long(key, limit), value=training.seq_length)
@@ -210,14 +210,14 @@ def max_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.seq_length", *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL)
 def seq_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    parallel = _training(cfg, at).parallel
+    parallel = get_training(cfg, at).parallel
     context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     # Each context-parallel rank takes two pieces of a sequence (megatron/core/utils.py:1835), and sequence
     # parallelism divides a rank's tokens among the tensor-parallel ranks.
     pieces = 2 * context if context > 1 else 1
     if tensor > 1 and parallel.sequence_parallel:
         pieces = math.lcm(pieces, context * tensor)
-    for where, training in _with_phases(_training(cfg, at), at):
+    for where, training in with_phases(get_training(cfg, at), at):
         if training.seq_length % pieces:
             key = f"{where}.seq_length"
             yield Finding(
@@ -231,7 +231,7 @@ def seq_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.layers", PIPELINE, MODELS)
 def layers(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/transformer/transformer_block.py:156
-    stages, models = _training(cfg, at).parallel.pipeline_model_parallel_size, list_models(cfg, at)
+    stages, models = get_training(cfg, at).parallel.pipeline_model_parallel_size, list_models(cfg, at)
     uneven = [f"the {who}'s {shape.num_layers}" for who, shape in models if shape.num_layers % stages]
     if uneven:
         key = f"{at}.parallel.pipeline_model_parallel_size"
@@ -243,7 +243,7 @@ def layers(cfg: RunConfig, at: str) -> Iterator[Finding]:
 def tensor_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/transformer/transformer_config.py:742 and :758. NeMo takes the vocabulary as config.json has it, so
     # that nothing pads it (nemo/collections/llm/gpt/model/base.py:343, megatron/core/tensor_parallel/utils.py:108).
-    size, models = _training(cfg, at).parallel.tensor_model_parallel_size, list_models(cfg, at)
+    size, models = get_training(cfg, at).parallel.tensor_model_parallel_size, list_models(cfg, at)
     # Experts are not divided.
     mlp_sizes = () if _experts_of(models) else ("ffn_hidden_size",)
     names = ("num_attention_heads", "num_query_groups", *mlp_sizes, "vocab_size")
@@ -262,7 +262,7 @@ def tensor_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.experts", PIPELINE, EXPERT, RANKS, MODELS)
 def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel, models, key = (
-        _training(cfg, at).parallel,
+        get_training(cfg, at).parallel,
         list_models(cfg, at),
         f"{at}.parallel.expert_model_parallel_size",
     )
@@ -289,7 +289,7 @@ def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 @training_rule("training.sequence_parallel", TENSOR, SEQUENCE_PARALLEL, "model.shape.num_moe_experts")
 def sequence_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    parallel, key = _training(cfg, at).parallel, f"{at}.parallel.sequence_parallel"
+    parallel, key = get_training(cfg, at).parallel, f"{at}.parallel.sequence_parallel"
     has_experts = get_value(cfg, "model.shape.num_moe_experts") is not None
     # megatron/core/transformer/moe/moe_layer.py:265
     if has_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
@@ -306,7 +306,8 @@ def list_models(cfg: RunConfig, at: str = DISTILL) -> list[tuple[str, Shape]]:
     return [*teacher, *between, ("student", student_shape(cfg))]
 
 
-def _training(cfg: RunConfig, at: str) -> Any:
+def get_training(cfg: RunConfig, at: str) -> Any:
+    """The training at a key."""
     return get_value(cfg, at)
 
 
@@ -316,7 +317,7 @@ def _phases(training: Training, at: str) -> list[tuple[str, TrainingPhase]]:
     return [(f"{at}.phases[{number}]" if training.phases else at, phase) for number, phase in found]
 
 
-def _with_phases(training: Training, at: str) -> Iterator[tuple[str, Training]]:
+def with_phases(training: Training, at: str) -> Iterator[tuple[str, Training]]:
     """The training, whose sizes validation uses, and the training with the sizes of each phase, by key."""
     yield at, training
     for number, phase in enumerate(training.phases or ()):

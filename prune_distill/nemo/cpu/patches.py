@@ -387,6 +387,18 @@ PATCHES: tuple[Patch, ...] = (
         "megatron/core/transformer/moe/moe_utils.py:883 converts CUDA tensors only; all_to_all needs numbers",
         "Megatron converts tensors on any device",
     ),
+    *(
+        Patch(
+            f"megatron.core.{module}:is_te_min_version",
+            _calling(lambda *_, **__: True),
+            f"megatron/core/{line} accepts FP8 from a later Transformer Engine than the stand-in says it is",
+            "the stand-in follows Transformer Engine 2",
+        )
+        for module, line in (
+            ("fp8_utils", "fp8_utils.py:450"),
+            ("transformer.transformer_config", "transformer/transformer_config.py:1320"),
+        )
+    ),
     Patch(
         "nemo.lightning.megatron_init:_set_random_seed",
         _seed_tracker_too,

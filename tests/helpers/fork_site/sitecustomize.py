@@ -27,6 +27,7 @@ OF_MODULES = {
     "convert.hf_to_nemo": COMMANDS,
     "convert.nemo_to_hf": COMMANDS,
     "tests.helpers.harness_directly": TRANSFORMERS,
+    "tests.helpers.bf16_logits": NEMO,
     "tests.helpers.nemo_importer": NEMO,
     "tests.helpers.parity": NEMO,
     "tests.helpers.prune_all": NEMO,

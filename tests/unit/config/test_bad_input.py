@@ -20,7 +20,9 @@ MOE = [
     *(*DEMO, "model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"),
     "model.shape.moe_router_topk=2",
 ]
+BF16 = [*DEMO, "distill.precision=bf16"]
 TWO_RANKS = ["cluster.devices_per_node=2", "distill.micro_batch_size=2"]
+TP_OF_2 = [*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"]
 EP_OF_2 = [*TWO_RANKS, "distill.parallel.expert_model_parallel_size=2"]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 CORRECTION = [
@@ -93,6 +95,60 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "~distill.lr"], "value.missing", "distill.lr", "set distill.lr to a number"),
     ([*DEMO, "name=???"], "value.missing", "name", "set name to some text"),
     ([*DEMO, "run_dir=${oc.env:NO_SUCH_VARIABLE}"], "value.interpolation", "run_dir", "set run_dir to a plain value"),
+    # FP8.
+    ([*DEMO, "distill.fp8=e4m3"], "value.choice", "distill.fp8", "hybrid or blockwise"),
+    ([*DEMO, "distill.fp8=hybrid"], "training.fp8_precision", "distill.fp8", "or distill.fp8=null"),
+    ([*DEMO, "distill.teacher_fp8=true"], "training.fp8_precision", "distill.teacher_fp8", "distill.teacher_fp8=false"),
+    (
+        [*DEMO, "model.demo.training.fp8=hybrid"],
+        "training.fp8_precision",
+        "model.demo.training.fp8",
+        "model.demo.training.fp8=null",
+    ),
+    (
+        [*BF16, "distill.teacher_fp8=true", "distill.loss=ce", "distill.controls=[]"],
+        "distill.teacher_fp8",
+        "distill.teacher_fp8",
+        "set distill.teacher_fp8=false",
+    ),
+    ([*BF16, "distill.fp8=hybrid", "cluster.gpu=a100_80"], "training.fp8_gpu", "distill.fp8", "another cluster.gpu"),
+    (
+        [*BF16, "distill.teacher_fp8=true", "cluster.gpu=a100_40"],
+        "training.fp8_gpu",
+        "distill.teacher_fp8",
+        "distill.teacher_fp8=false",
+    ),
+    ([*BF16, "distill.fp8=blockwise", "cluster.gpu=l40s"], "training.fp8_gpu", "distill.fp8", "another cluster.gpu"),
+    (
+        [*BF16, "distill.fp8=hybrid", "model.shape.kv_channels=34"],
+        "training.fp8_sizes",
+        "distill.fp8",
+        "prune to other sizes, or set distill.fp8=null",
+    ),
+    (
+        [*BF16, *TP_OF_2, "distill.fp8=blockwise", "prune.ffn_hidden_size=640"],
+        "training.fp8_sizes",
+        "distill.fp8",
+        "lower distill.parallel.tensor_model_parallel_size=2",
+    ),
+    (
+        [*BF16, "distill.teacher_fp8=true", "model.shape.kv_channels=34"],
+        "training.fp8_sizes",
+        "distill.teacher_fp8",
+        "set distill.teacher_fp8=false",
+    ),
+    (
+        [*BF16, "distill.fp8=hybrid", "distill.seq_length=250", "distill.micro_batch_size=4"],
+        "training.fp8_tokens",
+        "distill.fp8",
+        "set distill.seq_length to 248 or 252",
+    ),
+    (
+        [*BF16, "distill.teacher_fp8=true", "distill.phases=[{max_steps: 80}, {max_steps: 80, seq_length: 255}]"],
+        "training.fp8_tokens",
+        "distill.teacher_fp8",
+        "set distill.phases[1].seq_length to 252 or 256",
+    ),
     # The teacher's cached logits, and its correction.
     ([*DEMO, "distill.teacher_logits=both"], "value.choice", "distill.teacher_logits", "live or cached"),
     ([*DEMO, "distill.cached_logits_top_k=0"], "value.bounds", "distill.cached_logits_top_k", ""),

@@ -25,7 +25,10 @@ def keys_below(group: str, names: str) -> list[str]:
 # Every key with a bound, by rejected values.
 ABOVE_ZERO = [
     *keys_below("cluster", "nodes devices_per_node threads_per_rank slurm.warn_seconds slurm.cpus_per_gpu"),
-    *keys_below("cluster.gpu", "memory_gib bf16_tflops fp8_tflops memory_gbs link_gbs network_gbs mfu cost_per_hour"),
+    *keys_below(
+        "cluster.gpu",
+        "memory_gib bf16_tflops fp8_tflops compute_capability memory_gbs link_gbs network_gbs mfu cost_per_hour",
+    ),
     *keys_below("data", "max_document_tokens shard_bytes num_workers array_tasks stale_seconds sample"),
     *keys_below("data.sources.NAME", "weight max_tokens sample"),
     *keys_below("prune", "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups"),

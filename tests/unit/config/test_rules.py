@@ -26,6 +26,7 @@ CORRECTION = "{max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min
 MOE = ["model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"]
 BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_fraction=0.8"]
 PAIRS = "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"
+FP8 = ["distill.fp8=blockwise", "distill.teacher_fp8=true", "model.demo.training.fp8=hybrid"]
 SLURM = [*DEMO, "cluster=slurm", "cluster.slurm.partition=a b", "cluster.slurm.account=null"]
 # Configs that cover as many branches of the rules as possible.
 CONFIGS = [
@@ -53,6 +54,23 @@ CONFIGS = [
     [*DEMO, "distill.phases=[{max_steps: 80}, {tokens: 80, weights: {web: 1}}]", "distill.schedule=wsd"],
     [*DEMO, "distill.parallel={tensor_model_parallel_size: 3, pipeline_model_parallel_size: 2}", PAIRS],
     [*DEMO, "data.sources={web: {files: [w.jsonl], weight: 1}, code: {files: []}}", "data.validation=[w.jsonl]"],
+    [
+        *DEMO,
+        *FP8,
+        "cluster.gpu=a100_80",
+        "distill.precision=bf16",
+        "distill.micro_batch_size=1",
+        "distill.seq_length=40",
+    ],
+    [
+        *DEMO,
+        *FP8,
+        "cluster.gpu=l40s",
+        "model.shape.num_attention_heads=6",
+        "prune.rounds=[{steps: 9, hidden_size: 40}]",
+    ],
+    [*BUDGET, *FP8, *MOE, "model.shape.moe_router_topk=2"],
+    [*DEMO, "distill.loss=ce", "distill.teacher_fp8=true", f"distill.teacher_correction={CORRECTION}"],
     [*DEMO, "distill.kd.top_k=9", "distill.kd.divergence=reverse_kl", "distill.kd.implementation=upstream"],
     [*SLURM, "cluster.slurm.container_image=x", "cluster.slurm.container_mounts=[a]", "cluster.slurm.secrets=[A]"],
     [*SLURM, "cluster.slurm.container_image=null", "cluster.slurm.container_mounts=[a]", "evaluate.tasks=[mmlu]"],

@@ -30,6 +30,7 @@ from prune_distill.nemo import nemo_api  # noqa: E402
 from prune_distill.schema import (  # noqa: E402
     DistillConfig,
     Divergence,
+    Fp8,
     HiddenLoss,
     KdConfig,
     LayerPair,
@@ -373,6 +374,25 @@ def test_the_teacher_gets_the_types_of_the_trainings_precision(monkeypatch: pyte
     assert model._teacher_config.params_dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"fp8": Fp8.hybrid}, (None, "delayed")),
+        ({"teacher_fp8": True}, ("hybrid", "tensorwise")),
+        ({"fp8": Fp8.hybrid, "teacher_fp8": True}, ("hybrid", "tensorwise")),
+        ({"fp8": Fp8.blockwise, "teacher_fp8": True}, ("e4m3", "blockwise")),
+    ],
+)
+def test_fp8_of_the_teacher_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: tuple[str | None, str]
+) -> None:
+    student, teacher = models(monkeypatch)
+    distill = DistillConfig(max_steps=1, precision=Precision.bf16, **settings)
+    model = student_to_train(distill, student, teacher)
+    assert (model._teacher_config.fp8, model._teacher_config.fp8_recipe) == expected
+    assert model.config.fp8 is None  # the precision plugin sets it
+
+
 def test_the_teacher_is_replaced_once_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     replaced: list[Any] = []
     monkeypatch.setattr(nemo_api, "load_parameters", lambda *given: replaced.append(given))
@@ -404,6 +424,14 @@ def test_a_replaced_teacher_has_the_weights_of_the_checkpoint(tmp_path: Path) ->
     nemo_api.load_parameters(teacher, checkpoint, SimpleNamespace(strategy=strategy))
     for (name, ours), theirs in zip(teacher.named_parameters(), corrected.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+    # FP8 copies of the weights of before are not used any more.
+    settings = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    corrected, teacher = core_model(SHAPE, seed=5, **settings), core_model(SHAPE, seed=6, **settings)
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad():
+        teacher(ids, positions(ids), None)
+        nemo_api.load_parameters(teacher, checkpoint, SimpleNamespace(strategy=strategy))
+        assert torch.equal(*(model(ids, positions(ids), None) for model in (teacher, corrected)))
     tied = save_weights(core_model(dataclasses.replace(SHAPE, tie_word_embeddings=True)), tmp_path / "tied")
     with pytest.raises(InputError, match="lacks 1 parameters of .*output_layer.weight"):
         nemo_api.load_parameters(teacher, tied, SimpleNamespace(strategy=strategy))

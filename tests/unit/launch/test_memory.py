@@ -6,11 +6,12 @@ import dataclasses
 
 import pytest
 
-from launch.planning.memory import Memory, Models, prune_memory, training_memory
+from launch.planning.memory import Memory, Models, cached_logits_memory, prune_memory, training_memory
 from prune_distill.model.model_size import parameters
 from prune_distill.schema import (
     DistillConfig,
     Family,
+    Fp8,
     KdConfig,
     Loss,
     LossImplementation,
@@ -173,3 +174,39 @@ def test_experts_and_their_optimizer_are_sharded() -> None:
     per_layer = 4 * 8 + 48 + 2 * (8 + 3 * 12) + 4 * 4
     assert half.activations == whole.activations
     assert whole.activations == 2 * 16 * (2 * per_layer + NORM)
+
+
+def test_fp8_keeps_copies_of_weights_and_smaller_inputs() -> None:
+    """Of 576 weights a layer in products; inputs of 8, 8 and 16 channels a token take one byte instead of two."""
+    fp8 = dataclasses.replace(TRAINING, fp8=Fp8.hybrid)
+    plain, student = one(TRAINING), one(fp8)
+    assert student.weights == plain.weights + 2 * 2 * 576
+    assert student.activations == 2 * 16 * (2 * (LAYER - 16) + NORM)
+    assert (student.teacher, student.optimizer, student.loss) == (plain.teacher, plain.optimizer, plain.loss)
+    both = one(DistillConfig(**vars(fp8), teacher_fp8=True))
+    assert both.teacher == plain.teacher + 4 * 576
+    assert both.weights == student.weights
+    halves = one(dataclasses.replace(fp8, parallel=Parallel(2)), ranks=2)
+    assert halves.weights - one(dataclasses.replace(TRAINING, parallel=Parallel(2)), ranks=2).weights == 2 * 2 * 288
+
+
+def test_fp8_of_experts() -> None:
+    mixture = dataclasses.replace(STUDENT, num_moe_experts=4, moe_ffn_hidden_size=12, moe_router_topk=2)
+    models = Models(Family.qwen3_moe, mixture, None)
+    plain, fp8 = (one(dataclasses.replace(TRAINING, fp8=fp8), 1, models, Loss.ce) for fp8 in (None, Fp8.blockwise))
+    # Attention's 192 weights, and four experts of 288.
+    assert fp8.weights == plain.weights + 2 * 2 * (192 + 4 * 288)
+    # Half of one norm's output and of the inputs of two experts; the output before the router stays in bf16.
+    saved = 2 * 16 * 2 * (8 + 2 * (8 + 12)) // 2
+    # Gradients of gate and up in bf16 and as much in FP8, of what is sent, and of the layer; the loss covers a part.
+    gradients = 2 * 16 * (2 * (2 * 2 * 12 + 2 * 8) + 8) - fp8.loss
+    assert fp8.activations == plain.activations - saved + gradients
+
+
+def test_cached_logits_of_a_teacher_in_fp8() -> None:
+    distill = DistillConfig(**vars(TRAINING))
+    plain, fp8 = (
+        cached_logits_memory(dataclasses.replace(distill, teacher_fp8=teacher_fp8), TEACHER, Family.qwen3)
+        for teacher_fp8 in (False, True)
+    )
+    assert fp8.weights == plain.weights + 4 * 576

@@ -12,13 +12,14 @@ from launch.planning import machine as figures
 from launch.planning import time
 from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models
-from launch.planning.time import Pass, Seconds, step_seconds
+from launch.planning.time import Pass, Seconds, forward_seconds, step_seconds
 from prune_distill.config.composition import CONFIG_DIR
 from prune_distill.model.flops import sequence_flops
 from prune_distill.schema import (
     ClusterConfig,
     DistillConfig,
     Family,
+    Fp8,
     Gpu,
     KdConfig,
     Loss,
@@ -35,7 +36,7 @@ LLAMA3_70B = Shape(80, 8192, 28672, 64, 8, 128, 128_256, 131_072)
 QWEN3_30B_A3B = Shape(
     48, 2048, 6144, 32, 4, 128, 151_936, 40_960, num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8
 )
-BF16, FP8 = (False, False), (True, False)
+BF16, FP8 = None, Fp8.hybrid
 
 
 def gpu(name: str) -> Gpu:
@@ -69,9 +70,10 @@ def distillation(micro: int = 2, **parallel: Any) -> DistillConfig:
     )
 
 
-def speed(run: Training, shape: Shape, family: Family, at: Machine, ranks: int, fp8: tuple[bool, bool]) -> float:
+def speed(run: Training, shape: Shape, family: Family, at: Machine, ranks: int, fp8: Fp8 | None) -> float:
     """Tokens a second and GPU of a pretraining."""
-    seconds = step_seconds(run, Loss.ce, Models(family, shape, None), at, ranks, fp8).total
+    run = dataclasses.replace(run, fp8=fp8)
+    seconds = step_seconds(run, Loss.ce, Models(family, shape, None), at, ranks).total
     return run.global_batch_size * run.seq_length / seconds / ranks
 
 
@@ -113,7 +115,7 @@ def test_published_runs(
     family: Family,
     at: Machine,
     ranks: int,
-    fp8: tuple[bool, bool],
+    fp8: Fp8 | None,
     ratio: tuple[float, float],
 ) -> None:
     low, high = ratio
@@ -187,6 +189,34 @@ def test_attention_by_hand() -> None:
     )
 
 
+def test_the_products_of_a_layer_by_hand() -> None:
+    """Tokens, inner size and columns of QKV, the attention's output, gate and up, and the down projection."""
+    one = Pass(QWEN3_8B, Family.qwen3, Parallel(), machine(), tokens=2048, seq_length=4096)
+    layer = [
+        (2048, 4096, 4096 + 2 * 1024, 1),
+        (2048, 4096, 4096, 1),
+        (2048, 4096, 2 * 12288, 1),
+        (2048, 12288, 4096, 1),
+    ]
+    assert one._products() == layer
+    halves = dataclasses.replace(one, parallel=Parallel(tensor_model_parallel_size=2))
+    assert halves._products() == [
+        *((2048, 4096, 3072, 1), (2048, 2048, 4096, 1), (2048, 4096, 12288, 1), (2048, 6144, 4096, 1))
+    ]
+    # Of 128 experts each of 8 ranks has 16, to which 8 x 2,048 tokens come.
+    experts = Pass(QWEN3_30B_A3B, Family.qwen3_moe, Parallel(expert_model_parallel_size=8), machine(), 2048, 4096)
+    assert experts._products()[2:] == [(2048, 2048, 128, 1), (1024, 2048, 2 * 768, 16), (1024, 768, 2048, 16)]
+
+
+def test_a_forward_pass_ends_with_the_logits_and_what_reads_them() -> None:
+    run, at = training(4096, 8, 1, pp=2), machine()
+    first, last = forward_seconds(QWEN3_8B, Family.qwen3, run, at)
+    one = Pass(QWEN3_8B, Family.qwen3, run.parallel, at, 4096, 4096)
+    assert first == pytest.approx(18 * one.layer_forward().total)
+    read = at.copy(time.LOSS_BYTES["ce"] * 4096 * 151_936)
+    assert last - first == pytest.approx(one.head_forward().total + read)
+
+
 def test_products_count_the_flops_of_the_models() -> None:
     """Products and attention at the peak itself: the FLOP that the rest of the plan counts."""
     run, at = distillation(micro=1), dataclasses.replace(machine(), memory=1e20, link=1e20)
@@ -242,13 +272,13 @@ def test_small_chunks_of_the_loss_cost_memory_traffic() -> None:
 
 def test_a_teacher_in_fp8_is_faster_and_the_student_is_not() -> None:
     models, run = Models(Family.qwen3, QWEN3_6B, QWEN3_8B), distillation()
-    plain, teacher, both = (
-        step_seconds(run, Loss.kd, models, machine(), 8, fp8).total for fp8 in (BF16, (False, True), (True, True))
-    )
+    in_fp8 = dataclasses.replace(run, teacher_fp8=True)
+    runs = (run, in_fp8, dataclasses.replace(in_fp8, fp8=Fp8.hybrid))
+    plain, teacher, both = (step_seconds(each, Loss.kd, models, machine(), 8).total for each in runs)
     assert both < teacher < plain
     # The teacher's layers are a third of the FLOP; FP8 at most halves them.
     assert 1 - teacher / plain < 1 / 6
-    assert step_seconds(run, Loss.kd, models, machine("a100_80"), 8, (False, True)).products >= (
+    assert step_seconds(in_fp8, Loss.kd, models, machine("a100_80"), 8).products >= (
         step_seconds(run, Loss.kd, models, machine("a100_80"), 8).products
     )
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from prune_distill.errors import InputError
+from prune_distill.model.huggingface import link_compatible_folder
 from prune_distill.nemo import hf_models
 from tests.conftest import QWEN3
 
@@ -48,7 +49,7 @@ def test_a_folder_of_transformers_5_is_loaded_with_its_rope(newer: tuple[Path, t
 
 def test_other_libraries_are_given_a_folder_that_they_read_right(newer: tuple[Path, torch.Tensor]) -> None:
     folder, expected = newer
-    with hf_models.link_compatible_folder(folder) as loadable:
+    with link_compatible_folder(folder) as loadable:
         assert {path.name for path in loadable.iterdir()} == {path.name for path in folder.iterdir()}
         content = json.loads((loadable / "config.json").read_text())
         assert (content["rope_theta"], content["rope_parameters"]["rope_theta"]) == (1e6, 1e6)

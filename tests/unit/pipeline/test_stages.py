@@ -176,6 +176,31 @@ def test_controls_do_not_depend_on_teacher_settings(demo: Callable[..., RunConfi
     assert _folders(demo())["distill.ce"] == _folders(demo(change))["distill.ce"]
 
 
+def test_fp8_is_part_of_what_it_changes(demo: Callable[..., RunConfig]) -> None:
+    def changed(*changes: str) -> set[str]:
+        """The stages of the distillation that other settings of FP8 change."""
+        base = ("distill.precision=bf16", "distill.teacher_logits=cached")
+        before, after = _folders(demo(*base)), _folders(demo(*base, *changes))
+        return {name for name in ("cache_logits", "distill", "distill.ce", "prune") if before[name] != after[name]}
+
+    assert changed("distill.fp8=hybrid") == {"distill", "distill.ce"}
+    assert changed("distill.teacher_fp8=true") == {"cache_logits", "distill"}
+    assert changed("distill.teacher_fp8=true", "distill.fp8=blockwise") == {"cache_logits", "distill", "distill.ce"}
+    # The scales of the teacher are those of the student.
+    one, other = (
+        _folders(
+            demo(
+                "distill.precision=bf16",
+                "distill.teacher_logits=cached",
+                "distill.teacher_fp8=true",
+                f"distill.fp8={fp8}",
+            )
+        )["cache_logits"]
+        for fp8 in ("hybrid", "blockwise")
+    )
+    assert one != other
+
+
 def _folders(cfg: RunConfig) -> dict[str, str]:
     return {name: stage.config_hash for name, stage in locate(cfg).items()}
 

@@ -18,6 +18,7 @@ from prune_distill.nemo import backend
 backend.activate()
 
 from prune_distill.nemo import nemo_api  # noqa: E402
+from prune_distill.nemo.precision import model_precision, precision_plugin  # noqa: E402
 from prune_distill.schema import Parallel, Phase, Precision, Recompute, Schedule, Training  # noqa: E402
 from prune_distill.schema.schedules import learning_rate  # noqa: E402
 from prune_distill.training import training  # noqa: E402
@@ -291,10 +292,10 @@ def test_a_models_settings_on_this_backend() -> None:
 
 
 def test_precisions() -> None:
-    assert nemo_api.model_precision(SimpleNamespace(params_dtype=torch.bfloat16)) is Precision.bf16
-    assert nemo_api.model_precision(SimpleNamespace(params_dtype=torch.float32)) is Precision.fp32
+    assert model_precision(SimpleNamespace(params_dtype=torch.bfloat16)) is Precision.bf16
+    assert model_precision(SimpleNamespace(params_dtype=torch.float32)) is Precision.fp32
     for precision, dtype in ((Precision.bf16, torch.bfloat16), (Precision.fp32, torch.float32)):
-        plugin = nemo_api.precision_plugin(precision)
+        plugin = precision_plugin(precision)
         assert plugin.dtype_config.params_dtype is dtype
         assert plugin.dtype_config.pipeline_dtype is dtype
         assert plugin.dtype_config.grad_reduce_in_fp32

@@ -6,5 +6,5 @@ from .._refuse import refuse
 
 
 def cast_to_fp8(*_: object, **__: object) -> NoReturn:
-    """Raise NotImplementedError: the CPU has no FP8."""
-    refuse("FP8", "leave fp8 unset in the precision plugin")
+    """Raise NotImplementedError: Megatron casts parameters with it, which are never FP8 here."""
+    refuse("FP8 parameters", "leave fp8_param_gather unset in the precision plugin")

@@ -7,4 +7,4 @@ class Float8Tensor:
     """Type for the `isinstance` checks of Megatron and NeMo. The constructor raises NotImplementedError."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        refuse("FP8 tensors", "leave fp8_params unset in the precision plugin")
+        refuse("FP8 tensors", "leave fp8_param_gather unset in the precision plugin")

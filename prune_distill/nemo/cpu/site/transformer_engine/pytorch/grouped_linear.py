@@ -12,6 +12,8 @@ from torch.distributed import ProcessGroup
 
 from .._refuse import refuse, refuse_options
 from .base import BaseModule, parameter_options
+from .fp8 import FP8GlobalStateManager
+from .fp8_linear import check_dimensions, fp8_linear
 from .linear import default_init, mark_tensor_parallel, rng_state
 
 
@@ -70,9 +72,17 @@ class GroupedLinear(BaseModule):
             self.register_parameter(f"weight{expert}", weight)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """Do nothing: there is no FP8."""
+        """Do nothing: there is no FP8 state."""
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         """`[tokens, in_features]`, sorted by expert, `m_splits[i]` for expert i -> `[tokens, out_features]`."""
         shares = x.split(m_splits)
-        return torch.cat([F.linear(share, getattr(self, f"weight{i}")) for i, share in enumerate(shares)])
+        return torch.cat([self._product(share, f"weight{i}", is_first_microbatch) for i, share in enumerate(shares)])
+
+    def _product(self, x: Tensor, name: str, is_first_microbatch: bool | None) -> Tensor:
+        weight: Tensor = getattr(self, name)
+        if not FP8GlobalStateManager.is_fp8_enabled():
+            return F.linear(x, weight)
+        check_dimensions(x, weight)
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        return fp8_linear(x, weight, self.rounded_weight(name, recipe, is_first_microbatch), recipe)

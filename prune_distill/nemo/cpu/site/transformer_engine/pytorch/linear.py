@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 from .._refuse import refuse, refuse_options
 from .base import BaseModule, divide, parameter_options
 from .collectives import copy_to_group, gather_sequence, sum_and_scatter_sequence, sum_over_group
+from .fp8 import FP8GlobalStateManager
+from .fp8_linear import check_dimensions, fp8_linear
 
 
 def mark_tensor_parallel(parameter: nn.Parameter, dim: int) -> None:
@@ -105,17 +107,29 @@ class Linear(BaseModule):
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """`[s, b, in_features]` -> `[s, b, out_features]`; with sequence parallelism one of the two is `[s / tp, ...]`.
 
-        `is_first_microbatch` tells Transformer Engine to cache its FP8 weights; it is ignored.
+        `is_first_microbatch`: see `rounded_weight`; without FP8 it is ignored.
         """
         bias = self.bias if self.apply_bias else None
+        if FP8GlobalStateManager.is_fp8_enabled():
+            check_dimensions(x, self.weight)
         if self.tp_size == 1 or self.parallel_mode is None:
-            y = F.linear(x, self.weight, bias)
+            y = self._product(x, bias, is_first_microbatch)
         elif self.parallel_mode == "column":
-            y = F.linear(self._distribute_input(x), self.weight, bias)
+            y = self._product(self._distribute_input(x), bias, is_first_microbatch)
         else:
-            y = self._reduce_output(F.linear(x, self.weight))
+            y = self._reduce_output(self._product(x, None, is_first_microbatch))
             y = y if bias is None else y + bias
         return (y, self.bias) if self.return_bias else y
+
+    def _product(self, x: Tensor, bias: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
+        """The input of a sequence-parallel layer is rounded with one scale over all ranks, as if it were gathered first
+        (Transformer Engine's pytorch/module/linear.py:1649)."""
+        if not FP8GlobalStateManager.is_fp8_enabled():
+            return F.linear(x, self.weight, bias)
+        recipe = FP8GlobalStateManager.get_fp8_recipe()
+        rounded = self.rounded_weight("weight", recipe, is_first_microbatch)
+        y = fp8_linear(x, self.weight, rounded, recipe)
+        return y if bias is None else y + bias
 
     def _distribute_input(self, x: Tensor) -> Tensor:
         return (gather_sequence if self.sequence_parallel else copy_to_group)(x, self._group())
