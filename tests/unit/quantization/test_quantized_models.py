@@ -114,7 +114,7 @@ def test_a_wrong_scale_is_found(student: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight_scale"] *= 3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="differs from ModelOpt's simulation"):
+    with pytest.raises(RuntimeError, match="differ from those of ModelOpt's simulation"):
         check.check_export(folder, IDS, simulated)
 
 
