@@ -30,6 +30,8 @@ _VLLM = "vLLM 0.32 reads it: on CPUs, as the tests of the repository that wrote 
 _UNTRIED = "vLLM 0.32 reads it on {gpus} GPUs by its source; the repository that wrote it has no test of that"
 _CALIBRATED = "Ranges were calibrated on {samples} sequences of {tokens} tokens of the training data."
 # What is quantized, how, and which engine reads it.
+_AFTER_TRAINING = "quantized with NVIDIA ModelOpt after training"
+_LEARNED = "Weights are rounded to nearest; the range of each channel or group is its absolute maximum, as in training."
 _FORMATS = {
     QuantFormat.fp8: (
         "FP8 (E4M3) weights with a scale per output channel, and activations with a scale per token",
@@ -161,7 +163,7 @@ def model_card(
 
 
 def quantized_model_card(
-    name: str, student: Path, quant_format: QuantFormat, kept: Sequence[str], cfg: QuantizeConfig
+    name: str, student: Path, quant_format: QuantFormat, kept: Sequence[str], cfg: QuantizeConfig, *, learned: bool
 ) -> str:
     """Return the card of a quantized model.
 
@@ -169,6 +171,7 @@ def quantized_model_card(
         name: name of the quantized model.
         student: folder of the model that was quantized, whose card continues this one.
         kept: names of its linear layers that are not quantized.
+        learned: whether the student was distilled with fake quantization to this format.
     """
     metadata = _front_matter(student)
     tags = metadata.get("tags")
@@ -176,14 +179,17 @@ def quantized_model_card(
     if "base_model_relation" in metadata:
         metadata["base_model_relation"] = "quantized"
     what, how, engines = _FORMATS[quant_format]
-    how = how.format(samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size)
+    when = "distilled with fake quantization, and quantized with NVIDIA ModelOpt" if learned else _AFTER_TRAINING
+    how = (_LEARNED if learned else how).format(
+        samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size
+    )
     patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
     others = f" and those that match {patterns}" if patterns else ""
     body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2]
     made = body.partition("```python")[0].strip().removeprefix("# ").partition("\n")
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [
-        f"{made[0]}, quantized with NVIDIA ModelOpt after training: {what}. {how}",
+        f"{made[0]}, {when}: {what}. {how}",
         f"{len(kept)} linear layers keep their type: the output layer, routers{others}.",
         "",
         engines,

@@ -48,14 +48,18 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     model = hf_models.load(inputs.student)
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
     log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
-    modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches)
+    learned = cfg.distill.quantize is quant_format
+    # A student that learned the format has learned the ranges that its fake quantizers compute.
+    modelopt.quantize(
+        *(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches), search_ranges=not learned
+    )
     with torch.inference_mode():
         simulated = model(batches[0][:1]).logits
     title = f"{cfg.name}: {folder.name}"
     kept = modelopt.list_kept(model)
     with replace_folder(folder, inputs.student) as partial:
         _write(model, kept, inputs.student, partial, cfg.quantize)
-        card = quantized_model_card(title, inputs.student, quant_format, kept, cfg.quantize)
+        card = quantized_model_card(title, inputs.student, quant_format, kept, cfg.quantize, learned=learned)
         (partial / "README.md").write_text(card)
         del model
         divergence = check_export(partial, batches[0][:1], simulated)

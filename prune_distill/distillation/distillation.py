@@ -36,11 +36,12 @@ from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import cached_logits_batch
+from prune_distill.distillation.fake_quantizers import FakeQuantization
 from prune_distill.distillation.kd_loss import Head, TopK, distillation_loss
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
-from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation, QuantizeConfig
 
 log = logging.getLogger("recipes.distillation")
 
@@ -202,10 +203,13 @@ class _FixedLossModel(llm.GPTModel):
 
     Attributes:
         kd: set after construction, because NeMo records the constructor's arguments in the checkpoint's context.
+        fake_quantization: of the student's linear layers; None: it computes with its weights as they are. Set like
+            `kd`.
         head: None if output layer and loss are upstream's.
     """
 
     kd: KdConfig
+    fake_quantization: FakeQuantization | None = None
     head: FusedHead | None = None
 
     def forward_step(self, batch: dict[str, Any]) -> Any:
@@ -240,6 +244,8 @@ class DistilledModel(_FixedLossModel, DistillationGPTModel):
         if hasattr(self, "module"):
             return
         student, teacher_config = self.config.configure_model(self.tokenizer), self._teacher_config
+        if self.fake_quantization is not None:
+            self.fake_quantization.insert(student)
         for name in _LAYOUT:
             setattr(teacher_config, name, getattr(self.config, name))
         options = {"tokenizer": self.tokenizer, "trainer": self.trainer}
@@ -270,6 +276,8 @@ class StudentModel(_FixedLossModel):
         if hasattr(self, "module"):
             return
         super().configure_model()
+        if self.fake_quantization is not None:
+            self.fake_quantization.insert(core_model(self))
         self.head = FusedHead(core_model(self), None, self.kd)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
@@ -313,17 +321,25 @@ def _layer_name(number: int, config: Any) -> str:
     return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
 
 
-def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
+def student_to_train(
+    distill: DistillConfig, checkpoint: Path, teacher: Path | None, quantize: QuantizeConfig | None = None
+) -> llm.GPTModel:
     """Build the model that trains a student: with its teacher, or alone on the data or on cached logits.
 
     Args:
         checkpoint: the student's NeMo checkpoint.
         teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
+        quantize: groups and kept layers of the format `distill.quantize`.
 
     Raises:
         InputError: not a NeMo checkpoint; tokenizers or vocabularies differ.
     """
     student = nemo_api.load_model(checkpoint)
+    fake_quantization = None
+    if distill.quantize is not None:
+        assert quantize is not None
+        nemo_api.use_modelopt_spec(student.config)
+        fake_quantization = FakeQuantization(distill.quantize, quantize.int4_group_size, tuple(quantize.keep))
     if teacher is None:
         data_loss = KdConfig(kd_weight=0.0, lm_weight=1.0, chunk_tokens=distill.kd.chunk_tokens)
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
@@ -335,6 +351,7 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         nemo_api.match_precision(config, distill.precision)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
+    model.fake_quantization = fake_quantization
     # Checkpoints describe the student, so that they load as the student's class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]

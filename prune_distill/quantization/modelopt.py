@@ -24,7 +24,13 @@ log = logging.getLogger("recipes.quantize")
 
 
 def quantize(
-    model: Any, quant_format: QuantFormat, group_size: int, keep: Sequence[str], batches: Iterable[torch.Tensor]
+    model: Any,
+    quant_format: QuantFormat,
+    group_size: int,
+    keep: Sequence[str],
+    batches: Iterable[torch.Tensor],
+    *,
+    search_ranges: bool = True,
 ) -> None:
     """Insert quantizers into a model and calibrate them. The model then computes with simulated quantization.
 
@@ -33,9 +39,13 @@ def quantize(
         group_size: weights of `int4` that share a scale.
         keep: patterns of the names of linear layers that are not quantized, besides the output layer and routers.
         batches: calibration sequences `[b, s]`, on the model's device.
+        search_ranges: whether the range of each group of `int4` is searched; otherwise it is the absolute maximum, which
+            models learn that are trained with fake quantizers.
     """
     batches = list(batches)
     settings = _settings(quant_format, group_size, len(batches))
+    if not search_ranges:
+        settings["algorithm"] = "max"
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     # ModelOpt's patterns match names of quantizers, such as `lm_head.weight_quantizer`, and later ones win.
     kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)]
