@@ -26,38 +26,40 @@ _SIZES = {
 }
 
 
-_VLLM = "vLLM 0.32 reads it: on CPUs, as the tests of the repository that wrote it do with small models, and on GPUs"
-_UNTRIED = "vLLM 0.32 reads it on {gpus} GPUs by its source; the repository that wrote it has no test of that"
-_CALIBRATED = "Ranges were calibrated on {samples} sequences of {tokens} tokens of the training data."
+_VLLM = (
+    "vLLM 0.32 reads it. The repository that wrote it serves small models in this format on CPUs in its tests; it has"
+    " not tried GPUs."
+)
+_UNTRIED = "Made for vLLM on {gpus} GPUs. The repository that wrote it has not tried it there."
+_CALIBRATED = "Ranges were calibrated on up to {samples} sequences of {tokens} tokens of the training data."
+_ROUNDED = "Weights are rounded to nearest, without calibration."
 # What is quantized, how, and which engine reads it.
-_AFTER_TRAINING = "quantized with NVIDIA ModelOpt after training"
-_LEARNED = "Weights are rounded to nearest; the range of each channel or group is its absolute maximum, as in training."
 _FORMATS = {
     QuantFormat.fp8: (
         "FP8 (E4M3) weights with a scale per output channel, and activations with a scale per token",
-        "Weights are rounded to nearest; no calibration was needed.",
-        f"{_VLLM} of compute capability 8.9 and later.",
+        _ROUNDED,
+        _VLLM,
     ),
     QuantFormat.fp8_tensor: (
         "FP8 (E4M3) weights and activations with one scale per tensor",
         _CALIBRATED,
-        f"{_UNTRIED.format(gpus='NVIDIA')}.",
+        _UNTRIED.format(gpus="NVIDIA"),
     ),
     QuantFormat.nvfp4: (
         "FP4 (E2M1) weights and activations in blocks of 16, with scales in FP8",
         _CALIBRATED,
-        f"{_UNTRIED.format(gpus='NVIDIA Blackwell')}.",
+        _UNTRIED.format(gpus="NVIDIA Blackwell"),
     ),
     QuantFormat.int8: (
-        "INT8 weights with a scale per output channel, and activations with a scale per token",
-        "Weights are rounded to nearest; no calibration was needed.",
-        f"{_VLLM} (format compressed-tensors).",
+        "INT8 weights with a scale per output channel, and activations with a scale per token (compressed-tensors)",
+        _ROUNDED,
+        _VLLM,
     ),
     QuantFormat.int4: (
-        "INT4 weights in groups with a common scale; activations keep their type",
-        "Groups have {group} weights; the range of each was found by AWQ's clipping search, without its scaling of"
-        f" channels. {_CALIBRATED}",
-        f"{_VLLM} (format compressed-tensors).",
+        "INT4 weights with a scale for each {group} (compressed-tensors); activations keep their type",
+        "The ranges of the weights were found by AWQ's clipping search on tokens of the training data, without AWQ's"
+        " scaling of channels.",
+        _VLLM,
     ),
 }
 
@@ -178,19 +180,19 @@ def quantized_model_card(
     metadata["tags"] = [*(tags if isinstance(tags, list) else []), quant_format.value]
     if "base_model_relation" in metadata:
         metadata["base_model_relation"] = "quantized"
-    what, how, engines = _FORMATS[quant_format]
-    when = "distilled with fake quantization, and quantized with NVIDIA ModelOpt" if learned else _AFTER_TRAINING
-    how = (_LEARNED if learned else how).format(
-        samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size
+    what, how, engines = (
+        text.format(samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size)
+        for text in _FORMATS[quant_format]
     )
+    when = "after distillation with its rounding" if learned else "after training"
     patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
     others = f" and those that match {patterns}" if patterns else ""
-    body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2]
-    made = body.partition("```python")[0].strip().removeprefix("# ").partition("\n")
+    body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2].strip()
+    title, _, made = body.partition("```python")[0].removeprefix("# ").partition("\n")
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [
-        f"{made[0]}, {when}: {what}. {how}",
-        f"{len(kept)} linear layers keep their type: the output layer, routers{others}.",
+        f"{title}, quantized with NVIDIA ModelOpt {when}: {what}. {_ROUNDED if learned else how}",
+        f"Linear layers that keep their type ({len(kept)}): the output layer, routers{others}.",
         "",
         engines,
         "",
@@ -199,7 +201,7 @@ def quantized_model_card(
         "```",
         "",
         "## The model before quantization",
-        made[2].rstrip(),
+        made.rstrip(),
         "",
     ]
     return "\n".join(lines)

@@ -49,10 +49,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
     log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
     learned = cfg.distill.quantize is quant_format
-    # A student that learned the format has learned the ranges that its fake quantizers compute.
-    modelopt.quantize(
-        *(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches), search_ranges=not learned
-    )
+    modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches, learned=learned)
     with torch.inference_mode():
         simulated = model(batches[0][:1]).logits
     title = f"{cfg.name}: {folder.name}"
@@ -62,10 +59,10 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         card = quantized_model_card(title, inputs.student, quant_format, kept, cfg.quantize, learned=learned)
         (partial / "README.md").write_text(card)
         del model
-        divergence = check_export(partial, batches[0][:1], simulated)
+        error = check_export(partial, batches[0][:1], simulated)
     before, after = _file_bytes(inputs.student), _file_bytes(folder)
     log.info("%s: %.1f MB instead of %.1f", folder.name, after / 1e6, before / 1e6)
-    return {"kept_layers": kept, "bytes": after, "bytes_before": before, "export_kl": divergence}
+    return {"kept_layers": kept, "bytes": after, "bytes_before": before, "export_error": error}
 
 
 def _write(model: Any, kept: list[str], student: Path, folder: Path, cfg: QuantizeConfig) -> None:

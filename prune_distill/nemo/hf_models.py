@@ -75,9 +75,9 @@ def _are_ids(value: Any) -> bool:
 def link_compatible_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder with links to a model's files and a `config.json` for transformers 4 and 5.
 
-    For libraries that load models from a folder with their own version of transformers.
+    For libraries that load models from a folder with their own version of transformers. The model may be quantized.
     """
-    config = hf_config.make_compatible(hf_config.read_config(folder / "config.json"))
+    config = hf_config.make_compatible(hf_config.normalize(hf_config.parse(folder / "config.json")))
     with tempfile.TemporaryDirectory() as name:
         links = Path(name)
         for path in folder.iterdir():

@@ -225,8 +225,10 @@ def restore(
 
 
 def use_modelopt_spec(config: Any) -> None:
-    """Set ModelOpt's layer spec, whose linear layers are Megatron's own and whose norms are separate. Checkpoints do not
-    depend on the spec (megatron/core/post_training/modelopt/gpt/model_specs.py:64)."""
+    """Set ModelOpt's layer spec, which has Megatron's own linear layers and separate norms.
+
+    Checkpoints do not depend on it (megatron/core/post_training/modelopt/gpt/model_specs.py:64).
+    """
     _set_gpt_mamba_modelopt_spec(config)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,11 +15,9 @@ from modelopt.torch.export.quant_utils import get_weight_scaling_factor
 
 from prune_distill.schema import QuantFormat
 
-# Tokens on which the ranges of INT4 groups are searched, as in AWQ; the search takes about 20 times as many operations
-# as the weights have, for each of them (modelopt/torch/quantization/config.py:1085).
+# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085). For
+# each of them and for 11 ranges, the search multiplies all weights without matrix products.
 AWQ_TOKENS = 512
-
-log = logging.getLogger("recipes.quantize")
 
 
 def quantize(
@@ -30,7 +27,7 @@ def quantize(
     keep: Sequence[str],
     batches: Iterable[torch.Tensor],
     *,
-    search_ranges: bool = True,
+    learned: bool = False,
 ) -> None:
     """Insert quantizers into a model and calibrate them. The model then computes with simulated quantization.
 
@@ -39,12 +36,12 @@ def quantize(
         group_size: weights of `int4` that share a scale.
         keep: patterns of the names of linear layers that are not quantized, besides the output layer and routers.
         batches: calibration sequences `[b, s]`, on the model's device.
-        search_ranges: whether the range of each group of `int4` is searched; otherwise it is the absolute maximum, which
-            models learn that are trained with fake quantizers.
+        learned: whether the model was trained with the fake quantizers of the format. They have no state: the range
+            of each channel or group is its absolute maximum, so none is searched.
     """
     batches = list(batches)
     settings = _settings(quant_format, group_size, len(batches))
-    if not search_ranges:
+    if learned:
         settings["algorithm"] = "max"
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     # ModelOpt's patterns match names of quantizers, such as `lm_head.weight_quantizer`, and later ones win.
@@ -56,7 +53,7 @@ def quantize(
             model(batch)
 
     with torch.no_grad():
-        mtq.quantize(model, settings, calibrate if quant_format.calibrated else None)
+        mtq.quantize(model, settings, calibrate if quant_format.calibrated and not learned else None)
 
 
 def _settings(quant_format: QuantFormat, group_size: int, batches: int) -> dict[str, Any]:
