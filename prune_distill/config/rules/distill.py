@@ -211,8 +211,8 @@ def quantize_split(cfg: RunConfig) -> Iterator[Finding]:
     if split:
         yield Finding(
             TENSOR,
-            f"splits groups of quantize.int4_group_size={group} weights of the student's {', '.join(sorted(split))}; lower"
-            " one of the two",
+            f"splits groups of quantize.int4_group_size={group} weights of the student's {', '.join(sorted(split))};"
+            " lower one of the two",
         )
 
 
