@@ -32,8 +32,14 @@ from recipes import distill, quantize  # noqa: E402
 # The format of the fake quantization, and the formats that its student is written in.
 ARMS: dict[str | None, tuple[str, ...]] = {None: ("int4", "fp8"), "int4": ("int4",), "fp8": ("fp8",)}
 SEEDS = (1, 2, 3)
-# A low rate, because the student is trained already.
-RATES = ("distill.lr=3e-4", "distill.min_lr=3e-5", "distill.warmup_steps=5")
+SETTINGS = (
+    # A low rate, because the student is trained already.
+    *("distill.lr=3e-4", "distill.min_lr=3e-5", "distill.warmup_steps=5"),
+    # The loss is measured afterwards.
+    *("distill.val_batches=1", "distill.controls=[]", "evaluate.recovery=false"),
+    # AWQ's search uses 512 tokens of them in any case.
+    *("quantize.calibration_samples=64", "quantize.calibration_seq_length=256", "quantize.micro_batch_size=8"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,8 @@ class Demo:
     def config(self, steps: int, seed: int, trained: str | None, formats: tuple[str, ...]) -> RunConfig:
         return compose(
             [
-                *("experiment=demo", f"run_dir={self.run_dir}", f"seed={seed}", *RATES),
-                *(f"distill.max_steps={steps}", f"distill.val_every_n_steps={steps}"),
-                *(f"distill.save_every_n_steps={steps}", "distill.controls=[]", "evaluate.recovery=false"),
+                *("experiment=demo", f"run_dir={self.run_dir}", f"seed={seed}", *SETTINGS),
+                *(f"distill.{name}={steps}" for name in ("max_steps", "val_every_n_steps", "save_every_n_steps")),
                 f"quantize.formats=[{','.join(formats)}]",
                 f"distill.quantize={trained or 'null'}",
             ]
@@ -63,8 +68,8 @@ def measure(demo: Demo, folder: Path, steps: int) -> Iterator[dict[str, Any]]:
     """Yield the loss of each arm, seed and format."""
     student, teacher = demo.stage("distill") / "nemo", demo.stage("hf_to_nemo") / "nemo"
     nemo_api.restore(teacher)  # creates the process groups
-    for seed in SEEDS:
-        for trained, formats in ARMS.items():
+    for trained, formats in ARMS.items():
+        for seed in SEEDS:
             out = folder / f"seed{seed}-{trained}"
             out.mkdir(parents=True, exist_ok=True)
             cfg = demo.config(steps, seed, trained, formats)

