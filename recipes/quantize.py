@@ -47,8 +47,9 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     hf_models.check_fits([("model", hf_models.weight_bytes(inputs.student))], FIX)
     model = hf_models.load(inputs.student)
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
-    log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
     learned = cfg.distill.quantize is quant_format
+    if quant_format.calibrated and not learned:
+        log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
     modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches, learned=learned)
     with torch.inference_mode():
         simulated = model(batches[0][:1]).logits

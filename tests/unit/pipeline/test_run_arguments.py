@@ -33,6 +33,10 @@ VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
     "scored": (*HALVING, *TASK, "benchmark.enabled=true"),
     "swapped": (*CORRECTED, *ROUNDS, "distill.swap_teacher_at_step=20"),
+    "quantized": (
+        *("cluster=one_node", "cluster.gpu=h100_sxm", "cluster.devices_per_node=1", "distill.quantize=int4"),
+        "quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]",
+    ),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
