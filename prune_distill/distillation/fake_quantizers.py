@@ -7,7 +7,8 @@ of an activation. So they have no state: checkpoints contain plain weights, and 
 trained weights.
 
 ModelOpt's `mtq.quantize` is not called, because it also changes how Megatron stores the model: layers are no longer
-stacked, and each gets a pickled `_extra_state` (modelopt/torch/quantization/plugins/megatron.py:208).
+stacked, and each gets a pickled `_extra_state` (modelopt/torch/quantization/plugins/megatron.py:208). Converted layers
+sum the gradients of their weights without the fused kernel (line 255 there).
 
 Import this module after `backend.activate()`.
 """

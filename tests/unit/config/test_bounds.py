@@ -41,6 +41,7 @@ ABOVE_ZERO = [
     *keys_below("distill.kd", "kd_weight temperature top_k chunk_tokens intermediate_weight"),
     *keys_below("distill.kd.intermediate_pairs[N]", "student teacher"),
     *keys_below("distill", "cached_logits_top_k cached_logits_shard_sequences swap_teacher_at_step"),
+    *keys_below("quantize", "calibration_samples calibration_seq_length micro_batch_size int4_group_size"),
     *keys_below("evaluate", "seq_length micro_batch_size max_sequences task_limit task_batch_size"),
     *keys_below("evaluate", "sample_prompt_tokens sample_new_tokens"),
     *keys_below("evaluate.continuations", "questions context_words choice_words"),

@@ -10,7 +10,6 @@ from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import Shape
 
 TP2 = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
-GPU = ("cluster=one_node", "cluster.gpu=h100_sxm")
 
 
 def find_faults(*overrides: str) -> list[Fault]:

@@ -34,8 +34,8 @@ VARIANTS = {
     "scored": (*HALVING, *TASK, "benchmark.enabled=true"),
     "swapped": (*CORRECTED, *ROUNDS, "distill.swap_teacher_at_step=20"),
     "quantized": (
-        *("cluster=one_node", "cluster.gpu=h100_sxm", "cluster.devices_per_node=1", "distill.quantize=int4"),
-        "quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]",
+        *("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "distill.quantize=int4"),
+        "cluster.gpu=h100_sxm",
     ),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }

@@ -17,12 +17,14 @@ from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.stage import External, Output
 from prune_distill.pipeline.stages import STAGES, find, select_stages
-from prune_distill.schema import Loss, RunConfig
+from prune_distill.schema import Loss, QuantFormat, RunConfig
 from prune_distill.schema.fields import Identity, identity_of
 
 DROP = "prune.drop_layers=[2]"
 CONTROLS = "distill.controls=[ce,scratch]"
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
+FORMATS = [quant_format.value for quant_format in QuantFormat]
+QUANTIZED = ("cluster.gpu=h100_sxm", f"quantize.formats=[{','.join(FORMATS)}]")
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
@@ -72,8 +74,10 @@ def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
         for stage in STAGES
         if stage.name not in ("search", "successive_halving") and ".round" not in stage.name
     ]
-    assert [stage.name for stage in select_stages(demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS))] == every
-    plain = [name for name in every if name not in ("correct_teacher", "cache_logits")]
+    everything = demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS, *QUANTIZED)
+    assert [stage.name for stage in select_stages(everything)] == every
+    quantized = {f"{stage}.{name}" for stage in ("quantize", "evaluate") for name in FORMATS}
+    plain = [name for name in every if name not in {"correct_teacher", "cache_logits", *quantized}]
     assert [stage.name for stage in select_stages(demo(CONTROLS))] == plain
     few = select_stages(demo("distill.controls=[]", "evaluate.verify_tokens=0"))
     controls = {f"{stage}.{name}" for stage in ("distill", "nemo_to_hf", "evaluate") for name in ("ce", "scratch")}
@@ -184,7 +188,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     ]
     ranks = {stage.name: stage.ranks(cfg) for stage in named}
     of_all_ranks = {"correct_teacher", "cache_logits", "distill", "distill.ce", "distill.scratch"}
-    of_all_ranks |= {"evaluate", "evaluate.ce", "evaluate.scratch"}
+    of_all_ranks |= {"evaluate", *(f"evaluate.{name}" for name in ("ce", "scratch", *FORMATS))}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
 
