@@ -26,6 +26,7 @@ LAYOUTS = {
     "dp2": (TWO_RANKS,),
     "tp2_sp": (TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"),
     "pp2": (TWO_RANKS, "distill.parallel.pipeline_model_parallel_size=2"),
+    "cp2": (TWO_RANKS, "distill.parallel.context_parallel_size=2"),
 }
 
 
