@@ -63,13 +63,14 @@ def test_the_export_in_fp32_continues_prompts_as_transformers_does(tmp_path: Pat
 
 # The differences to the reader, relative to what quantization changes; independent roundings would make about 1.4. In
 # fp32 nothing but the order of sums differs, which moves few activations to another step of INT8 (0.07 measured). vLLM
-# computes FP8 in bf16 (it refuses ModelOpt's formats in fp32), whose rounding moves many to another step (0.60).
+# computes FP8 and INT4 in bf16 (it refuses ModelOpt's formats in fp32, and its INT4 kernel for CPUs has no fp32), whose
+# rounding moves many FP8 activations to another step (0.60 measured, and 0.04 of INT4).
 @pytest.mark.parametrize(
     ("quant_format", "name", "dtype", "most"),
     [
         ("fp8", "qwen3_untied_bf16", "bfloat16", 0.75),
         ("int8", "qwen3_tied", "float32", 0.15),
-        ("int4", "qwen3_tied", "float32", 0.001),
+        ("int4", "qwen3_untied_bf16", "bfloat16", 0.1),
     ],
 )
 def test_a_quantized_model_computes_as_the_reader_does(
@@ -95,7 +96,9 @@ def test_a_folder_that_vllm_cannot_load(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling takes longer than all that is generated
+    # Compiling takes longer than all that is generated.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
     teacher = write_student(tmp_path / "teacher", "qwen3_tied", **SIZES)
     student = write_student(tmp_path / "student", "qwen3_tied", **SIZES, num_hidden_layers=1)
     cfg = BenchmarkConfig(
