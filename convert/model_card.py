@@ -165,7 +165,7 @@ def model_card(
 
 
 def quantized_model_card(
-    name: str, student: Path, quant_format: QuantFormat, kept: Sequence[str], cfg: QuantizeConfig
+    name: str, student: Path, quant_format: QuantFormat, kept: Sequence[str], cfg: QuantizeConfig, *, learned: bool
 ) -> str:
     """Return the card of a quantized model.
 
@@ -173,6 +173,7 @@ def quantized_model_card(
         name: name of the quantized model.
         student: folder of the model that was quantized, whose card continues this one.
         kept: names of its linear layers that are not quantized.
+        learned: whether the student was distilled with fake quantization to this format.
     """
     metadata = _front_matter(student)
     tags = metadata.get("tags")
@@ -183,13 +184,14 @@ def quantized_model_card(
         text.format(samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size)
         for text in _FORMATS[quant_format]
     )
+    when = "after distillation with its rounding" if learned else "after training"
     patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
     others = f" and those that match {patterns}" if patterns else ""
     body = (student / "README.md").read_text(errors="replace").rpartition("\n---\n")[2].strip()
     title, _, made = body.partition("```python")[0].removeprefix("# ").partition("\n")
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     lines += [
-        f"{title}, quantized with NVIDIA ModelOpt after training: {what}. {how}",
+        f"{title}, quantized with NVIDIA ModelOpt {when}: {what}. {_ROUNDED if learned else how}",
         f"Linear layers that keep their type ({len(kept)}): the output layer, routers{others}.",
         "",
         engines,

@@ -40,7 +40,7 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`."""
-    model = student_to_train(cfg.distill, inputs.student, inputs.teacher)
+    model = student_to_train(cfg.distill, inputs.student, inputs.teacher, cfg.quantize)
     cached_logits = None
     if inputs.cached_logits is not None:
         cached_logits = CachedLogitsReader(inputs.cached_logits)

@@ -47,16 +47,17 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     hf_models.check_fits([("model", hf_models.weight_bytes(inputs.student))], FIX)
     model = hf_models.load(inputs.student)
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
-    if quant_format.calibrated:
+    learned = cfg.distill.quantize is quant_format
+    if quant_format.calibrated and not learned:
         log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
-    modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches)
+    modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches, learned=learned)
     with torch.inference_mode():
         simulated = model(batches[0][:1]).logits
     title = f"{cfg.name}: {folder.name}"
     kept = modelopt.list_kept(model)
     with replace_folder(folder, inputs.student) as partial:
         _write(model, kept, inputs.student, partial, cfg.quantize)
-        card = quantized_model_card(title, inputs.student, quant_format, kept, cfg.quantize)
+        card = quantized_model_card(title, inputs.student, quant_format, kept, cfg.quantize, learned=learned)
         (partial / "README.md").write_text(card)
         del model
         error = check_export(partial, batches[0][:1], simulated)

@@ -132,7 +132,7 @@ def _distill(cfg: RunConfig, inputs: Inputs, name: str, out: Path, step: int) ->
     if successive_halving.has_reached(folder, step):
         return
     teacher = inputs.teacher if cfg.distill.loss is Loss.kd else None
-    model = student_to_train(cfg.distill, pruned, teacher)
+    model = student_to_train(cfg.distill, pruned, teacher, cfg.quantize)
     if rank() == 0:
         successive_halving.discard_unfinished(folder, step)
     torch.distributed.barrier()

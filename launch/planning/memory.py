@@ -23,6 +23,7 @@ from prune_distill.schema import (
     LossImplementation,
     Precision,
     PruneConfig,
+    QuantFormat,
     Recompute,
     Shape,
     Training,
@@ -222,7 +223,7 @@ def _kept(training: Training, models: Models, ranks: int, stage: int, tokens: in
         layer_elements = tokens * student.hidden_size // shared
     else:
         # `selective` recomputes the attention core, of which a kernel without stored scores keeps next to nothing.
-        layer_elements = _layer_elements(training, models, tokens)
+        layer_elements = _layer_elements(training, models, tokens) + _rounded_elements(training, student, tokens)
     kept = student.num_layers // stages * layer_elements
     if stages > 1:
         # What the stages hand on, student and teacher side by side, and, where it is received, its gradient
@@ -292,8 +293,25 @@ def _working(training: Training, models: Models, tokens: int) -> int:
         gradients = (
             tokens * ((shape.moe_router_topk or 0) * expert_elements + shape.hidden_size) // _sequence_share(training)
         )
-    again = _layer_elements(training, models, tokens) if training.recompute is Recompute.full else 0
-    return gradients + again
+    if training.recompute is not Recompute.full:
+        return gradients
+    return gradients + _layer_elements(training, models, tokens) + _rounded_elements(training, shape, tokens)
+
+
+def _rounded_elements(training: Training, shape: Shape, tokens: int) -> int:
+    """Elements that fake quantization (`distill.quantize`) adds to what a layer keeps for its backward pass.
+
+    Linear layers keep their rounded factors (megatron/core/tensor_parallel/layers.py:
+    LinearWithGradAccumulationAndAsyncCommunication), so each micro batch in flight keeps a copy of the weights. Rounded
+    inputs replace the inputs, except for that of the output projection, which the attention kernel keeps too.
+    """
+    if not isinstance(training, DistillConfig) or training.quantize is None:
+        return 0
+    queries, keys = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
+    # As if there were a gate.
+    weights = shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.ffn_hidden_size)
+    inputs = 0 if training.quantize is QuantFormat.int4 else tokens * queries
+    return (weights + inputs) // training.parallel.tensor_model_parallel_size
 
 
 def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int) -> Memory:

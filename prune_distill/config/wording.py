@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -43,7 +44,7 @@ def divisors(value: int) -> list[int]:
     return [number for number in range(1, value + 1) if value % number == 0]
 
 
-def any_of(values: list[int]) -> str:
+def any_of(values: Sequence[int | str]) -> str:
     return " or ".join(str(value) for value in values)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import cached_logits_batch
+from prune_distill.distillation.fake_quantizers import FakeQuantization
 from prune_distill.distillation.kd_loss import check_implementation, distillation_loss
 from prune_distill.distillation.loss_chunk import Head
 from prune_distill.distillation.loss_terms import TopK
@@ -43,7 +44,7 @@ from prune_distill.nemo import backend, devices, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.precision import match_precision
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
-from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation
+from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation, QuantizeConfig
 
 log = logging.getLogger("recipes.distillation")
 
@@ -209,10 +210,13 @@ class _FixedLossModel(llm.GPTModel):
 
     Attributes:
         kd: set after construction, because NeMo records the constructor's arguments in the checkpoint's context.
+        fake_quantization: of the student's linear layers; None: it computes with its weights as they are. Set like
+            `kd`.
         head: None if output layer and loss are upstream's.
     """
 
     kd: KdConfig
+    fake_quantization: FakeQuantization | None = None
     head: FusedHead | None = None
 
     def forward_step(self, batch: dict[str, Any]) -> Any:
@@ -247,6 +251,8 @@ class DistilledModel(_FixedLossModel, DistillationGPTModel):
         if hasattr(self, "module"):
             return
         student, teacher_config = self.config.configure_model(self.tokenizer), self._teacher_config
+        if self.fake_quantization is not None:
+            self.fake_quantization.insert(student)
         for name in _LAYOUT:
             setattr(teacher_config, name, getattr(self.config, name))
         options = {"tokenizer": self.tokenizer, "trainer": self.trainer}
@@ -277,6 +283,8 @@ class StudentModel(_FixedLossModel):
         if hasattr(self, "module"):
             return
         super().configure_model()
+        if self.fake_quantization is not None:
+            self.fake_quantization.insert(core_model(self))
         self.head = FusedHead(core_model(self), None, self.kd)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
@@ -320,12 +328,15 @@ def _layer_name(number: int, config: Any) -> str:
     return f"decoder.layers.{number - 1 - get_transformer_layer_offset(config)}"
 
 
-def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | None) -> llm.GPTModel:
+def student_to_train(
+    distill: DistillConfig, checkpoint: Path, teacher: Path | None, quantize: QuantizeConfig | None = None
+) -> llm.GPTModel:
     """Build the model that trains a student: with its teacher, or alone on the data or on cached logits.
 
     Args:
         checkpoint: the student's NeMo checkpoint.
         teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
+        quantize: groups and kept layers of the format `distill.quantize`.
 
     Raises:
         InputError: not a NeMo checkpoint; tokenizers or vocabularies differ; this device cannot compute the
@@ -333,6 +344,11 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
     """
     check_implementation(distill.kd, devices.torch_device())
     student = nemo_api.load_model(checkpoint)
+    fake_quantization = None
+    if distill.quantize is not None:
+        assert quantize is not None
+        nemo_api.use_modelopt_spec(student.config)
+        fake_quantization = FakeQuantization(distill.quantize, quantize.int4_group_size, tuple(quantize.keep))
     if teacher is None:
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
         model.kd = distill.kd if distill.reads_cached_logits else _data_loss(distill.kd)
@@ -343,6 +359,7 @@ def student_to_train(distill: DistillConfig, checkpoint: Path, teacher: Path | N
         match_precision(config, distill.precision, distill.fp8_of_teacher)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
+    model.fake_quantization = fake_quantization
     # Checkpoints describe the student, so that they load as the student's class (as in nemo's llm.distill).
     model.__io__ = student.__io__
     return model  # type: ignore[no-any-return]

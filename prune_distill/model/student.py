@@ -278,6 +278,8 @@ def round_settings(cfg: RunConfig, number: int) -> dict[str, object]:
         **{f"prune.{name}": getattr(own, name) for name in (*AXES, *EXPERT_AXES, "drop_layers")},
         "prune.rounds": cfg.prune.rounds[: number - 1],
         "distill.max_steps": own.steps,
+        # The weights of the last distillation are those that are quantized.
+        "distill.quantize": None,
         # These refer to steps of the last distillation, or to stages before it.
         **{f"distill.{name}": [] for name in ("phases", "skip_steps", "controls")},
         "distill.teacher_logits": TeacherLogits.live,

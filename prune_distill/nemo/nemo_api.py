@@ -189,7 +189,7 @@ def restore(
     """
     model = load_model(checkpoint)
     if modelopt_spec:
-        _set_gpt_mamba_modelopt_spec(model.config)
+        use_modelopt_spec(model.config)
     trainer = make_trainer(
         Parallel(tensor_model_parallel_size, pipeline_model_parallel_size, sequence_parallel=False),
         precision or model_precision(model.config),
@@ -210,6 +210,14 @@ def restore(
     trainer.strategy.restore_config = None  # a later setup must not load the weights again
     check_parameters(trainer.strategy.megatron_parallel.sharded_state_dict(), checkpoint)
     return model, trainer
+
+
+def use_modelopt_spec(config: Any) -> None:
+    """Set ModelOpt's layer spec, which has Megatron's own linear layers and separate norms.
+
+    Checkpoints do not depend on it (megatron/core/post_training/modelopt/gpt/model_specs.py:64).
+    """
+    _set_gpt_mamba_modelopt_spec(config)
 
 
 def _layers_in_last_stage(layers: int, stages: int) -> int | None:

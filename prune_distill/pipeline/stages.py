@@ -52,17 +52,25 @@ READ_BY_SIGNAL = {
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
 READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
+# Of `distill.quantize`, which needs them in the hash (`_fake_quantization`).
+READ_BY_FAKE_QUANTIZERS = dict.fromkeys(
+    ("quantize.int4_group_size", "quantize.keep"), "used with distill.quantize, which adds them to the hash"
+)
 READ_BY_HALVING = {
+    **READ_BY_FAKE_QUANTIZERS,
     **REVISION,
     "evaluate.tasks": "the available tasks; the measured one is in the prune section",
     "evaluate.seq_length": "for an estimate of memory",
     "model.name": "on the cards of exported candidates, which are removed after scoring",
 }
 # For the utilization in metrics.jsonl, which is computed from the sizes of the student and the teacher.
-READ_BY_DISTILL = dict.fromkeys(
-    ("model.shape", "model.family", "prune", "convert.export_dtype"),
-    "for the speed in metrics.jsonl; weights depend on the input models",
-)
+READ_BY_DISTILL = {
+    **READ_BY_FAKE_QUANTIZERS,
+    **dict.fromkeys(
+        ("model.shape", "model.family", "prune", "convert.export_dtype"),
+        "for the speed in metrics.jsonl; weights depend on the input models",
+    ),
+}
 READ_BY_EXPORT = {**REVISION, "distill": "for cards; in the hash of the distillation, an input"}
 READ_BY_QUANTIZE = {
     **dict.fromkeys(
@@ -70,6 +78,7 @@ READ_BY_QUANTIZE = {
         "for the number of sequences in the log, of which these formats use one to check the result",
     ),
     "quantize.int4_group_size": "used by int4, which has it in its hash",
+    "distill.quantize": "in the hash of distill, whose student is the input",
 }
 READ_BY_EVALUATE = {
     **REVISION,
@@ -84,6 +93,14 @@ READ_BY_REPORT = {
     "evaluate.max_sequences": "in the hash of evaluate, an input",
     "model.shape": "read from the teacher's files, inputs of stages that are inputs",
 }
+
+
+def _fake_quantization(cfg: RunConfig) -> tuple[str, ...]:
+    """Return the keys that decide a distillation's fake quantization, besides `distill.quantize`."""
+    if cfg.distill.quantize is None:
+        return ()
+    group = ("quantize.int4_group_size",) if cfg.distill.quantize is QuantFormat.int4 else ()
+    return ("quantize.keep", *group)
 
 
 def _is_verified(cfg: RunConfig) -> bool:
@@ -124,6 +141,7 @@ DISTILL = Stage(
     inputs.distill_inputs,
     count_ranks,
     trains=True,
+    more_sections=_fake_quantization,
     reads=READ_BY_DISTILL,
     needs_nemo=True,
 )
@@ -291,7 +309,7 @@ STAGES: tuple[Stage, ...] = (
         count_ranks,
         wanted=lambda cfg: cfg.prune.successive_halving is not None,
         trains=True,
-        more_sections=lambda cfg: SCORING if inputs.is_scored(cfg) else (),
+        more_sections=lambda cfg: (*_fake_quantization(cfg), *(SCORING if inputs.is_scored(cfg) else ())),
         libraries=lambda cfg: ("lm_eval",) if inputs.is_scored(cfg) else (),
         reads=READ_BY_HALVING,
         needs_nemo=True,

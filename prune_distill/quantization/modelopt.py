@@ -21,7 +21,13 @@ AWQ_TOKENS = 512
 
 
 def quantize(
-    model: Any, quant_format: QuantFormat, group_size: int, keep: Sequence[str], batches: Iterable[torch.Tensor]
+    model: Any,
+    quant_format: QuantFormat,
+    group_size: int,
+    keep: Sequence[str],
+    batches: Iterable[torch.Tensor],
+    *,
+    learned: bool = False,
 ) -> None:
     """Insert quantizers into a model and calibrate them. The model then computes with simulated quantization.
 
@@ -30,9 +36,13 @@ def quantize(
         group_size: weights of `int4` that share a scale.
         keep: patterns of the names of linear layers that are not quantized, besides the output layer and routers.
         batches: calibration sequences `[b, s]`, on the model's device.
+        learned: whether the model was trained with the fake quantizers of the format. They have no state: the range
+            of each channel or group is its absolute maximum, so none is searched.
     """
     batches = list(batches)
     settings = _settings(quant_format, group_size, len(batches))
+    if learned:
+        settings["algorithm"] = "max"
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     # ModelOpt's patterns match names of quantizers, such as `lm_head.weight_quantizer`, and later ones win.
     kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)]
@@ -43,7 +53,7 @@ def quantize(
             model(batch)
 
     with torch.no_grad():
-        mtq.quantize(model, settings, calibrate if quant_format.calibrated else None)
+        mtq.quantize(model, settings, calibrate if quant_format.calibrated and not learned else None)
 
 
 def _settings(quant_format: QuantFormat, group_size: int, batches: int) -> dict[str, Any]:

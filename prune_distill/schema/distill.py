@@ -16,6 +16,7 @@ from prune_distill.schema.fields import (
     placement,
     recorded,
 )
+from prune_distill.schema.quantize import QuantFormat
 from prune_distill.schema.training import Fp8, Training
 
 
@@ -127,6 +128,9 @@ class DistillConfig(Training):
     teacher_correction: Training | None = hashed_elsewhere(None)
     # The step at which the corrected teacher replaces the original one; null: it is the teacher from the start.
     swap_teacher_at_step: PositiveInt | None = hashed_if(None, lambda distill: distill.loss is Loss.kd)
+    # Trains the student with fake quantization to a format: fp8, int8 or int4 (quantization-aware distillation); null:
+    # without. The stage quantize.FORMAT then writes it. Groups and kept layers are those of the group quantize.
+    quantize: QuantFormat | None = None
     # Further students, trained for the same steps on the same data, for comparison in the report: "ce" (no teacher),
     # "scratch" (no teacher and random initial weights).
     controls: list[str] = placement(list)

@@ -76,8 +76,9 @@ def planned(cfg: RunConfig, ranks: int) -> list[Memory]:
         (2, ("distill.parallel.pipeline_model_parallel_size=2",)),
         (2, ("distill.kd.lm_weight=0.5",)),
         (2, (UPSTREAM,)),
+        (1, ("distill.quantize=int8", "quantize.formats=[int8]", *PLAIN_OPTIMIZER)),
     ],
-    ids=["dp2", "recompute", "pp2", "mix", "upstream"],
+    ids=["dp2", "recompute", "pp2", "mix", "upstream", "fake_quantization"],
 )
 def test_the_memory_of_a_rank_matches_the_plan(
     finished: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]

@@ -6,16 +6,32 @@ from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
 from prune_distill.config.rules.prune import STUDENT
+from prune_distill.config.rules.quantize import is_kept, linear_layers
 from prune_distill.config.rules.training import list_models
 from prune_distill.config.values import require
-from prune_distill.config.wording import quote_for_hydra
-from prune_distill.schema import Divergence, Loss, LossImplementation, Recompute, RunConfig, TeacherLogits
+from prune_distill.config.wording import any_of, quote_for_hydra
+from prune_distill.model.student import student_shapes
+from prune_distill.schema import (
+    Divergence,
+    Loss,
+    LossImplementation,
+    QuantFormat,
+    Recompute,
+    RunConfig,
+    TeacherLogits,
+)
 
 # Further students that the stage table knows.
 CONTROLS = ("ce", "scratch")
 TOP_K, PAIRS, IMPLEMENTATION = (f"distill.kd.{name}" for name in ("top_k", "intermediate_pairs", "implementation"))
 SWAP = "distill.swap_teacher_at_step"
 PIPELINE = "distill.parallel.pipeline_model_parallel_size"
+TENSOR = "distill.parallel.tensor_model_parallel_size"
+QUANTIZE = "distill.quantize"
+# Layers whose inputs tensor parallelism splits.
+SPLIT_INPUTS = ("o_proj", "down_proj")
+# Formats whose ranges follow from the weights and activations of each forward pass, without calibration.
+LEARNED_FORMATS = (QuantFormat.fp8, QuantFormat.int8, QuantFormat.int4)
 
 
 @rule("distill.controls", "distill.controls", "distill.loss")
@@ -162,6 +178,45 @@ def pairs_pipeline(cfg: RunConfig) -> Iterator[Finding]:
                 f"layers {early} of the {who} are not on the last of {PIPELINE}={stages} stages, where the loss is; "
                 f"name layers from {first} to {count}, or set {PIPELINE}=1",
             )
+
+
+@rule("distill.quantize", QUANTIZE, "quantize.formats", "model.shape.num_moe_experts")
+def quantize(cfg: RunConfig) -> Iterator[Finding]:
+    found = cfg.distill.quantize
+    if found is None:
+        return
+    if found not in LEARNED_FORMATS:
+        known = any_of([name.value for name in LEARNED_FORMATS])
+        yield Finding(QUANTIZE, f"its ranges come from a calibration before training; set {QUANTIZE} to {known}")
+    elif found not in cfg.quantize.formats:
+        formats = quote_for_hydra([name.value for name in (*cfg.quantize.formats, found)])
+        yield Finding(
+            QUANTIZE,
+            f"the student learns a format that no stage writes; set quantize.formats={formats}, or {QUANTIZE}=null",
+        )
+    if require(cfg.model.shape).num_moe_experts is not None:
+        # ModelOpt's layer spec computes one expert after the other (megatron's model_specs.py:171).
+        yield Finding(QUANTIZE, f"not supported for mixtures of experts; set {QUANTIZE}=null")
+
+
+@rule("distill.quantize_split", QUANTIZE, "quantize.int4_group_size", "quantize.keep", TENSOR, *STUDENT)
+def quantize_split(cfg: RunConfig) -> Iterator[Finding]:
+    """Report groups of weights that tensor parallelism would split."""
+    group, ranks = cfg.quantize.int4_group_size, cfg.distill.parallel.tensor_model_parallel_size
+    if cfg.distill.quantize is not QuantFormat.int4 or ranks == 1:
+        return
+    split = {
+        f"{layer.size} {layer.inputs}"
+        for shape in student_shapes(cfg)
+        for layer in linear_layers(shape, cfg.model.family.traits.gated_mlp)
+        if layer.name.endswith(SPLIT_INPUTS) and layer.inputs % (group * ranks) and not is_kept(cfg, layer.name)
+    }
+    if split:
+        yield Finding(
+            TENSOR,
+            f"splits groups of quantize.int4_group_size={group} weights of the student's {', '.join(sorted(split))};"
+            " lower one of the two",
+        )
 
 
 def _layers(cfg: RunConfig) -> list[tuple[str, str, int]]:

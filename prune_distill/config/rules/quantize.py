@@ -54,7 +54,7 @@ def linear_layers(shape: Shape, gated: bool) -> Iterator[Layer]:
             yield Layer(f"{prefix}.{ffn}.down_proj", width[1], width[0])
 
 
-def _is_kept(cfg: RunConfig, name: str) -> bool:
+def is_kept(cfg: RunConfig, name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in cfg.quantize.keep)
 
 
@@ -107,7 +107,7 @@ def blocks(cfg: RunConfig) -> Iterator[Finding]:
             (layer.name.rpartition(".")[2], layer.size, layer.inputs)
             for shape in student_shapes(cfg)
             for layer in linear_layers(shape, cfg.model.family.traits.gated_mlp)
-            if layer.inputs % block and not _is_kept(cfg, layer.name)
+            if layer.inputs % block and not is_kept(cfg, layer.name)
         }
         if uneven:
             names = sorted({name for name, _, _ in uneven})
@@ -141,7 +141,7 @@ def keep(cfg: RunConfig) -> Iterator[Finding]:
         kept: dict[str, set[str]] = {}
         for name in names:
             parent, _, own = name.rpartition(".")
-            if own in joined and _is_kept(cfg, name):
+            if own in joined and is_kept(cfg, name):
                 kept.setdefault(parent, set()).add(own)
         present = {own for name in names if (own := name.rpartition(".")[2]) in joined}
         partly = sorted(parent for parent, own in kept.items() if own != present)

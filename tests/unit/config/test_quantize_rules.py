@@ -9,6 +9,8 @@ from prune_distill.config.rules.quantize import linear_layers
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.schema import Shape
 
+TP2 = ("cluster.devices_per_node=2", "distill.parallel.tensor_model_parallel_size=2")
+
 
 def find_faults(*overrides: str) -> list[Fault]:
     try:
@@ -45,6 +47,15 @@ def find_faults(*overrides: str) -> list[Fault]:
             ["quantize.formats=[int8]", 'quantize.keep=["*.q_proj"]'],
             *("quantize.keep", "quantize.keep", "keep all of them, or none"),
         ),
+        (["distill.quantize=int4"], "distill.quantize", "distill.quantize", "set quantize.formats=[int4]"),
+        (
+            ["distill.quantize=fp8_tensor", "quantize.formats=[fp8_tensor]"],
+            *("distill.quantize", "distill.quantize", "set distill.quantize to fp8 or int8 or int4"),
+        ),
+        (
+            ["distill.quantize=int4", "quantize.formats=[int4]", *TP2],
+            *("distill.quantize_split", "distill.parallel.tensor_model_parallel_size", "FFN size 640"),
+        ),
     ],
 )
 def test_a_fault(overrides: list[str], rule: str, key: str, fix: str) -> None:
@@ -60,12 +71,23 @@ def test_a_fault(overrides: list[str], rule: str, key: str, fix: str) -> None:
         ["quantize.formats=[int8]", "prune.ffn_hidden_size=448"],
         ["quantize.formats=[int4]", "prune.ffn_hidden_size=448", 'quantize.keep=["*.down_proj"]'],
         ["quantize.formats=[int8]", "quantize.keep=[lm_head,model.layers.0.*]"],
+        ["distill.quantize=int4", "quantize.formats=[int4,fp8]"],
+        ["distill.quantize=int4", "quantize.formats=[int4]", "quantize.int4_group_size=32", *TP2],
+        ["distill.quantize=int8", "quantize.formats=[int8]", *TP2],
         # Without formats, nothing of the group matters.
         ["quantize.keep=[mlp]", "quantize.int4_group_size=16", "quantize.calibration_seq_length=4096"],
     ],
 )
 def test_what_is_accepted(overrides: list[str]) -> None:
     assert find_faults(*overrides) == []
+
+
+def test_mixtures_are_not_distilled_with_fake_quantization() -> None:
+    experts = ("num_moe_experts=4", "moe_ffn_hidden_size=128", "moe_router_topk=2")
+    mixture = ("model.family=qwen3_moe", *(f"model.shape.{size}" for size in experts), "prune.ffn_hidden_size=null")
+    assert find_faults(*mixture, "quantize.formats=[int8]") == []
+    (fault,) = find_faults(*mixture, "quantize.formats=[int8]", "distill.quantize=int8")
+    assert (fault.rule, fault.keys[0]) == ("distill.quantize", "distill.quantize")
 
 
 def test_layers_of_experts() -> None:

@@ -100,3 +100,19 @@ def test_a_change_affects_its_readers_and_later_stages(change: tuple[str, Any], 
     found = changed((), *change)
     assert first in found
     assert same not in found
+
+
+@pytest.mark.parametrize(
+    ("quant_format", "key", "value", "depends"),
+    [
+        ("int4", "quantize.int4_group_size", 64, True),
+        ("int4", "quantize.keep", ["*.o_proj"], True),
+        ("int8", "quantize.int4_group_size", 64, False),
+        ("int4", "quantize.calibration_samples", 8, False),
+    ],
+)
+def test_fake_quantization_is_that_of_its_settings(quant_format: str, key: str, value: Any, depends: bool) -> None:
+    overrides = (f"distill.quantize={quant_format}", f"quantize.formats=[{quant_format}]")
+    assert ("distill" in changed(overrides, key, value)) == depends
+    # Without fake quantization, a distillation does not depend on the formats that are written later.
+    assert "distill" not in changed(overrides[1:], key, value)

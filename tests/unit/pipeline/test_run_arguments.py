@@ -33,7 +33,10 @@ VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
     "scored": (*HALVING, *TASK, "benchmark.enabled=true"),
     "swapped": (*CORRECTED, *ROUNDS, "distill.swap_teacher_at_step=20"),
-    "quantized": ("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "cluster.gpu=h100_sxm"),
+    "quantized": (
+        *("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "distill.quantize=int4"),
+        "cluster.gpu=h100_sxm",
+    ),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]

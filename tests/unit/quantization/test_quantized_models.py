@@ -103,6 +103,20 @@ def test_a_tied_output_layer_stays_tied(tmp_path: Path) -> None:
         assert torch.equal(model.lm_head.weight, hf_models.load(student).lm_head.weight)
 
 
+def test_a_learned_format_has_the_largest_values_as_ranges(student: Path, tmp_path: Path) -> None:
+    """Those of the fake quantizers that trained it, instead of searched ones."""
+    quantize_student(student, "int4", tmp_path / "out", ["distill.quantize=int4"])
+    layer = "model.layers.1.mlp.down_proj"
+    with safe_open(student / "model.safetensors", "pt") as file:
+        weight = file.get_tensor(f"{layer}.weight").float()
+    with safe_open(tmp_path / "out" / "student_int4" / "model.safetensors", "pt") as file:
+        scale = file.get_tensor(f"{layer}.weight_scale")
+    torch.testing.assert_close(scale, (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 7).bfloat16(), rtol=0, atol=0)
+    card = (tmp_path / "out" / "student_int4" / "README.md").read_text()
+    assert "after distillation with its rounding" in card
+    assert "clipping search" not in card
+
+
 def test_a_wrong_scale_is_found(student: Path, tmp_path: Path) -> None:
     """The check of the stage, on a folder whose values went wrong."""
     from safetensors.torch import load_file, save_file
