@@ -180,7 +180,7 @@ def pairs_pipeline(cfg: RunConfig) -> Iterator[Finding]:
             )
 
 
-@rule("distill.quantize", QUANTIZE, "quantize.formats", "model.shape.num_moe_experts")
+@rule("distill.quantize", QUANTIZE, "quantize.formats", "model.shape.num_moe_experts", "distill.fp8")
 def quantize(cfg: RunConfig) -> Iterator[Finding]:
     found = cfg.distill.quantize
     if found is None:
@@ -193,6 +193,11 @@ def quantize(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(
             QUANTIZE,
             f"the student learns a format that no stage writes; set quantize.formats={formats}, or {QUANTIZE}=null",
+        )
+    if cfg.distill.fp8 is not None:
+        # ModelOpt's layer spec has Megatron's own linear layers, which know no FP8.
+        yield Finding(
+            QUANTIZE, f"distill.fp8={cfg.distill.fp8.value} computes with other scales; set one of the two to null"
         )
     if require(cfg.model.shape).num_moe_experts is not None:
         # ModelOpt's layer spec computes one expert after the other (megatron's model_specs.py:171).

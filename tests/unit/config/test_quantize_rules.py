@@ -49,6 +49,10 @@ def find_faults(*overrides: str) -> list[Fault]:
         ),
         (["distill.quantize=int4"], "distill.quantize", "distill.quantize", "set quantize.formats=[int4]"),
         (
+            ["distill.quantize=int8", "quantize.formats=[int8]", "distill.precision=bf16", "distill.fp8=hybrid"],
+            *("distill.quantize", "distill.quantize", "set one of the two to null"),
+        ),
+        (
             ["distill.quantize=fp8_tensor", "quantize.formats=[fp8_tensor]"],
             *("distill.quantize", "distill.quantize", "set distill.quantize to fp8 or int8 or int4"),
         ),
