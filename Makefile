@@ -12,7 +12,9 @@ PIP := pip --disable-pip-version-check
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-test: lint types unit integration test-slurm
+# Slurm's tests mostly wait, so they run beside the integration tests; the output of each is printed when it has ended.
+test: lint types unit
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target integration test-slurm
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ memory          distill: a list, one a pipeline stage; prune: its largest. Each:
                 activations, loss, reserve, total (bytes; the reserve is an assumption, and 0 where the GPU is not
                 stated). Lists, where a run has them: correct_teacher, cache_logits
 layout          the present one: tensor, pipeline, context, data, micro_batch_size, recompute, peak, seconds (of a step)
+loss_chunk      tokens of a chunk of the loss; null with distill.kd.implementation=upstream
 layouts         those that fit, best first; undivided: values that keep others from dividing
 disk            tokens, teacher, students, checkpoints, signal (if stored), total; written: of that; free (bytes)
 warnings        sentences

@@ -36,7 +36,7 @@ def test_an_unknown_stage_is_one_line_with_the_known_ones() -> None:
 def test_a_config_that_does_not_exist() -> None:
     done = run("recipes", "distill", "--config", "no/resolved.yaml")
     assert done.returncode == 2
-    assert "--config=no/resolved.yaml: does not exist" in done.stderr
+    assert "--config=no/resolved.yaml: no such file" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["distill", "evaluate", "report", "benchmark", "prepare_data"])

@@ -57,7 +57,11 @@ def test_markdown_has_each_key_once_except_for_other_trainings() -> None:
     page = to_markdown()
     others = ("distill.teacher_correction.", "model.demo.training.")
     listed = [key for key in KEYS if not key.startswith(others)]
-    tops = [key for key in listed if key in {"model", "data", "prune", "distill", "convert", "evaluate", "benchmark"}]
+    tops = [
+        key
+        for key in listed
+        if key in {"model", "data", "prune", "distill", "convert", "evaluate", "benchmark", "quantize"}
+    ]
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(set(listed) - {*tops, "cluster"})
     assert len(rows) == len(set(rows))

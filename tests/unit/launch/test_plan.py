@@ -197,6 +197,8 @@ def test_suggested_layouts_are_valid(overrides: list[str]) -> None:
             "parallel.context_parallel_size": layout.context,
             "micro_batch_size": layout.micro_batch_size,
             "recompute": layout.recompute.value,
+            # Chosen for the plan's layout; on its own, another layout may get another one.
+            "kd.chunk_tokens": run_plan.loss_chunk,
         }
         again = planned(*overrides, PUBLISHED, *(f"distill.{key}={value}" for key, value in values.items()))
         assert again.layout == layout
@@ -223,6 +225,7 @@ def test_an_moe_model_is_planned_with_sharded_experts() -> None:
         f"distill.parallel.context_parallel_size={best.context}",
         f"distill.parallel.pipeline_model_parallel_size={best.pipeline}",
         f"distill.micro_batch_size={best.micro_batch_size}",
+        f"distill.kd.chunk_tokens={run_plan.loss_chunk}",
     )
     assert again.layout == best
     assert again.fits
