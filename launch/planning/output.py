@@ -242,7 +242,7 @@ def _time(plan: Plan) -> list[str]:
     return [
         *_speed(plan, gpu),
         *_columns(rows),
-        f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}",
+        *WRAP.wrap(f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}"),
     ]
 
 
