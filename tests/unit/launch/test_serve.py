@@ -56,10 +56,16 @@ def free_port() -> int:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """Run the command line in a process of its own, as Ctrl-C ends one."""
+    """Run the command line in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "launch.serve", str(folder / "run"), *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    return subprocess.Popen(command, **pipes, text=True, env=env, preexec_fn=_mind_interrupts)
+
+
+def _mind_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(process: subprocess.Popen[str], word: str) -> str:
