@@ -118,12 +118,13 @@ def _headlines(folder: Path) -> list[str]:
         report = json.loads((folder / REPORT_JSON).read_text())
     except (OSError, json.JSONDecodeError):
         return []
-    lines = []
-    for name, model in report.get("models", {}).items():
+    lines, models = [], report.get("models", {})
+    width = max(map(len, models), default=0)
+    for name, model in models.items():
         figures = [f"{model['params'] / 1e6:>9,.2f} M parameters"] if "params" in model else []
         figures += [f"val loss {model['val_loss']:.4f}"] if model.get("val_loss") is not None else []
-        lines.append(f"  {name:<8}  {'  '.join(figures)}")
+        lines.append(f"  {name:<{width}}  {'  '.join(figures)}")
     page = next(path for path in (folder / REPORT_PAGE, folder / REPORT_JSON) if path.exists())
-    student = report.get("models", {}).get("student", {}).get("hf_path")
+    student = models.get("student", {}).get("hf_path")
     exported = [] if student is None else [f"student: {folder.parent / student}"]
     return ["", *lines, "", *exported, f"report: {page}"]

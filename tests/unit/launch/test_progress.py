@@ -130,7 +130,7 @@ def test_stages_with_their_times_and_the_reports_figures(demo: Callable[..., Run
     assert ["demo_model", "1:00"] in rows
     evaluate = [stage.stage.name for stage in located].index("evaluate")
     assert ["evaluate", f"1:{evaluate:02}"] in rows
-    assert "teacher        5.25 M parameters  val loss 3.5880\n" in text
+    assert "teacher       5.25 M parameters  val loss 3.5880\n" in text
     assert f"student: {folder.parent / 'nemo_to_hf-0123/student'}\nreport: {folder / 'report.json'}" in text
     (folder / "index.html").write_text("")
     assert f"report: {folder / 'index.html'}" in summary(located)
