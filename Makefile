@@ -7,18 +7,14 @@ NEMO26 := .venv-nemo26
 SERVE := .venv-serve
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test docs bench-convert bench-data bench-distill bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration unit-and-integration setup serve-env lock lock-serve clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
 
-# Slurm's tests mostly wait, so they run beside the others.
-test: lint types
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line unit-and-integration test-slurm
-
-unit-and-integration: setup
-	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory integration
+# Slurm's tests mostly wait, so they run beside the integration tests.
+test: lint types unit
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line integration test-slurm
 
 lint: setup
 	$(BIN)/ruff check .

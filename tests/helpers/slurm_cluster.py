@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -23,6 +24,8 @@ from tests.helpers.launches import wait_for_exit
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("127.0.0.1", "127.0.0.2")
 GRACE_SECONDS = 30
+# Below the ephemeral ports (ip_local_port_range of Linux: from 32768).
+PORTS = (20_000, 32_000)
 CONFIG = """
 ClusterName=loop
 SlurmctldHost={host}(127.0.0.1)
@@ -149,8 +152,11 @@ def _logs(root: Path) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Find free ports below the ephemeral ones, which any process may get before the daemons listen."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports += [port] if port not in ports else []
+    return ports
