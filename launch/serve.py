@@ -30,6 +30,7 @@ from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import link_compatible_folder
 from prune_distill.pipeline.artifact import Located, find_runs, locate
 from prune_distill.pipeline.names import RESOLVED
+from prune_distill.pipeline.processes import require_python, serving_environment
 
 # vLLM's own image for GPUs, of the version in requirements/serve-gpu.in.
 IMAGE = "vllm/vllm-openai:v0.32.0"
@@ -40,8 +41,6 @@ CPU_KV_CACHE = "4"
 SECONDS_TO_START, SECONDS_TO_ANSWER, SECONDS_TO_END = 900, 120, 20
 SECONDS_BETWEEN_LOOKS = 0.5
 PROMPT, NEW_TOKENS = "The", 8
-# Variables of the training environment that must not reach vLLM's.
-NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,10 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(shlex.join(container_command(folder, args.model, args.port, options)))
             return 0
         python = serve_python(cfg.benchmark)
-        if not python.exists():
-            raise InputError(
-                f"benchmark.serve_python={python}: does not exist; run make serve-env, or set it to a Python with vLLM"
-            )
+        require_python(python)
         require_free(args.host, args.port)
         with link_compatible_folder(folder) as links:
             return serve(python, links, args.model, args.host, args.port, options)
@@ -124,7 +120,7 @@ def require_free(host: str, port: int) -> None:
 
 def serve(python: Path, folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> int:
     """Run vLLM until it ends or is interrupted. Returns its exit status, or 0 after Ctrl-C."""
-    environment = {key: value for key, value in os.environ.items() if key not in NOT_PASSED}
+    environment = serving_environment()
     environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE)
     command = [str(python), "-P", "-m", SERVER, "--model", str(folder), *_arguments(name, host, port, options)]
     process = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -74,8 +74,9 @@ def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = Fa
         return kept
     cfg = _choose_layout(cfg, CORRECTION, automatic, accept_nearest)
     if CHUNK in automatic:
-        cfg = replace_values(cfg, {CHUNK: _best_chunk(cfg, automatic)})
-    cfg = _choose_layout(cfg, DISTILL, automatic, accept_nearest)
+        cfg = _choose_chunk(cfg, automatic, accept_nearest)
+    else:
+        cfg = _choose_layout(cfg, DISTILL, automatic, accept_nearest)
     return _choose_pruning(cfg, automatic, accept_nearest)
 
 
@@ -87,28 +88,33 @@ def _choose_layout(cfg: RunConfig, key: str, automatic: Collection[str], accept_
     return replace_values(cfg, {f"{key}.{name}": value for name, value in chosen.values.items()})
 
 
-def _best_chunk(cfg: RunConfig, automatic: Collection[str]) -> int:
-    """The fewest tokens of a chunk of the loss with which a step is nearly as fast as with any other, each in the best
-    layout for it; `USUAL_CHUNK` where speed is not known, and the smallest where nothing fits.
+def _choose_chunk(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
+    """Choose the fewest tokens of a chunk of the loss with which a step is nearly as fast as with any other, and the
+    best layout for it; `USUAL_CHUNK` where speed is not known, and the smallest where nothing fits.
 
     The output weight's gradient is read and written once for each chunk, whatever its tokens: traffic that takes as
     long as the chunk's products if a chunk has a few hundred tokens.
     """
-    seconds: dict[int, float] = {}
+
+    def choose_layout(tokens: int, accept_nearest: bool = False) -> RunConfig:
+        return _choose_layout(replace_values(cfg, {CHUNK: tokens}), DISTILL, automatic, accept_nearest)
+
+    options: list[tuple[float, RunConfig]] = []
     for tokens in CHUNKS:
         try:
-            option = _choose_layout(replace_values(cfg, {CHUNK: tokens}), DISTILL, automatic, accept_nearest=False)
+            option = choose_layout(tokens)
         except ConfigError:
             break
         layout = distillation(option).layout()
         if option.cluster.gpu is None or layout.seconds is None:
-            return USUAL_CHUNK
+            return choose_layout(USUAL_CHUNK, accept_nearest)
         if not _fits(option):
             break
-        seconds[tokens] = layout.seconds
-    fastest = min(seconds.values(), default=0.0)
-    near = [tokens for tokens in seconds if seconds[tokens] <= (1 + CHUNK_TOLERANCE) * fastest]
-    return min(near, default=CHUNKS[0])
+        options.append((layout.seconds, option))
+    if not options:
+        return choose_layout(CHUNKS[0], accept_nearest)
+    fastest = min(seconds for seconds, _ in options)
+    return next(option for seconds, option in options if seconds <= (1 + CHUNK_TOLERANCE) * fastest)
 
 
 def _fits(cfg: RunConfig) -> bool:

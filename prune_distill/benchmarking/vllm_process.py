@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prune_distill.errors import InputError
 from prune_distill.model.huggingface import link_compatible_folder
+from prune_distill.pipeline.processes import require_python, serving_environment
 from prune_distill.units import GIB
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
-# Variables of the training environment that must not reach the other one.
-_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
 class VllmProcess:
@@ -38,11 +35,8 @@ class VllmProcess:
     """
 
     def __init__(self, folder: Path, python: Path, kv_cache_bytes: int = 0, **settings: Any) -> None:
-        if not python.exists():
-            raise InputError(
-                f"benchmark.serve_python={python}: does not exist; run make serve-env, or set it to a Python with vLLM"
-            )
-        environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
+        require_python(python)
+        environment = serving_environment()
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, math.ceil(kv_cache_bytes / GIB))))
         environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         self._stack = ExitStack()

@@ -17,10 +17,10 @@ from prune_distill.model.hf_weights import ITEM_BYTES, read_folder
 from prune_distill.model.model_size import ModelSizes
 from prune_distill.nemo import devices
 from prune_distill.schema import ExportDtype
+from prune_distill.units import GIB
 
 log = logging.getLogger("recipes.hf_models")
 
-GIB = 2**30
 # Special tokens in a generation config.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Bytes per weight for each `convert.export_dtype`.

@@ -37,6 +37,9 @@ RANK_VARIABLES = (
     "TORCHELASTIC_ERROR_FILE",
 )
 
+# Variables of the training environment that must not reach the serving one.
+_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECONDS_BETWEEN_LOOKS = 0.5
 # A socket's path has at most 107 bytes (sun_path in <linux/un.h>); multiprocessing adds 32 to the temporary folder
@@ -178,3 +181,16 @@ def shorten_socket_paths() -> None:
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = folder
+
+
+def require_python(python: Path) -> None:
+    """Raises: InputError, if the Python of the serving environment does not exist."""
+    if not python.exists():
+        raise InputError(
+            f"benchmark.serve_python={python}: does not exist; run make serve-env, or set it to a Python with vLLM"
+        )
+
+
+def serving_environment() -> dict[str, str]:
+    """Return this process's variables without those of the training environment."""
+    return {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}

@@ -164,6 +164,10 @@ EVALUATE = Stage(
 )
 
 
+# Of a model that has no recovery curve.
+EVALUATE_OTHER = replace(EVALUATE, settings=lambda cfg: {"evaluate.recovery": False})
+
+
 def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
     """Return the stage that trains a control, a student without a teacher, which the report compares."""
     wanted = partial(_is_control, name=name)
@@ -176,13 +180,8 @@ def _export_control(name: str) -> Stage:
 
 
 def _evaluate_control(name: str) -> Stage:
-    return replace(
-        EVALUATE,
-        name=f"evaluate.{name}",
-        inputs=partial(inputs.evaluate_control_inputs, name=name),
-        wanted=partial(_is_control, name=name),
-        settings=lambda cfg: {"evaluate.recovery": False},
-    )
+    sources = partial(inputs.evaluate_control_inputs, name=name)
+    return replace(EVALUATE_OTHER, name=f"evaluate.{name}", inputs=sources, wanted=partial(_is_control, name=name))
 
 
 def _is_quantized(cfg: RunConfig, quant_format: QuantFormat) -> bool:
@@ -207,13 +206,9 @@ def _quantize(quant_format: QuantFormat) -> Stage:
 
 
 def _evaluate_quantized(quant_format: QuantFormat) -> Stage:
-    return replace(
-        EVALUATE,
-        name=f"evaluate.{quant_format.value}",
-        inputs=partial(inputs.evaluate_quantized_inputs, quant_format=quant_format),
-        wanted=partial(_is_quantized, quant_format=quant_format),
-        settings=lambda cfg: {"evaluate.recovery": False},
-    )
+    sources = partial(inputs.evaluate_quantized_inputs, quant_format=quant_format)
+    wanted = partial(_is_quantized, quant_format=quant_format)
+    return replace(EVALUATE_OTHER, name=f"evaluate.{quant_format.value}", inputs=sources, wanted=wanted)
 
 
 def _round(number: int) -> tuple[Stage, ...]:
