@@ -63,6 +63,10 @@ def quantize(
 
     with torch.no_grad():
         mtq.quantize(model, settings, calibrate if needs_calibration(quant_format, learned, fp8_kv_cache) else None)
+    for _, module in _linear_layers(model):
+        if module.weight_quantizer.amax is not None:
+            # AWQ's search leaves out experts that no token reached; their groups keep their largest values as ranges.
+            module.weight_quantizer.enable()
     for quantizer in _kv_quantizers(model).values():
         # ModelOpt exports scales of a KV cache of at least 1 (modelopt/torch/export/quant_utils.py:930).
         quantizer.amax = quantizer.amax.clamp(min=FP8_LARGEST)

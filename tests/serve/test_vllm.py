@@ -99,6 +99,8 @@ def truncate_fp8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scale
 
 
+# vllm/v1/attention/backends/cpu_attn.py:_get_attn_isa
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM's FP8 KV cache on a CPU needs AVX-512")
 def test_an_fp8_kv_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM takes it and its scales from the folder. Values of one layer are beyond FP8 but for their scale."""
     student = write_student(tmp_path / "student", "qwen3_tied", **SIZES)

@@ -121,6 +121,16 @@ def test_routers_are_kept_and_experts_quantized(tmp_path: Path) -> None:
     assert divergence(model, log_probs(hf_models.load(student))) < 0.05
 
 
+@pytest.mark.parametrize("quant_format", ["fp8_tensor", "int4"])
+def test_experts_that_no_token_reached_are_quantized_too(quant_format: str, tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", "qwen3_moe", moe_intermediate_size=64)
+    tokens = ["quantize.calibration_samples=1", "quantize.calibration_seq_length=1"]
+    metrics = quantize_student(student, quant_format, tmp_path / "out", tokens)
+    assert metrics["kept_layers"] == [*(f"model.layers.{number}.mlp.gate" for number in range(3)), "lm_head"]
+    model = reader.load(tmp_path / "out" / f"student_{quant_format}")
+    assert divergence(model, log_probs(hf_models.load(student))) < 0.5
+
+
 def test_a_tied_output_layer_stays_tied(tmp_path: Path) -> None:
     student = write_student(tmp_path / "student", "qwen3_tied")
     for quant_format in ("fp8", "int4"):
