@@ -14,8 +14,13 @@ from prune_distill.errors import ConfigError
 from prune_distill.regular_files import HEAD_BYTES, starts_lfs_pointer
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
-# The field of a record that contains the document, by format, unless the config names another one.
-KEYS = {DocumentFormat.text: "text", DocumentFormat.tokens: "tokens", DocumentFormat.chat: "messages"}
+# The fields of a record that may contain the document, by format, unless the config names another one.
+KEYS = {
+    DocumentFormat.text: ("text",),
+    DocumentFormat.tokens: ("tokens",),
+    DocumentFormat.chat: ("messages", "conversations"),
+    DocumentFormat.ids: ("tokens",),
+}
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<pattern>.+)")
 
 
@@ -55,8 +60,9 @@ def sources(data: DataConfig) -> dict[str, DataSource]:
     return {"train": DataSource(files=data.train or [], format=data.format, key=key, sample=data.sample)}
 
 
-def document_field(source: DataSource) -> str:
-    return source.key or KEYS[source.format]
+def document_fields(source: DataSource) -> tuple[str, ...]:
+    """The fields of which each record of a source has one, with the document."""
+    return (source.key,) if source.key else KEYS[source.format]
 
 
 def find_existing(pattern: str) -> list[str]:

@@ -33,7 +33,7 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
 from prune_distill.pipeline.names import DATA, METRICS, PLAN, SHARDS, STATE, STOP
 from prune_distill.pipeline.stage_main import PausedError
-from prune_distill.schema import DataConfig
+from prune_distill.schema import DataConfig, DocumentFormat, Learn
 
 log = logging.getLogger("recipes.prepare")
 
@@ -73,7 +73,8 @@ def prepare(
     every = 0 if VALIDATION in files else holdout_every(data, plan)
     if every:
         log.info("one in %d documents is held out (data.holdout_every)", every)
-    settings = Settings(data, seed, tokenizer, other, every)
+    masked = data.learn is not Learn.all or any(shard.format is DocumentFormat.ids for shard in plan)
+    settings = Settings(data, seed, tokenizer, other, every, masked)
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.heartbeat():
         _Workers(plan, out, worklist, settings, encoder).work()

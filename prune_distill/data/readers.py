@@ -35,6 +35,8 @@ class Lines:
     Attributes:
         empty: blank lines, and documents that are null or without text.
         left_out: documents that the source's `sample` excludes.
+        too_long: documents longer than `data.max_document_tokens`.
+        dropped: documents that are not written: too long, or none of their learned tokens is left.
     """
 
     lines: int = 0
@@ -42,10 +44,12 @@ class Lines:
     empty: int = 0
     bad: int = 0
     left_out: int = 0
+    too_long: int = 0
+    dropped: int = 0
     first_bad: str | None = None
 
     def add(self, other: Lines) -> None:
-        for name in ("lines", "documents", "empty", "bad", "left_out"):
+        for name in ("lines", "documents", "empty", "bad", "left_out", "too_long", "dropped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.first_bad = self.first_bad or other.first_bad
 

@@ -83,7 +83,7 @@ class DocumentDataset(GPTDataset):
     masks its loss (megatron/core/datasets/gpt_dataset.py:211-215). A model that pads with its end-of-text token, as
     Qwen3's base models do, would then never see or learn the end of a document.
 
-    If `prepare_data` wrote masks (`data.mask_prompts`), they become the loss mask.
+    If `prepare_data` wrote masks (`data.learn`), they become the loss mask.
     """
 
     dataset: Any
