@@ -262,7 +262,7 @@ def test_turns_that_lose_their_thinking_become_documents(specs: dict[str, Tokeni
 def test_templates_that_mark_what_is_generated(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "model")
     text = (Path(__file__).parents[2] / "data/chat_templates/qwen2_5.jinja").read_text()
-    head, end = (
+    head = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
         "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}",
         "'<|im_end|>\\n'",
     )
