@@ -25,7 +25,7 @@ CHAT_SHARE = 64
 ROLES = ("system", "user", "assistant", "tool")
 # A private-use character, which no conversation contains.
 PROBE = "\uf8f1"
-# Templates with these markers say themselves what the assistant writes, as transformers' `return_assistant_tokens_mask`.
+# Templates with these markers say themselves what the assistant writes (`return_assistant_tokens_mask`).
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Tools = list[dict[str, Any]] | None
@@ -59,6 +59,11 @@ class ChatTemplate:
         """
         conversation, schemas = self._read(messages, tools)
         return self._checked(lambda: self._render(prompt_messages(conversation), schemas, add_generation_prompt=True))
+
+    def encode_prompt(self, messages: Any, tools: Any = None) -> list[int]:
+        """Return the ids of `render_prompt`."""
+        ids: list[int] = self._tokenizer(self.render_prompt(messages, tools), add_special_tokens=False)["input_ids"]
+        return ids
 
     def render(
         self, messages: Any, tools: Any = None, learn: Learn = Learn.all, split_turns: bool = False
