@@ -56,8 +56,17 @@ def sources(data: DataConfig) -> dict[str, DataSource]:
     """The training sources by name: `data.sources`, or the one that `data.train` stands for."""
     if data.sources is not None:
         return data.sources
+    return {"train": _unnamed_source(data, data.train, data.sample)}
+
+
+def validation_source(data: DataConfig) -> DataSource:
+    """The documents of `data.validation` as a source."""
+    return _unnamed_source(data, data.validation)
+
+
+def _unnamed_source(data: DataConfig, files: list[str] | None, sample: float = 1.0) -> DataSource:
     key = data.text_key if data.format is DocumentFormat.text else None
-    return {"train": DataSource(files=data.train or [], format=data.format, key=key, sample=data.sample)}
+    return DataSource(files=files or [], format=data.format, key=key, sample=sample)
 
 
 def document_fields(source: DataSource) -> tuple[str, ...]:

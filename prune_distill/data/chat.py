@@ -223,15 +223,17 @@ class ChatTemplate:
         return text
 
     def _marks(self, messages: list[Message], tools: Tools) -> list[Span]:
-        # The function behind `apply_chat_template`, which returns the marked tokens, not the marked characters.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        template, special = self._tokenizer.get_chat_template(tools=tools), self._tokenizer.special_tokens_map
+        """Return the characters of successive tokens that the template marks."""
+        options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
         with self._limits.applied():
-            _, marks = render_jinja_template(
-                [messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **special
+            found = self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
-        return [(start, end) for start, end in marks[0]]
+        marks, spans = found["assistant_masks"], []
+        for (start, end), mark, before in zip(found["offset_mapping"], marks, [0, *marks], strict=False):
+            if mark:
+                spans.append((spans.pop()[0] if before else start, end))
+        return spans
 
 
 def _thinks(message: Message) -> bool:

@@ -23,6 +23,7 @@ from prune_distill.config.data_files import (
     packing,
     sources,
     unreadable,
+    validation_source,
 )
 from prune_distill.data.readers import Piece, parquet_metadata, split_file
 from prune_distill.data.tokenizer import TokenizerSpec
@@ -166,10 +167,7 @@ def _from_hub(url: str) -> list[str]:
 
 
 def _source(data: DataConfig, name: str) -> DataSource:
-    known = sources(data)
-    if name in known:
-        return known[name]
-    return DataSource(files=[], format=data.format, key=data.text_key if data.format is DocumentFormat.text else None)
+    return sources(data).get(name) or validation_source(data)
 
 
 def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfig) -> Iterator[str]:

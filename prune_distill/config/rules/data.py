@@ -22,6 +22,7 @@ from prune_distill.config.data_files import (
     packing,
     sources,
     unreadable,
+    validation_source,
 )
 from prune_distill.config.rule import Finding, rule
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
@@ -180,7 +181,7 @@ def _sources(cfg: RunConfig) -> dict[str, DataSource]:
         "data.train" if cfg.data.sources is None else f"data.sources.{name}.files": source
         for name, source in sources(cfg.data).items()
     }
-    return {**training_sources, VALIDATION: DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)}
+    return {**training_sources, VALIDATION: validation_source(cfg.data)}
 
 
 def _files(source: DataSource) -> list[str]:
