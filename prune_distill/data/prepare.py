@@ -73,8 +73,7 @@ def prepare(
     every = 0 if VALIDATION in files else holdout_every(data, plan)
     if every:
         log.info("one in %d documents is held out (data.holdout_every)", every)
-    masked = data.learn is not Learn.all or any(shard.format is DocumentFormat.ids for shard in plan)
-    settings = Settings(data, seed, tokenizer, other, every, masked)
+    settings = Settings(data, seed, tokenizer, other, every, needs_masks(data, plan))
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.heartbeat():
         _Workers(plan, out, worklist, settings, encoder).work()
@@ -86,6 +85,11 @@ def prepare(
             elif not (out / DATA).exists():
                 declare(data, plan, out, tokenizer, seed)
     return DataFolder.read(out)
+
+
+def needs_masks(data: DataConfig, plan: Sequence[Shard]) -> bool:
+    """Return whether some tokens may not be learned. Then all shards have masks."""
+    return data.learn is not Learn.all or any(shard.format is DocumentFormat.ids for shard in plan)
 
 
 def shard_folder(out: Path, shard: Shard) -> Path:

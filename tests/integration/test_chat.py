@@ -28,29 +28,6 @@ TOOLS = [{"type": "function", "function": {"name": "help", "parameters": {"type"
 # Words of the documentation that the demo's teacher is trained on.
 TEXT = "the list is a mutable sequence of items and it can be sorted in place with the method sort of the class"
 WORDS = TEXT.split()
-    "the",
-    "list",
-    "is",
-    "a",
-    "mutable",
-    "sequence",
-    "of",
-    "items",
-    "and",
-    "it",
-    "can",
-    "be",
-    "sorted",
-    "in",
-    "place",
-    "with",
-    "the",
-    "method",
-    "sort",
-    "of",
-    "the",
-    "class",
-]
 
 
 def sentence(number: int, length: int) -> str:
