@@ -56,8 +56,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     )
     for warning in describe_losses(folder.lines, cfg.data):
         log.warning("%s", warning)
-    if warning := describe_repetition(folder.train_tokens, training_tokens(cfg.distill)):
-        log.warning("%s", warning)
+    if repeated := describe_repetition(folder.train_tokens, training_tokens(cfg.distill)):
+        log.warning("%s", repeated)
     return {
         "train_documents": folder.train_documents,
         "train_tokens": folder.train_tokens,
@@ -78,6 +78,9 @@ def describe_losses(lines: Mapping[str, Any], data: DataConfig) -> Iterator[str]
             f"{lines['too_long']:,} documents are longer than data.max_document_tokens={data.max_document_tokens}"
             f" (data.long_documents={data.long_documents.value})"
         )
+    if others := lines["other_fields"]:
+        fields = ", ".join(f"{name} in {count:,} conversations" for name, count in sorted(others.items()))
+        yield f"messages have fields that a chat template may not read: {fields}"
     if lines["dropped"]:
         yield f"{lines['dropped']:,} documents are dropped: too long, or none of their learned tokens is left"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prune_distill.data.limits import LimitError, Limits
-from prune_distill.data.messages import ConversationError, Message, prompt_messages, read_messages, read_tools
+from prune_distill.data.messages import FIELDS, ConversationError, Message, prompt_messages, read_messages, read_tools
 from prune_distill.data.tokenizer import transformers_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.schema import Learn
@@ -64,6 +64,10 @@ class ChatTemplate:
         """Return the ids of `render_prompt`."""
         ids: list[int] = self._tokenizer(self.render_prompt(messages, tools), add_special_tokens=False)["input_ids"]
         return ids
+
+    def other_fields(self, messages: Any) -> set[str]:
+        """Return the names of fields in messages that this module does not know; the template may read them."""
+        return {name for message in read_messages(messages) for name in message} - FIELDS
 
     def render(
         self, messages: Any, tools: Any = None, learn: Learn = Learn.all, split_turns: bool = False
@@ -229,7 +233,8 @@ class ChatTemplate:
             found = self._tokenizer.apply_chat_template(
                 messages, tools=tools, tokenizer_kwargs={"return_offsets_mapping": True}, **options
             )
-        marks, spans = found["assistant_masks"], []
+        spans: list[Span] = []
+        marks = found["assistant_masks"]
         for (start, end), mark, before in zip(found["offset_mapping"], marks, [0, *marks], strict=False):
             if mark:
                 spans.append((spans.pop()[0] if before else start, end))

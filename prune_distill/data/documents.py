@@ -43,12 +43,17 @@ class Document(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A text of a record, with the attributes of a `Document`."""
+    """A text of a record, with the attributes of a `Document`.
+
+    Attributes:
+        other_fields: names of fields of its messages that only the chat template may know.
+    """
 
     text: str
     learned: tuple[Span, ...] | None = None
     ids: np.ndarray | None = None
     mask: np.ndarray | None = None
+    other_fields: frozenset[str] = frozenset()
 
 
 # Converts the value of a field to at least one text; the record has the other fields. Raises: ValueError, with the
@@ -127,8 +132,9 @@ def documents(
                 lines.left_out += 1
             else:
                 lines.documents += 1
-                for number, (text, *more) in enumerate(texts):
-                    yield Document(text, 0 if number else len(utf8), key, cluster, *more)
+                lines.count_fields(dict.fromkeys(texts[0].other_fields, 1))
+                for number, (text, learned, ids, mask, _) in enumerate(texts):
+                    yield Document(text, 0 if number else len(utf8), key, cluster, learned, ids, mask)
 
 
 def _field(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -207,7 +213,8 @@ class _Chat:
 
     def __call__(self, value: Any, record: Mapping[str, Any]) -> list[Rendered]:
         texts = self._template.render(value, record.get("tools"), self._learn, self._split_turns)
-        return [Rendered(text, learned) for text, learned in texts]
+        others = frozenset(self._template.other_fields(value))
+        return [Rendered(text, learned, other_fields=others) for text, learned in texts]
 
 
 class _Ids:

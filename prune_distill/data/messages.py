@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 Message = dict[str, Any]
+FIELDS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
 # Roles in ShareGPT's spelling, `{"from": ..., "value": ...}`.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 

@@ -21,6 +21,7 @@ from prune_distill.data.shards import read_documents
 from prune_distill.data.tokenizer import TokenizerSpec, _read
 from prune_distill.errors import InputError
 from prune_distill.schema import DataConfig, DocumentFormat, Learn, LongDocuments
+from recipes.prepare_data import describe_losses
 from tests.helpers.tokenizers import byte_level, chat_template
 
 Document = tuple[list[int], list[int]]
@@ -142,6 +143,18 @@ def test_parquet_and_json_lines_are_read_alike(spec: TokenizerSpec, make: Callab
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path)
     with pytest.raises(InputError, match="has no column 'messages', only text"):
         make(path)
+
+
+def test_what_is_not_read_is_counted_and_logged(make: Callable[..., Shard]) -> None:
+    records = [{"messages": [USER, {**ANSWER, "thinking": "fox", "id": 3, "name": None}]}, {"messages": [USER]}]
+    made, lines = make([*records, {"messages": [USER, ANSWER]}], max_invalid_fraction=0.5, max_document_tokens=60)
+    assert len(made) == 2
+    assert lines["other_fields"] == {"thinking": 1, "id": 1}
+    assert list(describe_losses(lines, DataConfig(max_document_tokens=60))) == [
+        f"1 of 3 lines are invalid (the first: {lines['first_bad']})",
+        "2 documents are longer than data.max_document_tokens=60 (data.long_documents=truncate)",
+        "messages have fields that a chat template may not read: id in 1 conversations, thinking in 1 conversations",
+    ]
 
 
 def test_turns_as_documents_are_parts_of_one(
