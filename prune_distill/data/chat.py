@@ -21,10 +21,9 @@ CHAT_BYTES = 2**30
 # Maximum characters of the result: a constant (system prompt, tools) plus a multiple of the conversation's.
 CHAT_OWN_CHARACTERS = 2**20
 CHAT_SHARE = 64
-# Roles that every template renders or rejects. Templates such as Qwen3's drop messages of other roles silently.
-ROLES = ("system", "user", "assistant", "tool")
 # A private-use character, which no conversation contains.
 PROBE = "\uf8f1"
+ANSWER = {"role": "assistant", "content": "2"}
 # Templates with these markers say themselves what the assistant writes (`return_assistant_tokens_mask`).
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -46,7 +45,13 @@ class ChatTemplate:
         self._folder = folder
         self._limits = Limits(CHAT_SECONDS, CHAT_BYTES)
         self._tokenizer = transformers_tokenizer(folder)
-        self._thinks = self._renders_reasoning()
+        question, call = (
+            {"role": "user", "content": "1"},
+            {"type": "function", "function": {"name": PROBE, "arguments": {}}},
+        )
+        # At least those of the last message.
+        self._thinks = self._writes_probe([question, {**ANSWER, "reasoning_content": PROBE}], otherwise=False)
+        self._calls = self._writes_probe([question, {**ANSWER, "content": "", "tool_calls": [call]}], otherwise=True)
 
     def render_prompt(self, messages: Any, tools: Any = None) -> str:
         """Render the messages before the last one of the assistant, and the beginning of the assistant's answer.
@@ -113,9 +118,11 @@ class ChatTemplate:
         self, messages: list[Message], tools: Tools, learn: Learn, split_turns: bool
     ) -> list[tuple[str, tuple[Span, ...] | None]]:
         text = self._render(messages, tools)
-        for message in messages:
-            if message["role"] not in ROLES and message["content"].strip() not in text:
-                raise ConversationError(f"the chat template leaves out the message of the role {message['role']!r}")
+        for number, message in enumerate(messages, start=1):
+            if self._is_left_out(message, text):
+                raise ConversationError(
+                    f"the chat template leaves out message {number}, of the role {message['role']!r}, or a part of it"
+                )
         if learn is Learn.all:
             return [(text, None)]
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -167,29 +174,34 @@ class ChatTemplate:
 
     def _start(self, before: list[Message], tools: Tools, message: Message, text: str) -> int:
         """Return where the assistant's turn begins in the conversation up to it."""
-        headers = self._headers(before, tools, message)
         if not before:
+            headers = self._headers(before, tools, message)
             return max((text.find(header) + len(header) for header in headers if header in text), default=0)
-        prefix = self._render(before, tools)
-        for header in headers:
-            if text.startswith(header, len(prefix)):
-                return len(prefix) + len(header)
-        start = max((_common_prefix(text, prefix + header) for header in headers), default=0)
-        if start <= len(prefix):
+        prompts = self._prompts(before, tools, message)
+        for prompt in prompts:
+            if text.startswith(prompt):
+                return len(prompt)
+        # Whatever the prompt has in common with the turn, but more than with the end of the conversation.
+        start = max(_common_prefix(text, prompt) for prompt in prompts)
+        if start <= _common_prefix(self._render(before, tools), text):
             raise ConversationError(NO_PROMPT)
         return start
 
-    def _headers(self, before: list[Message], tools: Tools, message: Message | None) -> list[str]:
-        """Return what the prompts that a message may answer append to the conversation.
+    def _prompts(self, before: list[Message], tools: Tools, message: Message | None) -> list[str]:
+        """Render the prompts that a message may answer; None: any message.
 
         A message without thinking answers the prompt of `enable_thinking=False`, which in some templates ends with an
-        empty thought. `message` None: any message.
+        empty thought.
         """
-        before = before or [{"role": "user", "content": PROBE}]
-        prefix, thinks = self._render(before, tools), message is not None and _thinks(message)
+        thinks = message is not None and _thinks(message)
         settings: list[dict[str, bool]] = [{}] if thinks else [{"enable_thinking": False}, {}]
-        prompts = [self._render(before, tools, add_generation_prompt=True, **more) for more in settings]
-        return [prompt.removeprefix(prefix) for prompt in prompts if prompt.startswith(prefix)]
+        return [self._render(before, tools, add_generation_prompt=True, **more) for more in settings]
+
+    def _headers(self, before: list[Message], tools: Tools, message: Message | None) -> list[str]:
+        """Return what the prompts that a message may answer append to the conversation."""
+        before = before or [{"role": "user", "content": PROBE}]
+        prefix = self._render(before, tools)
+        return [prompt[_common_prefix(prefix, prompt) :] for prompt in self._prompts(before, tools, message)]
 
     def _find(self, messages: list[Message], tools: Tools, turn: int, text: str, alone: str) -> Span:
         """Return the span of a turn that the template renders differently when messages follow.
@@ -201,21 +213,38 @@ class ChatTemplate:
         before, changed = messages[:turn], _change(messages[turn])
         other = self._render([*before, changed, *messages[turn + 1 :]], tools)
         first, end = _common_prefix(text, other), len(text) - _common_suffix(text, other)
-        headers = [header for header in self._headers(before, tools, None) if header in text[:first]]
-        if not headers:
+        headers = self._headers(before, tools, None)
+        whole = [text.rfind(header, 0, first) + len(header) for header in headers if header in text[:first]]
+        begun = [first for header in headers if _ends_with_most_of(text[:first], header)]
+        if not whole and not begun:
             raise ConversationError(NO_PROMPT)
-        start = max(text.rfind(header, 0, first) + len(header) for header in headers)
+        start = max(whole + begun)
         last = self._render([*before, changed], tools)
         ending = alone[len(alone) - _common_suffix(alone, last) :]
-        return start, end + _common_prefix(ending, text[end : end + len(ending)])
+        end += _common_prefix(ending, text[end : end + len(ending)])
+        if start >= end or not alone.endswith(text[start:end]):
+            raise ConversationError(
+                "the chat template changes a turn of the assistant in other ways than leaving out its thinking when"
+                " messages follow; set data.split_turns=true or data.learn=last_assistant"
+            )
+        return start, end
 
-    def _renders_reasoning(self) -> bool:
-        """Return whether the template writes `reasoning_content`, at least that of the last message."""
-        probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2", "reasoning_content": PROBE}]
+    def _is_left_out(self, message: Message, text: str) -> bool:
+        """Return whether a rendered conversation lacks a message.
+
+        Results of tools are not looked for, as they may be escaped, and neither is the content of a message with calls,
+        of which some templates write one or the other.
+        """
+        if "tool_calls" in message:
+            return not self._calls
+        return message["role"] != "tool" and message["content"].split("</think>")[-1].strip() not in text
+
+    def _writes_probe(self, messages: list[Message], otherwise: bool) -> bool:
+        """Return whether the template writes `PROBE`; `otherwise`, if it rejects the messages."""
         try:
-            return PROBE in self._render(probe, None)
+            return PROBE in self._render(messages, None)
         except (Exception, LimitError):  # reported with the first conversation
-            return False
+            return otherwise
 
     def _render(self, messages: list[Message], tools: Tools, **options: Any) -> str:
         with self._limits.applied():
@@ -239,6 +268,11 @@ class ChatTemplate:
             if mark:
                 spans.append((spans.pop()[0] if before else start, end))
         return spans
+
+
+def _ends_with_most_of(text: str, header: str) -> bool:
+    """Return whether a text ends with a beginning of `header` that is at least half of it: that without thinking."""
+    return any(text.endswith(header[:size]) for size in range(len(header), len(header) // 2, -1))
 
 
 def _thinks(message: Message) -> bool:

@@ -75,7 +75,10 @@ def _read_message(found: Message, number: int) -> Message:
     if not isinstance(role, str):
         raise ConversationError(f"message {number} has no role, only {', '.join(sorted(map(str, found))) or 'nothing'}")
     where = f"message {number}, of the role {role!r},"
-    message["content"] = _read_content(message.get("content"), where)
+    content = message.get("content")
+    if role == "tool" and not isinstance(content, (str, list)) and content is not None:
+        content = json.dumps(content, ensure_ascii=False)  # a result as an object
+    message["content"] = _read_content(content, where)
     if not message.get("reasoning_content"):
         message.pop("reasoning_content", None)
     elif not isinstance(message["reasoning_content"], str):

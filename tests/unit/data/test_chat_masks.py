@@ -298,6 +298,10 @@ def test_other_spellings_of_a_conversation(specs: dict[str, TokenizerSpec]) -> N
     for messages in spellings:
         assert template.render(messages, TOOLS, Learn.assistant) == [expected]
     assert template.render(AGENT, json.dumps(TOOLS), Learn.assistant) == [expected]
+    results = [
+        [*AGENT[:2], {"role": "tool", "content": content}, AGENT[3]] for content in ({"sky": "ä"}, '{"sky": "ä"}')
+    ]
+    assert template.render(results[0], TOOLS) == template.render(results[1], TOOLS)
     roles = {"user": "human", "assistant": "gpt"}
     sharegpt = [{"from": roles.get(m["role"], m["role"]), "value": m["content"]} for m in PLAIN]
     assert template.render(sharegpt, "", Learn.assistant) == template.render(PLAIN, None, Learn.assistant)
@@ -322,7 +326,7 @@ BAD: list[tuple[Any, Any, str]] = [
     (
         [*PLAIN[:2], {"role": "critic", "content": "No."}, *PLAIN[2:]],
         None,
-        "leaves out the message of the role 'critic'",
+        "leaves out message 3, of the role 'critic'",
     ),
 ]
 
@@ -333,12 +337,28 @@ def test_bad_records_say_what_is_wrong(specs: dict[str, TokenizerSpec], messages
         ChatTemplate(specs["qwen3"].folder).render(messages, tools, Learn.assistant)
 
 
-def test_templates_that_reject_a_record(specs: dict[str, TokenizerSpec]) -> None:
+def test_templates_that_reject_a_record(specs: dict[str, TokenizerSpec], tmp_path: Path) -> None:
     two = [AGENT[0], {**AGENT[1], "tool_calls": [CALL, CALL]}, *AGENT[2:]]
     with pytest.raises(
         ValueError, match="the chat template rejects the messages .This model only supports single tool"
     ):
         ChatTemplate(specs["llama3_1"].folder).render(two, TOOLS, Learn.assistant)
+    plain = byte_level(tmp_path / "chatml")  # a template that writes no tool calls
+    with pytest.raises(ConversationError, match="leaves out message 2, of the role 'assistant'"):
+        ChatTemplate(str(plain)).render(AGENT, TOOLS)
+    # The end of a turn is another one at the end of a conversation.
+    changing_end = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{{ '</s>' if loop.last and m.role == 'assistant' else '<e>' }}{% endfor %}"
+    )
+    (plain / "chat_template.jinja").write_text(changing_end + "{% if add_generation_prompt %}<assistant>{% endif %}")
+    changing = ChatTemplate(str(plain))
+    with pytest.raises(ConversationError, match=r"set data.split_turns=true or data.learn=last_assistant"):
+        changing.render(PLAIN, None, Learn.assistant)
+    assert [spans for _, spans in changing.render(PLAIN, None, Learn.assistant, split_turns=True)] == [
+        ((42, 52),),
+        ((75, 80),),
+    ]
     with pytest.raises(ConversationError, match="no message before the assistant's"):
         ChatTemplate(specs["llama3_1"].folder).render_prompt(PLAIN[2:3])
 
