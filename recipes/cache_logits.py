@@ -124,6 +124,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
     first = number * distill.cached_logits_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
+    boundaries = [item["cu_seqlens"][:-1] for item in items if "cu_seqlens" in item]
     writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
     frames: list[Future[bytes]] = []
     losses: list[float] = []
@@ -143,6 +144,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             top_k=distill.cached_logits_top_k,
             temperature=distill.kd.temperature,
             receive=take,
+            boundaries=boundaries or None,
         )
         if writes:
             require_better_than_chance(

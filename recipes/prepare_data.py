@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prune_distill.data.check import check_folder, document_text
 from prune_distill.data.plan import local_files
@@ -20,7 +22,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.run_arguments import InputPath, Metrics
 from prune_distill.pipeline.stage_main import command_line
-from prune_distill.schema import RunConfig
+from prune_distill.schema import DataConfig, RunConfig
 from prune_distill.schema.phases import training_tokens
 
 log = logging.getLogger("recipes.prepare")
@@ -52,8 +54,10 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         cfg.seed,
         _source_tokenizer(inputs.source_tokenizer),
     )
-    if warning := describe_repetition(folder.train_tokens, training_tokens(cfg.distill)):
+    for warning in describe_losses(folder.lines, cfg.data):
         log.warning("%s", warning)
+    if repeated := describe_repetition(folder.train_tokens, training_tokens(cfg.distill)):
+        log.warning("%s", repeated)
     return {
         "train_documents": folder.train_documents,
         "train_tokens": folder.train_tokens,
@@ -63,6 +67,22 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         "worst_bad_share": folder.worst_bad_share,
         **folder.lines,
     }
+
+
+def describe_losses(lines: Mapping[str, Any], data: DataConfig) -> Iterator[str]:
+    """Yield warnings of the records and documents that are not read, or not whole, from the counts of `Lines`."""
+    if lines["bad"]:
+        yield f"{lines['bad']:,} of {lines['lines']:,} lines are invalid (the first: {lines['first_bad']})"
+    if lines["too_long"]:
+        yield (
+            f"{lines['too_long']:,} documents are longer than data.max_document_tokens={data.max_document_tokens}"
+            f" (data.long_documents={data.long_documents.value})"
+        )
+    if others := lines["other_fields"]:
+        fields = ", ".join(f"{name} in {count:,} conversations" for name, count in sorted(others.items()))
+        yield f"messages have fields that a chat template may not read: {fields}"
+    if lines["dropped"]:
+        yield f"{lines['dropped']:,} documents are dropped: too long, or none of their learned tokens is left"
 
 
 def describe_repetition(available: int, read: int) -> str | None:

@@ -14,8 +14,13 @@ from prune_distill.errors import ConfigError
 from prune_distill.regular_files import HEAD_BYTES, starts_lfs_pointer
 from prune_distill.schema import DataConfig, DataSource, DocumentFormat
 
-# The field of a record that contains the document, by format, unless the config names another one.
-KEYS = {DocumentFormat.text: "text", DocumentFormat.tokens: "tokens", DocumentFormat.chat: "messages"}
+# The fields of a record that may contain the document, by format, unless the config names another one.
+KEYS = {
+    DocumentFormat.text: ("text",),
+    DocumentFormat.tokens: ("tokens",),
+    DocumentFormat.chat: ("messages", "conversations"),
+    DocumentFormat.ids: ("tokens",),
+}
 HUB = re.compile(r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<pattern>.+)")
 
 
@@ -51,12 +56,22 @@ def sources(data: DataConfig) -> dict[str, DataSource]:
     """The training sources by name: `data.sources`, or the one that `data.train` stands for."""
     if data.sources is not None:
         return data.sources
+    return {"train": _unnamed_source(data, data.train, data.sample)}
+
+
+def validation_source(data: DataConfig) -> DataSource:
+    """The documents of `data.validation` as a source."""
+    return _unnamed_source(data, data.validation)
+
+
+def _unnamed_source(data: DataConfig, files: list[str] | None, sample: float = 1.0) -> DataSource:
     key = data.text_key if data.format is DocumentFormat.text else None
-    return {"train": DataSource(files=data.train or [], format=data.format, key=key, sample=data.sample)}
+    return DataSource(files=files or [], format=data.format, key=key, sample=sample)
 
 
-def document_field(source: DataSource) -> str:
-    return source.key or KEYS[source.format]
+def document_fields(source: DataSource) -> tuple[str, ...]:
+    """The fields of which each record of a source has one, with the document."""
+    return (source.key,) if source.key else KEYS[source.format]
 
 
 def find_existing(pattern: str) -> list[str]:

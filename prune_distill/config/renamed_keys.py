@@ -17,6 +17,7 @@ class Renamed:
 
 RENAMED_KEYS: Mapping[str, Renamed] = {
     "cluster.gpu.utilisation": Renamed("cluster.gpu.mfu"),
+    "data.mask_prompts": Renamed("data.learn", {"True": "assistant", "False": "all"}),
     "data.max_bad_share": Renamed("data.max_invalid_fraction"),
     "distill.correct_teacher": Renamed("distill.teacher_correction"),
     "distill.signal": Renamed("distill.teacher_logits", {"stored": "cached"}),

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from prune_distill.data.chat import ChatTemplate, Span
 from prune_distill.data.encoder import byte_alphabet, token_bytes
 from prune_distill.data.hf_tokenizer import ids_by_token
-from prune_distill.data.limits import LimitError, Limits
 from prune_distill.data.readers import Lines, Source, parse
 from prune_distill.data.tokenizer import TokenizerSpec, transformers_tokenizer
 from prune_distill.errors import InputError
-from prune_distill.schema import DocumentFormat
+from prune_distill.schema import DocumentFormat, Learn
 
 # Cluster of a document without one.
 NO_CLUSTER = -1
-# Limits of a chat template per rendering of a conversation.
-CHAT_SECONDS = 10.0
-CHAT_BYTES = 2**30
-# Maximum characters of the result: a constant (system prompt, tools) plus a multiple of the conversation's.
-CHAT_OWN_CHARACTERS = 2**20
-CHAT_SHARE = 64
+# Other fields of a record that are read, by format.
+MORE_FIELDS = {DocumentFormat.chat: ("tools",), DocumentFormat.ids: ("loss_mask",)}
 
 
 class Document(NamedTuple):
@@ -34,17 +30,35 @@ class Document(NamedTuple):
         bytes: number of bytes in UTF-8.
         key: first 8 bytes of the text's SHA-256, by which documents are held out, sampled and deduplicated.
         learned: spans of characters with a loss; None: the whole text.
+        ids, mask: the tokens of the text and which of them have a loss, where the record says so.
     """
 
     text: str
     bytes: int
     key: int
     cluster: int
-    learned: tuple[tuple[int, int], ...] | None = None
+    learned: tuple[Span, ...] | None = None
+    ids: np.ndarray | None = None
+    mask: np.ndarray | None = None
 
 
-# Converts the value of a field to a text and its learned spans. Raises: ValueError, with the reason.
-Render = Callable[[Any], tuple[str, tuple[tuple[int, int], ...] | None]]
+class Rendered(NamedTuple):
+    """A text of a record, with the attributes of a `Document`.
+
+    Attributes:
+        other_fields: names of fields of its messages that only the chat template may know.
+    """
+
+    text: str
+    learned: tuple[Span, ...] | None = None
+    ids: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    other_fields: frozenset[str] = frozenset()
+
+
+# Converts the value of a field to at least one text; the record has the other fields. Raises: ValueError, with the
+# reason.
+Render = Callable[[Any, Mapping[str, Any]], list[Rendered]]
 
 
 def document_key(utf8: bytes) -> int:
@@ -73,12 +87,20 @@ def shuffle_key(key: Any, seed: int) -> Any:
 
 
 def documents(
-    source: Source, render: Render, key: str, cluster_key: str, keep: Callable[[int], bool], lines: Lines, digest: Any
+    source: Source,
+    render: Render,
+    keys: Sequence[str],
+    cluster_key: str,
+    keep: Callable[[int], bool],
+    lines: Lines,
+    digest: Any,
 ) -> Iterator[Document]:
     """Yield the documents of a source in order; all other records are counted in `lines`.
 
+    Further documents of the same record have its key and no bytes, like the parts of a long document.
+
     Args:
-        key, cluster_key: fields of the document and of its cluster.
+        keys, cluster_key: fields of the document, of which a record has one, and of its cluster.
         keep: returns whether to keep a document, by key.
         digest: updated with the SHA-256 of every text.
     """
@@ -89,11 +111,10 @@ def documents(
             continue
         try:
             record = parse(value)
-            if key not in record:
-                raise ValueError(f"no field {key!r}")
+            value = _field(record, keys)
             # Several writers store a document without text as null.
-            text, learned = ("", None) if record[key] is None else render(record[key])
-            utf8 = text.encode()
+            texts = [Rendered("")] if value is None else render(value, record)
+            utf8 = "".join(rendered.text for rendered in texts).encode()
             cluster = _cluster(record.get(cluster_key))
         except UnicodeEncodeError:
             lines.count_invalid(source.where(), "half of a surrogate pair, which is not valid text")
@@ -104,14 +125,24 @@ def documents(
         else:
             sha256 = hashlib.sha256(utf8).digest()
             digest.update(sha256)
-            document = Document(text, len(utf8), _key(sha256), cluster, learned)
-            if not text or text.isspace():
+            key = _key(sha256)
+            if not utf8 or utf8.isspace():
                 lines.empty += 1
-            elif not keep(document.key):
+            elif not keep(key):
                 lines.left_out += 1
             else:
                 lines.documents += 1
-                yield document
+                lines.count_fields(dict.fromkeys(texts[0].other_fields, 1))
+                for number, (text, learned, ids, mask, _) in enumerate(texts):
+                    yield Document(text, 0 if number else len(utf8), key, cluster, learned, ids, mask)
+
+
+def _field(record: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Return the first value of several fields that a record may have; None: it is null."""
+    found = [record[key] for key in keys if key in record]
+    if not found:
+        raise ValueError(f"no field {' or '.join(map(repr, keys))}")
+    return next((value for value in found if value is not None), None)
 
 
 def _cluster(value: Any) -> int:
@@ -121,7 +152,11 @@ def _cluster(value: Any) -> int:
 
 
 def renderer(
-    format: DocumentFormat, tokenizer: TokenizerSpec, source_tokenizer: TokenizerSpec | None, mask_prompts: bool
+    format: DocumentFormat,
+    tokenizer: TokenizerSpec,
+    source_tokenizer: TokenizerSpec | None,
+    learn: Learn = Learn.all,
+    split_turns: bool = False,
 ) -> Render:
     """Return the function that converts the field of a record to a text."""
     if format is DocumentFormat.text:
@@ -129,18 +164,20 @@ def renderer(
     if format is DocumentFormat.tokens:
         assert source_tokenizer is not None
         return _Decoder(source_tokenizer)
-    return _Chat(tokenizer, mask_prompts)
+    if format is DocumentFormat.ids:
+        return _Ids(tokenizer)
+    return _Chat(tokenizer, learn, split_turns)
 
 
-def _text(value: Any) -> tuple[str, None]:
+def _text(value: Any, record: Mapping[str, Any]) -> list[Rendered]:
     if isinstance(value, bytes):  # from Parquet, where text is also stored as BINARY
         try:
-            return value.decode(), None
+            return [Rendered(value.decode())]
         except UnicodeDecodeError as error:
             raise ValueError(f"the document is not UTF-8 ({error})") from None
     if not isinstance(value, str):
-        raise ValueError(f"the document is {_kind(value)}, not a string")
-    return value, None
+        raise ValueError(f"the document is of type {type(value).__name__}, not a string")
+    return [Rendered(value)]
 
 
 class _Decoder:
@@ -159,78 +196,54 @@ class _Decoder:
         # Special tokens are not text.
         self._contents = {number: content or b"" for number, content in contents.items()} | dict.fromkeys(special, b"")
 
-    def __call__(self, value: Any) -> tuple[str, None]:
+    def __call__(self, value: Any, record: Mapping[str, Any]) -> list[Rendered]:
         try:
             content = b"".join(map(self._contents.__getitem__, value))
         except (KeyError, TypeError):
             raise ValueError("the document is not a list of the source tokenizer's ids") from None
         # Drops an incomplete character at the end.
-        return codecs.getincrementaldecoder("utf-8")().decode(content), None
+        return [Rendered(codecs.getincrementaldecoder("utf-8")().decode(content))]
 
 
 class _Chat:
-    """Renders messages with the model's chat template, which transformers runs in a sandbox.
+    """Renders messages with the model's chat template."""
 
-    Raises:
-        InputError: on a call, if the template reaches a limit. Other conversations would reach it too, so they are not
-            counted as invalid.
-    """
+    def __init__(self, spec: TokenizerSpec, learn: Learn, split_turns: bool) -> None:
+        self._template, self._learn, self._split_turns = ChatTemplate(spec.folder), learn, split_turns
 
-    def __init__(self, spec: TokenizerSpec, mask_prompts: bool) -> None:
-        self._folder = spec.folder
-        self._template = transformers_tokenizer(spec.folder).apply_chat_template
-        self._mask_prompts = mask_prompts
-        self._limits = Limits(CHAT_SECONDS, CHAT_BYTES)
-
-    def __call__(self, value: Any) -> tuple[str, tuple[tuple[int, int], ...] | None]:
-        if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
-            raise ValueError(f"the document is {_kind(value)}, not a list of messages")
-        if not value:
-            return "", None
-        try:
-            text = self._render(value)
-            return text, self._answers(value, text) if self._mask_prompts else None
-        except LimitError as limit:
-            raise InputError(
-                f"the chat template in {self._folder} {limit} for one conversation; fix the template, or remove the"
-                " conversation if it should not be that long"
-            ) from limit
-        except Exception as error:  # templates raise errors of any kind
-            raise ValueError(f"the chat template rejects the messages ({error})") from error
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        with self._limits.applied():
-            text: str = self._template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-            if len(text) > CHAT_OWN_CHARACTERS and len(text) > CHAT_OWN_CHARACTERS + CHAT_SHARE * len(repr(messages)):
-                raise LimitError(f"writes {len(text):,} characters")
-        return text
-
-    def _answers(self, messages: list[dict[str, Any]], text: str) -> tuple[tuple[int, int], ...]:
-        """Return the spans of the assistant's messages: from the end of the generation prompt to the end of the
-        message.
-
-        Some templates render a message differently when others follow (Qwen3 drops earlier thoughts). Such a
-        conversation cannot be split into turns and is rejected.
-        """
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:number], add_generation_prompt=True) if number else ""
-            after = self._render(messages[: number + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ValueError("the chat template does not render its turns one after the other")
-            spans.append((len(before), len(after)))
-        return tuple(spans)
+    def __call__(self, value: Any, record: Mapping[str, Any]) -> list[Rendered]:
+        texts = self._template.render(value, record.get("tools"), self._learn, self._split_turns)
+        others = frozenset(self._template.other_fields(value))
+        return [Rendered(text, learned, other_fields=others) for text, learned in texts]
 
 
-def learned_tokens(spans: tuple[tuple[int, int], ...], offsets: np.ndarray) -> np.ndarray:
+class _Ids:
+    """Reads ids of the model's own tokenizer, and which of them are learned."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._vocab_size, self._decode = spec.vocab_size, transformers_tokenizer(spec.folder).decode
+
+    def __call__(self, value: Any, record: Mapping[str, Any]) -> list[Rendered]:
+        ids, mask = _integers(value), record.get("loss_mask")
+        if ids is None or not ((ids >= 0) & (ids < self._vocab_size)).all():
+            raise ValueError(f"the document is not a list of ids from 0 to {self._vocab_size - 1}")
+        mask = np.ones(len(ids)) if mask is None else _integers(mask)
+        if mask is None or mask.shape != ids.shape or not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"its field 'loss_mask' is not a list of {len(ids)} ones and zeros")
+        text = self._decode(ids.tolist(), skip_special_tokens=False)
+        return [Rendered(text, ids=ids.astype(np.uint32), mask=mask.astype(np.uint8))]
+
+
+def _integers(value: Any) -> np.ndarray | None:
+    """Return a list of integers as an array; None: it is something else."""
+    if not isinstance(value, list) or not all(type(number) is int for number in value):
+        return None
+    return np.asarray(value, dtype=np.int64)
+
+
+def learned_tokens(spans: tuple[Span, ...], offsets: np.ndarray) -> np.ndarray:
     """Return a mask `[tokens]` uint8 of the tokens within spans of characters, from their `offsets` `[tokens, 2]`."""
     mask = np.zeros(len(offsets), dtype=np.uint8)
     for start, end in spans:
         mask |= ((offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])).astype(np.uint8)
     return mask
-
-
-def _kind(value: Any) -> str:
-    return f"of type {type(value).__name__}"

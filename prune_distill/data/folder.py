@@ -70,7 +70,7 @@ class DataFolder:
 
     @property
     def masked(self) -> bool:
-        """Whether some tokens are masked (`data.mask_prompts`)."""
+        """Whether some tokens are masked (`data.learn`)."""
         return any((self.folder / f"{part['prefix']}_mask.idx").exists() for part in self.train)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
-    document_field,
+    document_fields,
     document_files,
     drop_duplicates,
     find_existing,
@@ -23,12 +23,13 @@ from prune_distill.config.data_files import (
     packing,
     sources,
     unreadable,
+    validation_source,
 )
 from prune_distill.data.readers import Piece, parquet_metadata, split_file
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
 from prune_distill.pipeline.identity import hashed_values
-from prune_distill.schema import DataConfig, DataSource, DocumentFormat
+from prune_distill.schema import DataConfig, DataSource, DocumentFormat, Learn
 
 log = logging.getLogger("recipes.prepare")
 
@@ -44,7 +45,7 @@ class Shard:
 
     Attributes:
         split: "train", of which documents may be held out, or "validation".
-        key: field of the document.
+        keys: fields of the document, of which a record has one.
         bytes: bytes of the files, for the progress.
         settings: hash of everything that determines the result of the plan, except the content of the files.
     """
@@ -53,7 +54,7 @@ class Shard:
     source: str
     split: str
     format: DocumentFormat
-    key: str
+    keys: tuple[str, ...]
     sample: float
     pieces: tuple[Piece, ...]
     bytes: int
@@ -81,10 +82,8 @@ def make_plan(
             all in one message.
     """
     faults = [fault for name, paths in files.items() for fault in _faults(name, paths, _source(data, name), data)]
-    if data.mask_prompts and tokenizer.backend is None:
-        faults.append(
-            "data.mask_prompts=true: the tokenizer does not return token offsets; set data.mask_prompts=false"
-        )
+    if data.learn is not Learn.all and tokenizer.backend is None:
+        faults.append(f"data.learn={data.learn.value}: the tokenizer does not return token offsets; set data.learn=all")
     if any(_source(data, name).format is DocumentFormat.chat for name in files) and not tokenizer.chat:
         faults.append(f"the tokenizer in {tokenizer.folder} has no chat template, which data.format=chat needs")
     if faults:
@@ -106,7 +105,7 @@ def make_plan(
         for pieces, size in _pack(paths, data.shard_bytes):
             place = (len(shards), name, split)
             shards.append(
-                Shard(*place, source.format, document_field(source), source.sample, tuple(pieces), size, settings)
+                Shard(*place, source.format, document_fields(source), source.sample, tuple(pieces), size, settings)
             )
     return shards
 
@@ -168,10 +167,7 @@ def _from_hub(url: str) -> list[str]:
 
 
 def _source(data: DataConfig, name: str) -> DataSource:
-    known = sources(data)
-    if name in known:
-        return known[name]
-    return DataSource(files=[], format=data.format, key=data.text_key if data.format is DocumentFormat.text else None)
+    return sources(data).get(name) or validation_source(data)
 
 
 def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfig) -> Iterator[str]:
@@ -183,10 +179,10 @@ def _faults(name: str, paths: Sequence[str], source: DataSource, data: DataConfi
             yield f"{path} {reason}"
         elif packing(path) is Packing.parquet:
             columns = parquet_metadata(path).schema.to_arrow_schema().names
-            if document_field(source) not in columns:
+            if not set(document_fields(source)) & set(columns):
                 yield (
-                    f"{path} has no column {document_field(source)!r}, only {', '.join(columns)}; set the source's key"
-                    " (data.text_key)"
+                    f"{path} has no column {document_fields(source)[0]!r}, only {', '.join(columns)}; set the source's"
+                    " key (data.text_key)"
                 )
 
 

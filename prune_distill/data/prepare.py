@@ -33,7 +33,7 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.metrics_file import MetricsFile
 from prune_distill.pipeline.names import DATA, METRICS, PLAN, SHARDS, STATE, STOP
 from prune_distill.pipeline.stage_main import PausedError
-from prune_distill.schema import DataConfig
+from prune_distill.schema import DataConfig, DocumentFormat, Learn
 
 log = logging.getLogger("recipes.prepare")
 
@@ -73,7 +73,7 @@ def prepare(
     every = 0 if VALIDATION in files else holdout_every(data, plan)
     if every:
         log.info("one in %d documents is held out (data.holdout_every)", every)
-    settings = Settings(data, seed, tokenizer, other, every)
+    settings = Settings(data, seed, tokenizer, other, every, needs_masks(data, plan))
     worklist = Worklist(out / "claims", data.stale_seconds)
     with worklist.heartbeat():
         _Workers(plan, out, worklist, settings, encoder).work()
@@ -85,6 +85,11 @@ def prepare(
             elif not (out / DATA).exists():
                 declare(data, plan, out, tokenizer, seed)
     return DataFolder.read(out)
+
+
+def needs_masks(data: DataConfig, plan: Sequence[Shard]) -> bool:
+    """Return whether some tokens may not be learned. Then all shards have masks."""
+    return data.learn is not Learn.all or any(shard.format is DocumentFormat.ids for shard in plan)
 
 
 def shard_folder(out: Path, shard: Shard) -> Path:

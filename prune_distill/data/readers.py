@@ -13,8 +13,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -35,6 +35,9 @@ class Lines:
     Attributes:
         empty: blank lines, and documents that are null or without text.
         left_out: documents that the source's `sample` excludes.
+        too_long: documents longer than `data.max_document_tokens`.
+        other_fields: conversations by the names of fields in their messages that only their chat template may know.
+        dropped: documents that are not written: too long, or none of their learned tokens is left.
     """
 
     lines: int = 0
@@ -42,12 +45,20 @@ class Lines:
     empty: int = 0
     bad: int = 0
     left_out: int = 0
+    too_long: int = 0
+    dropped: int = 0
+    other_fields: dict[str, int] = field(default_factory=dict)
     first_bad: str | None = None
 
     def add(self, other: Lines) -> None:
-        for name in ("lines", "documents", "empty", "bad", "left_out"):
+        for name in ("lines", "documents", "empty", "bad", "left_out", "too_long", "dropped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.count_fields(other.other_fields)
         self.first_bad = self.first_bad or other.first_bad
+
+    def count_fields(self, names: Mapping[str, int]) -> None:
+        for name, count in names.items():
+            self.other_fields[name] = self.other_fields.get(name, 0) + count
 
     def count_invalid(self, where: str, reason: str) -> None:
         self.bad += 1

@@ -26,6 +26,8 @@ from prune_distill.schema import DataConfig, DocumentFormat, LongDocuments
 # Characters between samples, and characters of a sample: encoding samples again takes about a percent of the time.
 SAMPLE_EVERY = 10_000_000
 SAMPLE_CHARACTERS = 1_500
+# Chat templates end a conversation with the end-of-document token, or with it and a newline.
+ENDED_WITHIN = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
 
     Attributes:
         holdout_every: one in this many documents of the sources is held out; 0: none.
+        masked: whether the masks of the losses are written.
     """
 
     data: DataConfig
@@ -41,6 +44,7 @@ class Settings:
     tokenizer: TokenizerSpec
     source_tokenizer: TokenizerSpec | None
     holdout_every: int
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     data, spec, lines, digest = _settings.data, _settings.tokenizer, Lines(), hashlib.sha256()
-    source = Source(list(shard.pieces), (shard.key, data.cluster_key))
+    source = Source(list(shard.pieces), (*shard.keys, *docs.MORE_FIELDS.get(shard.format, ()), data.cluster_key))
     limit = round(shard.sample * 2**64)
     found = docs.documents(
         source,
         _renderer(shard.format),
-        shard.key,
+        shard.keys,
         data.cluster_key,
         lambda key: limit == 2**64 or docs.shuffle_key(key, _settings.seed) < limit,
         lines,
@@ -104,15 +108,17 @@ def _make(shard: Shard, partial: Path, encoder: str, note: str | None) -> Made:
     )
     dtype = token_dtype(spec.vocab_size)
     writers = {split: SplitWriter(partial / split, dtype, spec.vocab_size) for split in SPLITS}
-    masks, eod = _mask_writers(partial), np.asarray([spec.eod_token], dtype=np.uint32)
+    masks, eod = _mask_writers(partial), spec.eod_token
     samples: list[tuple[str, np.ndarray]] = []
+    size = 0
     for document, split, ids, mask in _encoded(found, shard, _encoder(encoder), samples):
-        known = (document.key, document.cluster, document.bytes)
-        for part, learned in _parts(ids, mask, eod, data):
+        # Counted with the first part of a record that is written.
+        size = document.bytes or size
+        for part, learned in _parts(ids, mask, eod, data, document.ids is not None, lines):
+            known, size = (document.key, document.cluster, size), 0
             writers[split].add(part, known)
-            if learned is not None:
+            if _settings.masked:
                 masks[split].add([learned], known)
-            known = (document.key, document.cluster, 0)  # count the bytes once
     check_lines(lines, data.max_invalid_fraction)
     written = {name: writer.finish() for name, writer in writers.items()}
     for split, writer in masks.items():
@@ -142,7 +148,9 @@ def _encoded(
     for document in found:
         text = document.text
         split = "validation" if every and docs.held_out(document.key, every) else shard.split
-        if document.learned is None:
+        if document.ids is not None:
+            yield document, split, document.ids, document.mask
+        elif document.learned is None:
             since_sample += len(text)
             if since_sample >= SAMPLE_EVERY and isinstance(encoder, FastokensEncoder):
                 since_sample = 0
@@ -156,36 +164,48 @@ def _encoded(
 
 
 def _parts(
-    ids: np.ndarray, mask: np.ndarray | None, eod: np.ndarray, data: DataConfig
-) -> Iterator[tuple[list[np.ndarray], np.ndarray | None]]:
-    """Yield the ids of a document as they are written, in parts, with loss masks if masks are kept.
+    ids: np.ndarray, mask: np.ndarray | None, eod: int, data: DataConfig, is_exact: bool, lines: Lines
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """Yield the ids of a document as they are written, in parts, with the masks of their losses.
 
     The last part ends with the end-of-document token. The other parts of a split document have exactly
-    `max_document_tokens` tokens.
+    `max_document_tokens` tokens. Parts without a learned token are not yielded.
+
+    Args:
+        mask: the mask of the ids; None: all are learned.
+        is_exact: whether `mask` says all that is learned, so that a further end is not.
+        lines: counts documents that are too long, and those of which nothing is left.
     """
-    limit = data.max_document_tokens
-    if data.long_documents is LongDocuments.truncate and len(ids) > limit:
+    limit, how = data.max_document_tokens, data.long_documents
+    ended = mask is not None and eod in ids[-ENDED_WITHIN:]
+    too_long = len(ids) > limit
+    lines.too_long += too_long
+    if too_long and how is LongDocuments.drop:
+        lines.dropped += 1
+        return
+    if too_long and how is LongDocuments.truncate:
         ids = ids[:limit].copy()  # a copy, so that the rest is freed
         mask = None if mask is None else mask[:limit]
+    learns_end = not is_exact and (mask is None or not (ended or (too_long and how is LongDocuments.truncate)))
     # The end-of-document token alone is not a part.
     last = max(0, len(ids) - 1) // limit * limit
+    yielded = False
     for start in range(0, last + 1, limit):
-        part = [ids[start : start + limit], *([eod] if start == last else [])]
-        yield part, _learned(part, mask, start) if data.mask_prompts else None
-
-
-def _learned(part: list[np.ndarray], mask: np.ndarray | None, start: int) -> np.ndarray:
-    """Return the mask of a part that begins at token `start`. Its end token has the mask of the token before."""
-    learned = np.ones(sum(map(len, part)), dtype=np.uint8)
-    if mask is not None:
-        inside = mask[start : start + len(part[0])]
-        learned[: len(inside)] = inside
-        learned[len(inside) :] = inside[-1] if len(inside) else 1
-    return learned
+        part = ids[start : start + limit]
+        learned = np.ones(len(part), dtype=np.uint8) if mask is None else mask[start : start + limit]
+        if mask is not None and not learned.any():
+            continue
+        yielded = True
+        if start == last and not (len(part) and part[-1] == eod and mask is not None):
+            end = np.asarray([learns_end and (not len(part) or learned[-1])], dtype=np.uint8)
+            yield [part, np.asarray([eod], dtype=np.uint32)], np.concatenate((learned, end))
+        else:
+            yield [part], learned
+    lines.dropped += not yielded
 
 
 def _mask_writers(partial: Path) -> dict[str, SplitWriter]:
-    if not _settings.data.mask_prompts:
+    if not _settings.masked:
         return {}
     return {split: SplitWriter(partial / f"{split}_mask", np.dtype(np.uint8), 2) for split in SPLITS}
 
@@ -215,6 +235,10 @@ def _encoder(name: str) -> Encoder:
 def _renderer(format: DocumentFormat) -> docs.Render:
     if format not in _renders:
         _renders[format] = docs.renderer(
-            format, _settings.tokenizer, _settings.source_tokenizer, _settings.data.mask_prompts
+            format,
+            _settings.tokenizer,
+            _settings.source_tokenizer,
+            _settings.data.learn,
+            _settings.data.split_turns,
         )
     return _renders[format]

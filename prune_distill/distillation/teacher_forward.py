@@ -23,6 +23,7 @@ def compute_top_k(
     top_k: int,
     temperature: float,
     receive: Callable[[TopK], None],
+    boundaries: Sequence[torch.Tensor] | None = None,
 ) -> None:
     """Run a model over sequences. All ranks of a replica pass the same sequences.
 
@@ -31,6 +32,7 @@ def compute_top_k(
         sequences: token ids, `[s]` each, all of the same length.
         receive: called on the last pipeline stage for each sequence in order, with the most probable tokens of
             `softmax(logits / temperature)` at each position, `[s, top_k]`; on every tensor-parallel rank.
+        boundaries: as of `run_forward`, for `micro_batch_size` 1.
     """
     batches = list(_micro_batches(sequences, micro_batch_size))
     size = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
@@ -45,7 +47,7 @@ def compute_top_k(
             done += 1
 
     model.eval()
-    run_forward(model, batches, collect)
+    run_forward(model, batches, collect, boundaries)
 
 
 def _micro_batches(sequences: Sequence[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -43,6 +43,18 @@ def faults(folder: Path) -> list[str]:
         return [str(fault)]
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Return whether a folder contains a chat template, in one of the files where transformers looks for it."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = folder / "tokenizer_config.json"
+    try:
+        config = read_object(path) if path.is_file() else {}
+    except InputError:  # a fault of its own
+        return True
+    return bool(config.get("chat_template")) or any(folder.glob("additional_chat_templates/*.jinja"))
+
+
 def _pointer_faults(folder: Path) -> Iterator[str]:
     """Yield faults of Git LFS pointers among the files that are read. A clone may lack images and other weights."""
     weights = [path.name for path in folder.glob("*.safetensors*") if not path.name.startswith("consolidated")]

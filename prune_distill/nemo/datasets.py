@@ -17,6 +17,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from nemo.collections import llm
 
 from prune_distill.data.folder import DataFolder
+from prune_distill.data.packing import cut, pack
+from prune_distill.schema import Packing
 
 
 def make_data_module(
@@ -29,6 +31,7 @@ def make_data_module(
     global_batch_size: int,
     num_workers: int,
     seed: int,
+    packing: Packing = Packing.concatenated,
 ) -> llm.PreTrainingDataModule:
     """Make NeMo's data module over prepared documents; Megatron's index of sequences goes to `out/index_mapping`."""
     validation = data.validation_paths
@@ -46,7 +49,7 @@ def make_data_module(
         index_mapping_dir=str(out / "index_mapping"),
     )
     # Not passed to the constructor, for the reason given in `nemo_api.make_trainer`.
-    module.dataset_cls = DocumentDataset
+    module.dataset_cls = {Packing.concatenated: DocumentDataset, Packing.documents: PackedDataset}[packing]
     return module
 
 
@@ -83,7 +86,7 @@ class DocumentDataset(GPTDataset):
     masks its loss (megatron/core/datasets/gpt_dataset.py:211-215). A model that pads with its end-of-text token, as
     Qwen3's base models do, would then never see or learn the end of a document.
 
-    If `prepare_data` wrote masks (`data.mask_prompts`), they become the loss mask.
+    If `prepare_data` wrote masks (`data.learn`), they become the loss mask.
     """
 
     dataset: Any
@@ -110,3 +113,81 @@ class DocumentDataset(GPTDataset):
         finally:
             self.dataset = tokens
         return torch.from_numpy(mask[1:]).clamp(min=0)  # padding is -1
+
+
+class PackedDataset(DocumentDataset):
+    """Sequences of whole documents, between which there is no attention. Documents that are too long are cut.
+
+    A document of n tokens takes n - 1 places: its last token is a label only. The rest of a sequence is padding, which
+    is not learned. `cu_seqlens` and its companions are the columns from which NeMo makes Megatron's `PackedSeqParams`
+    (nemo/collections/llm/gpt/model/base.py:775); its Transformer Engine kernels take one sequence at a time.
+    """
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Build or load the index, in the place of Megatron's: rank 0 builds it, and the others load it afterwards.
+
+        Returns:
+            The pieces of documents in the order of the sequences, `[pieces, 3]`: document, first token, places; the
+            first piece of each sequence, `[sequences + 1]`; and the order of the sequences, `[sequences]`.
+        """
+        base = Path(self.config.path_to_cache) / f"{self.unique_description_hash}-{type(self).__name__}"
+        paths = [Path(f"{base}-{self.index_split.name}-{name}.npy") for name in ("pieces", "first_piece", "order")]
+        if not all(path.is_file() for path in paths):
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            for path, array in zip(paths, self._pack(), strict=True):
+                _NumpyWithAtomicSave.save(str(path), array)
+        pieces, first_piece, order = (np.load(path, mmap_mode="r") for path in paths)
+        return pieces, first_piece, order
+
+    def _pack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pack all documents anew for each epoch, until there are enough sequences."""
+        random = np.random.RandomState(self.config.random_seed)
+        pieces: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
+        order: list[np.ndarray] = []
+        made, wanted = 0, self.num_samples or 1
+        while made < wanted:
+            documents = random.permutation(self.indices)
+            # A document of one token, its end, has nothing to predict.
+            places = self.dataset.sequence_lengths[documents].astype(np.int64) - 1
+            documents, places = documents[places > 0], places[places > 0]
+            number, first, length = cut(places, self.config.sequence_length)
+            sequence = pack(length, self.config.sequence_length)
+            sorted_by_sequence = np.argsort(sequence, kind="stable")
+            pieces.append(np.stack((documents[number], first, length), axis=1)[sorted_by_sequence])
+            counts.append(np.bincount(sequence))
+            order.append(made + random.permutation(len(counts[-1])))
+            made += len(counts[-1])
+        first_piece = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+        return np.concatenate(pieces), first_piece, np.concatenate(order)
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pieces of a sequence, `[pieces, 3]`, and their documents, `[pieces]`."""
+        sequence = self.shuffle_index[idx]
+        pieces = self.document_index[self.sample_index[sequence] : self.sample_index[sequence + 1]]
+        return pieces, pieces[:, 0]
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        length = self.config.sequence_length
+        pieces, _ = self._query_document_sample_shuffle_indices(idx or 0)
+        tokens, labels, mask, positions = (np.zeros(length, dtype=np.int64) for _ in range(4))
+        at, ends = 0, [0]
+        for document, first, places in pieces.tolist():
+            own = slice(at, at + places)
+            text = self.dataset.get(document, offset=first, length=places + 1)
+            tokens[own], labels[own], positions[own] = text[:-1], text[1:], np.arange(places)
+            learned = 1 if self._masks is None else self._masks.get(document, offset=first + 1, length=places)
+            mask[own] = 0 if idx is None else learned
+            at += places
+            ends.append(at)
+        if at < length:  # the padding is a document of its own
+            ends.append(length)
+        return {
+            **{name: torch.from_numpy(array) for name, array in (("tokens", tokens), ("labels", labels))},
+            "loss_mask": torch.from_numpy(mask).float(),
+            "position_ids": torch.from_numpy(positions),
+            # NeMo takes what stands before the smallest value.
+            "cu_seqlens": torch.tensor([*ends, -1], dtype=torch.int32),
+            "cu_seqlens_argmin": torch.tensor(len(ends)),
+            "max_seqlen": torch.tensor(int(np.diff(ends).max())),
+        }

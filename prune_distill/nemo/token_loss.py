@@ -84,8 +84,8 @@ class TokenLoss(MaskedTokenLossReduction):
         loss, tokens = total.tolist()
         if not tokens:
             raise InputError(
-                f"data.mask_prompts=true: all tokens of {where} are prompts; add conversations whose answers fit into a"
-                " sequence, use longer or more sequences, or set data.mask_prompts=false"
+                f"data.learn: all tokens of {where} are prompts; add conversations whose answers fit into a sequence,"
+                " use longer or more sequences, or set data.learn=all"
             )
         return float(loss / tokens)
 

@@ -17,7 +17,7 @@ from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_set
 from prune_distill.pipeline import stage_inputs as inputs
 from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
-from prune_distill.schema import Engine, Init, Loss, QuantFormat, RunConfig, TeacherLogits
+from prune_distill.schema import Engine, Init, Loss, Packing, QuantFormat, RunConfig, TeacherLogits
 
 # Settings for exporting and scoring a candidate. Successive halving depends on no other settings of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
@@ -101,6 +101,12 @@ def _fake_quantization(cfg: RunConfig) -> tuple[str, ...]:
         return ()
     group = ("quantize.int4_group_size",) if cfg.distill.quantize is QuantFormat.int4 else ()
     return ("quantize.keep", *group)
+
+
+def _cached_sequences(cfg: RunConfig) -> tuple[str, ...]:
+    """Return the keys that decide cached logits where they are set."""
+    fp8 = ("distill.fp8",) if cfg.distill.teacher_fp8 else ()
+    return (*fp8, *(("distill.packing",) if cfg.distill.packing is Packing.documents else ()))
 
 
 def _is_verified(cfg: RunConfig) -> bool:
@@ -325,7 +331,7 @@ STAGES: tuple[Stage, ...] = (
         ),
         inputs.cache_logits_inputs,
         count_ranks,
-        more_sections=lambda cfg: ("distill.fp8",) if cfg.distill.teacher_fp8 else (),
+        more_sections=_cached_sequences,
         wanted=lambda cfg: cfg.distill.reads_cached_logits,
         trains=True,
         reads=READ_BY_SIGNAL,

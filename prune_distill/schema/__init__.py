@@ -12,7 +12,7 @@ Each field is also marked with what it means for the hash that identifies a stag
 from prune_distill.schema.benchmark import BenchmarkConfig, Engine
 from prune_distill.schema.cluster import ClusterConfig, Gpu, GpuRequest, NumaBinding, SlurmConfig
 from prune_distill.schema.convert import ConvertConfig, ExportDtype
-from prune_distill.schema.data import DataConfig, DataSource, DocumentFormat, LongDocuments
+from prune_distill.schema.data import DataConfig, DataSource, DocumentFormat, Learn, LongDocuments
 from prune_distill.schema.distill import (
     DistillConfig,
     Divergence,
@@ -42,6 +42,7 @@ from prune_distill.schema.training import (
     Fp8,
     MatmulPrecision,
     Mlflow,
+    Packing,
     Parallel,
     Phase,
     Precision,
@@ -75,6 +76,7 @@ __all__ = [
     "KdConfig",
     "LayerPair",
     "LayerSelection",
+    "Learn",
     "LongDocuments",
     "Loss",
     "LossImplementation",
@@ -82,6 +84,7 @@ __all__ = [
     "Mlflow",
     "ModelConfig",
     "NumaBinding",
+    "Packing",
     "Parallel",
     "Phase",
     "Precision",

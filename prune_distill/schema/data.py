@@ -15,6 +15,7 @@ from prune_distill.schema.fields import (
     ShareAboveZero,
     ShareBelowOne,
     Text,
+    hashed_if,
     placement,
 )
 
@@ -23,20 +24,33 @@ class DocumentFormat(Enum):
     """The content of a record.
 
     `text`: a text. `tokens`: token ids of `data.source_tokenizer`, as in nvidia/ClimbMix. `chat`: a list of messages
-    with `role` and `content`, which the model's chat template renders.
+    with `role` and `content`, which the model's chat template renders with the record's `tools`. `ids`: token ids of
+    the model's own tokenizer, with an optional list `loss_mask` of 1 for tokens that are learned and 0 for others.
     """
 
     text = "text"
     tokens = "tokens"
     chat = "chat"
+    ids = "ids"
 
 
 class LongDocuments(Enum):
-    """What happens to the tokens after `max_document_tokens`: they are dropped (`truncate`), or become further
-    documents (`split`)."""
+    """What happens to a document longer than `max_document_tokens`: the tokens after it are dropped (`truncate`) or
+    become further documents (`split`), or the whole document is dropped (`drop`). Parts without a learned token are
+    dropped."""
 
     truncate = "truncate"
     split = "split"
+    drop = "drop"
+
+
+class Learn(Enum):
+    """Which tokens of chat documents are learned: all (`all`), what the assistant writes (`assistant`), or what it
+    writes in its last turn (`last_assistant`). Thinking and tool calls are part of what it writes."""
+
+    all = "all"
+    assistant = "assistant"
+    last_assistant = "last_assistant"
 
 
 @dataclass
@@ -46,7 +60,7 @@ class DataSource:
     # Files, folders, globs, or files of a dataset on the Hub as hf://datasets/OWNER/NAME[@REVISION]/GLOB.
     files: list[str] = MISSING
     format: DocumentFormat = DocumentFormat.text
-    # Field of the document in a record; null: `text`, `tokens` or `messages`, by the format.
+    # Field of the document in a record; null: `text`, `tokens`, or `messages` or else `conversations`, by the format.
     key: str | None = None
     # Share of the training tokens, relative to the weights of the other sources; null: every source is read once.
     weight: PositiveFloat | None = None
@@ -85,8 +99,11 @@ class DataConfig:
     # Longest document in tokens, without the end-of-document token.
     max_document_tokens: PositiveInt = 32000
     long_documents: LongDocuments = LongDocuments.truncate
-    # Whether only the assistant's messages of chat documents are learned.
-    mask_prompts: bool = False
+    learn: Learn = Learn.all
+    # Whether turns of the assistant that the chat template renders differently once messages follow become documents of
+    # their own: the conversation up to the turn, as the model sees it. Qwen3's template drops the thinking of earlier
+    # turns, which is then learned only so. Needs `learn=assistant`.
+    split_turns: bool = hashed_if(False, lambda data: data.learn is Learn.assistant)
     # Drops documents whose text occurred before in any source.
     deduplicate: bool = False
     # Share of a shard's lines that may be broken (bad JSON, no text) before the stage fails. It is not part of the

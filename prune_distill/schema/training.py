@@ -16,6 +16,7 @@ from prune_distill.schema.fields import (
     Range,
     ShareBelowOne,
     Steps,
+    hashed_if,
     placement,
     recorded,
 )
@@ -82,6 +83,15 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class Packing(Enum):
+    """How documents fill the training's sequences. `concatenated`: one after the other, cut where a sequence ends;
+    attention reaches back into earlier documents. `documents`: only whole documents, as many as fit, and padding;
+    attention stays within a document. It needs one sequence per forward pass and no context parallelism."""
+
+    concatenated = "concatenated"
+    documents = "documents"
+
+
 @dataclass
 class Phase:
     """A part of a training with its own settings; null takes the training's."""
@@ -137,6 +147,7 @@ class Training:
     seq_length: PositiveInt = MISSING
     # Sequences per step, over all ranks.
     global_batch_size: PositiveInt = MISSING
+    packing: Packing = hashed_if(Packing.concatenated, lambda training: training.packing is not Packing.concatenated)
     # Sequences per forward pass on a rank.
     micro_batch_size: PositiveInt = placement(1)
     # Learning rate after the warm-up.

@@ -32,7 +32,7 @@ from prune_distill.nemo import backend
 from prune_distill.nemo.datasets import make_data_module
 from prune_distill.pipeline.names import CHECKPOINTS
 from prune_distill.pipeline.stage_main import rank
-from prune_distill.schema import Training
+from prune_distill.schema import Packing, Training
 from prune_distill.schema.phases import TrainingPhase, phase_number, samples_before, spare_batches, training_phases
 
 # A sequence: the number of its dataset, and its number in that dataset.
@@ -69,7 +69,9 @@ class Batches(LightningDataModule):
         self.phases = training_phases(cfg)
         self.spares = spare_batches(cfg)
         self.datasets: list[Any] = []
-        self.validation = self._module(data, seed, cfg.seq_length, cfg.micro_batch_size, cfg.global_batch_size)
+        sizes = (cfg.seq_length, cfg.micro_batch_size, cfg.global_batch_size)
+        # Cut anywhere, like the sequences that the stage evaluate measures.
+        self.validation = self._module(data, seed, *sizes, Packing.concatenated)
         self.data_sampler = StepSizes(self)
 
     def setup(self, stage: str = "") -> None:
@@ -90,13 +92,20 @@ class Batches(LightningDataModule):
 
     def _dataset(self, phase: TrainingPhase, steps: int, seed: int) -> Any:
         data = self.data if phase.weights is None else self.data.weighted(phase.weights)
-        module = self._module(data, seed, phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+        sizes = (phase.seq_length, phase.micro_batch_size, phase.global_batch_size)
+        module = self._module(data, seed, *sizes, self.cfg.packing)
         _select_split(module, Split.train)
         module.build(steps, steps, 1, 0)
         return module._train_ds
 
     def _module(
-        self, data: DataFolder, seed: int, seq_length: int, micro_batch_size: int, global_batch_size: int
+        self,
+        data: DataFolder,
+        seed: int,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        packing: Packing,
     ) -> llm.PreTrainingDataModule:
         return make_data_module(
             self.tokenizer,
@@ -107,6 +116,7 @@ class Batches(LightningDataModule):
             global_batch_size=global_batch_size,
             num_workers=self.cfg.num_workers,
             seed=seed,
+            packing=packing,
         )
 
     def reconfigure_limit_batches(self) -> None:
@@ -262,7 +272,7 @@ class StepSizes(MegatronDataSampler):
         if step.forward_only:
             return step
         learned = float(self.micro_batch_size * self.seq_len)
-        if self.batches.data.masked:
+        if self.batches.data.masked or self.batches.cfg.packing is Packing.documents:
             micro_batches = [next(step.data) for _ in range(step.num_microbatches or 0)]
             learned = _count_unmasked(micro_batches) / len(micro_batches)
             step = dataclasses.replace(step, data=iter(micro_batches))

@@ -68,7 +68,7 @@ def resolved(arguments: list[str]) -> Path:
 
 
 def write_masks(folder: Path) -> None:
-    """Masks next to a data folder's tokens, as `data.mask_prompts` writes them: stretches of 100 tokens of which
+    """Masks next to a data folder's tokens, as `data.learn` writes them: stretches of 100 tokens of which
     nothing, a tenth or all is learned, so that some sequences of 128 have next to nothing to learn."""
     draw = np.random.default_rng(0)
     data = DataFolder.read(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ CHAT_TEMPLATE = (
 
 
 def byte_level(
-    folder: Path, vocab_size: int = 400, *, style: str = "qwen", eos: str | None = "<|im_end|>", model_vocab: int = 0
+    folder: Path,
+    vocab_size: int = 400,
+    *,
+    style: str = "qwen",
+    eos: str | None = "<|im_end|>",
+    model_vocab: int = 0,
+    more_special: Sequence[str] = (),
 ) -> Path:
     """A byte-level BPE of a style: `qwen` (a pattern of its own, NFC), `gpt2` (ByteLevel's pattern).
 
     Args:
         model_vocab: the vocab_size of the config.json beside it; 0: the tokenizer's own size.
+        more_special: special tokens besides those of ChatML.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -40,7 +48,7 @@ def byte_level(
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *more_special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, show_progress=False, special_tokens=special, initial_alphabet=alphabet
@@ -120,3 +128,12 @@ def save(folder: Path, tokenizer: Any, vocab_size: int, **options: Any) -> Path:
     fast.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": vocab_size}))
     return folder
+
+
+def chat_template(folder: Path, name: str, bos: str | None = None) -> None:
+    """Give a folder the chat template of a released model, from tests/data/chat_templates, and a BOS token."""
+    text = (Path(__file__).parents[1] / "data" / "chat_templates" / f"{name}.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(text)
+    if bos is not None:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": bos}))

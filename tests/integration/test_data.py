@@ -201,7 +201,7 @@ def test_training_only_learns_the_assistants_messages(model: Path, tmp_path: Pat
         for number in range(400)
     ]
     source = write(tmp_path / "c.jsonl", chats, key="messages")
-    more = ("data.format=chat", "data.mask_prompts=true", f"data.train=[{source}]")
+    more = ("data.format=chat", "data.learn=assistant", f"data.train=[{source}]")
     arguments = command(model, tmp_path / "run", *more)
     run(arguments)
     batch = {key: np.asarray(value) for key, value in drawn(folder_of(arguments), model, 64).items()}

@@ -68,7 +68,8 @@ QWEN3_8B = {
     "tie_word_embeddings": False,
 }
 MODELS = ("models/mine", "models/Qwen3-8B", "shared/models/Qwen3-8B")
-DOCUMENTS = ("data/docs.jsonl", "data/code.jsonl")
+CHATS = "data/chats.jsonl"
+DOCUMENTS = ("data/docs.jsonl", "data/code.jsonl", CHATS)
 CLIMBMIX = ("data/climbmix", "shared/climbmix")
 # Absolute paths in the documentation. They are replaced by paths below a temporary folder.
 PLACES = re.compile(r"(?<![\w.~])/(?=(?:models|data|shared)/)")
@@ -277,11 +278,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in MODELS:
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(QWEN3 | QWEN3_8B))
+        (folder / name / "chat_template.jinja").write_text("{{ messages }}")
         complete(folder / name)
     files = [*DOCUMENTS, *(f"{name}/part_{number}.jsonl" for name in CLIMBMIX for number in range(100))]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text('{"text": "A document."}\n')
+        (folder / name).write_text('{"messages": []}\n' if name == CHATS else '{"text": "A document."}\n')
     (folder / "shared" / "nemo-prune-distill.sqsh").touch()
     for block in BLOCKS:
         for name in re.findall(r"^# (DIR/\S+\.yaml)$", block.text, re.MULTILINE) if block.language == "yaml" else []:

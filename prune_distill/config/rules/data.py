@@ -14,7 +14,7 @@ from typing import Any
 from prune_distill.config.data_files import (
     HUB,
     Packing,
-    document_field,
+    document_fields,
     document_files,
     drop_duplicates,
     find_existing,
@@ -22,10 +22,12 @@ from prune_distill.config.data_files import (
     packing,
     sources,
     unreadable,
+    validation_source,
 )
 from prune_distill.config.rule import Finding, rule
 from prune_distill.model.hf_tokenizer import faults as tokenizer_faults
-from prune_distill.schema import DataSource, DocumentFormat, RunConfig
+from prune_distill.model.hf_tokenizer import has_chat_template
+from prune_distill.schema import DataSource, DocumentFormat, Learn, RunConfig
 
 # Other inputs of the stage that prepares data.
 RESERVED = ("validation", "tokenizer", "source_tokenizer")
@@ -85,12 +87,28 @@ def weights(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule("data.mask_prompts", *SOURCES, "data.mask_prompts")
-def mask_prompts(cfg: RunConfig) -> Iterator[Finding]:
-    formats = {source.format for source in sources(cfg.data).values()}
-    if cfg.data.mask_prompts and DocumentFormat.chat not in formats:
+@rule("data.learn", *SOURCES, "data.learn", "data.split_turns")
+def learn(cfg: RunConfig) -> Iterator[Finding]:
+    data = cfg.data
+    formats = {source.format for source in sources(data).values()}
+    if data.learn is not Learn.all and DocumentFormat.chat not in formats:
+        yield Finding("data.learn", "no documents are in the format chat; set data.learn=all or data.format=chat")
+    if data.split_turns and data.learn is not Learn.assistant:
         yield Finding(
-            "data.mask_prompts", "no documents are in the format chat; set data.mask_prompts=false or data.format=chat"
+            "data.split_turns",
+            f"has no effect with data.learn={data.learn.value}; set data.learn=assistant or data.split_turns=false",
+        )
+
+
+@rule("data.chat_template", *SOURCES, VALIDATION, "model.hf_path", "model.demo?", on_machine=True)
+def chat_template(cfg: RunConfig) -> Iterator[Finding]:
+    folder = Path(os.path.expanduser(cfg.model.hf_path or ""))
+    chats = [key for key, source in _sources(cfg).items() if source.files and source.format is DocumentFormat.chat]
+    if chats and cfg.model.demo is None and cfg.model.hf_path and folder.is_dir() and not has_chat_template(folder):
+        yield Finding(
+            "model.hf_path",
+            f"its tokenizer has no chat template, which {chats[0]} needs for documents in the format chat; add the"
+            " model's chat_template.jinja to the folder, or use a model that was trained on conversations",
         )
 
 
@@ -163,7 +181,7 @@ def _sources(cfg: RunConfig) -> dict[str, DataSource]:
         "data.train" if cfg.data.sources is None else f"data.sources.{name}.files": source
         for name, source in sources(cfg.data).items()
     }
-    return {**training_sources, VALIDATION: DataSource(cfg.data.validation or [], cfg.data.format, cfg.data.text_key)}
+    return {**training_sources, VALIDATION: validation_source(cfg.data)}
 
 
 def _files(source: DataSource) -> list[str]:
@@ -178,9 +196,10 @@ def _fault(path: str, source: DataSource) -> str | None:
     reason = unreadable(path)
     if reason is not None:
         return f"{path} {reason}"
-    record, key = _first_record(path), document_field(source)
-    if record is None or key in record:
+    record, keys = _first_record(path), document_fields(source)
+    if record is None or any(key in record for key in keys):
         return None
+    key = keys[0]
     parents = [name for name, value in record.items() if isinstance(value, dict) and key in value]
     nested = f" ({parents[0]!r} contains one, but it must be at the top level: rewrite the file)" if parents else ""
     return (

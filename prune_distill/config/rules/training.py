@@ -15,7 +15,7 @@ from prune_distill.config.rules.prune import SHAPE, STUDENT
 from prune_distill.config.values import count_ranks, get_value, require
 from prune_distill.config.wording import any_of, around, divisors, too_long
 from prune_distill.model.student import shape_to_prune, student_shape
-from prune_distill.schema import Phase, RunConfig, Schedule, Shape, Training
+from prune_distill.schema import Packing, Phase, RunConfig, Schedule, Shape, Training
 from prune_distill.schema.phases import TrainingPhase, training_phases
 
 DEMO, DISTILL, CORRECTION = "model.demo.training", "distill", "distill.teacher_correction"
@@ -206,6 +206,24 @@ def max_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
         if training.seq_length > limit:
             key = f"{where}.seq_length"
             yield Finding(key, too_long(key, limit), value=training.seq_length)
+
+
+@training_rule("training.packing", *SIZES, "{at}.packing", CONTEXT)
+def packing(cfg: RunConfig, at: str) -> Iterator[Finding]:
+    """Transformer Engine's kernels for packed sequences take one row, and split it otherwise among ranks."""
+    training, key = get_training(cfg, at), f"{at}.packing"
+    if training.packing is Packing.concatenated:
+        return
+    fix = f"set %s=1, or {key}=concatenated"
+    if (context := training.parallel.context_parallel_size) > 1:
+        size = CONTEXT.format(at=at)
+        yield Finding(key, f"cannot be combined with {size}={context}; {fix % size}")
+    for where, one in with_phases(training, at):
+        if one.micro_batch_size > 1:
+            size = f"{where}.micro_batch_size"
+            yield Finding(
+                key, f"takes one sequence per forward pass, unlike {size}={one.micro_batch_size}; {fix % size}"
+            )
 
 
 @training_rule("training.seq_length", *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.planning.automatic import compose
-from prune_distill.config.data_files import document_field, packing, sources
+from prune_distill.config.data_files import document_fields, packing, sources
 from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.identity import hashed_values
@@ -58,8 +58,9 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*QWEN, "data.shard_bytes=0"], "value.bounds", "data.shard_bytes", ""),
     ([*QWEN, "data.num_workers=0"], "value.bounds", "data.num_workers", ""),
     ([*QWEN, "data.array_tasks=0"], "value.bounds", "data.array_tasks", ""),
-    ([*QWEN, "data.format=txt"], "value.choice", "data.format", "text or tokens or chat"),
-    ([*QWEN, "data.mask_prompts=true"], "data.mask_prompts", "data.mask_prompts", "data.mask_prompts=false"),
+    ([*QWEN, "data.format=txt"], "value.choice", "data.format", "text or tokens or chat or ids"),
+    ([*QWEN, "data.learn=assistant"], "data.learn", "data.learn", "data.learn=all"),
+    ([*QWEN, "data.format=chat", "data.split_turns=true"], "data.learn", "data.split_turns", "data.learn=assistant"),
     ([*QWEN, "data.train=['hf://OptimalScale/x.jsonl']"], "data.hub_files", "data.train", "hf://datasets/OWNER/NAME"),
 ]
 
@@ -81,7 +82,7 @@ def test_sources_travel_through_the_resolved_file(tmp_path: Path) -> None:
 def test_data_train_is_one_source() -> None:
     data = DataConfig(train=["a.jsonl"], text_key="content", sample=0.25)
     assert sources(data) == {"train": DataSource(["a.jsonl"], key="content", sample=0.25)}
-    assert document_field(sources(DataConfig(train=[], format=DocumentFormat.chat))["train"]) == "messages"
+    assert document_fields(sources(DataConfig(train=[], format=DocumentFormat.chat))["train"])[0] == "messages"
     assert [packing(name) for name in ("a.jsonl", "a.txt", "b.parquet.gz")][1:] == [None, None]
 
 

@@ -17,7 +17,8 @@ from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.config.typed import plain, schema_keys
 from prune_distill.errors import ConfigError
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.schema import Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
+from prune_distill.schema import DataSource, Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
+from prune_distill.schema.phases import training_phases
 
 # Experiments that need no input of the user.
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
@@ -37,7 +38,23 @@ def test_every_experiment_is_valid_and_round_trips(tmp_path: Path, name: str) ->
 
 def test_documented_experiments_exist() -> None:
     promised = {"demo", "qwen3_8b_to_6b_depth", "qwen3_8b_to_6b_width", "llama3_1_8b_to_4b_depth"}
-    assert promised | {"llama3_1_8b_to_4b_width", "qwen3_0_6b_one_gpu"} <= set(EXPERIMENTS)
+    more = {"llama3_1_8b_to_4b_width", "qwen3_0_6b_one_gpu", "qwen3_8b_to_6b_reasoning"}
+    assert promised | more <= set(EXPERIMENTS)
+
+
+def test_the_published_reasoning_blend() -> None:
+    cfg = compose(["experiment=qwen3_8b_to_6b_reasoning"])
+    weights = {name: source.weight or 0 for name, source in (cfg.data.sources or {}).items()}
+    assert (weights.pop("climbmix"), sum(weights.values())) == (30, 70)
+    first, second = training_phases(cfg.distill)
+    assert [first.seq_length, second.seq_length] == [8192, 32768]
+    # 80 and 20 billion tokens, with as many a step; rounded to whole hundreds of steps.
+    assert first.tokens_a_step == second.tokens_a_step
+    assert first.steps * first.tokens_a_step == pytest.approx(80e9, rel=0.01)
+    assert second.steps * second.tokens_a_step == pytest.approx(20e9, rel=0.01)
+    assert cfg.distill.parallel.context_parallel_size == 2
+    blend = compose(["experiment=qwen3_8b_to_6b_reasoning", "data=nemotron"]).data.sources or {}
+    assert sum(source.weight or 0 for source in blend.values()) == 100
 
 
 @pytest.mark.parametrize(
@@ -63,6 +80,9 @@ GROUP_FILES = [(group, name) for group, names in config_groups().items() for nam
 def test_files_of_groups_hold_known_keys_only(group: str, name: str) -> None:
     tree: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml"))
     tree.pop("defaults", None)
+    # The sources of documents have names of their own.
+    for source in (tree.pop("sources", None) or {}).values() if group == "data" else ():
+        assert set(source) <= {field.name for field in dataclasses.fields(DataSource)}
     # A layout concerns several groups.
     assert set(_keys(tree, "" if group == "layout" else f"{group}.")) <= set(schema_keys(RunConfig))
 

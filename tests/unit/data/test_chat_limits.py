@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from prune_distill.data import documents
+from prune_distill.data import chat, documents
 from prune_distill.data.limits import LimitError, Limits
 from prune_distill.data.readers import Lines
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.errors import InputError
-from prune_distill.schema import DocumentFormat
+from prune_distill.schema import DocumentFormat, Learn
 from tests.helpers.tokenizers import byte_level
 
 SECONDS = 0.3
@@ -34,12 +34,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return byte_level(tmp_path_factory.mktemp("model"))
 
 
-def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: bool = False) -> documents.Render:
+def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, learn: Learn = Learn.all) -> documents.Render:
     assert AutoTokenizer  # imported before our loader, which excludes torch
     (folder / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr(documents, "CHAT_SECONDS", SECONDS)
-    monkeypatch.setattr(documents, "CHAT_BYTES", 2**26)
-    return documents.renderer(DocumentFormat.chat, TokenizerSpec(str(folder), None, 2, 400, True), None, mask)
+    monkeypatch.setattr(chat, "CHAT_SECONDS", SECONDS)
+    monkeypatch.setattr(chat, "CHAT_BYTES", 2**26)
+    return documents.renderer(DocumentFormat.chat, TokenizerSpec(str(folder), None, 2, 400, True), None, learn)
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,22 @@ def render(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch, mask: b
         ("{{ 'a' * 10000000000 }}", "takes more than 0.0625 GiB of memory"),
         (LONG, "writes 4,000,000 characters"),
         # Only if there is an answer to learn.
-        ("{{ messages[0].content }}{% if add_generation_prompt %}" + ENDLESS + "{% endif %}", "takes more than 0.3 s"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+            + ENDLESS
+            + "{% endif %}",
+            "takes more than 0.3 s",
+        ),
     ],
 )
 def test_an_endless_template_is_one_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, template: str, limit: str
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    call = render(folder, template, monkeypatch, mask=True)
+    call = render(folder, template, monkeypatch, Learn.assistant)
     started = time.process_time()
     with pytest.raises(InputError, match=rf"the chat template in {folder} {limit} for one conversation; "):
-        call(CHAT)
+        call(CHAT, {})
     assert time.process_time() - started < 10
     assert resource.getrlimit(resource.RLIMIT_AS) == before
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
@@ -84,7 +89,7 @@ def test_a_limit_is_not_an_invalid_line(folder: Path, monkeypatch: pytest.Monkey
     def read(template: str, lines: Lines) -> list[str]:
         source: Any = Records({"messages": CHAT}, {"messages": 3})
         call = render(folder, template, monkeypatch)
-        found = documents.documents(source, call, "messages", "cluster", lambda _: True, lines, hashlib.sha256())
+        found = documents.documents(source, call, ["messages"], "cluster", lambda _: True, lines, hashlib.sha256())
         return [document.text for document in found]
 
     with pytest.raises(InputError, match=r"^chat\.jsonl:1: the chat template in "):
@@ -100,8 +105,8 @@ def test_a_limit_is_not_an_invalid_line(folder: Path, monkeypatch: pytest.Monkey
 def test_long_conversations_do_not_reach_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of the output grows with the conversation."""
     call = render(folder, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", monkeypatch)
-    text, _ = call([{"role": "user", "content": "x" * 3_000_000}])
-    assert len(text) == 3_000_006
+    (rendered,) = call([{"role": "user", "content": "x" * 3_000_000}], {})
+    assert len(rendered.text) == 3_000_006
 
 
 def test_limits_apply_to_each_block() -> None:

@@ -22,10 +22,11 @@ from prune_distill.data.encoder import TokenizersEncoder
 from prune_distill.data.folder import DataFolder
 from prune_distill.data.plan import VALIDATION, Shard, holdout_every, local_files, make_plan
 from prune_distill.data.prepare import prepare
+from prune_distill.data.readers import Lines
 from prune_distill.data.shards import read_manifest
 from prune_distill.data.tokenizer import TokenizerSpec, read_tokenizer
 from prune_distill.errors import InputError
-from prune_distill.schema import DataConfig, DataSource, DocumentFormat, LongDocuments
+from prune_distill.schema import DataConfig, DataSource, DocumentFormat, Learn, LongDocuments
 from tests.helpers.tokenizers import byte_level, words
 
 WORDS = ["<eos>", "alpha", "beta", "gamma", "delta"]
@@ -286,7 +287,7 @@ def test_a_file_listed_twice_is_read_once_with_a_warning(tmp_path: Path, caplog:
 def test_a_small_corpus_holds_out_a_larger_share(megabytes: float, sample: float, every: int) -> None:
     sizes = {"train": round(megabytes * 5e5), VALIDATION: 10**12}
     plan = [
-        Shard(number, split, split, DocumentFormat.text, "text", sample, (), sizes[split], "")
+        Shard(number, split, split, DocumentFormat.text, ("text",), sample, (), sizes[split], "")
         for number, split in enumerate(("train", VALIDATION, "train"))
     ]
     assert holdout_every(DataConfig(), plan) == every
@@ -352,11 +353,12 @@ def test_two_processes_share_the_work_and_declare_it_once(
 
 
 def test_a_truncated_document_frees_the_rest() -> None:
-    ids, eod = np.arange(100, dtype=np.uint32), np.asarray([0], dtype=np.uint32)
-    ((part, learned),) = work._parts(ids, None, eod, DataConfig(max_document_tokens=10))
+    ids, lines = np.arange(100, dtype=np.uint32), Lines()
+    ((part, learned),) = work._parts(ids, None, 0, DataConfig(max_document_tokens=10), False, lines)
     assert [each.tolist() for each in part] == [[*range(10)], [0]]
     assert part[0].base is None or part[0].base.nbytes == 40
-    assert learned is None
+    assert learned.tolist() == [1] * 11
+    assert (lines.too_long, lines.dropped) == (1, 0)
 
 
 def test_a_worker_returns_samples_from_fastokens(
@@ -420,9 +422,14 @@ def test_chat_is_rendered_with_loss_masks(
         {"role": "user", "content": "Sure?"},
         {"role": "assistant", "content": "Yes"},
     ]
-    lines = [{"messages": chat}, {"messages": chat[:1]}]
+    lines = [{"messages": chat}, {"messages": chat[:1]}, {"messages": chat[:2]}]
     files = {"train": [write_lines(tmp_path / "c.jsonl", *lines)], "validation": [str(tmp_path / "c.jsonl")]}
-    folder = make(folders["bytes"], tmp_path / "out", files, format=DocumentFormat.chat, mask_prompts=True)
+    settings = {"format": DocumentFormat.chat, "learn": Learn.assistant}
+    with pytest.raises(
+        InputError, match=r"1 of 3 lines are invalid \(the first: .*line 2: there is no message of the "
+    ):
+        make(folders["bytes"], tmp_path / "strict", files, **settings)
+    folder = make(folders["bytes"], tmp_path / "out", files, max_invalid_fraction=0.4, **settings)
     prefix = Path(folder.train_paths[0])
     tokens = np.fromfile(f"{prefix}.bin", dtype=np.uint16)
     mask = np.fromfile(f"{prefix}_mask.bin", dtype=np.uint8)
@@ -442,8 +449,11 @@ def test_chat_is_rendered_with_loss_masks(
     )
     eod = specs["bytes"].eod_token
     assert tokens[: len(ids) + 1].tolist() == [*ids, eod]
-    assert mask[: len(ids) + 1].tolist() == [*learn, 1]
-    assert mask[len(ids) + 1 :].tolist() == [0] * (len(mask) - len(ids) - 1)
+    # The end of a document ends the last turn once more.
+    assert mask[: len(ids) + 1].tolist() == [*learn, 0]
+    two_messages = learn[: learn.index(0, learn.index(1))]
+    assert mask[len(ids) + 1 :].tolist() == [*two_messages, 0]
+    assert (folder.lines["documents"], folder.lines["bad"], folder.lines["dropped"]) == (4, 2, 0)
     check_folder(tmp_path / "out")
 
 

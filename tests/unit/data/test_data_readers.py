@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from prune_distill.data import readers
-from prune_distill.data.documents import Document, documents, held_out, renderer, shuffle_key
+from prune_distill.data.documents import Document, Rendered, documents, held_out, renderer, shuffle_key
 from prune_distill.data.readers import Lines, Piece, Source, parse, split_file
 from prune_distill.errors import InputError
 from tests.helpers.tokenizers import byte_level
@@ -43,9 +43,9 @@ def parquet(path: Path, **columns: list[Any]) -> Path:
 
 def read(*pieces: Piece, key: str = "text", keep: Any = lambda key: True) -> tuple[list[Document], Lines]:
     lines = Lines()
-    text = renderer(readers_format(), None, None, False)  # type: ignore[arg-type]
+    text = renderer(readers_format(), None, None)  # type: ignore[arg-type]
     found = list(
-        documents(Source(list(pieces), (key, "cluster_id")), text, key, "cluster_id", keep, lines, hashlib.sha256())
+        documents(Source(list(pieces), (key, "cluster_id")), text, [key], "cluster_id", keep, lines, hashlib.sha256())
     )
     assert lines.lines == lines.documents + lines.empty + lines.bad + lines.left_out
     return found, lines
@@ -292,12 +292,12 @@ def test_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:
 
     spec = read_tokenizer(byte_level(tmp_path / "gpt2", style="gpt2"), model=False)
     encode = TokenizersEncoder(spec)
-    decode = renderer(DocumentFormat.tokens, spec, spec, False)
+    decode = renderer(DocumentFormat.tokens, spec, spec)
     for text in TEXTS[:20]:
         ids = encode(text).tolist()
-        assert decode(ids) == (text, None)
-        assert decode([*ids, 0]) == (text, None)  # <|endoftext|> is not text
-    assert decode(encode("a漢").tolist()[:-1])[0] == "a"  # truncated within a character
+        assert decode(ids, {}) == [Rendered(text)]
+        assert decode([*ids, 0], {}) == [Rendered(text)]  # <|endoftext|> is not text
+    assert decode(encode("a漢").tolist()[:-1], {}) == [Rendered("a")]  # truncated within a character
     for bad in ("text", [10**6], None, [1.5], [[1]]):
         with pytest.raises(ValueError, match="not a list of the source tokenizer's ids"):
-            decode(bad)
+            decode(bad, {})

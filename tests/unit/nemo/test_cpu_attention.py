@@ -96,6 +96,25 @@ def test_a_window_is_a_tokens_own_key_and_those_before_it(groups: int, left: int
         torch.testing.assert_close(a.grad, b.grad, **ROUNDING)
 
 
+@pytest.mark.parametrize("window", [None, (3, 0)])
+def test_packed_sequences_do_not_see_each_other(window: tuple[int, int] | None) -> None:
+    ours = [t.detach()[:, 0].clone().requires_grad_() for t in _inputs(GROUPS)]
+    attention = DotProductAttention(HEADS, SIZE, GROUPS, window_size=window)
+    ends = torch.tensor([0, 1, 9, LENGTH], dtype=torch.int32)
+    packed = {"qkv_format": "thd", "cu_seqlens_q": ends, "cu_seqlens_kv": ends, "max_seqlen_q": 8, "max_seqlen_kv": 8}
+    output = attention(*ours, None, attn_mask_type="padding_causal", **packed)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    theirs = [t.detach().clone().requires_grad_() for t in ours]
+    left = LENGTH if window is None else window[0]
+    parts = [[t[start:end, None] for t in theirs] for start, end in ((0, 1), (1, 9), (9, LENGTH))]
+    expected = torch.cat([_within_window(*part, left) for part in parts]).squeeze(1)
+    expected.backward(grad.double())
+    torch.testing.assert_close(output, expected.float(), **ROUNDING)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **ROUNDING)
+
+
 @pytest.mark.parametrize("window", [None, (-1, -1), (-1, 0)])
 def test_no_window_is_all_keys(window: tuple[int, int] | None) -> None:
     inputs = _inputs(GROUPS)
@@ -143,6 +162,8 @@ def test_dropout_works_in_training_alone() -> None:
         ({"attn_mask_type": "padding"}, {}, "'padding'"),
         ({}, {"core_attention_bias_type": "post_scale_bias"}, "attention bias"),
         ({}, {"cu_seqlens_q": torch.tensor([0, 17])}, "cu_seqlens_q"),
+        ({}, {"qkv_format": "bshd"}, "layout 'bshd'"),
+        ({}, {"qkv_format": "thd", "attn_mask_type": "padding"}, "packed sequences with the mask 'padding'"),
     ],
 )
 def test_unsupported_options_raise(build: dict[str, object], call: dict[str, object], named: str) -> None:

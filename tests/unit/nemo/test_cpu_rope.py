@@ -26,6 +26,19 @@ def test_output_and_gradient_equal_megatrons(rotated: int) -> None:
     torch.testing.assert_close(gradient, their_gradient)
 
 
+def test_packed_sequences_begin_at_position_0() -> None:
+    torch.manual_seed(0)
+    t = torch.randn(9, 3, 16, requires_grad=True)
+    freqs = torch.randn(5, 1, 1, 8).repeat(1, 1, 1, 2)
+    ours = apply_rotary_pos_emb(t, freqs, tensor_format="thd", fused=True, cu_seqlens=torch.tensor([0, 4, 9]))
+    (gradient,) = torch.autograd.grad(ours.square().sum(), t)
+    parts = [_apply_rotary_pos_emb_bshd(part[:, None], freqs[: len(part)]) for part in (t[:4], t[4:])]
+    theirs = torch.cat(parts).squeeze(1)
+    (their_gradient,) = torch.autograd.grad(theirs.square().sum(), t)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradient, their_gradient)
+
+
 def test_other_layouts_are_rejected() -> None:
-    with pytest.raises(NotImplementedError, match="layout 'thd'"):
-        apply_rotary_pos_emb(torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1, 8), tensor_format="thd")
+    with pytest.raises(NotImplementedError, match="layout 'bshd'"):
+        apply_rotary_pos_emb(torch.zeros(4, 1, 1, 8), torch.zeros(4, 1, 1, 8), tensor_format="bshd")

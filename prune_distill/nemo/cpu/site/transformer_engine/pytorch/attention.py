@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -110,21 +111,37 @@ class DotProductAttention(BaseModule):
         attention_mask: Tensor | None = None,
         attn_mask_type: str | None = None,
         core_attention_bias_type: str = "no_bias",
+        qkv_format: str = "sbhd",
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_q: object = None,
+        max_seqlen_kv: object = None,
         **options: object,
     ) -> Tensor:
         """`[s, b, heads, d]`, `[s_kv, b, groups, d]`, `[s_kv, b, groups, d_v]` -> `[s, b, heads * d_v]`.
 
-        `attention_mask` is ignored, as in Transformer Engine for "causal" and "no_mask".
+        Packed sequences (`qkv_format="thd"`) have no batch dimension. Each attends to itself, causally.
+
+        Args:
+            attention_mask: ignored, as in Transformer Engine for "causal" and "no_mask".
+            cu_seqlens_q: first token of each packed sequence and the number of all tokens, `[sequences + 1]`; equal to
+                `cu_seqlens_kv`.
+            max_seqlen_q, max_seqlen_kv: ignored.
 
         Raises:
-            NotImplementedError: for other masks, attention bias, packed sequences (`cu_seqlens_q`) and unknown options.
+            NotImplementedError: for other masks and layouts, attention bias and unknown options.
         """
+        if qkv_format == "thd":
+            refuse_options("attention over packed sequences", options)
+            return self._packed(query, key, value, attn_mask_type, cu_seqlens_q, cu_seqlens_kv)
+        if qkv_format != "sbhd":
+            refuse(f"attention in the layout {qkv_format!r}", "use 'sbhd' or 'thd'")
         mask_type = attn_mask_type or self.attn_mask_type
         if mask_type not in _MASKS:
             refuse(f"attention mask of type {mask_type!r}", f"use one of {_MASKS}")
         if core_attention_bias_type != "no_bias":
             refuse(f"attention bias ({core_attention_bias_type})", "leave it out")
-        refuse_options("attention", options)
+        refuse_options("attention", {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv, **options})
 
         causal, mask = mask_type == "causal", None
         if self.cp_group is not None and dist.get_world_size(self.cp_group) > 1:
@@ -149,6 +166,21 @@ class DotProductAttention(BaseModule):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, mask_type: str | None, ends: Tensor | None, kv: Tensor | None
+    ) -> Tensor:
+        """`[t, heads, d]`, `[t, groups, d]`, `[t, groups, d_v]` -> `[t, heads * d_v]`."""
+        if ends is None or kv is None or not torch.equal(ends, kv) or mask_type != "padding_causal":
+            refuse(f"packed sequences with the mask {mask_type!r} or other keys", "use causal self-attention")
+        if self.cp_group is not None and dist.get_world_size(self.cp_group) > 1:
+            refuse("packed sequences under context parallelism", "set context_parallel_size=1")
+        # Not `self.forward`, which is Megatron's.
+        parts = [
+            DotProductAttention.forward(self, *(t[start:end, None] for t in (query, key, value)), None, "causal")
+            for start, end in itertools.pairwise(ends.tolist())
+        ]
+        return torch.cat(parts).squeeze(1)
 
     def _dropout_state(self, dropout: float) -> AbstractContextManager[Any]:
         if dropout == 0.0 or self.get_rng_state_tracker is None:

@@ -14,18 +14,30 @@ from .._refuse import refuse, refuse_options
 
 
 def apply_rotary_pos_emb(
-    t: Tensor, freqs: Tensor, tensor_format: str = "sbhd", fused: bool = False, **options: object
+    t: Tensor,
+    freqs: Tensor,
+    tensor_format: str = "sbhd",
+    fused: bool = False,
+    cu_seqlens: Tensor | None = None,
+    **options: object,
 ) -> Tensor:
     """Rotate the first `d_rot` of each head: `[s, b, heads, d]`, angles `[>= s, 1, 1, d_rot]` -> `[s, b, heads, d]`.
 
-    The two halves of a head are rotated against each other, in fp32, as in the fused kernel.
+    The two halves of a head are rotated against each other, in fp32, as in the fused kernel. Packed sequences,
+    `[t, heads, d]` with `tensor_format="thd"`, each begin at position 0; `cu_seqlens` are their first tokens and the
+    number of all tokens.
 
     Raises:
-        NotImplementedError: for other layouts, interleaved rotation and packed sequences.
+        NotImplementedError: for other layouts and interleaved rotation.
     """
-    if tensor_format != "sbhd":
-        refuse(f"rotary embedding in the layout {tensor_format!r}", "use 'sbhd'")
     refuse_options("apply_rotary_pos_emb", options)
+    if tensor_format == "thd" and cu_seqlens is not None:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        positions = torch.arange(t.shape[0], device=t.device) - starts.repeat_interleave(lengths)
+        angles = freqs[positions].float()
+        return _Rotation.apply(t[:, None], angles.cos(), angles.sin())[:, 0]
+    if tensor_format != "sbhd":
+        refuse(f"rotary embedding in the layout {tensor_format!r}", "use 'sbhd', or 'thd' with cu_seqlens")
     angles = freqs[: t.shape[0]].float()
     return _Rotation.apply(t, angles.cos(), angles.sin())
 
