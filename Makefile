@@ -101,8 +101,7 @@ $(INSTALLED) $(NEMO26)/installed: $(wildcard requirements/*.in requirements/*.lo
 	@$(@D)/bin/$(PIP) install -q -r requirements/$(SET).in -r requirements/dev.in -c requirements/$(SET).lock
 	@echo "setup 4/4: this repository, and a check that nothing conflicts"
 	@$(@D)/bin/$(PIP) install -q --no-deps -e .
-	@# The kernels' tests need Triton. The libraries must not find it, so it has a folder of its own.
-	@$(@D)/bin/$(PIP) install -q --no-deps --upgrade --target $(@D)/triton -r requirements/triton.in
+	@$(@D)/bin/$(PIP) install -q --no-deps --upgrade --target $(@D)/test-only -r requirements/test-only.in
 	@$(@D)/bin/$(PIP) check
 	@touch $@
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prune_distill.schema import KdConfig, LossImplementation
 
-FOLDER = Path(sys.prefix) / "triton"
+FOLDER = Path(sys.prefix) / "test-only"
 # Several of them make up a row of the tests, and the last one is not full.
 BLOCK = 16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,10 +131,14 @@ def save(folder: Path, tokenizer: Any, vocab_size: int, **options: Any) -> Path:
     return folder
 
 
+def read_chat_template(name: str) -> str:
+    """Return the chat template of a released model, unchanged, as trl ships it (requirements/test-only.in)."""
+    return (Path(sys.prefix) / "test-only" / "trl" / "chat_templates" / f"{name}.jinja").read_text()
+
+
 def chat_template(folder: Path, name: str, bos: str | None = None) -> None:
-    """Give a folder the chat template of a released model, from tests/data/chat_templates, and a BOS token."""
-    text = (Path(__file__).parents[1] / "data" / "chat_templates" / f"{name}.jinja").read_text()
-    (folder / "chat_template.jinja").write_text(text)
+    """Give a folder the chat template of a released model, and a BOS token."""
+    (folder / "chat_template.jinja").write_text(read_chat_template(name))
     if bos is not None:
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": bos}))

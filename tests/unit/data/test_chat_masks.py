@@ -19,7 +19,7 @@ from prune_distill.data.encoder import TokenizersEncoder
 from prune_distill.data.messages import ConversationError
 from prune_distill.data.tokenizer import TokenizerSpec, _read
 from prune_distill.schema import Learn
-from tests.helpers.tokenizers import byte_level, chat_template
+from tests.helpers.tokenizers import byte_level, chat_template, read_chat_template
 
 SPECIAL = {
     "llama3_1": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -262,7 +262,7 @@ def test_turns_that_lose_their_thinking_become_documents(specs: dict[str, Tokeni
 
 def test_templates_that_mark_what_is_generated(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "model")
-    text = (Path(__file__).parents[2] / "data/chat_templates/qwen2_5.jinja").read_text()
+    text = read_chat_template("qwen2_5")
     head = "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     assert head in text
     marked = (
