@@ -82,7 +82,8 @@ class Follower:
             else:
                 self._measure(recovery.measurement_name(step), checkpoint)
             remove_folder(checkpoint)
-        ends = {"student": self.stages["distill"]}
+        # The student of a run with on-policy rounds is another one.
+        ends = {"student": self.stages["distill"]} if self.cfg.distill.on_policy is None else {}
         if self.cfg.distill.init is Init.pruned:
             ends["pruned"] = self.stages["prune"]
         for name, stage in ends.items():

@@ -182,13 +182,15 @@ class _Chat:
         self._mask_prompts = mask_prompts
         self._limits = Limits(CHAT_SECONDS, CHAT_BYTES)
 
-    def __call__(self, value: Any) -> tuple[str, tuple[tuple[int, int], ...] | None]:
+    def __call__(
+        self, value: Any, add_generation_prompt: bool = False
+    ) -> tuple[str, tuple[tuple[int, int], ...] | None]:
         if not isinstance(value, list) or not all(isinstance(message, dict) and "role" in message for message in value):
             raise ValueError(f"the document is {_kind(value)}, not a list of messages")
         if not value:
             return "", None
         try:
-            text = self._render(value)
+            text = self._render(value, add_generation_prompt)
             return text, self._answers(value, text) if self._mask_prompts else None
         except LimitError as limit:
             raise InputError(
@@ -222,6 +224,28 @@ class _Chat:
                 raise ValueError("the chat template does not render its turns one after the other")
             spans.append((len(before), len(after)))
         return tuple(spans)
+
+
+def chat_prompt_renderer(tokenizer: TokenizerSpec) -> Callable[[Any], str]:
+    """Return a function that renders the prompt of a conversation: all before the assistant's last message, if there is
+    one, and the beginning of an answer. It raises ValueError, with the reason.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat:
+        raise InputError(f"the tokenizer in {tokenizer.folder} has no chat template, which prompts with messages need")
+    chat = _Chat(tokenizer, mask_prompts=False)
+
+    def render(value: Any) -> str:
+        messages = value if isinstance(value, list) else []
+        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+        answers = [number for number, role in enumerate(roles) if role == "assistant"]
+        if answers and not answers[-1]:
+            raise ValueError("no message before the assistant's")
+        return chat(messages[: answers[-1]] if answers else value, add_generation_prompt=True)[0]
+
+    return render
 
 
 def learned_tokens(spans: tuple[tuple[int, int], ...], offsets: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 from prune_distill.data.documents import NO_CLUSTER
 from prune_distill.data.shards import bad_share, read_document_info, read_documents, read_manifest
 from prune_distill.pipeline.names import DATA, SHARDS
+from prune_distill.schema import OnPolicy
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,18 @@ class DataFolder:
         ]
         return dataclasses.replace(self, train=parts)
 
+    def mixed(self, other: DataFolder, share: float) -> DataFolder:
+        """Return the folder with a share of training sequences from another folder; validation stays its own."""
+        train = [
+            # The prefixes are of two folders.
+            {**part, "prefix": str((data.folder / part["prefix"]).absolute()), "weight": weight * own_share / total}
+            for data, own_share in ((self, 1 - share), (other, share))
+            if own_share and (total := sum(part["weight"] for part in data.train))
+            for part in data.train
+            if (weight := part["weight"])
+        ]
+        return dataclasses.replace(self, train=train, sources={**self.sources, **other.sources})
+
     @property
     def validation_paths(self) -> list[str]:
         return [str(self.folder / "validation")]
@@ -150,3 +163,11 @@ def _kinds(documents: list[tuple[str, int]]) -> list[str]:
     if len({source for source, _ in documents}) > 1:
         return [source for source, _ in documents]
     return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]
+
+
+def read_training_data(data: Path, completions: Path | None, on_policy: OnPolicy | None) -> DataFolder:
+    """Read prepared data, mixed with the student's completions in an on-policy round."""
+    folder = DataFolder.read(data)
+    if completions is None or on_policy is None:
+        return folder
+    return folder.mixed(DataFolder.read(completions), on_policy.mix)

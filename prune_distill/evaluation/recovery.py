@@ -56,7 +56,8 @@ def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     names = {step: measurement_name(step) for step in find_checkpoints(out / MEASURED / "recovery")}
     if not names:
         return
-    names[distill.max_steps] = "student"
+    if distill.on_policy is None:  # otherwise the student has further trainings behind it
+        names[distill.max_steps] = "student"
     if distill.init is Init.pruned:
         names[0] = "pruned"
     write_json(out / RECOVERY, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))

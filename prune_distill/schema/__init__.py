@@ -27,6 +27,7 @@ from prune_distill.schema.distill import (
 from prune_distill.schema.evaluate import Continuations, EvaluateConfig
 from prune_distill.schema.families import Family
 from prune_distill.schema.model import DemoModel, ModelConfig, Shape
+from prune_distill.schema.on_policy import MOST_ON_POLICY_ROUNDS, GenerationEngine, OnPolicy
 from prune_distill.schema.prune import (
     Budget,
     LayerSelection,
@@ -52,6 +53,7 @@ from prune_distill.schema.training import (
 )
 
 __all__ = [
+    "MOST_ON_POLICY_ROUNDS",
     "BenchmarkConfig",
     "Budget",
     "ClusterConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "ExportDtype",
     "Family",
     "Fp8",
+    "GenerationEngine",
     "Gpu",
     "GpuRequest",
     "HiddenLoss",
@@ -82,6 +85,7 @@ __all__ = [
     "Mlflow",
     "ModelConfig",
     "NumaBinding",
+    "OnPolicy",
     "Parallel",
     "Phase",
     "Precision",
