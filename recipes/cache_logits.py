@@ -63,7 +63,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     Each replica of the teacher makes one shard at a time; ranks that the distillation uses for context parallelism make
     more replicas here. A killed or paused stage resumes with the missing shards.
     """
-    distill, data = cfg.distill, read_training_data(inputs.data, inputs.completions, cfg.distill.on_policy)
+    distill, data = cfg.distill, read_training_data(inputs.data, inputs.completions)
     check(distill, data)
     require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)

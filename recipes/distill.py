@@ -52,7 +52,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))
     if inputs.winner is not None:
         resume_from_winner(inputs.winner, out)
-    data = read_training_data(inputs.data, inputs.completions, cfg.distill.on_policy)
+    data = read_training_data(inputs.data, inputs.completions)
     start = inputs.student if cfg.distill.init is Init.pruned else None
     return train(
         *(model, cfg.distill, data, out),

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from prune_distill.config.values import OFF_POLICY, ON_POLICY
 from prune_distill.data.documents import NO_CLUSTER
 from prune_distill.data.shards import bad_share, read_document_info, read_documents, read_manifest
 from prune_distill.pipeline.names import DATA, SHARDS
-from prune_distill.schema import OnPolicy
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,29 @@ class DataFolder:
             KeyError: an unknown source.
         """
         tokens = {name: self.sources[name]["tokens"] for name, weight in weights.items() if weight}
-        parts = [
-            {**part, "weight": weights[part["source"]] * part["tokens"] / tokens[part["source"]]}
-            for part in self.train
-            if part["source"] in tokens
-        ]
+        parts = []
+        for part in self.train:
+            weight, all_tokens = weights.get(part["source"]), tokens.get(part["source"])
+            if weight and all_tokens:
+                # Tokens decide within a source, except for one that stands for several (`joined`).
+                own = weight * part["share"] if "share" in part else weight * part["tokens"] / all_tokens
+                parts.append({**part, "weight": own})
         return dataclasses.replace(self, train=parts)
 
-    def mixed(self, other: DataFolder, share: float) -> DataFolder:
-        """Return the folder with a share of training sequences from another folder; validation stays its own."""
-        train = [
-            # The prefixes are of two folders.
-            {**part, "prefix": str((data.folder / part["prefix"]).absolute()), "weight": weight * own_share / total}
-            for data, own_share in ((self, 1 - share), (other, share))
-            if own_share and (total := sum(part["weight"] for part in data.train))
-            for part in data.train
-            if (weight := part["weight"])
-        ]
-        return dataclasses.replace(self, train=train, sources={**self.sources, **other.sources})
+    def joined(self, completions: DataFolder) -> DataFolder:
+        """Return a folder with two sources: the training documents of this one, and a student's completions.
+
+        Their weights are those of a phase (`prune_distill.config.values.on_policy_settings`). Validation stays this
+        folder's.
+        """
+        train = []
+        for source, data in ((OFF_POLICY, self), (ON_POLICY, completions)):
+            total = sum(part["weight"] for part in data.train)
+            for part in data.train:
+                place = {"prefix": str((data.folder / part["prefix"]).absolute()), "source": source}
+                train.append({**part, **place, "share": part["weight"] / total})
+        tokens = {OFF_POLICY: {"tokens": self.train_tokens}, ON_POLICY: {"tokens": completions.train_tokens}}
+        return dataclasses.replace(self, train=train, sources=tokens)
 
     @property
     def validation_paths(self) -> list[str]:
@@ -165,9 +170,7 @@ def _kinds(documents: list[tuple[str, int]]) -> list[str]:
     return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]
 
 
-def read_training_data(data: Path, completions: Path | None, on_policy: OnPolicy | None) -> DataFolder:
-    """Read prepared data, mixed with the student's completions in an on-policy round."""
+def read_training_data(data: Path, completions: Path | None) -> DataFolder:
+    """Read prepared data, joined with the student's completions in an on-policy round."""
     folder = DataFolder.read(data)
-    if completions is None or on_policy is None:
-        return folder
-    return folder.mixed(DataFolder.read(completions), on_policy.mix)
+    return folder if completions is None else folder.joined(DataFolder.read(completions))

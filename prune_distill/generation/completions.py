@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 from prune_distill.atomic_files import write_text
+from prune_distill.config.values import ON_POLICY
 from prune_distill.data.shards import SplitWriter, token_dtype
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.generation.engines import Engine, Request
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import DATA
-
-# The source of completions in a data folder; no source of the user's has this name (`data.named_sources`).
-SOURCE = "on-policy completions"
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,9 @@ def write_data(shards: Sequence[Path], out: Path, tokenizer: TokenizerSpec, seq_
             "eod_token": tokenizer.eod_token,
             "tokenizer": tokenizer.folder,
             "split_tokens": seq_length,
-            "train": [{"prefix": "train", "source": SOURCE, **counts}],
+            "train": [{"prefix": "train", "source": ON_POLICY, **counts}],
             "validation": {"documents": 0, "tokens": 0, "bytes": 0, "digests": {}},
-            "sources": {SOURCE: counts},
+            "sources": {ON_POLICY: counts},
             "lines": {},
             "completions": summarize(completions, written.tokens),
         },

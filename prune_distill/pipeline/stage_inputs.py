@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from prune_distill.config.data_files import sources
 from prune_distill.model.student import needs_importance
-from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER, quantized_name
+from prune_distill.pipeline.names import (
+    CHECKPOINTS,
+    CORPUS_TRAIN,
+    CORPUS_VALIDATION,
+    DISTILLED,
+    HF,
+    NEMO,
+    WINNER,
+    quantized_name,
+)
 from prune_distill.pipeline.stage import External, Output, Source
 from prune_distill.schema import DocumentFormat, Init, QuantFormat, RunConfig
 
@@ -177,6 +186,8 @@ def verify_inputs(cfg: RunConfig) -> Sources:
 def evaluate_inputs(cfg: RunConfig) -> Sources:
     inputs: Sources = {"teacher": teacher_hf(cfg), "data": DATA}
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
+    if cfg.distill.on_policy is not None:
+        inputs[DISTILLED] = Output("nemo_to_hf.on_policy1", "student")
     if cfg.evaluate.recovery:
         inputs["checkpoints"] = Output("distill", CHECKPOINTS)
     return inputs | _task_folder(cfg)

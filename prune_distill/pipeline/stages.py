@@ -57,7 +57,6 @@ READ_BY_SIGNAL = {
     "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.val_batches": "for the check that there are enough validation documents",
-    "distill.on_policy": "in on-policy rounds, which have its share of completions in the hash",
     "distill.fp8": "the scales of a teacher in FP8, in the hash if distill.teacher_fp8 is set",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
@@ -279,16 +278,15 @@ def _on_policy_round(number: int) -> tuple[Stage, ...]:
         wanted, sources = partial(is_wanted, row=row), partial(sources, number=number)
         return replace(row, name=f"{row.name}.on_policy{number}", inputs=sources, wanted=wanted, **changes)
 
-    settings, mix = partial(on_policy_settings, number=number), "distill.on_policy.mix"
-    cached, trained = (
-        variant(row, sources, settings=settings, sections=(*row.sections, mix))
-        for row, sources in (
-            (CACHE_LOGITS, inputs.cache_on_policy_inputs),
-            (DISTILL, inputs.distill_on_policy_inputs),
-        )
+    settings = partial(on_policy_settings, number=number)
+    # The share of completions is the weight of a phase.
+    cached = replace(CACHE_LOGITS, sections=(*CACHE_LOGITS.sections, "distill.phases"), settings=settings)
+    return (
+        variant(NEMO_TO_HF, inputs.export_on_policy_inputs),
+        variant(GENERATE, inputs.generate_inputs, settings=settings),
+        variant(cached, inputs.cache_on_policy_inputs),
+        variant(DISTILL, inputs.distill_on_policy_inputs, settings=settings),
     )
-    export = variant(NEMO_TO_HF, inputs.export_on_policy_inputs)
-    return export, variant(GENERATE, inputs.generate_inputs, settings=settings), cached, trained
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:

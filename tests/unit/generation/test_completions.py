@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prune_distill.config.values import OFF_POLICY, ON_POLICY
 from prune_distill.data.folder import DataFolder, read_training_data
 from prune_distill.data.shards import read_documents
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.generation.completions import (
-    SOURCE,
     Completed,
     pack,
     read_shard,
@@ -26,7 +26,7 @@ from prune_distill.generation.completions import (
 from prune_distill.generation.engines import Completion, Request
 from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.schema import OnPolicy, Training
+from prune_distill.schema import Phase, Training
 
 backend.activate()
 
@@ -124,26 +124,25 @@ def data(tmp_path: Path) -> Path:
     return own.folder
 
 
-@pytest.mark.parametrize(("share", "sources"), [(0.25, {"web": 0.5, "code": 0.25, SOURCE: 0.25}), (1.0, {SOURCE: 1.0})])
+@pytest.mark.parametrize(("mix", "weights"), [(0.25, {"web": 0.5, "code": 0.25, "train": 0.25}), (1.0, {"train": 1.0})])
 def test_completions_are_mixed_by_their_share(
-    data: Path, completions: Path, share: float, sources: dict[str, float]
+    data: Path, completions: Path, mix: float, weights: dict[str, float]
 ) -> None:
-    mixed = read_training_data(data, completions, mixed_by(share))
-    assert {part["source"]: part["weight"] for part in mixed.train} == pytest.approx(sources)
-    assert mixed.validation_paths == [str(data / "validation")]
-    assert SOURCE not in read_training_data(data, None, mixed_by(share)).sources
-
-
-def mixed_by(share: float) -> OnPolicy:
-    return OnPolicy(steps=1, lr=1.0, prompts_per_round=1, mix=share)
+    joined = read_training_data(data, completions)
+    mixed = joined.weighted({OFF_POLICY: 1 - mix, ON_POLICY: mix})
+    found = {Path(part["prefix"]).name.removeprefix("train-"): part["weight"] for part in mixed.train}
+    assert found == pytest.approx(weights)
+    assert joined.validation_paths == [str(data / "validation")]
+    assert set(read_training_data(data, None).sources) == {"web", "code"}
 
 
 def test_megatrons_sequences_are_the_rows(data: Path, completions: Path, tmp_path: Path) -> None:
     """Of 20 sequences a quarter are rows, each with the mask of the tokens that follow its tokens."""
-    cfg = Training(max_steps=5, seq_length=LENGTH, global_batch_size=4, lr=1.0, min_lr=0.0, num_workers=0)
-    mixed = read_training_data(data, completions, mixed_by(0.25))
+    phase = Phase(max_steps=5, weights={OFF_POLICY: 0.75, ON_POLICY: 0.25})
+    sizes = {"max_steps": 5, "seq_length": LENGTH, "global_batch_size": 4}
+    cfg = Training(**sizes, lr=1.0, min_lr=0.0, num_workers=0, phases=[phase])
     with one_rank():
-        sequences = Batches(TOKENIZER, mixed, tmp_path, cfg, 7).sequences(0)
+        sequences = Batches(TOKENIZER, read_training_data(data, completions), tmp_path, cfg, 7).sequences(0)
         items = [sequences[number] for number in range(20)]
     rows = {tuple(row.tolist()): mask.tolist() for row, mask in pack([ENDED, CUT, OTHER_STOP], LENGTH, EOD)}
     found = [item for item in items if tuple(item["tokens"].tolist()) in rows]

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """A server that continues a prompt with its length and the seed, then ends."""
 
     model = token_ids = None
-    requests: list[Any] = []
+    requests: ClassVar[list[Any]] = []
 
     def do_GET(self) -> None:
         self.answer({"data": [{"id": self.model}]})
