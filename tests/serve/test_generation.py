@@ -21,6 +21,7 @@ from prune_distill.generation.engines import (
     ServerEngine,
     TransformersEngine,
     VllmEngine,
+    read_stop_ids,
     served_name,
 )
 from prune_distill.pipeline.processes import serving_environment
@@ -45,6 +46,12 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(folder, "qwen3_tied", **SIZES)
 
 
+@pytest.fixture
+def stop_ids(student: Path) -> list[int]:
+    """As in a run: vLLM stops at those of the generation config by itself."""
+    return read_stop_ids(student, EOD)
+
+
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start vLLM in a single process, because each takes seconds to import it."""
@@ -59,8 +66,8 @@ def sample(student: Path, requests: list[Request], stop_ids: list[int], **values
         engine.close()
 
 
-def test_vllm_samples_by_the_seed_and_stops_where_transformers_does(student: Path) -> None:
-    engine = VllmEngine(student, settings(batch_size=4), LENGTH, [EOD], SERVE_PYTHON)
+def test_vllm_samples_by_the_seed_and_stops_where_transformers_does(student: Path, stop_ids: list[int]) -> None:
+    engine = VllmEngine(student, settings(batch_size=4), LENGTH, stop_ids, SERVE_PYTHON)
     try:
         first, again = engine.complete(REQUESTS), engine.complete(REQUESTS)
         assert first == again
@@ -70,17 +77,17 @@ def test_vllm_samples_by_the_seed_and_stops_where_transformers_does(student: Pat
     finally:
         engine.close()
     for completion in first:
-        assert completion.ended == (completion.ids[-1] == EOD)
+        assert completion.ended == (completion.ids[-1] in stop_ids)
         assert completion.ended or len(completion.ids) == NEW_TOKENS
     # Nearly greedy, both compute the same tokens in fp32.
     cold = {"temperature": 1e-4, "batch_size": 4}
-    expected = TransformersEngine(student, settings(**cold), [EOD]).complete(REQUESTS)
-    assert sample(student, REQUESTS, [EOD], **cold) == expected
+    expected = TransformersEngine(student, settings(**cold), stop_ids).complete(REQUESTS)
+    assert sample(student, REQUESTS, stop_ids, **cold) == expected
     stop = expected[0].ids[3]
-    stopped = TransformersEngine(student, settings(**cold), [stop]).complete(REQUESTS)
+    stopped = TransformersEngine(student, settings(**cold), [*stop_ids, stop]).complete(REQUESTS)
     assert stopped[0].ids[-1] == stop
     assert stopped[0].ended
-    assert sample(student, REQUESTS, [stop], **cold) == stopped
+    assert sample(student, REQUESTS, [*stop_ids, stop], **cold) == stopped
 
 
 @pytest.fixture
@@ -115,11 +122,13 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def test_a_server_completes_as_transformers_does(student: Path, server: str) -> None:
+def test_a_server_completes_as_transformers_does(student: Path, server: str, stop_ids: list[int]) -> None:
     cold = {"temperature": 1e-4, "batch_size": 4}
-    expected = TransformersEngine(student, settings(**cold), [EOD]).complete(REQUESTS)
+    expected = TransformersEngine(student, settings(**cold), stop_ids).complete(REQUESTS)
     stop = expected[0].ids[3]
-    engine = ServerEngine(student, settings(**cold, server_url=server), [stop])
-    assert engine.complete(REQUESTS) == TransformersEngine(student, settings(**cold), [stop]).complete(REQUESTS)
-    warm = ServerEngine(student, settings(server_url=server), [EOD])
+    engine = ServerEngine(student, settings(**cold, server_url=server), [*stop_ids, stop])
+    assert engine.complete(REQUESTS) == TransformersEngine(student, settings(**cold), [*stop_ids, stop]).complete(
+        REQUESTS
+    )
+    warm = ServerEngine(student, settings(server_url=server), stop_ids)
     assert warm.complete(REQUESTS) == warm.complete(REQUESTS)
