@@ -64,7 +64,7 @@ class OnPolicy:
     # Most tokens of a completion.
     max_new_tokens: PositiveInt = 128
     # Divides the student's logits when it samples.
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[float, Range(at_least=0.01, problem="would be raised to 0.01 by vLLM")] = 1.0
     # Samples from the most probable tokens that have this probability in sum; 1: from all.
     top_p: ShareAboveZero = 1.0
     engine: GenerationEngine = GenerationEngine.vllm

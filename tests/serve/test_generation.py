@@ -79,15 +79,15 @@ def test_vllm_samples_by_the_seed_and_stops_where_transformers_does(student: Pat
     for completion in first:
         assert completion.ended == (completion.ids[-1] in stop_ids)
         assert completion.ended or len(completion.ids) == NEW_TOKENS
-    # Nearly greedy, both compute the same tokens in fp32.
-    cold = {"temperature": 1e-4, "batch_size": 4}
-    expected = TransformersEngine(student, settings(**cold), stop_ids).complete(REQUESTS)
-    assert sample(student, REQUESTS, stop_ids, **cold) == expected
+    # Without a choice, both compute the same tokens in fp32.
+    greedy = {"top_p": 1e-6, "batch_size": 4}
+    expected = TransformersEngine(student, settings(**greedy), stop_ids).complete(REQUESTS)
+    assert sample(student, REQUESTS, stop_ids, **greedy) == expected
     stop = expected[0].ids[3]
-    stopped = TransformersEngine(student, settings(**cold), [*stop_ids, stop]).complete(REQUESTS)
+    stopped = TransformersEngine(student, settings(**greedy), [*stop_ids, stop]).complete(REQUESTS)
     assert stopped[0].ids[-1] == stop
     assert stopped[0].ended
-    assert sample(student, REQUESTS, [*stop_ids, stop], **cold) == stopped
+    assert sample(student, REQUESTS, [*stop_ids, stop], **greedy) == stopped
 
 
 @pytest.fixture
@@ -123,11 +123,11 @@ def is_ready(url: str) -> bool:
 
 
 def test_a_server_completes_as_transformers_does(student: Path, server: str, stop_ids: list[int]) -> None:
-    cold = {"temperature": 1e-4, "batch_size": 4}
-    expected = TransformersEngine(student, settings(**cold), stop_ids).complete(REQUESTS)
+    greedy = {"top_p": 1e-6, "batch_size": 4}
+    expected = TransformersEngine(student, settings(**greedy), stop_ids).complete(REQUESTS)
     stop = expected[0].ids[3]
-    engine = ServerEngine(student, settings(**cold, server_url=server), [*stop_ids, stop])
-    assert engine.complete(REQUESTS) == TransformersEngine(student, settings(**cold), [*stop_ids, stop]).complete(
+    engine = ServerEngine(student, settings(**greedy, server_url=server), [*stop_ids, stop])
+    assert engine.complete(REQUESTS) == TransformersEngine(student, settings(**greedy), [*stop_ids, stop]).complete(
         REQUESTS
     )
     warm = ServerEngine(student, settings(server_url=server), stop_ids)

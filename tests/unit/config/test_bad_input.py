@@ -375,6 +375,7 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*ON_POLICY, "distill.loss=ce", "distill.controls=[]"], "on_policy.loss", "distill.loss", "distill.loss=kd"),
     ([*ON_POLICY, "distill.on_policy.mix=1.5"], "value.bounds", "distill.on_policy.mix", "above 0 and at most 1"),
     ([*ON_POLICY, "distill.on_policy.mix=0"], "value.bounds", "distill.on_policy.mix", ""),
+    ([*ON_POLICY, "distill.on_policy.temperature=0"], "value.bounds", "distill.on_policy.temperature", "0.01 or more"),
     ([*ON_POLICY, "distill.on_policy.rounds=5"], "value.bounds", "distill.on_policy.rounds", "to at most 4"),
     (
         [*ON_POLICY, "distill.on_policy.max_new_tokens=192"],

@@ -87,11 +87,14 @@ BELOW_ONE = [
     "data.max_invalid_fraction",
 ]
 UP_TO_ONE = ["data.sample", "data.sources.NAME.sample", "cluster.gpu.mfu"]
+UP_TO_ONE += ["distill.on_policy.mix", "distill.on_policy.top_p"]
 MOST = {
     "seed": 2**32 - 1,
     "cluster.nodes": 2**20,
     "cluster.devices_per_node": 1024,
     "prune.rounds[N].steps": 2**31 - 1,
+    "distill.on_policy.steps": 2**31 - 1,
+    "distill.on_policy.rounds": 4,
     **{f"{training}.max_steps": 2**31 - 1 for training in TRAININGS},
     **{f"{training}.phases[N].max_steps": 2**31 - 1 for training in TRAININGS},
 }

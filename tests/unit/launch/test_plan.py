@@ -426,3 +426,15 @@ def test_on_policy_rounds_cache_the_logits_of_their_own_sequences() -> None:
     assert hours_of["cache_logits.on_policy1"] == pytest.approx(hours_of["cache_logits"] / 200)
     alone = planned(DEPTH, "distill.teacher_logits=cached").disk.needed["signal"]
     assert cached.disk.needed["signal"] == pytest.approx(alone * 1.01)
+
+
+def test_completions_that_a_round_repeats_are_warned_about() -> None:
+    def warned(*more: str) -> list[str]:
+        warnings = planned(DEPTH, ON_POLICY, "run_dir=/x", *more).warnings
+        return [text for text in warnings if "on-policy rounds read each completion" in text]
+
+    # 143 steps of 768 sequences, half of them completions, of which 4000 fill 4000 x 193 / 4096 sequences.
+    (warning,) = warned()
+    assert f"{143 * 768 / 2 / (4000 * 193 / 4096):.1f} times or more" in warning
+    assert warned("distill.on_policy.prompts_per_round=300000") == []
+    assert warned("distill.on_policy.prompts=[a.jsonl]") == []
