@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ def write_data(shards: Sequence[Path], out: Path, tokenizer: TokenizerSpec, seq_
     partial.mkdir()
     ids = SplitWriter(partial / "train", token_dtype(tokenizer.vocab_size), tokenizer.vocab_size)
     masks = SplitWriter(partial / "train_mask", np.dtype(np.uint8), 2)
-    completions = [completed for shard in shards for completed in read_shard(shard)]
-    for row, learned in pack(completions, seq_length, tokenizer.eod_token):
+    counts: Counter[str] = Counter()
+    completions = (completed for shard in shards for completed in read_shard(shard))
+    for row, learned in pack(count(completions, counts), seq_length, tokenizer.eod_token):
         ids.add([row], (0, 0, 0))
         masks.add([learned], (0, 0, 0))
     written, _ = ids.finish(), masks.finish()
@@ -80,7 +82,7 @@ def write_data(shards: Sequence[Path], out: Path, tokenizer: TokenizerSpec, seq_
         if path.suffix != ".documents":
             os.replace(path, out / path.name)
     shutil.rmtree(partial)
-    counts = {"documents": written.documents, "tokens": written.tokens, "weight": 1.0, "clusters": {}}
+    part = {"documents": written.documents, "tokens": written.tokens, "weight": 1.0, "clusters": {}}
     write_json(
         out / DATA,
         {
@@ -88,16 +90,16 @@ def write_data(shards: Sequence[Path], out: Path, tokenizer: TokenizerSpec, seq_
             "eod_token": tokenizer.eod_token,
             "tokenizer": tokenizer.folder,
             "split_tokens": seq_length,
-            "train": [{"prefix": "train", "source": ON_POLICY, **counts}],
+            "train": [{"prefix": "train", "source": ON_POLICY, **part}],
             "validation": {"documents": 0, "tokens": 0, "bytes": 0, "digests": {}},
-            "sources": {ON_POLICY: counts},
+            "sources": {ON_POLICY: part},
             "lines": {},
-            "completions": summarize(completions, written.tokens),
+            "completions": summarize(counts, written.tokens),
         },
     )
 
 
-def pack(completions: Sequence[Completed], seq_length: int, eod: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def pack(completions: Iterable[Completed], seq_length: int, eod: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield rows of token ids and their masks of learned tokens, `[seq_length]`.
 
     A row holds whole completions, each with its prompt and an end-of-document token, and is padded with that token.
@@ -124,15 +126,21 @@ def _padded(row: list[int], mask: list[int], length: int, eod: int) -> tuple[np.
     return np.array([*row, *[eod] * padding], np.int64), np.array([*mask, *[0] * padding], np.uint8)
 
 
-def summarize(completions: Sequence[Completed], tokens: int) -> dict[str, Any]:
+def count(completions: Iterable[Completed], counts: Counter[str]) -> Iterator[Completed]:
+    """Yield completions, and add to `counts`: completions, those that ended at once or were cut off, and tokens."""
+    for completed in completions:
+        tokens = len(completed.completion)
+        counts.update(
+            completions=1,
+            empty=completed.ended and tokens <= 1,
+            truncated=not completed.ended,
+            completion_tokens=tokens,
+            prompt_tokens=len(completed.prompt),
+        )
+        yield completed
+
+
+def summarize(counts: Mapping[str, int], tokens: int) -> dict[str, Any]:
     """Return the metrics of completions; `tokens`: all tokens of their rows."""
-    new_tokens = sum(len(completed.completion) for completed in completions)
-    used = new_tokens + sum(len(completed.prompt) for completed in completions)
-    return {
-        "completions": len(completions),
-        "empty": sum(completed.ended and len(completed.completion) <= 1 for completed in completions),
-        "truncated": sum(not completed.ended for completed in completions),
-        "completion_tokens": new_tokens,
-        "tokens": tokens,
-        "padding_share": round(1 - used / tokens, 4),
-    }
+    used = counts["prompt_tokens"] + counts["completion_tokens"]
+    return {**counts, "tokens": tokens, "padding_share": round(1 - used / tokens, 4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from prune_distill.data.shards import read_documents
 from prune_distill.data.tokenizer import TokenizerSpec
 from prune_distill.generation.completions import (
     Completed,
+    count,
     pack,
     read_shard,
     sample_seed,
@@ -57,12 +59,14 @@ def test_a_completion_that_does_not_fit_begins_a_row() -> None:
 
 
 def test_the_summary_counts_what_ended_at_once_and_what_was_cut_off() -> None:
-    found = summarize([ENDED, CUT, OTHER_STOP], 16)
-    assert found == {
+    counts: Counter[str] = Counter()
+    assert list(count([ENDED, CUT, OTHER_STOP], counts)) == [ENDED, CUT, OTHER_STOP]
+    assert summarize(counts, 16) == {
         "completions": 3,
         "empty": 1,
         "truncated": 1,
         "completion_tokens": 5,
+        "prompt_tokens": 4,
         "tokens": 16,
         "padding_share": round(1 - 9 / 16, 4),
     }

@@ -300,6 +300,13 @@ def test_on_policy_rounds_score_completions_as_the_distillation_does(demo: Calla
     assert "teacher" not in inputs["distill.on_policy2"]
 
 
+def test_generation_takes_a_node_for_each_task() -> None:
+    words = ("experiment=qwen3_8b_to_6b_depth", "cluster=one_node", *ON_POLICY)
+    cfg = compose([*words, "cluster.nodes=2", "cluster.rdzv_endpoint=a:1", "distill.on_policy.array_tasks=3"])
+    generate = find("generate.on_policy1")
+    assert (generate.ranks(cfg), generate.tasks(cfg), generate.shares_work) == (8, 3, True)
+
+
 def test_prompts_of_files_are_an_input(demo: Callable[..., RunConfig]) -> None:
     cfg = demo(*ON_POLICY, "distill.on_policy.prompts=[a.jsonl]")
     generate = find("generate.on_policy1")
