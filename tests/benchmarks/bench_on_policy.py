@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--engine", default="transformers", help="vllm, transformers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of all arms")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     teacher = teacher_of_the_demo(folder / "teacher")

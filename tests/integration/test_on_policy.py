@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,32 @@ def test_ranks_share_the_prompts(whole: Path, located: dict[str, Located], tmp_p
     folder = tiny.stages(run_dir, *CACHED)["generate.on_policy1"].folder
     shutil.rmtree(folder)
     tiny.launch(run_dir, *CACHED, "cluster.devices_per_node=2", "--until", "generate.on_policy1")
+    assert completions(folder) == completions(located["generate.on_policy1"].folder)
+    assert metrics(tiny.stages(run_dir, *CACHED), "generate.on_policy1") == metrics(located, "generate.on_policy1")
+
+
+@pytest.mark.usefixtures("real_start")
+def test_tasks_of_an_array_share_the_prompts_and_take_over_those_of_a_killed_one(
+    whole: Path, located: dict[str, Located], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    subprocess.run(["cp", "-a", whole, run_dir], check=True)
+    config = run_dir / "resolved.yaml"
+    config.write_text(config.read_text().replace(str(whole), str(run_dir)))
+    folder = tiny.stages(run_dir, *CACHED)["generate.on_policy1"].folder
+    shutil.rmtree(folder)
+    command = [sys.executable, "-m", "recipes", "generate.on_policy1", "--config", str(config)]
+    tasks = [
+        subprocess.Popen(command, env={**tiny.environment(), "SLURM_ARRAY_TASK_ID": str(number)}) for number in (0, 1)
+    ]
+    try:
+        tiny.wait_for("shards/*.jsonl", folder, tasks[0])
+        tasks[1].kill()
+        assert tasks[0].wait(300) == 0
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()
     assert completions(folder) == completions(located["generate.on_policy1"].folder)
     assert metrics(tiny.stages(run_dir, *CACHED), "generate.on_policy1") == metrics(located, "generate.on_policy1")
 
