@@ -7,7 +7,7 @@ NEMO26 := .venv-nemo26
 SERVE := .venv-serve
 PIP := pip --disable-pip-version-check
 
-.PHONY: demo test docs bench-convert bench-data bench-distill bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
+.PHONY: demo test docs bench-convert bench-data bench-distill bench-generate bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
 
 demo: setup
 	$(BIN)/python -m launch.run experiment=demo
@@ -47,6 +47,9 @@ bench-prune: setup ## pruning compared with ModelOpt's, and the search compared 
 
 bench-distill: setup ## the loss compared with ModelOpt's, a step compared with a bare loop (12 min), and the quality of every way to train (an hour; ARGS=--skip-quality skips it); writes runs/bench/distill.json
 	$(BIN)/python -W ignore -m tests.benchmarks.bench_distill $(ARGS)
+
+bench-generate: setup serve-env ## completions by vLLM compared with those by transformers, some minutes, on a quiet machine; writes runs/bench/generate.json
+	$(BIN)/python -W ignore -m tests.benchmarks.bench_generate $(ARGS)
 
 bench-gpu: ## on one GPU, with the container's Python: loss, step, pipeline, resume, conversion, FP8; half an hour at most; writes runs/bench/gpu.json; ARGS="--parts loss,step --seconds 600", ARGS=--toy rehearses it on a CPU
 	python -W ignore -m tests.benchmarks.bench_gpu $(ARGS)

@@ -60,6 +60,8 @@ def make_paths_absolute(cfg: RunConfig) -> RunConfig:
             setattr(cfg.data, key, _make_absolute(files))
     for source in (cfg.data.sources or {}).values():
         source.files = _make_absolute(source.files)
+    if cfg.distill.on_policy is not None and cfg.distill.on_policy.prompts is not None:
+        cfg.distill.on_policy.prompts = _make_absolute(cfg.distill.on_policy.prompts)
     if cfg.evaluate.task_folder is not None:
         cfg.evaluate.task_folder = absolute(cfg.evaluate.task_folder)
     if cfg.benchmark.serve_python is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from prune_distill.data.folder import DataFolder
+from prune_distill.data.folder import read_training_data
 from prune_distill.distillation.cached_logits import (
     CachedLogits,
     Description,
@@ -49,10 +49,11 @@ COMPRESSORS = 2
 
 @dataclass(frozen=True)
 class Inputs:
-    """The teacher as a NeMo checkpoint, and prepared data."""
+    """The teacher as a NeMo checkpoint, prepared data, and the student's completions in an on-policy round."""
 
     teacher: Path
     data: Path
+    completions: Path | None = None
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
@@ -62,7 +63,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     Each replica of the teacher makes one shard at a time; ranks that the distillation uses for context parallelism make
     more replicas here. A killed or paused stage resumes with the missing shards.
     """
-    distill, data = cfg.distill, DataFolder.read(inputs.data)
+    distill, data = cfg.distill, read_training_data(inputs.data, inputs.completions)
     check(distill, data)
     require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
@@ -92,7 +93,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     for start in range(0, len(missing), replicas):
         shards = missing[start : start + replicas]
         if replica < len(shards):
-            _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill)
+            number = shards[replica]
+            _make_shard(out, number, sizes[number], teacher, sequences, distill, is_text=inputs.completions is None)
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
         if progress.done < count and is_pause_requested(out):
@@ -119,8 +121,15 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
     return list(missing[0])
 
 
-def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
-    """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it."""
+def _make_shard(
+    out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig, is_text: bool
+) -> None:
+    """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it.
+
+    Args:
+        is_text: whether the sequences are text, which a trained teacher predicts. Completions of a student may be
+            improbable, and are padded.
+    """
     first = number * distill.cached_logits_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
@@ -147,12 +156,13 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             boundaries=boundaries or None,
         )
         if writes:
-            require_better_than_chance(
-                sum(losses) / len(losses),
-                teacher.vocab_size,
-                "the distillation data",
-                "check that model.hf_path holds trained weights and their own tokenizer",
-            )
+            if is_text:
+                require_better_than_chance(
+                    sum(losses) / len(losses),
+                    teacher.vocab_size,
+                    "the distillation data",
+                    "check that model.hf_path holds trained weights and their own tokenizer",
+                )
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):
                 writer.add(frame.result(), tokens_crc(ids.numpy()))

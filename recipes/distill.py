@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_distill.config.values import utilization_meter
-from prune_distill.data.folder import DataFolder
+from prune_distill.data.folder import read_training_data
 from prune_distill.distillation.cached_logits import CachedLogitsReader
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
 from prune_distill.pipeline.run_arguments import Metrics
@@ -28,6 +28,7 @@ class Inputs:
         teacher: None if the student learns from the data alone or from `cached_logits`.
         corrected_teacher: replaces the teacher at a step.
         winner: checkpoint of the first steps of this distillation, from successive halving.
+        completions: the student's own, in an on-policy round.
     """
 
     student: Path
@@ -36,6 +37,7 @@ class Inputs:
     corrected_teacher: Path | None = None
     cached_logits: Path | None = None
     winner: Path | None = None
+    completions: Path | None = None
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
@@ -50,7 +52,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))
     if inputs.winner is not None:
         resume_from_winner(inputs.winner, out)
-    data = DataFolder.read(inputs.data)
+    data = read_training_data(inputs.data, inputs.completions)
     start = inputs.student if cfg.distill.init is Init.pruned else None
     return train(
         *(model, cfg.distill, data, out),

@@ -25,7 +25,7 @@ from prune_distill.errors import ConfigError
 from prune_distill.evaluation.holding import hold, holding
 from prune_distill.pipeline.artifact import Located, locate, remove_folder, update_record
 from prune_distill.pipeline.integrity import checkpoint_damage, find_damage, raise_if_damaged
-from prune_distill.pipeline.names import CHECKPOINTS, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
+from prune_distill.pipeline.names import CHECKPOINTS, DISTILLED, NEMO, RECOVERY, RESOLVED, ROOM, find_checkpoints
 from prune_distill.pipeline.stage import Output
 from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import Init, RunConfig
@@ -82,7 +82,7 @@ class Follower:
             else:
                 self._measure(recovery.measurement_name(step), checkpoint)
             remove_folder(checkpoint)
-        ends = {"student": self.stages["distill"]}
+        ends = {"student" if self.cfg.distill.on_policy is None else DISTILLED: self.stages["distill"]}
         if self.cfg.distill.init is Init.pruned:
             ends["pruned"] = self.stages["prune"]
         for name, stage in ends.items():

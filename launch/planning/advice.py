@@ -38,7 +38,23 @@ def warnings(cfg: RunConfig, disk: Disk) -> list[str]:
         for number, cut in enumerate(cuts, 1)
         if cut > LARGEST_CUT
     ]
+    found += _repeated_completions(cfg)
     return found if disk.has_room else [*found, f"{disk.describe(cfg.run_dir)}; {FIX}"]
+
+
+def _repeated_completions(cfg: RunConfig) -> list[str]:
+    """Report on-policy rounds that read more sequences than their completions can fill, if the prompts' length is
+    known."""
+    distill, on_policy = cfg.distill, cfg.distill.on_policy
+    if on_policy is None or on_policy.prompts is not None:
+        return []
+    length = on_policy.prompt_tokens + on_policy.max_new_tokens + 1
+    filled = on_policy.prompts_per_round * on_policy.samples_per_prompt * length / distill.seq_length
+    times = on_policy.steps * distill.global_batch_size * on_policy.mix / filled
+    if times <= 1:
+        return []
+    fix = "raise distill.on_policy.prompts_per_round or samples_per_prompt, or lower distill.on_policy.steps"
+    return [f"on-policy rounds read each completion {times:.1f} times or more; {fix}"]
 
 
 def _in_rounds(cut: float) -> str:

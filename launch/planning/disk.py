@@ -18,6 +18,8 @@ FIX = "delete something, or set run_dir to a larger disk"
 # What a training checkpoint holds a parameter besides the weights: fp32 weights and Adam's two moments, in the model's
 # shapes (ckpt_optim_fully_reshardable), in either precision.
 OPTIMIZER_BYTES = 12
+# Of a token of a completion: an id of up to six digits in JSON, and its mask.
+COMPLETION_BYTES = 9
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,16 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
       halving; what earlier rounds leave, for NeMo; a byte per parameter of each quantized format.
     - `checkpoints`: of each training, those that are kept and the one being written.
     - `signal`: the teacher's, where it is stored: at most, before compression (see `cached_logits_bytes`).
+    - `completions`: of on-policy rounds, at most. Their students count among `students` and `checkpoints`.
 
     A corrected teacher counts among `teacher` (for NeMo and for Hugging Face), its training among `checkpoints`.
     """
     student = parameters(student_shape(cfg), cfg.model.family)
     teacher_params = parameters(teacher, cfg.model.family)
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
-    trainings = 1 + len(cfg.distill.controls)
+    on_policy = cfg.distill.on_policy
+    rounds = 0 if on_policy is None else on_policy.rounds
+    trainings = 1 + len(cfg.distill.controls) + rounds
     between = [
         parameters(shape_to_prune(cfg, number), cfg.model.family) for number in range(1, len(cfg.prune.rounds) + 1)
     ]
@@ -94,9 +99,14 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
         + sum(_checkpoints(cfg.distill, model) for model in between),
     }
     if cfg.distill.reads_cached_logits:
-        needed["signal"] = training_tokens(cfg.distill) * cached_logits_bytes(
-            cfg.distill.cached_logits_top_k, teacher.vocab_size
-        )
+        tokens = training_tokens(cfg.distill)
+        if on_policy is not None:
+            tokens += rounds * on_policy.steps * cfg.distill.global_batch_size * cfg.distill.seq_length
+        needed["signal"] = tokens * cached_logits_bytes(cfg.distill.cached_logits_top_k, teacher.vocab_size)
+    if on_policy is not None:
+        completions = rounds * on_policy.prompts_per_round * on_policy.samples_per_prompt
+        length = on_policy.prompt_tokens + on_policy.max_new_tokens
+        needed["completions"] = completions * length * (COMPLETION_BYTES + token_bytes(teacher.vocab_size))
     return needed
 
 

@@ -144,8 +144,8 @@ def stage_work(stage: Stage, cfg: RunConfig, teacher: Shape) -> Work | None:
         flops = calibration_flops(own.prune, family, shape)
         return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
-        flops = training_tokens(cfg.distill) * forward_flops(teacher, family, cfg.distill.seq_length)
-        return ForwardWork(teacher, family, flops, caching_layout(cfg.distill), sequential=False)
+        flops = training_tokens(own.distill) * forward_flops(teacher, family, own.distill.seq_length)
+        return ForwardWork(teacher, family, flops, caching_layout(own.distill), sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
         return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(family, teacher, None))
     if stage.module in ("recipes.successive_halving", "recipes.distill"):

@@ -234,7 +234,7 @@ def _models(cfg: RunConfig, teacher: Shape) -> Models:
 
 def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
     """The memory of a rank by stage: of the last distillation and of pruning; of the distillations of earlier rounds,
-    whose students are larger; of the stages that run the teacher alone."""
+    whose students are larger; of on-policy rounds; of the stages that run the teacher alone."""
     teacher, family, ranks = cfg.model.shape, cfg.model.family, count_ranks(cfg)
     assert teacher is not None
     memory = {
@@ -242,7 +242,7 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
         "prune": [prune_memory(cfg.prune, teacher, family, teacher_weight_bytes(cfg))],
     }
     for stage in select_stages(cfg):
-        if stage.module == "recipes.distill" and ".round" in stage.name:
+        if stage.module == "recipes.distill" and (".round" in stage.name or ".on_policy" in stage.name):
             own = stage.configure(cfg)
             memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own, teacher), ranks)
     if cfg.distill.teacher_correction is not None:

@@ -60,6 +60,10 @@ class VllmProcess:
         """Generate greedily; see `vllm_worker._generate`."""
         return self._ask({"prompts": prompts, "new_tokens": new_tokens, "prompt_log_probs": prompt_log_probs})
 
+    def sample(self, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
+        """Sample completions; see `vllm_worker._sample`. `sampling`: arguments of `vllm.SamplingParams`."""
+        return self._ask({"prompts": prompts, "seeds": seeds, "sampling": sampling})
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None

@@ -25,12 +25,31 @@ def main() -> None:
     llm = vllm.LLM(**json.loads(sys.stdin.readline()))
     _answer(answers, {"version": vllm.__version__})
     for line in sys.stdin:
-        _answer(answers, _generate(vllm, llm, **json.loads(line)))
+        request = json.loads(line)
+        work = _sample if "sampling" in request else _generate
+        _answer(answers, work(vllm, llm, **request))
 
 
 def _answer(answers: Any, content: dict[str, Any]) -> None:
     answers.write(json.dumps(content) + "\n")
     answers.flush()
+
+
+def _sample(
+    vllm: Any, llm: Any, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Sample a completion of each prompt with its own seed.
+
+    Returns:
+        `tokens`, the new ids of each prompt, with the stop token if it ended; `ended`, whether the model ended it.
+    """
+    parameters = [vllm.SamplingParams(**sampling, seed=seed, detokenize=False) for seed in seeds]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(completion.token_ids) for completion in completions],
+        "ended": [completion.finish_reason == "stop" for completion in completions],
+    }
 
 
 def _generate(vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:

@@ -34,6 +34,8 @@ def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
         yield from (("model.hf_path", target) for target in targets.values())
     patterns = {f"data.{key}": getattr(cfg.data, key) or [] for key in ("train", "validation")}
     patterns |= {f"data.sources.{name}.files": source.files for name, source in (cfg.data.sources or {}).items()}
+    if cfg.distill.on_policy is not None:
+        patterns["distill.on_policy.prompts"] = cfg.distill.on_policy.prompts or []
     for key, names in patterns.items():
         files = [absolute(file) for name in names if not is_on_hub(name) for file in find_existing(name)]
         found = sorted({*files, *(target for file in files for target in _link_targets(file))})

@@ -19,6 +19,7 @@ from prune_distill.config.rules import (
     evaluation,
     fp8,
     model,
+    on_policy,
     prune,
     quantize,
     slurm,
@@ -34,7 +35,7 @@ def _rules_in(module: ModuleType) -> Iterator[Rule]:
 
 
 # In the order in which their faults are printed.
-MODULES = (cluster, model, data, prune, budget, evaluation, quantize, distill, training, fp8, slurm)
+MODULES = (cluster, model, data, prune, budget, evaluation, quantize, distill, on_policy, training, fp8, slurm)
 ALL_RULES = [rule for module in MODULES for rule in _rules_in(module)]
 RULES = [rule for rule in ALL_RULES if not rule.on_machine]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from prune_distill.model.flops import Meter
 from prune_distill.model.student import student_shape
-from prune_distill.schema import BenchmarkConfig, Precision, RunConfig
+from prune_distill.schema import BenchmarkConfig, Init, Phase, Precision, RunConfig, Schedule
 from prune_distill.schema.phases import training_phases
 
 # The name of the task that a run makes of its own documents.
@@ -18,6 +18,9 @@ OWN_TASK = "heldout_continuations"
 
 # Python of the environment that `make serve-env` creates.
 SERVE_PYTHON = Path(__file__).resolve().parents[2] / ".venv-serve/bin/python"
+
+# The sources of an on-policy round: the data of the distillation, and the student's completions.
+OFF_POLICY, ON_POLICY = "off-policy", "on-policy"
 
 T = TypeVar("T")
 
@@ -57,6 +60,26 @@ def require(value: T | None) -> T:
 def serve_python(benchmark: BenchmarkConfig) -> Path:
     """Python of the environment that has vLLM."""
     return SERVE_PYTHON if benchmark.serve_python is None else Path(benchmark.serve_python).expanduser().absolute()
+
+
+def on_policy_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+    """The settings of on-policy round `number`, from 1, by dotted key."""
+    on_policy = require(cfg.distill.on_policy)
+    return {
+        # Other prompts, samples and off-policy sequences in each round. The phases of a training take the next seeds.
+        "seed": (cfg.seed + 1000 * number) % 2**32,
+        "distill.max_steps": on_policy.steps,
+        "distill.phases": [
+            Phase(max_steps=on_policy.steps, weights={OFF_POLICY: 1 - on_policy.mix, ON_POLICY: on_policy.mix})
+        ],
+        **{f"distill.{name}": getattr(on_policy, name) for name in ("lr", "min_lr", "warmup_steps")},
+        "distill.schedule": Schedule.cosine,
+        "distill.init": Init.pruned,
+        # These refer to steps of the distillation before.
+        **dict.fromkeys(("distill.decay_steps", "distill.swap_teacher_at_step")),
+        "distill.skip_steps": [],
+        "distill.controls": [],
+    }
 
 
 def count_ranks(cfg: RunConfig) -> int:

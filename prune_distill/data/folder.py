@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prune_distill.config.values import OFF_POLICY, ON_POLICY
 from prune_distill.data.documents import NO_CLUSTER
 from prune_distill.data.shards import bad_share, read_document_info, read_documents, read_manifest
 from prune_distill.pipeline.names import DATA, SHARDS
@@ -89,12 +90,29 @@ class DataFolder:
             KeyError: an unknown source.
         """
         tokens = {name: self.sources[name]["tokens"] for name, weight in weights.items() if weight}
-        parts = [
-            {**part, "weight": weights[part["source"]] * part["tokens"] / tokens[part["source"]]}
-            for part in self.train
-            if part["source"] in tokens
-        ]
+        parts = []
+        for part in self.train:
+            weight, all_tokens = weights.get(part["source"]), tokens.get(part["source"])
+            if weight and all_tokens:
+                # Tokens decide within a source, except for one that stands for several (`joined`).
+                own = weight * part["share"] if "share" in part else weight * part["tokens"] / all_tokens
+                parts.append({**part, "weight": own})
         return dataclasses.replace(self, train=parts)
+
+    def joined(self, completions: DataFolder) -> DataFolder:
+        """Return a folder with two sources: the training documents of this one, and a student's completions.
+
+        Their weights are those of a phase (`prune_distill.config.values.on_policy_settings`). Validation stays this
+        folder's.
+        """
+        train = []
+        for source, data in ((OFF_POLICY, self), (ON_POLICY, completions)):
+            total = sum(part["weight"] for part in data.train)
+            for part in data.train:
+                place = {"prefix": str((data.folder / part["prefix"]).absolute()), "source": source}
+                train.append({**part, **place, "share": part["weight"] / total})
+        tokens = {OFF_POLICY: {"tokens": self.train_tokens}, ON_POLICY: {"tokens": completions.train_tokens}}
+        return dataclasses.replace(self, train=train, sources=tokens)
 
     @property
     def validation_paths(self) -> list[str]:
@@ -150,3 +168,9 @@ def _kinds(documents: list[tuple[str, int]]) -> list[str]:
     if len({source for source, _ in documents}) > 1:
         return [source for source, _ in documents]
     return ["no cluster" if cluster == NO_CLUSTER else f"cluster {cluster}" for _, cluster in documents]
+
+
+def read_training_data(data: Path, completions: Path | None) -> DataFolder:
+    """Read prepared data, joined with the student's completions in an on-policy round."""
+    folder = DataFolder.read(data)
+    return folder if completions is None else folder.joined(DataFolder.read(completions))

@@ -96,7 +96,7 @@ def shard_folder(out: Path, shard: Shard) -> Path:
     return out / SHARDS / shard.name
 
 
-def _stop_files() -> list[str]:
+def stop_files() -> list[str]:
     """Return the stop files for this process: that of the stage and, last, that of this task of a job array."""
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     return [STOP] if task is None else [STOP, f"{STOP}.{task}"]
@@ -125,7 +125,7 @@ class _Workers:
         running: dict[Future[Made], str] = {}
         try:
             while len(self.done) < len(self.plan):
-                asked_to_pause = any((self.out / name).exists() for name in _stop_files())
+                asked_to_pause = any((self.out / name).exists() for name in stop_files())
                 if not asked_to_pause:
                     self._fill(pool, running)
                 if self.faults and not running:
@@ -174,7 +174,7 @@ class _Workers:
     def _pause(self) -> None:
         """Stop this process; the same command resumes. The stop file of the whole array stays, for the other tasks."""
         write_json(self.out / STATE, {"state": "paused", "step": len(self.done)})
-        (self.out / _stop_files()[-1]).unlink(missing_ok=True)
+        (self.out / stop_files()[-1]).unlink(missing_ok=True)
         raise PausedError(f"paused with {len(self.done)} of {len(self.plan)} shards complete")
 
     def _collect(

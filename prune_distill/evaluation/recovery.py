@@ -12,7 +12,7 @@ from prune_distill.evaluation.evaluator import Evaluator
 from prune_distill.evaluation.results import ModelEntry, RecoveryPoint
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import MEASURED, RECOVERY, checkpoint_name, find_checkpoints
+from prune_distill.pipeline.names import DISTILLED, MEASURED, RECOVERY, checkpoint_name, find_checkpoints
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.schema import DistillConfig, Init
 from prune_distill.schema.phases import tokens_before, training_phases
@@ -56,7 +56,8 @@ def write(evaluator: Evaluator, distill: DistillConfig, out: Path) -> None:
     names = {step: measurement_name(step) for step in find_checkpoints(out / MEASURED / "recovery")}
     if not names:
         return
-    names[distill.max_steps] = "student"
+    # After on-policy rounds, the student is another one.
+    names[distill.max_steps] = "student" if evaluator.recall(DISTILLED) is None else DISTILLED
     if distill.init is Init.pruned:
         names[0] = "pruned"
     write_json(out / RECOVERY, curve({step: evaluator.recall(name) for step, name in names.items()}, distill))

@@ -16,6 +16,7 @@ RESOLVED = "resolved.yaml"
 PLAN = "plan.json"
 LAUNCHES = "launches.jsonl"
 LOCK = ".lock"
+DISTILLED = "distilled"  # in evaluations and reports, the student before on-policy rounds
 REPORT = "report"  # the last stage and its folder: `REPORT_JSON` for programs, `REPORT_PAGE` for people
 REPORT_JSON = "report.json"
 REPORT_PAGE = "index.html"

@@ -192,5 +192,16 @@ def require_python(python: Path) -> None:
 
 
 def serving_environment() -> dict[str, str]:
-    """Return this process's variables without those of the training environment."""
-    return {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
+    """Return this process's variables without those of the training environment.
+
+    A rank of torchrun passes on its own GPU alone, and not that it is a rank: the other process stands by itself.
+    """
+    removed = (*_NOT_PASSED, *RANK_VARIABLES)
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    if TORCHRUN_ID in os.environ:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [] if visible is None else visible.split(",")
+        own = gpus[local_rank] if local_rank < len(gpus) else visible
+        environment["CUDA_VISIBLE_DEVICES"] = str(local_rank) if own is None else own
+    return environment

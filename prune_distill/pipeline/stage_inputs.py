@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from prune_distill.config.data_files import sources
 from prune_distill.model.student import needs_importance
-from prune_distill.pipeline.names import CHECKPOINTS, CORPUS_TRAIN, CORPUS_VALIDATION, HF, NEMO, WINNER, quantized_name
+from prune_distill.pipeline.names import (
+    CHECKPOINTS,
+    CORPUS_TRAIN,
+    CORPUS_VALIDATION,
+    DISTILLED,
+    HF,
+    NEMO,
+    WINNER,
+    quantized_name,
+)
 from prune_distill.pipeline.stage import External, Output, Source
 from prune_distill.schema import DocumentFormat, Init, QuantFormat, RunConfig
 
@@ -124,6 +133,37 @@ def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     return inputs
 
 
+def last_distillation(cfg: RunConfig, before_round: int | None = None) -> str:
+    """Return the stage that trains the student last, or last before an on-policy round."""
+    rounds = 0 if cfg.distill.on_policy is None else cfg.distill.on_policy.rounds
+    number = rounds if before_round is None else before_round - 1
+    return f"distill.on_policy{number}" if number else "distill"
+
+
+def export_on_policy_inputs(cfg: RunConfig, number: int) -> Sources:
+    return {"hf_model": teacher_hf(cfg), "student": Output(last_distillation(cfg, number), NEMO)}
+
+
+def generate_inputs(cfg: RunConfig, number: int) -> Sources:
+    inputs: Sources = {"student": Output(f"nemo_to_hf.on_policy{number}", "student"), "data": DATA}
+    if cfg.distill.on_policy is not None and cfg.distill.on_policy.prompts is not None:
+        inputs["prompts"] = External(tuple(cfg.distill.on_policy.prompts), documents=True)
+    return inputs
+
+
+def cache_on_policy_inputs(cfg: RunConfig, number: int) -> Sources:
+    return {**cache_logits_inputs(cfg), "completions": Output(f"generate.on_policy{number}")}
+
+
+def distill_on_policy_inputs(cfg: RunConfig, number: int) -> Sources:
+    inputs = distill_inputs(cfg)
+    inputs.pop("winner", None)
+    if "cached_logits" in inputs:
+        inputs["cached_logits"] = Output(f"cache_logits.on_policy{number}")
+    student = Output(last_distillation(cfg, number), NEMO)
+    return {**inputs, "student": student, "completions": Output(f"generate.on_policy{number}")}
+
+
 def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
     return {"hf_model": teacher_hf(cfg), **_nemo_models(cfg)}
 
@@ -131,20 +171,23 @@ def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
 def _nemo_models(cfg: RunConfig) -> Sources:
     """Return the NeMo checkpoints of a run to export, by the report's names. Controls have their own stages."""
     corrected: Sources = {} if cfg.distill.teacher_correction is None else {"corrected_teacher": _teacher(cfg)}
-    return {**corrected, "pruned": Output("prune", NEMO), "student": Output("distill", NEMO)}
+    return {**corrected, "pruned": Output("prune", NEMO), "student": Output(last_distillation(cfg), NEMO)}
 
 
 def export_control_inputs(cfg: RunConfig, name: str) -> Sources:
     return {"hf_model": teacher_hf(cfg), name: Output(f"distill.{name}", NEMO)}
 
 
-def verify_inputs(_: RunConfig) -> Sources:
-    return {"student_hf": Output("nemo_to_hf", "student"), "student_nemo": Output("distill", NEMO), "data": DATA}
+def verify_inputs(cfg: RunConfig) -> Sources:
+    student = Output(last_distillation(cfg), NEMO)
+    return {"student_hf": Output("nemo_to_hf", "student"), "student_nemo": student, "data": DATA}
 
 
 def evaluate_inputs(cfg: RunConfig) -> Sources:
     inputs: Sources = {"teacher": teacher_hf(cfg), "data": DATA}
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
+    if cfg.distill.on_policy is not None:
+        inputs[DISTILLED] = Output("nemo_to_hf.on_policy1", "student")
     if cfg.evaluate.recovery:
         inputs["checkpoints"] = Output("distill", CHECKPOINTS)
     return inputs | _task_folder(cfg)

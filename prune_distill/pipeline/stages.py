@@ -7,17 +7,27 @@ table: an input is the folder of another complete stage, or a file of the user.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prune_distill.config.values import count_ranks, replace_values
+from prune_distill.config.values import count_ranks, on_policy_settings, replace_values, require
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
 from prune_distill.pipeline import stage_inputs as inputs
 from prune_distill.pipeline.names import REPORT
 from prune_distill.pipeline.stage import Output, Source, Stage
-from prune_distill.schema import Engine, Init, Loss, Packing, QuantFormat, RunConfig, TeacherLogits
+from prune_distill.schema import (
+    MOST_ON_POLICY_ROUNDS,
+    Engine,
+    GenerationEngine,
+    Init,
+    Loss,
+    Packing,
+    QuantFormat,
+    RunConfig,
+    TeacherLogits,
+)
 
 # Settings for exporting and scoring a candidate. Successive halving depends on no other settings of the evaluation.
 SCORING = ("evaluate.continuations", "evaluate.num_fewshot", "evaluate.task_limit", "convert.export_dtype")
@@ -151,6 +161,22 @@ DISTILL = Stage(
     reads=READ_BY_DISTILL,
     needs_nemo=True,
 )
+CACHE_LOGITS = Stage(
+    "cache_logits",
+    "recipes.cache_logits",
+    (
+        *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
+        *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.cached_logits_top_k"),
+        "distill.teacher_fp8",
+    ),
+    inputs.cache_logits_inputs,
+    count_ranks,
+    more_sections=_cached_sequences,
+    wanted=lambda cfg: cfg.distill.reads_cached_logits,
+    trains=True,
+    reads=READ_BY_SIGNAL,
+    needs_nemo=True,
+)
 NEMO_TO_HF = Stage(
     "nemo_to_hf",
     "convert.nemo_to_hf",
@@ -158,6 +184,17 @@ NEMO_TO_HF = Stage(
     inputs.nemo_to_hf_inputs,
     shows=ON_CARDS,
     reads=READ_BY_EXPORT,
+)
+# Its variants are the rounds.
+GENERATE = Stage(
+    "generate",
+    "recipes.generate",
+    ("distill.on_policy", "distill.seq_length"),
+    partial(inputs.generate_inputs, number=1),
+    # A node for each task.
+    lambda cfg: cfg.cluster.devices_per_node,
+    libraries=lambda cfg: ("vllm",) if require(cfg.distill.on_policy).engine is GenerationEngine.vllm else (),
+    tasks=lambda cfg: require(cfg.distill.on_policy).array_tasks,
 )
 EVALUATE = Stage(
     "evaluate",
@@ -242,6 +279,28 @@ def _round(number: int) -> tuple[Stage, ...]:
     )
 
 
+def _on_policy_round(number: int) -> tuple[Stage, ...]:
+    """Return the stages of an on-policy round: its student's export, the completions, and the training on them."""
+
+    def is_wanted(cfg: RunConfig, row: Stage) -> bool:
+        rounds = 0 if cfg.distill.on_policy is None else cfg.distill.on_policy.rounds
+        return rounds >= number and row.wanted(cfg)
+
+    def variant(row: Stage, sources: Callable[..., inputs.Sources], **changes: Any) -> Stage:
+        wanted, sources = partial(is_wanted, row=row), partial(sources, number=number)
+        return replace(row, name=f"{row.name}.on_policy{number}", inputs=sources, wanted=wanted, **changes)
+
+    settings = partial(on_policy_settings, number=number)
+    # The share of completions is the weight of a phase.
+    cached = replace(CACHE_LOGITS, sections=(*CACHE_LOGITS.sections, "distill.phases"), settings=settings)
+    return (
+        variant(NEMO_TO_HF, inputs.export_on_policy_inputs),
+        variant(GENERATE, inputs.generate_inputs, settings=settings),
+        variant(cached, inputs.cache_on_policy_inputs),
+        variant(DISTILL, inputs.distill_on_policy_inputs, settings=settings),
+    )
+
+
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
     # Metrics, not weights.
     read = ("*.json", "*.jsonl")
@@ -321,23 +380,9 @@ STAGES: tuple[Stage, ...] = (
         needs_nemo=True,
     ),
     PRUNE,
-    Stage(
-        "cache_logits",
-        "recipes.cache_logits",
-        (
-            *("distill.max_steps", "distill.seq_length", "distill.global_batch_size", "distill.precision"),
-            *("distill.float32_matmul_precision", "distill.kd.temperature", "distill.cached_logits_top_k"),
-            "distill.teacher_fp8",
-        ),
-        inputs.cache_logits_inputs,
-        count_ranks,
-        more_sections=_cached_sequences,
-        wanted=lambda cfg: cfg.distill.reads_cached_logits,
-        trains=True,
-        reads=READ_BY_SIGNAL,
-        needs_nemo=True,
-    ),
+    CACHE_LOGITS,
     DISTILL,
+    *(stage for number in range(1, MOST_ON_POLICY_ROUNDS + 1) for stage in _on_policy_round(number)),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     NEMO_TO_HF,
     *(_export_control(name) for name in CONTROLS),

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, cast
 from prune_distill.benchmarking.timing import Result, cost_per_million
 from prune_distill.evaluation.results import ModelEntry, RecoveryPoint, TaskScores
 from prune_distill.pipeline.identity import library_versions
-from prune_distill.pipeline.names import BENCHMARK, EVALUATION, RECOVERY
+from prune_distill.pipeline.names import BENCHMARK, DISTILLED, EVALUATION, RECOVERY
 from prune_distill.reporting import Json
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
@@ -24,6 +24,7 @@ LABELS = {
     "teacher": "Teacher",
     "corrected_teacher": "Teacher, corrected",
     "pruned": "Just pruned",
+    DISTILLED: "Student before on-policy rounds",
     "student": "Student",
     **QUANTIZED,
     "ce": "Control: no teacher",

@@ -49,6 +49,29 @@ def training(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             yield missing(run, stage, f"{format_label(name)}: no step has been recorded")
     if not report["recovery"]:
         yield missing(run, "evaluate", "No recovery curve: checkpoints have not been evaluated")
+    yield from _on_policy(run)
+
+
+def _on_policy(run: RunFolder) -> Iterator[Block]:
+    """Show the rounds of on-policy distillation, after a line for the distillation before them."""
+    rounds = [name for name in run.stages if name.startswith("distill.on_policy")]
+    if not rounds:
+        return
+    columns = [
+        Column("On-policy rounds", text=True),
+        Column("Held-out loss", "at the end, validation batches"),
+        Column("Completions"),
+        Column("Empty"),
+        Column("Cut off", "at the limit of tokens"),
+        Column("Their tokens"),
+    ]
+    rows = []
+    for name in ("distill", *rounds):
+        generated = run.metrics(name.replace("distill", "generate")) if name in rounds else {}
+        counts = [generated.get(key) for key in ("completions", "empty", "truncated", "completion_tokens")]
+        loss = number_cell(run.metrics(name).get("val_loss"), lambda value: words.number(value, 4))
+        rows.append([Cell(name), loss, *(number_cell(count, words.count) for count in counts)])
+    yield Table("On-policy rounds", columns, rows)
 
 
 def _validates_as_evaluated(run: RunFolder) -> bool:

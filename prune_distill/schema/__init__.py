@@ -27,6 +27,7 @@ from prune_distill.schema.distill import (
 from prune_distill.schema.evaluate import Continuations, EvaluateConfig
 from prune_distill.schema.families import Family
 from prune_distill.schema.model import DemoModel, ModelConfig, Shape
+from prune_distill.schema.on_policy import MOST_ON_POLICY_ROUNDS, GenerationEngine, OnPolicy
 from prune_distill.schema.prune import (
     Budget,
     LayerSelection,
@@ -53,6 +54,7 @@ from prune_distill.schema.training import (
 )
 
 __all__ = [
+    "MOST_ON_POLICY_ROUNDS",
     "BenchmarkConfig",
     "Budget",
     "ClusterConfig",
@@ -69,6 +71,7 @@ __all__ = [
     "ExportDtype",
     "Family",
     "Fp8",
+    "GenerationEngine",
     "Gpu",
     "GpuRequest",
     "HiddenLoss",
@@ -84,6 +87,7 @@ __all__ = [
     "Mlflow",
     "ModelConfig",
     "NumaBinding",
+    "OnPolicy",
     "Packing",
     "Parallel",
     "Phase",

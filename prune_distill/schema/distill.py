@@ -16,6 +16,7 @@ from prune_distill.schema.fields import (
     placement,
     recorded,
 )
+from prune_distill.schema.on_policy import OnPolicy
 from prune_distill.schema.quantize import QuantFormat
 from prune_distill.schema.training import Fp8, Training
 
@@ -131,6 +132,8 @@ class DistillConfig(Training):
     # Trains the student with fake quantization to a format: fp8, int8 or int4 (quantization-aware distillation); null:
     # without. The stage quantize.FORMAT then writes it. Groups and kept layers are those of the group quantize.
     quantize: QuantFormat | None = None
+    # Further distillations on the student's own completions; null: none. Part of the identity of their stages.
+    on_policy: OnPolicy | None = hashed_elsewhere(None)
     # Further students, trained for the same steps on the same data, for comparison in the report: "ce" (no teacher),
     # "scratch" (no teacher and random initial weights).
     controls: list[str] = placement(list)

@@ -25,7 +25,7 @@ CONVERT_COMMANDS = ("convert.hf_to_nemo", "convert.nemo_to_hf", "convert.verify"
 # Folders of the library: each may import those before it. Modules next to the folders come before all of them.
 FOLDERS = (
     *("schema", "model", "config", "pipeline", "data", "nemo", "distillation", "training", "quantization"),
-    *("evaluation", "pruning", "benchmarking", "reporting"),
+    *("evaluation", "pruning", "benchmarking", "generation", "reporting"),
 )
 # What a login node imports.
 NO_TORCH = tuple(f"prune_distill.{folder}." for folder in ("schema", "model", "config", "pipeline", "reporting"))

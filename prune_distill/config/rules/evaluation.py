@@ -71,7 +71,7 @@ def tasks(cfg: RunConfig) -> Iterator[Finding]:
 @rule("evaluate.lm_eval", "evaluate.tasks", "evaluate.continuations?", _IMAGE, on_machine=True)
 def lm_eval(cfg: RunConfig) -> Iterator[Finding]:
     wanted = bool(cfg.evaluate.tasks) or cfg.evaluate.continuations is not None
-    if wanted and not _runs_in_container(cfg) and importlib.util.find_spec("lm_eval") is None:
+    if wanted and not runs_in_container(cfg) and importlib.util.find_spec("lm_eval") is None:
         yield Finding(
             "evaluate.tasks" if cfg.evaluate.tasks else "evaluate.continuations",
             "lm_eval is not installed; run make setup, or set evaluate.tasks=[] evaluate.continuations=null",
@@ -86,7 +86,7 @@ def lm_eval(cfg: RunConfig) -> Iterator[Finding]:
 def serve_environment(cfg: RunConfig) -> Iterator[Finding]:
     wanted = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm
     python = serve_python(cfg.benchmark)
-    if wanted and not _runs_in_container(cfg) and not python.exists():
+    if wanted and not runs_in_container(cfg) and not python.exists():
         yield Finding(
             "benchmark.serve_python",
             f"benchmark.engine=vllm needs the environment with vLLM, and {python} does not exist; run make serve-env,"
@@ -109,7 +109,7 @@ def known_tasks(cfg: RunConfig) -> Iterator[Finding]:
     """Report tasks that neither the user's folder nor the installed harness defines."""
     folder, harness = cfg.evaluate.task_folder, importlib.util.find_spec("lm_eval")
     places = [] if folder is None else [Path(os.path.expanduser(folder))]
-    if not cfg.evaluate.tasks or _runs_in_container(cfg) or not all(place.is_dir() for place in places):
+    if not cfg.evaluate.tasks or runs_in_container(cfg) or not all(place.is_dir() for place in places):
         return
     if harness is None or harness.origin is None:
         return
@@ -134,6 +134,6 @@ def _undefined(names: set[str], places: list[Path]) -> list[str]:
     return sorted(names)
 
 
-def _runs_in_container(cfg: RunConfig) -> bool:
+def runs_in_container(cfg: RunConfig) -> bool:
     """Whether stages run in a container, whose packages are not known here."""
     return cfg.cluster.slurm is not None and cfg.cluster.slurm.container_image is not None

@@ -49,6 +49,7 @@ OF_STAGES = {
     "report": COMMANDS,
     "evaluate": TRANSFORMERS,
     "benchmark": TRANSFORMERS,
+    "generate": TRANSFORMERS,
 }
 
 

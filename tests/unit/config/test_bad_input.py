@@ -30,6 +30,8 @@ CORRECTION = [
     *("distill.teacher_correction.global_batch_size=4", "distill.teacher_correction.min_lr=1e-5"),
 ]
 
+ON_POLICY = [*DEMO, "distill.on_policy={steps: 40, lr: 1e-4, prompts_per_round: 8}"]
+
 # Overrides, and their one fault: its rule, its first key, and a part of the fix.
 CASES: list[tuple[list[str], str, str, str]] = [
     # Unknown names.
@@ -369,6 +371,55 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "prune.pipeline_model_parallel_size",
         "at most 1",
     ),
+    # On-policy rounds.
+    ([*ON_POLICY, "distill.loss=ce", "distill.controls=[]"], "on_policy.loss", "distill.loss", "distill.loss=kd"),
+    ([*ON_POLICY, "distill.on_policy.mix=1.5"], "value.bounds", "distill.on_policy.mix", "above 0 and at most 1"),
+    ([*ON_POLICY, "distill.on_policy.mix=0"], "value.bounds", "distill.on_policy.mix", ""),
+    ([*ON_POLICY, "distill.on_policy.temperature=0"], "value.bounds", "distill.on_policy.temperature", "0.01 or more"),
+    ([*ON_POLICY, "distill.on_policy.rounds=5"], "value.bounds", "distill.on_policy.rounds", "to at most 4"),
+    (
+        [*ON_POLICY, "distill.on_policy.max_new_tokens=192"],
+        "on_policy.length",
+        "distill.on_policy.max_new_tokens",
+        "to at most 255 in sum",
+    ),
+    (
+        [*ON_POLICY, "distill.on_policy.min_lr=1"],
+        "on_policy.learning_rate",
+        "distill.on_policy.min_lr",
+        "at most 0.0001",
+    ),
+    (
+        [*ON_POLICY, "distill.on_policy.warmup_steps=40"],
+        "on_policy.learning_rate",
+        "distill.on_policy.warmup_steps",
+        "such as 2",
+    ),
+    (
+        [*ON_POLICY, "distill.on_policy.engine=server"],
+        "on_policy.server_url",
+        "distill.on_policy.server_url",
+        "server_url=http://HOST:PORT/v1",
+    ),
+    (
+        [*ON_POLICY, "distill.on_policy.engine=server", "distill.on_policy.server_url=localhost:8000"],
+        "on_policy.server_url",
+        "distill.on_policy.server_url",
+        "server_url=http://HOST:PORT/v1",
+    ),
+    (
+        [*ON_POLICY, "distill.on_policy.server_url=http://localhost:8000/v1"],
+        "on_policy.server_url",
+        "distill.on_policy.server_url",
+        "distill.on_policy.engine=server",
+    ),
+    ([*ON_POLICY, "distill.on_policy.prompts=[]"], "on_policy.prompts", "distill.on_policy.prompts", "prompts=null"),
+    (
+        [*ON_POLICY, "distill.on_policy.prompts=[hf://x]"],
+        "on_policy.prompts",
+        "distill.on_policy.prompts",
+        "hf://datasets/OWNER",
+    ),
     # Layout.
     (
         [*DEMO, "distill.parallel.tensor_model_parallel_size=2"],
@@ -687,3 +738,16 @@ def test_a_tracker_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_fault(tracked, "training.trackers", "distill.wandb", "pip install wandb, or set distill.wandb=null", True)
     installed["wandb"] = find_spec("json")
     assert compose(tracked, check_files=True).distill.wandb is not None
+
+
+def test_what_on_policy_rounds_need_on_this_machine(tmp_path: Path) -> None:
+    key, engine = "distill.on_policy.prompts", "distill.on_policy.engine"
+    absent = [*ON_POLICY, f"{engine}=transformers", f"{key}=[{tmp_path}/absent.jsonl]"]
+    check_fault(absent, "on_policy.readable", key, f"{key}=[FILE.jsonl]", True)
+    (tmp_path / "empty").mkdir()
+    check_fault([*absent, f"{key}=[{tmp_path}/empty]"], "on_policy.readable", key, f"{key}=[FILE.jsonl]", True)
+    (tmp_path / "array.json").write_text("[]")
+    (fault,) = find_faults([*absent, f"{key}=[{tmp_path}/array.json]"], True)
+    assert (fault.rule, "convert it with: jq" in str(fault)) == ("on_policy.readable", True)
+    vllm = [*ON_POLICY, f"benchmark.serve_python={tmp_path}/python"]
+    check_fault(vllm, "on_policy.serve_python", engine, f"make serve-env, or set {engine}=transformers", True)

@@ -44,6 +44,8 @@ ABOVE_ZERO = [
     *keys_below("distill.kd", "kd_weight temperature top_k chunk_tokens intermediate_weight"),
     *keys_below("distill.kd.intermediate_pairs[N]", "student teacher"),
     *keys_below("distill", "cached_logits_top_k cached_logits_shard_sequences swap_teacher_at_step"),
+    *keys_below("distill.on_policy", "rounds steps lr mix prompts_per_round prompt_tokens samples_per_prompt"),
+    *keys_below("distill.on_policy", "max_new_tokens temperature top_p batch_size shard_prompts array_tasks"),
     *keys_below("quantize", "calibration_samples calibration_seq_length micro_batch_size int4_group_size"),
     *keys_below("evaluate", "seq_length micro_batch_size max_sequences task_limit task_batch_size"),
     *keys_below("evaluate", "sample_prompt_tokens sample_new_tokens"),
@@ -67,7 +69,7 @@ FROM_ZERO = [
     *keys_below("evaluate", "verify_tokens samples num_fewshot"),
     *("seed", "cluster.node_rank", "cluster.slurm.max_restarts", "distill.kd.lm_weight"),
     *("prune.successive_halving.score.margin", "data.max_invalid_fraction", "prune.budget.max_depth_pruning"),
-    "prune.budget.max_width_pruning",
+    *("prune.budget.max_width_pruning", "distill.on_policy.min_lr", "distill.on_policy.warmup_steps"),
     *(
         key
         for training in TRAININGS
@@ -85,11 +87,14 @@ BELOW_ONE = [
     "data.max_invalid_fraction",
 ]
 UP_TO_ONE = ["data.sample", "data.sources.NAME.sample", "cluster.gpu.mfu"]
+UP_TO_ONE += ["distill.on_policy.mix", "distill.on_policy.top_p"]
 MOST = {
     "seed": 2**32 - 1,
     "cluster.nodes": 2**20,
     "cluster.devices_per_node": 1024,
     "prune.rounds[N].steps": 2**31 - 1,
+    "distill.on_policy.steps": 2**31 - 1,
+    "distill.on_policy.rounds": 4,
     **{f"{training}.max_steps": 2**31 - 1 for training in TRAININGS},
     **{f"{training}.phases[N].max_steps": 2**31 - 1 for training in TRAININGS},
 }

@@ -23,6 +23,7 @@ from tests.helpers.faults import find_faults
 
 DEMO = ["experiment=demo", "prune.ffn_hidden_size=null"]
 CORRECTION = "{max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}"
+ON_POLICY = "{steps: 9, lr: 1e-5, min_lr: 1e-4, warmup_steps: 9, prompts_per_round: 8, server_url: x, prompts: [p]}"
 MOE = ["model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"]
 BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_fraction=0.8"]
 PAIRS = "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"
@@ -52,6 +53,8 @@ CONFIGS = [
         PAIRS,
     ],
     [*DEMO, "distill.phases=[{max_steps: 80}, {tokens: 80, weights: {web: 1}}]", "distill.schedule=wsd"],
+    [*DEMO, "distill.loss=ce", f"distill.on_policy={ON_POLICY}", "distill.seq_length=100"],
+    [*DEMO, f"distill.on_policy={ON_POLICY}", "distill.on_policy.engine=server", "distill.on_policy.prompts=[]"],
     [*DEMO, "distill.parallel={tensor_model_parallel_size: 3, pipeline_model_parallel_size: 2}", PAIRS],
     [*DEMO, "data.sources={web: {files: [w.jsonl], weight: 1}, code: {files: []}}", "data.validation=[w.jsonl]"],
     [

@@ -396,3 +396,45 @@ def test_rounds_are_planned_each_with_its_own_student() -> None:
     assert in_rounds.memory["distill.round1"] == planned(DEPTH).memory["distill"]
     assert in_rounds.disk.needed["checkpoints"] > planned(DEPTH, "prune.num_layers=12").disk.needed["checkpoints"]
     assert "distill.round1" in to_table(in_rounds)
+
+
+ON_POLICY = "distill.on_policy={rounds: 2, steps: 143, lr: 1e-5, prompts_per_round: 1000, samples_per_prompt: 4}"
+
+
+def test_on_policy_rounds_are_planned_except_for_their_generation() -> None:
+    without, rounds = planned(DEPTH), planned(DEPTH, ON_POLICY)
+    hours_of = hours_by_stage(rounds)
+    assert hours_of["distill.on_policy1"] == hours_of["distill.on_policy2"] == pytest.approx(hours_of["distill"] / 200)
+    assert hours_of["generate.on_policy1"] is None
+    assert rounds.memory["distill.on_policy2"] == without.memory["distill"]
+    student = 5_875_378_176
+    added = {kind: size - without.disk.needed.get(kind, 0) for kind, size in rounds.disk.needed.items()}
+    assert added == {
+        "tokens": 0,
+        "teacher": 0,
+        "students": 2 * 2 * 2 * student,
+        "checkpoints": 2 * 4 * 14 * student,
+        # 64 tokens of a prompt and 128 of a completion.
+        "completions": 2 * 4000 * 192 * (9 + 4),
+    }
+    assert "generate.on_policy2" in to_table(rounds)
+
+
+def test_on_policy_rounds_cache_the_logits_of_their_own_sequences() -> None:
+    cached = planned(DEPTH, ON_POLICY, "distill.teacher_logits=cached")
+    hours_of = hours_by_stage(cached)
+    assert hours_of["cache_logits.on_policy1"] == pytest.approx(hours_of["cache_logits"] / 200)
+    alone = planned(DEPTH, "distill.teacher_logits=cached").disk.needed["signal"]
+    assert cached.disk.needed["signal"] == pytest.approx(alone * 1.01)
+
+
+def test_completions_that_a_round_repeats_are_warned_about() -> None:
+    def warned(*more: str) -> list[str]:
+        warnings = planned(DEPTH, ON_POLICY, "run_dir=/x", *more).warnings
+        return [text for text in warnings if "on-policy rounds read each completion" in text]
+
+    # 143 steps of 768 sequences, half of them completions, of which 4000 fill 4000 x 193 / 4096 sequences.
+    (warning,) = warned()
+    assert f"{143 * 768 / 2 / (4000 * 193 / 4096):.1f} times or more" in warning
+    assert warned("distill.on_policy.prompts_per_round=300000") == []
+    assert warned("distill.on_policy.prompts=[a.jsonl]") == []

@@ -15,7 +15,12 @@ import pytest
 from launch.environment import ROOT
 from prune_distill.errors import InputError
 from prune_distill.pipeline import processes
-from prune_distill.pipeline.processes import remove_foreign_ranks, shorten_socket_paths
+from prune_distill.pipeline.processes import (
+    RANK_VARIABLES,
+    remove_foreign_ranks,
+    serving_environment,
+    shorten_socket_paths,
+)
 from tests.helpers.launches import wait_for_exit
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal and /proc")
@@ -136,6 +141,25 @@ def test_a_job_script_of_another_size_did_not_start_this_rank() -> None:
     """The shell of a Slurm allocation has its variables as well."""
     with pytest.raises(InputError, match="WORLD_SIZE=2"):
         remove_foreign_ranks({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "1"), ("4,5,6,7", "5"), ("GPU-a,GPU-b", "GPU-b"), ("3", "3"), ("", "")]
+)
+def test_a_rank_serves_with_its_own_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", *RANK_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    alone = serving_environment()
+    assert (alone.get("CUDA_VISIBLE_DEVICES"), "PYTHONPATH" in alone) == (visible, False)
+    rank = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    found = serving_environment()
+    assert found.pop("CUDA_VISIBLE_DEVICES") == expected
+    assert not rank.keys() & found.keys()
 
 
 def test_rank_variables_of_a_single_process_are_removed() -> None:

@@ -28,6 +28,7 @@ HALVING = (*SEARCHED, "prune.successive_halving.round_tokens=10000")
 TASK = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
+ON_POLICY = "distill.on_policy={rounds: 4, steps: 30, lr: 1e-5, prompts_per_round: 8, prompts: [p.jsonl]}"
 # Together they use every stage of the table.
 VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
@@ -37,6 +38,7 @@ VARIANTS = {
         *("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "distill.quantize=int4"),
         "cluster.gpu=h100_sxm",
     ),
+    "on_policy": ("distill.teacher_logits=cached", ON_POLICY),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]

@@ -25,6 +25,7 @@ CONTROLS = "distill.controls=[ce,scratch]"
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
 FORMATS = [quant_format.value for quant_format in QuantFormat]
 QUANTIZED = ("cluster.gpu=h100_sxm", f"quantize.formats=[{','.join(FORMATS)}]")
+ON_POLICY = ("distill.on_policy={rounds: 2, steps: 30, lr: 1e-5, prompts_per_round: 8, engine: transformers}",)
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 
 
@@ -44,7 +45,10 @@ def test_sections_and_settings_are_keys_of_the_schema() -> None:
 def test_every_field_that_is_hashed_elsewhere_is_hashed_by_a_stage() -> None:
     hashed = {key for stage in STAGES for key in stage.sections}
     marked = set(_marked_keys(RunConfig(), Identity.hashed_elsewhere))
-    assert marked == {"distill.teacher_correction", "evaluate.verify_tokens", "benchmark.cost_per_hour"}
+    assert marked == {
+        *("distill.teacher_correction", "distill.on_policy"),
+        *("evaluate.verify_tokens", "benchmark.cost_per_hour"),
+    }
     assert marked <= hashed
 
 
@@ -68,11 +72,15 @@ def test_inputs_come_from_stages_that_ran_before(name: str) -> None:
     assert done[-1] == "report"
 
 
+def is_round(name: str) -> bool:
+    return ".round" in name or ".on_policy" in name
+
+
 def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
     every = [
         stage.name
         for stage in STAGES
-        if stage.name not in ("search", "successive_halving") and ".round" not in stage.name
+        if stage.name not in ("search", "successive_halving") and not is_round(stage.name)
     ]
     everything = demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS, *QUANTIZED)
     assert [stage.name for stage in select_stages(everything)] == every
@@ -209,7 +217,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     batches = ("distill.global_batch_size=8", "model.demo.training.global_batch_size=8")
     cfg = demo("cluster.devices_per_node=2", "prune.pipeline_model_parallel_size=2", *batches)
     named = [
-        stage for stage in STAGES if stage.name not in ("search", "successive_halving") and ".round" not in stage.name
+        stage for stage in STAGES if stage.name not in ("search", "successive_halving") and not is_round(stage.name)
     ]
     ranks = {stage.name: stage.ranks(cfg) for stage in named}
     of_all_ranks = {"correct_teacher", "cache_logits", "distill", "distill.ce", "distill.scratch"}
@@ -256,3 +264,74 @@ def test_rounds_prune_the_previous_student_and_keep_the_teacher(
     assert (of_second.distill.max_steps, of_second.prune.drop_layers, of_second.prune.num_layers) == (30, [2], None)
     assert student_shape(of_second).num_layers == 4
     assert student_shape(cfg).num_layers == 3
+
+
+def test_on_policy_rounds_follow_the_distillation(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo(*ON_POLICY, *CORRECTED, "distill.swap_teacher_at_step=20", "distill.phases=[{max_steps: 160}]")
+    rows = {stage.name: stage for stage in select_stages(cfg)}
+    names = [name for name in rows if is_round(name)]
+    assert names == [f"{kind}.on_policy{n}" for n in (1, 2) for kind in ("nemo_to_hf", "generate", "distill")]
+    inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}
+    data = Output("prepare_data")
+    for name, before in {"on_policy1": "distill", "on_policy2": "distill.on_policy1"}.items():
+        student = Output(before, "nemo")
+        assert inputs[f"nemo_to_hf.{name}"]["student"] == student
+        assert inputs[f"generate.{name}"] == {"student": Output(f"nemo_to_hf.{name}", "student"), "data": data}
+        teacher, completions = Output("correct_teacher", "nemo"), Output(f"generate.{name}")
+        trained = {"student": student, "completions": completions, "data": data, "teacher": teacher}
+        assert inputs[f"distill.{name}"] == trained
+    last = Output("distill.on_policy2", "nemo")
+    assert inputs["evaluate"]["distilled"] == Output("nemo_to_hf.on_policy1", "student")
+    assert inputs["nemo_to_hf"]["student"] == inputs["verify"]["student_nemo"] == last
+    first, second = (rows[f"distill.on_policy{number}"].configure(cfg) for number in (1, 2))
+    assert (first.distill.max_steps, first.distill.lr) == (30, 1e-5)
+    assert [(phase.max_steps, phase.weights) for phase in first.distill.phases or ()] == [
+        (30, {"off-policy": 0.5, "on-policy": 0.5})
+    ]
+    assert len({cfg.seed, first.seed, second.seed}) == 3
+
+
+def test_on_policy_rounds_score_completions_as_the_distillation_does(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo(*ON_POLICY, "distill.teacher_logits=cached")
+    rows = {stage.name: stage for stage in select_stages(cfg)}
+    inputs = {name: stage.inputs(stage.configure(cfg)) for name, stage in rows.items()}
+    assert inputs["cache_logits.on_policy2"]["completions"] == Output("generate.on_policy2")
+    assert inputs["distill.on_policy2"]["cached_logits"] == Output("cache_logits.on_policy2")
+    assert "teacher" not in inputs["distill.on_policy2"]
+
+
+def test_generation_takes_a_node_for_each_task() -> None:
+    words = ("experiment=qwen3_8b_to_6b_depth", "cluster=one_node", *ON_POLICY)
+    cfg = compose([*words, "cluster.nodes=2", "cluster.rdzv_endpoint=a:1", "distill.on_policy.array_tasks=3"])
+    generate = find("generate.on_policy1")
+    assert (generate.ranks(cfg), generate.tasks(cfg), generate.shares_work) == (8, 3, True)
+
+
+def test_prompts_of_files_are_an_input(demo: Callable[..., RunConfig]) -> None:
+    cfg = demo(*ON_POLICY, "distill.on_policy.prompts=[a.jsonl]")
+    generate = find("generate.on_policy1")
+    assert generate.inputs(generate.configure(cfg))["prompts"] == External(("a.jsonl",), documents=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        *((change, set()) for change in ("rounds=3", "batch_size=3", "array_tasks=2")),
+        *((change, {"distill"}) for change in ("lr=2e-5", "min_lr=1e-6", "warmup_steps=3")),
+        *((change, {"cache_logits", "distill"}) for change in ("mix=0.7", "steps=40")),
+        *(
+            (change, {"generate", "cache_logits", "distill"})
+            for change in (
+                *("temperature=0.5", "top_p=0.5", "prompts_per_round=9", "prompt_tokens=9", "max_new_tokens=9"),
+                *("samples_per_prompt=2", "shard_prompts=2", "engine=vllm"),
+            )
+        ),
+    ],
+)
+def test_what_a_setting_of_the_rounds_does_again(demo: Callable[..., RunConfig], change: str, redone: set[str]) -> None:
+    base = (*ON_POLICY, "distill.teacher_logits=cached")
+    before, after = _folders(demo(*base)), _folders(demo(*base, f"distill.on_policy.{change}"))
+    changed = {name for name in before if before[name] != after[name]}
+    assert {name.partition(".")[0] for name in changed if name.endswith(".on_policy1")} == redone
+    # Neither the distillation before nor its export.
+    assert not changed & {"distill", "cache_logits", "nemo_to_hf.on_policy1"}
