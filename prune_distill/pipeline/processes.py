@@ -37,8 +37,8 @@ RANK_VARIABLES = (
     "TORCHELASTIC_ERROR_FILE",
 )
 
-# Variables of the training environment that must not reach the serving one.
-_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+# Variables of the training environment that must not reach the serving one. vLLM would read those of ranks.
+_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *RANK_VARIABLES)
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECONDS_BETWEEN_LOOKS = 0.5

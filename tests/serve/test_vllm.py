@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from prune_distill.benchmarking.vllm_process import VllmProcess
 from prune_distill.config.values import SERVE_PYTHON
+from prune_distill.errors import InputError
 from prune_distill.nemo import hf_models
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype
+from prune_distill.serving.vllm_process import VllmProcess
 from recipes import benchmark
 from tests.helpers.quantized import quantize_student, write_student
 
@@ -90,7 +91,7 @@ def test_a_quantized_model_computes_as_the_reader_does(
 def test_a_folder_that_vllm_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write_student(tmp_path / "student")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(RuntimeError, match="vLLM ended with status 1"):
+    with pytest.raises(InputError, match=f"{folder}: vLLM ended with status 1"):
         serve(folder, "bfloat16")
     assert "weights" in capfd.readouterr().err
 

@@ -118,7 +118,7 @@ def test_a_model_is_served_checked_and_ended(tmp_path: Path, chat: bool, signum:
     ("fake", "message"),
     [
         ("ends", "error: vLLM ended with status 1 before it was ready; its messages are above"),
-        ("broken", 'error: vLLM is up, but does not answer a request: {"message": "no such model"}'),
+        ("broken", 'HTTP Error 400: Bad Request: {"message": "no such model"}'),
     ],
 )
 def test_a_server_that_does_not_serve(tmp_path: Path, fake: str, message: str) -> None:

@@ -1,8 +1,7 @@
-"""PYTHON -P vllm_worker.py
+"""PYTHON -P child.py PID vllm_worker.py
 
-Serve one model with vLLM to another process. The first line of the standard input contains vLLM's settings as JSON.
-Each further line requests a generation, and gets one line of JSON on the standard output. The process ends with its
-input.
+Generate with vLLM for another process. The first line of the standard input contains vLLM's settings as JSON. Each
+further line requests a generation, and gets one line of JSON as its answer. The process ends with its input.
 
 It runs in the serving environment, which has none of this repository's libraries, so it only imports vLLM.
 """
@@ -15,17 +14,16 @@ import sys
 import time
 from typing import Any
 
+import vllm
+
 
 def main() -> None:
-    # vLLM and its helpers print to the standard output.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import vllm  # takes seconds, and must print nothing to `answers`
-
+    answers = os.fdopen(int(sys.argv[1]), "w")
     llm = vllm.LLM(**json.loads(sys.stdin.readline()))
-    _answer(answers, {"version": vllm.__version__})
+    dtype = str(llm.model_config.dtype).removeprefix("torch.")
+    _answer(answers, {"version": vllm.__version__, "dtype": dtype})
     for line in sys.stdin:
-        _answer(answers, _generate(vllm, llm, **json.loads(line)))
+        _answer(answers, _generate(llm, **json.loads(line)))
 
 
 def _answer(answers: Any, content: dict[str, Any]) -> None:
@@ -33,7 +31,7 @@ def _answer(answers: Any, content: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _generate(vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:
+def _generate(llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:
     """Generate greedily.
 
     Returns:
