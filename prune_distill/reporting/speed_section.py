@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from prune_distill.benchmarking.timing import LoadFigures
 from prune_distill.reporting import figures, words
@@ -105,7 +106,7 @@ def _load_table(report: Report, load: Mapping[str, Mapping[str, LoadFigures]]) -
         Column("First token", "slowest percent"),
         Column("Further tokens", "each"),
     ]
-    shown = {
+    shown: Mapping[str, Callable[[Any], str]] = {
         "output_tokens_per_second": words.significant,
         "time_to_first_token_seconds": words.duration,
         "slow_time_to_first_token_seconds": words.duration,
