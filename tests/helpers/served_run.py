@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from launch.environment import ROOT
 from launch.planning.automatic import compose
 from prune_distill.config.load import save_resolved
@@ -16,6 +18,7 @@ from tests.helpers.quantized import write_documents, write_student
 
 # What vLLM's kernels for CPUs take: multiples of 32 (int4) and, with AMX, of 128.
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+WEIGHTS = "model.safetensors"
 SETTINGS = (
     *("quantize.formats=[fp8]", "quantize.calibration_seq_length=32"),
     *("evaluate.engine=vllm", "evaluate.seq_length=32", "evaluate.micro_batch_size=2", "evaluate.continuations=null"),
@@ -32,9 +35,12 @@ def write_run(run_dir: Path, *overrides: str) -> dict[str, Located]:
     save_resolved(cfg, run_dir / RESOLVED)
     stages = locate(cfg)
     if not stages["nemo_to_hf"].complete:
-        write_student(stages["demo_model"].folder / "hf", "qwen3_tied", **SIZES)
+        teacher = write_student(stages["demo_model"].folder / "hf", "qwen3_tied", **SIZES)
         write_documents(stages["prepare_data"].folder)
-        write_student(stages["nemo_to_hf"].folder / "student", "qwen3_tied", **SIZES, num_hidden_layers=2)
+        student = write_student(stages["nemo_to_hf"].folder / "student", "qwen3_tied", **SIZES, num_hidden_layers=2)
+        # The teacher without its last layer.
+        kept, weights = load_file(student / WEIGHTS), load_file(teacher / WEIGHTS)
+        save_file({name: weights[name] for name in kept}, student / WEIGHTS, metadata={"format": "pt"})
         for name in ("demo_model", "prepare_data", "nemo_to_hf"):
             write_manifest(stages[name], 1.0, 2.0, {})
     return stages

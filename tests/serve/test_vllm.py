@@ -98,6 +98,27 @@ def test_a_quantized_model_computes_as_the_reader_does(
     assert error < most * change
 
 
+@pytest.mark.parametrize(
+    ("quant_format", "reason"),
+    [
+        # ModelOptFp8MoEMethod takes one scale per tensor, on every kind of device.
+        ("fp8", "RuntimeError: shape '[]' is invalid for input of size 128"),
+        ("int8", "NotImplementedError: No Int8 MoE backend supports the deployment configuration"),
+        ("int4", "NotImplementedError: No WNA16 MoE backend supports the deployment configuration"),
+    ],
+)
+def test_quantized_mixtures_that_the_build_for_cpus_cannot_load(
+    quant_format: str, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The rule quantize.served_experts says so before a run starts: change it where this test fails."""
+    student = write_student(tmp_path / "student", "qwen3_moe", **SIZES, moe_intermediate_size=128)
+    quantize_student(student, quant_format, tmp_path / "out")
+    folder = tmp_path / "out" / f"student_{quant_format}"
+    with pytest.raises(InputError, match=f"{folder}: vLLM ended with status 1"):
+        serve(folder, "bfloat16")
+    assert reason in capfd.readouterr().err
+
+
 def test_a_folder_that_vllm_cannot_load(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write_student(tmp_path / "student")
     (folder / "model.safetensors").unlink()

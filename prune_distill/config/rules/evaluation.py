@@ -110,6 +110,20 @@ def served_formats(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
+@rule("quantize.served_experts", *SERVED, "model.family", "cluster.gpu?")
+def served_experts(cfg: RunConfig) -> Iterator[Finding]:
+    """Report mixtures that vLLM cannot read where it has to, as tests/serve/test_vllm.py shows."""
+    groups = _served(cfg)
+    on_cpus = (QuantFormat.int8, QuantFormat.int4) if cfg.cluster.gpu is None else ()
+    refused = [found.value for found in cfg.quantize.formats if found in (QuantFormat.fp8, *on_cpus)]
+    if groups and refused and cfg.model.family.traits.experts:
+        yield Finding(
+            "quantize.formats",
+            "vLLM 0.32 does not read mixtures of experts in fp8 with a scale per channel, nor on CPUs in int8 or int4;"
+            f" remove {' and '.join(refused)}, or set {_engines(groups, Engine.transformers)}",
+        )
+
+
 def _served(cfg: RunConfig) -> list[str]:
     """Return the groups whose engine is vLLM and has something to do."""
     benchmark = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm

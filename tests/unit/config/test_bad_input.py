@@ -442,6 +442,12 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "or set evaluate.engine=transformers",
     ),
     (
+        [*MOE, "quantize.formats=[fp8,int8]", "evaluate.engine=vllm"],
+        "quantize.served_experts",
+        "quantize.formats",
+        "remove fp8 and int8, or set evaluate.engine=transformers",
+    ),
+    (
         [*DEMO, "quantize.formats=[fp8,int8]", "benchmark.engine=vllm", "benchmark.dtype=fp32"],
         "quantize.served",
         "benchmark.dtype",
