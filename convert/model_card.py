@@ -63,6 +63,7 @@ _FORMATS = {
         _VLLM,
     ),
 }
+_FP8_KV_CACHE = "Engines keep keys and values in FP8 (E4M3), with the scale of each layer in this folder."
 
 
 @dataclass
@@ -196,6 +197,7 @@ def quantized_model_card(
     lines += [
         f"{title}, quantized with NVIDIA ModelOpt {when}: {what}. {_ROUNDED if learned else how}",
         f"Linear layers that keep their type ({len(kept)}): the output layer, routers{others}.",
+        *([_FP8_KV_CACHE] if cfg.fp8_kv_cache else []),
         "",
         engines,
         "",

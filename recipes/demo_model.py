@@ -34,6 +34,8 @@ from prune_distill.training.training import train
 # Between 0.02 (usual) and 1 / sqrt(hidden_size): 0.05 nats lower after 640 steps, stable at twice the learning rate.
 INIT_STD = 0.05
 END_OF_TEXT = "<|endoftext|>"
+# The model continues text, so a chat is the text of its messages. Chat endpoints require a template.
+CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\n\n') }}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def _write_tokenizer(texts: Sequence[str], vocab_size: int, folder: Path) -> Non
         pad_token=END_OF_TEXT,
         model_input_names=["input_ids", "attention_mask"],
     )
+    fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 

@@ -47,10 +47,18 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     hf_models.check_fits([("model", hf_models.weight_bytes(inputs.student))], FIX)
     model = hf_models.load(inputs.student)
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
-    learned = cfg.distill.quantize is quant_format
-    if quant_format.calibrated and not learned:
+    learned, fp8_kv_cache = cfg.distill.quantize is quant_format, cfg.quantize.fp8_kv_cache
+    if modelopt.needs_calibration(quant_format, learned, fp8_kv_cache):
         log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
-    modelopt.quantize(model, quant_format, cfg.quantize.int4_group_size, cfg.quantize.keep, batches, learned=learned)
+    modelopt.quantize(
+        model,
+        quant_format,
+        cfg.quantize.int4_group_size,
+        cfg.quantize.keep,
+        batches,
+        learned=learned,
+        fp8_kv_cache=fp8_kv_cache,
+    )
     with torch.inference_mode():
         simulated = model(batches[0][:1]).logits
     title = f"{cfg.name}: {folder.name}"
@@ -70,8 +78,11 @@ def _write(model: Any, kept: list[str], student: Path, folder: Path, cfg: Quanti
     """Write weights, config, tokenizer and generation config to a folder."""
     (quant_format,) = cfg.formats
     if quant_format in compressed_tensors.FORMATS:
-        compressed_tensors.write_weights(folder, quant_format, modelopt.weights(model), modelopt.weight_scales(model))
-        quantization = compressed_tensors.build_config(quant_format, cfg.int4_group_size, kept)
+        weights, scales = modelopt.weights(model), modelopt.weight_scales(model)
+        compressed_tensors.write_weights(folder, quant_format, weights, scales, modelopt.kv_scales(model))
+        quantization = compressed_tensors.build_config(
+            quant_format, cfg.int4_group_size, kept, fp8_kv_cache=cfg.fp8_kv_cache
+        )
     else:
         modelopt.export(model, folder)
         quantization = hf_config.parse(folder / "config.json")["quantization_config"]

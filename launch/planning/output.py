@@ -361,10 +361,11 @@ def _serving(plan: Plan) -> list[str]:
         return []
     positions = plan.student.shape.max_position_embeddings
     benchmark = "" if cache.benchmark is None else f", {_gib(cache.benchmark)} GiB for the benchmark's sequences"
+    halved = ", half of that in the quantized formats" if cache.halved else ""
     text = (
-        f"serving: the student's KV cache takes {cache.token / 1024:,.1f} KiB a token in 16 bits, in each quantized"
-        f" format: {_gib(cache.longest)} GiB for a sequence of {positions:,} tokens{benchmark}; the GPU time of"
-        " quantization, evaluation and benchmark is not estimated"
+        f"serving: the student's KV cache takes {cache.token / 1024:,.1f} KiB a token in 16 bits{halved}:"
+        f" {_gib(cache.longest)} GiB for a sequence of {positions:,} tokens{benchmark}; the GPU time of quantization,"
+        " evaluation and benchmark is not estimated"
     )
     return WRAP.wrap(text)
 

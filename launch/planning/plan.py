@@ -81,9 +81,10 @@ class CachedLogits:
 
 @dataclass(frozen=True)
 class KvCache:
-    """Bytes of the student's KV cache in an engine, in 16 bits; the same in each quantized format.
+    """Bytes of the student's KV cache in an engine, in 16 bits. Quantized models have half with `fp8_kv_cache`.
 
     Attributes:
+        halved: whether quantized models keep it in FP8.
         longest: of a sequence of `max_position_embeddings` tokens.
         benchmark: of the benchmark's sequences, if the run has that stage.
     """
@@ -91,6 +92,7 @@ class KvCache:
     token: int
     longest: int
     benchmark: int | None
+    halved: bool
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,12 @@ def _kv_cache(cfg: RunConfig) -> KvCache | None:
         return None
     token = 2 * 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
     sequences = benchmark.batch_size * (benchmark.prompt_tokens + benchmark.new_tokens)
-    return KvCache(token, token * shape.max_position_embeddings, token * sequences if benchmark.enabled else None)
+    return KvCache(
+        token,
+        token * shape.max_position_embeddings,
+        token * sequences if benchmark.enabled else None,
+        bool(cfg.quantize.formats) and cfg.quantize.fp8_kv_cache,
+    )
 
 
 def _step(task: Task) -> Seconds | None:

@@ -193,13 +193,18 @@ def _is_quantized(cfg: RunConfig, quant_format: QuantFormat) -> bool:
 
 def _quantize(quant_format: QuantFormat) -> Stage:
     """Return the stage that writes the student in a quantized format."""
-    calibration = ("calibration_samples", "calibration_seq_length") if quant_format.calibrated else ()
-    group = ("int4_group_size",) if quant_format is QuantFormat.int4 else ()
+    calibration = ("quantize.calibration_samples", "quantize.calibration_seq_length")
+    group = ("quantize.int4_group_size",) if quant_format is QuantFormat.int4 else ()
+
+    def calibrated(cfg: RunConfig) -> tuple[str, ...]:
+        return calibration if quant_format.calibrated or cfg.quantize.fp8_kv_cache else ()
+
     return Stage(
         f"quantize.{quant_format.value}",
         "recipes.quantize",
-        tuple(f"quantize.{name}" for name in ("formats", "keep", *calibration, *group)),
+        ("quantize.formats", "quantize.keep", "quantize.fp8_kv_cache", *group),
         inputs.quantize_inputs,
+        more_sections=calibrated,
         wanted=partial(_is_quantized, quant_format=quant_format),
         settings=lambda cfg: {"quantize.formats": [quant_format]},
         shows=("name",),

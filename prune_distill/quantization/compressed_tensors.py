@@ -16,18 +16,24 @@ from prune_distill.schema import QuantFormat
 
 # Formats that are written here.
 FORMATS = (QuantFormat.int8, QuantFormat.int4)
+KV_CACHE_SCHEME = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "tensor", "dynamic": False}
 
 
 def write_weights(
-    folder: Path, quant_format: QuantFormat, tensors: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]
+    folder: Path,
+    quant_format: QuantFormat,
+    tensors: dict[str, torch.Tensor],
+    scales: dict[str, torch.Tensor],
+    kv_scales: dict[str, torch.Tensor],
 ) -> None:
     """Write safetensors files.
 
     Args:
         tensors: all weights of the model by name.
         scales: by name of a layer whose weight `[n, k]` is to be quantized, its scales in fp32, `[n, groups]`.
+        kv_scales: those of an FP8 KV cache, by the names of their tensors.
     """
-    tensors = dict(tensors)
+    tensors = tensors | kv_scales
     for layer, scale in scales.items():
         weight = tensors.pop(f"{layer}.weight")
         integers = quantize_weight(weight, scale, 8 if quant_format is QuantFormat.int8 else 4)
@@ -59,7 +65,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).contiguous().view(torch.int32)
 
 
-def build_config(quant_format: QuantFormat, group_size: int, kept: list[str]) -> dict[str, Any]:
+def build_config(quant_format: QuantFormat, group_size: int, kept: list[str], *, fp8_kv_cache: bool) -> dict[str, Any]:
     """Return the key `quantization_config` of a `config.json`.
 
     Args:
@@ -80,5 +86,5 @@ def build_config(quant_format: QuantFormat, group_size: int, kept: list[str]) ->
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": kept,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": KV_CACHE_SCHEME if fp8_kv_cache else None,
     }

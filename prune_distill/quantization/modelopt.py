@@ -13,11 +13,13 @@ import torch
 from modelopt.torch.export import export_hf_checkpoint
 from modelopt.torch.export.quant_utils import get_weight_scaling_factor
 
+from prune_distill.quantization.reader import FP8_LARGEST
 from prune_distill.schema import QuantFormat
 
-# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085). For
-# each of them and for 11 ranges, the search multiplies all weights without matrix products.
-AWQ_TOKENS = 512
+# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085), and
+# the forward passes that they come from. In each pass the search quantizes all weights with 11 ranges, and for each
+# token it multiplies all weights without matrix products.
+AWQ_TOKENS, AWQ_PASSES = 512, 32
 
 
 def quantize(
@@ -28,6 +30,7 @@ def quantize(
     batches: Iterable[torch.Tensor],
     *,
     learned: bool = False,
+    fp8_kv_cache: bool = False,
 ) -> None:
     """Insert quantizers into a model and calibrate them. The model then computes with simulated quantization.
 
@@ -38,11 +41,17 @@ def quantize(
         batches: calibration sequences `[b, s]`, on the model's device.
         learned: whether the model was trained with the fake quantizers of the format. They have no state: the range
             of each channel or group is its absolute maximum, so none is searched.
+        fp8_kv_cache: whether keys and values are quantized too.
     """
     batches = list(batches)
-    settings = _settings(quant_format, group_size, len(batches))
+    settings = _settings(quant_format, group_size)
     if learned:
         settings["algorithm"] = "max"
+    elif quant_format is QuantFormat.int4:
+        batches = batches[:: -(-len(batches) // AWQ_PASSES)]
+        settings["algorithm"]["max_tokens_per_batch"] = -(-AWQ_TOKENS // len(batches))
+    if fp8_kv_cache:
+        settings["quant_cfg"] |= copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     # ModelOpt's patterns match names of quantizers, such as `lm_head.weight_quantizer`, and later ones win.
     kept = [name for name in names if any(fnmatchcase(name, pattern) for pattern in keep)]
@@ -53,10 +62,22 @@ def quantize(
             model(batch)
 
     with torch.no_grad():
-        mtq.quantize(model, settings, calibrate if quant_format.calibrated and not learned else None)
+        mtq.quantize(model, settings, calibrate if needs_calibration(quant_format, learned, fp8_kv_cache) else None)
+    for _, module in _linear_layers(model):
+        if module.weight_quantizer.amax is not None:
+            # AWQ's search leaves out experts that no token reached; their groups keep their largest values as ranges.
+            module.weight_quantizer.enable()
+    for quantizer in _kv_quantizers(model).values():
+        # ModelOpt exports scales of a KV cache of at least 1 (modelopt/torch/export/quant_utils.py:930).
+        quantizer.amax = quantizer.amax.clamp(min=FP8_LARGEST)
 
 
-def _settings(quant_format: QuantFormat, group_size: int, batches: int) -> dict[str, Any]:
+def needs_calibration(quant_format: QuantFormat, learned: bool, fp8_kv_cache: bool) -> bool:
+    """Return whether calibration text affects the result."""
+    return fp8_kv_cache or (quant_format.calibrated and not learned)
+
+
+def _settings(quant_format: QuantFormat, group_size: int) -> dict[str, Any]:
     """Return ModelOpt's settings of a format. Its defaults exclude the output layer and routers
     (modelopt/torch/quantization/config.py:147)."""
     if quant_format is QuantFormat.int8:
@@ -71,7 +92,7 @@ def _settings(quant_format: QuantFormat, group_size: int, batches: int) -> dict[
         # and are not quantized.
         settings = copy.deepcopy(mtq.INT4_AWQ_CFG)
         settings["quant_cfg"]["*weight_quantizer"]["block_sizes"][-1] = group_size
-        settings["algorithm"] = {"method": "awq_clip", "max_tokens_per_batch": -(-AWQ_TOKENS // batches)}
+        settings["algorithm"] = {"method": "awq_clip"}
         return settings
     return copy.deepcopy(
         {
@@ -93,6 +114,21 @@ def weight_scales(model: Any) -> dict[str, torch.Tensor]:
         name: get_weight_scaling_factor(module).reshape(len(module.weight), -1)
         for name, module in _linear_layers(model)
         if module.weight_quantizer.is_enabled
+    }
+
+
+def kv_scales(model: Any) -> dict[str, torch.Tensor]:
+    """Return the scales of an FP8 KV cache by their names in ModelOpt's exports, such as
+    model.layers.0.self_attn.k_proj.k_scale; empty without one."""
+    return {name: quantizer.amax.float() / FP8_LARGEST for name, quantizer in _kv_quantizers(model).items()}
+
+
+def _kv_quantizers(model: Any) -> dict[str, Any]:
+    return {
+        f"{name}.{kind}_proj.{kind}_scale": quantizer
+        for name, module in model.named_modules()
+        for kind in "kv"
+        if (quantizer := getattr(module, f"{kind}_bmm_quantizer", None)) is not None and quantizer.is_enabled
     }
 
 

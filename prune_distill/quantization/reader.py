@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from prune_distill.errors import InputError
 from prune_distill.model import hf_config
@@ -36,6 +38,8 @@ FP8_LARGEST = 448.0
 # The values of FP4 (E2M1) by their lowest three bits; the fourth is the sign.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_BLOCK = 16
+# transformers' name of the attention below, which rounds keys and values.
+FP8_KV_ATTENTION = "sdpa_fp8_kv_cache"
 # Tensors next to a quantized weight.
 _PARTS = ("weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_shape", "input_scale")
 
@@ -79,13 +83,19 @@ def load(folder: Path) -> Any:
     """
     found, config = read_format(folder), read_config(folder)
     dtype = getattr(torch, config.to_dict().get("torch_dtype") or config.to_dict()["dtype"])
-    weights, scales = _read_weights(folder, found, dtype)
+    weights, scales, kv_scales = _read_weights(folder, found, dtype)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=weights, torch_dtype=dtype, **hf_models.generation_options(folder)
     )
     missing = [name for name in model.state_dict() if name not in weights and not _is_tied(model, name)]
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing[:3])}; run the stage quantize again")
+    for name, scale in kv_scales.items():
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], scale)
+    if kv_scales:
+        AttentionInterface.register(FP8_KV_ATTENTION, _fp8_kv_attention)
+        AttentionMaskInterface.register(FP8_KV_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(FP8_KV_ATTENTION)
     for name, scale in scales.items():
         round_input = make_rounding(found.quant_format, scale)
         if round_input is not None:
@@ -124,16 +134,18 @@ def _is_tied(model: Any, name: str) -> bool:
 
 def _read_weights(
     folder: Path, found: Quantized, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None]]:
-    """Return the dequantized weights, and the static scale of the input by quantized layer (None: dynamic)."""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | None], dict[str, torch.Tensor]]:
+    """Return the dequantized weights, the static scale of the input by quantized layer (None: dynamic), and the scales
+    of an FP8 KV cache by name."""
     tensors = dict(_read_tensors(folder))
+    kv_scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".k_scale", ".v_scale"))}
     layers = sorted({name.rpartition(".")[0] for name in tensors if name.endswith(".weight_scale")})
     scales: dict[str, torch.Tensor | None] = {}
     for layer in layers:
         parts = {part: tensors.pop(f"{layer}.{part}") for part in _PARTS if f"{layer}.{part}" in tensors}
         scales[layer] = parts.get("input_scale")
         tensors[f"{layer}.weight"] = dequantize(found, parts).to(dtype)
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}, scales, kv_scales
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -187,6 +199,17 @@ def _round_first(
     round_input: Callable[[torch.Tensor], torch.Tensor], _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
     return (round_input(inputs[0].float()).to(inputs[0].dtype), *inputs[1:])
+
+
+def _fp8_kv_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Attention on keys and values as an FP8 cache returns them."""
+    key, value = (
+        round_fp8_tensor(states.float(), module.get_buffer(name)).to(states.dtype)
+        for states, name in ((key, "k_proj.k_scale"), (value, "v_proj.v_scale"))
+    )
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
 
 def round_int8(values: torch.Tensor) -> torch.Tensor:

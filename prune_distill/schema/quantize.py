@@ -38,8 +38,8 @@ class QuantizeConfig:
     # Formats of further models; empty: the run has no stage quantize. Each has its own stages, quantize.FORMAT and
     # evaluate.FORMAT.
     formats: list[QuantFormat] = field(default_factory=list)
-    # Training sequences on which ranges are calibrated. fp8 and int8 need none, because their engines compute the
-    # ranges of activations for each token.
+    # Training sequences on which ranges are calibrated. Without fp8_kv_cache, fp8 and int8 need none, because their
+    # engines compute the ranges of activations for each token. int4's search uses a part of them.
     calibration_samples: PositiveInt = 512
     # Tokens per calibration sequence.
     calibration_seq_length: PositiveInt = 512
@@ -47,6 +47,8 @@ class QuantizeConfig:
     micro_batch_size: PositiveInt = placement(1)
     # Weights of int4 that share a scale.
     int4_group_size: PositiveInt = 128
+    # Whether engines keep keys and values in FP8 (E4M3), with a calibrated scale per layer, in half the memory of bf16.
+    fp8_kv_cache: bool = False
     # Linear layers that keep the type of the export, as patterns of their Hugging Face names, such as
     # model.layers.0.* or *.down_proj. The output layer (lm_head) and routers always keep it.
     keep: list[str] = field(default_factory=list)

@@ -86,6 +86,7 @@ def overrides(run_dir: Path, *more: str) -> list[str]:
         "prune.ffn_hidden_size=null",
         "prune.calibration_samples=16",
         "prune.calibration_seq_length=128",
+        "quantize.formats=[]",
         "evaluate.seq_length=128",
         "evaluate.max_sequences=64",
         "evaluate.verify_tokens=128",

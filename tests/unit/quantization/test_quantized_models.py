@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from prune_distill.errors import InputError
 from prune_distill.model import hf_config
@@ -71,6 +72,33 @@ def test_a_format(quant_format: str, types: dict[str, str], student: Path) -> No
     assert 1e-6 < changed < {"int4": 0.5}.get(quant_format, 0.05)
 
 
+@pytest.mark.parametrize("quant_format", ["fp8", "int8", "int4"])
+def test_an_fp8_kv_cache(quant_format: str, student: Path, tmp_path: Path) -> None:
+    """Large values of one layer are inside the range of its scale; the others have ModelOpt's scale of 1."""
+    large = shutil.copytree(student, tmp_path / "student")
+    with safe_open(large / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["model.layers.1.self_attn.v_proj.weight"] *= 1e5
+    save_file(tensors, large / "model.safetensors", {"format": "pt"})
+    quantize_student(large, quant_format, tmp_path / "plain")
+    quantize_student(large, quant_format, tmp_path / "out", ["quantize.fp8_kv_cache=true"])
+    folder = tmp_path / "out" / f"student_{quant_format}"
+    config = hf_config.parse(folder / "config.json")["quantization_config"]
+    scheme = config["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["dynamic"]) == ("float", 8, False)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        scales = {name: file.get_tensor(name).item() for name in file.keys() if name.endswith(("k_scale", "v_scale"))}  # noqa: SIM118
+    expected = [f"model.layers.{number}.self_attn.{kind}_proj.{kind}_scale" for number in range(3) for kind in "kv"]
+    assert sorted(scales) == expected
+    assert scales.pop("model.layers.1.self_attn.v_proj.v_scale") > 1.5
+    assert set(scales.values()) == {1.0}
+    assert "keys and values in FP8" in (folder / "README.md").read_text()
+    assert 2 * hf_models.kv_cache_bytes(folder, 10) == hf_models.kv_cache_bytes(large, 10)
+    # check_export compared the result with ModelOpt's simulation. The cache changes the model, but not much.
+    plain = log_probs(reader.load(tmp_path / "plain" / f"student_{quant_format}"))
+    assert 1e-6 < divergence(reader.load(folder), plain) < 0.05
+
+
 def test_kept_layers_are_not_changed(student: Path) -> None:
     out = student.parent / "keep"
     metrics = quantize_student(student, "int8", out, ["quantize.keep=[model.layers.0.*,*.down_proj]"])
@@ -90,8 +118,21 @@ def test_routers_are_kept_and_experts_quantized(tmp_path: Path) -> None:
     student = write_student(tmp_path / "student", "qwen3_moe", moe_intermediate_size=64)
     metrics = quantize_student(student, "fp8", tmp_path / "out")
     assert metrics["kept_layers"] == [*(f"model.layers.{number}.mlp.gate" for number in range(3)), "lm_head"]
-    model = reader.load(tmp_path / "out" / "student_fp8")
+    folder = tmp_path / "out" / "student_fp8"
+    model = reader.load(folder)
     assert divergence(model, log_probs(hf_models.load(student))) < 0.05
+    assert reader.count_parameters(reader.read_config(folder)) == hf_models.load(student).num_parameters()
+    assert "vLLM 0.32 does not read mixtures of experts in this format." in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("quant_format", ["fp8_tensor", "int4"])
+def test_experts_that_no_token_reached_are_quantized_too(quant_format: str, tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", "qwen3_moe", moe_intermediate_size=64)
+    tokens = ["quantize.calibration_samples=1", "quantize.calibration_seq_length=1"]
+    metrics = quantize_student(student, quant_format, tmp_path / "out", tokens)
+    assert metrics["kept_layers"] == [*(f"model.layers.{number}.mlp.gate" for number in range(3)), "lm_head"]
+    model = reader.load(tmp_path / "out" / f"student_{quant_format}")
+    assert divergence(model, log_probs(hf_models.load(student))) < 0.5
 
 
 def test_a_tied_output_layer_stays_tied(tmp_path: Path) -> None:
