@@ -19,6 +19,8 @@ from tests.helpers.quantized import write_documents, write_student
 # What vLLM's kernels for CPUs take: multiples of 32 (int4) and, with AMX, of 128.
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 WEIGHTS = "model.safetensors"
+# Compiling takes longer than all that is generated here.
+COMPILE_NOTHING = {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 SETTINGS = (
     *("quantize.formats=[fp8]", "quantize.calibration_seq_length=32"),
     *("evaluate.engine=vllm", "evaluate.seq_length=32", "evaluate.micro_batch_size=2", "evaluate.continuations=null"),
@@ -47,9 +49,8 @@ def write_run(run_dir: Path, *overrides: str) -> dict[str, Located]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a stage; vLLM compiles nothing, which takes longer than all that it generates here."""
-    compile_nothing = {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
-    return {**os.environ, "PYTHONPATH": str(ROOT), **compile_nothing}
+    """The environment of a stage."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **COMPILE_NOTHING}
 
 
 def start(run_dir: Path, stage: str) -> subprocess.Popen[str]:

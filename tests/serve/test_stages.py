@@ -124,7 +124,7 @@ def test_a_running_server_is_measured(run_dir: Path, tmp_path: Path) -> None:
     stages = served_run.write_run(run_dir)
     folder = stages["quantize.fp8"].folder / "student_fp8"
     result = tmp_path / "served.json"
-    with serve(folder, SERVE_PYTHON, ["--max-model-len", "33"], 0, {"TORCHDYNAMO_DISABLE": "1"}) as url:
+    with serve(folder, SERVE_PYTHON, ["--max-model-len", "33"], 0, served_run.COMPILE_NOTHING) as url:
         done = measure_server(run_dir, f"{url}/v1", "--out", str(result))
         assert done.returncode == 0, done.stderr[-4000:]
         too_long = measure_server(run_dir, url, "--seq-length", "48")
