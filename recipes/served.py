@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from prune_distill.data.folder import DataFolder
+from prune_distill.errors import InputError
 from prune_distill.evaluation.engine import score_served
 from prune_distill.evaluation.heldout import Logits, measure_served
 from prune_distill.evaluation.results import HeldOut
@@ -34,8 +35,13 @@ def measure(run_dir: Path, url: str, model: str | None, seq_length: int | None) 
         ConfigError: the folder is not a run, or teacher or data do not exist yet.
         InputError: the server cannot be reached or is not vLLM's, or teacher or data are damaged.
     """
+    if seq_length is not None and seq_length < 1:
+        raise InputError(f"--seq-length={seq_length}: must be above 0")
     url = url.rstrip("/").removesuffix("/v1")
-    served_names = [entry["id"] for entry in server.ask(f"{url}/v1/models")["data"]]
+    try:
+        served_names = [entry["id"] for entry in server.ask(f"{url}/v1/models")["data"]]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{url}/v1/models: the answer names no models; use a server of vLLM") from error
     cfg, stages = open_run(run_dir)
     if seq_length is not None:
         cfg = dataclasses.replace(cfg, evaluate=dataclasses.replace(cfg.evaluate, seq_length=seq_length))
