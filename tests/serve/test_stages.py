@@ -80,8 +80,8 @@ def test_the_loss_by_vllm_is_that_of_the_reader(run_dir: Path) -> None:
         assert served[key] == read[key]
     print(f"vLLM {served['val_loss']}, reader {read['val_loss']}; {served['agreement']}, {read['agreement']}")
     # The reader computes in the student's fp32, and vLLM in bf16, whose rounding moves activations to another step of
-    # FP8. The mean of 96 tokens differed by 0.001.
-    assert served["val_loss"] == pytest.approx(read["val_loss"], abs=0.005)
+    # FP8. The mean of 96 tokens differed by 0.001 and 0.003 for two students.
+    assert served["val_loss"] == pytest.approx(read["val_loss"], abs=0.01)
     # The same rounding changes the most probable of few tokens, where two are nearly as probable.
     assert 0.1 < read["agreement"]["top1"] < 0.95
     assert served["agreement"]["top1"] == pytest.approx(read["agreement"]["top1"], abs=0.1)
