@@ -30,6 +30,7 @@ _VLLM = (
     "vLLM 0.32 reads it. The repository that wrote it serves small models in this format on CPUs in its tests; it has"
     " not tried GPUs."
 )
+_NOT_READ = "vLLM 0.32 does not read mixtures of experts in this format."
 _UNTRIED = "Made for vLLM on {gpus} GPUs. The repository that wrote it has not tried it there."
 _CALIBRATED = "Ranges were calibrated on up to {samples} sequences of {tokens} tokens of the training data."
 _ROUNDED = "Weights are rounded to nearest, without calibration."
@@ -185,6 +186,8 @@ def quantized_model_card(
         text.format(samples=cfg.calibration_samples, tokens=cfg.calibration_seq_length, group=cfg.int4_group_size)
         for text in _FORMATS[quant_format]
     )
+    if parse_shape(read_config(student)).num_moe_experts is not None:
+        engines = _NOT_READ if quant_format is QuantFormat.fp8 else _UNTRIED.format(gpus="NVIDIA")
     when = "after distillation with its rounding" if learned else "after training"
     patterns = ", ".join(f"`{pattern}`" for pattern in cfg.keep)
     others = f" and those that match {patterns}" if patterns else ""

@@ -22,6 +22,9 @@ memory          distill: a list, one a pipeline stage; prune: its largest. Each:
 layout          the present one: tensor, pipeline, context, data, micro_batch_size, recompute, peak, seconds (of a step)
 loss_chunk      tokens of a chunk of the loss; null with distill.kd.implementation=upstream
 layouts         those that fit, best first; undivided: values that keep others from dividing
+kv_cache        bytes of the student's in an engine, in 16 bits: token, longest (a sequence of max_position_embeddings),
+                benchmark (its sequences, or null); halved: whether quantized students have half; null for a run that
+                neither quantizes nor benchmarks the student
 disk            tokens, teacher, students, checkpoints, signal (if stored), total; written: of that; free (bytes)
 warnings        sentences
 fits            true, false, or null where the GPU is not stated

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +26,13 @@ from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.huggingface import link_compatible_folder
 from prune_distill.pipeline.artifact import Located, find_runs, locate
 from prune_distill.pipeline.names import RESOLVED
-from prune_distill.pipeline.processes import require_python, serving_environment
+from prune_distill.pipeline.processes import require_python
+from prune_distill.serving import processes, server
 
 # vLLM's own image for GPUs, of the version in requirements/serve-gpu.in.
 IMAGE = "vllm/vllm-openai:v0.32.0"
-# Not the command `vllm serve`, which does not find its version in the build for CPUs.
-SERVER = "vllm.entrypoints.openai.api_server"
-# GiB of the KV cache on a CPU, where vLLM would take nearly all memory of the machine; GPUs do not use it.
+# GiB on a CPU.
 CPU_KV_CACHE = "4"
-SECONDS_TO_START, SECONDS_TO_ANSWER, SECONDS_TO_END = 900, 120, 20
-SECONDS_BETWEEN_LOOKS = 0.5
 PROMPT, NEW_TOKENS = "The", 8
 
 
@@ -120,23 +113,16 @@ def require_free(host: str, port: int) -> None:
 
 def serve(python: Path, folder: Path, name: str, host: str, port: int, options: Sequence[str]) -> int:
     """Run vLLM until it ends or is interrupted. Returns its exit status, or 0 after Ctrl-C."""
-    environment = serving_environment()
-    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE)
-    command = [str(python), "-P", "-m", SERVER, "--model", str(folder), *_arguments(name, host, port, options)]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = server.start_server(python, folder, name, host, port, options, {server.KV_CACHE: CPU_KV_CACHE})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        _wait_until_ready(process, host, port)
+        server.wait_until_ready(process, host, port)
         print(_check(host, port, name, _has_chat_template(folder)), flush=True)
         return process.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        _end(process)
-
-
-def _arguments(name: str, host: str, port: int, options: Sequence[str]) -> list[str]:
-    return ["--served-model-name", name, "--host", host, "--port", str(port), *options]
+        processes.end(process)
 
 
 def container_command(folder: Path, name: str, port: int, options: Sequence[str]) -> list[str]:
@@ -144,20 +130,8 @@ def container_command(folder: Path, name: str, port: int, options: Sequence[str]
     that this machine can reach."""
     path = str(folder.resolve())
     words = ["docker", "run", "--rm", "--gpus", "all", "--ipc=host", "--publish", f"127.0.0.1:{port}:{port}"]
-    return [*words, "--volume", f"{path}:{path}:ro", IMAGE, path, *_arguments(name, "0.0.0.0", port, options)]
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], host: str, port: int) -> None:
-    until = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise InputError(f"vLLM ended with status {process.returncode} before it was ready; its messages are above")
-        try:
-            with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=SECONDS_TO_ANSWER):
-                return
-        except OSError:  # URLError is one
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-    raise InputError(f"vLLM was not ready after {SECONDS_TO_START} s; its messages are above")
+    words += ["--volume", f"{path}:{path}:ro", IMAGE, path]
+    return [*words, *server.server_options(name, "0.0.0.0", port), *options]
 
 
 def _check(host: str, port: int, name: str, chat: bool) -> str:
@@ -165,14 +139,11 @@ def _check(host: str, port: int, name: str, chat: bool) -> str:
     prompt: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
     url = f"http://{host}:{port}/v1/{'chat/' if chat else ''}completions"
     content = {"model": name, **prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
-    request = urllib.request.Request(url, json.dumps(content).encode(), {"Content-Type": "application/json"})
     started = time.monotonic()
     try:
-        with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as response:
-            answer: dict[str, Any] = json.load(response)
-    except (OSError, ValueError) as error:
-        detail = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else error
-        raise InputError(f"vLLM is up, but does not answer a request: {detail}") from error
+        answer = server.ask(url, content)
+    except server.RequestError as error:
+        raise InputError(f"vLLM is up, but does not answer a request: {error}") from error
     seconds = time.monotonic() - started
     choice, tokens = answer["choices"][0], answer["usage"]["completion_tokens"]
     text = choice["message"]["content"] if chat else choice["text"]
@@ -191,18 +162,6 @@ def _has_chat_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").is_file() or (
         settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
     )
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End vLLM with its helpers: all processes of its session."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-            process.wait(SECONDS_TO_END)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 
 # Modules with a command line of their own, without --config.
-COMMANDS = ("benchmark", "prepare_data", "recovery", "report")
+COMMANDS = ("benchmark", "prepare_data", "recovery", "report", "served")
 
 # Python imports this package to find the module that `python -m` names; until then sys.argv[0] is "-m". Without this
 # check, `python -m recipes.distill` would import the stage and end with exit status 0.

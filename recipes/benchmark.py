@@ -2,15 +2,15 @@
 python -m recipes.benchmark --models teacher=FOLDER student=FOLDER --out FOLDER [--batch-size 8 ...]
 
 Benchmark the speed and memory of models: prefill, decoding and the time to the first token, with the same prompts and
-interleaved on one machine, so that variations of its speed affect all models. The first model is the baseline. No
-other program should run during a benchmark.
+interleaved on one machine, so that variations of its speed affect all models; with vLLM, also servers under load. The
+first model is the baseline. No other program should run during a benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -18,12 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prune_distill.benchmarking import prompts, timing, transformers_engine, vllm_engine
+from prune_distill.benchmarking.measurement import measure
 from prune_distill.errors import ConfigError
 from prune_distill.model.huggingface import local_folder
-from prune_distill.nemo import devices
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import BENCHMARK
 from prune_distill.pipeline.run_arguments import Metrics
@@ -31,15 +28,16 @@ from prune_distill.pipeline.stage_main import command_line
 from prune_distill.schema import BenchmarkConfig, Engine, ExportDtype, RunConfig
 
 # Command line options for fields of the config section.
-NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
+NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "requests", "threads")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hugging Face folders, or a Hub id."""
+    """Hugging Face folders, or a Hub id; `quantized`: quantized students by name."""
 
     teacher: Path | str
     student: Path
+    quantized: dict[str, Path]
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
@@ -47,6 +45,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     folders = {
         "teacher": local_folder(inputs.teacher, cfg.model.revision, weights=True),
         "student": local_folder(inputs.student, None, weights=True),
+        **inputs.quantized,
     }
     run_dir = out.parent.resolve()
     paths = {name: _relative_path(folder.resolve(), run_dir) for name, folder in folders.items()}
@@ -58,53 +57,6 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     return {key: result[key] for key in ("engine", "device", "models", "ratios")}
 
 
-def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, command: str) -> dict[str, Any]:
-    """Measure models and return the content of `benchmark.json`. The first model is the baseline.
-
-    Raises:
-        InputError: the models do not fit together, or the prompt is too long for one of them.
-    """
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    with contextlib.ExitStack() as stack:
-        models, dtype = _load(folders, cfg, seed, stack)
-        memory, timed = timing.run_rounds(models, cfg.rounds)
-    base, *others = folders
-    return {
-        "engine": cfg.engine.value,
-        "command": command,
-        "device": devices.device_name(),
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "batch_size": cfg.batch_size,
-        "prompt_tokens": cfg.prompt_tokens,
-        "new_tokens": cfg.new_tokens,
-        "rounds": cfg.rounds,
-        "models": {name: timing.figures(memory[name], [one[name] for one in timed], cfg) for name in folders},
-        "ratios": {name: timing.ratios(name, base, memory, timed) for name in others},
-    }
-
-
-def _load(
-    folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, stack: contextlib.ExitStack
-) -> tuple[dict[str, Any], str]:
-    """Load the models by name, and return the type in which they compute. `stack` ends the processes of vLLM."""
-    prompts.check(folders, cfg)
-    if cfg.engine is Engine.vllm:
-        ids = prompts.draw(folders, cfg, seed)
-        share = vllm_engine.SHARE / len(folders)
-        engines = {
-            name: stack.enter_context(contextlib.closing(vllm_engine.Model(folder, ids, cfg, share)))
-            for name, folder in folders.items()
-        }
-        return engines, vllm_engine.TYPES[cfg.dtype]
-    transformers_engine.check(folders, cfg)
-    ids = prompts.draw(folders, cfg, seed)
-    models = {name: transformers_engine.Model(folder, ids, cfg) for name, folder in folders.items()}
-    types = {str(model.model.dtype).removeprefix("torch.") for model in models.values()}
-    return models, " and ".join(sorted(types))
-
-
 def format_command(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, seed: int) -> str:
     """Format the command that repeats the measurement."""
     command = ["python", "-m", "recipes.benchmark", "--models", *(f"{name}={path}" for name, path in folders.items())]
@@ -112,6 +64,8 @@ def format_command(folders: Mapping[str, str], out: str, cfg: BenchmarkConfig, s
     for name in (*NUMBERS, "cost_per_hour"):
         value = getattr(cfg, name)
         command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    if cfg.engine is Engine.vllm and cfg.request_rates:
+        command += ["--request-rates", *("inf" if rate is None else str(rate) for rate in cfg.request_rates)]
     return shlex.join(command)
 
 
@@ -129,6 +83,10 @@ def main() -> None:
     for name in NUMBERS:
         value = getattr(default, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=f"({value})")
+    parser.add_argument(
+        "--request-rates", type=float, nargs="*", default=[], metavar="R", help="requests per second of servers, or inf"
+    )
+    parser.add_argument("--serve-python", help="Python of the environment that has vLLM")
     parser.add_argument("--cost-per-hour", type=float, help="price of the machine")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the tokens (1234)")
     arguments = parser.parse_args()
@@ -142,11 +100,18 @@ def _run_command(arguments: argparse.Namespace) -> str:
     faults += [f"--models={model}: not NAME=FOLDER" for model in arguments.models if not all(model.partition("="))]
     if arguments.new_tokens < 2:
         faults.append(f"--new-tokens={arguments.new_tokens}: leaves nothing to time; give 2 or more")
+    if any(not rate > 0 for rate in arguments.request_rates):
+        faults.append(f"--request-rates={arguments.request_rates}: must be above 0")
     if faults:
         raise ConfigError(faults)
-    cfg = BenchmarkConfig(enabled=True, engine=Engine(arguments.engine), dtype=ExportDtype(arguments.dtype), **values)
+    rates = [None if math.isinf(rate) else rate for rate in arguments.request_rates]
+    others = {"request_rates": rates, "serve_python": arguments.serve_python}
+    engine, dtype = Engine(arguments.engine), ExportDtype(arguments.dtype)
+    cfg = BenchmarkConfig(enabled=True, engine=engine, dtype=dtype, **values, **others)
     paths = dict(model.split("=", 1) for model in arguments.models)
-    folders = {name: local_folder(path, None, weights=True) for name, path in paths.items()}
+    # vLLM also reads quantized models, which are not checked as models to convert.
+    model = engine is not Engine.vllm
+    folders = {name: local_folder(path, None, weights=True, model=model) for name, path in paths.items()}
     command = format_command(paths, str(arguments.out), cfg, arguments.seed)
     result = measure(folders, cfg, arguments.seed, command)
     write_json(arguments.out / BENCHMARK, result)

@@ -106,7 +106,7 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
         ConfigError: the folder is not a run, or teacher or data do not exist yet.
         InputError: teacher or data are damaged.
     """
-    follower = _follower(run_dir)
+    follower = Follower(*open_run(run_dir))
     if watch:
         with holding(follower.checkpoints, follower.room, seconds):
             os.nice(19)
@@ -120,7 +120,8 @@ def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
     return path if path.exists() else None
 
 
-def _follower(run_dir: Path) -> Follower:
+def open_run(run_dir: Path) -> tuple[RunConfig, dict[str, Located]]:
+    """Return the config of a run whose teacher and data can be read, and its stages. Raises: see `follow`."""
     if not (run_dir / RESOLVED).is_file():
         raise ConfigError(f"{run_dir} has no {RESOLVED}; give the folder of a run that was started")
     cfg = load_resolved(run_dir / RESOLVED)
@@ -137,7 +138,7 @@ def _follower(run_dir: Path) -> Follower:
     made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
     damages = [find_damage(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
     raise_if_damaged(filter(None, damages), run_dir)
-    return Follower(cfg, stages)
+    return cfg, stages
 
 
 def main() -> None:

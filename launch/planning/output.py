@@ -78,6 +78,7 @@ def to_json(plan: Plan) -> dict[str, object]:
         "step": None if plan.step is None else {**plan.step.parts, "total": plan.step.total},
         "layouts": [_layout_to_json(layout) for layout in plan.layouts],
         "undivided": plan.undivided,
+        "kv_cache": None if plan.kv_cache is None else dataclasses.asdict(plan.kv_cache),
         "disk": plan.disk.sizes,
         "warnings": plan.warnings,
         "fits": plan.fits,
@@ -113,7 +114,7 @@ def _layout_to_json(layout: Layout) -> dict[str, object]:
 def to_table(plan: Plan, variants: Sequence[Variant] = ()) -> str:
     """All of a plan, for a terminal of 100 columns; `variants` of `launch.planning.what_if`."""
     sections = [section(plan) for section in (_heading, _models, _time)]
-    sections += [_variants(variants), *(section(plan) for section in (_memory, _layouts, _disk, _notes))]
+    sections += [_variants(variants), *(section(plan) for section in (_memory, _layouts, _serving, _disk, _notes))]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -352,6 +353,21 @@ def _layouts(plan: Plan) -> list[str]:
         lines += ["not possible:", *(f"  {reason}" for reason in plan.undivided[:UNDIVIDED_SHOWN])]
         lines += [f"  and {more} more (--json has all)"] if more > 0 else []
     return lines
+
+
+def _serving(plan: Plan) -> list[str]:
+    cache = plan.kv_cache
+    if cache is None:
+        return []
+    positions = plan.student.shape.max_position_embeddings
+    benchmark = "" if cache.benchmark is None else f", {_gib(cache.benchmark)} GiB for the benchmark's sequences"
+    halved = ", half of that in the quantized formats" if cache.halved else ""
+    text = (
+        f"serving: the student's KV cache takes {cache.token / 1024:,.1f} KiB a token in 16 bits{halved}:"
+        f" {_gib(cache.longest)} GiB for a sequence of {positions:,} tokens{benchmark}; the GPU time of quantization,"
+        " evaluation and benchmark is not estimated"
+    )
+    return WRAP.wrap(text)
 
 
 def _disk(plan: Plan) -> list[str]:

@@ -80,6 +80,22 @@ class CachedLogits:
 
 
 @dataclass(frozen=True)
+class KvCache:
+    """Bytes of the student's KV cache in an engine, in 16 bits. Quantized models have half with `fp8_kv_cache`.
+
+    Attributes:
+        halved: whether quantized models keep it in FP8.
+        longest: of a sequence of `max_position_embeddings` tokens.
+        benchmark: of the benchmark's sequences, if the run has that stage.
+    """
+
+    token: int
+    longest: int
+    benchmark: int | None
+    halved: bool
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will need.
 
@@ -97,6 +113,7 @@ class Plan:
         step: what one of its steps takes, the first phase's; None where the GPU's figures are not stated.
         layouts: those that divide everything and fit the GPU, best first; empty where no GPU is stated.
         undivided: why other layouts are not possible.
+        kv_cache: None for a run that neither quantizes nor benchmarks the student.
         fix: what to set where the plan does not fit.
     """
 
@@ -117,6 +134,7 @@ class Plan:
     step: Seconds | None
     layouts: list[Layout]
     undivided: list[str]
+    kv_cache: KvCache | None
     disk: Disk
     warnings: list[str]
     fix: str | None
@@ -200,6 +218,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         step=_step(task),
         layouts=layouts,
         undivided=undivided(task),
+        kv_cache=_kv_cache(cfg),
         disk=disk,
         warnings=warnings(cfg, disk),
         fix=suggest_fix(task, layouts, full, limit) if full else None,
@@ -217,6 +236,20 @@ def distillation(cfg: RunConfig) -> Task:
 def _loss_chunk(cfg: RunConfig) -> int | None:
     kd = cfg.distill.kd
     return None if kd.implementation is LossImplementation.upstream else kd.chunk_tokens
+
+
+def _kv_cache(cfg: RunConfig) -> KvCache | None:
+    shape, benchmark = student_shape(cfg), cfg.benchmark
+    if not cfg.quantize.formats and not benchmark.enabled:
+        return None
+    token = 2 * 2 * shape.num_layers * shape.num_query_groups * shape.kv_channels
+    sequences = benchmark.batch_size * (benchmark.prompt_tokens + benchmark.new_tokens)
+    return KvCache(
+        token,
+        token * shape.max_position_embeddings,
+        token * sequences if benchmark.enabled else None,
+        bool(cfg.quantize.formats) and cfg.quantize.fp8_kv_cache,
+    )
 
 
 def _step(task: Task) -> Seconds | None:

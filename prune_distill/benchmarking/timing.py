@@ -33,6 +33,20 @@ class ModelFigures(TypedDict, total=False):
     seconds_per_token: float
     joules_per_token: float | None
     cost_per_million_tokens: float | None
+    load: list[LoadFigures]
+
+
+class LoadFigures(TypedDict, total=False):
+    """A server's figures at one rate of requests (None: all at once), or their ratios to those of another model.
+
+    Times are those of the median request, and of the slowest percent.
+    """
+
+    request_rate: float | None
+    output_tokens_per_second: Spread
+    time_to_first_token_seconds: Spread
+    slow_time_to_first_token_seconds: Spread
+    seconds_per_output_token: Spread
 
 
 class Ratios(TypedDict, total=False):
@@ -42,12 +56,19 @@ class Ratios(TypedDict, total=False):
     decode: Spread
     time_to_first_token: Spread
     memory: float
+    load: list[LoadFigures]
 
 
 class Result(TypedDict, total=False):
-    """The content of `benchmark.json`. `ratios`: of each model but the first, relative to the first."""
+    """The content of `benchmark.json`.
+
+    Attributes:
+        requests: at each rate of requests, in each round; only with servers.
+        ratios: of each model but the first, relative to the first.
+    """
 
     engine: str
+    engine_version: str
     command: str
     device: str
     dtype: str
@@ -56,6 +77,7 @@ class Result(TypedDict, total=False):
     prompt_tokens: int
     new_tokens: int
     rounds: int
+    requests: int
     models: dict[str, ModelFigures]
     ratios: dict[str, Ratios]
 

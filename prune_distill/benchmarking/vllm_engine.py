@@ -11,10 +11,11 @@ from typing import Any
 
 from prune_distill.benchmarking.energy import find_counter, joules
 from prune_distill.benchmarking.timing import Memory, Timed
-from prune_distill.benchmarking.vllm_process import VllmProcess
 from prune_distill.config.values import serve_python
 from prune_distill.nemo import hf_models
+from prune_distill.quantization import reader
 from prune_distill.schema import BenchmarkConfig, ExportDtype
+from prune_distill.serving.vllm_process import VllmProcess
 
 # Fraction of the GPU's memory for all models together.
 SHARE = 0.9
@@ -36,12 +37,11 @@ class Model:
 
     def __init__(self, folder: Path, ids: Any, cfg: BenchmarkConfig, share: float) -> None:
         self.folder, self.cfg, self.prompts = folder, cfg, ids.tolist()
-        tokens = cfg.batch_size * (cfg.prompt_tokens + cfg.new_tokens)
-        self.kv_cache_bytes = hf_models.kv_cache_bytes(folder, tokens, cfg.dtype)
+        self.tokens = cfg.batch_size * (cfg.prompt_tokens + cfg.new_tokens)
         self.process = VllmProcess(
             folder,
             serve_python(cfg),
-            self.kv_cache_bytes,
+            hf_models.kv_cache_bytes(folder, self.tokens, cfg.dtype),
             dtype=TYPES[cfg.dtype],
             max_model_len=cfg.prompt_tokens + cfg.new_tokens,
             max_num_seqs=cfg.batch_size,
@@ -51,9 +51,11 @@ class Model:
     def warm_up(self) -> Memory:
         self._seconds(self.cfg.new_tokens)
         self._seconds(1)
-        weights = hf_models.weight_bytes(self.folder, self.cfg.dtype)
-        # vLLM allocates its whole share for the cache, so the cache of the batch is estimated.
-        return Memory(weights, self.kv_cache_bytes, weights + self.kv_cache_bytes)
+        # vLLM allocates its whole share for the cache, so the cache of the batch is computed.
+        dtype = next(key for key, name in TYPES.items() if name == self.process.dtype)
+        weights = hf_models.weight_bytes(self.folder, ExportDtype.keep if reader.is_quantized(self.folder) else dtype)
+        kv_cache = hf_models.kv_cache_bytes(self.folder, self.tokens, dtype)
+        return Memory(weights, kv_cache, weights + kv_cache)
 
     def generate(self) -> Timed:
         first = self._seconds(1)

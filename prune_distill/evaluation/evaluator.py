@@ -14,16 +14,17 @@ from prune_distill.data.folder import DataFolder
 from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.errors import InputError
 from prune_distill.evaluation.continuations import write_task
+from prune_distill.evaluation.engine import score_folder
 from prune_distill.evaluation.generation import Prompts, build_samples, generate_continuations
 from prune_distill.evaluation.harness import Harness, versions
-from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
+from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout, measure_served
 from prune_distill.evaluation.results import ModelEntry, SampleTexts, TaskScores
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
 from prune_distill.pipeline.names import MEASURED
 from prune_distill.pipeline.stage_main import rank
 from prune_distill.quantization import reader
-from prune_distill.schema import RunConfig
+from prune_distill.schema import Engine, RunConfig
 
 log = logging.getLogger("recipes.evaluate")
 
@@ -65,7 +66,10 @@ class Evaluator:
         """
         with self.store.locked(name) if rank() == 0 else contextlib.nullcontext():
             model = _Lazy(lambda: self.teacher) if name == TEACHER else _Lazy(lambda: self._load(folder))
-            self._once(name, HELD_OUT, lambda: self._held_out(name, model.get()))
+            if isinstance(folder, Path) and self._is_served(folder):
+                self._once(name, HELD_OUT, lambda: self._held_out_served(name, folder))
+            else:
+                self._once(name, HELD_OUT, lambda: self._held_out(name, model.get()))
             failed: dict[str, str] = {}
             for task in self.harness.tasks:
                 fault = None if self._known(name, _part(task)) else self._task_fault(task)
@@ -148,11 +152,28 @@ class Evaluator:
             if rank() == 0:
                 self.store.put(name, part, result)
 
+    def _is_served(self, folder: Path) -> bool:
+        return self.cfg.evaluate.engine is Engine.vllm and reader.is_quantized(folder)
+
+    def _held_out_served(self, name: str, folder: Path) -> ModelEntry:
+        # Before the teacher takes memory.
+        served, engine = score_folder(folder, self.data, self.cfg)
+        config = reader.read_config(folder)
+        result = measure_served(served, self._teacher_of(name, config), self.data, self.cfg.evaluate)
+        log.info("%s: held-out loss %.4f nats per token with %s", name, result["val_loss"], engine)
+        return {**hf_models.describe(config, reader.count_parameters(config)), **result, "engine": engine}
+
+    def _teacher_of(self, name: str, config: Any) -> Logits | None:
+        """Return the teacher's logits to compare a model with; None if it is the teacher, or has another vocabulary."""
+        if name == TEACHER:
+            return None
+        if comparable(config, self.teacher.config):
+            return self._teacher_logits
+        log.warning("%s has another vocabulary than the teacher and is not compared with it", name)
+        return None
+
     def _held_out(self, name: str, model: Any) -> ModelEntry:
-        teacher = None if name == TEACHER else self._teacher_logits
-        if teacher is not None and not comparable(model, teacher.model):
-            log.warning("%s has another vocabulary than the teacher and is not compared with it", name)
-            teacher = None
+        teacher = self._teacher_of(name, model.config)
         logits = self._teacher_logits if name == TEACHER else Logits(model)
         result = measure_heldout(logits, teacher, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prune_distill.data.folder import DataFolder
 from prune_distill.errors import InputError
-from prune_distill.evaluation.results import HeldOut
+from prune_distill.evaluation.results import Agreement, HeldOut
 from prune_distill.nemo import ranks
 from prune_distill.pipeline.stage_main import rank, world_size
 from prune_distill.schema import EvaluateConfig
@@ -21,6 +23,9 @@ log = logging.getLogger("recipes.evaluate")
 CHUNK_LOGITS = 2**25
 # Maximum bytes of host memory for cached logits.
 KEPT_BYTES = 2**30
+
+# Computes `_score_tokens` of a batch from its index and its tokens `[b, s + 1]`.
+Score = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 class Logits:
@@ -49,6 +54,19 @@ class Logits:
         return logits
 
 
+@dataclass(frozen=True)
+class Served:
+    """What an engine computed for this rank's held-out sequences.
+
+    Attributes:
+        log_probs: the log-probability of each token but the first, `[n, s]`.
+        top: the most probable token in the place of each, `[n, s]`.
+    """
+
+    log_probs: torch.Tensor
+    top: torch.Tensor
+
+
 def measure_heldout(model: Logits, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
     """Compute a model's held-out loss, and its agreement with `teacher`.
 
@@ -60,31 +78,68 @@ def measure_heldout(model: Logits, teacher: Logits | None, data: DataFolder, cfg
     Raises:
         InputError: there are fewer held-out tokens than in a sequence.
     """
+
+    def score(number: int, ids: torch.Tensor) -> torch.Tensor:
+        ids = ids.to(model.model.device)
+        logits = model.compute(number, ids)
+        return _score_tokens(logits, None if teacher is None else teacher.compute(number, ids), ids[:, 1:].flatten())
+
+    return _measure(score, data, cfg, () if teacher is None else ("top1", "kl"))
+
+
+def measure_served(served: Served, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
+    """Compute what `measure_heldout` does from an engine's results, which do not determine the KL divergence."""
+    parts = zip(served.log_probs.split(cfg.micro_batch_size), served.top.split(cfg.micro_batch_size), strict=True)
+
+    def score(number: int, ids: torch.Tensor) -> torch.Tensor:
+        log_probs, top = (part.flatten() for part in next(parts))
+        values = torch.zeros(len(top), 4, dtype=torch.float64)
+        values[:, 0], values[:, 1] = -log_probs.double(), 1
+        if teacher is not None:
+            logits = teacher.compute(number, ids.to(teacher.model.device))
+            values[:, 2] = (logits.argmax(-1).cpu() == top).double()
+        return values
+
+    return _measure(score, data, cfg, () if teacher is None else ("top1",))
+
+
+def heldout_sequences(data: DataFolder, cfg: EvaluateConfig) -> torch.Tensor:
+    """Return this rank's held-out sequences, `[n, s + 1]`."""
+    return _sequences(data, cfg)[rank() :: world_size()]
+
+
+def _sequences(data: DataFolder, cfg: EvaluateConfig) -> torch.Tensor:
     sequences = torch.from_numpy(data.validation_sequences(cfg.seq_length))[: cfg.max_sequences]
     if not len(sequences):
         raise InputError(
             f"evaluate.seq_length={cfg.seq_length}: the validation documents have only {data.validation_tokens} tokens;"
             " lower it, or add documents"
         )
+    return sequences
+
+
+def _measure(score: Score, data: DataFolder, cfg: EvaluateConfig, compared: Sequence[str]) -> HeldOut:
+    """Sum the scores of all tokens over batches and ranks, and summarize them.
+
+    Args:
+        score: computes `_score_tokens` of a batch.
+        compared: the measures of the agreement with the teacher that the scores contain.
+    """
+    sequences = _sequences(data, cfg)
     names, kinds = _kinds(data, sequences)
     # For each kind of document: loss, tokens, agreement with the teacher, KL divergence.
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
-    device = model.model.device
     with torch.inference_mode():
         share = slice(rank(), None, world_size())
         batches = (part[share].split(cfg.micro_batch_size) for part in (sequences, kinds))
-        for number, (tokens, token_kinds) in enumerate(zip(*batches, strict=True)):
-            ids = tokens.to(device)
-            logits = model.compute(number, ids)
-            teacher_logits = None if teacher is None else teacher.compute(number, ids)
-            values = _score_tokens(logits, teacher_logits, ids[:, 1:].flatten()).cpu()
-            sums.index_add_(0, token_kinds.flatten(), values)
-    return _summary(ranks.all_reduce(sums), names, data, teacher is not None)
+        for number, (ids, token_kinds) in enumerate(zip(*batches, strict=True)):
+            sums.index_add_(0, token_kinds.flatten(), score(number, ids).cpu())
+    return _summary(ranks.all_reduce(sums), names, data, compared)
 
 
-def comparable(model: Any, teacher: Any) -> bool:
-    """Return whether two models have the same vocabulary size."""
-    return bool(model.config.vocab_size == teacher.config.vocab_size)
+def comparable(config: Any, teacher: Any) -> bool:
+    """Return whether two models have the same vocabulary size, by their transformers configs."""
+    return bool(config.vocab_size == teacher.vocab_size)
 
 
 def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
@@ -115,7 +170,7 @@ def _kinds(data: DataFolder, sequences: torch.Tensor) -> tuple[list[str], torch.
     return names, torch.from_numpy(numbers[1 : count * length + 1].astype("int64")).view(count, length)
 
 
-def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: bool) -> HeldOut:
+def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: Sequence[str]) -> HeldOut:
     total = sums.sum(0)
     tokens = int(total[1])
     loss = (total[0] / total[1]).item()
@@ -134,5 +189,8 @@ def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: b
             if row[1]
         }
     if compared:
-        result["agreement"] = {"top1": (total[2] / total[1]).item(), "kl": (total[3] / total[1]).item()}
+        agreement: Agreement = {"top1": (total[2] / total[1]).item(), "kl": (total[3] / total[1]).item()}
+        if "kl" not in compared:
+            del agreement["kl"]
+        result["agreement"] = agreement
     return result

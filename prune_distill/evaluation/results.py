@@ -52,8 +52,14 @@ TaskScores = dict[str, Metric | int]
 
 
 class ModelEntry(ModelSizes, HeldOut, total=False):
-    """A model's entry in `evaluation.json`. `tasks_failed`: reasons why tasks could not be measured, by name."""
+    """A model's entry in `evaluation.json`.
 
+    Attributes:
+        engine: what computed the held-out loss, if it was not transformers.
+        tasks_failed: reasons why tasks could not be measured, by name.
+    """
+
+    engine: str
     tasks: dict[str, TaskScores]
     tasks_failed: dict[str, str]
 

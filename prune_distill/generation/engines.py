@@ -23,12 +23,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from prune_distill.benchmarking.vllm_process import VllmProcess
 from prune_distill.errors import InputError
 from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import GenerationEngine, OnPolicy
+from prune_distill.serving.vllm_process import VllmProcess
 
 SECONDS_TO_ANSWER = 600
 

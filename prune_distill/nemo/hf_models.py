@@ -87,9 +87,11 @@ def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
 
 
 def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
-    """Return the bytes of the KV cache of `tokens` tokens, over all sequences."""
-    config = hf_config.read_config(folder / "config.json")
+    """Return the bytes of the KV cache of `tokens` tokens, over all sequences. A quantized model may have it in FP8."""
+    config = hf_config.normalize(hf_config.parse(folder / "config.json"))  # perhaps of a quantized model
     size = BYTES.get(dtype, 4 if config.get("torch_dtype") == "float32" else 2)
+    if any(name.endswith(".k_scale") for name in read_folder(folder)):
+        size = 1
     layers, groups, head_size = (config[key] for key in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
     return int(2 * layers * groups * head_size * size * tokens)
 

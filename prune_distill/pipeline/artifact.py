@@ -26,9 +26,8 @@ from prune_distill.pipeline.identity import (
     git_commit,
     hash_stage,
     hashed_values,
-    library_versions,
+    installed_libraries,
     recorded_values,
-    versions_of,
 )
 from prune_distill.pipeline.names import LOCK, MANIFEST, METRICS, OUTPUTS, RESOLVED, STATE
 from prune_distill.pipeline.outputs import Entries, compute_crc32, digests, list_outputs, parse_record, total_bytes
@@ -189,7 +188,7 @@ def write_manifest(
             name: {"path": _relative(path, run_dir), "hash": located.input_hashes[name]}
             for name, path in located.inputs.items()
         },
-        "versions": {**library_versions(), **versions_of(located.stage.libraries(located.cfg))},
+        "versions": installed_libraries(located.cfg, located.stage.libraries(located.cfg)),
         "settings": located.settings(),
         "git_commit": git_commit(),
         "started": started,

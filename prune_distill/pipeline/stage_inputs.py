@@ -19,7 +19,7 @@ from prune_distill.pipeline.names import (
     quantized_name,
 )
 from prune_distill.pipeline.stage import External, Output, Source
-from prune_distill.schema import DocumentFormat, Init, QuantFormat, RunConfig
+from prune_distill.schema import DocumentFormat, Engine, Init, QuantFormat, RunConfig
 
 IMPORTED = Output("hf_to_nemo", NEMO)
 DATA = Output("prepare_data")
@@ -199,7 +199,14 @@ def evaluate_control_inputs(cfg: RunConfig, name: str) -> Sources:
 
 
 def benchmark_inputs(cfg: RunConfig) -> Sources:
-    return {"teacher": teacher_hf(cfg), "student": Output("nemo_to_hf", "student")}
+    models: Sources = {"teacher": teacher_hf(cfg), "student": Output("nemo_to_hf", "student")}
+    # transformers would dequantize them.
+    served = cfg.quantize.formats if cfg.benchmark.engine is Engine.vllm else []
+    return models | {quantized_name(found): _quantized(found) for found in served}
+
+
+def _quantized(quant_format: QuantFormat) -> Output:
+    return Output(f"quantize.{quant_format.value}", quantized_name(quant_format))
 
 
 def quantize_inputs(_: RunConfig) -> Sources:
@@ -207,6 +214,5 @@ def quantize_inputs(_: RunConfig) -> Sources:
 
 
 def evaluate_quantized_inputs(cfg: RunConfig, quant_format: QuantFormat) -> Sources:
-    name = quantized_name(quant_format)
-    model = {name: Output(f"quantize.{quant_format.value}", name)}
+    model = {quantized_name(quant_format): _quantized(quant_format)}
     return {"teacher": teacher_hf(cfg), "data": DATA, **model, **_task_folder(cfg)}

@@ -43,6 +43,9 @@ NO_TEACHER = {
 }
 CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_TEACHER, "distill.init": Init.random}}
 
+# Only quantized models are measured with another engine.
+UNQUANTIZED = {"evaluate.engine": Engine.transformers}
+
 # Keys that stages read without hashing them, each with the reason (`Stage.reads`).
 REVISION = {"model.revision": "part of the identity of the teacher's files, an input"}
 LENGTH_OF_TRAINING = ("max_steps", "seq_length", "global_batch_size", "phases")
@@ -124,7 +127,8 @@ def _is_verified(cfg: RunConfig) -> bool:
 
 
 def _scoring_libraries(cfg: RunConfig) -> tuple[str, ...]:
-    return ("lm_eval",) if cfg.evaluate.tasks or cfg.evaluate.continuations is not None else ()
+    tasks = ("lm_eval",) if cfg.evaluate.tasks or cfg.evaluate.continuations is not None else ()
+    return (*tasks, "vllm") if cfg.evaluate.engine is Engine.vllm else tasks
 
 
 def _calibration_ranks(cfg: RunConfig) -> int:
@@ -202,13 +206,12 @@ EVALUATE = Stage(
     ("evaluate",),
     inputs.evaluate_inputs,
     count_ranks,
+    settings=lambda cfg: UNQUANTIZED,
     libraries=_scoring_libraries,
     reads=READ_BY_EVALUATE,
 )
-
-
 # Of a model that has no recovery curve.
-EVALUATE_OTHER = replace(EVALUATE, settings=lambda cfg: {"evaluate.recovery": False})
+EVALUATE_OTHER = replace(EVALUATE, settings=lambda cfg: {"evaluate.recovery": False, **UNQUANTIZED})
 
 
 def _train_control(name: str, settings: Mapping[str, Any]) -> Stage:
@@ -256,7 +259,9 @@ def _quantize(quant_format: QuantFormat) -> Stage:
 def _evaluate_quantized(quant_format: QuantFormat) -> Stage:
     sources = partial(inputs.evaluate_quantized_inputs, quant_format=quant_format)
     wanted = partial(_is_quantized, quant_format=quant_format)
-    return replace(EVALUATE_OTHER, name=f"evaluate.{quant_format.value}", inputs=sources, wanted=wanted)
+    settings = {"evaluate.recovery": False}
+    name = f"evaluate.{quant_format.value}"
+    return replace(EVALUATE, name=name, inputs=sources, wanted=wanted, settings=lambda cfg: settings)
 
 
 def _round(number: int) -> tuple[Stage, ...]:

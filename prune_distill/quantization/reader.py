@@ -81,10 +81,7 @@ def load(folder: Path) -> Any:
     Raises:
         InputError: its format is not one that the stage quantize writes, or tensors are missing.
     """
-    found = read_format(folder)
-    content = hf_config.parse(folder / "config.json")
-    content.pop("quantization_config")
-    config = AutoConfig.for_model(**hf_config.make_compatible(hf_config.normalize(content)))
+    found, config = read_format(folder), read_config(folder)
     dtype = getattr(torch, config.to_dict().get("torch_dtype") or config.to_dict()["dtype"])
     weights, scales, kv_scales = _read_weights(folder, found, dtype)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -104,6 +101,19 @@ def load(folder: Path) -> Any:
         if round_input is not None:
             model.get_submodule(name).register_forward_pre_hook(functools.partial(_round_first, round_input))
     return model.to(devices.torch_device()).eval()
+
+
+def read_config(folder: Path) -> Any:
+    """Return the transformers config of a quantized model, without its quantization."""
+    content = hf_config.parse(folder / "config.json")
+    content.pop("quantization_config")
+    return AutoConfig.for_model(**hf_config.make_compatible(hf_config.normalize(content)))
+
+
+def count_parameters(config: Any) -> int:
+    """Return the number of parameters of the model before quantization, from `read_config`."""
+    with torch.device("meta"):
+        return int(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).num_parameters())
 
 
 def dequantized_bytes(folder: Path) -> int:

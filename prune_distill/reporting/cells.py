@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prune_distill.benchmarking.timing import ModelFigures, Ratios
+from prune_distill.benchmarking.timing import LoadFigures, ModelFigures, Ratios
 from prune_distill.evaluation.results import HeldOut, TaskScores
 from prune_distill.reporting import words
 from prune_distill.reporting.blocks import Cell, Figure, Figures, Note
@@ -73,6 +73,14 @@ def compute_ratios(report: Report, name: str) -> Ratios:
     ratios = (report["benchmark"] or {}).get("ratios")
     found = ratios.get(name) if isinstance(ratios, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def load_by_rate(figures: ModelFigures | Ratios) -> dict[str, LoadFigures]:
+    """Return the figures of a server by the rate of requests."""
+    load = figures.get("load")
+    listed = [entry for entry in load if isinstance(entry, dict)] if isinstance(load, list) else []
+    rates = [finite(entry.get("request_rate")) for entry in listed]
+    return {"all at once" if rate is None else f"{rate:g}": entry for rate, entry in zip(rates, listed, strict=True)}
 
 
 def draw(plots: Iterable[tuple[Plot | None, str]], clean: Clean) -> list[Figures]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from prune_distill.benchmarking.timing import LoadFigures
 from prune_distill.evaluation.results import RecoveryPoint, TaskScores
 from prune_distill.pipeline.names import LOG
 from prune_distill.reporting import Json
+from prune_distill.reporting.cells import median
 from prune_distill.reporting.plots import COLORS, GRAY, MARKERS, SERIES, Plot, pareto_front
 from prune_distill.reporting.results import LABELS, ModelReport, headline
 from prune_distill.reporting.run_folder import StageFolder
@@ -191,6 +193,20 @@ def size_trade(models: Mapping[str, ModelReport], front: int = 0) -> Plot | None
     sizes = {name: finite(model.get("params")) for name, model in models.items()}
     millions = {name: size / 1e6 if size else None for name, size in sizes.items()}
     return trade(models, millions, "million parameters", front)
+
+
+def load(models: Mapping[str, Mapping[str, LoadFigures]]) -> Plot | None:
+    """Plot the time to the first token over the speed of generation; with at least two rates of requests."""
+    found: dict[str, Points] = {}
+    for name, rates in models.items():
+        pairs = [
+            (median(entry.get("output_tokens_per_second")), median(entry.get("time_to_first_token_seconds")))
+            for entry in rates.values()
+        ]
+        points = [(x, y) for x, y in pairs if x is not None and y is not None]
+        if len(points) > 1:
+            found[name] = points
+    return _curves(found, "tokens/s of all requests", "time to the first token (s)")
 
 
 def timeline(stages: Mapping[str, StageFolder]) -> Plot | None:

@@ -1,4 +1,4 @@
-"""Sections on the results: models, quality, speed, and samples of text."""
+"""Sections on the results: models, quality, and samples of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from prune_distill.evaluation.results import SourceLoss, TaskScores
 from prune_distill.pipeline.names import SAMPLES
 from prune_distill.reporting import figures, words
-from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Sample, Samples, Table
+from prune_distill.reporting.blocks import Block, Cell, Column, Note, Sample, Samples, Table
 from prune_distill.reporting.cells import (
     Clean,
     agreement,
@@ -19,10 +19,9 @@ from prune_distill.reporting.cells import (
     missing,
     number_cell,
     score_cell,
-    spread_cell,
 )
 from prune_distill.reporting.figures import format_label
-from prune_distill.reporting.results import ModelReport, Report, count_samples, headline
+from prune_distill.reporting.results import QUANTIZED, ModelReport, Report, count_samples, headline
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -52,12 +51,24 @@ def models(run: RunFolder, report: Report) -> Iterator[Block]:
         yield Note(
             f"Held-out loss: mean over {words.number(tokens)} tokens of documents that this run does not train on, with"
             " plain transformers on the Hugging Face folders. Changes are relative to the teacher."
-            f"{CONTROL if 'ce' in models else ''}"
+            f"{CONTROL if 'ce' in models else ''}{_engines(models)}"
         )
     folders = {name: model["hf_path"] for name, model in models.items() if model.get("hf_path")}
     if "student" in folders:
         yield Note(f"The student's Hugging Face folder, below the run's folder: {folders['student']}")
     yield _details(models)
+
+
+def _engines(models: Mapping[str, ModelReport]) -> str:
+    """Return a sentence on quantized models: what computed their losses."""
+    found = {name: str(model.get("engine") or "") for name, model in models.items() if name in QUANTIZED}
+    served = ", ".join(sorted(set(filter(None, found.values()))))
+    dequantized = " with dequantized weights, and activations rounded as engines round them"
+    if not found:
+        return ""
+    if not served:
+        return f" Quantized models are measured{dequantized}."
+    return f" Losses of quantized models are those of {served}, their tasks and samples are measured{dequantized}."
 
 
 def _overview(report: Report) -> Table:
@@ -201,67 +212,6 @@ def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
             cells.append(number_cell(loss, lambda value: words.number(value, 4), difference))
         rows.append([Cell(source), number_cell(tokens, words.number), *cells])
     return Table("Held-out loss by source (nats per token)", columns, rows)
-
-
-def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
-    benchmark, measured = report["benchmark"] or {}, benchmarked(report)
-    if not measured:
-        yield missing(run, "benchmark", "Speed and memory have not been measured")
-        return
-    columns = [
-        Column("Model", text=True),
-        Column("Prefill", "tokens/s"),
-        Column("Generation", "tokens/s"),
-        Column("First token", "after"),
-        Column("Peak memory"),
-        Column("Weights"),
-        Column("KV cache"),
-    ]
-    optional = {
-        "joules_per_token": Column("Energy", "J/token"),
-        "cost_per_million_tokens": Column("Cost", "per M tokens"),
-    }
-    extra = [key for key in optional if any(finite(model.get(key)) is not None for model in measured.values())]
-    rows = []
-    for name, model in measured.items():
-        ratios = compute_ratios(report, name)
-        rows.append(
-            [
-                Cell(format_label(name)),
-                spread_cell(model.get("prefill_tokens_per_second"), ratios.get("prefill"), words.significant),
-                spread_cell(model.get("decode_tokens_per_second"), ratios.get("decode"), words.significant),
-                spread_cell(
-                    model.get("time_to_first_token_seconds"), ratios.get("time_to_first_token"), words.duration
-                ),
-                *(number_cell(model.get(f"{key}_bytes"), words.size) for key in ("peak_memory", "weights", "kv_cache")),
-                *(number_cell(model.get(key), words.significant) for key in extra),
-            ]
-        )
-    yield Table(
-        "Speed and memory: medians; below, relative to the teacher, with the range over rounds",
-        [*columns, *(optional[key] for key in extra)],
-        rows,
-    )
-    facts = [
-        f"{benchmark.get('engine', '?')} on {benchmark.get('device', '?')}",
-        f"{benchmark.get('dtype', '?')}",
-        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} prompt tokens,"
-        f" {benchmark.get('new_tokens', '?')} new tokens",
-        f"{benchmark.get('rounds', '?')} interleaved rounds",
-        *([f"{benchmark['threads']} threads"] if benchmark.get("threads") else []),
-    ]
-    yield Note(", ".join(facts) + ".")
-    speeds = {name: median(model.get("decode_tokens_per_second")) for name, model in measured.items()}
-    plots = (
-        (
-            figures.trade(report["models"], speeds, "tokens/s of generation"),
-            "Quality against speed; lower right is better.",
-        ),
-        (figures.size_trade(report["models"]), "Quality against size; lower left is better."),
-    )
-    yield from draw(plots, clean)
-    if benchmark.get("command"):
-        yield Code("Command of the benchmark", str(benchmark["command"]))
 
 
 def samples(run: RunFolder) -> Iterator[Block]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prune_distill.reporting import outcome_sections, words, work_sections
+from prune_distill.reporting import outcome_sections, speed_section, words, work_sections
 from prune_distill.reporting.blocks import Block, Code, Note, Page, Section, Tile, Tiles
 from prune_distill.reporting.cells import Clean, agreement, compute_ratios, median, spread_words
 from prune_distill.reporting.results import ModelReport, Report
@@ -33,7 +33,7 @@ def page(run: RunFolder, report: Report, clean: Clean) -> Page:
         Section("models", "Models", list(outcome_sections.models(run, report))),
         Section("quality", "Quality", list(outcome_sections.quality(run, report, clean))),
         Section("training", "Training", list(work_sections.training(run, report, clean))),
-        Section("speed", "Speed and memory", list(outcome_sections.speed(run, report, clean))),
+        Section("speed", "Speed and memory", list(speed_section.speed(run, report, clean))),
         Section("pruning", "Pruning", list(work_sections.pruning(run, report, clean))),
         Section("samples", "Samples of text", list(outcome_sections.samples(run))),
         Section("run", "The run", list(work_sections.stages(run, clean))),

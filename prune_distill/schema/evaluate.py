@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prune_distill.schema.fields import NonNegativeInt, PositiveInt, hashed_elsewhere, placement
+from prune_distill.schema.benchmark import Engine
+from prune_distill.schema.fields import NonNegativeInt, PositiveInt, hashed_elsewhere, hashed_if, placement
 
 
 @dataclass
@@ -20,9 +21,19 @@ class Continuations:
     choice_words: PositiveInt = 10
 
 
+def _is_served(evaluate: EvaluateConfig) -> bool:
+    return evaluate.engine is Engine.vllm
+
+
 @dataclass
 class EvaluateConfig:
     """What is measured on the Hugging Face models, and the checks of both conversions."""
+
+    # What computes the held-out loss of quantized students, and how often their most probable token is the teacher's:
+    # transformers, with dequantized weights and rounded activations; or vllm, as it serves them (see
+    # benchmark.serve_python), which does not compute their KL divergence from the teacher. Other models, tasks and
+    # samples are always measured with transformers.
+    engine: Engine = hashed_if(Engine.transformers, _is_served)
 
     # Tokens per sequence of held-out text.
     seq_length: PositiveInt = 2048

@@ -17,10 +17,10 @@ def value(name, default=None):
 if value("--fake") == "ends":
     sys.exit("out of memory, or so")
 helper = subprocess.Popen(["sleep", "1000"])
-started = {{"words": words, "pids": [os.getpid(), helper.pid], "path": os.environ.get("PYTHONPATH")}}
+started = {{"words": words, "pids": [os.getpid(), helper.pid], "environment": dict(os.environ)}}
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.answer(200, {{}})
+        self.answer(200 if self.path == "/health" else 404, {{}})
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if value("--fake") == "broken":

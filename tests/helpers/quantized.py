@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from launch.planning.automatic import compose
 from prune_distill.nemo import backend
 from prune_distill.pipeline.artifact import write_json
-from prune_distill.pipeline.names import DATA
+from prune_distill.pipeline.names import DATA, MANIFEST, SHARDS
 from tests.helpers.models import SMALL, write_model
 
 backend.activate()
@@ -45,15 +46,24 @@ def write_student(folder: Path, name: str = "qwen3_untied_bf16", **sizes: object
     return folder
 
 
+def write_documents(data: Path) -> None:
+    """Write random documents, as prepare_data does."""
+    documents = np.random.default_rng(0).integers(3, VOCABULARY, (16, 64)).tolist()
+    written = write_data(data, {"text": documents[2:]}, documents[:2])
+    validation = {"documents": 2, "tokens": written.validation_tokens, "bytes": written.validation_bytes}
+    content = {"vocab_size": SMALL["vocab_size"], "eod_token": 0, "train": written.train, "validation": validation}
+    write_json(data / DATA, {**content, "sources": written.sources, "lines": {}})
+    shard = data / SHARDS / "0"
+    shard.mkdir(parents=True)
+    write_json(shard / MANIFEST, {"source": "text"})
+    shutil.copyfile(data / "validation.documents", shard / "validation.documents")
+
+
 def quantize_student(student: Path, quant_format: str, out: Path, overrides: Sequence[str] = ()) -> dict[str, object]:
     """Run the stage on random documents; the model is then in `out/student_FORMAT`."""
     data = out.parent / "data"
     if not data.exists():
-        documents = np.random.default_rng(0).integers(3, VOCABULARY, (16, 64)).tolist()
-        written = write_data(data, {"text": documents[2:]}, documents[:2])
-        validation = {"documents": 2, "tokens": written.validation_tokens, "bytes": written.validation_bytes}
-        content = {"vocab_size": SMALL["vocab_size"], "eod_token": 0, "train": written.train, "validation": validation}
-        write_json(data / DATA, {**content, "sources": written.sources, "lines": {}})
+        write_documents(data)
     cfg = compose(
         [
             *("experiment=demo", f"run_dir={out.parent}", f"quantize.formats=[{quant_format}]"),

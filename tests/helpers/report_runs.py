@@ -28,6 +28,7 @@ STAGES = {
     "nemo_to_hf": 8.0,
     "verify": 8.0,
     "evaluate": 40.0,
+    "evaluate.fp8": 18.0,
     "evaluate.ce": 20.0,
     "benchmark": 60.0,
 }
@@ -96,6 +97,29 @@ def benchmark() -> dict[str, Any]:
         "models": {"teacher": of(1.0), "student": of(1.43)},
         "ratios": {"student": ratios},
     }
+
+
+def served() -> dict[str, Any]:
+    """A benchmark with vLLM, at two rates of requests."""
+    result = {**benchmark(), "engine": "vllm", "engine_version": "0.32.0", "requests": 64}
+    result["models"]["student_fp8"] = result["models"]["student"]
+    result["ratios"]["student_fp8"] = result["ratios"]["student"]
+    for number, model in enumerate(result["models"].values(), 1):
+        model["load"] = [load(rate, number) for rate in (2.5, None)]
+    for ratios in result["ratios"].values():
+        ratios["load"] = [load(rate, 0.01) for rate in (2.5, None)]
+    return result
+
+
+def load(rate: float | None, factor: float) -> dict[str, Any]:
+    speed = (160 if rate is None else 80) * factor
+    times = {
+        "time_to_first_token_seconds": 0.2,
+        "slow_time_to_first_token_seconds": 0.9,
+        "seconds_per_output_token": 0.03,
+    }
+    spreads = {name: spread(seconds / factor) for name, seconds in times.items()}
+    return {"request_rate": rate, "output_tokens_per_second": spread(speed), **spreads}
 
 
 def candidate(layers: int, ffn: int, loss: float, rounds: int) -> dict[str, Any]:

@@ -19,11 +19,10 @@ from prune_distill.nemo import hf_models
 from prune_distill.pipeline.artifact import locate, write_manifest
 from prune_distill.pipeline.names import RESOLVED
 from tests.helpers.quantized import write_student
+from tests.helpers.served_run import SIZES
 from tests.unit.launch.test_serve import free_port, read_until
 
 SECONDS_TO_END = 60
-# As in test_vllm.py: what vLLM's kernels for CPUs take.
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
 
 
 def greedy(folder: Path) -> str:

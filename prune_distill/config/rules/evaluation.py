@@ -11,12 +11,13 @@ from pathlib import Path
 from prune_distill.config.rule import Finding, rule
 from prune_distill.config.values import OWN_TASK, get_value, require, serve_python
 from prune_distill.config.wording import quote_for_hydra, too_long
-from prune_distill.schema import Engine, RunConfig
+from prune_distill.schema import Engine, ExportDtype, QuantFormat, RunConfig
 
 # Names of tasks, groups and tags in a definition in YAML; tags are often lists.
 _NAMES = re.compile(r"""^\s*(?:task:|group:|tag:|-)\s*['"]?([\w.:/-]+)['"]?\s*$""", re.MULTILINE)
 _IMAGE = "cluster.slurm?.container_image"
 LIMIT = "model.shape.max_position_embeddings"
+SERVED = ("benchmark.enabled", "benchmark.engine", "evaluate.engine", "quantize.formats")
 
 
 @rule("evaluate.seq_length", "evaluate.seq_length", "evaluate.verify_tokens", LIMIT)
@@ -78,20 +79,60 @@ def lm_eval(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule(
-    "benchmark.serve_python",
-    *("benchmark.enabled", "benchmark.engine", "benchmark.serve_python", _IMAGE),
-    on_machine=True,
-)
+@rule("benchmark.serve_python", *SERVED, "benchmark.serve_python", _IMAGE, on_machine=True)
 def serve_environment(cfg: RunConfig) -> Iterator[Finding]:
-    wanted = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm
-    python = serve_python(cfg.benchmark)
-    if wanted and not runs_in_container(cfg) and not python.exists():
+    groups, python = _served(cfg), serve_python(cfg.benchmark)
+    if groups and not runs_in_container(cfg) and not python.exists():
         yield Finding(
             "benchmark.serve_python",
-            f"benchmark.engine=vllm needs the environment with vLLM, and {python} does not exist; run make serve-env,"
-            " or set benchmark.engine=transformers",
+            f"{_engines(groups, Engine.vllm)} needs the environment with vLLM, and {python} does not exist; run make"
+            f" serve-env, or set {_engines(groups, Engine.transformers)}",
         )
+
+
+@rule("quantize.served", *SERVED, "benchmark.dtype", "cluster.gpu?")
+def served_formats(cfg: RunConfig) -> Iterator[Finding]:
+    """Report formats that vLLM cannot read where it has to."""
+    groups, formats = _served(cfg), cfg.quantize.formats
+    on_gpus = [found.value for found in formats if found in (QuantFormat.fp8_tensor, QuantFormat.nvfp4)]
+    if groups and on_gpus and cfg.cluster.gpu is None:
+        yield Finding(
+            "quantize.formats",
+            f"vLLM reads {' and '.join(on_gpus)} on GPUs only, and cluster.gpu=null states none; remove it, choose a"
+            f" cluster with GPUs, or set {_engines(groups, Engine.transformers)}",
+        )
+    # vllm/model_executor/layers/quantization/modelopt.py accepts types of 16 bits; so do the kernels of INT4.
+    halved = [found.value for found in formats if found is not QuantFormat.int8]
+    if "benchmark" in groups and halved and cfg.benchmark.dtype is ExportDtype.fp32:
+        yield Finding(
+            "benchmark.dtype",
+            f"vLLM computes {' and '.join(halved)} in types of 16 bits only; set benchmark.dtype=keep",
+        )
+
+
+@rule("quantize.served_experts", *SERVED, "model.family", "cluster.gpu?")
+def served_experts(cfg: RunConfig) -> Iterator[Finding]:
+    """Report mixtures that vLLM cannot read where it has to, as tests/serve/test_vllm.py shows."""
+    groups = _served(cfg)
+    on_cpus = (QuantFormat.int8, QuantFormat.int4) if cfg.cluster.gpu is None else ()
+    refused = [found.value for found in cfg.quantize.formats if found in (QuantFormat.fp8, *on_cpus)]
+    if groups and refused and cfg.model.family.traits.experts:
+        yield Finding(
+            "quantize.formats",
+            "vLLM 0.32 does not read mixtures of experts in fp8 with a scale per channel, nor on CPUs in int8 or int4;"
+            f" remove {' and '.join(refused)}, or set {_engines(groups, Engine.transformers)}",
+        )
+
+
+def _served(cfg: RunConfig) -> list[str]:
+    """Return the groups whose engine is vLLM and has something to do."""
+    benchmark = cfg.benchmark.enabled and cfg.benchmark.engine is Engine.vllm
+    evaluate = bool(cfg.quantize.formats) and cfg.evaluate.engine is Engine.vllm
+    return [*(["benchmark"] if benchmark else []), *(["evaluate"] if evaluate else [])]
+
+
+def _engines(groups: list[str], engine: Engine) -> str:
+    return " ".join(f"{group}.engine={engine.value}" for group in groups)
 
 
 @rule("evaluate.task_folder", "evaluate.task_folder", on_machine=True)

@@ -69,7 +69,7 @@ def test_the_command_contains_all_settings() -> None:
     message = format_command({"teacher": "a", "student": "b c"}, "out", CFG, seed=5)
     assert message == (
         "python -m recipes.benchmark --models teacher=a 'student=b c' --out out --engine transformers --dtype keep"
-        " --seed 5 --batch-size 2 --prompt-tokens 100 --new-tokens 11 --rounds 3 --cost-per-hour 3.6"
+        " --seed 5 --batch-size 2 --prompt-tokens 100 --new-tokens 11 --rounds 3 --requests 64 --cost-per-hour 3.6"
     )
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from prune_distill.benchmarking import vllm_engine
-from prune_distill.benchmarking.vllm_process import VllmProcess
 from prune_distill.errors import InputError
 from prune_distill.schema import BenchmarkConfig
+from prune_distill.serving.vllm_process import VllmProcess
 from tests.helpers.models import write_model
 
 # Continues a prompt with its length, and says of each token that its log-probability is minus its id.
@@ -29,6 +29,7 @@ class LLM:
             raise ValueError("cannot load this")
         assert os.path.exists(settings["model"] + "/config.json")
         assert "VIRTUAL_ENV" not in os.environ
+        self.model_config = Values(dtype="torch.float32")
         self.space = os.environ["VLLM_CPU_KVCACHE_SPACE"]
 
     def generate(self, prompts, parameters, use_tqdm):
@@ -75,12 +76,12 @@ def test_generations(python: Path, model: Path) -> None:
         assert first.pop("seconds") >= 0
         assert first == {"tokens": [[3, 3], [2, 2]]}
         assert process.generate([[1, 2, 3]], 1, prompt_log_probs=True)["log_probs"] == [[-2, -3]]
-        running = process._process
+        running = process._worker._process
     assert running.returncode == 0
 
 
 def test_a_model_that_cannot_be_loaded(python: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match="status 1"):
+    with pytest.raises(InputError, match=f"{model}: vLLM ended with status 1"):
         VllmProcess(model, python, dtype="broken")
     assert "cannot load this" in capfd.readouterr().err
 

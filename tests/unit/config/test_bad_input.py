@@ -479,6 +479,31 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "benchmark.prompt_tokens=2040"], "benchmark.length", "benchmark.prompt_tokens", "at most 2048"),
     ([*DEMO, "benchmark.new_tokens=1"], "value.bounds", "benchmark.new_tokens", "to 2 or more"),
     ([*DEMO, "benchmark.rounds=0"], "value.bounds", "benchmark.rounds", ""),
+    ([*DEMO, "benchmark.request_rates=[1,0]"], "value.bounds", "benchmark.request_rates[1]", "or to null"),
+    (
+        [*DEMO, "quantize.formats=[fp8,fp8_tensor]", "benchmark.enabled=true", "benchmark.engine=vllm"],
+        "quantize.served",
+        "quantize.formats",
+        "or set benchmark.engine=transformers",
+    ),
+    (
+        [*DEMO, "quantize.formats=[fp8_tensor]", "evaluate.engine=vllm"],
+        "quantize.served",
+        "quantize.formats",
+        "or set evaluate.engine=transformers",
+    ),
+    (
+        [*MOE, "quantize.formats=[fp8,int8]", "evaluate.engine=vllm"],
+        "quantize.served_experts",
+        "quantize.formats",
+        "remove fp8 and int8, or set evaluate.engine=transformers",
+    ),
+    (
+        [*DEMO, "quantize.formats=[fp8,int8]", "benchmark.engine=vllm", "benchmark.dtype=fp32"],
+        "quantize.served",
+        "benchmark.dtype",
+        "set benchmark.dtype=keep",
+    ),
     ([*DEMO, "evaluate.continuations.questions=0"], "value.bounds", "evaluate.continuations.questions", ""),
     ([*DEMO, "evaluate.tasks=[mmlu,arc_easy,mmlu]"], "evaluate.tasks", "evaluate.tasks", "evaluate.tasks=[arc_easy"),
     (
@@ -679,6 +704,16 @@ def test_user_tasks_are_known(tmp_path: Path) -> None:
     assert fault.rule == "evaluate.known_tasks"
     assert "your_one" in str(fault)
     assert str(tasks) in str(fault)
+
+
+def test_a_missing_serving_environment_is_reported(tmp_path: Path) -> None:
+    served = [*DEMO, "quantize.formats=[fp8]", "evaluate.engine=vllm", f"benchmark.serve_python={tmp_path}/python"]
+    key = "benchmark.serve_python"
+    check_fault(served, key, key, "or set evaluate.engine=transformers", check_files=True)
+    both = "or set benchmark.engine=transformers evaluate.engine=transformers"
+    check_fault([*served, "benchmark.engine=vllm"], key, key, both, check_files=True)
+    # Nothing is served.
+    compose([*served, "quantize.formats=[]"], check_files=True)
 
 
 def test_a_missing_harness_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

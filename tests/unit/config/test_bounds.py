@@ -50,7 +50,8 @@ ABOVE_ZERO = [
     *keys_below("evaluate", "seq_length micro_batch_size max_sequences task_limit task_batch_size"),
     *keys_below("evaluate", "sample_prompt_tokens sample_new_tokens"),
     *keys_below("evaluate.continuations", "questions context_words choice_words"),
-    *keys_below("benchmark", "batch_size prompt_tokens rounds threads cost_per_hour"),
+    *keys_below("benchmark", "batch_size prompt_tokens rounds requests threads cost_per_hour"),
+    "benchmark.request_rates[N]",
     *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
     *(
         key

@@ -17,7 +17,14 @@ from prune_distill.data.shards import SplitWriter
 from prune_distill.errors import InputError
 from prune_distill.evaluation import harness, heldout, recovery
 from prune_distill.evaluation.harness import Harness
-from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
+from prune_distill.evaluation.heldout import (
+    Logits,
+    Served,
+    comparable,
+    heldout_sequences,
+    measure_heldout,
+    measure_served,
+)
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DistillConfig, EvaluateConfig, Phase
 
@@ -90,6 +97,29 @@ def test_the_heldout_loss_is_the_next_token_loss(data: DataFolder, batch: int) -
         assert found["per_source"][source]["val_loss"] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
+@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_engine_s_results_are_summed_alike(
+    data: DataFolder, batch: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heldout, "world_size", lambda: 2)
+    monkeypatch.setattr(heldout, "rank", lambda: rank)
+    monkeypatch.setattr(heldout.ranks, "all_reduce", lambda values: values)
+    cfg = EvaluateConfig(seq_length=LENGTH, micro_batch_size=batch)
+    model, teacher = Model(0), Model(1)
+    sequences = heldout_sequences(data, cfg)
+    log_probs = model.weights.double().log_softmax(-1)[sequences[:, :-1]]
+    served = Served(log_probs.gather(-1, sequences[:, 1:, None]).squeeze(-1), log_probs.argmax(-1))
+    expected = measure_heldout(Logits(model), Logits(teacher), data, cfg)
+    found = measure_served(served, Logits(teacher), data, cfg)
+    assert found["agreement"] == {"top1": expected["agreement"]["top1"]}
+    assert found["tokens"] == expected["tokens"]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    for source, own in expected["per_source"].items():
+        assert found["per_source"][source] == pytest.approx(own, rel=1e-6)
+    assert "agreement" not in measure_served(served, None, data, cfg)
+
+
 def test_max_sequences_limits_the_evaluation(data: DataFolder) -> None:
     model = Model(0)
     found = measure_heldout(Logits(model), None, data, EvaluateConfig(seq_length=LENGTH, max_sequences=2))
@@ -149,10 +179,9 @@ def test_chunking_logits_does_not_change_results(monkeypatch: pytest.MonkeyPatch
 
 
 def test_models_of_one_vocabulary_are_comparable() -> None:
-    assert comparable(Model(0), Model(1))
-    other = Model(1)
-    other.config = SimpleNamespace(vocab_size=VOCABULARY + 1)
-    assert not comparable(Model(0), other)
+    config = SimpleNamespace(vocab_size=VOCABULARY)
+    assert comparable(config, SimpleNamespace(vocab_size=VOCABULARY))
+    assert not comparable(config, SimpleNamespace(vocab_size=VOCABULARY + 1))
 
 
 def test_cached_logits_are_limited_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,28 @@ def test_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> Non
         assert memory.pop("total") == sum(memory.values())
 
 
+def test_the_kv_cache_of_the_student() -> None:
+    settings = ("benchmark.batch_size=2", "benchmark.prompt_tokens=96", "benchmark.new_tokens=32")
+    run_plan = planned(DEPTH, "quantize.formats=[fp8]", "benchmark.enabled=true", *settings)
+    shape, cache = run_plan.student.shape, run_plan.kv_cache
+    assert cache is not None
+    # Keys and values of two bytes.
+    assert cache.token == shape.num_layers * 2 * shape.num_query_groups * shape.kv_channels * 2
+    assert cache.longest == cache.token * shape.max_position_embeddings
+    assert cache.benchmark == cache.token * 2 * 128
+    text = " ".join(to_table(run_plan).split())
+    assert f"KV cache takes {cache.token / 1024:.1f} KiB a token in 16 bits:" in text
+    halved = planned(DEPTH, "quantize.formats=[fp8]", "quantize.fp8_kv_cache=true")
+    assert "in 16 bits, half of that in the quantized formats:" in " ".join(to_table(halved).split())
+    # No hours are claimed for these stages.
+    hours_found = hours_by_stage(run_plan)
+    assert [hours_found[name] for name in ("quantize.fp8", "evaluate.fp8", "benchmark")] == [None] * 3
+    assert planned(DEPTH, "quantize.formats=[]", "benchmark.enabled=false").kv_cache is None
+    unmeasured = planned(DEPTH, "quantize.formats=[fp8]", "benchmark.enabled=false").kv_cache
+    assert unmeasured is not None
+    assert unmeasured.benchmark is None
+
+
 def test_a_plan_without_a_gpu_has_no_reserve_for_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["experiment=demo", "--json"]) == 0
     memory = json.loads(capsys.readouterr().out)["memory"]

@@ -107,7 +107,7 @@ def test_a_model_is_served_checked_and_ended(tmp_path: Path, chat: bool, signum:
     assert words[words.index("--served-model-name") + 1] == "student_fp8"
     assert words[-2:] == ["--max-model-len", "64"]
     # Nothing of the training's environment, and no helper is left.
-    assert started["path"] is None
+    assert "PYTHONPATH" not in started["environment"]
     until = time.monotonic() + SECONDS
     while any(map(alive, started["pids"])) and time.monotonic() < until:
         time.sleep(0.05)
@@ -118,7 +118,7 @@ def test_a_model_is_served_checked_and_ended(tmp_path: Path, chat: bool, signum:
     ("fake", "message"),
     [
         ("ends", "error: vLLM ended with status 1 before it was ready; its messages are above"),
-        ("broken", 'error: vLLM is up, but does not answer a request: {"message": "no such model"}'),
+        ("broken", 'HTTP Error 400: Bad Request: {"message": "no such model"}'),
     ],
 )
 def test_a_server_that_does_not_serve(tmp_path: Path, fake: str, message: str) -> None:

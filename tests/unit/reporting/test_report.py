@@ -70,6 +70,35 @@ def test_a_finished_run(finished: Path) -> None:
     assert content["backend"] == "cpu"
 
 
+def test_quantized_models_and_servers_under_load(tmp_path: Path) -> None:
+    run_dir = report_runs.finished(tmp_path / "run", "quantize.formats=[fp8]", "benchmark.engine=vllm")
+    entry = {**report_runs.model("student_fp8", 3.55), "engine": "vLLM 0.32.0"}
+    report_runs.complete(run_dir, "evaluate.fp8", {"student_fp8": entry})
+    path = report_runs.folder_of(run_dir, "benchmark") / "benchmark.json"
+    output = text_of(build(run_dir)[0])
+    assert "Quantized models are not measured: transformers would compute with dequantized weights." in output
+    assert "Continuous batching" not in output
+    write_json(path, report_runs.served())
+    page, content = build(run_dir)
+    output = text_of(page)
+    assert "Losses of quantized models are those of vLLM 0.32.0, their tasks" in output
+    assert "Quantized models are not measured" not in output
+    assert "vllm 0.32.0 on a processor" in output
+    table = output.partition("Continuous batching")[2]
+    assert "Student, FP8 2.5 240 0.80" in table
+    assert "Student, FP8 all at once 480 1.60" in table
+    assert "Each model's server got 64 requests at each rate" in table
+    # Two points a model.
+    assert "Servers under load, a point per rate of requests" in page
+    assert content["benchmark"]["models"]["student_fp8"]["load"][1]["request_rate"] is None
+    # What another program wrote.
+    for nonsense in (3, [3, {"request_rate": "x", "output_tokens_per_second": 3}], [{}]):
+        speeds = report_runs.served()
+        speeds["models"]["student"]["load"] = speeds["ratios"]["student"]["load"] = nonsense
+        write_json(path, speeds)
+        build(run_dir)
+
+
 def test_models_and_samples_of_controls_come_from_their_own_stages(finished: Path) -> None:
     page, content = build(finished)
     assert list(content["models"]) == ["teacher", "pruned", "student", "ce"]

@@ -1,8 +1,7 @@
-"""PYTHON -P vllm_worker.py
+"""PYTHON -P child.py PID vllm_worker.py
 
-Serve one model with vLLM to another process. The first line of the standard input contains vLLM's settings as JSON.
-Each further line requests a generation, and gets one line of JSON on the standard output. The process ends with its
-input.
+Generate with vLLM for another process. The first line of the standard input contains vLLM's settings as JSON. Each
+further line requests a generation, and gets one line of JSON as its answer. The process ends with its input.
 
 It runs in the serving environment, which has none of this repository's libraries, so it only imports vLLM.
 """
@@ -15,19 +14,18 @@ import sys
 import time
 from typing import Any
 
+import vllm
+
 
 def main() -> None:
-    # vLLM and its helpers print to the standard output.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    import vllm  # takes seconds, and must print nothing to `answers`
-
+    answers = os.fdopen(int(sys.argv[1]), "w")
     llm = vllm.LLM(**json.loads(sys.stdin.readline()))
-    _answer(answers, {"version": vllm.__version__})
+    dtype = str(llm.model_config.dtype).removeprefix("torch.")
+    _answer(answers, {"version": vllm.__version__, "dtype": dtype})
     for line in sys.stdin:
         request = json.loads(line)
         work = _sample if "sampling" in request else _generate
-        _answer(answers, work(vllm, llm, **request))
+        _answer(answers, work(llm, **request))
 
 
 def _answer(answers: Any, content: dict[str, Any]) -> None:
@@ -35,9 +33,7 @@ def _answer(answers: Any, content: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _sample(
-    vllm: Any, llm: Any, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]
-) -> dict[str, Any]:
+def _sample(llm: Any, prompts: list[list[int]], seeds: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
     """Sample a completion of each prompt with its own seed.
 
     Returns:
@@ -52,7 +48,7 @@ def _sample(
     }
 
 
-def _generate(vllm: Any, llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:
+def _generate(llm: Any, prompts: list[list[int]], new_tokens: int, prompt_log_probs: bool) -> dict[str, Any]:
     """Generate greedily.
 
     Returns:
