@@ -76,11 +76,13 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     )
     sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)
     teacher = nemo_api.core_model(model)
+    # The documents are in ids of the student.
+    shared = min(teacher.vocab_size, data.vocab_size)
     count = distill.max_steps * distill.global_batch_size
     description = Description(
         top_k=distill.cached_logits_top_k,
         temperature=distill.kd.temperature,
-        vocab_size=teacher.vocab_size,
+        vocab_size=shared,
         seq_length=distill.seq_length,
         sequences=count,
         packing=packing_digest(lambda index: sequences[index]["tokens"].numpy(), count),
@@ -92,7 +94,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     for start in range(0, len(missing), replicas):
         shards = missing[start : start + replicas]
         if replica < len(shards):
-            _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill)
+            _make_shard(out, shards[replica], sizes[shards[replica]], teacher, sequences, distill, shared)
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
         if progress.done < count and is_pause_requested(out):
@@ -119,8 +121,14 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
     return list(missing[0])
 
 
-def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig) -> None:
-    """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it."""
+def _make_shard(
+    out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig, shared: int
+) -> None:
+    """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it.
+
+    Args:
+        shared: the number of ids that both teacher and student have.
+    """
     first = number * distill.cached_logits_shard_sequences
     items = [sequences[first + place] for place in range(size)]
     tokens = [item["tokens"] for item in items]
@@ -133,7 +141,7 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             if writes:
                 ids, logprobs, tail = (part.cpu().numpy() for part in (top.ids, top.log_probs, top.tail))
                 cached_logits = CachedLogits(ids.astype(np.int32), logprobs.astype(np.float16), tail)
-                losses.append(prediction_loss(cached_logits, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
+                losses.append(prediction_loss(cached_logits, items[len(frames)]["labels"].numpy(), shared))
                 frames.append(compressors.submit(encode, cached_logits))
 
         compute_top_k(
@@ -142,14 +150,15 @@ def _make_shard(out: Path, number: int, size: int, teacher: Any, sequences: Any,
             micro_batch_size=distill.micro_batch_size,
             top_k=distill.cached_logits_top_k,
             temperature=distill.kd.temperature,
+            shared=shared,
             receive=take,
         )
         if writes:
             require_better_than_chance(
                 sum(losses) / len(losses),
-                teacher.vocab_size,
+                shared,
                 "the distillation data",
-                "check that model.hf_path holds trained weights and their own tokenizer",
+                "check that the teacher's folder holds trained weights and their own tokenizer",
             )
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):

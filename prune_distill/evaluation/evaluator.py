@@ -16,7 +16,7 @@ from prune_distill.errors import InputError
 from prune_distill.evaluation.continuations import write_task
 from prune_distill.evaluation.generation import Prompts, build_samples, generate_continuations
 from prune_distill.evaluation.harness import Harness, versions
-from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout
+from prune_distill.evaluation.heldout import Logits, measure_heldout
 from prune_distill.evaluation.results import ModelEntry, SampleTexts, TaskScores
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
@@ -150,9 +150,6 @@ class Evaluator:
 
     def _held_out(self, name: str, model: Any) -> ModelEntry:
         teacher = None if name == TEACHER else self._teacher_logits
-        if teacher is not None and not comparable(model, teacher.model):
-            log.warning("%s has another vocabulary than the teacher and is not compared with it", name)
-            teacher = None
         logits = self._teacher_logits if name == TEACHER else Logits(model)
         result = measure_heldout(logits, teacher, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])

@@ -82,13 +82,13 @@ def measure_heldout(model: Logits, teacher: Logits | None, data: DataFolder, cfg
     return _summary(ranks.all_reduce(sums), names, data, teacher is not None)
 
 
-def comparable(model: Any, teacher: Any) -> bool:
-    """Return whether two models have the same vocabulary size."""
-    return bool(model.config.vocab_size == teacher.config.vocab_size)
-
-
 def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """Return `[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
+    """Return `[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model).
+
+    If the vocabularies differ in size, the teacher is renormalized over the ids that both have, so that it gives the
+    model's other ids no probability, as in the loss of the distillation.
+    """
+    shared = logits.shape[-1] if teacher_logits is None else min(logits.shape[-1], teacher_logits.shape[-1])
     values = torch.zeros(len(targets), 4, dtype=torch.float64, device=logits.device)
     values[:, 1] = 1
     chunk = max(1, CHUNK_LOGITS // logits.shape[-1])
@@ -97,10 +97,10 @@ def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, tar
         log_probs = torch.log_softmax(logits[part].float(), -1)
         values[part, 0] = -log_probs.gather(-1, targets[part, None]).squeeze(-1).double()
         if teacher_logits is not None:
-            teacher = torch.log_softmax(teacher_logits[part].float(), -1)
+            teacher = torch.log_softmax(teacher_logits[part, :shared].float(), -1)
             values[part, 2] = (teacher.argmax(-1) == log_probs.argmax(-1)).double()
             values[part, 3] = torch.nn.functional.kl_div(
-                log_probs, teacher, reduction="none", log_target=True
+                log_probs[:, :shared], teacher, reduction="none", log_target=True
             ).sum(-1).double()  # fmt: skip
     return values
 
