@@ -36,18 +36,20 @@ NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "threads")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hugging Face folders, or a Hub id."""
+    """Hugging Face folders, or a Hub id.
 
-    teacher: Path | str
+    Attributes:
+        models: the model that is pruned, as `teacher`, or as `original` if the teacher is another one.
+    """
+
     student: Path
+    models: dict[str, Path | str]
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `benchmark.json`."""
-    folders = {
-        "teacher": local_folder(inputs.teacher, cfg.model.revision, weights=True),
-        "student": local_folder(inputs.student, None, weights=True),
-    }
+    folders = {name: local_folder(path, cfg.model.revision, weights=True) for name, path in inputs.models.items()}
+    folders["student"] = local_folder(inputs.student, None, weights=True)
     run_dir = out.parent.resolve()
     paths = {name: _relative_path(folder.resolve(), run_dir) for name, folder in folders.items()}
     # The report computes costs, so a new price does not require another measurement.

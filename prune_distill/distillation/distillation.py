@@ -119,6 +119,8 @@ def slice_rows(weight: Tensor, vocabulary: int) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     size, given = vocabulary // ranks, weight.shape[0]
+    if ranks == 1 and given >= size:
+        return weight.detach()[:size]
     rows = weight.new_zeros(size, weight.shape[1])
     for owner in range(ranks):
         part = weight.detach().clone() if owner == rank else torch.empty_like(weight)

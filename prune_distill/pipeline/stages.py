@@ -35,6 +35,8 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_
 
 # Keys that stages read without hashing them, each with the reason (`Stage.reads`).
 REVISION = {"model.revision": "part of the identity of the teacher's files, an input"}
+# Of stages that read both the model that is pruned and a teacher of its own.
+OWN_TEACHER = dict.fromkeys(("teacher.hf_path", "teacher.revision"), "part of the identity of the teacher's files")
 LENGTH_OF_TRAINING = ("max_steps", "seq_length", "global_batch_size", "phases")
 RATES = ("lr", "min_lr", "warmup_steps")
 READ_BY_PREPARE_DATA = {
@@ -67,11 +69,11 @@ READ_BY_HALVING = {
 READ_BY_DISTILL = {
     **READ_BY_FAKE_QUANTIZERS,
     **dict.fromkeys(
-        ("model.shape", "model.family", "prune", "convert.export_dtype"),
+        ("model.shape", "model.family", "teacher", "prune", "convert.export_dtype"),
         "for the speed in metrics.jsonl; weights depend on the input models",
     ),
 }
-READ_BY_EXPORT = {**REVISION, "distill": "for cards; in the hash of the distillation, an input"}
+READ_BY_EXPORT = {**REVISION, **OWN_TEACHER, "distill": "for cards; in the hash of the distillation, an input"}
 READ_BY_QUANTIZE = {
     **dict.fromkeys(
         ("quantize.calibration_samples", "quantize.calibration_seq_length"),
@@ -82,6 +84,7 @@ READ_BY_QUANTIZE = {
 }
 READ_BY_EVALUATE = {
     **REVISION,
+    **OWN_TEACHER,
     "convert.export_dtype": "in the hash of nemo_to_hf, an input",
     "distill": "for the recovery curve; in the hash of the distillation, whose checkpoints are then an input",
     "model.name": "on the cards of exported checkpoints, which are removed after the measurement",
@@ -105,6 +108,11 @@ def _fake_quantization(cfg: RunConfig) -> tuple[str, ...]:
 
 def _is_verified(cfg: RunConfig) -> bool:
     return cfg.evaluate.verify_tokens > 0
+
+
+def _as_model(cfg: RunConfig) -> dict[str, Any]:
+    """Return the settings of a stage for which a teacher of its own is the model."""
+    return {f"model.{name}": getattr(cfg.teacher, name) for name in ("hf_path", "revision", "family", "shape")}
 
 
 def _scoring_libraries(cfg: RunConfig) -> tuple[str, ...]:
@@ -143,6 +151,23 @@ DISTILL = Stage(
     trains=True,
     more_sections=_fake_quantization,
     reads=READ_BY_DISTILL,
+    needs_nemo=True,
+)
+HF_TO_NEMO = Stage(
+    "hf_to_nemo",
+    "convert.hf_to_nemo",
+    ("model.family", "convert.allow_pickle"),
+    inputs.hf_to_nemo_inputs,
+    reads=REVISION,
+)
+VERIFY_IMPORT = Stage(
+    "verify_import",
+    "convert.verify",
+    ("evaluate.verify_tokens",),
+    inputs.verify_import_inputs,
+    wanted=_is_verified,
+    reads=REVISION,
+    gate=True,
     needs_nemo=True,
 )
 NEMO_TO_HF = Stage(
@@ -256,22 +281,21 @@ STAGES: tuple[Stage, ...] = (
         reads=READ_BY_PREPARE_DATA,
         tasks=lambda cfg: cfg.data.array_tasks,
     ),
-    Stage(
-        "hf_to_nemo",
-        "convert.hf_to_nemo",
-        ("model.family", "convert.allow_pickle"),
-        inputs.hf_to_nemo_inputs,
-        reads=REVISION,
+    HF_TO_NEMO,
+    replace(
+        HF_TO_NEMO,
+        name="hf_to_nemo.teacher",
+        inputs=inputs.import_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher,
+        settings=_as_model,
     ),
-    Stage(
-        "verify_import",
-        "convert.verify",
-        ("evaluate.verify_tokens",),
-        inputs.verify_import_inputs,
-        wanted=_is_verified,
-        reads=REVISION,
-        gate=True,
-        needs_nemo=True,
+    VERIFY_IMPORT,
+    replace(
+        VERIFY_IMPORT,
+        name="verify_import.teacher",
+        inputs=inputs.verify_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher and _is_verified(cfg),
+        settings=_as_model,
     ),
     Stage(
         "correct_teacher",
@@ -329,6 +353,13 @@ STAGES: tuple[Stage, ...] = (
     DISTILL,
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     NEMO_TO_HF,
+    replace(
+        NEMO_TO_HF,
+        name="nemo_to_hf.teacher",
+        inputs=inputs.export_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher and cfg.distill.teacher_correction is not None,
+        settings=_as_model,
+    ),
     *(_export_control(name) for name in CONTROLS),
     Stage(
         "verify",

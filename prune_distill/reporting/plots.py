@@ -16,6 +16,7 @@ GRAY = "#808080"
 COLORS = {
     "teacher": "#4b5563",
     "corrected_teacher": "#6d45c4",
+    "original": "#8a5a44",
     "pruned": "#9a6700",
     "student": "#0a7c59",
     "ce": "#2b62d9",

@@ -20,7 +20,13 @@ from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 # Modules whose tests share what a fixture of theirs makes, so that one worker runs all of a module.
 SHARED = (
     *("test_layouts.py", "test_mixture.py", "test_correct_teacher.py", "test_conversion.py", "test_cached_logits.py"),
-    *("test_search.py", "test_masked_losses.py", "test_report_page.py", "test_fake_quantization.py"),
+    *(
+        "test_search.py",
+        "test_own_teacher.py",
+        "test_masked_losses.py",
+        "test_report_page.py",
+        "test_fake_quantization.py",
+    ),
 )
 # The longest modules start first. The first two do not need `finished`, which the third makes in the meantime.
 LONGEST = (

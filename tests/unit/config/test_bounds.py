@@ -49,7 +49,12 @@ ABOVE_ZERO = [
     *keys_below("evaluate", "sample_prompt_tokens sample_new_tokens"),
     *keys_below("evaluate.continuations", "questions context_words choice_words"),
     *keys_below("benchmark", "batch_size prompt_tokens rounds threads cost_per_hour"),
-    *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
+    *(
+        f"{group}.shape.{field.name}"
+        for group in ("model", "teacher")
+        for field in dataclasses.fields(Shape)
+        if field.name != "tie_word_embeddings"
+    ),
     *(
         key
         for training in TRAININGS

@@ -103,7 +103,7 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
     student, teacher = 3_279_616, 5_246_976
     cfg = demo()
     assert cfg.model.shape is not None
-    assert disk.bytes_needed(cfg, cfg.model.shape) == {
+    assert disk.bytes_needed(cfg) == {
         "tokens": 2 * 160 * 4 * 256,
         "teacher": 3 * 4 * teacher,
         "students": 2 * 3 * 4 * student,
