@@ -53,12 +53,14 @@ READ_BY_SIGNAL = {
     "distill.fp8": "the scales of a teacher in FP8, in the hash if distill.teacher_fp8 is set",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
-READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
+ORIGINAL_NAME = {"teacher.hf_path": "for the name of the model that is pruned, in a plot"}
+READ_BY_SEARCH = {**ORIGINAL_NAME, "model.family": "in the hash of hf_to_nemo, an input"}
 # Of `distill.quantize`, which needs them in the hash (`_fake_quantization`).
 READ_BY_FAKE_QUANTIZERS = dict.fromkeys(
     ("quantize.int4_group_size", "quantize.keep"), "used with distill.quantize, which adds them to the hash"
 )
 READ_BY_HALVING = {
+    **ORIGINAL_NAME,
     **READ_BY_FAKE_QUANTIZERS,
     **REVISION,
     "evaluate.tasks": "the available tasks; the measured one is in the prune section",
@@ -95,6 +97,7 @@ READ_BY_REPORT = {
     "evaluate.seq_length": "in the hash of evaluate, an input",
     "evaluate.max_sequences": "in the hash of evaluate, an input",
     "model.shape": "read from the teacher's files, inputs of stages that are inputs",
+    "teacher.hf_path": "in the hash of hf_to_nemo.teacher, an input",
 }
 
 

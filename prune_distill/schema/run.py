@@ -70,6 +70,11 @@ class RunConfig:
         return self.teacher.hf_path is not None
 
     @property
+    def original_name(self) -> str:
+        """What messages call the model that is pruned."""
+        return "original" if self.has_own_teacher else "teacher"
+
+    @property
     def teacher_shape(self) -> Shape | None:
         """The shape of the teacher of the distillation."""
         return self.teacher.shape if self.has_own_teacher else self.model.shape
