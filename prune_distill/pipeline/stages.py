@@ -35,8 +35,6 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {"ce": NO_TEACHER, "scratch": {**NO_
 
 # Keys that stages read without hashing them, each with the reason (`Stage.reads`).
 REVISION = {"model.revision": "part of the identity of the teacher's files, an input"}
-# Of stages that read both the model that is pruned and a teacher of its own.
-OWN_TEACHER = dict.fromkeys(("teacher.hf_path", "teacher.revision"), "part of the identity of the teacher's files")
 LENGTH_OF_TRAINING = ("max_steps", "seq_length", "global_batch_size", "phases")
 RATES = ("lr", "min_lr", "warmup_steps")
 READ_BY_PREPARE_DATA = {
@@ -75,7 +73,10 @@ READ_BY_DISTILL = {
         "for the speed in metrics.jsonl; weights depend on the input models",
     ),
 }
-READ_BY_EXPORT = {**REVISION, **OWN_TEACHER, "distill": "for cards; in the hash of the distillation, an input"}
+READ_BY_EXPORT = {
+    **REVISION,
+    **dict.fromkeys(("distill", "teacher.hf_path"), "for cards; in the hash of the distillation, an input"),
+}
 READ_BY_QUANTIZE = {
     **dict.fromkeys(
         ("quantize.calibration_samples", "quantize.calibration_seq_length"),
@@ -86,7 +87,7 @@ READ_BY_QUANTIZE = {
 }
 READ_BY_EVALUATE = {
     **REVISION,
-    **OWN_TEACHER,
+    "teacher.revision": "part of the identity of the teacher's files, an input",
     "convert.export_dtype": "in the hash of nemo_to_hf, an input",
     "distill": "for the recovery curve; in the hash of the distillation, whose checkpoints are then an input",
     "model.name": "on the cards of exported checkpoints, which are removed after the measurement",

@@ -21,9 +21,8 @@ from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 
-# Experiments that need a path of the user, and those that do not.
-WITHOUT_MODEL = ("own", "qwen3_6b_to_4b_chained")
-EXPERIMENTS = [name for name in config_groups()["experiment"] if name not in WITHOUT_MODEL]
+# Experiments that need no input of the user.
+EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -320,8 +319,8 @@ def test_faults_of_a_user_config_folder(tmp_path: Path) -> None:
 
 def test_the_second_link_of_a_chain_prunes_the_first_student_with_the_first_teacher() -> None:
     experiment = "experiment=qwen3_6b_to_4b_chained"
-    with pytest.raises(ConfigError, match=r"model\.hf_path"):
-        compose([experiment])
+    with pytest.raises(ConfigError, match=r"model\.hf_path=runs/.*does not exist; set model\.hf_path"):
+        compose([experiment], check_files=True)
     cfg = compose([experiment, "model.hf_path=/runs/first/nemo_to_hf-1a2b3c4d/student"])
     first = compose(["experiment=qwen3_8b_to_6b_depth"])
     assert cfg.model.shape == student_shape(first)

@@ -28,6 +28,10 @@ HALVING = (*SEARCHED, "prune.successive_halving.round_tokens=10000")
 TASK = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "evaluate.task_folder=tasks")
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
+TEACHER = (
+    "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
+    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}"
+)
 # Together they use every stage of the table.
 VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
@@ -37,6 +41,7 @@ VARIANTS = {
         *("quantize.formats=[fp8,fp8_tensor,nvfp4,int8,int4]", "distill.quantize=int4"),
         "cluster.gpu=h100_sxm",
     ),
+    "taught": (TEACHER, *CORRECTED),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]
