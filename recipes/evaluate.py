@@ -55,7 +55,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     measured = {**references, **models} if "student" in models else models
     with ranks.join_process_group():
         data = DataFolder.read(inputs.data)
-        evaluator = Evaluator(cfg, data, teacher, out, inputs.task_folder)
+        evaluator = Evaluator(cfg, data, teacher, out, inputs.task_folder, original)
         results = {name: evaluator.measure(name, folder) for name, folder in measured.items()}
         if inputs.checkpoints is not None:
             _measure_checkpoints(evaluator, inputs.checkpoints, cfg, original, out)

@@ -67,10 +67,9 @@ class Follower:
         from prune_distill.data.folder import DataFolder  # after the watcher holds the checkpoints
         from prune_distill.evaluation.evaluator import Evaluator  # after the watcher holds the checkpoints
 
-        inputs = self.stages["evaluate"].inputs
-        return Evaluator(
-            self.cfg, DataFolder.read(inputs["data"]), self.references[0], self.out, inputs.get("task_folder")
-        )
+        inputs, (teacher, original) = self.stages["evaluate"].inputs, self.references
+        data = DataFolder.read(inputs["data"])
+        return Evaluator(self.cfg, data, teacher, self.out, inputs.get("task_folder"), original)
 
     @property
     def room(self) -> Path:

@@ -22,17 +22,17 @@ def compute_top_k(
     micro_batch_size: int,
     top_k: int,
     temperature: float,
-    shared: int,
     receive: Callable[[TopK], None],
+    shared: int | None = None,
 ) -> None:
     """Run a model over sequences. All ranks of a replica pass the same sequences.
 
     Args:
-        shared: the number of ids that the student has too, to which the distributions are limited.
         model: a Megatron model, or this rank's pipeline stage of it.
         sequences: token ids, `[s]` each, all of the same length.
         receive: called on the last pipeline stage for each sequence in order, with the most probable tokens of
             `softmax(logits / temperature)` at each position, `[s, top_k]`; on every tensor-parallel rank.
+        shared: the number of ids that the student has too, to which the distributions are limited; None: all.
     """
     batches = list(_micro_batches(sequences, micro_batch_size))
     size = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()

@@ -41,10 +41,21 @@ class Evaluator:
         teacher: Hugging Face folder of the teacher.
         out: folder for the measurements and for the task from held-out documents.
         task_folder: the user's task definitions and data.
+        original: Hugging Face folder of the model that is pruned, whose tokenizer all models get; None: the teacher.
+            Both have the same ids, but may differ in the tokens that they add to a text.
     """
 
-    def __init__(self, cfg: RunConfig, data: DataFolder, teacher: Path, out: Path, task_folder: Path | None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        data: DataFolder,
+        teacher: Path,
+        out: Path,
+        task_folder: Path | None,
+        original: Path | None = None,
+    ) -> None:
         self.cfg, self.data, self.teacher_folder = cfg, data, teacher
+        self.tokenizer_folder = teacher if original is None else original
         self.own = None if cfg.evaluate.continuations is None else (out / "tasks").resolve()
         folder = None if task_folder is None else Path(task_folder).resolve()
         self.harness = Harness(cfg.evaluate, self.own, OWN_TASK, folder)
@@ -114,7 +125,7 @@ class Evaluator:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.teacher_folder)
+        return load_tokenizer(self.tokenizer_folder)
 
     @cached_property
     def teacher(self) -> Any:

@@ -135,11 +135,11 @@ def vocabulary(cfg: RunConfig) -> Iterator[Finding]:
 @rule("teacher.tokenizer", "teacher.hf_path", "teacher.revision", "model.hf_path", "model.revision", on_machine=True)
 def tokenizer(cfg: RunConfig) -> Iterator[Finding]:
     """Compare the tokenizers, where both are on this machine. Stage hf_to_nemo.teacher compares them in any case."""
-    folders = [_tokenizer_folder(model.hf_path, model.revision) for model in (cfg.model, cfg.teacher)]
-    if None in folders:
+    student, teacher = (_tokenizer_folder(model.hf_path, model.revision) for model in (cfg.model, cfg.teacher))
+    if student is None or teacher is None:
         return
     try:
-        fault = find_difference(*filter(None, folders))
+        fault = find_difference(student, teacher)
     except InputError:  # a fault of the folder
         return
     if fault is not None:
