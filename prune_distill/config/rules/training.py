@@ -272,13 +272,15 @@ def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
         parallel.pipeline_model_parallel_size,
         _experts_of(models),
     )
-    if not experts:
-        if size > 1:
-            yield Finding(key, f"the model has no experts; set {key}=1")
+    # megatron/core/transformer/transformer_config.py:808, of every model that takes the layout.
+    dense = [who for who, shape in models if not shape.num_moe_experts]
+    if dense and size > 1:
+        yield Finding(key, f"the {dense[0] if experts else 'model'} has no experts; set {key}=1")
+    if dense:
         return
     # megatron/core/transformer/moe/moe_layer.py:60
     if any(count % size for count in experts):
-        counts = " and ".join(f"the {who}'s {shape.num_moe_experts}" for who, shape in models if shape.num_moe_experts)
+        counts = " and ".join(f"the {who}'s {shape.num_moe_experts}" for who, shape in models)
         yield Finding(key, f"does not divide {counts} experts; set {key} to {any_of(divisors(math.gcd(*experts)))}")
     # A pipeline stage's ranks share them, whatever else these divide (megatron/core/parallel_state.py:749, with experts
     # that are not divided).

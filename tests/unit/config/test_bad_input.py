@@ -30,6 +30,10 @@ BF16 = [*DEMO, "distill.precision=bf16"]
 TWO_RANKS = ["cluster.devices_per_node=2", "distill.micro_batch_size=2"]
 TP_OF_2 = [*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"]
 EP_OF_2 = [*TWO_RANKS, "distill.parallel.expert_model_parallel_size=2"]
+MOE_TEACHER = [
+    *("teacher.family=qwen3_moe", "teacher.shape.num_moe_experts=4", "teacher.shape.moe_ffn_hidden_size=128"),
+    "teacher.shape.moe_router_topk=2",
+]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 CORRECTION = [
     *("distill.teacher_correction.max_steps=9", "distill.teacher_correction.seq_length=64"),
@@ -143,6 +147,12 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "training.tensor_parallel",
         "distill.parallel.tensor_model_parallel_size",
         "set distill.parallel.tensor_model_parallel_size to 1",
+    ),
+    (
+        [*TAUGHT, *EP_OF_2, *MOE_TEACHER],
+        "training.experts",
+        "distill.parallel.expert_model_parallel_size",
+        "set distill.parallel.expert_model_parallel_size=1",
     ),
     # FP8.
     ([*DEMO, "distill.fp8=e4m3"], "value.choice", "distill.fp8", "hybrid or blockwise"),
