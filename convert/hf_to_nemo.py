@@ -20,6 +20,7 @@ from prune_distill.errors import InputError
 from prune_distill.model.hf_config import HfConfig
 from prune_distill.model.hf_weights import expected_shapes, tensor_faults
 from prune_distill.model.huggingface import copy_side_files, hub_commit, local_folder
+from prune_distill.model.tokenizer_check import check_tokenizers
 from prune_distill.pipeline.names import CONTEXT, NEMO, TOKENIZER, WEIGHTS
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
@@ -28,13 +29,21 @@ from prune_distill.schema import RunConfig
 
 @dataclass(frozen=True)
 class Inputs:
-    """The teacher's Hugging Face folder, or its Hub id."""
+    """A Hugging Face folder, or a Hub id.
+
+    Attributes:
+        student_tokenizer: of a teacher, the tokenizer that its student has.
+    """
 
     hf_model: Path | str
+    student_tokenizer: Path | None = None
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/` (context and weights)."""
+    if inputs.student_tokenizer is not None:
+        teacher = local_folder(inputs.hf_model, cfg.model.revision, weights=False)
+        check_tokenizers(inputs.student_tokenizer, teacher, families.read_config(teacher)["vocab_size"])
     return convert(
         inputs.hf_model,
         cfg.model.revision,

@@ -16,7 +16,7 @@ from convert.exporting import export_model, find_carried_files
 from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
-from prune_distill.schema import DistillConfig, ExportDtype, Loss, RunConfig
+from prune_distill.schema import ExportDtype, Loss, RunConfig
 
 # Models that are trained without a teacher.
 WITHOUT_TEACHER = ("ce", "scratch", "corrected_teacher")
@@ -44,17 +44,20 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
             cfg.convert.export_dtype.value,
             title=f"{cfg.name}: {name}",
             base=base,
-            note=_describe_loss(cfg.distill, name),
+            note=_describe_loss(cfg, name),
             allow_nonfinite=cfg.convert.allow_nonfinite,
         )
     return {"models": sorted(inputs.checkpoints)}
 
 
-def _describe_loss(distill: DistillConfig, name: str) -> str:
+def _describe_loss(cfg: RunConfig, name: str) -> str:
+    distill, teacher = cfg.distill, ""
     if name in WITHOUT_TEACHER:
         distill = dataclasses.replace(distill, loss=Loss.ce)
+    elif cfg.has_own_teacher:
+        teacher = f" The teacher was {cfg.teacher.hf_path}."
     alone = ", without a teacher" if distill.loss is Loss.ce else ""
-    return f"The training's loss was {distill.loss_in_words}{alone}."
+    return f"The training's loss was {distill.loss_in_words}{alone}.{teacher}"
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prepared data, and both formats of the teacher (stage verify_import) or the student (stage verify)."""
+    """Prepared data, and both formats of an imported model (stage verify_import) or the student (stage verify)."""
 
     data: Path
     teacher_hf: Path | str | None = None

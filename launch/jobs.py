@@ -51,9 +51,9 @@ def make_paths_absolute(cfg: RunConfig) -> RunConfig:
     """Return a copy with absolute paths, which are valid on every node."""
     cfg = copy.deepcopy(cfg)
     cfg.run_dir = absolute(cfg.run_dir)
-    path = cfg.model.hf_path
-    if path is not None and Path(absolute(path)).exists():
-        cfg.model.hf_path = absolute(path)
+    for model in (cfg.model, cfg.teacher):
+        if model.hf_path is not None and Path(absolute(model.hf_path)).exists():
+            model.hf_path = absolute(model.hf_path)
     for key in ("train", "validation"):
         files = getattr(cfg.data, key)
         if files is not None:

@@ -33,19 +33,24 @@ NUMBERS = ("batch_size", "prompt_tokens", "new_tokens", "rounds", "requests", "t
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hugging Face folders, or a Hub id; `quantized`: quantized students by name."""
+    """Hugging Face folders, or a Hub id.
 
-    teacher: Path | str
+    Attributes:
+        models: first the model that is pruned, as `teacher`, or as `original` if the teacher is another one; then
+            quantized students.
+    """
+
     student: Path
-    quantized: dict[str, Path]
+    models: dict[str, Path | str]
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `benchmark.json`."""
+    (base, original), *quantized = inputs.models.items()
     folders = {
-        "teacher": local_folder(inputs.teacher, cfg.model.revision, weights=True),
+        base: local_folder(original, cfg.model.revision, weights=True),
         "student": local_folder(inputs.student, None, weights=True),
-        **inputs.quantized,
+        **{name: Path(folder) for name, folder in quantized},
     }
     run_dir = out.parent.resolve()
     paths = {name: _relative_path(folder.resolve(), run_dir) for name, folder in folders.items()}

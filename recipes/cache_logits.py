@@ -77,11 +77,13 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     )
     sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)
     teacher = nemo_api.core_model(model)
+    # The documents are in ids of the student.
+    shared = min(teacher.vocab_size, data.vocab_size)
     count = distill.max_steps * distill.global_batch_size
     description = Description(
         top_k=distill.cached_logits_top_k,
         temperature=distill.kd.temperature,
-        vocab_size=teacher.vocab_size,
+        vocab_size=shared,
         seq_length=distill.seq_length,
         sequences=count,
         packing=packing_digest(lambda index: sequences[index]["tokens"].numpy(), count),
@@ -94,7 +96,8 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         shards = missing[start : start + replicas]
         if replica < len(shards):
             number = shards[replica]
-            _make_shard(out, number, sizes[number], teacher, sequences, distill, is_text=inputs.completions is None)
+            is_text = inputs.completions is None
+            _make_shard(out, number, sizes[number], teacher, sequences, distill, shared, is_text=is_text)
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
         if progress.done < count and is_pause_requested(out):
@@ -122,11 +125,20 @@ def _missing(out: Path, sizes: list[int]) -> list[int]:
 
 
 def _make_shard(
-    out: Path, number: int, size: int, teacher: Any, sequences: Any, distill: DistillConfig, is_text: bool
+    out: Path,
+    number: int,
+    size: int,
+    teacher: Any,
+    sequences: Any,
+    distill: DistillConfig,
+    shared: int,
+    *,
+    is_text: bool,
 ) -> None:
     """Make one shard on all ranks of a replica; the first tensor-parallel rank of the last pipeline stage writes it.
 
     Args:
+        shared: the number of ids that both teacher and student have.
         is_text: whether the sequences are text, which a trained teacher predicts. Completions of a student may be
             improbable, and are padded.
     """
@@ -143,7 +155,7 @@ def _make_shard(
             if writes:
                 ids, logprobs, tail = (part.cpu().numpy() for part in (top.ids, top.log_probs, top.tail))
                 cached_logits = CachedLogits(ids.astype(np.int32), logprobs.astype(np.float16), tail)
-                losses.append(prediction_loss(cached_logits, items[len(frames)]["labels"].numpy(), teacher.vocab_size))
+                losses.append(prediction_loss(cached_logits, items[len(frames)]["labels"].numpy(), shared))
                 frames.append(compressors.submit(encode, cached_logits))
 
         compute_top_k(
@@ -152,6 +164,7 @@ def _make_shard(
             micro_batch_size=distill.micro_batch_size,
             top_k=distill.cached_logits_top_k,
             temperature=distill.kd.temperature,
+            shared=shared,
             receive=take,
             boundaries=boundaries or None,
         )
@@ -159,9 +172,9 @@ def _make_shard(
             if is_text:
                 require_better_than_chance(
                     sum(losses) / len(losses),
-                    teacher.vocab_size,
+                    shared,
                     "the distillation data",
-                    "check that model.hf_path holds trained weights and their own tokenizer",
+                    "check that the teacher's folder holds trained weights and their own tokenizer",
                 )
             writer = ShardWriter(out, number, first)
             for ids, frame in zip(tokens, frames, strict=True):

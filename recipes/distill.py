@@ -42,11 +42,14 @@ class Inputs:
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`."""
-    model = student_to_train(cfg.distill, inputs.student, inputs.teacher, cfg.quantize)
-    cached_logits = None
+    cached_logits = shared_ids = None
     if inputs.cached_logits is not None:
         cached_logits = CachedLogitsReader(inputs.cached_logits)
-        cached_logits.require(temperature=cfg.distill.kd.temperature, vocab_size=model.config.vocab_size)
+        shared_ids = cached_logits.description.vocab_size
+    model = student_to_train(cfg.distill, inputs.student, inputs.teacher, cfg.quantize, shared_ids)
+    if cached_logits is not None and shared_ids is not None:
+        most = min(shared_ids, model.config.vocab_size)
+        cached_logits.require(temperature=cfg.distill.kd.temperature, vocab_size=most)
     callbacks = []
     if inputs.corrected_teacher is not None and cfg.distill.swap_teacher_at_step is not None:
         callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))

@@ -32,7 +32,7 @@ from prune_distill.schema import Init, RunConfig
 
 log = logging.getLogger("recipes.recovery")
 
-NEEDED = ("data", "teacher")
+NEEDED = ("data", "teacher", "original")
 
 
 @dataclass
@@ -55,18 +55,21 @@ class Follower:
         return self.stages["distill"].folder / CHECKPOINTS
 
     @cached_property
-    def teacher(self) -> Path:
-        from prune_distill.model.huggingface import local_folder  # after the watcher holds the checkpoints
+    def references(self) -> tuple[Path, Path]:
+        """The teacher, and the model that is pruned."""
+        from prune_distill.evaluation.references import find_references  # after the watcher holds the checkpoints
 
-        return local_folder(self.stages["evaluate"].inputs["teacher"], self.cfg.model.revision, weights=True)
+        inputs = self.stages["evaluate"].inputs
+        return find_references(self.cfg, inputs["teacher"], inputs.get("original"))
 
     @cached_property
     def evaluator(self) -> Any:
         from prune_distill.data.folder import DataFolder  # after the watcher holds the checkpoints
         from prune_distill.evaluation.evaluator import Evaluator  # after the watcher holds the checkpoints
 
-        inputs = self.stages["evaluate"].inputs
-        return Evaluator(self.cfg, DataFolder.read(inputs["data"]), self.teacher, self.out, inputs.get("task_folder"))
+        inputs, (teacher, original) = self.stages["evaluate"].inputs, self.references
+        data = DataFolder.read(inputs["data"])
+        return Evaluator(self.cfg, data, teacher, self.out, inputs.get("task_folder"), original)
 
     @property
     def room(self) -> Path:
@@ -96,7 +99,8 @@ class Follower:
         from convert.exporting import make_exporter  # after the watcher holds the checkpoints
         from prune_distill.evaluation import recovery  # after the watcher holds the checkpoints
 
-        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, make_exporter(self.cfg, self.teacher))
+        export = make_exporter(self.cfg, self.references[1])
+        recovery.measure_checkpoint(self.evaluator, name, checkpoint, self.room, export)
 
 
 def follow(run_dir: Path, watch: bool, seconds: float) -> Path | None:
@@ -131,11 +135,11 @@ def open_run(run_dir: Path) -> tuple[RunConfig, dict[str, Located]]:
     missing = [
         source.stage
         for name in NEEDED
-        if isinstance(source := inputs[name], Output) and not stages[source.stage].complete
+        if isinstance(source := inputs.get(name), Output) and not stages[source.stage].complete
     ]
     if missing:
         raise ConfigError(f"{run_dir}: stage {' and '.join(missing)} must be complete first")
-    made = [source for name in NEEDED if isinstance(source := inputs[name], Output)]
+    made = [source for name in NEEDED if isinstance(source := inputs.get(name), Output)]
     damages = [find_damage(stages[source.stage].folder, source.path, contents=cfg.verify_inputs) for source in made]
     raise_if_damaged(filter(None, damages), run_dir)
     return cfg, stages

@@ -80,7 +80,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
             write_json(out / "latency.json", latency.table())
         write_json(out / CANDIDATES, {"teacher": teacher, "candidates": rows})
         write_json(out / CHOICE, rows[0])
-        plots.pareto(rows, teacher).save(out / "pareto.svg")
+        plots.pareto(rows, teacher, label=cfg.original_name).save(out / "pareto.svg")
     trainer.strategy.barrier()
     if prune.successive_halving is not None:
         del model, core, trainer

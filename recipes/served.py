@@ -49,7 +49,7 @@ def measure(run_dir: Path, url: str, model: str | None, seq_length: int | None) 
     data = DataFolder.read(inputs["data"])
     served = score_served(url, model or served_names[0], data, cfg)
     teacher = hf_models.load(local_folder(inputs["teacher"], cfg.model.revision, weights=True))
-    return measure_served(served, Logits(teacher), data, cfg.evaluate)
+    return measure_served(served, Logits(teacher), data.vocab_size, data, cfg.evaluate)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
                 remove_folder(out / name / CHECKPOINTS)
         all_rows = [*rows.values(), *table["candidates"][plan[0][0] :]]
         write_json(out / CANDIDATES, {"teacher": table["teacher"], "candidates": all_rows})
-        plots.pareto(all_rows, table["teacher"]).save(out / "pareto.svg")
+        plots.pareto(all_rows, table["teacher"], label=cfg.original_name).save(out / "pareto.svg")
         write_json(out / CHOICE, rows[winner])
     return {"choice": rows[winner], "steps": plan[-1][1], "candidates": [*rows.values()]}
 

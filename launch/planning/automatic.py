@@ -152,10 +152,10 @@ def _limit(cfg: RunConfig) -> float:
 def _task(cfg: RunConfig, key: str, fixed: dict[str, Any]) -> Task:
     task = distillation(cfg)
     if key == CORRECTION:
-        assert cfg.model.shape is not None
+        assert cfg.teacher_shape is not None
         assert cfg.distill.teacher_correction is not None
         bf16 = cfg.distill.teacher_correction.precision is Precision.bf16
-        models = Models(cfg.model.family, cfg.model.shape, None)
+        models = Models(cfg.teacher_family, cfg.teacher_shape, None)
         task = dataclasses.replace(task, key=key, models=models, machine=task.machine if bf16 else None)
     return dataclasses.replace(task, fixed=fixed)
 

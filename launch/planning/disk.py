@@ -7,9 +7,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from prune_distill.config.values import require
 from prune_distill.model.model_size import parameters
 from prune_distill.model.student import shape_to_prune, student_shape
-from prune_distill.schema import Precision, RunConfig, Shape, Training
+from prune_distill.schema import Precision, RunConfig, Training
 from prune_distill.schema.phases import training_tokens
 from prune_distill.units import GIB
 
@@ -56,18 +57,19 @@ class Disk:
         return f"{run_dir} has {self.free / GIB:,.1f} GiB free, and the run still writes about {to_come / GIB:,.1f} GiB"
 
 
-def estimate_disk(cfg: RunConfig, teacher: Shape) -> Disk:
+def estimate_disk(cfg: RunConfig) -> Disk:
     """What a run needs on disk, next to what its folder and its disk have now."""
     run_dir = Path(cfg.run_dir)
-    return Disk(bytes_needed(cfg, teacher), written_bytes(run_dir), free_bytes(run_dir))
+    return Disk(bytes_needed(cfg), written_bytes(run_dir), free_bytes(run_dir))
 
 
-def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
+def bytes_needed(cfg: RunConfig) -> dict[str, int]:
     """Bytes by kind, everything kept.
 
     - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
       files hold, and their tokens are not known before.
-    - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as.
+    - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as. Where the teacher is not the
+      model that is pruned, both models.
     - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; the candidates of successive
       halving; what earlier rounds leave, for NeMo; a byte per parameter of each quantized format.
     - `checkpoints`: of each training, those that are kept and the one being written.
@@ -77,7 +79,9 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     A corrected teacher counts among `teacher` (for NeMo and for Hugging Face), its training among `checkpoints`.
     """
     student = parameters(student_shape(cfg), cfg.model.family)
-    teacher_params = parameters(teacher, cfg.model.family)
+    original, teacher = require(cfg.model.shape), require(cfg.teacher_shape)
+    original_params, teacher_params = parameters(original, cfg.model.family), parameters(teacher, cfg.teacher_family)
+    own_teacher = weight_bytes(Precision.bf16) * teacher_params if cfg.has_own_teacher else 0
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
     on_policy = cfg.distill.on_policy
     rounds = 0 if on_policy is None else on_policy.rounds
@@ -89,12 +93,12 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
     demo, correction = cfg.model.demo, cfg.distill.teacher_correction
     correction_bytes = 0 if correction is None else 2 * weight_bytes(correction.precision) * teacher_params
     needed = {
-        "tokens": training_tokens(cfg.distill) * token_bytes(teacher.vocab_size),
-        "teacher": (1 if demo is None else 3) * stored * teacher_params + correction_bytes,
+        "tokens": training_tokens(cfg.distill) * token_bytes(original.vocab_size),
+        "teacher": (1 if demo is None else 3) * stored * original_params + own_teacher + correction_bytes,
         "students": (2 * (stored + trainings * trained) + taking_part * stored + len(cfg.quantize.formats)) * student
         + (stored + trained) * sum(between),
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
-        + (0 if demo is None else _checkpoints(demo.training, teacher_params))
+        + (0 if demo is None else _checkpoints(demo.training, original_params))
         + (0 if correction is None else _checkpoints(correction, teacher_params))
         + sum(_checkpoints(cfg.distill, model) for model in between),
     }
@@ -102,11 +106,13 @@ def bytes_needed(cfg: RunConfig, teacher: Shape) -> dict[str, int]:
         tokens = training_tokens(cfg.distill)
         if on_policy is not None:
             tokens += rounds * on_policy.steps * cfg.distill.global_batch_size * cfg.distill.seq_length
-        needed["signal"] = tokens * cached_logits_bytes(cfg.distill.cached_logits_top_k, teacher.vocab_size)
+        needed["signal"] = tokens * cached_logits_bytes(
+            cfg.distill.cached_logits_top_k, min(original.vocab_size, teacher.vocab_size)
+        )
     if on_policy is not None:
         completions = rounds * on_policy.prompts_per_round * on_policy.samples_per_prompt
         length = on_policy.prompt_tokens + on_policy.max_new_tokens
-        needed["completions"] = completions * length * (COMPLETION_BYTES + token_bytes(teacher.vocab_size))
+        needed["completions"] = completions * length * (COMPLETION_BYTES + token_bytes(original.vocab_size))
     return needed
 
 
@@ -135,7 +141,8 @@ def weight_bytes(precision: Precision) -> int:
 
 
 def teacher_weight_bytes(cfg: RunConfig) -> int:
-    """Bytes of a weight of the teacher, and so of the pruned student: Hugging Face models are taken to be in bf16."""
+    """Bytes of a weight of the model that is pruned, and so of the student: one of Hugging Face's is taken to be in
+    bf16."""
     return weight_bytes(Precision.bf16 if cfg.model.demo is None else cfg.model.demo.training.precision)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models, caching_layout
 from launch.planning.time import forward_seconds, training_seconds
-from prune_distill.config.values import halving_rounds, halving_steps
+from prune_distill.config.values import halving_rounds, halving_steps, require
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
 from prune_distill.pipeline.stages import Stage, select_stages
@@ -65,7 +65,8 @@ class TrainingWork:
     @property
     def flops(self) -> float:
         models = self.models
-        flops = training_flops(self.training, self.loss, models.family, models.student, models.teacher)
+        shapes = models.student, models.teacher, models.teacher_family
+        flops = training_flops(self.training, self.loss, models.family, *shapes)
         return training_tokens(self.training) * self.share * flops.total
 
     def seconds(self, machine: Machine, ranks: int) -> float:
@@ -102,13 +103,13 @@ class ForwardWork:
 Work = TrainingWork | ForwardWork
 
 
-def estimate_hours(cfg: RunConfig, teacher: Shape) -> list[StageHours]:
+def estimate_hours(cfg: RunConfig) -> list[StageHours]:
     """Every stage of a run, with hours where they can be estimated."""
     correction, limit, gpu = cfg.distill.teacher_correction, cfg.cluster.time_limit, cfg.cluster.gpu
     price = gpu.cost_per_hour if gpu else None
     estimates = []
     for stage in select_stages(cfg):
-        ranks, work = stage.ranks(cfg), stage_work(stage, cfg, teacher)
+        ranks, work = stage.ranks(cfg), stage_work(stage, cfg)
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
         seconds = _seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
         hours = None if seconds is None else seconds / 3600
@@ -133,21 +134,22 @@ def seconds_at(mfu: float, flops: float, gpu: Gpu, ranks: int) -> float:
     return flops / (ranks * gpu.bf16_tflops * 1e12 * mfu)
 
 
-def stage_work(stage: Stage, cfg: RunConfig, teacher: Shape) -> Work | None:
+def stage_work(stage: Stage, cfg: RunConfig) -> Work | None:
     """What a stage that trains, calibrates or scores computes; None for any other stage."""
-    own, family = stage.configure(cfg), cfg.model.family
+    own, family, original = stage.configure(cfg), cfg.model.family, require(cfg.model.shape)
+    teacher, teacher_family = require(cfg.teacher_shape), cfg.teacher_family
     if stage.module == "recipes.search":
-        flops = search_flops(cfg.prune, family, teacher, student_shapes(cfg))
-        return ForwardWork(teacher, family, flops, _calibration(cfg.prune), sequential=True)
+        flops = search_flops(cfg.prune, family, original, student_shapes(cfg))
+        return ForwardWork(original, family, flops, _calibration(cfg.prune), sequential=True)
     if stage.module == "recipes.importance":
         shape = shape_to_prune(own)
         flops = calibration_flops(own.prune, family, shape)
         return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
-        flops = training_tokens(own.distill) * forward_flops(teacher, family, own.distill.seq_length)
-        return ForwardWork(teacher, family, flops, caching_layout(own.distill), sequential=False)
+        flops = training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
+        return ForwardWork(teacher, teacher_family, flops, caching_layout(own.distill), sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
-        return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(family, teacher, None))
+        return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(teacher_family, teacher, None))
     if stage.module in ("recipes.successive_halving", "recipes.distill"):
         run = own.distill
         if stage.module == "recipes.successive_halving":
@@ -156,7 +158,7 @@ def stage_work(stage: Stage, cfg: RunConfig, teacher: Shape) -> Work | None:
             # A distillation that starts from successive halving's winner has the steps of its rounds behind it.
             done = halving_rounds(cfg)[-1][1] if "winner" in stage.inputs(own) else 0
             share, with_teacher = 1 - done / run.max_steps, run.runs_teacher
-        models = Models(family, student_shape(own), teacher if with_teacher else None)
+        models = Models(family, student_shape(own), teacher if with_teacher else None, teacher_family)
         return TrainingWork(run, run.loss, models, share)
     return None
 

@@ -165,10 +165,11 @@ def undivided(task: Task) -> list[str]:
 
 def _parallels(task: Task) -> Iterator[Parallel]:
     """Every split of the ranks, and of a mixture's experts; tensor-parallel ranks share a node."""
-    cfg, shape = task.cfg, task.cfg.model.shape
+    cfg = task.cfg
     sequence_parallel = task.training.parallel.sequence_parallel
     fixed = {key.partition(".")[2]: value for key, value in task.fixed.items() if key.startswith("parallel.")}
-    experts = (shape.num_moe_experts if shape else None) or 1
+    shapes = (cfg.teacher_shape, cfg.model.shape)
+    experts = next((shape.num_moe_experts for shape in shapes if shape and shape.num_moe_experts), 1)
     for tensor in _divisors(cfg.cluster.devices_per_node):
         for pipeline in _divisors(task.ranks // tensor):
             for context in _divisors(task.ranks // tensor // pipeline):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from prune_distill.model.model_size import rank_experts, rank_parameters, rank_product_weights
-from prune_distill.model.student import runs_teacher
+from prune_distill.model.student import runs_teacher, student_shape
 from prune_distill.schema import (
     DistillConfig,
     Family,
@@ -25,6 +25,7 @@ from prune_distill.schema import (
     PruneConfig,
     QuantFormat,
     Recompute,
+    RunConfig,
     Shape,
     Training,
 )
@@ -54,11 +55,28 @@ ROUTER_ELEMENTS = 4
 
 @dataclass(frozen=True)
 class Models:
-    """The models that a training run holds; `teacher` is None where it trains on the data alone."""
+    """The models that a training run holds.
+
+    Attributes:
+        family: the student's.
+        teacher: None where the run trains on the data alone.
+        own_family: the teacher's, where it is a model of its own; None: the student's.
+    """
 
     family: Family
     student: Shape
     teacher: Shape | None
+    own_family: Family | None = None
+
+    @property
+    def teacher_family(self) -> Family:
+        return self.own_family or self.family
+
+
+def distilled_models(cfg: RunConfig) -> Models:
+    """The student of the last distillation and, where it runs beside it, its teacher."""
+    teacher = cfg.teacher_shape if cfg.distill.runs_teacher else None
+    return Models(cfg.model.family, student_shape(cfg), teacher, cfg.teacher_family)
 
 
 @dataclass(frozen=True)
@@ -135,9 +153,14 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
     state = FP32_BYTES * (MOMENTS + (0 if width == FP32_BYTES else 1))
     teacher = fp8_student = fp8_teacher = 0
     if models.teacher is not None:
-        teacher = rank_parameters(models.teacher, models.family, tensor, stages, stage, experts_over)
+        teacher = rank_parameters(models.teacher, models.teacher_family, tensor, stages, stage, experts_over)
+        student_ids, teacher_ids = models.student.vocab_size, models.teacher.vocab_size
+        if stage == stages - 1 and (student_ids > teacher_ids or (tensor > 1 and student_ids < teacher_ids)):
+            # Its output weight once more, in the student's slices (prune_distill/distillation/distillation.py:
+            # slice_rows).
+            teacher += models.student.vocab_size // tensor * models.teacher.hidden_size
         if isinstance(training, DistillConfig) and training.teacher_fp8:
-            fp8_teacher = rank_product_weights(models.teacher, models.family, tensor, stages, experts_over)
+            fp8_teacher = rank_product_weights(models.teacher, models.teacher_family, tensor, stages, experts_over)
     if training.fp8 is not None:
         fp8_student = rank_product_weights(models.student, models.family, tensor, stages, experts_over)
     tokens = training.micro_batch_size * training.seq_length // parallel.context_parallel_size
@@ -163,7 +186,10 @@ def _loss(training: Training, loss: Loss, models: Models, tokens: int, width: in
         return tokens * vocabulary * loss_bytes(loss, tensor, width)
     live = loss is Loss.kd and models.teacher is not None
     gathered = tokens * (models.student.hidden_size + (models.teacher.hidden_size if live and models.teacher else 0))
-    chunk = chunked_loss_bytes(training.kd, loss, live, min(training.kd.chunk_tokens, tokens), vocabulary, width)
+    chunk_tokens = min(training.kd.chunk_tokens, tokens)
+    chunk = chunked_loss_bytes(training.kd, loss, live, chunk_tokens, vocabulary, width)
+    if live and models.teacher and models.teacher.vocab_size < models.student.vocab_size:
+        chunk += FP32_BYTES * chunk_tokens * vocabulary  # MassOutside
     output_weight = vocabulary * models.student.hidden_size
     return (
         # The output weight's gradient in fp32. The backward pass adds it to Megatron's buffer, when the chunk's buffers

@@ -60,6 +60,7 @@ def to_json(plan: Plan) -> dict[str, object]:
         },
         "models": {
             "teacher": _model_to_json(plan.teacher),
+            "original": None if plan.original is None else _model_to_json(plan.original),
             "student": _model_to_json(plan.student),
             "candidates": None if plan.candidates is None else dataclasses.asdict(plan.candidates),
             "cut": plan.cut,
@@ -127,9 +128,11 @@ def _variants(variants: Sequence[Variant]) -> list[str]:
 def summarize(plan: Plan) -> list[str]:
     """A plan in a few lines; those on memory and time only where a GPU is stated."""
     most = "" if plan.candidates is None else "at most "
+    pruned = plan.original or plan.teacher
+    taught = f", taught by {_count(plan.teacher.parameters)}" if plan.original else ""
     lines = [
-        f"plan: {_count(plan.teacher.parameters)} -> {most}{_count(plan.student.parameters)} parameters"
-        f" ({-plan.cut:.0%}), {plan.work.steps:,} steps, {_count(plan.work.tokens)} tokens"
+        f"plan: {_count(pruned.parameters)} -> {most}{_count(plan.student.parameters)} parameters"
+        f" ({-plan.cut:.0%}){taught}, {plan.work.steps:,} steps, {_count(plan.work.tokens)} tokens"
     ]
     gpu = plan.cluster.gpu
     if gpu is not None:
@@ -190,10 +193,13 @@ def _heading(plan: Plan) -> list[str]:
 
 def _models(plan: Plan) -> list[str]:
     work, flops = plan.work, plan.work.flops_a_token
-    mixture = plan.teacher.shape.num_moe_experts
+    models = {"teacher": plan.teacher, "original": plan.original, "student": plan.student}
+    mixture = _has_experts(plan)
     sizes = SIZES | (SIZES_OF_EXPERTS if mixture else {})
     rows = [["model", "parameters", *(["active"] if mixture else []), *sizes]]
-    for name, model in (("teacher", plan.teacher), ("student", plan.student)):
+    for name, model in models.items():
+        if model is None:
+            continue
         counts = [model.parameters, *([model.active_parameters] if mixture else [])]
         shape = [str(getattr(model.shape, size)) for size in sizes.values()]
         rows.append([name, *(f"{count:,}" for count in counts), *shape])
@@ -207,13 +213,18 @@ def _models(plan: Plan) -> list[str]:
     return [
         *_columns(rows),
         *searched,
-        f"pruning removes {plan.cut:.1%} of the parameters",
+        f"pruning removes {plan.cut:.1%} of the parameters{' of the original' if plan.original else ''}",
         "",
         f"distillation: {work.steps:,} steps x {work.tokens_a_step:,} tokens = {_count(work.tokens)} tokens",
         f"GFLOP a token: {_giga(flops.student)} student + {_giga(flops.teacher)} teacher{again}"
         f" = {_giga(flops.total)}; in all {work.flops:.3g} FLOP",
         *_cached_logits(plan),
     ]
+
+
+def _has_experts(plan: Plan) -> bool:
+    models = (plan.teacher, plan.original, plan.student)
+    return any(model.shape.num_moe_experts for model in models if model is not None)
 
 
 def _cached_logits(plan: Plan) -> list[str]:
@@ -278,7 +289,7 @@ def _speed(plan: Plan, gpu: Gpu) -> list[str]:
             for name, share in PUBLISHED_DISTILLATIONS.items()
         )
         sentences.append(f"published distillations on H100s, whose layouts are not known, reached {known}")
-    if plan.teacher.shape.num_moe_experts:
+    if _has_experts(plan):
         sentences.append("mixtures of experts: one published pretraining on H100s took 2.2 times the estimate")
     return [line for text in sentences for line in WRAP.wrap(text)]
 
@@ -331,7 +342,7 @@ def _layouts(plan: Plan) -> list[str]:
     layouts, present = plan.layouts, plan.layout
     lines = []
     if plan.cluster.gpu is not None:
-        experts = ["EP"] if plan.teacher.shape.num_moe_experts else []
+        experts = ["EP"] if _has_experts(plan) else []
         timed = present.seconds is not None
         rows = [["", "TP", "PP", "CP", "DP", *experts, "micro batch", "recompute", "GiB"]]
         rows[0] += ["s a step"] if timed else []

@@ -12,9 +12,17 @@ from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
 from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
 from launch.planning.machine import describe_machine
-from launch.planning.memory import Memory, Models, cached_logits_memory, fullest, prune_memory, training_memory
+from launch.planning.memory import (
+    Memory,
+    Models,
+    cached_logits_memory,
+    distilled_models,
+    fullest,
+    prune_memory,
+    training_memory,
+)
 from launch.planning.time import Seconds, step_seconds
-from prune_distill.config.values import count_ranks
+from prune_distill.config.values import count_ranks, require
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -101,6 +109,7 @@ class Plan:
 
     Attributes:
         automatic: the keys for which values were chosen.
+        original: the model that is pruned, where it is not the teacher.
         student: with a budget, the largest candidate.
         candidates: None without a budget.
         fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
@@ -122,6 +131,7 @@ class Plan:
     ranks: int
     automatic: list[str]
     teacher: Model
+    original: Model | None
     student: Model
     candidates: Candidates | None
     work: Work
@@ -142,7 +152,7 @@ class Plan:
     @property
     def cut(self) -> float:
         """The share of the parameters that pruning removes."""
-        return 1 - self.student.parameters / self.teacher.parameters
+        return 1 - self.student.parameters / (self.original or self.teacher).parameters
 
     @property
     def peak(self) -> int:
@@ -190,28 +200,30 @@ class Plan:
 
 def make_plan(cfg: RunConfig) -> Plan:
     """The plan of a run whose config was checked."""
-    teacher, family, ranks, gpu = cfg.model.shape, cfg.model.family, count_ranks(cfg), cfg.cluster.gpu
-    assert teacher is not None  # prune_distill.config.load refuses a config without
+    original, teacher = require(cfg.model.shape), require(cfg.teacher_shape)
+    family, ranks, gpu = cfg.model.family, count_ranks(cfg), cfg.cluster.gpu
     student, task = student_shape(cfg), distillation(cfg)
     limit = gpu.memory_gib * GIB if gpu else math.inf
     layouts = fitting(task, limit) if gpu else []
     memory = stage_memory(cfg)
     full = {stage for stage, stage_memory in memory.items() if fullest(stage_memory).total > limit}
     steps, tokens = cfg.distill.max_steps, training_tokens(cfg.distill)
-    flops = training_flops(cfg.distill, cfg.distill.loss, family, student, task.models.teacher)
-    disk = estimate_disk(cfg, teacher)
+    shapes = student, task.models.teacher, cfg.teacher_family
+    flops = training_flops(cfg.distill, cfg.distill.loss, family, *shapes)
+    disk = estimate_disk(cfg)
     return Plan(
         experiment=cfg.name,
         cluster=cfg.cluster,
         ranks=ranks,
         automatic=cfg.automatic,
-        teacher=_model(teacher, family),
+        teacher=_model(teacher, cfg.teacher_family),
+        original=_model(original, family) if cfg.has_own_teacher else None,
         student=_model(student, family),
         candidates=_candidates(cfg),
         work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
         fp8=_fp8(cfg.distill),
         signal=_cached_logits(cfg, teacher, flops.total, disk),
-        stages=estimate_hours(cfg, teacher),
+        stages=estimate_hours(cfg),
         memory=memory,
         layout=task.layout(),
         loss_chunk=_loss_chunk(cfg),
@@ -227,10 +239,9 @@ def make_plan(cfg: RunConfig) -> Plan:
 
 def distillation(cfg: RunConfig) -> Task:
     """The last distillation of a run as a training that needs a layout; with a budget, of the largest candidate."""
-    assert cfg.model.shape is not None
     # Only the speed of bf16 is stated.
     machine = describe_machine(cfg.cluster) if cfg.distill.precision is Precision.bf16 else None
-    return Task(cfg, DISTILL, _models(cfg, cfg.model.shape), count_ranks(cfg), machine)
+    return Task(cfg, DISTILL, distilled_models(cfg), count_ranks(cfg), machine)
 
 
 def _loss_chunk(cfg: RunConfig) -> int | None:
@@ -261,28 +272,23 @@ def _step(task: Task) -> Seconds | None:
     return step_seconds(training, task.loss, task.models, task.machine, task.ranks)
 
 
-def _models(cfg: RunConfig, teacher: Shape) -> Models:
-    return Models(cfg.model.family, student_shape(cfg), teacher if cfg.distill.runs_teacher else None)
-
-
 def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
     """The memory of a rank by stage: of the last distillation and of pruning; of the distillations of earlier rounds,
     whose students are larger; of on-policy rounds; of the stages that run the teacher alone."""
-    teacher, family, ranks = cfg.model.shape, cfg.model.family, count_ranks(cfg)
-    assert teacher is not None
+    original, teacher, ranks = require(cfg.model.shape), require(cfg.teacher_shape), count_ranks(cfg)
     memory = {
-        "distill": training_memory(cfg.distill, cfg.distill.loss, _models(cfg, teacher), ranks),
-        "prune": [prune_memory(cfg.prune, teacher, family, teacher_weight_bytes(cfg))],
+        "distill": training_memory(cfg.distill, cfg.distill.loss, distilled_models(cfg), ranks),
+        "prune": [prune_memory(cfg.prune, original, cfg.model.family, teacher_weight_bytes(cfg))],
     }
     for stage in select_stages(cfg):
         if stage.module == "recipes.distill" and (".round" in stage.name or ".on_policy" in stage.name):
             own = stage.configure(cfg)
-            memory[stage.name] = training_memory(own.distill, own.distill.loss, _models(own, teacher), ranks)
+            memory[stage.name] = training_memory(own.distill, own.distill.loss, distilled_models(own), ranks)
     if cfg.distill.teacher_correction is not None:
-        models = Models(family, teacher, None)
+        models = Models(cfg.teacher_family, teacher, None)
         memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
     if cfg.distill.reads_cached_logits:
-        memory["cache_logits"] = [cached_logits_memory(cfg.distill, teacher, family)]
+        memory["cache_logits"] = [cached_logits_memory(cfg.distill, teacher, cfg.teacher_family)]
     return memory
 
 
@@ -305,5 +311,5 @@ def _candidates(cfg: RunConfig) -> Candidates | None:
 def _cached_logits(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Disk) -> CachedLogits | None:
     if not cfg.distill.reads_cached_logits:
         return None
-    flops = forward_flops(teacher, cfg.model.family, cfg.distill.seq_length)
+    flops = forward_flops(teacher, cfg.teacher_family, cfg.distill.seq_length)
     return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))

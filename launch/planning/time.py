@@ -274,7 +274,8 @@ def _passes(training: Training, models: Models, machine: Machine) -> tuple[Pass,
     if models.teacher is None:
         return student, None
     teacher_fp8 = isinstance(training, DistillConfig) and training.teacher_fp8
-    return student, dataclasses.replace(student, shape=models.teacher, fp8=teacher_fp8)
+    teacher = dataclasses.replace(student, shape=models.teacher, family=models.teacher_family, fp8=teacher_fp8)
+    return student, teacher
 
 
 def _stage_forward(training: Training, loss: Loss, student: Pass, teacher: Pass | None, stage: int) -> Seconds:

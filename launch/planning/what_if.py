@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.planning.hours import estimate_hours
-from launch.planning.memory import Models, fullest, training_memory
+from launch.planning.memory import distilled_models, fullest, training_memory
 from prune_distill.config.validate import validate
 from prune_distill.config.values import count_ranks, replace_values
 from prune_distill.model.student import student_shape
@@ -101,15 +101,12 @@ def _fits(cfg: RunConfig) -> bool | None:
     """Whether the distillation fits the GPU."""
     if cfg.cluster.gpu is None:
         return None
-    teacher = cfg.model.shape if cfg.distill.runs_teacher else None
-    models = Models(cfg.model.family, student_shape(cfg), teacher)
-    memory = training_memory(cfg.distill, cfg.distill.loss, models, count_ranks(cfg))
+    memory = training_memory(cfg.distill, cfg.distill.loss, distilled_models(cfg), count_ranks(cfg))
     return fullest(memory).total <= cfg.cluster.gpu.memory_gib * GIB
 
 
 def _cell(cfg: RunConfig, tokens: float) -> Cell:
-    assert cfg.model.shape is not None
-    stages = estimate_hours(cfg, cfg.model.shape)
+    stages = estimate_hours(cfg)
     hours = sum(stage.hours or 0.0 for stage in stages)
     costs = [stage.cost for stage in stages if stage.cost is not None]
     return Cell(tokens, hours, sum(stage.gpu_hours or 0.0 for stage in stages), sum(costs) if costs else None)

@@ -27,11 +27,11 @@ def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
 
     Each folder occurs once, and so does each folder that their links lead to.
     """
-    path = cfg.model.hf_path
-    if path is not None and not may_be_hub_id(path):
-        yield "model.hf_path", absolute(path)
-        targets = {os.path.dirname(target): target for target in sorted(_link_targets(absolute(path)), reverse=True)}
-        yield from (("model.hf_path", target) for target in targets.values())
+    for key, path in _models(cfg).items():
+        if not may_be_hub_id(path):
+            yield key, absolute(path)
+            found = sorted(_link_targets(absolute(path)), reverse=True)
+            yield from ((key, target) for target in {os.path.dirname(target): target for target in found}.values())
     patterns = {f"data.{key}": getattr(cfg.data, key) or [] for key in ("train", "validation")}
     patterns |= {f"data.sources.{name}.files": source.files for name, source in (cfg.data.sources or {}).items()}
     if cfg.distill.on_policy is not None:
@@ -47,14 +47,19 @@ def input_files(cfg: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def hub_folders(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the folders of the Hub's caches in which jobs look for the model, with the variables that name them."""
-    path = cfg.model.hf_path
-    if path is None or not may_be_hub_id(path) or os.path.exists(path):
+    """Yield the folders of the Hub's caches in which jobs look for models, with the variables that name them."""
+    if not any(may_be_hub_id(path) and not os.path.exists(path) for path in _models(cfg).values()):
         return
     for name in HUB_FOLDERS:
         folder = absolute(os.environ.get(name) or os.devnull)
         if os.path.isdir(folder):
             yield name, os.path.join(folder, "")
+
+
+def _models(cfg: RunConfig) -> dict[str, str]:
+    """Return the folders or Hub ids of a run's models, by key."""
+    paths = {"model.hf_path": cfg.model.hf_path, "teacher.hf_path": cfg.teacher.hf_path}
+    return {key: path for key, path in paths.items() if path is not None}
 
 
 def _link_targets(path: str) -> Iterator[str]:

@@ -21,6 +21,9 @@ from prune_distill.schema import RunConfig
 from prune_distill.schema.fields import AUTO
 from prune_distill.schema.run import AUTOMATIC
 
+# The groups that name a model.
+MODELS = ("model", "teacher")
+
 Choose = Callable[[RunConfig, Collection[str]], RunConfig]
 
 
@@ -142,17 +145,19 @@ def _typed(
     require_site: bool = True,
 ) -> RunConfig:
     """The config that a plain tree describes; `faults` were found before."""
-    faults = faults + _fill_in_family(tree)
+    faults = faults + [fault for group in MODELS for fault in _fill_in_family(tree, group)]
     automatic = remove_automatic(tree) if choose is not None else []
     reader = Reader(RunConfig, refuse_credentials, require_site)
     cfg = reader.group(RunConfig, tree)
     faults += reader.faults
     unreadable = set(reader.unreadable)
-    if not any(key == "model" or key.startswith("model.") for key in unreadable):
-        cfg.model.shape, shape_faults = read_shape(cfg.model)
-        faults += _config_json_faults(shape_faults)
-        if cfg.model.shape is None and cfg.model.hf_path is not None:
-            unreadable.add("model.shape")
+    for group in MODELS:
+        model = getattr(cfg, group)
+        if not any(key == group or key.startswith(f"{group}.") for key in unreadable):
+            model.shape, shape_faults = read_shape(model, group)
+            faults += _config_json_faults(shape_faults, group)
+        if model.shape is None and model.hf_path is not None:
+            unreadable.add(f"{group}.shape")
     # Rules of what is still to be chosen are skipped.
     faults += validate(cfg, {*unreadable, *automatic})
     if automatic and choose is not None and not faults:
@@ -182,19 +187,19 @@ def remove_automatic(tree: Any) -> list[str]:
     return found
 
 
-def _config_json_faults(messages: list[str]) -> list[Fault]:
-    return [Fault("model.config_json", ("model.hf_path",), message) for message in messages]
+def _config_json_faults(messages: list[str], group: str) -> list[Fault]:
+    return [Fault(f"{group}.config_json", (f"{group}.hf_path",), message) for message in messages]
 
 
-def _fill_in_family(tree: Any) -> list[Fault]:
+def _fill_in_family(tree: Any, group: str) -> list[Fault]:
     """Set a family that is missing to what the model's `config.json` says; the faults where it cannot be read."""
-    model = tree.get("model")
+    model = tree.get(group)
     if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
         return []
     if not isinstance(model.get("hf_path"), str):
         return []
     # A missing path is a fault of its own.
     missing = model["hf_path"] == MISSING
-    family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"))
+    family, faults = (None, []) if missing else read_family(model["hf_path"], model.get("revision"), group)
     model["family"] = UNRESOLVED if family is None else family
-    return _config_json_faults(faults)
+    return _config_json_faults(faults, group)

@@ -93,12 +93,13 @@ def utilization_meter(cfg: RunConfig) -> Meter | None:
     With a budget they are those of the largest candidate. None where the GPU or the model is not known, or the training
     is not in bf16.
     """
-    gpu, teacher = cfg.cluster.gpu, cfg.model.shape
-    if gpu is None or teacher is None or cfg.distill.precision is not Precision.bf16:
+    gpu, teacher = cfg.cluster.gpu, cfg.teacher_shape
+    if gpu is None or teacher is None or cfg.model.shape is None or cfg.distill.precision is not Precision.bf16:
         return None
     peak = gpu.bf16_tflops * 1e12 * count_ranks(cfg)
     running_teacher = teacher if cfg.distill.runs_teacher else None
-    return Meter(cfg.distill.loss, cfg.model.family, student_shape(cfg), running_teacher, peak)
+    models = cfg.model.family, student_shape(cfg), running_teacher
+    return Meter(cfg.distill.loss, *models, peak, cfg.teacher_family)
 
 
 def halving_rounds(cfg: RunConfig) -> list[tuple[int, int]]:

@@ -11,10 +11,10 @@ import numpy as np
 
 from prune_distill.data.chat import ChatTemplate, Span
 from prune_distill.data.encoder import byte_alphabet, token_bytes
-from prune_distill.data.hf_tokenizer import ids_by_token
 from prune_distill.data.readers import Lines, Source, parse
 from prune_distill.data.tokenizer import TokenizerSpec, transformers_tokenizer
 from prune_distill.errors import InputError
+from prune_distill.model.hf_tokenizer import ids_by_token
 from prune_distill.schema import DocumentFormat, Learn
 
 # Cluster of a document without one.

@@ -16,8 +16,8 @@ import fastokens
 import numpy as np
 import tokenizers
 
-from prune_distill.data.hf_tokenizer import ids_by_token
 from prune_distill.data.tokenizer import TokenizerSpec, transformers_tokenizer
+from prune_distill.model.hf_tokenizer import ids_by_token
 
 # One in this many code points from U+3000 on is tried. All of them take 14 s and showed no difference.
 STRIDE = 61

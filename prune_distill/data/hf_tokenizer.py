@@ -74,14 +74,3 @@ def options_for_transformers_4(folder: Path) -> dict[str, Any]:
     if isinstance(named, dict):
         options["extra_special_tokens"] = {**(extra if isinstance(extra, dict) else {}), **named}
     return options
-
-
-def ids_by_token(tokenizer: dict[str, Any]) -> dict[str, int]:
-    """Return the vocabulary of a parsed `tokenizer.json`, without added tokens.
-
-    Unigram models list `[token, score]` pairs in the order of their ids; all others map tokens to ids.
-    """
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        return vocabulary
-    return {token: number for number, (token, _) in enumerate(vocabulary)}

@@ -68,7 +68,7 @@ class Description:
     Attributes:
         top_k: number of tokens per distribution.
         temperature: divisor of the teacher's logits.
-        vocab_size: size of the teacher's vocabulary.
+        vocab_size: number of ids that the distributions are about, the first of the teacher's vocabulary.
         seq_length: tokens per sequence.
         sequences: number of sequences, in the order in which training reads them.
         packing: digest of a sample of the sequences; see `packing_digest`.

@@ -34,16 +34,17 @@ from nemo.collections.llm.modelopt.distill.model import DistillationGPTModel
 from nemo.collections.llm.modelopt.distill.utils import adjust_distillation_model_for_mcore, teacher_provider
 from torch import Tensor
 
-from prune_distill.data.tokenizer_check import check_tokenizers
 from prune_distill.distillation import cached_logits_batch
 from prune_distill.distillation.fake_quantizers import FakeQuantization
-from prune_distill.distillation.kd_loss import check_implementation, distillation_loss
+from prune_distill.distillation.kd_loss import check_implementation, check_vocabularies, distillation_loss
 from prune_distill.distillation.loss_chunk import Head
 from prune_distill.distillation.loss_terms import TopK
+from prune_distill.model.tokenizer_check import check_tokenizers
 from prune_distill.nemo import backend, devices, nemo_api
 from prune_distill.nemo.nemo_api import core_model
 from prune_distill.nemo.precision import match_precision
 from prune_distill.nemo.token_loss import TokenLoss, masked_sum
+from prune_distill.pipeline.names import CONTEXT, TOKENIZER
 from prune_distill.schema import DistillConfig, Divergence, HiddenLoss, KdConfig, LossImplementation, QuantizeConfig
 
 log = logging.getLogger("recipes.distillation")
@@ -63,19 +64,29 @@ class FusedHead:
     Attributes:
         batch: the current micro batch, with the loss mask and cached logits. It is set before each forward pass,
             because NeMo passes neither to Megatron's model (nemo/collections/llm/gpt/model/base.py:128).
+        teacher_rows: the teacher's output weight for this rank's slice of the student's vocabulary, where the two
+            vocabularies differ in size. Built once; None: to be built from the teacher's weights.
     """
 
-    def __init__(self, student: Any, teacher: Any | None, config: KdConfig) -> None:
+    def __init__(self, student: Any, teacher: Any | None, config: KdConfig, shared: int | None = None) -> None:
+        """`shared`: the number of ids of cached logits, the first of the student's; a teacher has its own."""
         self.student, self.config = student, config
         self.batch: dict[str, Any] = {}
         self.teacher_head: Head | None = None
+        self.teacher_rows: Tensor | None = None
+        self.shared = shared if teacher is None else teacher.vocab_size
         if student.post_process:
             _replace_output(student, self._student_losses)
         if teacher is not None and teacher.post_process:
             _replace_output(teacher, self._store_teacher_head)
 
     def _store_teacher_head(self, labels: Tensor, head: Head) -> Tensor:
-        self.teacher_head = head
+        weight = head.weight
+        if self.shared != self.student.vocab_size:
+            if self.teacher_rows is None:
+                self.teacher_rows = slice_rows(weight, self.student.vocab_size)
+            weight = self.teacher_rows
+        self.teacher_head = Head(head.hidden, weight)
         return head.hidden
 
     def _student_losses(self, labels: Tensor, head: Head) -> Any:
@@ -86,7 +97,7 @@ class FusedHead:
             _, losses = distillation_loss(head, None, tokens, torch.ones_like(tokens), _data_loss(self.config), group)
             return _batch_order(losses.lm, batch_size)
         mask = _token_order(self.batch["loss_mask"])
-        total, losses = distillation_loss(head, self._pop_teacher(), tokens, mask, self.config, group)
+        total, losses = distillation_loss(head, self._pop_teacher(), tokens, mask, self.config, group, self.shared)
         return total, _batch_order(losses.kd, batch_size), _batch_order(losses.lm, batch_size)
 
     def _pop_teacher(self) -> Head | TopK | None:
@@ -95,6 +106,29 @@ class FusedHead:
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
         teacher, self.teacher_head = self.teacher_head, None
         return teacher
+
+
+def slice_rows(weight: Tensor, vocabulary: int) -> Tensor:
+    """Return this rank's rows of an output weight for a vocabulary of another size; zeros where it has no rows.
+
+    Both vocabularies have an equal slice on each tensor-parallel rank, so the same id may be on different ranks.
+
+    Args:
+        weight: `[v / ranks, h]`, this rank's slice of the weight.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    size, given = vocabulary // ranks, weight.shape[0]
+    if ranks == 1 and given >= size:
+        return weight.detach()[:size]
+    rows = weight.new_zeros(size, weight.shape[1])
+    for owner in range(ranks):
+        part = weight.detach().clone() if owner == rank else torch.empty_like(weight)
+        torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, owner), group)
+        first, last = max(owner * given, rank * size), min((owner + 1) * given, (rank + 1) * size)
+        if first < last:
+            rows[first - rank * size : last - rank * size] = part[first - owner * given : last - owner * given]
+    return rows
 
 
 def _data_loss(kd: KdConfig) -> KdConfig:
@@ -210,12 +244,14 @@ class _FixedLossModel(llm.GPTModel):
 
     Attributes:
         kd: set after construction, because NeMo records the constructor's arguments in the checkpoint's context.
+        shared_ids: the number of ids that cached logits are about; None: all. Set like `kd`.
         fake_quantization: of the student's linear layers; None: it computes with its weights as they are. Set like
             `kd`.
         head: None if output layer and loss are upstream's.
     """
 
     kd: KdConfig
+    shared_ids: int | None = None
     fake_quantization: FakeQuantization | None = None
     head: FusedHead | None = None
 
@@ -285,7 +321,7 @@ class StudentModel(_FixedLossModel):
         super().configure_model()
         if self.fake_quantization is not None:
             self.fake_quantization.insert(core_model(self))
-        self.head = FusedHead(core_model(self), None, self.kd)
+        self.head = FusedHead(core_model(self), None, self.kd, self.shared_ids)
 
     def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
         return cached_logits_batch.data_step(dataloader_iter)
@@ -329,7 +365,11 @@ def _layer_name(number: int, config: Any) -> str:
 
 
 def student_to_train(
-    distill: DistillConfig, checkpoint: Path, teacher: Path | None, quantize: QuantizeConfig | None = None
+    distill: DistillConfig,
+    checkpoint: Path,
+    teacher: Path | None,
+    quantize: QuantizeConfig | None = None,
+    shared_ids: int | None = None,
 ) -> llm.GPTModel:
     """Build the model that trains a student: with its teacher, or alone on the data or on cached logits.
 
@@ -337,10 +377,11 @@ def student_to_train(
         checkpoint: the student's NeMo checkpoint.
         teacher: the teacher's NeMo checkpoint; None: the student is trained alone.
         quantize: groups and kept layers of the format `distill.quantize`.
+        shared_ids: the number of ids that cached logits are about; None: those of the student, or no cached logits.
 
     Raises:
-        InputError: not a NeMo checkpoint; tokenizers or vocabularies differ; this device cannot compute the
-            loss.
+        InputError: not a NeMo checkpoint; the tokenizers differ; the implementation of the loss does not support
+            vocabularies of different size; this device cannot compute the loss.
     """
     check_implementation(distill.kd, devices.torch_device())
     student = nemo_api.load_model(checkpoint)
@@ -352,10 +393,11 @@ def student_to_train(
     if teacher is None:
         model: Any = StudentModel(student.config, tokenizer=student.tokenizer)
         model.kd = distill.kd if distill.reads_cached_logits else _data_loss(distill.kd)
+        model.shared_ids = shared_ids
     else:
-        check_tokenizers(checkpoint, teacher)
+        check_tokenizers(checkpoint / CONTEXT / TOKENIZER, teacher / CONTEXT / TOKENIZER)
         config = nemo_api.load_model(teacher).config
-        nemo_api.match_vocabularies(student.config, config)
+        check_vocabularies(distill.kd, student.config.vocab_size, config.vocab_size)
         match_precision(config, distill.precision, distill.fp8_of_teacher)
         model = DistilledModel(student.config, config, teacher_ckpt_path=str(teacher), tokenizer=student.tokenizer)
         model.kd = distill.kd
@@ -386,4 +428,6 @@ class TeacherSwap(Callback):
         self.done = True
         teacher = nemo_api.core_model(pl_module).teacher_model
         nemo_api.load_parameters(teacher, self.checkpoint, trainer)
+        if pl_module.head is not None:
+            pl_module.head.teacher_rows = None
         log.info("step %d: teacher weights replaced by %s", trainer.global_step + 1, self.checkpoint)

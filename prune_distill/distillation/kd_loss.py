@@ -51,8 +51,13 @@ def distillation_loss(
     mask: Tensor,
     config: KdConfig,
     group: ProcessGroup | None = None,
+    shared: int | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """Compute the loss summed over tokens, and its parts per token.
+
+    With `shared`, the divergence is that between both distributions renormalized over the shared ids, less the
+    logarithm of the student's probability of all of them. With forward KL, that is the divergence from a teacher which
+    gives the other ids no probability.
 
     Args:
         student: its tensors receive gradients if they require them. With a `group`, the gradient of `hidden` is the
@@ -61,14 +66,16 @@ def distillation_loss(
         labels: `[n]` ids over the whole vocabulary; None where `config.lm_weight` is 0.
         mask: `[n]`, weight of each token in the sum.
         group: the ranks that share the vocabulary, in order of rank; None: this rank has the whole vocabulary.
+        shared: the number of ids that the teacher has, the first of the student's; None: all. Rows of `teacher.weight`
+            beyond do not count.
 
     Returns:
         A float32 scalar, the same on all ranks of the group; and `TokenLosses`, without the mask.
     """
     if not torch.is_grad_enabled():
-        losses, _, _ = _compute(student, teacher, labels, mask, config, group, (False, False))
+        losses, _, _ = _compute(student, teacher, labels, mask, config, group, shared, (False, False))
         return _total(losses, mask, config), losses
-    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, config, group)
+    total, kd, lm = _Fused.apply(student.hidden, student.weight, teacher, labels, mask, config, group, shared)
     return total, TokenLosses(kd, lm)
 
 
@@ -76,10 +83,12 @@ class _Fused(torch.autograd.Function):
     """`_compute` as an autograd function, with the gradients that it returns."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, labels, mask, config, group):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, teacher, labels, mask, config, group, shared):  # type: ignore[no-untyped-def]
         needs_grad = ctx.needs_input_grad[:2]
         student = Head(hidden, weight)
-        losses, ctx.grad_hidden, ctx.grad_weight = _compute(student, teacher, labels, mask, config, group, needs_grad)
+        losses, ctx.grad_hidden, ctx.grad_weight = _compute(
+            student, teacher, labels, mask, config, group, shared, needs_grad
+        )
         ctx.weight = weight
         ctx.mark_non_differentiable(losses.kd, losses.lm)
         return _total(losses, mask, config), losses.kd, losses.lm
@@ -92,7 +101,7 @@ class _Fused(torch.autograd.Function):
             grad_hidden.mul_(gradient)
         if grad_weight is not None:
             grad_weight = _weight_gradient(ctx.weight, grad_weight, gradient)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _weight_gradient(weight: Tensor, grad_weight: Tensor, gradient: Tensor) -> Tensor:
@@ -119,6 +128,7 @@ def _compute(
     mask: Tensor,
     config: KdConfig,
     group: ProcessGroup | None,
+    shared: int | None,
     needs_grad: Sequence[bool],
 ) -> tuple[TokenLosses, Tensor | None, Tensor | None]:
     """Compute the losses of all tokens, and the gradients of their sum: `[n, h]`, and `[v, h]` in float32."""
@@ -127,7 +137,7 @@ def _compute(
     kd, lm = (torch.zeros(tokens, device=hidden.device) for _ in range(2))
     grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
-    chunk = _chunk_type(config)(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group))
+    chunk = _chunk_type(config)(student, teacher, labels, mask, config, Vocabulary(weight.shape[0], group, shared))
     for start in range(0, tokens, config.chunk_tokens):
         rows = slice(start, min(start + config.chunk_tokens, tokens))
         kd[rows], lm[rows], gradient = chunk.compute(rows, any(needs_grad))
@@ -154,6 +164,23 @@ def check_implementation(config: KdConfig, device: str) -> None:
         raise InputError(f"{key}: the package triton is not installed; install it where PyTorch is, or {fix}")
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise InputError(f"{key}: Triton needs a GPU, and this machine has none; {fix}")
+
+
+def check_vocabularies(config: KdConfig, student: int, teacher: int) -> None:
+    """Refuse vocabularies of different size that the implementation cannot compare.
+
+    Raises:
+        InputError: states both sizes.
+    """
+    implementation = config.implementation
+    supported = implementation is LossImplementation.chunked or (
+        implementation is LossImplementation.triton and student <= teacher
+    )
+    if student != teacher and not supported:
+        raise InputError(
+            f"distill.kd.implementation={implementation.value}: cannot compare the student's vocabulary of"
+            f" {student} ids with the teacher's of {teacher}; set distill.kd.implementation=chunked"
+        )
 
 
 def _chunk_type(config: KdConfig) -> type[Chunk]:

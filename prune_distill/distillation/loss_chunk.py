@@ -13,8 +13,10 @@ from torch import Tensor
 from prune_distill.distillation import products
 from prune_distill.distillation.loss_terms import (
     DIVERGENCES,
+    EXCLUDED,
     CrossEntropy,
     LossTerm,
+    MassOutside,
     TopK,
     TopKKL,
     Vocabulary,
@@ -54,6 +56,8 @@ class Chunk:
         config = self.config
         s = self._logits("student", self.student, rows)
         t = self._logits("teacher", self.teacher, rows) if isinstance(self.teacher, Head) else None
+        if t is not None:
+            t[:, self.vocabulary.shared :] = -torch.inf
         models = [s] if t is None else [s, t]
         for logits, maximum in zip(models, self.vocabulary.maximum([x.amax(-1) for x in models]), strict=True):
             logits.sub_(maximum[:, None])
@@ -65,13 +69,18 @@ class Chunk:
             terms["lm"] = CrossEntropy(s, self.labels[rows], self.vocabulary, exponentials)
             partial_sums += terms["lm"].partial_sums()
         if config.kd_weight:
+            s.div_(config.temperature)
+            if not self.vocabulary.is_whole:
+                terms["outside"] = MassOutside(s, self._buffer("outside", rows), self.vocabulary)
+                partial_sums += terms["outside"].partial_sums()
             terms["kd"] = self._divergence(s, t, rows)
             partial_sums += terms["kd"].partial_sums()
-        # One all-reduce for both terms.
+        # One all-reduce for all terms.
         sums = self.vocabulary.sum(partial_sums)
         losses: dict[str, Tensor] = {}
         gradients: list[Tensor] = []
-        factors = {"lm": config.lm_weight, "kd": config.kd_weight * config.temperature}
+        kd_factor = config.kd_weight * config.temperature
+        factors = {"lm": config.lm_weight, "outside": kd_factor, "kd": kd_factor}
         for name, term in terms.items():
             losses[name], gradient = term.finish(sums[: term.SUMS])
             sums = sums[term.SUMS :]
@@ -80,16 +89,17 @@ class Chunk:
         total = gradients[0] if gradients else None
         for other in gradients[1:]:
             gradients[0].add_(other)
-        return losses.get("kd", 0.0), losses.get("lm", 0.0), total
+        return losses.get("kd", 0.0) + losses.get("outside", 0.0), losses.get("lm", 0.0), total
 
     def _divergence(self, s: Tensor, t: Tensor | None, rows: slice) -> LossTerm:
-        """Build the divergence term from both models' logits, less their maxima. The term overwrites them."""
+        """Build the divergence term from both models' logits, less their maxima, of which the student's are divided by
+        the temperature. The term overwrites them."""
         config = self.config
-        s.div_(config.temperature)
         if t is None:
             assert isinstance(self.teacher, TopK)
             return TopKKL(s, self.teacher[rows], self.vocabulary)
         t.div_(config.temperature)
+        t[:, self.vocabulary.shared :] = EXCLUDED
         if config.top_k is not None:
             return TopKKL(s, select_top_k(t, config.top_k, self.vocabulary), self.vocabulary)
         return DIVERGENCES[config.divergence](s, t, self._buffer("difference", rows), self.vocabulary)

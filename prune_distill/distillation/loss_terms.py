@@ -16,6 +16,10 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from prune_distill.schema import Divergence
 
+# In place of a logit whose token does not count: its exponential is 0 in float32, and the difference of two such logits
+# is a number.
+EXCLUDED = -1e4
+
 
 @dataclass(frozen=True)
 class TopK:
@@ -39,12 +43,19 @@ class Vocabulary:
     """The slice of the vocabulary whose logits this rank computes.
 
     The ranks of a group have slices of equal size, in order of rank.
+
+    Attributes:
+        shared: how many ids of this slice, from the first one on, the other model has too.
+        is_whole: whether the other model has all ids, of all slices.
     """
 
-    def __init__(self, size: int, group: ProcessGroup | None = None) -> None:
+    def __init__(self, size: int, group: ProcessGroup | None = None, shared: int | None = None) -> None:
+        """`shared`: the number of ids that both models have, the first of the whole vocabulary; None: all."""
         self.size, self.group = size, group
         self.ranks = 1 if group is None else torch.distributed.get_world_size(group)
         self.first = 0 if group is None else size * torch.distributed.get_rank(group)
+        self.is_whole = shared is None or shared >= size * self.ranks
+        self.shared = size if shared is None else min(max(shared - self.first, 0), size)
 
     def maximum(self, rows: Sequence[Tensor]) -> Tensor:
         """All-reduce the maximum of each row `[c]` in one call; returns `[rows, c]`."""
@@ -190,6 +201,44 @@ class JensenShannon(DivergenceTerm):
         # m is the mean of the normalized distributions, so its logarithm needs a second all-reduce.
         kl_p, kl_q = self.vocabulary.sum([kl_p, torch.linalg.vecdot(q, log_q)])
         return (kl_p + kl_q) / 2, log_q.sub_(kl_q[:, None]).mul_(q).div_(2)
+
+
+class MassOutside(LossTerm):
+    """-log Q, where Q is the student's probability of the ids that the teacher has too.
+
+    Its gradient, in `spare`, is (1 - Q) x the student's distribution over the other ids, less (1 - Q) x that over the
+    shared ids. `s` is prepared for a divergence over the shared ids alone: less their maximum, `EXCLUDED` elsewhere.
+    """
+
+    SUMS = 2
+
+    def __init__(self, s: Tensor, spare: Tensor, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.inside, self.outside = spare[:, : vocabulary.shared], spare[:, vocabulary.shared :]
+        self.spare = spare.copy_(s)
+        # Maxima of their own: the exponentials of either part could all be 0 beside the other's.
+        maximum, other_maximum = vocabulary.maximum([_row_maximum(part) for part in (self.inside, self.outside)])
+        self.inside.sub_(maximum[:, None])
+        self.outside.sub_(other_maximum[:, None])
+        self.log_ratio = other_maximum - maximum
+        s.copy_(spare)
+        s[:, vocabulary.shared :] = EXCLUDED
+
+    def partial_sums(self) -> list[Tensor]:
+        self.spare.exp_()
+        return [self.inside.sum(-1), self.outside.sum(-1)]
+
+    def finish(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        inside_sum, outside_sum = sums
+        log_ratio = self.log_ratio + (outside_sum / inside_sum).log()  # of (1 - Q) / Q
+        mass = log_ratio.sigmoid()
+        self.inside.mul_((-mass / inside_sum)[:, None])
+        self.outside.mul_((mass / outside_sum)[:, None])
+        return torch.nn.functional.softplus(log_ratio), self.spare
+
+
+def _row_maximum(values: Tensor) -> Tensor:
+    return values.amax(-1) if values.shape[-1] else values.new_full(values.shape[:-1], -torch.inf)
 
 
 @dataclass

@@ -24,6 +24,7 @@ def compute_top_k(
     temperature: float,
     receive: Callable[[TopK], None],
     boundaries: Sequence[torch.Tensor] | None = None,
+    shared: int | None = None,
 ) -> None:
     """Run a model over sequences. All ranks of a replica pass the same sequences.
 
@@ -33,10 +34,11 @@ def compute_top_k(
         receive: called on the last pipeline stage for each sequence in order, with the most probable tokens of
             `softmax(logits / temperature)` at each position, `[s, top_k]`; on every tensor-parallel rank.
         boundaries: as of `run_forward`, for `micro_batch_size` 1.
+        shared: the number of ids that the student has too, to which the distributions are limited; None: all.
     """
     batches = list(_micro_batches(sequences, micro_batch_size))
     size = model.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
-    vocabulary = Vocabulary(size, parallel_state.get_tensor_model_parallel_group())
+    vocabulary = Vocabulary(size, parallel_state.get_tensor_model_parallel_group(), shared)
     done = 0
 
     def collect(logits: torch.Tensor) -> None:
@@ -61,6 +63,7 @@ def _sequence_top_k(logits: torch.Tensor, top_k: int, temperature: float, vocabu
     parts = []
     for chunk in logits.split(CHUNK_TOKENS):
         scaled = chunk.float() / temperature
+        scaled[:, vocabulary.shared :] = -torch.inf
         scaled -= vocabulary.maximum([scaled.amax(-1)])[0][:, None]
         parts.append(select_top_k(scaled, top_k, vocabulary))
     return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "log_probs", "tail")))

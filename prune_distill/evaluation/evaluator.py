@@ -17,7 +17,7 @@ from prune_distill.evaluation.continuations import write_task
 from prune_distill.evaluation.engine import score_folder
 from prune_distill.evaluation.generation import Prompts, build_samples, generate_continuations
 from prune_distill.evaluation.harness import Harness, versions
-from prune_distill.evaluation.heldout import Logits, comparable, measure_heldout, measure_served
+from prune_distill.evaluation.heldout import Logits, measure_heldout, measure_served
 from prune_distill.evaluation.results import ModelEntry, SampleTexts, TaskScores
 from prune_distill.evaluation.store import Store
 from prune_distill.nemo import hf_models, ranks
@@ -42,10 +42,21 @@ class Evaluator:
         teacher: Hugging Face folder of the teacher.
         out: folder for the measurements and for the task from held-out documents.
         task_folder: the user's task definitions and data.
+        original: Hugging Face folder of the model that is pruned, whose tokenizer all models get; None: the teacher.
+            Both have the same ids, but may differ in the tokens that they add to a text.
     """
 
-    def __init__(self, cfg: RunConfig, data: DataFolder, teacher: Path, out: Path, task_folder: Path | None) -> None:
+    def __init__(
+        self,
+        cfg: RunConfig,
+        data: DataFolder,
+        teacher: Path,
+        out: Path,
+        task_folder: Path | None,
+        original: Path | None = None,
+    ) -> None:
         self.cfg, self.data, self.teacher_folder = cfg, data, teacher
+        self.tokenizer_folder = teacher if original is None else original
         self.own = None if cfg.evaluate.continuations is None else (out / "tasks").resolve()
         folder = None if task_folder is None else Path(task_folder).resolve()
         self.harness = Harness(cfg.evaluate, self.own, OWN_TASK, folder)
@@ -118,7 +129,7 @@ class Evaluator:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.teacher_folder)
+        return load_tokenizer(self.tokenizer_folder)
 
     @cached_property
     def teacher(self) -> Any:
@@ -159,21 +170,12 @@ class Evaluator:
         # Before the teacher takes memory.
         served, engine = score_folder(folder, self.data, self.cfg)
         config = reader.read_config(folder)
-        result = measure_served(served, self._teacher_of(name, config), self.data, self.cfg.evaluate)
+        result = measure_served(served, self._teacher_logits, config.vocab_size, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token with %s", name, result["val_loss"], engine)
         return {**hf_models.describe(config, reader.count_parameters(config)), **result, "engine": engine}
 
-    def _teacher_of(self, name: str, config: Any) -> Logits | None:
-        """Return the teacher's logits to compare a model with; None if it is the teacher, or has another vocabulary."""
-        if name == TEACHER:
-            return None
-        if comparable(config, self.teacher.config):
-            return self._teacher_logits
-        log.warning("%s has another vocabulary than the teacher and is not compared with it", name)
-        return None
-
     def _held_out(self, name: str, model: Any) -> ModelEntry:
-        teacher = self._teacher_of(name, model.config)
+        teacher = None if name == TEACHER else self._teacher_logits
         logits = self._teacher_logits if name == TEACHER else Logits(model)
         result = measure_heldout(logits, teacher, self.data, self.cfg.evaluate)
         log.info("%s: held-out loss %.4f nats per token", name, result["val_loss"])

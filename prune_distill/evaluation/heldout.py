@@ -87,20 +87,22 @@ def measure_heldout(model: Logits, teacher: Logits | None, data: DataFolder, cfg
     return _measure(score, data, cfg, () if teacher is None else ("top1", "kl"))
 
 
-def measure_served(served: Served, teacher: Logits | None, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
-    """Compute what `measure_heldout` does from an engine's results, which do not determine the KL divergence."""
+def measure_served(served: Served, teacher: Logits, vocab_size: int, data: DataFolder, cfg: EvaluateConfig) -> HeldOut:
+    """Compute what `measure_heldout` does from an engine's results, which do not determine the KL divergence.
+
+    `vocab_size`: of the served model.
+    """
     parts = zip(served.log_probs.split(cfg.micro_batch_size), served.top.split(cfg.micro_batch_size), strict=True)
 
     def score(number: int, ids: torch.Tensor) -> torch.Tensor:
         log_probs, top = (part.flatten() for part in next(parts))
         values = torch.zeros(len(top), 4, dtype=torch.float64)
         values[:, 0], values[:, 1] = -log_probs.double(), 1
-        if teacher is not None:
-            logits = teacher.compute(number, ids.to(teacher.model.device))
-            values[:, 2] = (logits.argmax(-1).cpu() == top).double()
+        logits = teacher.compute(number, ids.to(teacher.model.device))
+        values[:, 2] = (logits[:, :vocab_size].argmax(-1).cpu() == top).double()
         return values
 
-    return _measure(score, data, cfg, () if teacher is None else ("top1",))
+    return _measure(score, data, cfg, ("top1",))
 
 
 def heldout_sequences(data: DataFolder, cfg: EvaluateConfig) -> torch.Tensor:
@@ -137,13 +139,13 @@ def _measure(score: Score, data: DataFolder, cfg: EvaluateConfig, compared: Sequ
     return _summary(ranks.all_reduce(sums), names, data, compared)
 
 
-def comparable(config: Any, teacher: Any) -> bool:
-    """Return whether two models have the same vocabulary size, by their transformers configs."""
-    return bool(config.vocab_size == teacher.vocab_size)
-
-
 def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """Return `[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model)."""
+    """Return `[b * s, 4]` fp64: cross-entropy, 1, same most probable token, KL(teacher || model).
+
+    If the vocabularies differ in size, the teacher is renormalized over the ids that both have, so that it gives the
+    model's other ids no probability, as in the loss of the distillation.
+    """
+    shared = logits.shape[-1] if teacher_logits is None else min(logits.shape[-1], teacher_logits.shape[-1])
     values = torch.zeros(len(targets), 4, dtype=torch.float64, device=logits.device)
     values[:, 1] = 1
     chunk = max(1, CHUNK_LOGITS // logits.shape[-1])
@@ -152,10 +154,10 @@ def _score_tokens(logits: torch.Tensor, teacher_logits: torch.Tensor | None, tar
         log_probs = torch.log_softmax(logits[part].float(), -1)
         values[part, 0] = -log_probs.gather(-1, targets[part, None]).squeeze(-1).double()
         if teacher_logits is not None:
-            teacher = torch.log_softmax(teacher_logits[part].float(), -1)
+            teacher = torch.log_softmax(teacher_logits[part, :shared].float(), -1)
             values[part, 2] = (teacher.argmax(-1) == log_probs.argmax(-1)).double()
             values[part, 3] = torch.nn.functional.kl_div(
-                log_probs, teacher, reduction="none", log_target=True
+                log_probs[:, :shared], teacher, reduction="none", log_target=True
             ).sum(-1).double()  # fmt: skip
     return values
 

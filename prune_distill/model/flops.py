@@ -30,17 +30,34 @@ class TokenFlops:
         return self.student + self.teacher + self.recompute
 
 
-def training_flops(training: Training, loss: Loss, family: Family, student: Shape, teacher: Shape | None) -> TokenFlops:
-    """Return FLOPs per token of a training; without the teacher if `loss` is cross-entropy or it does not run."""
+def training_flops(
+    training: Training,
+    loss: Loss,
+    family: Family,
+    student: Shape,
+    teacher: Shape | None,
+    teacher_family: Family | None = None,
+) -> TokenFlops:
+    """Return FLOPs per token of a training; without the teacher if `loss` is cross-entropy or it does not run.
+
+    Args:
+        teacher_family: the teacher's; None: the student's.
+    """
     phases = training_phases(training)
     total = sum(phase.steps * phase.tokens_a_step for phase in phases)
     # For several sequence lengths, the mean over tokens.
     length = sum(phase.steps * phase.tokens_a_step * phase.seq_length for phase in phases) // max(total, 1)
-    return sequence_flops(length, training.recompute, loss, family, student, teacher)
+    return sequence_flops(length, training.recompute, loss, family, student, teacher, teacher_family)
 
 
 def sequence_flops(
-    seq_length: int, recompute: Recompute, loss: Loss, family: Family, student: Shape, teacher: Shape | None
+    seq_length: int,
+    recompute: Recompute,
+    loss: Loss,
+    family: Family,
+    student: Shape,
+    teacher: Shape | None,
+    teacher_family: Family | None = None,
 ) -> TokenFlops:
     """Return FLOPs per token of training on sequences of `seq_length` tokens."""
     again = {
@@ -50,7 +67,7 @@ def sequence_flops(
     }
     return TokenFlops(
         student=FORWARD_AND_BACKWARD * forward_flops(student, family, seq_length),
-        teacher=forward_flops(teacher, family, seq_length) if teacher and loss is Loss.kd else 0,
+        teacher=forward_flops(teacher, teacher_family or family, seq_length) if teacher and loss is Loss.kd else 0,
         recompute=again[recompute],
     )
 
@@ -70,6 +87,7 @@ class Meter:
 
     Attributes:
         peak: peak FLOP/s of all ranks together, in the training's precision.
+        teacher_family: the teacher's; None: the student's.
     """
 
     loss: Loss
@@ -77,8 +95,10 @@ class Meter:
     student: Shape
     teacher: Shape | None
     peak: float
+    teacher_family: Family | None = None
 
     def utilization(self, tokens_per_second: float, seq_length: int) -> float:
         """Return the model-FLOPs utilization: the fraction of the peak, without recomputation."""
-        flops = sequence_flops(seq_length, Recompute.none, self.loss, self.family, self.student, self.teacher)
+        models = self.family, self.student, self.teacher, self.teacher_family
+        flops = sequence_flops(seq_length, Recompute.none, self.loss, *models)
         return tokens_per_second * flops.total / self.peak

@@ -1,4 +1,4 @@
-"""Read a teacher's family and shape from its Hugging Face `config.json`."""
+"""Read a model's family and shape from its Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os.path
 from pathlib import Path
 
 from prune_distill.model.hf_config import HfConfig, examine, traits_of
-from prune_distill.schema import Family, ModelConfig, Shape
+from prune_distill.schema import Family, ModelConfig, Shape, TeacherConfig
 
 # Hugging Face's name of each size, by Megatron's.
 _TERMS = {
@@ -27,40 +27,43 @@ _MOE_TERMS = {
 }
 
 
-def read_shape(model: ModelConfig) -> tuple[Shape | None, list[str]]:
-    """Return the teacher's shape, from the config or from `config.json`, and faults.
+def read_shape(model: ModelConfig | TeacherConfig, group: str = "model") -> tuple[Shape | None, list[str]]:
+    """Return a model's shape, from the config or from `config.json`, and faults.
 
     If `config.json` is available (a local folder, or a Hub id in the local cache), it must agree with the config.
+
+    Args:
+        group: the config group of the model, for messages.
     """
     if model.hf_path is None:
         return model.shape, []
     folder = local_folder(model.hf_path, model.revision)
     if folder is None:
-        return model.shape, [] if model.shape is not None else [_nowhere(model.hf_path)]
+        return model.shape, [] if model.shape is not None else [_nowhere(model.hf_path, group)]
     path = folder / "config.json"
     config, faults = examine(path)
     if config is None:
         return model.shape, faults
     found = parse_shape(config)
-    if config["model_type"] != model.family.value:
+    if model.family is not None and config["model_type"] != model.family.value:
         says = config["model_type"]
         faults = [
-            f"model.family={model.family.name}: {path} has model_type={says}; set model.family={says}",
+            f"{group}.family={model.family.name}: {path} has model_type={says}; set {group}.family={says}",
             *faults,
         ]
     if model.shape is None:
         return found, faults
-    return model.shape, faults + _shape_faults(model.shape, found, path)
+    return model.shape, faults + _shape_faults(model.shape, found, path, group)
 
 
-def read_family(hf_path: str, revision: str | None) -> tuple[str | None, list[str]]:
+def read_family(hf_path: str, revision: str | None, group: str = "model") -> tuple[str | None, list[str]]:
     """Return the family in a model's `config.json`, and faults if it is missing or unknown."""
     folder = local_folder(hf_path, revision)
     if folder is None:
         return None, [
-            f"model.hf_path={hf_path}: no config.json to read model.family from (not a folder on this machine, and not "
-            "in the local Hub cache); set model.hf_path to a local folder, download the model first, or set "
-            f"model.family to one of {', '.join(family.value for family in Family)}"
+            f"{group}.hf_path={hf_path}: no config.json to read {group}.family from (not a folder on this machine, and "
+            f"not in the local Hub cache); set {group}.hf_path to a local folder, download the model first, or set "
+            f"{group}.family to one of {', '.join(family.value for family in Family)}"
         ]
     config, faults = examine(folder / "config.json")
     return (None, faults) if config is None else (config["model_type"], [])
@@ -79,7 +82,7 @@ def may_be_hub_id(hf_path: str) -> bool:
 
 
 def local_folder(hf_path: str, revision: str | None) -> Path | None:
-    """Return the teacher's folder on this machine, possibly in the local Hub cache; None if there is none.
+    """Return a model's folder on this machine, possibly in the local Hub cache; None if there is none.
 
     A folder in the Hub's cache may only contain `config.json`; the rest is downloaded when it is needed.
     """
@@ -98,17 +101,18 @@ def local_folder(hf_path: str, revision: str | None) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _nowhere(hf_path: str) -> str:
+def _nowhere(hf_path: str, group: str) -> str:
     return (
-        f"model.hf_path={hf_path}: no config.json to read model.shape from (not a folder on this machine, and not in "
-        "the local Hub cache); set model.hf_path to a local folder, download the model first, or set model.shape"
+        f"{group}.hf_path={hf_path}: no config.json to read {group}.shape from (not a folder on this machine, and not "
+        f"in the local Hub cache); set {group}.hf_path to a local folder, download the model first, or set "
+        f"{group}.shape"
     )
 
 
-def _shape_faults(given: Shape, found: Shape, path: Path) -> list[str]:
+def _shape_faults(given: Shape, found: Shape, path: Path, group: str) -> list[str]:
     return [
-        f"model.shape.{ours}={getattr(given, ours)}: {path} has {theirs}={getattr(found, ours)}; "
-        f"set model.shape.{ours}={getattr(found, ours)}, or model.shape=null to read it from there"
+        f"{group}.shape.{ours}={getattr(given, ours)}: {path} has {theirs}={getattr(found, ours)}; "
+        f"set {group}.shape.{ours}={getattr(found, ours)}, or {group}.shape=null to read it from there"
         for ours, theirs in (_TERMS | _MOE_TERMS).items()
         if getattr(given, ours) != getattr(found, ours)
     ]

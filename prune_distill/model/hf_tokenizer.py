@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from prune_distill.errors import InputError, reading
 from prune_distill.regular_files import is_lfs_pointer
@@ -130,3 +131,14 @@ def _unreadable(path: Path, mtime_ns: int, size: int) -> str | None:
     except InputError as fault:
         return str(fault)
     return None
+
+
+def ids_by_token(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """Return the vocabulary of a parsed `tokenizer.json`, without added tokens.
+
+    Unigram models list `[token, score]` pairs in the order of their ids; all others map tokens to ids.
+    """
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {token: number for number, (token, _) in enumerate(vocabulary)}

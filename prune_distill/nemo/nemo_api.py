@@ -250,19 +250,6 @@ def match_tokenizer(checkpoint: Path, data: DataFolder) -> None:
             )
 
 
-def match_vocabularies(student: Any, teacher: Any) -> None:
-    """Reject a teacher with another vocabulary size than the student, which upstream does not check.
-
-    Raises:
-        InputError: states both sizes.
-    """
-    if student.vocab_size != teacher.vocab_size:
-        raise InputError(
-            f"the student's vocabulary has {student.vocab_size} entries, the teacher's {teacher.vocab_size}; their"
-            " logits cannot be compared; prune the student from this teacher"
-        )
-
-
 def check_parameters(sharded_state_dict: dict[str, Any], checkpoint: Path) -> None:
     """Reject a checkpoint that lacks a parameter, which lenient loading would leave random, or that is damaged.
 

@@ -10,11 +10,13 @@ from prune_distill.config.data_files import sources
 from prune_distill.model.student import needs_importance
 from prune_distill.pipeline.names import (
     CHECKPOINTS,
+    CONTEXT,
     CORPUS_TRAIN,
     CORPUS_VALIDATION,
     DISTILLED,
     HF,
     NEMO,
+    TOKENIZER,
     WINNER,
     quantized_name,
 )
@@ -22,20 +24,28 @@ from prune_distill.pipeline.stage import External, Output, Source
 from prune_distill.schema import DocumentFormat, Engine, Init, QuantFormat, RunConfig
 
 IMPORTED = Output("hf_to_nemo", NEMO)
+IMPORTED_TEACHER = Output("hf_to_nemo.teacher", NEMO)
 DATA = Output("prepare_data")
 
 Sources = dict[str, Source]
 
 
-def teacher_hf(cfg: RunConfig) -> Source:
-    """Return the teacher's Hugging Face folder or Hub id."""
+def original_hf(cfg: RunConfig) -> Source:
+    """Return the Hugging Face folder or Hub id of the model that is pruned."""
     if cfg.model.demo is not None:
         return Output("demo_model", HF)
     return External((str(cfg.model.hf_path),), cfg.model.revision, hub=True)
 
 
+def teacher_hf(cfg: RunConfig) -> Source:
+    """Return the teacher's Hugging Face folder or Hub id: the model that is pruned, or one of its own."""
+    if not cfg.has_own_teacher:
+        return original_hf(cfg)
+    return External((str(cfg.teacher.hf_path),), cfg.teacher.revision, hub=True)
+
+
 def prepare_data_inputs(cfg: RunConfig) -> Sources:
-    return {"tokenizer": teacher_hf(cfg), **_documents(cfg)}
+    return {"tokenizer": original_hf(cfg), **_documents(cfg)}
 
 
 def _documents(cfg: RunConfig) -> Sources:
@@ -53,15 +63,23 @@ def _documents(cfg: RunConfig) -> Sources:
 
 
 def hf_to_nemo_inputs(cfg: RunConfig) -> Sources:
-    return {"hf_model": teacher_hf(cfg)}
+    return {"hf_model": original_hf(cfg)}
+
+
+def import_teacher_inputs(cfg: RunConfig) -> Sources:
+    return {"hf_model": teacher_hf(cfg), "student_tokenizer": Output("hf_to_nemo", f"{NEMO}/{CONTEXT}/{TOKENIZER}")}
 
 
 def verify_import_inputs(cfg: RunConfig) -> Sources:
-    return {"teacher_hf": teacher_hf(cfg), "teacher_nemo": IMPORTED, "data": DATA}
+    return {"teacher_hf": original_hf(cfg), "teacher_nemo": IMPORTED, "data": DATA}
 
 
-def correct_teacher_inputs(_: RunConfig) -> Sources:
-    return {"teacher": IMPORTED, "data": DATA}
+def verify_teacher_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher_hf": teacher_hf(cfg), "teacher_nemo": IMPORTED_TEACHER, "data": DATA}
+
+
+def correct_teacher_inputs(cfg: RunConfig) -> Sources:
+    return {"teacher": _imported_teacher(cfg), "data": DATA}
 
 
 def importance_inputs(cfg: RunConfig) -> Sources:
@@ -86,7 +104,7 @@ def is_scored(cfg: RunConfig) -> bool:
 def successive_halving_inputs(cfg: RunConfig) -> Sources:
     inputs = {"teacher": _teacher(cfg), "data": DATA, "search": Output("search")}
     if is_scored(cfg):
-        inputs |= {"teacher_hf": teacher_hf(cfg), **_task_folder(cfg)}
+        inputs |= {"teacher_hf": original_hf(cfg), **_task_folder(cfg)}
     return inputs
 
 
@@ -106,10 +124,14 @@ def prune_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     return inputs
 
 
+def _imported_teacher(cfg: RunConfig) -> Source:
+    return IMPORTED_TEACHER if cfg.has_own_teacher else IMPORTED
+
+
 def _teacher(cfg: RunConfig) -> Source:
     """Return the teacher of the distillation. The original is pruned, because correction does not change which parts
     are best to prune (Minitron in practice, arXiv 2408.11796)."""
-    return IMPORTED if cfg.distill.teacher_correction is None else Output("correct_teacher", NEMO)
+    return _imported_teacher(cfg) if cfg.distill.teacher_correction is None else Output("correct_teacher", NEMO)
 
 
 def cache_logits_inputs(cfg: RunConfig) -> Sources:
@@ -126,7 +148,7 @@ def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     if distill.reads_cached_logits:
         inputs["cached_logits"] = Output("cache_logits")
     elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
-        inputs["teacher"] = IMPORTED
+        inputs["teacher"] = _imported_teacher(cfg)
         inputs["corrected_teacher"] = Output("correct_teacher", NEMO)
     elif distill.runs_teacher:
         inputs["teacher"] = _teacher(cfg)
@@ -141,7 +163,7 @@ def last_distillation(cfg: RunConfig, before_round: int | None = None) -> str:
 
 
 def export_on_policy_inputs(cfg: RunConfig, number: int) -> Sources:
-    return {"hf_model": teacher_hf(cfg), "student": Output(last_distillation(cfg, number), NEMO)}
+    return {"hf_model": original_hf(cfg), "student": Output(last_distillation(cfg, number), NEMO)}
 
 
 def generate_inputs(cfg: RunConfig, number: int) -> Sources:
@@ -165,17 +187,23 @@ def distill_on_policy_inputs(cfg: RunConfig, number: int) -> Sources:
 
 
 def nemo_to_hf_inputs(cfg: RunConfig) -> Sources:
-    return {"hf_model": teacher_hf(cfg), **_nemo_models(cfg)}
+    return {"hf_model": original_hf(cfg), **_nemo_models(cfg)}
 
 
 def _nemo_models(cfg: RunConfig) -> Sources:
-    """Return the NeMo checkpoints of a run to export, by the report's names. Controls have their own stages."""
-    corrected: Sources = {} if cfg.distill.teacher_correction is None else {"corrected_teacher": _teacher(cfg)}
+    """Return the NeMo checkpoints of a run to export, by the report's names. Controls have their own stages, and so has
+    a corrected teacher that is not the original's size."""
+    exports_teacher = cfg.distill.teacher_correction is not None and not cfg.has_own_teacher
+    corrected: Sources = {"corrected_teacher": _teacher(cfg)} if exports_teacher else {}
     return {**corrected, "pruned": Output("prune", NEMO), "student": Output(last_distillation(cfg), NEMO)}
 
 
+def export_teacher_inputs(cfg: RunConfig) -> Sources:
+    return {"hf_model": teacher_hf(cfg), "corrected_teacher": _teacher(cfg)}
+
+
 def export_control_inputs(cfg: RunConfig, name: str) -> Sources:
-    return {"hf_model": teacher_hf(cfg), name: Output(f"distill.{name}", NEMO)}
+    return {"hf_model": original_hf(cfg), name: Output(f"distill.{name}", NEMO)}
 
 
 def verify_inputs(cfg: RunConfig) -> Sources:
@@ -183,8 +211,16 @@ def verify_inputs(cfg: RunConfig) -> Sources:
     return {"student_hf": Output("nemo_to_hf", "student"), "student_nemo": student, "data": DATA}
 
 
+def _teacher_and_data(cfg: RunConfig) -> Sources:
+    """Return what every evaluation reads. `original`: the model that is pruned, if it is not the teacher."""
+    original = {"original": original_hf(cfg)} if cfg.has_own_teacher else {}
+    return {"teacher": teacher_hf(cfg), **original, "data": DATA}
+
+
 def evaluate_inputs(cfg: RunConfig) -> Sources:
-    inputs: Sources = {"teacher": teacher_hf(cfg), "data": DATA}
+    inputs = _teacher_and_data(cfg)
+    if cfg.has_own_teacher and cfg.distill.teacher_correction is not None:
+        inputs["corrected_teacher"] = Output("nemo_to_hf.teacher", "corrected_teacher")
     inputs |= {name: Output("nemo_to_hf", name) for name in _nemo_models(cfg)}
     if cfg.distill.on_policy is not None:
         inputs[DISTILLED] = Output("nemo_to_hf.on_policy1", "student")
@@ -195,11 +231,12 @@ def evaluate_inputs(cfg: RunConfig) -> Sources:
 
 def evaluate_control_inputs(cfg: RunConfig, name: str) -> Sources:
     model = {name: Output(f"nemo_to_hf.{name}", name)}
-    return {"teacher": teacher_hf(cfg), "data": DATA, **model, **_task_folder(cfg)}
+    return {**_teacher_and_data(cfg), **model, **_task_folder(cfg)}
 
 
 def benchmark_inputs(cfg: RunConfig) -> Sources:
-    models: Sources = {"teacher": teacher_hf(cfg), "student": Output("nemo_to_hf", "student")}
+    base = "original" if cfg.has_own_teacher else "teacher"
+    models: Sources = {base: original_hf(cfg), "student": Output("nemo_to_hf", "student")}
     # transformers would dequantize them.
     served = cfg.quantize.formats if cfg.benchmark.engine is Engine.vllm else []
     return models | {quantized_name(found): _quantized(found) for found in served}
@@ -215,4 +252,4 @@ def quantize_inputs(_: RunConfig) -> Sources:
 
 def evaluate_quantized_inputs(cfg: RunConfig, quant_format: QuantFormat) -> Sources:
     model = {quantized_name(quant_format): _quantized(quant_format)}
-    return {"teacher": teacher_hf(cfg), "data": DATA, **model, **_task_folder(cfg)}
+    return {**_teacher_and_data(cfg), **model, **_task_folder(cfg)}

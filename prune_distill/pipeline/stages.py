@@ -64,12 +64,14 @@ READ_BY_SIGNAL = {
     "distill.fp8": "the scales of a teacher in FP8, in the hash if distill.teacher_fp8 is set",
     **dict.fromkeys((f"distill.{name}" for name in RATES), "part of a phase, without changing its sequences"),
 }
-READ_BY_SEARCH = {"model.family": "in the hash of hf_to_nemo, an input"}
+ORIGINAL_NAME = {"teacher.hf_path": "for the name of the model that is pruned, in a plot"}
+READ_BY_SEARCH = {**ORIGINAL_NAME, "model.family": "in the hash of hf_to_nemo, an input"}
 # Of `distill.quantize`, which needs them in the hash (`_fake_quantization`).
 READ_BY_FAKE_QUANTIZERS = dict.fromkeys(
     ("quantize.int4_group_size", "quantize.keep"), "used with distill.quantize, which adds them to the hash"
 )
 READ_BY_HALVING = {
+    **ORIGINAL_NAME,
     **READ_BY_FAKE_QUANTIZERS,
     **REVISION,
     "evaluate.tasks": "the available tasks; the measured one is in the prune section",
@@ -80,11 +82,14 @@ READ_BY_HALVING = {
 READ_BY_DISTILL = {
     **READ_BY_FAKE_QUANTIZERS,
     **dict.fromkeys(
-        ("model.shape", "model.family", "prune", "convert.export_dtype"),
+        ("model.shape", "model.family", "teacher", "prune", "convert.export_dtype"),
         "for the speed in metrics.jsonl; weights depend on the input models",
     ),
 }
-READ_BY_EXPORT = {**REVISION, "distill": "for cards; in the hash of the distillation, an input"}
+READ_BY_EXPORT = {
+    **REVISION,
+    **dict.fromkeys(("distill", "teacher.hf_path"), "for cards; in the hash of the distillation, an input"),
+}
 READ_BY_QUANTIZE = {
     **dict.fromkeys(
         ("quantize.calibration_samples", "quantize.calibration_seq_length"),
@@ -95,6 +100,7 @@ READ_BY_QUANTIZE = {
 }
 READ_BY_EVALUATE = {
     **REVISION,
+    "teacher.revision": "part of the identity of the teacher's files, an input",
     "convert.export_dtype": "in the hash of nemo_to_hf, an input",
     "distill": "for the recovery curve; in the hash of the distillation, whose checkpoints are then an input",
     "model.name": "on the cards of exported checkpoints, which are removed after the measurement",
@@ -105,6 +111,7 @@ READ_BY_REPORT = {
     "evaluate.seq_length": "in the hash of evaluate, an input",
     "evaluate.max_sequences": "in the hash of evaluate, an input",
     "model.shape": "read from the teacher's files, inputs of stages that are inputs",
+    "teacher.hf_path": "in the hash of hf_to_nemo.teacher, an input",
 }
 
 
@@ -124,6 +131,11 @@ def _cached_sequences(cfg: RunConfig) -> tuple[str, ...]:
 
 def _is_verified(cfg: RunConfig) -> bool:
     return cfg.evaluate.verify_tokens > 0
+
+
+def _as_model(cfg: RunConfig) -> dict[str, Any]:
+    """Return the settings of a stage for which a teacher of its own is the model."""
+    return {f"model.{name}": getattr(cfg.teacher, name) for name in ("hf_path", "revision", "family", "shape")}
 
 
 def _scoring_libraries(cfg: RunConfig) -> tuple[str, ...]:
@@ -179,6 +191,23 @@ CACHE_LOGITS = Stage(
     wanted=lambda cfg: cfg.distill.reads_cached_logits,
     trains=True,
     reads=READ_BY_SIGNAL,
+    needs_nemo=True,
+)
+HF_TO_NEMO = Stage(
+    "hf_to_nemo",
+    "convert.hf_to_nemo",
+    ("model.family", "convert.allow_pickle"),
+    inputs.hf_to_nemo_inputs,
+    reads=REVISION,
+)
+VERIFY_IMPORT = Stage(
+    "verify_import",
+    "convert.verify",
+    ("evaluate.verify_tokens",),
+    inputs.verify_import_inputs,
+    wanted=_is_verified,
+    reads=REVISION,
+    gate=True,
     needs_nemo=True,
 )
 NEMO_TO_HF = Stage(
@@ -331,22 +360,21 @@ STAGES: tuple[Stage, ...] = (
         reads=READ_BY_PREPARE_DATA,
         tasks=lambda cfg: cfg.data.array_tasks,
     ),
-    Stage(
-        "hf_to_nemo",
-        "convert.hf_to_nemo",
-        ("model.family", "convert.allow_pickle"),
-        inputs.hf_to_nemo_inputs,
-        reads=REVISION,
+    HF_TO_NEMO,
+    replace(
+        HF_TO_NEMO,
+        name="hf_to_nemo.teacher",
+        inputs=inputs.import_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher,
+        settings=_as_model,
     ),
-    Stage(
-        "verify_import",
-        "convert.verify",
-        ("evaluate.verify_tokens",),
-        inputs.verify_import_inputs,
-        wanted=_is_verified,
-        reads=REVISION,
-        gate=True,
-        needs_nemo=True,
+    VERIFY_IMPORT,
+    replace(
+        VERIFY_IMPORT,
+        name="verify_import.teacher",
+        inputs=inputs.verify_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher and _is_verified(cfg),
+        settings=_as_model,
     ),
     Stage(
         "correct_teacher",
@@ -390,6 +418,13 @@ STAGES: tuple[Stage, ...] = (
     *(stage for number in range(1, MOST_ON_POLICY_ROUNDS + 1) for stage in _on_policy_round(number)),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),
     NEMO_TO_HF,
+    replace(
+        NEMO_TO_HF,
+        name="nemo_to_hf.teacher",
+        inputs=inputs.export_teacher_inputs,
+        wanted=lambda cfg: cfg.has_own_teacher and cfg.distill.teacher_correction is not None,
+        settings=_as_model,
+    ),
     *(_export_control(name) for name in CONTROLS),
     Stage(
         "verify",

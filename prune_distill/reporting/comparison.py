@@ -18,7 +18,7 @@ from prune_distill.reporting.cells import (
     median,
     number_cell,
 )
-from prune_distill.reporting.results import ModelReport, Report
+from prune_distill.reporting.results import REFERENCES, ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -67,6 +67,8 @@ def _lead(students: Mapping[str, ModelReport], reports: Mapping[str, Report]) ->
 
 
 def _table(reports: Mapping[str, Report]) -> Table:
+    # What the students are pruned from, which is the teacher too unless a run has another one.
+    base = REFERENCES[min(report["reference"] for report in reports.values())]
     columns = [
         Column("Run", text=True),
         Column("Parameters", "student"),
@@ -75,8 +77,8 @@ def _table(reports: Mapping[str, Report]) -> Table:
         Column("Difference"),
         Column("Same next token", "as the teacher"),
         Column("Tasks", "mean score"),
-        Column("Generation", "times the teacher's"),
-        Column("Memory", "times the teacher's"),
+        Column("Generation", f"times {base}'s"),
+        Column("Memory", f"times {base}'s"),
         Column("State", text=True),
     ]
     rows = []
@@ -85,7 +87,7 @@ def _table(reports: Mapping[str, Report]) -> Table:
         loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
         difference = loss - teacher_loss if loss is not None and teacher_loss is not None else None
         ratios = compute_ratios(report, "student")
-        smaller = words.change(student.get("params"), teacher.get("params"))
+        smaller = words.change(student.get("params"), report["models"].get(report["reference"], {}).get("params"))
         rows.append(
             [
                 Cell(name),

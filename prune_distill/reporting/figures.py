@@ -11,11 +11,13 @@ from prune_distill.pipeline.names import LOG
 from prune_distill.reporting import Json
 from prune_distill.reporting.cells import median
 from prune_distill.reporting.plots import COLORS, GRAY, MARKERS, SERIES, Plot, pareto_front
-from prune_distill.reporting.results import LABELS, ModelReport, headline
+from prune_distill.reporting.results import LABELS, REFERENCES, ModelReport, headline
 from prune_distill.reporting.run_folder import StageFolder
 from prune_distill.reporting.words import duration, finite
 
 LOSS = "held-out loss (nats per token)"
+# Models whose losses are horizontal lines in plots of a training.
+LEVELS = ("teacher", "corrected_teacher", "original", "pruned")
 # Maximum number of points of a line.
 MOST_POINTS = 400
 
@@ -51,7 +53,7 @@ def validation(models: Mapping[str, ModelReport], curves: Mapping[str, Lines], s
     """
     evaluated = models if same_tokens else {}
     pruned = finite(evaluated.get("pruned", {}).get("val_loss"))
-    levels = {name: evaluated.get(name, {}).get("val_loss") for name in ("teacher", "corrected_teacher", "pruned")}
+    levels = {name: evaluated.get(name, {}).get("val_loss") for name in LEVELS}
     found = {}
     for name, lines in curves.items():
         if points := extract_points(lines, "val_loss"):
@@ -81,7 +83,7 @@ def training(lines: Lines, name: str) -> Plot | None:
 def recovery_loss(rows: Sequence[RecoveryPoint], models: Mapping[str, ModelReport]) -> Plot | None:
     """Plot the held-out loss of the saved checkpoints over tokens."""
     found = _by_model(rows, lambda row: finite(row.get("val_loss")))
-    return _curves(found, "million tokens", levels={"teacher": models.get("teacher", {}).get("val_loss")})
+    return _curves(found, "million tokens", levels={name: models.get(name, {}).get("val_loss") for name in REFERENCES})
 
 
 def recovery_task(rows: Sequence[RecoveryPoint], task: str, models: Mapping[str, ModelReport]) -> Plot | None:
@@ -92,7 +94,7 @@ def recovery_task(rows: Sequence[RecoveryPoint], task: str, models: Mapping[str,
         found = headline(tasks[task]) if isinstance(tasks, dict) and isinstance(tasks.get(task), dict) else None
         return found[1] if found is not None else None
 
-    levels = {"teacher": score(models.get("teacher", {}))}
+    levels = {name: score(models.get(name, {})) for name in REFERENCES}
     return _curves(_by_model(rows, score), "million tokens", "score", task, levels)
 
 

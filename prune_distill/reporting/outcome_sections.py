@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from prune_distill.evaluation.results import SourceLoss, TaskScores
+from prune_distill.evaluation.results import SourceLoss
 from prune_distill.pipeline.names import SAMPLES
 from prune_distill.reporting import figures, words
 from prune_distill.reporting.blocks import Block, Cell, Column, Note, Sample, Samples, Table
@@ -21,7 +21,15 @@ from prune_distill.reporting.cells import (
     score_cell,
 )
 from prune_distill.reporting.figures import format_label
-from prune_distill.reporting.results import QUANTIZED, ModelReport, Report, count_samples, headline
+from prune_distill.reporting.results import (
+    LABELS,
+    QUANTIZED,
+    REFERENCES,
+    ModelReport,
+    Report,
+    count_samples,
+    headline,
+)
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -47,10 +55,11 @@ def models(run: RunFolder, report: Report) -> Iterator[Block]:
         return
     yield _overview(report)
     tokens = next((model["tokens"] for model in models.values() if finite(model.get("tokens")) is not None), None)
+    base = REFERENCES[report["reference"]]
     if tokens is not None:
         yield Note(
             f"Held-out loss: mean over {words.number(tokens)} tokens of documents that this run does not train on, with"
-            " plain transformers on the Hugging Face folders. Changes are relative to the teacher."
+            f" plain transformers on the Hugging Face folders. Changes are relative to {base}."
             f"{CONTROL if 'ce' in models else ''}{_engines(models)}"
         )
     folders = {name: model["hf_path"] for name, model in models.items() if model.get("hf_path")}
@@ -73,7 +82,7 @@ def _engines(models: Mapping[str, ModelReport]) -> str:
 
 def _overview(report: Report) -> Table:
     models, tasks = report["models"], report["tasks"]
-    teacher = models.get("teacher", {})
+    reference = report["reference"]
     columns = [Column("Model", text=True), Column("Parameters"), Column("Held-out loss", "nats/token")]
     agreeing = any(agreement(model, "top1") is not None for model in models.values())
     columns += [Column("Same next token", "as the teacher")] if agreeing else []
@@ -84,7 +93,7 @@ def _overview(report: Report) -> Table:
     columns += [Column("Generation", "tokens/s"), Column("Memory", "peak")] if measured else []
     rows = []
     for name, model in models.items():
-        base = {} if name == "teacher" else teacher
+        base = {} if name == reference else models.get(reference, {})
         loss = model.get("val_loss")
         row = [
             Cell(format_label(name)),
@@ -97,7 +106,7 @@ def _overview(report: Report) -> Table:
             row.append(
                 number_cell(top1, lambda v: words.percent(v, 1), f"KL {words.number(kl, 3)}" if kl is not None else "")
             )
-        row += [score_cell(tasks[task].get(name), tasks[task].get("teacher") if base else None) for task in in_overview]
+        row += [score_cell(tasks[task].get(name), tasks[task].get(reference) if base else None) for task in in_overview]
         if tasks and not in_overview:
             row.append(number_cell(mean_score(tasks, name), lambda value: words.number(value, 3)))
         if measured:
@@ -138,7 +147,7 @@ def _details(models: Mapping[str, ModelReport]) -> Table:
 def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     models, tasks = report["models"], report["tasks"]
     if tasks:
-        table = _task_table(models, tasks)
+        table = _task_table(report)
         yield table
         shown = {row[1].text for row in table.rows}
         explained = [f"{metric}, {share}" for metric, share in METRICS.items() if metric in shown]
@@ -153,7 +162,7 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         name: model["per_source"] for name, model in models.items() if isinstance(model.get("per_source"), dict)
     }
     if by_source:
-        yield _source_table(by_source)
+        yield _source_table(by_source, report["reference"])
     if report["correction"]:
         correction = report["correction"]
         yield Note(
@@ -164,7 +173,8 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         )
     if report["checks"]:
         labels = {
-            "import_max_abs_logit_diff": "Teacher, after import",
+            "import_max_abs_logit_diff": f"{LABELS[report['reference']]}, after import",
+            "teacher_import_max_abs_logit_diff": "Teacher, after import",
             "export_max_abs_logit_diff": "Student, after export",
         }
         columns = [Column("Logits, NeMo and Hugging Face", text=True), Column("Largest difference")]
@@ -175,7 +185,8 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         yield Table("Checks of both conversions", columns, rows)
 
 
-def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[str, TaskScores]]) -> Table:
+def _task_table(report: Report) -> Table:
+    models, tasks, reference = report["models"], report["tasks"], report["reference"]
     names = [name for name in models if any(name in task_scores for task_scores in tasks.values())]
     columns = [
         Column("Task", text=True),
@@ -190,25 +201,26 @@ def _task_table(models: Mapping[str, ModelReport], tasks: Mapping[str, Mapping[s
             (found[0] for scores in task_scores.values() if (found := headline(scores)) is not None), words.NOTHING
         )
         cells = [
-            score_cell(task_scores.get(name), task_scores.get("teacher") if name != "teacher" else None)
+            score_cell(task_scores.get(name), task_scores.get(reference) if name != reference else None)
             for name in names
         ]
         rows.append([Cell(task), Cell(metric), number_cell(count_samples(some), words.number), *cells])
-    return Table("Tasks: score ± one standard error, and the change relative to the teacher", columns, rows)
+    title = f"Tasks: score ± one standard error, and the change relative to {REFERENCES[reference]}"
+    return Table(title, columns, rows)
 
 
-def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]]) -> Table:
+def _source_table(by_source: Mapping[str, Mapping[str, SourceLoss]], reference: str) -> Table:
     sources = list(dict.fromkeys(source for found in by_source.values() for source in found))
     columns = [Column("Source", text=True), Column("Tokens"), *(Column(format_label(name)) for name in by_source)]
     rows = []
     for source in sources:
         entries = {name: found[source] for name, found in by_source.items() if isinstance(found.get(source), dict)}
         tokens = next((entry.get("tokens") for entry in entries.values()), None)
-        base = entries.get("teacher", {}).get("val_loss")
+        base = entries.get(reference, {}).get("val_loss")
         cells = []
         for name in by_source:
             loss = entries.get(name, {}).get("val_loss")
-            difference = words.difference(loss, base) if name != "teacher" else ""
+            difference = words.difference(loss, base) if name != reference else ""
             cells.append(number_cell(loss, lambda value: words.number(value, 4), difference))
         rows.append([Cell(source), number_cell(tokens, words.number), *cells])
     return Table("Held-out loss by source (nats per token)", columns, rows)
@@ -226,7 +238,7 @@ def samples(run: RunFolder) -> Iterator[Block]:
                 texts.setdefault(beginning, {}).update({name: str(text) for name, text in own.items()})
     samples = []
     for (_, prompt, reference), own in texts.items():
-        ordered = sorted(own.items(), key=lambda item: item[0] != "teacher")
+        ordered = sorted(own.items(), key=lambda item: item[0] not in REFERENCES)
         samples.append(Sample(prompt, reference, [(format_label(name), text) for name, text in ordered]))
     if not samples:
         yield missing(run, "evaluate", "No text has been generated")

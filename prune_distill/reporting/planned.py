@@ -22,7 +22,8 @@ def compare_with_actual(run: RunFolder) -> list[tuple[str, str, str]]:
             words.number(_get(plan, "models", name, "parameters")),
             words.number(_get(models, name, "params")),
         )
-        for name in ("teacher", "student")
+        for name in ("teacher", "original", "student")
+        if name != "original" or _get(plan, "models", name) is not None
     ]
     distill = run.metrics("distill")
     rows += [

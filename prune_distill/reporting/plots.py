@@ -16,6 +16,7 @@ GRAY = "#808080"
 COLORS = {
     "teacher": "#4b5563",
     "corrected_teacher": "#6d45c4",
+    "original": "#8a5a44",
     "pruned": "#9a6700",
     "student": "#0a7c59",
     "ce": "#2b62d9",
@@ -125,12 +126,12 @@ def _importance_axes(plot: Plot, panel: int, title: str, x: str) -> None:
         plot.axes[panel].xaxis.get_major_locator().set_params(integer=True)
 
 
-def pareto(candidates: list[Json], teacher: Json, cost: str = "params") -> Plot:
+def pareto(candidates: list[Json], teacher: Json, cost: str = "params", label: str = "teacher") -> Plot:
     """Plot loss over cost of every scored candidate: just pruned, and after each round.
 
     Args:
         candidates: rows of a candidate table: `params`, `num_layers`, `loss`, and `rounds` if distilled.
-        teacher: `params` and `loss`.
+        teacher: `params` and `loss` of the model that is pruned; `label`: its name.
         cost: column of the cost: `params` or `latency_ms`.
     """
     plot = Plot()
@@ -156,7 +157,7 @@ def pareto(candidates: list[Json], teacher: Json, cost: str = "params") -> Plot:
             plot.set_tooltips(points, [_candidate(row, x, x_label, y) for row, x, y in ended])
     front = pareto_front([(row[cost] / scale, row["loss"]) for row in candidates])
     axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1, label="Pareto front")
-    axes.axhline(teacher["loss"], color=COLORS["teacher"], linestyle="--", label="teacher")
+    axes.axhline(teacher["loss"], color=COLORS[label], linestyle="--", label=label)
     plot.label(x_label, "held-out loss (nats per token)")
     plot.legend()
     return plot

@@ -23,6 +23,7 @@ QUANTIZED = {
 LABELS = {
     "teacher": "Teacher",
     "corrected_teacher": "Teacher, corrected",
+    "original": "Original",
     "pruned": "Just pruned",
     DISTILLED: "Student before on-policy rounds",
     "student": "Student",
@@ -30,6 +31,8 @@ LABELS = {
     "ce": "Control: no teacher",
     "scratch": "Control: from scratch",
 }
+# Sentences call the model that is pruned so, which is the teacher unless the run has another one.
+REFERENCES = {"teacher": "the teacher", "original": "the original model"}
 # Metrics of a task in order of preference; tables show the first one that exists.
 HEADLINE_METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")
 TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch"}
@@ -64,6 +67,8 @@ class Report(TypedDict):
         git_commits: stages by the commit of the code that ran them, oldest first.
         models: the evaluated models, in the order of the tables.
         tasks: the scores in `models`, by task and model.
+        reference: the model that is pruned, a key of `REFERENCES`, to which changes of size, loss and speed are
+            relative.
         benchmark: the content of `benchmark.json`, with costs.
         checks: largest difference of logits for each conversion.
         pruning, correction: metrics of the stages `prune` and `correct_teacher`.
@@ -76,6 +81,7 @@ class Report(TypedDict):
     git_commit: str | None
     git_commits: dict[str, list[str]]
     models: dict[str, ModelReport]
+    reference: str
     tasks: dict[str, dict[str, TaskScores]]
     recovery: list[RecoveryPoint]
     benchmark: Result | None
@@ -98,12 +104,13 @@ def summarize(run: RunFolder) -> Report:
         "git_commit": next(filter(None, (manifest.git_commit for manifest in newest)), None),
         "git_commits": _commits(run),
         "models": models,
+        "reference": _reference(run),
         "tasks": _tasks(models),
         "recovery": _objects(recovery),
         "benchmark": _benchmark(run),
         "checks": {
-            key: value
-            for stage in ("verify_import", "verify")
+            f"{prefix}{key}": value
+            for stage, prefix in (("verify_import", ""), ("verify_import.teacher", "teacher_"), ("verify", ""))
             for key, value in run.metrics(stage).items()
             if key.endswith("_diff")
         },
@@ -174,6 +181,11 @@ def _benchmark(run: RunFolder) -> Result | None:
     return cast(Result, found)
 
 
+def _reference(run: RunFolder) -> str:
+    """Return the name of the model that is pruned: `original` if the teacher is another one."""
+    return "original" if "hf_to_nemo.teacher" in run.stages else "teacher"
+
+
 def _models(run: RunFolder) -> dict[str, ModelReport]:
     """Return the evaluated models by name, in the order of the tables, with the paths of those from this run."""
     entries: dict[str, ModelReport] = {}
@@ -187,8 +199,8 @@ def _models(run: RunFolder) -> dict[str, ModelReport]:
 
 
 def _place(run: RunFolder, path: str | None, name: str) -> dict[str, str]:
-    """Return the path of a model of this run. The path of a teacher outside the run is not reported."""
-    made_here = name != "teacher" or "demo_model" in run.stages
+    """Return the path of a model of this run. The paths of models from elsewhere are not reported."""
+    made_here = name not in REFERENCES or (name == _reference(run) and "demo_model" in run.stages)
     key = "engine_path" if name in QUANTIZED else "hf_path"
     return {key: path} if path is not None and not path.startswith(("/", "..", "~")) and made_here else {}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prune_distill.reporting import outcome_sections, speed_section, words, work_sections
 from prune_distill.reporting.blocks import Block, Code, Note, Page, Section, Tile, Tiles
 from prune_distill.reporting.cells import Clean, agreement, compute_ratios, median, spread_words
-from prune_distill.reporting.results import ModelReport, Report
+from prune_distill.reporting.results import REFERENCES, ModelReport, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 from prune_distill.schema import RunConfig
@@ -54,17 +54,21 @@ def page(run: RunFolder, report: Report, clean: Clean) -> Page:
 def outcome(report: Report) -> str:
     """Summarize the results in one or two sentences."""
     models = report["models"]
-    teacher, student, pruned = models.get("teacher"), models.get("student"), models.get("pruned")
+    reference, student, pruned = models.get(report["reference"]), models.get("student"), models.get("pruned")
+    teacher = models.get("teacher") if report["reference"] != "teacher" else None
     if student is None or finite(student.get("val_loss")) is None:
         return "No student has been evaluated yet."
     sentence = f"held-out loss is {words.number(student['val_loss'], 3)} nats per token"
+    whose = f"{REFERENCES[report['reference']]}'s"
+    if reference is not None:
+        sentence += f", {_format_difference(student, reference, 'above', 'below')} {whose}"
     if teacher is not None:
         sentence += f", {_format_difference(student, teacher, 'above', 'below')} the teacher's"
     if pruned is not None:
         sentence += f" and {_format_difference(student, pruned, 'worse', 'better')} than just pruned"
-    if teacher is not None and finite(teacher.get("params")) and finite(student.get("params")):
-        share = words.percent(student["params"] / teacher["params"])
-        return f"The student keeps {share} of the teacher's parameters. Its {sentence}.{_describe_speed(report)}"
+    if reference is not None and finite(reference.get("params")) and finite(student.get("params")):
+        share = words.percent(student["params"] / reference["params"])
+        return f"The student keeps {share} of {whose} parameters. Its {sentence}.{_describe_speed(report)}"
     return f"The student's {sentence}.{_describe_speed(report)}"
 
 
@@ -82,7 +86,7 @@ def _describe_speed(report: Report) -> str:
         return ""
     memory = finite(ratios.get("memory"))
     memory_words = f", and uses {words.percent(memory)} of the memory" if memory is not None else ""
-    return f" It generates text {words.times(decode)} as fast as the teacher{memory_words}."
+    return f" It generates text {words.times(decode)} as fast as {REFERENCES[report['reference']]}{memory_words}."
 
 
 def _describe_task(cfg: RunConfig) -> str:
@@ -117,7 +121,8 @@ def _describe_task(cfg: RunConfig) -> str:
             cuts.insert(0, f"without layers {', '.join(map(str, prune.drop_layers))}")
         sizes = f"({', '.join(cuts)})"
     steps = f"{cfg.distill.max_steps:,} steps"
-    return f"Prune {cfg.model.name} {sizes}, then distill for {steps} with {cfg.distill.loss_in_words}."
+    teacher = f" The teacher is {cfg.teacher.hf_path}." if cfg.has_own_teacher else ""
+    return f"Prune {cfg.model.name} {sizes}, then distill for {steps} with {cfg.distill.loss_in_words}.{teacher}"
 
 
 def _meta(run: RunFolder, report: Report) -> str:
@@ -173,18 +178,17 @@ def _progress(run: RunFolder, name: str) -> str:
 
 def _tiles(report: Report) -> Iterator[Tile]:
     models = report["models"]
-    teacher, student = models.get("teacher", {}), models.get("student", {})
+    reference, student = models.get(report["reference"], {}), models.get("student", {})
+    whom = REFERENCES[report["reference"]]
     if finite(student.get("params")) is not None:
         yield Tile(
             "Parameters",
             words.count(student["params"]),
-            f"{words.change(student['params'], teacher.get('params'))} from {words.count(teacher.get('params'))}",
+            f"{words.change(student['params'], reference.get('params'))} from {words.count(reference.get('params'))}",
         )
-    loss, teacher_loss = finite(student.get("val_loss")), finite(teacher.get("val_loss"))
+    loss, base_loss = finite(student.get("val_loss")), finite(reference.get("val_loss"))
     if loss is not None:
-        difference = (
-            f"{words.signed(loss - teacher_loss, 3)} relative to the teacher" if teacher_loss is not None else ""
-        )
+        difference = f"{words.signed(loss - base_loss, 3)} relative to {whom}" if base_loss is not None else ""
         yield Tile("Held-out loss", words.number(loss, 3), difference)
     top1 = agreement(student, "top1")
     if top1 is not None:
@@ -194,7 +198,7 @@ def _tiles(report: Report) -> Iterator[Tile]:
         yield Tile(
             "Generation",
             words.times(median(ratios["decode"])),
-            f"the teacher's speed, {spread_words(ratios['decode'])}",
+            f"{whom}'s speed, {spread_words(ratios['decode'])}",
         )
     if finite(ratios.get("memory")) is not None:
-        yield Tile("Memory", words.times(ratios["memory"]), "the teacher's peak")
+        yield Tile("Memory", words.times(ratios["memory"]), f"{whom}'s peak")

@@ -20,7 +20,7 @@ from prune_distill.reporting.cells import (
     spread_cell,
 )
 from prune_distill.reporting.figures import format_label
-from prune_distill.reporting.results import QUANTIZED, Report
+from prune_distill.reporting.results import QUANTIZED, REFERENCES, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -60,7 +60,7 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             ]
         )
     yield Table(
-        "Speed and memory: medians; below, relative to the teacher, with the range over rounds",
+        f"Speed and memory: medians; below, relative to {REFERENCES[report['reference']]}, with the range over rounds",
         [*columns, *(optional[key] for key in extra)],
         rows,
     )
@@ -119,7 +119,7 @@ def _load_table(report: Report, load: Mapping[str, Mapping[str, LoadFigures]]) -
             cells = [spread_cell(own.get(key), ratios.get(key), shown[key]) for key in shown]
             rows.append([Cell(format_label(name)), Cell(rate), *cells])
     return Table(
-        "Continuous batching: medians over rounds; below, relative to the teacher, with the range over rounds",
+        f"Continuous batching: medians; below, relative to {REFERENCES[report['reference']]}, with their range",
         columns,
         rows,
     )

@@ -13,7 +13,7 @@ from prune_distill.reporting.cells import Clean, draw, missing, number_cell
 from prune_distill.reporting.figures import format_label
 from prune_distill.reporting.planned import compare_with_actual
 from prune_distill.reporting.plots import Plot
-from prune_distill.reporting.results import TRAINED, Report
+from prune_distill.reporting.results import REFERENCES, TRAINED, Report
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
 
@@ -103,7 +103,7 @@ def pruning(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             f"{words.number(pruning.get('params_before'))} → {words.number(pruning.get('params'))} parameters.{layers}"
         )
     yield from _importance(run, clean)
-    yield from _candidates(run, clean)
+    yield from _candidates(run, report, clean)
 
 
 def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
@@ -129,7 +129,7 @@ def _importance(run: RunFolder, clean: Clean) -> Iterator[Block]:
     yield from draw(drawn, clean)
 
 
-def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
+def _candidates(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
     stage = (
         "successive_halving"
         if "successive_halving" in run.stages and run.stages["successive_halving"].complete
@@ -148,23 +148,23 @@ def _candidates(run: RunFolder, clean: Clean) -> Iterator[Block]:
     ):
         rows = figures.candidates(table.get("candidates", []), cost)
         if rows and isinstance(teacher, dict) and finite(teacher.get("loss")) is not None:
-            drawn.append((plots.pareto(rows, teacher, cost), caption))
+            drawn.append((plots.pareto(rows, teacher, cost, report["reference"]), caption))
     yield from draw(drawn, clean)
     rows = figures.candidates(table.get("candidates", []), "params")
     if any(row["rounds"] for row in rows):
         yield Note("Losses just pruned and after a round are measured on different held-out samples.")
     if rows:
-        yield _candidate_table(rows, choice if isinstance(choice, dict) else {})
+        yield _candidate_table(rows, choice if isinstance(choice, dict) else {}, report["reference"])
 
 
-def _candidate_table(rows: list[Json], choice: Json) -> Table:
+def _candidate_table(rows: list[Json], choice: Json, reference: str) -> Table:
     scored = any("score" in entry for row in rows for entry in row["rounds"])
     columns = [
         Column("Candidate", text=True),
         Column("Parameters"),
         Column("Latency", "ms"),
         Column("Loss", "just pruned, search's samples"),
-        Column("KL", "to the teacher"),
+        Column("KL", f"to {REFERENCES[reference]}"),
         Column("Loss", "after its last round, validation batches"),
         *([Column("Score", "after its last round")] if scored else []),
         Column("Pareto", text=True),

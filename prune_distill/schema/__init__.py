@@ -26,7 +26,7 @@ from prune_distill.schema.distill import (
 )
 from prune_distill.schema.evaluate import Continuations, EvaluateConfig
 from prune_distill.schema.families import Family
-from prune_distill.schema.model import DemoModel, ModelConfig, Shape
+from prune_distill.schema.model import DemoModel, ModelConfig, Shape, TeacherConfig
 from prune_distill.schema.on_policy import MOST_ON_POLICY_ROUNDS, GenerationEngine, OnPolicy
 from prune_distill.schema.prune import (
     Budget,
@@ -104,6 +104,7 @@ __all__ = [
     "SuccessiveHalving",
     "TargetSizes",
     "TaskScore",
+    "TeacherConfig",
     "TeacherLogits",
     "Training",
     "WeightsAndBiases",

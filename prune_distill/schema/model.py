@@ -1,4 +1,4 @@
-"""The teacher: its folder, or its sizes where the demo trains one."""
+"""The model that is pruned: its folder, or its sizes where the demo trains one; and a teacher of its own."""
 
 from __future__ import annotations
 
@@ -65,3 +65,17 @@ class ModelConfig:
     shape: Shape | None = None
     # Trains a teacher instead of reading one; null: the teacher is at `hf_path`.
     demo: DemoModel | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """A teacher of its own, of any supported family and size, with the tokenizer of the model that is pruned."""
+
+    # A Hugging Face folder, or a Hub id such as Qwen/Qwen3-32B; null: the model that is pruned is the teacher.
+    hf_path: str | None = None
+    # Revision on the Hub: a commit, branch or tag; null: the default branch.
+    revision: str | None = None
+    # Family of the teacher; null: it is read from config.json.
+    family: Family | None = None
+    # Sizes of the teacher; null: they are read from config.json, which must be available when the run is composed.
+    shape: Shape | None = None

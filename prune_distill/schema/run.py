@@ -13,8 +13,9 @@ from prune_distill.schema.convert import ConvertConfig
 from prune_distill.schema.data import DataConfig
 from prune_distill.schema.distill import DistillConfig
 from prune_distill.schema.evaluate import EvaluateConfig
+from prune_distill.schema.families import Family
 from prune_distill.schema.fields import NonNegativeInt, Range, Text, placement
-from prune_distill.schema.model import ModelConfig
+from prune_distill.schema.model import ModelConfig, Shape, TeacherConfig
 from prune_distill.schema.prune import PruneConfig
 from prune_distill.schema.quantize import QuantizeConfig
 
@@ -53,6 +54,7 @@ class RunConfig:
     # Keys that were `auto`, for which launch.run chose values; it sets this itself.
     automatic: list[str] = placement(list)
     model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -61,3 +63,23 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     cluster: ClusterConfig = placement(ClusterConfig)
+
+    @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher is another model than the one that is pruned."""
+        return self.teacher.hf_path is not None
+
+    @property
+    def original_name(self) -> str:
+        """What messages call the model that is pruned."""
+        return "original" if self.has_own_teacher else "teacher"
+
+    @property
+    def teacher_shape(self) -> Shape | None:
+        """The shape of the teacher of the distillation."""
+        return self.teacher.shape if self.has_own_teacher else self.model.shape
+
+    @property
+    def teacher_family(self) -> Family:
+        """The family of the teacher of the distillation."""
+        return self.teacher.family or self.model.family

@@ -21,7 +21,7 @@ from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 SHARED = (
     *("test_layouts.py", "test_mixture.py", "test_correct_teacher.py", "test_conversion.py", "test_cached_logits.py"),
     *("test_search.py", "test_masked_losses.py", "test_report_page.py", "test_fake_quantization.py"),
-    "test_on_policy.py",
+    *("test_on_policy.py", "test_own_teacher.py"),
 )
 # The longest modules start first. The first two do not need `finished`, which the third makes in the meantime.
 LONGEST = (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
-from prune_distill.config.rules.prune import LENGTH, SPACE
+from prune_distill.config.rules.prune import LENGTH, ORIGINAL, SPACE
 from prune_distill.config.values import OWN_TASK, halving_rounds, require
 from prune_distill.config.wording import too_long
 from prune_distill.model import student
@@ -25,15 +25,15 @@ def seq_length(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding("prune.budget.seq_length", too_long("prune.budget.seq_length", limit))
 
 
-@rule("prune.budget.limits", *(f"prune.budget.{name}" for pair in LIMITS.items() for name in pair))
+@rule("prune.budget.limits", *(f"prune.budget.{name}" for pair in LIMITS.items() for name in pair), ORIGINAL)
 def limits(cfg: RunConfig) -> Iterator[Finding]:
     """Require limits, and each at most once."""
     given = {name: getattr(cfg.prune.budget, name) for pair in LIMITS.items() for name in pair}
     if all(value is None for value in given.values()):
         yield Finding(
             "prune.budget",
-            "contains no limit; set prune.budget.params, memory_gb or latency_ms, or a fraction of the teacher's such "
-            "as prune.budget.params_fraction=0.67",
+            "contains no limit; set prune.budget.params, memory_gb or latency_ms, or a fraction of the "
+            f"{cfg.original_name}'s such as prune.budget.params_fraction=0.67",
         )
     for limit, share in LIMITS.items():
         if given[limit] is not None and given[share] is not None:
@@ -52,7 +52,7 @@ def latency(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(key, f"prune.budget.{limited[0]} is measured on one rank; set {key}=1")
 
 
-@rule("prune.budget.reachable", *SPACE, "prune.budget.params", "prune.pipeline_model_parallel_size")
+@rule("prune.budget.reachable", *SPACE, "prune.budget.params", "prune.pipeline_model_parallel_size", ORIGINAL)
 def reachable(cfg: RunConfig) -> Iterator[Finding]:
     """Require that some shape meets the limits, as far as they can be computed without measuring."""
     shape = require(cfg.model.shape)
@@ -90,7 +90,7 @@ def _reachable_limits(cfg: RunConfig, space: student.Space) -> Iterator[Finding]
         if limit >= teacher_value:
             yield Finding(
                 key,
-                f"no less than the teacher's {teacher_value / unit:g} {words}; "
+                f"no less than the {cfg.original_name}'s {teacher_value / unit:g} {words}; "
                 f"set {key} below {teacher_value / scale:.6g}",
             )
         elif limit < smallest_value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
+from prune_distill.config.rules.model import TEACHER, shared_vocabulary
 from prune_distill.config.rules.prune import STUDENT
 from prune_distill.config.rules.quantize import is_kept, linear_layers
 from prune_distill.config.rules.training import list_models
@@ -70,9 +71,12 @@ def cached_logits(cfg: RunConfig) -> Iterator[Finding]:
             yield Finding(other, f"not supported by {key}=cached; {fix}")
 
 
-@rule("distill.cached_logits_top_k", "distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size")
+@rule(
+    "distill.cached_logits_top_k",
+    *("distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size", *TEACHER),
+)
 def cached_logits_top_k(cfg: RunConfig) -> Iterator[Finding]:
-    key, vocabulary = "distill.cached_logits_top_k", require(cfg.model.shape).vocab_size
+    key, vocabulary = "distill.cached_logits_top_k", shared_vocabulary(cfg)
     if cfg.distill.teacher_logits is TeacherLogits.cached and cfg.distill.cached_logits_top_k >= vocabulary:
         yield Finding(
             key,
@@ -104,9 +108,9 @@ def swap_teacher(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule("kd.top_k", TOP_K, "model.shape.vocab_size")
+@rule("kd.top_k", TOP_K, "model.shape.vocab_size", *TEACHER)
 def top_k(cfg: RunConfig) -> Iterator[Finding]:
-    count, vocabulary = cfg.distill.kd.top_k, require(cfg.model.shape).vocab_size
+    count, vocabulary = cfg.distill.kd.top_k, shared_vocabulary(cfg)
     if count is not None and count >= vocabulary:
         yield Finding(TOP_K, f"covers the whole vocabulary of {vocabulary} tokens; set {TOP_K} to null or to less")
 
@@ -138,7 +142,7 @@ def implementation(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(IMPLEMENTATION, f"does not support {' and '.join(settings)}; set {IMPLEMENTATION}=chunked")
 
 
-@rule("kd.pairs", PAIRS, *STUDENT)
+@rule("kd.pairs", PAIRS, *STUDENT, *TEACHER)
 def pairs(cfg: RunConfig) -> Iterator[Finding]:
     """Require layers that exist, once each.
 
@@ -165,7 +169,7 @@ def pairs_recompute(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(PAIRS, f"without effect with distill.recompute=full; {fix}")
 
 
-@rule("kd.pairs_pipeline", PAIRS, PIPELINE, *STUDENT)
+@rule("kd.pairs_pipeline", PAIRS, PIPELINE, *STUDENT, *TEACHER)
 def pairs_pipeline(cfg: RunConfig) -> Iterator[Finding]:
     """Hooks see the layers of their own pipeline stage only."""
     stages = cfg.distill.parallel.pipeline_model_parallel_size

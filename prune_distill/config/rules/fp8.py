@@ -123,7 +123,7 @@ def _requested(cfg: RunConfig, at: str) -> dict[str, Fp8]:
 def _models(cfg: RunConfig, at: str, key: str) -> list[tuple[str, Shape]]:
     """The models whose products are in FP8 by a key: the teacher, or all models that are trained."""
     if at != DISTILL or key == TEACHER_FP8:
-        return [("teacher", require(cfg.model.shape))]
+        return list_models(cfg, at)[:1]
     between = [model for model in list_models(cfg, at) if model[0] not in ("teacher", "student")]
     return [*between, *(("student", shape) for shape in student_shapes(cfg))]
 

@@ -19,7 +19,9 @@ LENGTH = "model.shape.max_position_embeddings"
 SHAPE = tuple(f"model.shape.{field.name}" for field in fields(Shape))
 SIZES = (*(f"prune.{name}" for name in (*AXES, *EXPERT_AXES)), "prune.drop_layers", "prune.rounds")
 # What the sizes of each round are compared with.
-ROUNDS = (*SHAPE, *SIZES, "prune.budget?")
+# Decides what messages call the model that is pruned.
+ORIGINAL = "teacher.hf_path"
+ROUNDS = (*SHAPE, *SIZES, "prune.budget?", ORIGINAL)
 # What the space of a search depends on.
 SPACE = (
     *(*SHAPE, "model.family", "prune.budget", "prune.calibration_seq_length", "convert.export_dtype"),
@@ -53,12 +55,12 @@ def list_rounds(cfg: RunConfig) -> list[Round]:
     for number, (at, sizes) in enumerate(targets.items()):
         by_hand = at != "prune" or cfg.prune.budget is None
         before = number if by_hand else 0
-        who = f"model after round {before}" if before else "teacher"
+        who = f"model after round {before}" if before else cfg.original_name
         rounds.append(Round(at, sizes, shape_to_prune(cfg, before), who, by_hand))
     return rounds
 
 
-@rule("prune.budget_or_sizes", *SIZES, "prune.budget?")
+@rule("prune.budget_or_sizes", *SIZES, "prune.budget?", ORIGINAL)
 def budget_or_sizes(cfg: RunConfig) -> Iterator[Finding]:
     prune = cfg.prune
     if prune.budget is None:
@@ -74,8 +76,8 @@ def budget_or_sizes(cfg: RunConfig) -> Iterator[Finding]:
     if prune.rounds:
         yield Finding(
             "prune.budget",
-            "the search is among shapes of the teacher, not of a model that prune.rounds has pruned; set the sizes of "
-            "the last round and prune.budget=null, or set prune.rounds=[]",
+            f"the search is among shapes of the {cfg.original_name}, not of a model that prune.rounds has pruned; set "
+            "the sizes of the last round and prune.budget=null, or set prune.rounds=[]",
         )
 
 
@@ -144,7 +146,7 @@ def experts(cfg: RunConfig) -> Iterator[Finding]:
         if not shape.num_moe_experts:
             for name in EXPERT_AXES:
                 if getattr(sizes, name) is not None:
-                    yield Finding(f"{at}.{name}", f"the teacher has no experts; set {at}.{name}=null")
+                    yield Finding(f"{at}.{name}", f"the {cfg.original_name} has no experts; set {at}.{name}=null")
             continue
         if sizes.ffn_hidden_size is not None:
             key = f"{at}.ffn_hidden_size"
@@ -237,11 +239,11 @@ def calibration_seq_length(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding("prune.calibration_seq_length", too_long("prune.calibration_seq_length", limit))
 
 
-@rule("prune.pipeline", "prune.pipeline_model_parallel_size", "model.shape.num_layers")
+@rule("prune.pipeline", "prune.pipeline_model_parallel_size", "model.shape.num_layers", ORIGINAL)
 def pipeline(cfg: RunConfig) -> Iterator[Finding]:
     count, key = require(cfg.model.shape).num_layers, "prune.pipeline_model_parallel_size"
     if cfg.prune.pipeline_model_parallel_size > count:
-        yield Finding(key, f"more than the teacher's {count} layers; set {key} to at most {count}")
+        yield Finding(key, f"more than the {cfg.original_name}'s {count} layers; set {key} to at most {count}")
 
 
 @rule("prune.tensor", "prune.tensor_model_parallel_size", *SIZES)
@@ -257,13 +259,13 @@ def tensor(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule("prune.tensor_divides", "prune.tensor_model_parallel_size", *SHAPE)
+@rule("prune.tensor_divides", "prune.tensor_model_parallel_size", *SHAPE, ORIGINAL)
 def tensor_divides(cfg: RunConfig) -> Iterator[Finding]:
     shape, size, key = cfg.model.shape, cfg.prune.tensor_model_parallel_size, "prune.tensor_model_parallel_size"
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
     uneven = [f"{name} {getattr(shape, name)}" for name in names if getattr(shape, name) % size]
     if uneven:
-        yield Finding(key, f"does not divide the teacher's {', '.join(uneven)}; set {key}=1")
+        yield Finding(key, f"does not divide the {cfg.original_name}'s {', '.join(uneven)}; set {key}=1")
 
 
 @rule(

@@ -170,7 +170,8 @@ def image_exists(cfg: RunConfig) -> Iterator[Finding]:
 
 @rule(
     "slurm.inputs_are_mounted",
-    *(_IMAGE, _MOUNTS, *SOURCES, VALIDATION, "data.source_tokenizer", "model.hf_path", "distill.on_policy?.prompts"),
+    *(_IMAGE, _MOUNTS, *SOURCES, VALIDATION, "data.source_tokenizer", "model.hf_path", "teacher.hf_path"),
+    "distill.on_policy?.prompts",
     on_machine=True,
 )
 def inputs_are_mounted(cfg: RunConfig) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 from prune_distill.config.data_files import sources
 from prune_distill.config.rule import Finding, Rule
 from prune_distill.config.rules.data import SOURCES
+from prune_distill.config.rules.model import TEACHER
 from prune_distill.config.rules.prune import SHAPE, STUDENT
 from prune_distill.config.values import count_ranks, get_value, require
 from prune_distill.config.wording import any_of, around, divisors, too_long
@@ -50,7 +51,7 @@ def _keys(read: str, at: str) -> tuple[str, ...]:
     if read == RANKS:
         return () if at == DEMO else ("cluster.nodes", "cluster.devices_per_node")
     if read == MODELS:
-        return STUDENT if at == DISTILL else SHAPE
+        return (*(STUDENT if at == DISTILL else SHAPE), *(TEACHER if at != DEMO else ()))
     return (read.format(at=at),)
 
 
@@ -199,9 +200,9 @@ def global_batch_size(cfg: RunConfig, at: str) -> Iterator[Finding]:
             )
 
 
-@training_rule("training.max_length", *SIZES, "model.shape.max_position_embeddings")
+@training_rule("training.max_length", *SIZES, "model.shape.max_position_embeddings", *TEACHER)
 def max_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    limit = get_value(cfg, "model.shape.max_position_embeddings")
+    limit = min(shape.max_position_embeddings for shape in _unpruned(cfg, at))
     for where, training in with_phases(get_training(cfg, at), at):
         if training.seq_length > limit:
             key = f"{where}.seq_length"
@@ -289,9 +290,11 @@ def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
         parallel.pipeline_model_parallel_size,
         _experts_of(models),
     )
-    if not experts:
-        if size > 1:
-            yield Finding(key, f"the model has no experts; set {key}=1")
+    # megatron/core/transformer/transformer_config.py:808, of every model that takes the layout.
+    dense = [who for who, shape in models if not shape.num_moe_experts]
+    if dense and size > 1:
+        yield Finding(key, f"the {dense[0] if experts else 'model'} has no experts; set {key}=1")
+    if dense:
         return
     # megatron/core/transformer/moe/moe_layer.py:60
     if any(count % size for count in experts):
@@ -305,10 +308,10 @@ def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
         yield Finding(key, f"does not divide the {stage_ranks} ranks of a pipeline stage; set {key} to {fitting}")
 
 
-@training_rule("training.sequence_parallel", TENSOR, SEQUENCE_PARALLEL, "model.shape.num_moe_experts")
+@training_rule("training.sequence_parallel", TENSOR, SEQUENCE_PARALLEL, "model.shape.num_moe_experts", *TEACHER)
 def sequence_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel, key = get_training(cfg, at).parallel, f"{at}.parallel.sequence_parallel"
-    has_experts = get_value(cfg, "model.shape.num_moe_experts") is not None
+    has_experts = any(shape.num_moe_experts for shape in _unpruned(cfg, at))
     # megatron/core/transformer/moe/moe_layer.py:265
     if has_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield Finding(key, f"experts with tensor parallelism need sequence parallelism; set {key}=true")
@@ -316,12 +319,18 @@ def sequence_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
 
 def list_models(cfg: RunConfig, at: str = DISTILL) -> list[tuple[str, Shape]]:
     """The models that a training distributes over its ranks, by role: the teacher and all students, or it alone."""
-    teacher = [("teacher", require(cfg.model.shape))]
+    teacher = [("teacher", require(cfg.model.shape if at == DEMO else cfg.teacher_shape))]
     if at != DISTILL:
         return teacher
     count = len(cfg.prune.rounds)
     between = [(f"model after round {number}", shape_to_prune(cfg, number)) for number in range(1, count + 1)]
     return [*teacher, *between, ("student", student_shape(cfg))]
+
+
+def _unpruned(cfg: RunConfig, at: str) -> list[Shape]:
+    """The shapes of the teacher and of the model that is pruned, of those that a training runs or descends from."""
+    shapes = {DEMO: [cfg.model.shape], CORRECTION: [cfg.teacher_shape]}
+    return [require(shape) for shape in shapes.get(at, [cfg.model.shape, cfg.teacher_shape])]
 
 
 def get_training(cfg: RunConfig, at: str) -> Any:

@@ -20,10 +20,20 @@ MOE = [
     *(*DEMO, "model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.moe_ffn_hidden_size=128"),
     "model.shape.moe_router_topk=2",
 ]
+# With a teacher that no one checks on this machine.
+TAUGHT = [
+    *DEMO,
+    "teacher={hf_path: owner/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
+    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}",
+]
 BF16 = [*DEMO, "distill.precision=bf16"]
 TWO_RANKS = ["cluster.devices_per_node=2", "distill.micro_batch_size=2"]
 TP_OF_2 = [*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"]
 EP_OF_2 = [*TWO_RANKS, "distill.parallel.expert_model_parallel_size=2"]
+MOE_TEACHER = [
+    *("teacher.family=qwen3_moe", "teacher.shape.num_moe_experts=4", "teacher.shape.moe_ffn_hidden_size=128"),
+    "teacher.shape.moe_router_topk=2",
+]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 CORRECTION = [
     *("distill.teacher_correction.max_steps=9", "distill.teacher_correction.seq_length=64"),
@@ -97,6 +107,55 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "~distill.lr"], "value.missing", "distill.lr", "set distill.lr to a number"),
     ([*DEMO, "name=???"], "value.missing", "name", "set name to some text"),
     ([*DEMO, "run_dir=${oc.env:NO_SUCH_VARIABLE}"], "value.interpolation", "run_dir", "set run_dir to a plain value"),
+    # A teacher of its own.
+    ([*DEMO, "teacher.revision=main"], "teacher.source", "teacher.revision", "or teacher.revision=null"),
+    ([*DEMO, "teacher.family=qwen9"], "value.choice", "teacher.family", "qwen3"),
+    ([*DEMO, "teacher.hf_path=/nowhere"], "teacher.config_json", "teacher.hf_path", "set teacher.hf_path"),
+    ([*TAUGHT, "distill.loss=ce", "distill.controls=[]"], "teacher.source", "teacher.hf_path", "teacher.hf_path=null"),
+    (
+        [*TAUGHT, "teacher.shape.num_query_groups=3"],
+        "teacher.heads",
+        "teacher.shape.num_attention_heads",
+        "set teacher",
+    ),
+    ([*TAUGHT, "teacher.shape.num_moe_experts=4"], "teacher.experts", "teacher.shape.num_moe_experts", "=null"),
+    (
+        [*TAUGHT, "distill.kd.implementation=upstream"],
+        "teacher.vocabulary",
+        "teacher.shape.vocab_size",
+        "set distill.kd.implementation=chunked",
+    ),
+    (
+        [*TAUGHT, "teacher.shape.vocab_size=1000", "distill.kd.implementation=triton"],
+        "teacher.vocabulary",
+        "teacher.shape.vocab_size",
+        "set distill.kd.implementation=chunked",
+    ),
+    ([*TAUGHT, "teacher.shape.vocab_size=1000", "distill.kd.top_k=1000"], "kd.top_k", "distill.kd.top_k", "null"),
+    (
+        [*TAUGHT, "teacher.shape.max_position_embeddings=128"],
+        "training.max_length",
+        "distill.seq_length",
+        "set distill.seq_length to at most 128",
+    ),
+    (
+        [*TAUGHT, "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"],
+        "kd.pairs",
+        "distill.kd.intermediate_pairs",
+        "set numbers from 1 to 8",
+    ),
+    (
+        [*TAUGHT, *TP_OF_2],
+        "training.tensor_parallel",
+        "distill.parallel.tensor_model_parallel_size",
+        "set distill.parallel.tensor_model_parallel_size to 1",
+    ),
+    (
+        [*TAUGHT, *EP_OF_2, *MOE_TEACHER],
+        "training.experts",
+        "distill.parallel.expert_model_parallel_size",
+        "set distill.parallel.expert_model_parallel_size=1",
+    ),
     # FP8.
     ([*DEMO, "distill.fp8=e4m3"], "value.choice", "distill.fp8", "hybrid or blockwise"),
     ([*DEMO, "distill.fp8=hybrid"], "training.fp8_precision", "distill.fp8", "or distill.fp8=null"),

@@ -52,7 +52,12 @@ ABOVE_ZERO = [
     *keys_below("evaluate.continuations", "questions context_words choice_words"),
     *keys_below("benchmark", "batch_size prompt_tokens rounds requests threads cost_per_hour"),
     "benchmark.request_rates[N]",
-    *(f"model.shape.{field.name}" for field in dataclasses.fields(Shape) if field.name != "tie_word_embeddings"),
+    *(
+        f"{group}.shape.{field.name}"
+        for group in ("model", "teacher")
+        for field in dataclasses.fields(Shape)
+        if field.name != "tie_word_embeddings"
+    ),
     *(
         key
         for training in TRAININGS

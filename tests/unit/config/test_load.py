@@ -12,10 +12,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from launch.planning.automatic import compose
+from launch.planning.plan import make_plan
 from prune_distill.config.composition import CONFIG_DIR, config_groups, sweep
 from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.config.typed import plain, schema_keys
 from prune_distill.errors import ConfigError
+from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DataSource, Family, Gpu, Loss, NumaBinding, Precision, Recompute, RunConfig, Shape
 from prune_distill.schema.phases import training_phases
@@ -333,6 +335,22 @@ def test_faults_of_a_user_config_folder(tmp_path: Path) -> None:
     (tmp_path / "cluster" / "slurm.yaml").write_text("name: slurm\n")
     with pytest.raises(ConfigError, match="cluster/slurm.yaml: has the name of one of the project's own files"):
         compose(["experiment=demo"], config_dir=tmp_path)
+
+
+def test_the_second_link_of_a_chain_prunes_the_first_student_with_the_first_teacher() -> None:
+    experiment = "experiment=qwen3_6b_to_4b_chained"
+    with pytest.raises(ConfigError, match=r"model\.hf_path=runs/.*does not exist; set model\.hf_path"):
+        compose([experiment], check_files=True)
+    cfg = compose([experiment, "model.hf_path=/runs/first/nemo_to_hf-1a2b3c4d/student"])
+    first = compose(["experiment=qwen3_8b_to_6b_depth"])
+    assert cfg.model.shape == student_shape(first)
+    assert (cfg.teacher.shape, cfg.teacher.hf_path) == (first.model.shape, first.model.hf_path)
+    assert student_shape(cfg).num_layers == 16
+    plan = make_plan(cfg)
+    assert plan.original is not None
+    assert (plan.original.parameters, plan.teacher.parameters) == (5_875_378_176, 8_190_735_360)
+    assert plan.cut == 1 - 4_331_806_720 / 5_875_378_176
+    assert {"hf_to_nemo.teacher", "verify_import.teacher"} <= {stage.stage for stage in plan.stages}
 
 
 def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:

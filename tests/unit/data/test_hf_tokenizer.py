@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from prune_distill.data.hf_tokenizer import ids_by_token, load_tokenizer
+from prune_distill.data.hf_tokenizer import load_tokenizer
 from prune_distill.data.tokenizer import read_tokenizer
 from prune_distill.errors import InputError
+from prune_distill.model.hf_tokenizer import ids_by_token
 from tests.helpers.tokenizers import CHAT_TEMPLATE, TEXTS, byte_level, sentencepiece_model
 
 HARD = [*TEXTS, "a  b   c ", "tab\tnew\n\nline", "汉\U0001f600 é ﬁ"]

@@ -139,6 +139,19 @@ def test_the_teachers_top_k_of_each_sequence_in_order() -> None:
         torch.testing.assert_close(top.tail, torch.log1p(-log_probs.exp().sum(-1)), rtol=1e-4, atol=1e-4)
 
 
+def test_the_teachers_top_k_is_of_the_ids_that_the_student_has() -> None:
+    model, (ids,) = core_model(seed=4), [tokens(0)]
+    found: list[TopK] = []
+    compute_top_k(model, [ids], micro_batch_size=1, top_k=4, temperature=2.0, receive=found.append, shared=20)
+    (top,) = found
+    with torch.no_grad():
+        logits = model(ids[None], positions(ids[None]), None)[0, :, :20]
+    log_probs, expected = (logits / 2.0).log_softmax(-1).topk(4, -1)
+    assert torch.equal(top.ids, expected)
+    torch.testing.assert_close(top.log_probs, log_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(top.tail, torch.log1p(-log_probs.exp().sum(-1)), rtol=1e-4, atol=1e-4)
+
+
 def test_chunks_of_teacher_logits_are_concatenated(monkeypatch: pytest.MonkeyPatch) -> None:
     from prune_distill.distillation import teacher_forward
 

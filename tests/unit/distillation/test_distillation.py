@@ -346,7 +346,7 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
     distill = DistillConfig(max_steps=1, kd=kd, precision=Precision.fp32)
     COMPARED.clear()
     live = student_to_train(distill, student, teacher)
-    assert [(student, teacher)] == COMPARED
+    assert [(student / "context" / "tokenizer", teacher / "context" / "tokenizer")] == COMPARED
     assert isinstance(live, DistilledModel)
     assert live.kd is kd
     assert live._teacher_ckpt_path == "teacher"
@@ -361,10 +361,53 @@ def test_a_student_is_trained_with_its_teacher_on_cached_logits_or_on_the_data(m
         assert model.__io__ is nemo_api.load_model(student).__io__
 
 
-def test_a_teacher_of_another_vocabulary_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, teacher = models(monkeypatch, vocab_size=64)
-    with pytest.raises(InputError, match="48 .* 64"):
-        student_to_train(DistillConfig(max_steps=1), student, teacher)
+@pytest.mark.parametrize(
+    ("implementation", "ids", "supported"),
+    [
+        ("chunked", 64, True),
+        ("chunked", 40, True),
+        ("triton", 64, True),
+        ("triton", 40, False),
+        ("upstream", 64, False),
+    ],
+)
+def test_a_teacher_of_another_vocabulary_needs_an_implementation_that_compares_it(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, ids: int, supported: bool
+) -> None:
+    monkeypatch.setattr(distillation, "check_implementation", lambda *given: None)
+    student, teacher = models(monkeypatch, vocab_size=ids)
+    distill = DistillConfig(max_steps=1, kd=KdConfig(implementation=LossImplementation[implementation]))
+    if supported:
+        assert student_to_train(distill, student, teacher)._teacher_config.vocab_size == ids
+        return
+    with pytest.raises(InputError, match=f"vocabulary of 48 ids with the teacher's of {ids}; set .*=chunked"):
+        student_to_train(distill, student, teacher)
+
+
+@pytest.mark.parametrize("ids", [64, 40])
+def test_the_fused_loss_of_vocabularies_of_different_size(ids: int) -> None:
+    """The teacher is wider and deeper as well, and its output weight is taken again after a swap."""
+    shape = dataclasses.replace(SHAPE, vocab_size=ids, hidden_size=96, num_attention_heads=6)
+    shared = min(ids, VOCABULARY)
+    given = batch()
+    given = {**given, "tokens": given["tokens"] % shared, "labels": given["labels"] % shared}
+    student, teacher = core_model(SMALL, seed=1), core_model(shape, seed=2)
+    for _ in range(2):
+        student_logits, teacher_logits = (run(core, given, labels=False).double() for core in (student, teacher))
+        head = FusedHead(student.train(), teacher, KD)
+        head.batch = given
+        with torch.no_grad():
+            run(teacher, given)
+        _, kd_tokens, _ = run(student, given)
+        p = (teacher_logits[..., :shared] / KD.temperature).softmax(-1)
+        log_q = (student_logits / KD.temperature).log_softmax(-1)[..., :shared]
+        expected = KD.temperature**2 * (p * (p.log() - log_q)).sum(-1)
+        torch.testing.assert_close(kd_tokens.double(), expected, **CLOSE)
+        for core in (student, teacher):
+            core.output_layer.__dict__.pop("forward")
+            del core.compute_language_model_loss
+        with torch.no_grad():
+            teacher.output_layer.weight *= 1.5
 
 
 def test_the_teacher_gets_the_types_of_the_trainings_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,13 +441,15 @@ def test_the_teacher_is_replaced_once_before_its_step(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nemo_api, "load_parameters", lambda *given: replaced.append(given))
     swap = TeacherSwap(Path("corrected"), step=2)
     teacher = object()
-    module = SimpleNamespace(module=SimpleNamespace(teacher_model=teacher))
+    head = SimpleNamespace(teacher_rows=object())
+    module = SimpleNamespace(module=SimpleNamespace(teacher_model=teacher), head=head)
     counts = []
     for step in range(4):
         trainer = SimpleNamespace(global_step=step)
         swap.on_train_batch_start(trainer, module, None, 0)
         counts.append(len(replaced))
     assert counts == [0, 0, 1, 1]
+    assert head.teacher_rows is None
     assert replaced[0][:2] == (teacher, Path("corrected"))
     resumed = TeacherSwap(Path("corrected"), step=2)
     resumed.on_train_batch_start(SimpleNamespace(global_step=5), module, None, 0)

@@ -37,7 +37,8 @@ def ids(spec: KdConfig) -> str:
     return "-".join(str(getattr(value, "value", value)) for value in dataclasses.astuple(spec)[:5])
 
 
-def tensors(seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
+def tensors(seed: int = 0, vocabulary: int = VOCABULARY, teacher: int | None = None) -> dict[str, Tensor]:
+    """Inputs of the loss; `teacher`: the size of its vocabulary, the student's if None."""
     generator = torch.Generator().manual_seed(seed)
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     mask = torch.ones(TOKENS)
@@ -47,18 +48,24 @@ def tensors(seed: int = 0, vocabulary: int = VOCABULARY) -> dict[str, Tensor]:
         "hidden": random(TOKENS, STUDENT),
         "weight": random(vocabulary, STUDENT),
         "teacher_hidden": random(TOKENS, TEACHER),
-        "teacher_weight": random(vocabulary, TEACHER) * 0.7,
-        "labels": torch.randint(vocabulary, (TOKENS,), generator=generator),
+        "teacher_weight": random(teacher or vocabulary, TEACHER) * 0.7,
+        "labels": torch.randint(min(vocabulary, teacher or vocabulary), (TOKENS,), generator=generator),
         "mask": mask,
     }
 
 
 def plain(given: dict[str, Tensor], spec: KdConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and its gradients by hidden states and weight, in float64."""
+    """The summed loss and its gradients by hidden states and weight, in float64.
+
+    Both distributions are renormalized over the ids that both models have, and the student pays for its others.
+    """
+    shared = min(len(given["weight"]), len(given["teacher_weight"]))
     hidden, weight = (given[name].double().requires_grad_() for name in ("hidden", "weight"))
     logits = hidden @ weight.t()
-    teacher = (given["teacher_hidden"].double() @ given["teacher_weight"].double().t()) / spec.temperature
-    log_q, log_p = torch.log_softmax(logits / spec.temperature, -1), torch.log_softmax(teacher, -1)
+    teacher = (given["teacher_hidden"].double() @ given["teacher_weight"][:shared].double().t()) / spec.temperature
+    log_q, log_p = torch.log_softmax(logits / spec.temperature, -1)[:, :shared], torch.log_softmax(teacher, -1)
+    log_mass = log_q.logsumexp(-1)  # 0 if all ids are shared
+    log_q = log_q - log_mass[:, None]
     if spec.top_k is not None:
         chosen = log_p.topk(spec.top_k, -1).indices
         log_q, log_p = _in_part(log_q, chosen), _in_part(log_p, chosen)
@@ -67,7 +74,7 @@ def plain(given: dict[str, Tensor], spec: KdConfig) -> tuple[Tensor, Tensor, Ten
         Divergence.forward_kl: (log_p.exp() * (log_p - log_q)).sum(-1),
         Divergence.reverse_kl: (log_q.exp() * (log_q - log_p)).sum(-1),
         Divergence.jensen_shannon: (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2,
-    }[spec.divergence]
+    }[spec.divergence] - log_mass
     lm = torch.nn.functional.cross_entropy(logits, given["labels"], reduction="none")
     loss = spec.kd_weight * spec.temperature**2 * divergence + spec.lm_weight * lm
     total = (loss * given["mask"].double()).sum()
@@ -83,20 +90,22 @@ def _in_part(log_probs: Tensor, chosen: Tensor) -> Tensor:
     return torch.cat([log_probs.gather(-1, chosen), rest], -1)
 
 
-def chunked(given: dict[str, Tensor], spec: KdConfig, teacher: Any = None) -> tuple[Tensor, Tensor, Tensor]:
+def chunked(
+    given: dict[str, Tensor], spec: KdConfig, teacher: Any = None, shared: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = (given[name].clone().requires_grad_() for name in ("hidden", "weight"))
     teacher = teacher or Head(given["teacher_hidden"], given["teacher_weight"])
-    total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec)
+    total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec, None, shared)
     (total / 3).backward()  # the incoming gradient is not 1
     assert hidden.grad is not None
     assert weight.grad is not None
     return total.detach(), hidden.grad * 3, weight.grad * 3
 
 
-def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:
+def assert_close(ours: tuple[Tensor, ...], reference: tuple[Tensor, ...], atol: float = CLOSE) -> None:
     for mine, theirs in zip(ours, reference, strict=True):
         scale = theirs.abs().max()
-        torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=CLOSE)
+        torch.testing.assert_close(mine.double() / scale, theirs / scale, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
@@ -224,16 +233,68 @@ def test_the_weight_gradient_goes_to_megatrons_buffer(tied: bool) -> None:
     assert_close((weight.main_grad - 1,), plain(given, spec)[2:])  # type: ignore[attr-defined]
 
 
-def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
+@pytest.mark.parametrize("rows", [60, 45, 8])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.top_k != VOCABULARY - 1], ids=ids)
+def test_a_teacher_with_fewer_ids_is_compared_on_those(spec: KdConfig, rows: int) -> None:
+    given, spec = tensors(teacher=rows), dataclasses.replace(spec, chunk_tokens=8)
+    # What the rows beyond the teacher's contain does not count.
+    padded = torch.cat([given["teacher_weight"], torch.full((VOCABULARY - rows, TEACHER), 5.0)])
+    assert_close(chunked(given, spec, Head(given["teacher_hidden"], padded), rows), plain(given, spec))
+
+
+def test_a_student_that_gives_the_teachers_ids_no_probability_gets_a_finite_loss() -> None:
+    given = tensors(teacher=30)
+    given["weight"][30:] *= 100
+    teacher = Head(given["teacher_hidden"], torch.cat([given["teacher_weight"], torch.zeros(31, TEACHER)]))
+    for spec in (spec for spec in SPECS if not spec.top_k):
+        total, *gradients = chunked(given, spec, teacher, 30)
+        # Logits of up to 600, from whose maximum all are subtracted, have an error of 3e-5 in float32.
+        assert_close((total, *gradients), plain(given, spec), atol=6e-5)
+
+
+def test_cached_logits_of_fewer_ids_match_the_live_teacher() -> None:
+    given, spec = tensors(teacher=45), KdConfig(top_k=9, temperature=1.5, lm_weight=0.25, chunk_tokens=8)
+    logits = given["teacher_hidden"] @ given["teacher_weight"].t() / spec.temperature
+    stored = select_top_k(logits - logits.amax(-1, keepdim=True), 9, Vocabulary(45))
+    assert_close(chunked(given, dataclasses.replace(spec, top_k=None), stored, 45), plain(given, spec))
+
+
+def test_descending_moves_the_mass_outside_to_the_teachers_ids() -> None:
+    """The reason for the loss's second part: without it, nothing would move the logits of ids without a teacher."""
+    given, spec = tensors(teacher=40), KdConfig(chunk_tokens=8)
+    teacher = Head(given["teacher_hidden"], torch.cat([given["teacher_weight"], torch.zeros(21, TEACHER)]))
+    before = outside(given)
+    for _ in range(200):
+        _, grad_hidden, grad_weight = chunked(given, spec, teacher, 40)
+        given["hidden"] -= grad_hidden
+        given["weight"] -= 0.03 * grad_weight
+    assert before > 0.2
+    assert outside(given) < 0.1 * before
+
+
+def outside(given: dict[str, Tensor]) -> float:
+    """The student's mean probability of the ids that only it has."""
+    q = torch.softmax(given["hidden"] @ given["weight"].t(), -1)[given["mask"] == 1]
+    return float(q[:, len(given["teacher_weight"]) :].sum(-1).mean())
+
+
+def sliced(specs: list[KdConfig], teacher_vocabulary: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the loss, the gradient of the hidden states summed over ranks, and the rank's shard of the weight's."""
+    from megatron.core import parallel_state
+
+    from prune_distill.distillation.distillation import slice_rows
+
     group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
-    given = tensors(vocabulary=2 * 31)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+    given = tensors(vocabulary=2 * 31, teacher=teacher_vocabulary)
+    rows = slice_rows(given["teacher_weight"].chunk(ranks)[rank], 2 * 31)
     results = []
     for spec in specs:
         hidden = given["hidden"].clone().requires_grad_()
         weight = given["weight"].chunk(ranks)[rank].clone().requires_grad_()
-        teacher = Head(given["teacher_hidden"], given["teacher_weight"].chunk(ranks)[rank])
-        total, _ = distillation_loss(Head(hidden, weight), teacher, given["labels"], given["mask"], spec, group)
+        teacher = Head(given["teacher_hidden"], rows)
+        heads = Head(hidden, weight), teacher
+        total, _ = distillation_loss(*heads, given["labels"], given["mask"], spec, group, teacher_vocabulary)
         total.backward()
         assert hidden.grad is not None
         assert weight.grad is not None
@@ -242,10 +303,13 @@ def sliced(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return results
 
 
-def test_a_sharded_vocabulary_gives_the_same_loss() -> None:
-    specs = [dataclasses.replace(spec, chunk_tokens=8) for spec in SPECS]
-    first, second = run_ranks(sliced, 2, specs)
-    given = tensors(vocabulary=2 * 31)
+# Equal; larger; smaller; so small that the second rank of the student's has none of its ids.
+@pytest.mark.parametrize("teacher", [2 * 31, 2 * 34, 2 * 27, 2 * 13])
+def test_a_sharded_vocabulary_gives_the_same_loss(teacher: int) -> None:
+    """The same ids of student and teacher lie on different ranks where their vocabularies differ."""
+    specs = [dataclasses.replace(spec, chunk_tokens=8) for spec in SPECS if (spec.top_k or 0) < min(teacher, 60)]
+    first, second = run_ranks(sliced, 2, specs, teacher)
+    given = tensors(vocabulary=2 * 31, teacher=teacher)
     for spec, mine, other in zip(specs, first, second, strict=True):
         assert torch.equal(mine[0], other[0])
         assert_close((*mine[:2], torch.cat([mine[2], other[2]])), plain(given, spec))

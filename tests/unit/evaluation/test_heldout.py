@@ -17,14 +17,7 @@ from prune_distill.data.shards import SplitWriter
 from prune_distill.errors import InputError
 from prune_distill.evaluation import harness, heldout, recovery
 from prune_distill.evaluation.harness import Harness
-from prune_distill.evaluation.heldout import (
-    Logits,
-    Served,
-    comparable,
-    heldout_sequences,
-    measure_heldout,
-    measure_served,
-)
+from prune_distill.evaluation.heldout import Logits, Served, heldout_sequences, measure_heldout, measure_served
 from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import DistillConfig, EvaluateConfig, Phase
 
@@ -178,10 +171,15 @@ def test_chunking_logits_does_not_change_results(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(heldout._score_tokens(logits, teacher, targets), whole)
 
 
-def test_models_of_one_vocabulary_are_comparable() -> None:
-    config = SimpleNamespace(vocab_size=VOCABULARY)
-    assert comparable(config, SimpleNamespace(vocab_size=VOCABULARY))
-    assert not comparable(config, SimpleNamespace(vocab_size=VOCABULARY + 1))
+@pytest.mark.parametrize(("own", "other"), [(11, 13), (13, 11)])
+def test_vocabularies_of_different_size_are_compared_on_the_shared_ids(own: int, other: int) -> None:
+    torch.manual_seed(0)
+    logits, teacher, targets = torch.randn(7, own), torch.randn(7, other), torch.arange(7)
+    values = heldout._score_tokens(logits, teacher, targets)
+    log_q, log_p = logits.double().log_softmax(-1), teacher[:, :11].double().log_softmax(-1)
+    torch.testing.assert_close(values[:, 3], (log_p.exp() * (log_p - log_q[:, :11])).sum(-1), rtol=1e-5, atol=0)
+    assert values[:, 2].tolist() == (log_p.argmax(-1) == log_q.argmax(-1)).double().tolist()
+    torch.testing.assert_close(values[:, 0], -log_q[range(7), targets], rtol=1e-5, atol=0)
 
 
 def test_cached_logits_are_limited_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_an_entry() -> None:
 
 
 def test_an_unknown_group() -> None:
-    with pytest.raises(ConfigError, match=r"did you mean distill\?.*groups: model, data, prune"):
+    with pytest.raises(ConfigError, match=r"did you mean distill\?.*groups: model, teacher, data, prune"):
         to_text("distil")
 
 
@@ -60,7 +60,7 @@ def test_markdown_has_each_key_once_except_for_other_trainings() -> None:
     tops = [
         key
         for key in listed
-        if key in {"model", "data", "prune", "distill", "convert", "evaluate", "benchmark", "quantize"}
+        if key in {"model", "teacher", "data", "prune", "distill", "convert", "evaluate", "benchmark", "quantize"}
     ]
     rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(set(listed) - {*tops, "cluster"})

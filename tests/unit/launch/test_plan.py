@@ -103,7 +103,7 @@ def test_bytes_on_disk_by_hand(demo: Callable[..., RunConfig]) -> None:
     student, teacher = 3_279_616, 5_246_976
     cfg = demo()
     assert cfg.model.shape is not None
-    assert disk.bytes_needed(cfg, cfg.model.shape) == {
+    assert disk.bytes_needed(cfg) == {
         "tokens": 2 * 160 * 4 * 256,
         "teacher": 3 * 4 * teacher,
         "students": 2 * 3 * 4 * student,
@@ -136,6 +136,58 @@ def test_cached_logits_by_hand() -> None:
     assert signal.loss == (2 * 2 * 4096 + 3 * 4 * 256) * 151_936 // 8
     assert "every further student of this run" in to_table(stored)
     assert "cache_logits" not in live.memory
+
+
+TEACHER = (
+    "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 48, hidden_size: 5120, "
+    "ffn_hidden_size: 14336, num_attention_heads: 40, num_query_groups: 8, kv_channels: 128, vocab_size: 151808, "
+    "max_position_embeddings: 8192}}"
+)
+
+
+def test_a_teacher_of_its_own_by_hand() -> None:
+    plain, own = planned(DEPTH, AS_PUBLISHED), planned(DEPTH, AS_PUBLISHED, TEACHER)
+    # Llama's layers have no norms of queries and keys.
+    hidden, ffn, queries, keys, ids = 5120, 14336, 40 * 128, 8 * 128, 151_808
+    layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * ffn + 2 * hidden
+    parameters = 48 * layer + 2 * ids * hidden + hidden
+    assert own.teacher.parameters == parameters
+    assert own.original is not None
+    assert plain.original is None
+    assert own.original.parameters == plain.teacher.parameters
+    assert own.cut == plain.cut
+    # A product takes two FLOP a weight, attention 2 x seq_length x queries a layer.
+    products = 48 * (layer - 2 * hidden) + ids * hidden
+    assert own.work.flops_a_token.teacher == 2 * products + 48 * 2 * 4096 * queries
+    assert own.work.flops_a_token.student == plain.work.flops_a_token.student
+    (memory,), (other,) = own.memory["distill"], plain.memory["distill"]
+    # An eighth of its weights, each in two bytes, norms whole; and the output weight for the student's slice.
+    norms = hidden * (2 * 48 + 1)
+    assert memory.teacher == 2 * ((parameters - norms) // 8 + norms + 151_936 // 8 * hidden)
+    # The loss has one more fp32 buffer of a chunk, as the student has ids that the teacher lacks. Both models' hidden
+    # states are gathered.
+    assert memory.loss - other.loss == 4 * 4096 * 151_936 // 8 + 2 * 2 * 4096 * (hidden - 4096)
+    assert own.memory["prune"] == plain.memory["prune"]
+    assert own.disk.needed["teacher"] == plain.disk.needed["teacher"] + 2 * parameters
+    assert hours_by_stage(own)["distill"] > hours_by_stage(plain)["distill"]
+    assert hours_by_stage(own)["importance"] == hours_by_stage(plain)["importance"]
+    table = to_table(own)
+    assert "original   8,190,735,360" in table
+    assert "of the parameters of the original" in table
+    assert "original" not in to_table(plain)
+    stored = planned(DEPTH, AS_PUBLISHED, TEACHER, "distill.teacher_logits=cached")
+    (signal,) = stored.memory["cache_logits"]
+    assert signal.weights == 2 * ((parameters - norms) // 8 + norms)
+    assert stored.signal.flops_a_token == own.work.flops_a_token.teacher
+
+
+def test_a_teacher_that_does_not_fit_is_refused() -> None:
+    large = TEACHER.replace("num_layers: 48", "num_layers: 960")
+    found = planned(DEPTH, AS_PUBLISHED, large)
+    assert found.fits is False
+    assert "distill needs" in found.impossible["distill"]
+    with pytest.raises(ConfigError, match="distill needs .* GiB a GPU for its tensors alone"):
+        found.refuse_impossible(["distill"])
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(256, 1), (257, 2), (65_536, 2), (65_537, 3), (151_936, 3)])

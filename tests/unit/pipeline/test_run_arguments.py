@@ -29,6 +29,10 @@ TASK = ("prune.successive_halving.score.task=mmlu", "evaluate.tasks=[mmlu]", "ev
 CORRECTED = ("distill.teacher_correction={max_steps: 9, seq_length: 64, global_batch_size: 4, lr: 1e-4, min_lr: 1e-5}",)
 ROUNDS = ("prune.rounds=[{steps: 20, num_layers: 5}, {steps: 30, drop_layers: [2]}]", "prune.num_layers=3")
 ON_POLICY = "distill.on_policy={rounds: 4, steps: 30, lr: 1e-5, prompts_per_round: 8, prompts: [p.jsonl]}"
+TEACHER = (
+    "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
+    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}"
+)
 # Together they use every stage of the table.
 VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
@@ -39,6 +43,7 @@ VARIANTS = {
         *("cluster.gpu=h100_sxm", "benchmark.engine=vllm", "evaluate.engine=vllm"),
     ),
     "on_policy": ("distill.teacher_logits=cached", ON_POLICY),
+    "taught": (TEACHER, *CORRECTED),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]

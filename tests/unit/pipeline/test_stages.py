@@ -17,7 +17,7 @@ from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.stage import External, Output
 from prune_distill.pipeline.stages import STAGES, find, select_stages
-from prune_distill.schema import Loss, QuantFormat, RunConfig
+from prune_distill.schema import Family, Loss, QuantFormat, RunConfig
 from prune_distill.schema.fields import Identity, identity_of
 
 DROP = "prune.drop_layers=[2]"
@@ -80,7 +80,9 @@ def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
     every = [
         stage.name
         for stage in STAGES
-        if stage.name not in ("search", "successive_halving") and not is_round(stage.name)
+        if stage.name not in ("search", "successive_halving")
+        and not stage.name.endswith(".teacher")
+        and not is_round(stage.name)
     ]
     everything = demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS, *QUANTIZED)
     assert [stage.name for stage in select_stages(everything)] == every
@@ -93,6 +95,33 @@ def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
     assert [stage.name for stage in few] == [name for name in plain if name not in left_out]
     published = select_stages(compose(["experiment=qwen3_8b_to_6b_depth"]))
     assert published[0].name == "prepare_data"
+
+
+def test_a_teacher_of_its_own_is_converted_verified_and_read_by_what_trains(demo: Callable[..., RunConfig]) -> None:
+    teacher = (
+        "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, "
+        "ffn_hidden_size: 960, num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, "
+        "max_position_embeddings: 2048}}"
+    )
+    cfg, without = demo(teacher, *ROUNDS, "benchmark.enabled=true"), demo(*ROUNDS, "benchmark.enabled=true")
+    names, plain = ([stage.name for stage in select_stages(config)] for config in (cfg, without))
+    assert [name for name in names if name not in plain] == ["hf_to_nemo.teacher", "verify_import.teacher"]
+    imported, original = Output("hf_to_nemo.teacher", "nemo"), Output("demo_model", "hf")
+    for name in ("distill", "distill.round1"):
+        assert find(name).inputs(cfg)["teacher"] == imported
+    for name in ("importance", "prune"):
+        assert find(name).inputs(demo(teacher))["teacher"] == Output("hf_to_nemo", "nemo")
+    assert find("evaluate").inputs(cfg)["teacher"] == External(("/models/teacher",), hub=True)
+    assert find("evaluate").inputs(cfg)["original"] == find("benchmark").inputs(cfg)["original"] == original
+    assert "original" not in find("evaluate").inputs(without)
+    assert find("benchmark").inputs(without)["teacher"] == original
+    own = find("hf_to_nemo.teacher").configure(cfg)
+    assert (own.model.hf_path, own.model.family) == ("/models/teacher", Family.llama)
+    corrected = demo(teacher, *CORRECTED, "distill.teacher_logits=cached")
+    assert find("correct_teacher").inputs(corrected)["teacher"] == imported
+    assert find("cache_logits").inputs(corrected)["teacher"] == Output("correct_teacher", "nemo")
+    assert "corrected_teacher" not in find("nemo_to_hf").inputs(corrected)
+    assert find("evaluate").inputs(corrected)["corrected_teacher"] == Output("nemo_to_hf.teacher", "corrected_teacher")
 
 
 def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable[..., RunConfig]) -> None:
@@ -229,7 +258,7 @@ def test_the_import_is_verified_before_it_is_used(demo: Callable[..., RunConfig]
     names = [stage.name for stage in select_stages(demo(*CORRECTED, CONTROLS))]
     assert names[names.index("hf_to_nemo") + 1] == "verify_import"
     gates = [stage for stage in STAGES if stage.gate]
-    assert [stage.name for stage in gates] == ["verify_import"]
+    assert [stage.name for stage in gates] == ["verify_import", "verify_import.teacher"]
     assert set(gates[0].inputs(demo())) == {"teacher_hf", "teacher_nemo", "data"}
     assert set(find("verify").inputs(demo())) == {"student_hf", "student_nemo", "data"}
 

@@ -14,7 +14,7 @@ from prune_distill.reporting.run_page import _tiles
 @pytest.mark.parametrize(("student", "message"), [(3.25, "+0.250"), (2.5, f"{words.MINUS}0.500"), (3.0, "0.000")])
 def test_a_higher_loss_than_the_teachers_is_positive(student: float, message: str) -> None:
     models = {"teacher": {"val_loss": 3.0, "params": 200}, "student": {"val_loss": student, "params": 150}}
-    report: Any = {"models": models, "benchmark": None}
+    report: Any = {"models": models, "reference": "teacher", "benchmark": None}
     tiles = {tile.label: tile for tile in _tiles(report)}
     assert tiles["Held-out loss"].detail == f"{message} relative to the teacher"
     assert tiles["Parameters"].detail == f"{words.MINUS}25 % from 200"
