@@ -17,10 +17,11 @@ Compose = Callable[..., RunConfig]
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Compose:
-    """Return a function that composes the demo experiment with overrides and a temporary run folder."""
+    """Return a function that composes the demo experiment with overrides and a temporary run folder; without a
+    quantized student, unless they name formats."""
 
     def make(*overrides: str) -> RunConfig:
-        return compose(["experiment=demo", f"run_dir={tmp_path / 'run'}", *overrides])
+        return compose(["experiment=demo", f"run_dir={tmp_path / 'run'}", "quantize.formats=[]", *overrides])
 
     return make
 

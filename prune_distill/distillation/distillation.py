@@ -37,7 +37,7 @@ from torch import Tensor
 from prune_distill.distillation import cached_logits_batch
 from prune_distill.distillation.fake_quantizers import FakeQuantization
 from prune_distill.distillation.kd_loss import check_implementation, check_vocabularies, distillation_loss
-from prune_distill.distillation.loss_chunk import Head
+from prune_distill.distillation.loss_chunk import Head, slice_rows
 from prune_distill.distillation.loss_terms import TopK
 from prune_distill.model.tokenizer_check import check_tokenizers
 from prune_distill.nemo import backend, devices, nemo_api
@@ -84,7 +84,8 @@ class FusedHead:
         weight = head.weight
         if self.shared != self.student.vocab_size:
             if self.teacher_rows is None:
-                self.teacher_rows = slice_rows(weight, self.student.vocab_size)
+                group = parallel_state.get_tensor_model_parallel_group()
+                self.teacher_rows = slice_rows(weight, self.student.vocab_size, group)
             weight = self.teacher_rows
         self.teacher_head = Head(head.hidden, weight)
         return head.hidden
@@ -106,29 +107,6 @@ class FusedHead:
             return TopK(_token_order(ids), _token_order(log_probs).float(), _token_order(tail).float())
         teacher, self.teacher_head = self.teacher_head, None
         return teacher
-
-
-def slice_rows(weight: Tensor, vocabulary: int) -> Tensor:
-    """Return this rank's rows of an output weight for a vocabulary of another size; zeros where it has no rows.
-
-    Both vocabularies have an equal slice on each tensor-parallel rank, so the same id may be on different ranks.
-
-    Args:
-        weight: `[v / ranks, h]`, this rank's slice of the weight.
-    """
-    group = parallel_state.get_tensor_model_parallel_group()
-    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    size, given = vocabulary // ranks, weight.shape[0]
-    if ranks == 1 and given >= size:
-        return weight.detach()[:size]
-    rows = weight.new_zeros(size, weight.shape[1])
-    for owner in range(ranks):
-        part = weight.detach().clone() if owner == rank else torch.empty_like(weight)
-        torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, owner), group)
-        first, last = max(owner * given, rank * size), min((owner + 1) * given, (rank + 1) * size)
-        if first < last:
-            rows[first - rank * size : last - rank * size] = part[first - owner * given : last - owner * given]
-    return rows
 
 
 def _data_loss(kd: KdConfig) -> KdConfig:

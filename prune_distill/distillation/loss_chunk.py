@@ -34,6 +34,29 @@ class Head:
     weight: Tensor
 
 
+def slice_rows(weight: Tensor, vocabulary: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Return this rank's rows of an output weight for a vocabulary of another size; zeros where it has no rows.
+
+    Both vocabularies have an equal slice on each tensor-parallel rank, so the same id may be on different ranks.
+
+    Args:
+        weight: `[v / ranks, h]`, this rank's slice of the weight.
+        group: the tensor-parallel ranks.
+    """
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    size, given = vocabulary // ranks, weight.shape[0]
+    if ranks == 1 and given >= size:
+        return weight.detach()[:size]
+    rows = weight.new_zeros(size, weight.shape[1])
+    for owner in range(ranks):
+        part = weight.detach().clone() if owner == rank else torch.empty_like(weight)
+        torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, owner), group)
+        first, last = max(owner * given, rank * size), min((owner + 1) * given, (rank + 1) * size)
+        if first < last:
+            rows[first - rank * size : last - rank * size] = part[first - owner * given : last - owner * given]
+    return rows
+
+
 class Chunk:
     """Loss of a chunk of tokens and its gradient with respect to the logits. All chunks share the same buffers."""
 

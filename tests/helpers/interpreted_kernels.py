@@ -22,7 +22,7 @@ FOLDER = Path(sys.prefix) / "test-only"
 BLOCK = 16
 
 
-def losses(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def losses(specs: list[KdConfig], teacher_vocabulary: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """`sliced` of test_kd_loss by the kernels."""
     sys.path.append(str(FOLDER))
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,7 +30,8 @@ def losses(specs: list[KdConfig]) -> list[tuple[Tensor, Tensor, Tensor]]:
     from tests.unit.distillation.test_kd_loss import sliced
 
     triton_chunk.BLOCK = BLOCK
-    return sliced([dataclasses.replace(spec, implementation=LossImplementation.triton) for spec in specs])
+    specs = [dataclasses.replace(spec, implementation=LossImplementation.triton) for spec in specs]
+    return sliced(specs, teacher_vocabulary)
 
 
 def token_losses(spec: KdConfig) -> tuple[Tensor, Tensor]:

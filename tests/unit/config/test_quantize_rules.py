@@ -47,7 +47,7 @@ def find_faults(*overrides: str) -> list[Fault]:
             ["quantize.formats=[int8]", 'quantize.keep=["*.q_proj"]'],
             *("quantize.keep", "quantize.keep", "keep all of them, or none"),
         ),
-        (["distill.quantize=int4"], "distill.quantize", "distill.quantize", "set quantize.formats=[int4]"),
+        (["distill.quantize=int4"], "distill.quantize", "distill.quantize", "set quantize.formats=[fp8,int4]"),
         (
             ["distill.quantize=int8", "quantize.formats=[int8]", "distill.precision=bf16", "distill.fp8=hybrid"],
             *("distill.quantize", "distill.quantize", "set one of the two to null"),
@@ -79,7 +79,12 @@ def test_a_fault(overrides: list[str], rule: str, key: str, fix: str) -> None:
         ["distill.quantize=int4", "quantize.formats=[int4]", "quantize.int4_group_size=32", *TP2],
         ["distill.quantize=int8", "quantize.formats=[int8]", *TP2],
         # Without formats, nothing of the group matters.
-        ["quantize.keep=[mlp]", "quantize.int4_group_size=16", "quantize.calibration_seq_length=4096"],
+        [
+            "quantize.formats=[]",
+            "quantize.keep=[mlp]",
+            "quantize.int4_group_size=16",
+            "quantize.calibration_seq_length=4096",
+        ],
     ],
 )
 def test_what_is_accepted(overrides: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prune_distill.distillation.kd_loss import distillation_loss
-from prune_distill.distillation.loss_chunk import Head
+from prune_distill.distillation.loss_chunk import Head, slice_rows
 from prune_distill.distillation.loss_terms import TopK, Vocabulary, select_top_k
 from prune_distill.schema import Divergence, KdConfig
 from tests.helpers.ranks import run_ranks
@@ -280,14 +280,9 @@ def outside(given: dict[str, Tensor]) -> float:
 
 def sliced(specs: list[KdConfig], teacher_vocabulary: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return the loss, the gradient of the hidden states summed over ranks, and the rank's shard of the weight's."""
-    from megatron.core import parallel_state
-
-    from prune_distill.distillation.distillation import slice_rows
-
     group, rank, ranks = torch.distributed.group.WORLD, torch.distributed.get_rank(), torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     given = tensors(vocabulary=2 * 31, teacher=teacher_vocabulary)
-    rows = slice_rows(given["teacher_weight"].chunk(ranks)[rank], 2 * 31)
+    rows = slice_rows(given["teacher_weight"].chunk(ranks)[rank], 2 * 31, group)
     results = []
     for spec in specs:
         hidden = given["hidden"].clone().requires_grad_()

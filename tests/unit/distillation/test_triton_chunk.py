@@ -24,12 +24,12 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_kernels_match_the_plain_implementation(ranks: int) -> None:
-    """Also with the vocabulary shared by two ranks, whose maxima differ."""
+@pytest.mark.parametrize(("ranks", "teacher"), [(1, 2 * 31), (2, 2 * 31), (2, 2 * 34)])
+def test_the_kernels_match_the_plain_implementation(ranks: int, teacher: int) -> None:
+    """Also with the vocabulary shared by two ranks, whose maxima differ, and with a teacher of more ids."""
     specs = [dataclasses.replace(spec, chunk_tokens=30) for spec in CASES]
-    found = run_ranks(losses, ranks, specs)
-    given = tensors(vocabulary=2 * 31)
+    found = run_ranks(losses, ranks, specs, teacher)
+    given = tensors(vocabulary=2 * 31, teacher=teacher)
     for spec, *parts in zip(specs, *found, strict=True):
         assert all(torch.equal(part[0], parts[0][0]) for part in parts)
         assert_close((*parts[0][:2], torch.cat([part[2] for part in parts])), plain(given, spec))

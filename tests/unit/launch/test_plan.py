@@ -138,7 +138,7 @@ def test_cached_logits_by_hand() -> None:
     assert "cache_logits" not in live.memory
 
 
-TEACHER = (
+OWN_TEACHER = (
     "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 48, hidden_size: 5120, "
     "ffn_hidden_size: 14336, num_attention_heads: 40, num_query_groups: 8, kv_channels: 128, vocab_size: 151808, "
     "max_position_embeddings: 8192}}"
@@ -146,7 +146,7 @@ TEACHER = (
 
 
 def test_a_teacher_of_its_own_by_hand() -> None:
-    plain, own = planned(DEPTH, AS_PUBLISHED), planned(DEPTH, AS_PUBLISHED, TEACHER)
+    plain, own = planned(DEPTH, AS_PUBLISHED), planned(DEPTH, AS_PUBLISHED, OWN_TEACHER)
     # Llama's layers have no norms of queries and keys.
     hidden, ffn, queries, keys, ids = 5120, 14336, 40 * 128, 8 * 128, 151_808
     layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * ffn + 2 * hidden
@@ -175,14 +175,14 @@ def test_a_teacher_of_its_own_by_hand() -> None:
     assert "original   8,190,735,360" in table
     assert "of the parameters of the original" in table
     assert "original" not in to_table(plain)
-    stored = planned(DEPTH, AS_PUBLISHED, TEACHER, "distill.teacher_logits=cached")
+    stored = planned(DEPTH, AS_PUBLISHED, OWN_TEACHER, "distill.teacher_logits=cached")
     (signal,) = stored.memory["cache_logits"]
     assert signal.weights == 2 * ((parameters - norms) // 8 + norms)
     assert stored.signal.flops_a_token == own.work.flops_a_token.teacher
 
 
 def test_a_teacher_that_does_not_fit_is_refused() -> None:
-    large = TEACHER.replace("num_layers: 48", "num_layers: 960")
+    large = OWN_TEACHER.replace("num_layers: 48", "num_layers: 960")
     found = planned(DEPTH, AS_PUBLISHED, large)
     assert found.fits is False
     assert "distill needs" in found.impossible["distill"]
