@@ -28,6 +28,7 @@ from launch.planning.automatic import compose
 from launch.planning.output import to_table
 from launch.planning.plan import make_plan
 from launch.run import read_arguments
+from prune_distill.config import values
 from prune_distill.config.composition import sweep
 from prune_distill.config.input_files import HUB_FOLDERS
 from prune_distill.pipeline.stages import STAGES, find, select_stages
@@ -296,6 +297,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Checker:
     for name in (*HUB_FOLDERS, "CLIMBMIX_DIR"):
         monkeypatch.delenv(name, raising=False)
+    # As after `make serve-env`.
+    monkeypatch.setattr(values, "SERVE_PYTHON", Path(sys.executable))
     monkeypatch.chdir(folder)
     return Checker(folder, monkeypatch)
 
