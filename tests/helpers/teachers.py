@@ -99,7 +99,7 @@ def overrides(run_dir: Path, model: Path, corpus: Path, *more: str) -> list[str]
         *("prune.calibration_seq_length=128", "evaluate.seq_length=128", "evaluate.max_sequences=64"),
         *("evaluate.verify_tokens=128", "evaluate.continuations.questions=12", "evaluate.samples=2"),
         *("evaluate.sample_new_tokens=8", "benchmark.batch_size=2", "benchmark.prompt_tokens=16"),
-        *("benchmark.new_tokens=4", "benchmark.rounds=2", "distill.controls=[]"),
+        *("benchmark.new_tokens=4", "benchmark.rounds=2", "distill.controls=[]", "quantize.formats=[]"),
         *more,
     ]
 

@@ -215,7 +215,7 @@ def test_different_tokenizers_are_rejected(finished: Path, tmp_path: Path) -> No
     update_record(stage.inputs["student"].parent, ["nemo/context/tokenizer/tokenizer.json"])
     failed = train(stage)
     assert failed.returncode == 2, failed.stderr[-4000:]
-    assert re.search(r"error: the tokenizers in .* differ, for example in id 5", failed.stderr)
+    assert re.search(r"error: the tokenizers in .* differ in the ids 5 ", failed.stderr)
 
 
 @pytest.mark.parametrize(
