@@ -65,7 +65,9 @@ def test_an_export_in_fp32_continues_prompts_as_transformers_does(name: str, tmp
     ids, untied = PROMPTS, torch.ones(len(PROMPTS), 0, dtype=torch.bool)
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):
-            (first, second), tokens = (part.unbind(-1) for part in model(ids).logits[:, -1].topk(2))
+            logits = model(ids).logits[:, -1]
+            logits[:, model.generation_config.eos_token_id] = -torch.inf  # vLLM's `min_tokens` excludes it
+            (first, second), tokens = (part.unbind(-1) for part in logits.topk(2))
             untied = torch.cat([untied, (first - second > TIE)[:, None]], 1)
             ids = torch.cat([ids, tokens[0][:, None]], 1)
     # A prompt's tokens up to its first tie, after which the two may continue differently.
