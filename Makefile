@@ -75,7 +75,7 @@ test-nemo26: $(NEMO26)/installed ## the integration tests with the image's NeMo,
 	$(NEMO26)/bin/pytest -n 3 --no-loadscope-reorder tests/integration
 
 test-serve: setup serve-env ## vLLM serves tiny exported models, on this machine's CPU
-	$(BIN)/pytest -n 2 tests/serve
+	$(BIN)/pytest -n 2 --dist loadfile tests/serve
 
 serve-env: $(SERVE)/installed ## vLLM in an environment of its own, 3.4 GB; with CUDA: make serve-env SERVE_SET=serve-gpu
 SERVE_SET ?= serve

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import time
-import urllib.request
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.serve import SERVER
 from prune_distill.config.values import SERVE_PYTHON
 from prune_distill.generation.engines import (
     Completion,
@@ -24,12 +19,11 @@ from prune_distill.generation.engines import (
     read_stop_ids,
     served_name,
 )
-from prune_distill.pipeline.processes import serving_environment
 from prune_distill.schema import OnPolicy
+from prune_distill.serving import processes
+from prune_distill.serving.server import KV_CACHE, LOCAL, find_free_port, start_server, wait_until_ready
 from tests.helpers.quantized import write_student
-from tests.unit.launch.test_serve import free_port
 
-SECONDS_TO_START, SECONDS_TO_END = 300, 60
 EOD, LENGTH, NEW_TOKENS = 0, 64, 16
 # As in test_vllm.py: what vLLM's kernels for CPUs take.
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
@@ -91,35 +85,17 @@ def test_vllm_samples_by_the_seed_and_stops_where_transformers_does(student: Pat
 
 
 @pytest.fixture
-def server(student: Path, tmp_path: Path) -> Iterator[str]:
+def server(student: Path) -> Iterator[str]:
     """vLLM's server with the student; yields the base URL of its API."""
-    port = free_port()
-    command = [str(SERVE_PYTHON), "-P", "-m", SERVER, "--model", str(student), "--port", str(port)]
-    command += ["--served-model-name", served_name(student), "--host", "127.0.0.1", "--dtype", "float32"]
-    command += ["--max-model-len", str(LENGTH), "--enforce-eager"]
-    environment = {**serving_environment(), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    port = find_free_port()
+    options = ["--dtype", "float32", "--max-model-len", str(LENGTH), "--enforce-eager"]
+    name, space = served_name(student), {KV_CACHE: "1"}
+    process = start_server(SERVE_PYTHON, student, name, LOCAL, port, options, space, stdout=sys.stderr)
     try:
-        until = time.monotonic() + SECONDS_TO_START
-        while not is_ready(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < until
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1"
+        wait_until_ready(process, LOCAL, port)
+        yield f"http://{LOCAL}:{port}/v1"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(SECONDS_TO_END)
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
+        processes.end(process)
 
 
 def test_a_server_completes_as_transformers_does(student: Path, server: str, stop_ids: list[int]) -> None:
