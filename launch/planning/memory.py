@@ -156,7 +156,7 @@ def _stage(training: Training, loss: Loss, models: Models, ranks: int, stage: in
         teacher = rank_parameters(models.teacher, models.teacher_family, tensor, stages, stage, experts_over)
         student_ids, teacher_ids = models.student.vocab_size, models.teacher.vocab_size
         if stage == stages - 1 and (student_ids > teacher_ids or (tensor > 1 and student_ids < teacher_ids)):
-            # Its output weight once more, in the student's slices (prune_distill/distillation/distillation.py:
+            # Its output weight once more, in the student's slices (prune_distill/distillation/loss_chunk.py:
             # slice_rows).
             teacher += models.student.vocab_size // tensor * models.teacher.hidden_size
         if isinstance(training, DistillConfig) and training.teacher_fp8:

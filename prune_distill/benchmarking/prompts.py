@@ -16,7 +16,7 @@ def check(folders: Mapping[str, Path], cfg: BenchmarkConfig) -> None:
     """Check the prompts' length. Raises: InputError, if a model supports fewer tokens."""
     length = cfg.prompt_tokens + cfg.new_tokens
     for name, folder in folders.items():
-        most = _read_config(folder)["max_position_embeddings"]
+        most = hf_config.read_unchecked(folder / "config.json")["max_position_embeddings"]
         if length > most:
             raise InputError(
                 f"benchmark.prompt_tokens={cfg.prompt_tokens}: with {cfg.new_tokens} new tokens it exceeds the {most}"
@@ -26,12 +26,7 @@ def check(folders: Mapping[str, Path], cfg: BenchmarkConfig) -> None:
 
 def draw(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, count: int | None = None) -> torch.Tensor:
     """Draw `count` prompts (a batch by default), `[b, s]`: ids below the smallest vocabulary size."""
-    limit = min(_read_config(folder)["vocab_size"] for folder in folders.values())
+    limit = min(hf_config.read_unchecked(folder / "config.json")["vocab_size"] for folder in folders.values())
     generator = torch.Generator().manual_seed(seed)
     size = (cfg.batch_size if count is None else count, cfg.prompt_tokens)
     return torch.randint(limit, size, generator=generator)
-
-
-def _read_config(folder: Path) -> hf_config.HfConfig:
-    """Read a config, which may be that of a quantized model."""
-    return hf_config.normalize(hf_config.parse(folder / "config.json"))

@@ -215,10 +215,10 @@ class ChatTemplate:
         first, end = _common_prefix(text, other), len(text) - _common_suffix(text, other)
         headers = self._headers(before, tools, None)
         whole = [text.rfind(header, 0, first) + len(header) for header in headers if header in text[:first]]
-        begun = [first for header in headers if _ends_with_most_of(text[:first], header)]
-        if not whole and not begun:
+        partial = [first for header in headers if _ends_with_most_of(text[:first], header)]
+        if not whole and not partial:
             raise ConversationError(NO_PROMPT)
-        start = max(whole + begun)
+        start = max(whole + partial)
         last = self._render([*before, changed], tools)
         ending = alone[len(alone) - _common_suffix(alone, last) :]
         end += _common_prefix(ending, text[end : end + len(ending)])

@@ -191,8 +191,8 @@ def _summary(sums: torch.Tensor, names: list[str], data: DataFolder, compared: S
             if row[1]
         }
     if compared:
-        agreement: Agreement = {"top1": (total[2] / total[1]).item(), "kl": (total[3] / total[1]).item()}
-        if "kl" not in compared:
-            del agreement["kl"]
+        agreement: Agreement = {"top1": (total[2] / total[1]).item()}
+        if "kl" in compared:
+            agreement["kl"] = (total[3] / total[1]).item()
         result["agreement"] = agreement
     return result

@@ -5,9 +5,7 @@ Each completion has a seed of its own, so that it does not depend on when, or on
 
 from __future__ import annotations
 
-import json
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +26,7 @@ from prune_distill.model import hf_config
 from prune_distill.model.hf_tokenizer import read_object
 from prune_distill.nemo import devices, hf_models
 from prune_distill.schema import GenerationEngine, OnPolicy
+from prune_distill.serving import server
 from prune_distill.serving.vllm_process import VllmProcess
 
 SECONDS_TO_ANSWER = 600
@@ -207,21 +206,17 @@ class ServerEngine:
         return Completion(ids, choice["finish_reason"] == "stop")
 
     def _ask(self, path: str, content: dict[str, Any] | None = None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if content is None else json.dumps(content).encode()
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # It may be behind a proxy, unlike the servers that stages start.
+        opener = urllib.request.build_opener()
         try:
-            request = urllib.request.Request(f"{self.url}/{path}", data, headers)
-            with urllib.request.urlopen(request, timeout=SECONDS_TO_ANSWER) as response:
-                answer: dict[str, Any] = json.load(response)
-        except (OSError, ValueError) as error:
-            detail = error.read().decode(errors="replace")[:500] if isinstance(error, urllib.error.HTTPError) else error
+            return server.ask(f"{self.url}/{path}", content, SECONDS_TO_ANSWER, headers=headers, opener=opener)
+        except server.RequestError as error:
             raise InputError(
-                f"distill.on_policy.server_url={self.url}: does not answer ({detail}); start the server with the"
+                f"distill.on_policy.server_url={self.url}: does not answer ({error}); start the server with the"
                 " student of this round, and run again: finished completions are kept"
             ) from error
-        return answer
 
     def close(self) -> None:
         """The server goes on."""

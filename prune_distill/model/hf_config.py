@@ -46,6 +46,16 @@ def read_config(path: Path) -> HfConfig:
     return config
 
 
+def read_unchecked(path: Path) -> HfConfig:
+    """Read and normalize a `config.json` of a model that is not to be converted: a quantized one, for example.
+
+    Raises:
+        InputError: the file cannot be read.
+        ValueError: see `normalize`.
+    """
+    return normalize(parse(path))
+
+
 def examine(path: Path) -> tuple[HfConfig | None, list[str]]:
     """Read the valid parts of a `config.json`.
 

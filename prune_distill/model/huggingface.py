@@ -92,7 +92,7 @@ def link_compatible_folder(folder: Path) -> Iterator[Path]:
 
     For libraries that load models from a folder with their own version of transformers. The model may be quantized.
     """
-    config = hf_config.make_compatible(hf_config.normalize(hf_config.parse(folder / "config.json")))
+    config = hf_config.make_compatible(hf_config.read_unchecked(folder / "config.json"))
     with tempfile.TemporaryDirectory() as name:
         links = Path(name)
         for path in folder.iterdir():

@@ -140,7 +140,7 @@ class PackedDataset(DocumentDataset):
         return pieces, first_piece, order
 
     def _pack(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pack all documents anew for each epoch, until there are enough sequences."""
+        """Pack all documents again for each epoch, until there are enough sequences."""
         random = np.random.RandomState(self.config.random_seed)
         pieces: list[np.ndarray] = []
         counts: list[np.ndarray] = []

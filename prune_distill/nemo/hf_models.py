@@ -88,7 +88,7 @@ def weight_bytes(folder: Path, dtype: ExportDtype = ExportDtype.keep) -> int:
 
 def kv_cache_bytes(folder: Path, tokens: int, dtype: ExportDtype = ExportDtype.keep) -> int:
     """Return the bytes of the KV cache of `tokens` tokens, over all sequences. A quantized model may have it in FP8."""
-    config = hf_config.normalize(hf_config.parse(folder / "config.json"))  # perhaps of a quantized model
+    config = hf_config.read_unchecked(folder / "config.json")
     size = BYTES.get(dtype, 4 if config.get("torch_dtype") == "float32" else 2)
     if any(name.endswith(".k_scale") for name in read_folder(folder)):
         size = 1

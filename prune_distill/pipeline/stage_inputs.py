@@ -235,8 +235,7 @@ def evaluate_control_inputs(cfg: RunConfig, name: str) -> Sources:
 
 
 def benchmark_inputs(cfg: RunConfig) -> Sources:
-    base = "original" if cfg.has_own_teacher else "teacher"
-    models: Sources = {base: original_hf(cfg), "student": Output("nemo_to_hf", "student")}
+    models: Sources = {cfg.original_name: original_hf(cfg), "student": Output("nemo_to_hf", "student")}
     # transformers would dequantize them.
     served = cfg.quantize.formats if cfg.benchmark.engine is Engine.vllm else []
     return models | {quantized_name(found): _quantized(found) for found in served}

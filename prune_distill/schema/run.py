@@ -71,7 +71,7 @@ class RunConfig:
 
     @property
     def original_name(self) -> str:
-        """What messages call the model that is pruned."""
+        """What messages and reports call the model that is pruned."""
         return "original" if self.has_own_teacher else "teacher"
 
     @property

@@ -67,6 +67,11 @@ def server_options(name: str, host: str, port: int) -> list[str]:
     return ["--served-model-name", name, "--host", host, "--port", str(port)]
 
 
+def default_variables(kv_cache_bytes: int) -> dict[str, str]:
+    """Return environment variables of vLLM in a stage: the memory of its KV cache on a CPU, and only warnings."""
+    return {KV_CACHE: str(max(1, math.ceil(kv_cache_bytes / GIB))), "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
 @contextlib.contextmanager
 def serve(
     folder: Path, python: Path, options: Sequence[str], kv_cache_bytes: int, variables: Mapping[str, str]
@@ -79,11 +84,10 @@ def serve(
     Raises:
         InputError: there is no such Python, or vLLM cannot serve the model; its output says why.
     """
-    space = {KV_CACHE: str(max(1, math.ceil(kv_cache_bytes / GIB))), "VLLM_LOGGING_LEVEL": "WARNING"}
+    variables = {**default_variables(kv_cache_bytes), **variables}
     with link_compatible_folder(folder) as links:
         port = find_free_port()
-        words = [*_QUIET, *options]
-        process = start_server(python, links, MODEL, LOCAL, port, words, {**space, **variables}, stdout=sys.stderr)
+        process = start_server(python, links, MODEL, LOCAL, port, [*_QUIET, *options], variables, stdout=sys.stderr)
         try:
             wait_until_ready(process, LOCAL, port, f"{folder}: ")
             yield f"http://{LOCAL}:{port}"
@@ -119,16 +123,27 @@ def wait_until_ready(process: subprocess.Popen[Any], host: str, port: int, what:
     raise InputError(f"{what}vLLM was not ready after {SECONDS_TO_START} s; its messages are above")
 
 
-def ask(url: str, content: Mapping[str, Any] | None = None, seconds: float = SECONDS_TO_ANSWER) -> dict[str, Any]:
+def ask(
+    url: str,
+    content: Mapping[str, Any] | None = None,
+    seconds: float = SECONDS_TO_ANSWER,
+    *,
+    headers: Mapping[str, str] | None = None,
+    opener: urllib.request.OpenerDirector = _DIRECT,
+) -> dict[str, Any]:
     """Return a server's answer to a GET request, or to a POST request with JSON content.
+
+    Args:
+        headers: further ones.
+        opener: sends the request; by default not through a proxy.
 
     Raises:
         RequestError: it cannot be reached, or its answer is an error or not a JSON object.
     """
     data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with _DIRECT.open(request, timeout=seconds) as response:
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})})
+        with opener.open(request, timeout=seconds) as response:
             answer = json.load(response)
     except urllib.error.HTTPError as error:
         raise RequestError(f"{url}: {error}: {error.read().decode(errors='replace')[:500]}") from error

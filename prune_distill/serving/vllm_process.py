@@ -5,7 +5,6 @@ vLLM needs other versions of transformers and numpy than NeMo, so the two are ne
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +12,8 @@ from typing import Any
 
 from prune_distill.errors import InputError
 from prune_distill.model.huggingface import link_compatible_folder
-from prune_distill.serving.server import KV_CACHE
+from prune_distill.serving.server import default_variables
 from prune_distill.serving.worker import Worker
-from prune_distill.units import GIB
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -38,10 +36,9 @@ class VllmProcess:
     """
 
     def __init__(self, folder: Path, python: Path, kv_cache_bytes: int = 0, **settings: Any) -> None:
-        space = {KV_CACHE: str(max(1, math.ceil(kv_cache_bytes / GIB))), "VLLM_LOGGING_LEVEL": "WARNING"}
         with ExitStack() as stack:
             links = stack.enter_context(link_compatible_folder(folder))
-            self._worker = stack.enter_context(Worker(_WORKER, python, space))
+            self._worker = stack.enter_context(Worker(_WORKER, python, default_variables(kv_cache_bytes)))
             # Prompts and answers are ids, and a repeated prompt must not be free.
             arguments = {"model": str(links), "skip_tokenizer_init": True, "enable_prefix_caching": False, **settings}
             try:

@@ -122,6 +122,8 @@ def test_the_benchmark_measures_all_models_and_servers_under_load(run_dir: Path)
 
 def test_a_running_server_is_measured(run_dir: Path, tmp_path: Path) -> None:
     stages = served_run.write_run(run_dir)
+    if not stages["evaluate.fp8"].complete:
+        served_run.run(run_dir, "evaluate.fp8")
     folder = stages["quantize.fp8"].folder / "student_fp8"
     result = tmp_path / "served.json"
     with serve(folder, SERVE_PYTHON, ["--max-model-len", "33"], 0, served_run.COMPILE_NOTHING) as url:

@@ -84,7 +84,7 @@ def test_an_epoch_has_each_document_whole_and_once(tmp_path: Path) -> None:
     assert documents == set(range(len(DOCUMENTS) - 1))
 
 
-def test_more_sequences_than_an_epoch_are_packed_anew(tmp_path: Path) -> None:
+def test_more_sequences_than_an_epoch_are_packed_by_epoch(tmp_path: Path) -> None:
     data = write_data(tmp_path, {"a": DOCUMENTS}, [[9, 8, 0]] * 20)
     dataset = sequences(data, tmp_path / "out", 12)
     assert len(dataset) == 15
