@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.planning.machine import Machine, describe_machine
-from launch.planning.memory import Models, caching_layout
+from launch.planning.memory import Models, caching_settings
 from launch.planning.time import forward_seconds, training_seconds
 from prune_distill.config.values import halving_rounds, halving_steps, require
 from prune_distill.model.flops import forward_flops, training_flops
@@ -147,7 +147,8 @@ def stage_work(stage: Stage, cfg: RunConfig) -> Work | None:
         return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
         flops = training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
-        return ForwardWork(teacher, teacher_family, flops, caching_layout(own.distill), sequential=False)
+        settings = caching_settings(own.teacher, own.distill)
+        return ForwardWork(teacher, teacher_family, flops, settings, sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
         return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(teacher_family, teacher, None))
     if stage.module in ("recipes.successive_halving", "recipes.distill"):

@@ -232,7 +232,8 @@ def _cached_logits(plan: Plan) -> list[str]:
     if signal is None:
         return []
     text = (
-        f"the teacher runs once, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
+        f"the teacher runs once (TP {signal.tensor}, PP {signal.pipeline}, micro batch {signal.micro_batch_size}), "
+        f"{_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
         f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
         f"successive halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )

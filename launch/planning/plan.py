@@ -22,7 +22,7 @@ from launch.planning.memory import (
     training_memory,
 )
 from launch.planning.time import Seconds, step_seconds
-from prune_distill.config.values import count_ranks, require
+from prune_distill.config.values import caching_layout, count_ranks, require
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -76,11 +76,15 @@ class CachedLogits:
     """The cost of caching the teacher's logits.
 
     Attributes:
+        tensor, pipeline, micro_batch_size: the layout of the teacher.
         bytes: on disk, at most.
         flops_a_token: of the teacher's forward pass.
         spared_share: of the FLOP of a step with the teacher, what each further student saves.
     """
 
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
     top_k: int
     bytes: int
     flops_a_token: int
@@ -288,7 +292,7 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
         models = Models(cfg.teacher_family, teacher, None)
         memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
     if cfg.distill.reads_cached_logits:
-        memory["cache_logits"] = [cached_logits_memory(cfg.distill, teacher, cfg.teacher_family)]
+        memory["cache_logits"] = [cached_logits_memory(cfg.teacher, cfg.distill, teacher, cfg.teacher_family)]
     return memory
 
 
@@ -312,4 +316,13 @@ def _cached_logits(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Dis
     if not cfg.distill.reads_cached_logits:
         return None
     flops = forward_flops(teacher, cfg.teacher_family, cfg.distill.seq_length)
-    return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
+    parallel, micro_batch_size = caching_layout(cfg.teacher, cfg.distill)
+    return CachedLogits(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        micro_batch_size,
+        cfg.distill.cached_logits_top_k,
+        disk.needed["signal"],
+        flops,
+        flops / (flops + student_flops),
+    )
