@@ -111,7 +111,7 @@ def estimate_hours(cfg: RunConfig) -> list[StageHours]:
     for stage in select_stages(cfg):
         ranks, work = stage.ranks(cfg), stage_work(stage, cfg)
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
-        seconds = _seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
+        seconds = work_seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
         hours = None if seconds is None else seconds / 3600
         gpu_hours = None if hours is None else hours * ranks
         jobs = math.ceil(hours * 3600 / parse_time_limit(limit)) if hours is not None and limit else None
@@ -120,7 +120,8 @@ def estimate_hours(cfg: RunConfig) -> list[StageHours]:
     return estimates
 
 
-def _seconds(work: Work, cfg: RunConfig, ranks: int) -> float | None:
+def work_seconds(work: Work, cfg: RunConfig, ranks: int) -> float | None:
+    """Seconds of a stage's work on its ranks; None where the GPU's figures are not stated."""
     gpu = cfg.cluster.gpu
     if gpu is not None and gpu.mfu is not None:
         working = 1 if isinstance(work, ForwardWork) and work.sequential else ranks

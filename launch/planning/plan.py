@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from launch.planning.advice import suggest_fix, warnings
+from launch.planning.deployment import PartialTime, estimate_parts
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
 from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
@@ -119,6 +120,7 @@ class Plan:
         fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
         signal: None where the teacher runs next to the student.
         stages: every stage of the run in order, with its hours.
+        partial: of stages without hours, the time of the parts that are known.
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
             fullest rank. It always has `distill` and `prune`.
         layout: the configured layout of the distillation.
@@ -142,6 +144,7 @@ class Plan:
     fp8: dict[str, str]
     signal: CachedLogits | None
     stages: list[StageHours]
+    partial: list[PartialTime]
     memory: dict[str, list[Memory]]
     layout: Layout
     loss_chunk: int | None
@@ -228,6 +231,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         fp8=_fp8(cfg.distill),
         signal=_cached_logits(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg),
+        partial=estimate_parts(cfg),
         memory=memory,
         layout=task.layout(),
         loss_chunk=_loss_chunk(cfg),

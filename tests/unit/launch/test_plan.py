@@ -428,7 +428,7 @@ def test_the_kv_cache_of_the_student() -> None:
     assert f"KV cache takes {cache.token / 1024:.1f} KiB a token in 16 bits:" in text
     halved = planned(DEPTH, "quantize.formats=[fp8]", "quantize.fp8_kv_cache=true")
     assert "in 16 bits, half of that in the quantized formats:" in " ".join(to_table(halved).split())
-    # No hours are claimed for these stages.
+    # No hours are claimed for these stages, of which parts are known.
     hours_found = hours_by_stage(run_plan)
     assert [hours_found[name] for name in ("quantize.fp8", "evaluate.fp8", "benchmark")] == [None] * 3
     assert planned(DEPTH, "quantize.formats=[]", "benchmark.enabled=false").kv_cache is None
