@@ -34,7 +34,11 @@ MODELS = "models"
 CACHE = "teacher"
 # What decides whether the teacher runs in the layout of the distillation.
 SHARED_LAYOUT = (
-    *("distill.loss", "distill.teacher_logits", "teacher.parallel?", "prune.rounds", "prune.successive_halving?"),
+    "distill.loss",
+    "distill.teacher_logits",
+    "teacher.parallel?",
+    "prune.rounds",
+    "prune.successive_halving?",
 )
 
 Check = Callable[[RunConfig, str], Iterator[Finding]]
