@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from launch.planning.advice import suggest_fix, warnings
+from launch.planning.deployment import PartialTime, estimate_parts
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
 from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
@@ -22,7 +23,7 @@ from launch.planning.memory import (
     training_memory,
 )
 from launch.planning.time import Seconds, step_seconds
-from prune_distill.config.values import count_ranks, require
+from prune_distill.config.values import caching_layout, count_ranks, require
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -76,11 +77,15 @@ class CachedLogits:
     """The cost of caching the teacher's logits.
 
     Attributes:
+        tensor, pipeline, micro_batch_size: the layout of the teacher.
         bytes: on disk, at most.
         flops_a_token: of the teacher's forward pass.
         spared_share: of the FLOP of a step with the teacher, what each further student saves.
     """
 
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
     top_k: int
     bytes: int
     flops_a_token: int
@@ -115,6 +120,7 @@ class Plan:
         fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
         signal: None where the teacher runs next to the student.
         stages: every stage of the run in order, with its hours.
+        partial: of stages without hours, the time of the parts that are known.
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
             fullest rank. It always has `distill` and `prune`.
         layout: the configured layout of the distillation.
@@ -138,6 +144,7 @@ class Plan:
     fp8: dict[str, str]
     signal: CachedLogits | None
     stages: list[StageHours]
+    partial: list[PartialTime]
     memory: dict[str, list[Memory]]
     layout: Layout
     loss_chunk: int | None
@@ -224,6 +231,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         fp8=_fp8(cfg.distill),
         signal=_cached_logits(cfg, teacher, flops.total, disk),
         stages=estimate_hours(cfg),
+        partial=estimate_parts(cfg),
         memory=memory,
         layout=task.layout(),
         loss_chunk=_loss_chunk(cfg),
@@ -288,7 +296,7 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
         models = Models(cfg.teacher_family, teacher, None)
         memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
     if cfg.distill.reads_cached_logits:
-        memory["cache_logits"] = [cached_logits_memory(cfg.distill, teacher, cfg.teacher_family)]
+        memory["cache_logits"] = [cached_logits_memory(cfg.teacher, cfg.distill, teacher, cfg.teacher_family)]
     return memory
 
 
@@ -312,4 +320,13 @@ def _cached_logits(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Dis
     if not cfg.distill.reads_cached_logits:
         return None
     flops = forward_flops(teacher, cfg.teacher_family, cfg.distill.seq_length)
-    return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
+    parallel, micro_batch_size = caching_layout(cfg.teacher, cfg.distill)
+    return CachedLogits(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        micro_batch_size,
+        cfg.distill.cached_logits_top_k,
+        disk.needed["signal"],
+        flops,
+        flops / (flops + student_flops),
+    )

@@ -10,7 +10,17 @@ from typing import Any, TypeVar
 
 from prune_distill.model.flops import Meter
 from prune_distill.model.student import student_shape
-from prune_distill.schema import BenchmarkConfig, Init, Phase, Precision, RunConfig, Schedule
+from prune_distill.schema import (
+    BenchmarkConfig,
+    DistillConfig,
+    Init,
+    Parallel,
+    Phase,
+    Precision,
+    RunConfig,
+    Schedule,
+    TeacherConfig,
+)
 from prune_distill.schema.phases import training_phases
 
 # The name of the task that a run makes of its own documents.
@@ -85,6 +95,14 @@ def on_policy_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
 def count_ranks(cfg: RunConfig) -> int:
     """Ranks of a distributed stage: one per device of the cluster section."""
     return cfg.cluster.nodes * cfg.cluster.devices_per_node
+
+
+def caching_layout(teacher: TeacherConfig, distill: DistillConfig) -> tuple[Parallel, int]:
+    """The layout in which stage `cache_logits` runs a teacher, and its sequences per forward pass.
+
+    Only tensor and pipeline parallelism count; all other ranks are replicas.
+    """
+    return teacher.parallel or distill.parallel, teacher.micro_batch_size or distill.micro_batch_size
 
 
 def utilization_meter(cfg: RunConfig) -> Meter | None:

@@ -35,6 +35,9 @@ AUTOMATIC = (
     "distill.kd.chunk_tokens",
     "prune.pipeline_model_parallel_size",
     "prune.micro_batch_size",
+    "teacher.parallel.tensor_model_parallel_size",
+    "teacher.parallel.pipeline_model_parallel_size",
+    "teacher.micro_batch_size",
 )
 
 

@@ -16,13 +16,16 @@ from prune_distill.model import model_folder
 from prune_distill.model.hf_shape import local_folder, may_be_hub_id
 from prune_distill.model.model_size import EXPERT_SIZES
 from prune_distill.model.tokenizer_check import find_difference
-from prune_distill.schema import Family, Loss, LossImplementation, RunConfig
+from prune_distill.schema import Family, Loss, LossImplementation, Packing, RunConfig
 
 # The groups that name a model.
 MODELS = ("model", "teacher")
 IMPLEMENTATION = "distill.kd.implementation"
 # What tells the teacher's shape apart from that of the model that is pruned.
 TEACHER = ("teacher.hf_path", "teacher.shape")
+OWN_LAYOUT = ("teacher.parallel?", "teacher.micro_batch_size")
+# Those that `cache_logits` does not use (prune_distill/nemo/nemo_api.py:restore).
+UNUSED_SIZES = ("context_parallel_size", "expert_model_parallel_size")
 
 Check = Callable[..., Iterator[Finding]]
 
@@ -115,6 +118,36 @@ def own_teacher(cfg: RunConfig) -> Iterator[Finding]:
         if teacher.hf_path is None and getattr(teacher, name) is not None:
             fix = f"set teacher.hf_path to the teacher's folder or Hub id, or teacher.{name}=null"
             yield Finding(f"teacher.{name}", f"the model that is pruned is the teacher; {fix}")
+
+
+@rule("teacher.layout", *OWN_LAYOUT, "distill.loss", "distill.teacher_logits")
+def teacher_layout(cfg: RunConfig) -> Iterator[Finding]:
+    """Refuse a layout of the teacher where no stage runs it alone; the stage correct_teacher has its own."""
+    if cfg.distill.reads_cached_logits:
+        return
+    for name in ("parallel", "micro_batch_size"):
+        key = f"teacher.{name}"
+        if getattr(cfg.teacher, name) is None:
+            continue
+        if cfg.distill.loss is Loss.ce:
+            yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=null")
+        else:
+            problem = f"distill.teacher_logits=live runs the teacher in the student's layout, distill.{name}"
+            yield Finding(key, f"{problem}; set distill.teacher_logits=cached, or {key}=null")
+
+
+@rule("teacher.parallel", *(f"teacher.parallel.{name}" for name in UNUSED_SIZES))
+def teacher_parallel(cfg: RunConfig) -> Iterator[Finding]:
+    for key in (f"teacher.parallel.{name}" for name in UNUSED_SIZES):
+        if get_value(cfg, key) > 1:
+            yield Finding(key, f"cache_logits divides neither sequences nor experts over ranks; set {key}=1")
+
+
+@rule("teacher.packing", "teacher.micro_batch_size", "distill.packing")
+def teacher_packing(cfg: RunConfig) -> Iterator[Finding]:
+    size, key = cfg.teacher.micro_batch_size, "teacher.micro_batch_size"
+    if size is not None and size > 1 and cfg.distill.packing is Packing.documents:
+        yield Finding(key, f"distill.packing=documents takes one sequence per forward pass; set {key}=1")
 
 
 @rule("teacher.vocabulary", "teacher.shape.vocab_size", "model.shape.vocab_size", IMPLEMENTATION)
