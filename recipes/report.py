@@ -1,8 +1,9 @@
 """python -m recipes.report RUN_DIR [RUN_DIR ...] [--out FOLDER]
 
 Report the results of a run, for people (`report/index.html`, one file without external resources) and programs
-(`report.json`), at any time: it shows the available results, and what is missing or failed. For several runs, or the
-folder of a sweep, write a comparison. As the last stage: python -m recipes report --config RUN_DIR/resolved.yaml
+(`report.json`), at any time: it shows the available results, and what is missing or failed. The model cards of the
+students, with these results, are in `report/cards`. For several runs, or the folder of a sweep, write a comparison. As
+the last stage: python -m recipes report --config RUN_DIR/resolved.yaml
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from prune_distill.errors import InputError
 from prune_distill.pipeline.artifact import find_runs, read_manifest, update_record, write_json
 from prune_distill.pipeline.names import MANIFEST, REPORT, REPORT_JSON, REPORT_PAGE
 from prune_distill.pipeline.run_arguments import Metrics
-from prune_distill.reporting import comparison, html, run_page
+from prune_distill.reporting import comparison, html, model_cards, run_page
 from prune_distill.reporting.privacy import Privacy
 from prune_distill.reporting.results import Report, summarize
 from prune_distill.reporting.run_folder import RunFolder, locate_report, read_run, stage_run_folder
@@ -33,18 +34,18 @@ class Inputs:
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
-    """Output: `report.json`, `index.html`."""
-    report = write_report(stage_run_folder(cfg, inputs.stages), out)
+    """Output: `report.json`, `index.html`, `cards/NAME.md`."""
+    report, _ = write_report(stage_run_folder(cfg, inputs.stages), out)
     return {name: model["val_loss"] for name, model in report["models"].items()}
 
 
-def write_report(found: RunFolder, out: Path) -> Report:
-    """Write the report of one run, and return the content of `report.json`."""
+def write_report(found: RunFolder, out: Path) -> tuple[Report, list[str]]:
+    """Write the report of one run, and return the content of `report.json` and the names of all files."""
     privacy = Privacy((found.path,))
     report: Report = privacy.value(strict(summarize(found)))
     html.write(run_page.page(found, report, privacy.text), out / REPORT_PAGE, privacy)
     write_json(out / REPORT_JSON, report)
-    return report
+    return report, [REPORT_JSON, REPORT_PAGE, *model_cards.write(found, report, out, privacy.text)]
 
 
 def write_comparison(paths: Sequence[Path], out: Path) -> None:
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = args.out or paths[0] / REPORT
             found = read_run(paths[0])
             _withdraw(found, out)
-            write_report(found, out)
-            update_record(out, (REPORT_JSON, REPORT_PAGE))
+            _, files = write_report(found, out)
+            update_record(out, files)
         else:
             out = args.out or Path("comparison" if len(args.run_dirs) > 1 else args.run_dirs[0] / REPORT)
             write_comparison(paths, out)

@@ -336,8 +336,8 @@ def _on_policy_round(number: int) -> tuple[Stage, ...]:
 
 
 def _report_inputs(cfg: RunConfig) -> dict[str, Source]:
-    # Metrics, not weights.
-    read = ("*.json", "*.jsonl")
+    # Metrics and model cards, not weights.
+    read = ("*.json", "*.jsonl", "*README.md")
     return {stage.name: Output(stage.name, files=read) for stage in select_stages(cfg) if stage.name != REPORT}
 
 

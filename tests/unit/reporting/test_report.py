@@ -99,6 +99,33 @@ def test_quantized_models_and_servers_under_load(tmp_path: Path) -> None:
         build(run_dir)
 
 
+def test_model_cards_have_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_AbCdEfGhIjKlMnOpQrSt")
+    run_dir = report_runs.finished(tmp_path / "run", "quantize.formats=[fp8]", "benchmark.engine=vllm")
+    entry = {**report_runs.model("student_fp8", 3.55), "engine": "vLLM 0.32.0"}
+    inputs = {"student_fp8": {"path": "quantize.fp8-0000/student_fp8"}}
+    report_runs.complete(run_dir, "evaluate.fp8", {"student_fp8": entry}, inputs=inputs)
+    write_json(report_runs.folder_of(run_dir, "benchmark") / "benchmark.json", report_runs.served())
+    build(run_dir)
+    assert not list((run_dir / "report/cards").iterdir()), "a card was made up"
+    for folder in ("nemo_to_hf-0000/student", "quantize.fp8-0000/student_fp8"):
+        (run_dir / folder).mkdir(parents=True)
+        (run_dir / folder / "README.md").write_text(f"# a card of {folder}\nhf_AbCdEfGhIjKlMnOpQrSt\n")
+    stale = run_dir / "report/cards/student_int8.md"
+    stale.write_text("of a format that is not asked for any more")
+    build(run_dir)
+    student, fp8 = ((run_dir / f"report/cards/{name}.md").read_text() for name in ("student", "student_fp8"))
+    assert student.startswith("# a card of nemo_to_hf-0000/student\n")
+    assert "hf_AbCd" not in student
+    assert "| Student | 3.5470 | 85.3 % | 0.676 |" in fp8
+    assert "| this model | 3.5500 | 85.0 % | 0.675 |" in fp8
+    assert "Its loss is that of vLLM 0.32.0." in fp8
+    assert "| Teacher | 9,000 | 210 | 0.028 s | 20.0 MiB | 80.0 | 160 |" in fp8
+    assert "| this model | 3.5470 |" in student
+    assert "server, 2.5 requests/s: tokens/s | server, all at once: tokens/s |" in student
+    assert not stale.exists()
+
+
 def test_models_and_samples_of_controls_come_from_their_own_stages(finished: Path) -> None:
     page, content = build(finished)
     assert list(content["models"]) == ["teacher", "pruned", "student", "ce"]
