@@ -34,8 +34,8 @@ def write(run: RunFolder, report: Report, out: Path, clean: Clean) -> list[str]:
 
 def _card(run: RunFolder, report: Report, name: str) -> str | None:
     """Return the card of a model with its results; None if the model was not evaluated, or has no card."""
-    model = report["models"].get(name, {})
-    folder = model.get("engine_path" if name in QUANTIZED else "hf_path")
+    model = report["models"].get(name)
+    folder = None if model is None else model.get("engine_path", model.get("hf_path"))
     try:
         card = None if folder is None else (run.path / folder / "README.md").read_text(errors="replace")
     except OSError:
