@@ -182,11 +182,7 @@ def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
     """Whether the other stages that have the distillation's layout fit as well."""
     cfg = replace_values(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
     memory = stage_memory(cfg)
-    return all(
-        fullest(memory[stage]).total <= limit
-        for stage in memory
-        if stage.startswith(DISTILL) or stage == "cache_logits"
-    )
+    return all(fullest(memory[stage]).total <= limit for stage in memory if stage.startswith((DISTILL, "cache_logits")))
 
 
 def _nothing_fits(task: Task, smallest: Layout | None) -> Fault:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
-from prune_distill.config.rules.model import TEACHER, shared_vocabulary
+from prune_distill.config.rules.model import TEACHER
 from prune_distill.config.rules.prune import STUDENT
 from prune_distill.config.rules.quantize import is_kept, linear_layers
-from prune_distill.config.rules.training import list_models
+from prune_distill.config.rules.training import is_source_teacher, list_models
 from prune_distill.config.values import require
 from prune_distill.config.wording import any_of, quote_for_hydra
 from prune_distill.model.student import student_shapes
@@ -76,7 +76,7 @@ def cached_logits(cfg: RunConfig) -> Iterator[Finding]:
     *("distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size", *TEACHER),
 )
 def cached_logits_top_k(cfg: RunConfig) -> Iterator[Finding]:
-    key, vocabulary = "distill.cached_logits_top_k", shared_vocabulary(cfg)
+    key, vocabulary = "distill.cached_logits_top_k", cfg.shared_vocabulary
     if cfg.distill.teacher_logits is TeacherLogits.cached and cfg.distill.cached_logits_top_k >= vocabulary:
         yield Finding(
             key,
@@ -110,7 +110,7 @@ def swap_teacher(cfg: RunConfig) -> Iterator[Finding]:
 
 @rule("kd.top_k", TOP_K, "model.shape.vocab_size", *TEACHER)
 def top_k(cfg: RunConfig) -> Iterator[Finding]:
-    count, vocabulary = cfg.distill.kd.top_k, shared_vocabulary(cfg)
+    count, vocabulary = cfg.distill.kd.top_k, cfg.shared_vocabulary
     if count is not None and count >= vocabulary:
         yield Finding(TOP_K, f"covers the whole vocabulary of {vocabulary} tokens; set {TOP_K} to null or to less")
 
@@ -230,4 +230,5 @@ def quantize_split(cfg: RunConfig) -> Iterator[Finding]:
 
 def _layers(cfg: RunConfig) -> list[tuple[str, str, int]]:
     """The number of layers of each model, with its side of a pair and its role."""
-    return [("teacher" if who == "teacher" else "student", who, shape.num_layers) for who, shape in list_models(cfg)]
+    run_models = [(who, shape) for who, shape in list_models(cfg) if not is_source_teacher(who)]
+    return [("teacher" if who == "teacher" else "student", who, shape.num_layers) for who, shape in run_models]

@@ -14,6 +14,7 @@ from prune_distill.config.rules.training import (
     SIZES,
     TENSOR,
     get_training,
+    is_source_teacher,
     list_models,
     training_rule,
     with_phases,
@@ -123,8 +124,8 @@ def _requested(cfg: RunConfig, at: str) -> dict[str, Fp8]:
 def _models(cfg: RunConfig, at: str, key: str) -> list[tuple[str, Shape]]:
     """The models whose products are in FP8 by a key: the teacher, or all models that are trained."""
     if at != DISTILL or key == TEACHER_FP8:
-        return list_models(cfg, at)[:1]
-    between = [model for model in list_models(cfg, at) if model[0] not in ("teacher", "student")]
+        return [model for model in list_models(cfg, at) if model[0] == "teacher" or is_source_teacher(model[0])]
+    between = [model for model in list_models(cfg, at) if model[0].startswith("model after")]
     return [*between, *(("student", shape) for shape in student_shapes(cfg))]
 
 

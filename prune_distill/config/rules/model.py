@@ -1,4 +1,4 @@
-"""Rules of the groups `model` and `teacher`."""
+"""Rules of the groups `model` and `teacher`, and of the teachers of single sources of the data."""
 
 from __future__ import annotations
 
@@ -9,30 +9,48 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.config.rule import Finding, Rule, rule
-from prune_distill.config.values import get_value, require
+from prune_distill.config.values import get_value, named_source_teachers, require
 from prune_distill.config.wording import any_of, divisors
 from prune_distill.errors import InputError
 from prune_distill.model import model_folder
 from prune_distill.model.hf_shape import local_folder, may_be_hub_id
 from prune_distill.model.model_size import EXPERT_SIZES
 from prune_distill.model.tokenizer_check import find_difference
-from prune_distill.schema import Family, Loss, LossImplementation, RunConfig
+from prune_distill.schema import MOST_SOURCE_TEACHERS, Family, Loss, LossImplementation, RunConfig, TeacherLogits
 
 # The groups that name a model.
 MODELS = ("model", "teacher")
 IMPLEMENTATION = "distill.kd.implementation"
-# What tells the teacher's shape apart from that of the model that is pruned.
-TEACHER = ("teacher.hf_path", "teacher.shape")
+# What tells the teachers' shapes apart from that of the model that is pruned.
+TEACHER = ("teacher.hf_path", "teacher.shape", "data.sources?")
 
 Check = Callable[..., Iterator[Finding]]
 
 
-def model_rule(name: str, *reads: str, on_machine: bool = False) -> Callable[[Check], list[Rule]]:
-    """Declare a function as a rule of each model, whose group it is given as `at`."""
+def model_rule(
+    name: str, *reads: str, on_machine: bool = False, groups: tuple[str, ...] = MODELS
+) -> Callable[[Check], list[Rule]]:
+    """Declare a function as a rule of each model, whose group it is given as `at`: of `groups`, and of the teachers of
+    single sources."""
+    of_run = tuple(read for read in reads if "{at}" not in read)
     return lambda check: [
-        Rule(f"{at}.{name}", tuple(read.format(at=at) for read in reads), partial(check, at=at), on_machine)
-        for at in MODELS
+        *(
+            Rule(f"{at}.{name}", tuple(read.format(at=at) for read in reads), partial(check, at=at), on_machine)
+            for at in groups
+        ),
+        Rule(f"source_teacher.{name}", ("data.sources", *of_run), partial(_check_sources, check=check), on_machine),
     ]
+
+
+def _check_sources(cfg: RunConfig, check: Check) -> Iterator[Finding]:
+    for at in source_teacher_keys(cfg):
+        if get_value(cfg, f"{at}.hf_path") is not None and get_value(cfg, f"{at}.shape") is not None:
+            yield from check(cfg, at=at)
+
+
+def source_teacher_keys(cfg: RunConfig) -> list[str]:
+    """The keys of the teachers of single sources. Sources with a dot in their name are refused anyway."""
+    return [at for at in named_source_teachers(cfg) if at.count(".") == 3]
 
 
 @rule("model.source", "model.demo?", "model.hf_path", "model.shape?")
@@ -132,10 +150,16 @@ def vocabulary(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@rule("teacher.tokenizer", "teacher.hf_path", "teacher.revision", "model.hf_path", "model.revision", on_machine=True)
-def tokenizer(cfg: RunConfig) -> Iterator[Finding]:
-    """Compare the tokenizers, where both are on this machine. Stage hf_to_nemo.teacher compares them in any case."""
-    student, teacher = (_tokenizer_folder(model.hf_path, model.revision) for model in (cfg.model, cfg.teacher))
+@model_rule(
+    "tokenizer",
+    *("{at}.hf_path", "{at}.revision", "model.hf_path", "model.revision"),
+    on_machine=True,
+    groups=("teacher",),
+)
+def tokenizer(cfg: RunConfig, at: str) -> Iterator[Finding]:
+    """Compare the tokenizers, where both are on this machine. Stages hf_to_nemo.* compare them in any case."""
+    models: list[Any] = [cfg.model, get_value(cfg, at)]
+    student, teacher = (_tokenizer_folder(model.hf_path, model.revision) for model in models)
     if student is None or teacher is None:
         return
     try:
@@ -143,7 +167,7 @@ def tokenizer(cfg: RunConfig) -> Iterator[Finding]:
     except InputError:  # a fault of the folder
         return
     if fault is not None:
-        yield Finding("teacher.hf_path", fault)
+        yield Finding(f"{at}.hf_path", fault)
 
 
 def _tokenizer_folder(hf_path: str | None, revision: str | None) -> Path | None:
@@ -151,6 +175,65 @@ def _tokenizer_folder(hf_path: str | None, revision: str | None) -> Path | None:
     return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
-def shared_vocabulary(cfg: RunConfig) -> int:
-    """The number of ids that both the student and its teacher have."""
-    return min(require(shape).vocab_size for shape in (cfg.model.shape, cfg.teacher_shape))
+@rule("source_teacher.source", "data.sources", "teacher")
+def source_teachers(cfg: RunConfig) -> Iterator[Finding]:
+    for at in source_teacher_keys(cfg):
+        if get_value(cfg, f"{at}.hf_path") is None:
+            fix = f"set {at}.hf_path to the teacher's folder or Hub id, or {at}=null"
+            yield Finding(f"{at}.hf_path", f"names no teacher; {fix}")
+    count = len(cfg.source_teachers)
+    if count > MOST_SOURCE_TEACHERS:
+        yield Finding(
+            "data.sources",
+            f"their sources have {count} teachers of their own, and a run at most {MOST_SOURCE_TEACHERS}; give some"
+            " sources the same one",
+        )
+    if cfg.has_own_teacher and _all_have_teachers(cfg):
+        yield Finding(
+            "teacher.hf_path", "teaches nothing, as each source has another teacher; set teacher.hf_path=null"
+        )
+
+
+@rule(
+    "source_teacher.supported",
+    *("data.sources", "teacher", "distill.loss", "distill.teacher_logits", "distill.on_policy?"),
+    *("distill.teacher_correction?", "prune.successive_halving?", "prune.rounds"),
+)
+def source_teachers_supported(cfg: RunConfig) -> Iterator[Finding]:
+    """Refuse what has one teacher, or one that runs next to the student."""
+    keys, distill = source_teacher_keys(cfg), cfg.distill
+    if not keys:
+        return
+    if distill.loss is Loss.ce:
+        yield Finding(keys[0], f"distill.loss=ce uses no teacher; set {keys[0]}=null")
+    unsupported = {
+        "distill.teacher_logits": (
+            distill.teacher_logits is TeacherLogits.live,
+            "live runs one teacher next to the student",
+            "cached",
+        ),
+        "distill.on_policy": (
+            distill.on_policy is not None,
+            "no source says which teacher scores the student's completions",
+            "null",
+        ),
+        "prune.successive_halving": (
+            cfg.prune.successive_halving is not None,
+            "its candidates learn from one teacher next to them",
+            "null",
+        ),
+        "prune.rounds": (bool(cfg.prune.rounds), "their students learn from one teacher next to them", "[]"),
+        "distill.teacher_correction": (
+            distill.teacher_correction is not None and _all_have_teachers(cfg),
+            "it trains the teacher of the run, which teaches nothing, as each source has another one",
+            "null",
+        ),
+    }
+    for key, (is_set, problem, supported) in unsupported.items():
+        if is_set:
+            fix = f"set {key}={supported}, or the teachers of the sources to null ({', '.join(keys)})"
+            yield Finding(key, f"{problem}; {fix}")
+
+
+def _all_have_teachers(cfg: RunConfig) -> bool:
+    return bool(cfg.source_teachers) and 0 not in cfg.teacher_numbers.values()

@@ -30,6 +30,8 @@ TENSOR, PIPELINE, CONTEXT, EXPERT = (
 SEQUENCE_PARALLEL = "{at}.parallel.sequence_parallel"
 RANKS = "ranks"
 MODELS = "models"
+# The role of a teacher of single sources, before its name.
+OF_SOURCE = "source teacher "
 
 Check = Callable[[RunConfig, str], Iterator[Finding]]
 
@@ -322,15 +324,26 @@ def list_models(cfg: RunConfig, at: str = DISTILL) -> list[tuple[str, Shape]]:
     teacher = [("teacher", require(cfg.model.shape if at == DEMO else cfg.teacher_shape))]
     if at != DISTILL:
         return teacher
+    teacher += [
+        (f"{OF_SOURCE}{teacher.hf_path}", teacher.shape) for teacher in cfg.source_teachers if teacher.shape is not None
+    ]
     count = len(cfg.prune.rounds)
     between = [(f"model after round {number}", shape_to_prune(cfg, number)) for number in range(1, count + 1)]
     return [*teacher, *between, ("student", student_shape(cfg))]
 
 
+def is_source_teacher(who: str) -> bool:
+    """Whether a role of `list_models` is that of a teacher of single sources."""
+    return who.startswith(OF_SOURCE)
+
+
 def _unpruned(cfg: RunConfig, at: str) -> list[Shape]:
     """The shapes of the teacher and of the model that is pruned, of those that a training runs or descends from."""
     shapes = {DEMO: [cfg.model.shape], CORRECTION: [cfg.teacher_shape]}
-    return [require(shape) for shape in shapes.get(at, [cfg.model.shape, cfg.teacher_shape])]
+    if at in shapes:
+        return [require(shape) for shape in shapes[at]]
+    found = (cfg.model.shape, cfg.teacher_shape, *(teacher.shape for teacher in cfg.source_teachers))
+    return [shape for shape in found if shape is not None]
 
 
 def get_training(cfg: RunConfig, at: str) -> Any:

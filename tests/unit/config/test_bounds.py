@@ -54,7 +54,7 @@ ABOVE_ZERO = [
     "benchmark.request_rates[N]",
     *(
         f"{group}.shape.{field.name}"
-        for group in ("model", "teacher")
+        for group in ("model", "teacher", "data.sources.NAME.teacher")
         for field in dataclasses.fields(Shape)
         if field.name != "tie_word_embeddings"
     ),
