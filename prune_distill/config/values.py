@@ -136,7 +136,10 @@ def describe_teachers(cfg: RunConfig, past: bool = False) -> str:
     """The teachers of a run as a sentence; empty where the model that is pruned is the only one."""
     if not cfg.source_teachers:
         return f"The teacher {'was' if past else 'is'} {cfg.teacher.hf_path}." if cfg.has_own_teacher else ""
-    names = [cfg.teacher.hf_path or cfg.model.name, *(str(teacher.hf_path) for teacher in cfg.source_teachers)]
+    names = [
+        cfg.teacher.hf_path or "the model that is pruned",
+        *(str(teacher.hf_path) for teacher in cfg.source_teachers),
+    ]
     taught = [(name, sources_of_teacher(cfg, number)) for number, name in enumerate(names)]
     clauses = [f"{name} for {', '.join(sources)}" for name, sources in taught if sources]
     return f"The teachers by source of the data {'were' if past else 'are'} {'; '.join(clauses)}."

@@ -208,7 +208,7 @@ def source_teachers_supported(cfg: RunConfig) -> Iterator[Finding]:
         yield Finding(keys[0], f"distill.loss=ce uses no teacher; set {keys[0]}=null")
     unsupported = {
         "distill.teacher_logits": (
-            distill.teacher_logits is TeacherLogits.live,
+            distill.teacher_logits is TeacherLogits.live and distill.loss is Loss.kd,
             "live runs one teacher next to the student",
             "cached",
         ),
