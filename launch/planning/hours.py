@@ -147,9 +147,11 @@ def stage_work(stage: Stage, cfg: RunConfig) -> Work | None:
         return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
         teacher, teacher_family = require(own.teacher_shape), own.teacher_family
-        share = cached_share(own)
-        tokens = training_tokens(own.distill) * (1.0 if share is None else share)
-        flops = tokens * forward_flops(teacher, teacher_family, own.distill.seq_length)
+        # All sequences, an upper limit, where the share is not known; the plan warns of that.
+        share = cached_share(own) or 1.0
+        flops = round(
+            share * training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
+        )
         return ForwardWork(teacher, teacher_family, flops, caching_layout(own.distill), sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
         return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(teacher_family, teacher, None))

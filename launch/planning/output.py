@@ -248,11 +248,13 @@ def _cached_logits(plan: Plan) -> list[str]:
     signal = plan.signal
     if signal is None:
         return []
-    who = "each teacher runs once over its sources" if plan.source_teachers else "the teacher runs once"
+    who, students = "the teacher runs once", " (a successive halving's candidates)"
+    if plan.source_teachers:
+        who, students = "each teacher runs once over its sources", ""
     text = (
         f"{who}, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
-        f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
-        f"successive halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
+        f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run"
+        f"{students} saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
 

@@ -102,9 +102,8 @@ class RunConfig:
     @property
     def shared_vocabulary(self) -> int:
         """The number of ids that the student and all teachers have, the first of each vocabulary."""
-        sources = (self.data.sources or {"": None}).values()
-        teachers = [getattr(source, "teacher", None) or self.teacher for source in sources]
-        shapes = [self.model.shape, *(teacher.shape for teacher in teachers)]
+        named = [getattr(source, "teacher", None) for source in (self.data.sources or {}).values()]
+        shapes = [self.model.shape, *((teacher or self.teacher).shape for teacher in named or [None])]
         return min(shape.vocab_size for shape in shapes if shape is not None)
 
     @property
