@@ -349,8 +349,7 @@ def _cached_logits(cfg: RunConfig, student_flops: int, disk: Disk) -> CachedLogi
         return None
     runs = [stage.configure(cfg) for stage in _caching_stages(cfg)]
     each = [forward_flops(require(own.teacher_shape), own.teacher_family, own.distill.seq_length) for own in runs]
-    shares = [cached_share(own) for own in runs]
-    known = [share for share in shares if share is not None]
-    mean = sum(share * flops for share, flops in zip(known, each, strict=False))
-    flops = round(mean) if len(known) == len(each) else max(each)
+    shares = [share for own in runs if (share := cached_share(own)) is not None]
+    known = len(shares) == len(runs)
+    flops = round(sum(share * one for share, one in zip(shares, each, strict=True))) if known else max(each)
     return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
