@@ -14,8 +14,11 @@ models          teacher, student, and original (the model that is pruned; null i
                 cut: share of the parameters that pruning removes
 training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
 fp8             the scales of FP8 by model (student, teacher); empty without FP8
-signal          of cached logits: top_k, bytes (at most), flops_a_token, spared_share (of further students); or null
+signal          of cached logits: tensor, pipeline, micro_batch_size (the teacher's layout), top_k, bytes (at most),
+                flops_a_token, spared_share (of further students); or null
 stages          a list: stage, ranks, hours, gpu_hours, jobs (those that a time limit cuts it into, at least), cost
+partial         of stages without hours, what is known: stage, ranks, bound (at least, or about), seconds, work (what
+                takes them), omitted (what is not estimated)
 step            seconds of a step of the distillation by what takes them, and total; null without the GPU's figures
 memory          distill: a list, one a pipeline stage; prune: its largest. Each: weights, gradients, optimizer, teacher,
                 activations, loss, reserve, total (bytes; the reserve is an assumption, and 0 where the GPU is not

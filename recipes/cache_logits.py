@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Subset
 
+from prune_distill.config.values import caching_layout
 from prune_distill.data.folder import read_training_data
 from prune_distill.distillation.cached_logits import (
     CachedLogits,
@@ -66,13 +67,14 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     more replicas here. A killed or paused stage resumes with the missing shards.
     """
     distill, data = cfg.distill, read_training_data(inputs.data, inputs.completions)
+    parallel, micro_batch_size = caching_layout(cfg.teacher, distill)
     check(distill, data)
     require_fp8({"distill.teacher_fp8": distill.fp8_of_teacher})
     torch.set_float32_matmul_precision(distill.float32_matmul_precision.value)
     model, trainer = nemo_api.restore(
         inputs.teacher,
-        tensor_model_parallel_size=distill.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=distill.parallel.pipeline_model_parallel_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         precision=distill.precision,
         fp8=distill.fp8_of_teacher,
         max_steps=distill.max_steps,
@@ -101,7 +103,9 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         if replica < len(shards):
             number = shards[replica]
             is_text = inputs.completions is None
-            _make_shard(out, number, sizes[number], teacher, sequences, distill, shared, is_text=is_text)
+            _make_shard(
+                out, number, sizes[number], teacher, sequences, distill, micro_batch_size, shared, is_text=is_text
+            )
         trainer.strategy.barrier()
         progress.add(sum(sizes[number] for number in shards))
         if progress.done < count and is_pause_requested(out):
@@ -151,6 +155,7 @@ def _make_shard(
     teacher: Any,
     sequences: Any,
     distill: DistillConfig,
+    micro_batch_size: int,
     shared: int,
     *,
     is_text: bool,
@@ -181,7 +186,7 @@ def _make_shard(
         compute_top_k(
             teacher,
             tokens,
-            micro_batch_size=distill.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             top_k=distill.cached_logits_top_k,
             temperature=distill.kd.temperature,
             shared=shared,

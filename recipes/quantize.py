@@ -48,7 +48,7 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     model = hf_models.load(inputs.student)
     batches = calibration_batches(DataFolder.read(inputs.data), cfg.quantize, cfg.seed, model.device)
     learned, fp8_kv_cache = cfg.distill.quantize is quant_format, cfg.quantize.fp8_kv_cache
-    if modelopt.needs_calibration(quant_format, learned, fp8_kv_cache):
+    if quant_format.needs_calibration(learned=learned, fp8_kv_cache=fp8_kv_cache):
         log.info("%s: %d calibration sequences", quant_format.value, sum(map(len, batches)))
     modelopt.quantize(
         model,

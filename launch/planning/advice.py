@@ -23,8 +23,8 @@ FIXES = {
     "prune.micro_batch_size",
     "correct_teacher": "for correct_teacher raise the sizes of distill.teacher_correction.parallel, set "
     "distill.teacher_correction.recompute=full, or lower distill.teacher_correction.micro_batch_size",
-    "cache_logits": "for cache_logits lower distill.micro_batch_size, or raise "
-    "distill.parallel.tensor_model_parallel_size",
+    "cache_logits": "for cache_logits lower teacher.micro_batch_size, or raise "
+    "teacher.parallel.tensor_model_parallel_size",
 }
 
 

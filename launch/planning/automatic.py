@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from launch.planning.layouts import (
     smallest_layout,
     undivided,
 )
-from launch.planning.memory import Models, fullest, prune_memory
+from launch.planning.memory import Memory, Models, fullest, prune_memory
 from launch.planning.plan import distillation, stage_memory
 from prune_distill.config import load
 from prune_distill.config.validate import validate
-from prune_distill.config.values import get_value, replace_values
+from prune_distill.config.values import count_ranks, get_value, replace_values
+from prune_distill.config.wording import divisors
 from prune_distill.errors import ConfigError, Fault
-from prune_distill.pipeline.names import RESOLVED
+from prune_distill.pipeline.names import RESOLVED, cache_stage
 from prune_distill.schema import Gpu, Precision, Recompute, RunConfig
 from prune_distill.schema.run import LAYOUT
 from prune_distill.units import GIB
@@ -39,6 +41,8 @@ CHUNK = "distill.kd.chunk_tokens"
 CHUNKS, USUAL_CHUNK = (256, 512, 1024, 2048, 4096, 8192), 1024
 # A larger chunk has to make a step faster by more than this share.
 CHUNK_TOLERANCE = 0.005
+CACHE_SIZES = tuple(f"teacher.parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
+CACHE_BATCH = "teacher.micro_batch_size"
 PRUNE_STAGES, PRUNE_BATCH = "prune.pipeline_model_parallel_size", "prune.micro_batch_size"
 
 
@@ -77,7 +81,7 @@ def choose(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool = Fa
         cfg = _choose_chunk(cfg, automatic, accept_nearest)
     else:
         cfg = _choose_layout(cfg, DISTILL, automatic, accept_nearest)
-    return _choose_pruning(cfg, automatic, accept_nearest)
+    return _choose_caching(_choose_pruning(cfg, automatic, accept_nearest), automatic, accept_nearest)
 
 
 def _choose_layout(cfg: RunConfig, key: str, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
@@ -108,7 +112,7 @@ def _choose_chunk(cfg: RunConfig, automatic: Collection[str], accept_nearest: bo
         layout = distillation(option).layout()
         if option.cluster.gpu is None or layout.seconds is None:
             return choose_layout(USUAL_CHUNK, accept_nearest)
-        if not _fits(option):
+        if not _fits(option, _chosen_memory(option)):
             break
         options.append((layout.seconds, option))
     if not options:
@@ -117,8 +121,15 @@ def _choose_chunk(cfg: RunConfig, automatic: Collection[str], accept_nearest: bo
     return next(option for seconds, option in options if seconds <= (1 + CHUNK_TOLERANCE) * fastest)
 
 
-def _fits(cfg: RunConfig) -> bool:
-    return all(fullest(memory).total <= _limit(cfg) for memory in stage_memory(cfg).values())
+def _fits(cfg: RunConfig, memory: Mapping[str, list[Memory]]) -> bool:
+    return all(fullest(ranks).total <= _limit(cfg) for ranks in memory.values())
+
+
+def _chosen_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
+    """The memory of a rank by stage, without teachers' caches in layouts of their own."""
+    teachers = enumerate([cfg.teacher, *cfg.source_teachers])
+    own = {cache_stage(number) for number, teacher in teachers if teacher.parallel is not None}
+    return {stage: memory for stage, memory in stage_memory(cfg).items() if stage not in own}
 
 
 def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
@@ -133,7 +144,7 @@ def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
     if any(value is None for value in values.values()):
         return None
     kept = replace_values(cfg, values)
-    fits = kept.cluster.gpu is None or _fits(kept)
+    fits = kept.cluster.gpu is None or _fits(kept, stage_memory(kept))
     return kept if fits and not validate(kept) else None
 
 
@@ -168,7 +179,7 @@ def _best(task: Task, accept_nearest: bool) -> Layout:
         fit = iter(fitting(dataclasses.replace(task, fixed=fixed), float("inf")))
     else:
         limit = _limit(task.cfg)
-        fit = (layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout, limit))
+        fit = (layout for layout in fitting(task, limit) if task.key == CORRECTION or _all_fit(task, layout))
     best = next(fit, None)
     if best is not None:
         return best
@@ -178,11 +189,13 @@ def _best(task: Task, accept_nearest: bool) -> Layout:
     raise ConfigError([_nothing_fits(task, nearest)])
 
 
-def _all_fit(task: Task, layout: Layout, limit: float) -> bool:
+def _all_fit(task: Task, layout: Layout) -> bool:
     """Whether the other stages that have the distillation's layout fit as well."""
     cfg = replace_values(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
-    memory = stage_memory(cfg)
-    return all(fullest(memory[stage]).total <= limit for stage in memory if stage.startswith((DISTILL, "cache_logits")))
+    return _fits(
+        cfg,
+        {stage: memory for stage, memory in _chosen_memory(cfg).items() if stage.startswith((DISTILL, cache_stage(0)))},
+    )
 
 
 def _nothing_fits(task: Task, smallest: Layout | None) -> Fault:
@@ -226,15 +239,44 @@ def _choose_pruning(cfg: RunConfig, automatic: Collection[str], accept_nearest: 
         prune_memory(option.prune, cfg.model.shape, cfg.model.family, teacher_weight_bytes(cfg)).total
         for option in options
     ]
+    fix = "lower prune.calibration_seq_length, or take GPUs of more memory"
+    return _first_fit(options, needed, accept_nearest, PRUNE_STAGES, "pruning", fix)
+
+
+def _choose_caching(cfg: RunConfig, automatic: Collection[str], accept_nearest: bool) -> RunConfig:
+    """The least model parallelism, and then the largest micro batch, with which caching the teacher's logits fits."""
+    keys = [key for key in (*CACHE_SIZES, CACHE_BATCH) if key in automatic]
+    if not keys:
+        return cfg
+    devices = cfg.cluster.devices_per_node
+    splits = sorted(
+        ((tensor, pipeline) for tensor in divisors(devices) for pipeline in divisors(count_ranks(cfg) // tensor)),
+        key=lambda split: (math.prod(split), split[1]),
+    )
+    sizes = [1] if cfg.cluster.gpu is None else MICRO_BATCHES
+    choices = ({**dict(zip(CACHE_SIZES, split, strict=True)), CACHE_BATCH: size} for split in splits for size in sizes)
+    tried = [replace_values(cfg, {key: choice[key] for key in keys}) for choice in choices]
+    options = [option for option in tried if not validate(option)]
+    if cfg.cluster.gpu is None or not options or cache_stage(0) not in stage_memory(options[0]):
+        return (options or tried)[0]
+    needed = [fullest(stage_memory(option)[cache_stage(0)]).total for option in options]
+    fix = "lower distill.seq_length, or take more GPUs, or GPUs of more memory"
+    return _first_fit(options, needed, accept_nearest, keys[0], "cache_logits", fix)
+
+
+def _first_fit(
+    options: Sequence[RunConfig], needed: Sequence[int], accept_nearest: bool, key: str, what: str, fix: str
+) -> RunConfig:
+    """The first option that fits, or the nearest; `needed`: bytes of each. Raises: ConfigError, where none fits."""
+    cfg, least = options[0], min(needed)
     fit = next((option for option, size in zip(options, needed, strict=True) if size <= _limit(cfg)), None)
     if fit is not None:
         return fit
-    least = min(needed)
     if accept_nearest:
         return options[needed.index(least)]
+    assert cfg.cluster.gpu is not None
     message = (
-        f"{PRUNE_STAGES}=auto: pruning needs at least {least / GIB:.1f} GiB a rank, {(least - _limit(cfg)) / GIB:.1f} "
-        f"GiB too much for {cfg.cluster.gpu.name} with {MARGIN:.0%} to spare; lower prune.calibration_seq_length, or "
-        "take GPUs of more memory"
+        f"{key}=auto: {what} needs at least {least / GIB:.1f} GiB a rank, {(least - _limit(cfg)) / GIB:.1f} GiB too "
+        f"much for {cfg.cluster.gpu.name} with {MARGIN:.0%} to spare; {fix}"
     )
-    raise ConfigError([Fault("launch.layout", (PRUNE_STAGES,), message)])
+    raise ConfigError([Fault("launch.layout", (key,), message)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch.planning.machine import Machine, describe_machine
-from launch.planning.memory import Models, caching_layout
+from launch.planning.memory import Models, caching_settings
 from launch.planning.time import forward_seconds, training_seconds
 from prune_distill.config.values import cached_share, halving_rounds, halving_steps, require
 from prune_distill.model.flops import forward_flops, training_flops
@@ -111,7 +111,7 @@ def estimate_hours(cfg: RunConfig) -> list[StageHours]:
     for stage in select_stages(cfg):
         ranks, work = stage.ranks(cfg), stage_work(stage, cfg)
         precision = correction.precision if correction and stage.name == "correct_teacher" else cfg.distill.precision
-        seconds = _seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
+        seconds = work_seconds(work, cfg, ranks) if work and precision is Precision.bf16 else None
         hours = None if seconds is None else seconds / 3600
         gpu_hours = None if hours is None else hours * ranks
         jobs = math.ceil(hours * 3600 / parse_time_limit(limit)) if hours is not None and limit else None
@@ -120,7 +120,8 @@ def estimate_hours(cfg: RunConfig) -> list[StageHours]:
     return estimates
 
 
-def _seconds(work: Work, cfg: RunConfig, ranks: int) -> float | None:
+def work_seconds(work: Work, cfg: RunConfig, ranks: int) -> float | None:
+    """Seconds of a stage's work on its ranks; None where the GPU's figures are not stated."""
     gpu = cfg.cluster.gpu
     if gpu is not None and gpu.mfu is not None:
         working = 1 if isinstance(work, ForwardWork) and work.sequential else ranks
@@ -152,7 +153,8 @@ def stage_work(stage: Stage, cfg: RunConfig) -> Work | None:
         flops = round(
             share * training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
         )
-        return ForwardWork(teacher, teacher_family, flops, caching_layout(own.distill), sequential=False)
+        settings = caching_settings(own.teacher, own.distill)
+        return ForwardWork(teacher, teacher_family, flops, settings, sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:
         return TrainingWork(cfg.distill.teacher_correction, Loss.ce, Models(teacher_family, teacher, None))
     if stage.module in ("recipes.successive_halving", "recipes.distill"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+from prune_distill.config.values import caching_layout
 from prune_distill.model.model_size import rank_experts, rank_parameters, rank_product_weights
 from prune_distill.model.student import runs_teacher, student_shape
 from prune_distill.schema import (
@@ -27,6 +28,7 @@ from prune_distill.schema import (
     Recompute,
     RunConfig,
     Shape,
+    TeacherConfig,
     Training,
 )
 from prune_distill.schema.phases import phase_sizes
@@ -361,14 +363,18 @@ def prune_memory(prune: PruneConfig, teacher: Shape, family: Family, width: int)
     )
 
 
-def cached_logits_memory(distill: DistillConfig, teacher: Shape, family: Family) -> Memory:
-    """The memory of making the teacher's cached logits, of its fullest rank: the teacher forward, in distillation's
-    layout but for the parallelism of sequences; whole logits of a micro batch, and some of them in fp32 as well."""
-    layout = caching_layout(distill)
+def cached_logits_memory(own: TeacherConfig, distill: DistillConfig, teacher: Shape, family: Family) -> Memory:
+    """The memory of caching a teacher's logits, of the fullest rank: its forward pass in its layout, whole logits of a
+    micro batch, and some of them in fp32 as well.
+
+    Args:
+        own: the teacher's settings, whose shape and family may be those of the model that is pruned.
+    """
+    layout = caching_settings(own, distill)
     parallel = layout.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = FP32_BYTES if distill.precision is Precision.fp32 else 2
-    tokens = distill.micro_batch_size * distill.seq_length
+    tokens = layout.micro_batch_size * distill.seq_length
     logits = width * tokens + TOP_K_COPIES * FP32_BYTES * min(TOP_K_CHUNK, distill.seq_length)
     weights = width * max(rank_parameters(teacher, family, tensor, stages, stage) for stage in range(stages))
     if distill.teacher_fp8:
@@ -380,11 +386,11 @@ def cached_logits_memory(distill: DistillConfig, teacher: Shape, family: Family)
     )
 
 
-def caching_layout(distill: DistillConfig) -> DistillConfig:
-    """The layout and precision in which the teacher's logits are cached: distillation's, but for the sequences'
-    parallelism."""
-    parallel = replace(distill.parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
-    return replace(distill, parallel=parallel, fp8=distill.fp8_of_teacher)
+def caching_settings(own: TeacherConfig, distill: DistillConfig) -> DistillConfig:
+    """The distillation's settings with the layout and the precision in which a teacher's logits are cached."""
+    parallel, micro_batch_size = caching_layout(own, distill)
+    parallel = replace(parallel, context_parallel_size=1, sequence_parallel=False, expert_model_parallel_size=1)
+    return replace(distill, parallel=parallel, micro_batch_size=micro_batch_size, fp8=distill.fp8_of_teacher)
 
 
 def _pipeline(training: Training) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from launch.planning.layouts import Layout
 from launch.planning.memory import Memory, fullest
-from launch.planning.plan import Model, Plan
+from launch.planning.plan import CachedLogits, Model, Plan, SourceTeacher
 from launch.planning.what_if import Variant, to_notes, to_rows
 from prune_distill.schema import Gpu
 from prune_distill.schema.run import LAYOUT
@@ -63,7 +63,7 @@ def to_json(plan: Plan) -> dict[str, object]:
             "original": None if plan.original is None else _model_to_json(plan.original),
             "student": _model_to_json(plan.student),
             "source_teachers": {
-                name: {"hf_path": teacher.hf_path, "sources": teacher.sources, **_model_to_json(teacher.model)}
+                name: {**vars(teacher), "model": _model_to_json(teacher.model)}
                 for name, teacher in plan.source_teachers.items()
             },
             "candidates": None if plan.candidates is None else dataclasses.asdict(plan.candidates),
@@ -76,6 +76,7 @@ def to_json(plan: Plan) -> dict[str, object]:
         "fp8": plan.fp8,
         "signal": None if plan.signal is None else dataclasses.asdict(plan.signal),
         "stages": [dataclasses.asdict(stage) for stage in plan.stages],
+        "partial": [dataclasses.asdict(part) for part in plan.partial],
         "memory": {**memory, "prune": memory["prune"][0]},
         "automatic": plan.automatic,
         "layout": _layout_to_json(plan.layout),
@@ -224,7 +225,9 @@ def _models(plan: Plan) -> list[str]:
     taught = [
         line
         for name, teacher in plan.source_teachers.items()
-        for line in WRAP.wrap(f"{name}: {teacher.hf_path}, for the sequences of {', '.join(teacher.sources)}")
+        for line in WRAP.wrap(
+            f"{name}: {teacher.hf_path}, for the sequences of {', '.join(teacher.sources)} ({_caching(teacher)})"
+        )
     ]
     return [
         *_columns(rows),
@@ -248,15 +251,20 @@ def _cached_logits(plan: Plan) -> list[str]:
     signal = plan.signal
     if signal is None:
         return []
-    who, students = "the teacher runs once", " (a successive halving's candidates)"
+    who, students = f"the teacher runs once ({_caching(signal)})", " (a successive halving's candidates)"
     if plan.source_teachers:
-        who, students = "each teacher runs once over its sources", ""
+        of_run = f" (that of the run with {_caching(signal)})" if "cache_logits" in plan.memory else ""
+        who, students = f"each teacher runs once over its sources{of_run}", ""
     text = (
         f"{who}, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
         f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run"
         f"{students} saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
+
+
+def _caching(teacher: CachedLogits | SourceTeacher) -> str:
+    return f"TP {teacher.tensor}, PP {teacher.pipeline}, micro batch {teacher.micro_batch_size}"
 
 
 def _time(plan: Plan) -> list[str]:
@@ -270,12 +278,22 @@ def _time(plan: Plan) -> list[str]:
             jobs = [f"{stage.jobs:,}"] if limit else []
             rows.append([stage.stage, str(stage.ranks), _number(stage.hours), _number(stage.gpu_hours), *cost, *jobs])
     if gpu is None or len(rows) == 1:
-        return [f"hours: not estimated ({_why_no_hours(gpu)})"]
-    return [
-        *_speed(plan, gpu),
-        *_columns(rows),
-        *WRAP.wrap(f"not estimated: {', '.join(stage.stage for stage in plan.stages if stage.hours is None)}"),
+        return [f"hours: not estimated ({_why_no_hours(gpu)})", *(_partial(plan) if plan.partial else [])]
+    return [*_speed(plan, gpu), *_columns(rows), *_partial(plan)]
+
+
+def _partial(plan: Plan) -> list[str]:
+    """The stages of which a part is estimated, which no sum of hours contains, and what is not estimated."""
+    parts = plan.partial
+    rows = [["known in part", "ranks", ""]]
+    rows += [[part.stage, str(part.ranks), f"{part.bound} {_duration(part.seconds)}"] for part in parts]
+    lines = [
+        f"{row}  {text}".rstrip()
+        for row, text in zip(_columns(rows), ["", *(part.work for part in parts)], strict=True)
     ]
+    known = {part.stage: f"{part.omitted} of {part.stage.partition('.')[0]}" for part in parts}
+    missing = [known.get(stage.stage, stage.stage) for stage in plan.stages if stage.hours is None]
+    return [*(lines if parts else []), *WRAP.wrap(f"not estimated: {', '.join(dict.fromkeys(missing))}")]
 
 
 def _why_no_hours(gpu: Gpu | None) -> str:
@@ -395,8 +413,7 @@ def _serving(plan: Plan) -> list[str]:
     halved = ", half of that in the quantized formats" if cache.halved else ""
     text = (
         f"serving: the student's KV cache takes {cache.token / 1024:,.1f} KiB a token in 16 bits{halved}:"
-        f" {_gib(cache.longest)} GiB for a sequence of {positions:,} tokens{benchmark}; the GPU time of quantization,"
-        " evaluation and benchmark is not estimated"
+        f" {_gib(cache.longest)} GiB for a sequence of {positions:,} tokens{benchmark}"
     )
     return WRAP.wrap(text)
 
@@ -436,6 +453,13 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {letter}" if number < 100 * size else f"{number / size:.0f} {letter}"
     return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the largest unit of which there are two or more."""
+    sizes = ((3600, "h"), (60, "min"))
+    size, unit = next(((size, unit) for size, unit in sizes if seconds >= 2 * size), (1, "s"))
+    return f"{_number(seconds / size)} {unit}"
 
 
 def _giga(flops: float) -> str:

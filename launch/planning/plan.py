@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from launch.planning.advice import suggest_fix, warnings
+from launch.planning.deployment import PartialTime, estimate_parts
 from launch.planning.disk import Disk, estimate_disk, teacher_weight_bytes
 from launch.planning.hours import StageHours, estimate_hours
 from launch.planning.layouts import DISTILL, Layout, Task, fitting, undivided
@@ -22,7 +23,7 @@ from launch.planning.memory import (
     training_memory,
 )
 from launch.planning.time import Seconds, step_seconds
-from prune_distill.config.values import cached_share, count_ranks, require, sources_of_teacher
+from prune_distill.config.values import cached_share, caching_layout, count_ranks, require, sources_of_teacher
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
@@ -58,10 +59,14 @@ class SourceTeacher:
     Attributes:
         hf_path: its folder or Hub id.
         sources: the sources of the data whose sequences it teaches.
+        tensor, pipeline, micro_batch_size: the layout in which its logits are cached.
     """
 
     hf_path: str
     sources: list[str]
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
     model: Model
 
 
@@ -90,12 +95,16 @@ class CachedLogits:
     """The cost of caching the teacher's logits.
 
     Attributes:
+        tensor, pipeline, micro_batch_size: the layout of the teacher.
         bytes: on disk, at most.
         flops_a_token: of the teacher's forward pass; of several teachers the mean over all tokens, or the largest
             where the shares of their sources are not known.
         spared_share: of the FLOP of a step with the teacher, what each further student saves.
     """
 
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
     top_k: int
     bytes: int
     flops_a_token: int
@@ -131,6 +140,7 @@ class Plan:
         fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
         signal: None where the teacher runs next to the student.
         stages: every stage of the run in order, with its hours.
+        partial: of stages without hours, the time of the parts that are known.
         memory: for each stage that is estimated, the memory of a rank of each pipeline stage; for `prune`, of its
             fullest rank. It always has `distill` and `prune`.
         layout: the configured layout of the distillation.
@@ -155,6 +165,7 @@ class Plan:
     fp8: dict[str, str]
     signal: CachedLogits | None
     stages: list[StageHours]
+    partial: list[PartialTime]
     memory: dict[str, list[Memory]]
     layout: Layout
     loss_chunk: int | None
@@ -242,6 +253,7 @@ def make_plan(cfg: RunConfig) -> Plan:
         fp8=_fp8(cfg.distill),
         signal=_cached_logits(cfg, flops.total, disk),
         stages=estimate_hours(cfg),
+        partial=estimate_parts(cfg),
         memory=memory,
         layout=task.layout(),
         loss_chunk=_loss_chunk(cfg),
@@ -307,7 +319,8 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
         memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
     for stage in _caching_stages(cfg):
         own = stage.configure(cfg)
-        memory[stage.name] = [cached_logits_memory(own.distill, require(own.teacher_shape), own.teacher_family)]
+        shape, family = require(own.teacher_shape), own.teacher_family
+        memory[stage.name] = [cached_logits_memory(own.teacher, own.distill, shape, family)]
     return memory
 
 
@@ -322,14 +335,18 @@ def _model(shape: Shape, family: Family) -> Model:
 
 
 def _source_teachers(cfg: RunConfig) -> dict[str, SourceTeacher]:
-    return {
-        f"source_teacher{number}": SourceTeacher(
+    found = {}
+    for number, teacher in enumerate(cfg.source_teachers, 1):
+        parallel, micro_batch_size = caching_layout(teacher, cfg.distill)
+        found[f"source_teacher{number}"] = SourceTeacher(
             str(teacher.hf_path),
             sources_of_teacher(cfg, number),
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            micro_batch_size,
             _model(require(teacher.shape), require(teacher.family)),
         )
-        for number, teacher in enumerate(cfg.source_teachers, 1)
-    }
+    return found
 
 
 def _fp8(distill: DistillConfig) -> dict[str, str]:
@@ -352,4 +369,13 @@ def _cached_logits(cfg: RunConfig, student_flops: int, disk: Disk) -> CachedLogi
     shares = [share for own in runs if (share := cached_share(own)) is not None]
     known = len(shares) == len(runs)
     flops = round(sum(share * one for share, one in zip(shares, each, strict=True))) if known else max(each)
-    return CachedLogits(cfg.distill.cached_logits_top_k, disk.needed["signal"], flops, flops / (flops + student_flops))
+    parallel, micro_batch_size = caching_layout(cfg.teacher, cfg.distill)
+    return CachedLogits(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        micro_batch_size,
+        cfg.distill.cached_logits_top_k,
+        disk.needed["signal"],
+        flops,
+        flops / (flops + student_flops),
+    )

@@ -13,8 +13,10 @@ from prune_distill.model.flops import Meter
 from prune_distill.model.student import student_shape
 from prune_distill.schema import (
     BenchmarkConfig,
+    DistillConfig,
     Init,
     ModelConfig,
+    Parallel,
     Phase,
     Precision,
     RunConfig,
@@ -109,7 +111,7 @@ def sources_of_teacher(cfg: RunConfig, number: int) -> list[str]:
     return [name for name, own in cfg.teacher_numbers.items() if own == number]
 
 
-def caching_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+def cache_stage_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
     """The settings, by dotted key, of a stage that caches the logits of teacher `number`; 0: the teacher of the run."""
     if not cfg.source_teachers:
         return {}
@@ -148,6 +150,14 @@ def describe_teachers(cfg: RunConfig, past: bool = False) -> str:
 def count_ranks(cfg: RunConfig) -> int:
     """Ranks of a distributed stage: one per device of the cluster section."""
     return cfg.cluster.nodes * cfg.cluster.devices_per_node
+
+
+def caching_layout(teacher: TeacherConfig, distill: DistillConfig) -> tuple[Parallel, int]:
+    """The layout in which stage `cache_logits` runs a teacher, and its sequences per forward pass.
+
+    Only tensor and pipeline parallelism count; all other ranks are replicas.
+    """
+    return teacher.parallel or distill.parallel, teacher.micro_batch_size or distill.micro_batch_size
 
 
 def utilization_meter(cfg: RunConfig) -> Meter | None:

@@ -18,6 +18,7 @@ from prune_distill.pipeline.names import (
     NEMO,
     TOKENIZER,
     WINNER,
+    cache_stage,
     cached_logits_name,
     quantized_name,
 )
@@ -165,8 +166,7 @@ def cache_source_teacher_inputs(_: RunConfig, number: int) -> Sources:
 def _cached_logits(cfg: RunConfig) -> Sources:
     """Return the caches of all teachers. The name of each is that of `cached_logits_name`."""
     numbers = sorted({*cfg.teacher_numbers.values()} or {0})
-    stages = {number: f"cache_logits.source_teacher{number}" if number else "cache_logits" for number in numbers}
-    return {cached_logits_name(number): Output(stage) for number, stage in stages.items()}
+    return {cached_logits_name(number): Output(cache_stage(number)) for number in numbers}
 
 
 def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from prune_distill.config.values import (
-    caching_settings,
+    cache_stage_settings,
     count_ranks,
     on_policy_settings,
     replace_values,
@@ -21,7 +21,7 @@ from prune_distill.config.values import (
 )
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
 from prune_distill.pipeline import stage_inputs as inputs
-from prune_distill.pipeline.names import REPORT
+from prune_distill.pipeline.names import REPORT, cache_stage
 from prune_distill.pipeline.stage import Output, Source, Stage
 from prune_distill.schema import (
     MOST_ON_POLICY_ROUNDS,
@@ -203,7 +203,7 @@ CACHE_LOGITS = Stage(
     count_ranks,
     more_sections=_cached_sequences,
     wanted=lambda cfg: cfg.distill.reads_cached_logits and 0 in (cfg.teacher_numbers.values() or [0]),
-    settings=partial(caching_settings, number=0),
+    settings=partial(cache_stage_settings, number=0),
     trains=True,
     reads=READ_BY_SIGNAL,
     needs_nemo=True,
@@ -353,10 +353,10 @@ def _cache_source_teacher(number: int) -> Stage:
     """Return the stage that caches the logits of a teacher of single sources, of their sequences."""
     return replace(
         CACHE_LOGITS,
-        name=f"cache_logits.source_teacher{number}",
+        name=cache_stage(number),
         inputs=partial(inputs.cache_source_teacher_inputs, number=number),
         wanted=lambda cfg: cfg.distill.reads_cached_logits and len(cfg.source_teachers) >= number,
-        settings=partial(caching_settings, number=number),
+        settings=partial(cache_stage_settings, number=number),
     )
 
 

@@ -15,11 +15,7 @@ from modelopt.torch.export.quant_utils import get_weight_scaling_factor
 
 from prune_distill.quantization.reader import FP8_LARGEST
 from prune_distill.schema import QuantFormat
-
-# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085), and
-# the forward passes that they come from. In each pass the search quantizes all weights with 11 ranges, and for each
-# token it multiplies all weights without matrix products.
-AWQ_TOKENS, AWQ_PASSES = 512, 32
+from prune_distill.schema.quantize import AWQ_PASSES, AWQ_TOKENS
 
 
 def quantize(
@@ -61,8 +57,9 @@ def quantize(
         for batch in batches:
             model(batch)
 
+    calibrated = quant_format.needs_calibration(learned=learned, fp8_kv_cache=fp8_kv_cache)
     with torch.no_grad():
-        mtq.quantize(model, settings, calibrate if needs_calibration(quant_format, learned, fp8_kv_cache) else None)
+        mtq.quantize(model, settings, calibrate if calibrated else None)
     for _, module in _linear_layers(model):
         if module.weight_quantizer.amax is not None:
             # AWQ's search leaves out experts that no token reached; their groups keep their largest values as ranges.
@@ -70,11 +67,6 @@ def quantize(
     for quantizer in _kv_quantizers(model).values():
         # ModelOpt exports scales of a KV cache of at least 1 (modelopt/torch/export/quant_utils.py:930).
         quantizer.amax = quantizer.amax.clamp(min=FP8_LARGEST)
-
-
-def needs_calibration(quant_format: QuantFormat, learned: bool, fp8_kv_cache: bool) -> bool:
-    """Return whether calibration text affects the result."""
-    return fp8_kv_cache or (quant_format.calibrated and not learned)
 
 
 def _settings(quant_format: QuantFormat, group_size: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from prune_distill.schema.families import Family
-from prune_distill.schema.fields import PositiveInt
-from prune_distill.schema.training import Training
+from prune_distill.schema.fields import PositiveInt, placement
+from prune_distill.schema.training import Parallel, Training
 
 
 @dataclass
@@ -79,3 +79,8 @@ class TeacherConfig:
     family: Family | None = None
     # Sizes of the teacher; null: they are read from config.json, which must be available when the run is composed.
     shape: Shape | None = None
+    # Layout in which stage cache_logits runs the teacher, for distill.teacher_logits=cached; null: distill.parallel. It
+    # divides the model alone: context_parallel_size and expert_model_parallel_size must be 1.
+    parallel: Parallel | None = placement(None)
+    # Sequences per forward pass on a rank of cache_logits; null: distill.micro_batch_size.
+    micro_batch_size: PositiveInt | None = placement(None)

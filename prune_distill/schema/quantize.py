@@ -7,6 +7,11 @@ from enum import Enum
 
 from prune_distill.schema.fields import PositiveInt, placement
 
+# Tokens on which the ranges of INT4 groups are searched, as in AWQ (modelopt/torch/quantization/config.py:1085), and
+# the forward passes that they come from. In each pass the search quantizes each weight with AWQ_RANGES ranges, once for
+# each 1,024 output channels of its layer, and for each token it multiplies all weights without matrix products.
+AWQ_TOKENS, AWQ_PASSES, AWQ_RANGES = 512, 32, 11
+
 
 class QuantFormat(Enum):
     """A format of quantized weights and activations:
@@ -29,6 +34,10 @@ class QuantFormat(Enum):
         """Whether calibration text affects the result. Engines compute the ranges of activations of the others for each
         token, and the ranges of weights are known."""
         return self not in (QuantFormat.fp8, QuantFormat.int8)
+
+    def needs_calibration(self, *, learned: bool, fp8_kv_cache: bool) -> bool:
+        """Whether calibration text affects a model; `learned`: one that was trained with the format."""
+        return fp8_kv_cache or (self.calibrated and not learned)
 
 
 @dataclass

@@ -37,6 +37,9 @@ AUTOMATIC = (
     "distill.kd.chunk_tokens",
     "prune.pipeline_model_parallel_size",
     "prune.micro_batch_size",
+    "teacher.parallel.tensor_model_parallel_size",
+    "teacher.parallel.pipeline_model_parallel_size",
+    "teacher.micro_batch_size",
 )
 
 
@@ -93,7 +96,7 @@ class RunConfig:
     @property
     def cached_sources(self) -> list[str] | None:
         """The sources whose sequences a stage cache_logits caches; None: all. In the config of that stage, `teacher` is
-        the teacher that it runs, and all sources have theirs (`prune_distill.config.values.caching_settings`)."""
+        the teacher that it runs, and all sources have theirs (`prune_distill.config.values.cache_stage_settings`)."""
         named = self.data.sources or {}
         if all(source.teacher is None for source in named.values()):
             return None

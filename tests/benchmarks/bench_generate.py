@@ -4,6 +4,9 @@ Tokens per second of sampled completions: vLLM compared with `generate` of trans
 them, with the same student, prompts and number of concurrent sequences, in interleaved rounds in one run. Without
 `--model`, the student has the shape of Qwen3-0.6B and random weights in bf16.
 
+Two workloads: one batch of completions of equal length; and four times as many completions as run at the same time,
+which end at any token with the same probability, so that their lengths differ as those of real completions do.
+
 Writes runs/bench/generate.json.
 """
 
@@ -27,6 +30,8 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.schema import OnPolicy
 
 ROOT = Path(__file__).parents[2]
+# Whether completions end by themselves.
+WORKLOADS = {"of equal length": False, "of different lengths": True}
 QWEN3_0_6B = {
     "vocab_size": 151936,
     "hidden_size": 1024,
@@ -53,9 +58,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=QWEN3_0_6B["num_hidden_layers"], help="of the random student")
     args = parser.parse_args()
     folder = args.model or write_random(ROOT / "runs/bench/generate", args.layers)
-    result = measure(folder, args.sequences, args.prompt_tokens, args.new_tokens, args.rounds)
-    print(table(result))
-    write_json(ROOT / "runs/bench/generate.json", result)
+    sizes = args.sequences, args.prompt_tokens, args.new_tokens, args.rounds
+    results = {name: measure(folder, *sizes, ends=ends) for name, ends in WORKLOADS.items()}
+    print(table(results))
+    names = ("sequences", "prompt_tokens", "new_tokens", "rounds")
+    write_json(ROOT / "runs/bench/generate.json", {**dict(zip(names, sizes, strict=True)), "workloads": results})
 
 
 def write_random(folder: Path, layers: int) -> Path:
@@ -66,12 +73,19 @@ def write_random(folder: Path, layers: int) -> Path:
     return folder
 
 
-def measure(folder: Path, sequences: int, prompt_tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    """Time both engines in interleaved rounds, after one that does not count."""
-    on_policy = OnPolicy(steps=1, lr=1.0, prompts_per_round=sequences, batch_size=sequences, max_new_tokens=new_tokens)
+def measure(
+    folder: Path, sequences: int, prompt_tokens: int, new_tokens: int, rounds: int, *, ends: bool
+) -> dict[str, Any]:
+    """Time both engines in interleaved rounds, after one that does not count.
+
+    Args:
+        ends: whether every token ends its completion with probability 2 / `new_tokens`.
+    """
+    count = 4 * sequences if ends else sequences
+    on_policy = OnPolicy(steps=1, lr=1.0, prompts_per_round=count, batch_size=sequences, max_new_tokens=new_tokens)
     vocabulary = hf_config.read_config(folder / "config.json")["vocab_size"]
-    # No token ends a completion, so that all have the same length.
-    stop_ids = [vocabulary - 1]
+    # With random weights, all tokens are about equally probable.
+    stop_ids = list(range(0, vocabulary, new_tokens // 2)) if ends else [vocabulary - 1]
     speeds: dict[str, list[float]] = {"vllm": [], "transformers": []}
     with ExitStack() as stack:
         length = prompt_tokens + new_tokens
@@ -80,16 +94,13 @@ def measure(folder: Path, sequences: int, prompt_tokens: int, new_tokens: int, r
             "transformers": stack.enter_context(closing(TransformersEngine(folder, on_policy, stop_ids))),
         }
         for number in range(rounds + 1):
-            ids = torch.randint(
-                3, vocabulary - 1, (sequences, prompt_tokens), generator=torch.Generator().manual_seed(1)
-            )
-            requests = [Request(prompt, sequences * number + n) for n, prompt in enumerate(ids.tolist())]
+            ids = torch.randint(3, vocabulary - 1, (count, prompt_tokens), generator=torch.Generator().manual_seed(1))
+            requests = [Request(prompt, count * number + n) for n, prompt in enumerate(ids.tolist())]
             for name, engine in engines.items():
                 speeds[name].append(tokens_per_second(engine, requests))
     counted = {name: values[1:] for name, values in speeds.items()}
     ratios = [mine / other for mine, other in zip(counted["vllm"], counted["transformers"], strict=True)]
-    sizes = {"sequences": sequences, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds}
-    return {**sizes, "tokens_per_second": counted, "ratios": ratios, "ratio": median(ratios)}
+    return {"tokens_per_second": counted, "ratios": ratios, "ratio": median(ratios)}
 
 
 def tokens_per_second(engine: Engine, requests: Sequence[Request]) -> float:
@@ -98,12 +109,17 @@ def tokens_per_second(engine: Engine, requests: Sequence[Request]) -> float:
     return sum(len(completion.ids) for completion in completions) / (time.perf_counter() - started)
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| engine | tokens/s: median (least to most) |", "|---|---|"]
-    for name, found in result["tokens_per_second"].items():
-        lines.append(f"| {name} | {median(found):.1f} ({min(found):.1f} to {max(found):.1f}) |")
-    ratios = result["ratios"]
-    return "\n".join([*lines, f"vLLM: {result['ratio']:.2f}x ({min(ratios):.2f}x to {max(ratios):.2f}x)"])
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["| completions | vLLM, tokens/s | transformers, tokens/s | vLLM is faster by |", "|---|---|---|---|"]
+    for name, result in results.items():
+        speeds = result["tokens_per_second"]
+        cells = [_spread(speeds["vllm"], ".1f"), _spread(speeds["transformers"], ".1f")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_spread(result['ratios'], '.2f')}x |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from prune_distill.pipeline.artifact import read_manifest
+from prune_distill.pipeline.metrics_file import read_metrics
+from prune_distill.pipeline.names import METRICS
 from tests.helpers import teachers, tiny, tolerance
 from tests.helpers.teachers import Models
 
@@ -102,6 +104,23 @@ def test_cached_logits_give_the_losses_of_the_live_teacher(complete: list[str], 
     for layout in ((), TP2):
         cached = distill(copy(complete, tmp_path / f"cached{len(layout)}", *CACHED, *layout))
         assert cached == pytest.approx(live, rel=0, abs=1e-4)
+
+
+def test_the_cache_is_made_in_the_teachers_layout(complete: list[str], tmp_path: Path) -> None:
+    """Two data-parallel ranks train the student on the cache of a teacher that both ranks share."""
+    live = distill(copy(complete, tmp_path / "live", f"distill.kd.top_k={TOP_K}"))
+    layouts = {
+        "tp2": ("teacher.parallel.tensor_model_parallel_size=2",),
+        # Micro batches of 5 do not divide a shard of 12.
+        "pp2": ("teacher.parallel.pipeline_model_parallel_size=2", "teacher.micro_batch_size=5"),
+    }
+    for name, layout in layouts.items():
+        two_shards = (TWO_RANKS, "distill.cached_logits_shard_sequences=12")
+        arguments = copy(complete, tmp_path / name, *CACHED, *two_shards, *layout)
+        assert distill(arguments) == pytest.approx(live, rel=0, abs=1e-4), name
+        # Two replicas would make both shards at the same time.
+        folder = teachers.stages(arguments)["cache_logits"].folder
+        assert [line["step"] for line in read_metrics(folder / METRICS)] == [12, 24], name
 
 
 def test_pairs_of_layers_project_the_students_width(complete: list[str], tmp_path: Path) -> None:

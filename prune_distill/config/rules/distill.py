@@ -8,7 +8,7 @@ from prune_distill.config.rule import Finding, rule
 from prune_distill.config.rules.model import TEACHER
 from prune_distill.config.rules.prune import STUDENT
 from prune_distill.config.rules.quantize import is_kept, linear_layers
-from prune_distill.config.rules.training import is_source_teacher, list_models
+from prune_distill.config.rules.training import list_models
 from prune_distill.config.values import require
 from prune_distill.config.wording import any_of, quote_for_hydra
 from prune_distill.model.student import student_shapes
@@ -230,5 +230,4 @@ def quantize_split(cfg: RunConfig) -> Iterator[Finding]:
 
 def _layers(cfg: RunConfig) -> list[tuple[str, str, int]]:
     """The number of layers of each model, with its side of a pair and its role."""
-    run_models = [(who, shape) for who, shape in list_models(cfg) if not is_source_teacher(who)]
-    return [("teacher" if who == "teacher" else "student", who, shape.num_layers) for who, shape in run_models]
+    return [("teacher" if who == "teacher" else "student", who, shape.num_layers) for who, shape in list_models(cfg)]

@@ -6,16 +6,20 @@ import math
 from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
+from prune_distill.config.rules.model import OWN_LAYOUT, TEACHER
+from prune_distill.config.rules.prune import SHAPE
 from prune_distill.config.rules.training import (
+    CACHE,
     CONTEXT,
     DISTILL,
     MODELS,
     SEQUENCE_PARALLEL,
+    SHARED_LAYOUT,
     SIZES,
     TENSOR,
     get_training,
-    is_source_teacher,
     list_models,
+    teacher_shares_layout,
     training_rule,
     with_phases,
 )
@@ -74,30 +78,60 @@ def gpu(cfg: RunConfig, at: str) -> Iterator[Finding]:
 @training_rule("training.fp8_sizes", *KEYS, TENSOR, MODELS)
 def sizes(cfg: RunConfig, at: str) -> Iterator[Finding]:
     tensor = get_training(cfg, at).parallel.tensor_model_parallel_size
-    for key, fp8 in _requested(cfg, at).items():
-        multiple = MULTIPLE[fp8]
-        odd = [
-            f"the {who}'s {name} {size}" + (f" / {shares} = {size // shares}" if shares > 1 else "")
-            for who, shape in _models(cfg, at, key)
-            for name, size, shares in _features(shape, tensor)
-            # Another rule refuses what is not divided.
-            if size % shares == 0 and size // shares % multiple
-        ]
-        if odd:
-            lower = f"lower {at}.parallel.tensor_model_parallel_size={tensor}, " if tensor > 1 else ""
-            yield Finding(
-                key,
-                f"{fp8.value} FP8 needs multiples of {multiple} on a rank, unlike {', '.join(dict.fromkeys(odd))}; "
-                f"{lower}prune to other sizes, or set {_without(key)}",
-            )
+    for key, fp8 in _in_layout(cfg, at).items():
+        yield from _odd_sizes(key, fp8, _models(cfg, at, key), f"{at}.parallel", tensor)
 
 
-@training_rule("training.fp8_tokens", *KEYS, *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL)
+@rule("teacher.fp8_sizes", "distill.fp8", TEACHER_FP8, "distill.loss", TENSOR.format(at=CACHE), *SHAPE, *TEACHER)
+def cache_sizes(cfg: RunConfig) -> Iterator[Finding]:
+    tensor = get_training(cfg, CACHE).parallel.tensor_model_parallel_size
+    if (fp8 := _requested(cfg, DISTILL).get(TEACHER_FP8)) is not None:
+        yield from _odd_sizes(TEACHER_FP8, fp8, list_models(cfg, CACHE), f"{CACHE}.parallel", tensor)
+
+
+def _odd_sizes(key: str, fp8: Fp8, models: list[tuple[str, Shape]], parallel: str, tensor: int) -> Iterator[Finding]:
+    """Report sizes on a rank that FP8 products cannot have; `parallel`: the key of the layout."""
+    multiple = MULTIPLE[fp8]
+    odd = [
+        f"the {who}'s {name} {size}" + (f" / {shares} = {size // shares}" if shares > 1 else "")
+        for who, shape in models
+        for name, size, shares in _features(shape, tensor)
+        # Another rule refuses what is not divided.
+        if size % shares == 0 and size // shares % multiple
+    ]
+    if odd:
+        lower = f"lower {parallel}.tensor_model_parallel_size={tensor}, " if tensor > 1 else ""
+        yield Finding(
+            key,
+            f"{fp8.value} FP8 needs multiples of {multiple} on a rank, unlike {', '.join(dict.fromkeys(odd))}; "
+            f"{lower}prune to other sizes, or set {_without(key)}",
+        )
+
+
+@rule(
+    "teacher.fp8_tokens",
+    *("distill.fp8", TEACHER_FP8, "distill.loss", "distill.seq_length", "distill.micro_batch_size", *OWN_LAYOUT),
+)
+def cache_tokens(cfg: RunConfig) -> Iterator[Finding]:
+    fp8, own = _requested(cfg, DISTILL).get(TEACHER_FP8), cfg.teacher
+    if fp8 is None or (own.parallel is None and own.micro_batch_size is None):
+        return
+    length, micro = cfg.distill.seq_length, own.micro_batch_size or cfg.distill.micro_batch_size
+    if length * micro % MULTIPLE[fp8]:
+        fitting = any_of(around(micro, MULTIPLE[fp8] // math.gcd(MULTIPLE[fp8], length)))
+        yield Finding(
+            TEACHER_FP8,
+            f"{fp8.value} FP8 needs multiples of {MULTIPLE[fp8]} tokens on a rank, unlike {micro} sequences of "
+            f"distill.seq_length={length}; set teacher.micro_batch_size to {fitting}, or {_without(TEACHER_FP8)}",
+        )
+
+
+@training_rule("training.fp8_tokens", *KEYS, *SIZES, TENSOR, CONTEXT, SEQUENCE_PARALLEL, *SHARED_LAYOUT)
 def tokens(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel = get_training(cfg, at).parallel
     tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     shares = parallel.context_parallel_size * tensor
-    for key, fp8 in _requested(cfg, at).items():
+    for key, fp8 in _in_layout(cfg, at).items():
         for where, training in with_phases(get_training(cfg, at), at):
             step = MULTIPLE[fp8] * shares
             length, micro = training.seq_length, training.micro_batch_size
@@ -121,11 +155,17 @@ def _requested(cfg: RunConfig, at: str) -> dict[str, Fp8]:
     return {key: fp8 for key, fp8 in asked.items() if fp8 is not None}
 
 
+def _in_layout(cfg: RunConfig, at: str) -> dict[str, Fp8]:
+    """Those of the models that run in the layout of a training."""
+    shared = at != DISTILL or teacher_shares_layout(cfg)
+    return {key: fp8 for key, fp8 in _requested(cfg, at).items() if shared or key != TEACHER_FP8}
+
+
 def _models(cfg: RunConfig, at: str, key: str) -> list[tuple[str, Shape]]:
     """The models whose products are in FP8 by a key: the teacher, or all models that are trained."""
     if at != DISTILL or key == TEACHER_FP8:
-        return [model for model in list_models(cfg, at) if model[0] == "teacher" or is_source_teacher(model[0])]
-    between = [model for model in list_models(cfg, at) if model[0].startswith("model after")]
+        return list_models(cfg, at)[:1]
+    between = [model for model in list_models(cfg, at) if model[0] not in ("teacher", "student")]
     return [*between, *(("student", shape) for shape in student_shapes(cfg))]
 
 

@@ -1,4 +1,4 @@
-"""Rules of the groups `model` and `teacher`, and of the teachers of single sources of the data."""
+"""Rules of the groups `model` and `teacher`."""
 
 from __future__ import annotations
 
@@ -9,48 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from prune_distill.config.rule import Finding, Rule, rule
-from prune_distill.config.values import get_value, named_source_teachers, require
+from prune_distill.config.values import get_value, require
 from prune_distill.config.wording import any_of, divisors
 from prune_distill.errors import InputError
 from prune_distill.model import model_folder
 from prune_distill.model.hf_shape import local_folder, may_be_hub_id
 from prune_distill.model.model_size import EXPERT_SIZES
 from prune_distill.model.tokenizer_check import find_difference
-from prune_distill.schema import MOST_SOURCE_TEACHERS, Family, Loss, LossImplementation, RunConfig, TeacherLogits
+from prune_distill.schema import Family, Loss, LossImplementation, Packing, RunConfig
 
 # The groups that name a model.
 MODELS = ("model", "teacher")
 IMPLEMENTATION = "distill.kd.implementation"
 # What tells the teachers' shapes apart from that of the model that is pruned.
 TEACHER = ("teacher.hf_path", "teacher.shape", "data.sources?")
+OWN_LAYOUT = ("teacher.parallel?", "teacher.micro_batch_size")
+# Those that `cache_logits` does not use (prune_distill/nemo/nemo_api.py:restore).
+UNUSED_SIZES = ("context_parallel_size", "expert_model_parallel_size")
 
 Check = Callable[..., Iterator[Finding]]
 
 
-def model_rule(
-    name: str, *reads: str, on_machine: bool = False, groups: tuple[str, ...] = MODELS
-) -> Callable[[Check], list[Rule]]:
-    """Declare a function as a rule of each model, whose group it is given as `at`: of `groups`, and of the teachers of
-    single sources."""
-    of_run = tuple(read for read in reads if "{at}" not in read)
+def model_rule(name: str, *reads: str, on_machine: bool = False) -> Callable[[Check], list[Rule]]:
+    """Declare a function as a rule of each model, whose group it is given as `at`."""
     return lambda check: [
-        *(
-            Rule(f"{at}.{name}", tuple(read.format(at=at) for read in reads), partial(check, at=at), on_machine)
-            for at in groups
-        ),
-        Rule(f"source_teacher.{name}", ("data.sources", *of_run), partial(_check_sources, check=check), on_machine),
+        Rule(f"{at}.{name}", tuple(read.format(at=at) for read in reads), partial(check, at=at), on_machine)
+        for at in MODELS
     ]
-
-
-def _check_sources(cfg: RunConfig, check: Check) -> Iterator[Finding]:
-    for at in source_teacher_keys(cfg):
-        if get_value(cfg, f"{at}.hf_path") is not None and get_value(cfg, f"{at}.shape") is not None:
-            yield from check(cfg, at=at)
-
-
-def source_teacher_keys(cfg: RunConfig) -> list[str]:
-    """The keys of the teachers of single sources. Sources with a dot in their name are refused anyway."""
-    return [at for at in named_source_teachers(cfg) if at.count(".") == 3]
 
 
 @rule("model.source", "model.demo?", "model.hf_path", "model.shape?")
@@ -135,6 +120,36 @@ def own_teacher(cfg: RunConfig) -> Iterator[Finding]:
             yield Finding(f"teacher.{name}", f"the model that is pruned is the teacher; {fix}")
 
 
+@rule("teacher.layout", *OWN_LAYOUT, "distill.loss", "distill.teacher_logits")
+def teacher_layout(cfg: RunConfig) -> Iterator[Finding]:
+    """Refuse a layout of the teacher where no stage runs it alone; the stage correct_teacher has its own."""
+    if cfg.distill.reads_cached_logits:
+        return
+    for name in ("parallel", "micro_batch_size"):
+        key = f"teacher.{name}"
+        if getattr(cfg.teacher, name) is None:
+            continue
+        if cfg.distill.loss is Loss.ce:
+            yield Finding(key, f"distill.loss=ce uses no teacher; set {key}=null")
+        else:
+            problem = f"distill.teacher_logits=live runs the teacher in the student's layout, distill.{name}"
+            yield Finding(key, f"{problem}; set distill.teacher_logits=cached, or {key}=null")
+
+
+@rule("teacher.parallel", *(f"teacher.parallel.{name}" for name in UNUSED_SIZES))
+def teacher_parallel(cfg: RunConfig) -> Iterator[Finding]:
+    for key in (f"teacher.parallel.{name}" for name in UNUSED_SIZES):
+        if get_value(cfg, key) > 1:
+            yield Finding(key, f"cache_logits divides neither sequences nor experts over ranks; set {key}=1")
+
+
+@rule("teacher.packing", "teacher.micro_batch_size", "distill.packing")
+def teacher_packing(cfg: RunConfig) -> Iterator[Finding]:
+    size, key = cfg.teacher.micro_batch_size, "teacher.micro_batch_size"
+    if size is not None and size > 1 and cfg.distill.packing is Packing.documents:
+        yield Finding(key, f"distill.packing=documents takes one sequence per forward pass; set {key}=1")
+
+
 @rule("teacher.vocabulary", "teacher.shape.vocab_size", "model.shape.vocab_size", IMPLEMENTATION)
 def vocabulary(cfg: RunConfig) -> Iterator[Finding]:
     """Refuse vocabularies of different size where the loss cannot compare them
@@ -150,16 +165,10 @@ def vocabulary(cfg: RunConfig) -> Iterator[Finding]:
         )
 
 
-@model_rule(
-    "tokenizer",
-    *("{at}.hf_path", "{at}.revision", "model.hf_path", "model.revision"),
-    on_machine=True,
-    groups=("teacher",),
-)
-def tokenizer(cfg: RunConfig, at: str) -> Iterator[Finding]:
-    """Compare the tokenizers, where both are on this machine. Stages hf_to_nemo.* compare them in any case."""
-    models: list[Any] = [cfg.model, get_value(cfg, at)]
-    student, teacher = (_tokenizer_folder(model.hf_path, model.revision) for model in models)
+@rule("teacher.tokenizer", "teacher.hf_path", "teacher.revision", "model.hf_path", "model.revision", on_machine=True)
+def tokenizer(cfg: RunConfig) -> Iterator[Finding]:
+    """Compare the tokenizers, where both are on this machine. Stage hf_to_nemo.teacher compares them in any case."""
+    student, teacher = (_tokenizer_folder(model.hf_path, model.revision) for model in (cfg.model, cfg.teacher))
     if student is None or teacher is None:
         return
     try:
@@ -167,73 +176,9 @@ def tokenizer(cfg: RunConfig, at: str) -> Iterator[Finding]:
     except InputError:  # a fault of the folder
         return
     if fault is not None:
-        yield Finding(f"{at}.hf_path", fault)
+        yield Finding("teacher.hf_path", fault)
 
 
 def _tokenizer_folder(hf_path: str | None, revision: str | None) -> Path | None:
     folder = None if hf_path is None else local_folder(hf_path, revision)
     return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
-
-
-@rule("source_teacher.source", "data.sources", "teacher")
-def source_teachers(cfg: RunConfig) -> Iterator[Finding]:
-    for at in source_teacher_keys(cfg):
-        if get_value(cfg, f"{at}.hf_path") is None:
-            fix = f"set {at}.hf_path to the teacher's folder or Hub id, or {at}=null"
-            yield Finding(f"{at}.hf_path", f"names no teacher; {fix}")
-    count = len(cfg.source_teachers)
-    if count > MOST_SOURCE_TEACHERS:
-        yield Finding(
-            "data.sources",
-            f"their sources have {count} teachers of their own, and a run at most {MOST_SOURCE_TEACHERS}; give some"
-            " sources the same one",
-        )
-    if cfg.has_own_teacher and _all_have_teachers(cfg):
-        yield Finding(
-            "teacher.hf_path", "teaches nothing, as each source has another teacher; set teacher.hf_path=null"
-        )
-
-
-@rule(
-    "source_teacher.supported",
-    *("data.sources", "teacher", "distill.loss", "distill.teacher_logits", "distill.on_policy?"),
-    *("distill.teacher_correction?", "prune.successive_halving?", "prune.rounds"),
-)
-def source_teachers_supported(cfg: RunConfig) -> Iterator[Finding]:
-    """Refuse what has one teacher, or one that runs next to the student."""
-    keys, distill = source_teacher_keys(cfg), cfg.distill
-    if not keys:
-        return
-    if distill.loss is Loss.ce:
-        yield Finding(keys[0], f"distill.loss=ce uses no teacher; set {keys[0]}=null")
-    unsupported = {
-        "distill.teacher_logits": (
-            distill.teacher_logits is TeacherLogits.live and distill.loss is Loss.kd,
-            "live runs one teacher next to the student",
-            "cached",
-        ),
-        "distill.on_policy": (
-            distill.on_policy is not None,
-            "no source says which teacher scores the student's completions",
-            "null",
-        ),
-        "prune.successive_halving": (
-            cfg.prune.successive_halving is not None,
-            "its candidates learn from one teacher next to them",
-            "null",
-        ),
-        "prune.rounds": (bool(cfg.prune.rounds), "their students learn from one teacher next to them", "[]"),
-        "distill.teacher_correction": (
-            distill.teacher_correction is not None and _all_have_teachers(cfg),
-            "it trains the teacher of the run, which teaches nothing, as each source has another one",
-            "null",
-        ),
-    }
-    for key, (is_set, problem, supported) in unsupported.items():
-        if is_set:
-            fix = f"set {key}={supported}, or the teachers of the sources to null ({', '.join(keys)})"
-            yield Finding(key, f"{problem}; {fix}")
-
-
-def _all_have_teachers(cfg: RunConfig) -> bool:
-    return bool(cfg.source_teachers) and 0 not in cfg.teacher_numbers.values()

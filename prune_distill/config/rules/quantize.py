@@ -23,11 +23,12 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: its Hugging Face name, and the size of its input with the name of that size."""
+    """A linear layer: its Hugging Face name, the size of its input with the name of that size, and of its output."""
 
     name: str
     inputs: int
     size: str
+    outputs: int
 
 
 def linear_layers(shape: Shape, gated: bool) -> Iterator[Layer]:
@@ -44,14 +45,14 @@ def linear_layers(shape: Shape, gated: bool) -> Iterator[Layer]:
         width = ("FFN size of an expert", require(shape.moe_ffn_hidden_size))
     for number in range(shape.num_layers):
         prefix = f"model.layers.{number}"
-        for name in ("q_proj", "k_proj", "v_proj"):
-            yield Layer(f"{prefix}.self_attn.{name}", shape.hidden_size, "hidden size")
-        heads = shape.num_attention_heads * shape.kv_channels
-        yield Layer(f"{prefix}.self_attn.o_proj", heads, "attention heads times kv_channels")
+        queries, keys = (heads * shape.kv_channels for heads in (shape.num_attention_heads, shape.num_query_groups))
+        for name, outputs in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield Layer(f"{prefix}.self_attn.{name}", shape.hidden_size, "hidden size", outputs)
+        yield Layer(f"{prefix}.self_attn.o_proj", queries, "attention heads times kv_channels", shape.hidden_size)
         for ffn in ffns:
             for name in up:
-                yield Layer(f"{prefix}.{ffn}.{name}", shape.hidden_size, "hidden size")
-            yield Layer(f"{prefix}.{ffn}.down_proj", width[1], width[0])
+                yield Layer(f"{prefix}.{ffn}.{name}", shape.hidden_size, "hidden size", width[1])
+            yield Layer(f"{prefix}.{ffn}.down_proj", width[1], width[0], shape.hidden_size)
 
 
 def is_kept(cfg: RunConfig, name: str) -> bool:

@@ -30,8 +30,16 @@ TENSOR, PIPELINE, CONTEXT, EXPERT = (
 SEQUENCE_PARALLEL = "{at}.parallel.sequence_parallel"
 RANKS = "ranks"
 MODELS = "models"
-# The role of a teacher of single sources, before its name.
-OF_SOURCE = "source teacher "
+# The group with the layout in which cache_logits runs the teacher.
+CACHE = "teacher"
+# What decides whether the teacher runs in the layout of the distillation.
+SHARED_LAYOUT = (
+    "distill.loss",
+    "distill.teacher_logits",
+    "teacher.parallel?",
+    "prune.rounds",
+    "prune.successive_halving?",
+)
 
 Check = Callable[[RunConfig, str], Iterator[Finding]]
 
@@ -53,7 +61,8 @@ def _keys(read: str, at: str) -> tuple[str, ...]:
     if read == RANKS:
         return () if at == DEMO else ("cluster.nodes", "cluster.devices_per_node")
     if read == MODELS:
-        return (*(STUDENT if at == DISTILL else SHAPE), *(TEACHER if at != DEMO else ()))
+        models = (*STUDENT, *SHARED_LAYOUT) if at == DISTILL else SHAPE
+        return (*models, *(TEACHER if at != DEMO else ()))
     return (read.format(at=at),)
 
 
@@ -172,7 +181,7 @@ def overlap_param_gather(cfg: RunConfig, at: str) -> Iterator[Finding]:
         yield Finding(key, f"needs {needed}=true; set that, or {key}=false")
 
 
-@training_rule("training.ranks", TENSOR, PIPELINE, CONTEXT, RANKS)
+@training_rule("training.ranks", TENSOR, PIPELINE, CONTEXT, RANKS, only=(*TRAININGS, CACHE))
 def ranks(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/parallel_state.py:698
     count, model_ranks = _ranks(cfg, at), _model_parallel(get_training(cfg, at))
@@ -249,10 +258,10 @@ def seq_length(cfg: RunConfig, at: str) -> Iterator[Finding]:
             )
 
 
-@training_rule("training.layers", PIPELINE, MODELS)
+@training_rule("training.layers", PIPELINE, MODELS, only=(*TRAININGS, CACHE))
 def layers(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/transformer/transformer_block.py:156
-    stages, models = get_training(cfg, at).parallel.pipeline_model_parallel_size, list_models(cfg, at)
+    stages, models = get_training(cfg, at).parallel.pipeline_model_parallel_size, _placed_models(cfg, at)
     uneven = [f"the {who}'s {shape.num_layers}" for who, shape in models if shape.num_layers % stages]
     if uneven:
         key = f"{at}.parallel.pipeline_model_parallel_size"
@@ -260,11 +269,11 @@ def layers(cfg: RunConfig, at: str) -> Iterator[Finding]:
         yield Finding(key, f"does not divide {' and '.join(uneven)} layers; set {key} to {fitting}")
 
 
-@training_rule("training.tensor_parallel", TENSOR, MODELS)
+@training_rule("training.tensor_parallel", TENSOR, MODELS, only=(*TRAININGS, CACHE))
 def tensor_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     # megatron/core/transformer/transformer_config.py:742 and :758. NeMo takes the vocabulary as config.json has it, so
     # that nothing pads it (nemo/collections/llm/gpt/model/base.py:343, megatron/core/tensor_parallel/utils.py:108).
-    size, models = get_training(cfg, at).parallel.tensor_model_parallel_size, list_models(cfg, at)
+    size, models = get_training(cfg, at).parallel.tensor_model_parallel_size, _placed_models(cfg, at)
     # Experts are not divided.
     mlp_sizes = () if _experts_of(models) else ("ffn_hidden_size",)
     names = ("num_attention_heads", "num_query_groups", *mlp_sizes, "vocab_size")
@@ -284,7 +293,7 @@ def tensor_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
 def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel, models, key = (
         get_training(cfg, at).parallel,
-        list_models(cfg, at),
+        _placed_models(cfg, at),
         f"{at}.parallel.expert_model_parallel_size",
     )
     size, stages, experts = (
@@ -310,12 +319,15 @@ def expert_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
         yield Finding(key, f"does not divide the {stage_ranks} ranks of a pipeline stage; set {key} to {fitting}")
 
 
-@training_rule("training.sequence_parallel", TENSOR, SEQUENCE_PARALLEL, "model.shape.num_moe_experts", *TEACHER)
+@training_rule("training.sequence_parallel", TENSOR, SEQUENCE_PARALLEL, MODELS)
 def sequence_parallel(cfg: RunConfig, at: str) -> Iterator[Finding]:
     parallel, key = get_training(cfg, at).parallel, f"{at}.parallel.sequence_parallel"
-    has_experts = any(shape.num_moe_experts for shape in _unpruned(cfg, at))
     # megatron/core/transformer/moe/moe_layer.py:265
-    if has_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+    if (
+        _experts_of(_placed_models(cfg, at))
+        and parallel.tensor_model_parallel_size > 1
+        and not parallel.sequence_parallel
+    ):
         yield Finding(key, f"experts with tensor parallelism need sequence parallelism; set {key}=true")
 
 
@@ -324,17 +336,23 @@ def list_models(cfg: RunConfig, at: str = DISTILL) -> list[tuple[str, Shape]]:
     teacher = [("teacher", require(cfg.model.shape if at == DEMO else cfg.teacher_shape))]
     if at != DISTILL:
         return teacher
-    teacher += [
-        (f"{OF_SOURCE}{teacher.hf_path}", teacher.shape) for teacher in cfg.source_teachers if teacher.shape is not None
-    ]
     count = len(cfg.prune.rounds)
     between = [(f"model after round {number}", shape_to_prune(cfg, number)) for number in range(1, count + 1)]
     return [*teacher, *between, ("student", student_shape(cfg))]
 
 
-def is_source_teacher(who: str) -> bool:
-    """Whether a role of `list_models` is that of a teacher of single sources."""
-    return who.startswith(OF_SOURCE)
+def _placed_models(cfg: RunConfig, at: str) -> list[tuple[str, Shape]]:
+    """The models that take the layout at a key, by role."""
+    models = list_models(cfg, at)
+    return models[1:] if at == DISTILL and not teacher_shares_layout(cfg) else models
+
+
+def teacher_shares_layout(cfg: RunConfig) -> bool:
+    """Whether the teacher runs in the layout of the distillation. Earlier rounds and successive halving run it beside
+    the student even if the last distillation reads cached logits."""
+    distill, prune = cfg.distill, cfg.prune
+    beside_student = not distill.reads_cached_logits or bool(prune.rounds) or prune.successive_halving is not None
+    return beside_student or cfg.teacher.parallel is None
 
 
 def _unpruned(cfg: RunConfig, at: str) -> list[Shape]:

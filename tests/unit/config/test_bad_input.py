@@ -47,6 +47,8 @@ MOE_TEACHER = [
     *("teacher.family=qwen3_moe", "teacher.shape.num_moe_experts=4", "teacher.shape.moe_ffn_hidden_size=128"),
     "teacher.shape.moe_router_topk=2",
 ]
+CACHED = [*DEMO, "distill.teacher_logits=cached"]
+FP8_TEACHER = ["distill.precision=bf16", "distill.teacher_fp8=true"]
 LOCAL = ["model=local", "name=x", "cluster=one_node", "prune.num_layers=2", "data=jsonl", "data.train=[a.jsonl]"]
 CORRECTION = [
     *("distill.teacher_correction.max_steps=9", "distill.teacher_correction.seq_length=64"),
@@ -205,9 +207,21 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ),
     (
         [*BY_SOURCE, *TWO_STAGES, f"{CODE}.shape.num_layers=7"],
-        "training.layers",
+        "training.source_teacher_layers",
         "distill.parallel.pipeline_model_parallel_size",
         "set distill.parallel.pipeline_model_parallel_size to 1",
+    ),
+    (
+        [*BY_SOURCE, *TWO_RANKS, f"{CODE}.parallel.pipeline_model_parallel_size=2", f"{CODE}.shape.num_layers=7"],
+        "training.source_teacher_layers",
+        f"{CODE}.parallel.pipeline_model_parallel_size",
+        f"set {CODE}.parallel.pipeline_model_parallel_size to 1",
+    ),
+    (
+        [*BY_SOURCE, *TWO_RANKS, f"{CODE}.parallel.context_parallel_size=2"],
+        "source_teacher.parallel",
+        f"{CODE}.parallel.context_parallel_size",
+        f"set {CODE}.parallel.context_parallel_size=1",
     ),
     # A teacher of its own.
     ([*DEMO, "teacher.revision=main"], "teacher.source", "teacher.revision", "or teacher.revision=null"),
@@ -311,6 +325,79 @@ CASES: list[tuple[list[str], str, str, str]] = [
         "training.fp8_tokens",
         "distill.teacher_fp8",
         "set distill.phases[1].seq_length to 252 or 256",
+    ),
+    # The layout of the teacher's cache.
+    (
+        [*DEMO, "teacher.parallel.tensor_model_parallel_size=1"],
+        "teacher.layout",
+        "teacher.parallel",
+        "set distill.teacher_logits=cached, or teacher.parallel=null",
+    ),
+    (
+        [*DEMO, "teacher.micro_batch_size=2", "distill.loss=ce", "distill.controls=[]"],
+        "teacher.layout",
+        "teacher.micro_batch_size",
+        "set teacher.micro_batch_size=null",
+    ),
+    (
+        [*CACHED, *TWO_RANKS, "teacher.parallel.pipeline_model_parallel_size=3"],
+        "training.ranks",
+        "teacher.parallel",
+        "start 3 ranks, or lower teacher.parallel",
+    ),
+    (
+        [*TAUGHT, *CACHED, *TWO_RANKS, "teacher.parallel.tensor_model_parallel_size=2"],
+        "training.tensor_parallel",
+        "teacher.parallel.tensor_model_parallel_size",
+        "set teacher.parallel.tensor_model_parallel_size to 1",
+    ),
+    (
+        [
+            *CACHED,
+            "cluster.devices_per_node=4",
+            "distill.micro_batch_size=1",
+            "teacher.parallel.pipeline_model_parallel_size=4",
+        ],
+        "training.layers",
+        "teacher.parallel.pipeline_model_parallel_size",
+        "set teacher.parallel.pipeline_model_parallel_size to 1 or 2",
+    ),
+    # Earlier rounds run the teacher beside the student.
+    (
+        [*TAUGHT, CACHED[-1], *TP_OF_2, "teacher.parallel={}", "prune.rounds=[{steps: 20, num_layers: 5}]"],
+        "training.tensor_parallel",
+        "distill.parallel.tensor_model_parallel_size",
+        "set distill.parallel.tensor_model_parallel_size to 1",
+    ),
+    (
+        [*CACHED, *TWO_RANKS, "teacher.parallel.context_parallel_size=2"],
+        "teacher.parallel",
+        "teacher.parallel.context_parallel_size",
+        "set teacher.parallel.context_parallel_size=1",
+    ),
+    (
+        [*CACHED, "teacher.micro_batch_size=2", "distill.packing=documents", "distill.micro_batch_size=1"],
+        "teacher.packing",
+        "teacher.micro_batch_size",
+        "set teacher.micro_batch_size=1",
+    ),
+    (
+        [
+            *CACHED,
+            *FP8_TEACHER,
+            *TWO_RANKS,
+            "teacher.parallel.tensor_model_parallel_size=2",
+            "model.shape.kv_channels=34",
+        ],
+        "teacher.fp8_sizes",
+        "distill.teacher_fp8",
+        "lower teacher.parallel.tensor_model_parallel_size=2",
+    ),
+    (
+        [*CACHED, *FP8_TEACHER, "teacher.parallel={}", "teacher.micro_batch_size=3", "distill.seq_length=250"],
+        "teacher.fp8_tokens",
+        "distill.teacher_fp8",
+        "set teacher.micro_batch_size to 8",
     ),
     # The teacher's cached logits, and its correction.
     ([*DEMO, "distill.teacher_logits=both"], "value.choice", "distill.teacher_logits", "live or cached"),
@@ -832,6 +919,15 @@ def test_all_faults_are_in_one_message() -> None:
         "distill.global_batch_size",
     ]
     assert str(caught.value).startswith("5 faults in the configuration:\n  - seed")
+
+
+def test_the_students_layout_need_not_divide_a_teacher_that_is_cached_in_its_own() -> None:
+    """The teacher's 5 heads on 2 ranks; a teacher with experts, which need sequence parallelism beside tensor's."""
+    layout = [*TP_OF_2, "distill.teacher_logits=cached"]
+    compose([*TAUGHT, *layout, "teacher.parallel={}"])
+    experts = [*TAUGHT, *layout, *MOE_TEACHER, "distill.parallel.sequence_parallel=false"]
+    compose([*experts, "teacher.parallel={}"])
+    assert {fault.rule for fault in find_faults(experts)} == {"training.tensor_parallel", "training.sequence_parallel"}
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ ABOVE_ZERO = [
     ),
     *(
         key
+        for teacher in ("teacher", "data.sources.NAME.teacher")
+        for key in (
+            f"{teacher}.micro_batch_size",
+            *keys_below(f"{teacher}.parallel", "tensor_model_parallel_size pipeline_model_parallel_size"),
+            *keys_below(f"{teacher}.parallel", "context_parallel_size expert_model_parallel_size"),
+        )
+    ),
+    *(
+        key
         for training in TRAININGS
         for key in (
             *keys_below(training, "max_steps seq_length global_batch_size micro_batch_size lr clip_grad"),

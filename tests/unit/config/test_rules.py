@@ -28,6 +28,10 @@ MOE = ["model.family=qwen3_moe", "model.shape.num_moe_experts=4", "model.shape.m
 BUDGET = [*DEMO, "prune.num_layers=null", "prune.budget.params_fraction=0.8"]
 PAIRS = "distill.kd.intermediate_pairs=[{student: 2, teacher: 9}]"
 FP8 = ["distill.fp8=blockwise", "distill.teacher_fp8=true", "model.demo.training.fp8=hybrid"]
+CACHE_LAYOUT = [
+    "teacher.parallel={tensor_model_parallel_size: 3, pipeline_model_parallel_size: 4, context_parallel_size: 2}",
+    "teacher.micro_batch_size=3",
+]
 SLURM = [*DEMO, "cluster=slurm", "cluster.slurm.partition=a b", "cluster.slurm.account=null"]
 TEACHER = (
     "{hf_path: m/t, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
@@ -44,6 +48,8 @@ CONFIGS = [
         "distill.teacher_logits=cached",
     ],
     [*DEMO, "distill.loss=ce", f"distill.teacher_correction={CORRECTION}", "prune.num_layers=null"],
+    [*DEMO, *CACHE_LAYOUT, "distill.loss=ce", "distill.packing=documents"],
+    [*DEMO, *CACHE_LAYOUT, "distill.teacher_logits=cached", "distill.fp8=hybrid", "distill.teacher_fp8=true"],
     [*DEMO, *MOE, "model.shape.moe_router_topk=2", "prune.num_moe_experts=1", "prune.tensor_model_parallel_size=2"],
     [*DEMO, *MOE, "model.shape.moe_router_topk=5", "distill.parallel.expert_model_parallel_size=3"],
     [*BUDGET, "prune.successive_halving={round_tokens: 1000, score: {task: mmlu}}", "prune.hidden_size=64"],

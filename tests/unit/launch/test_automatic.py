@@ -60,7 +60,7 @@ def fault_of(*overrides: str) -> str:
 )
 def test_the_fastest_layout_that_fits_is_chosen(overrides: tuple[str, ...]) -> None:
     cfg = compose(overrides)
-    assert set(cfg.automatic) == {key for key in AUTOMATIC if "correction" not in key}
+    assert set(cfg.automatic) == {key for key in AUTOMATIC if "teacher" not in key}
     assert all(fullest(memory).total <= limit(cfg) for memory in stage_memory(cfg).values())
     chosen = make_plan(cfg)
     assert chosen.layout.seconds is not None
@@ -101,6 +101,46 @@ def test_the_correction_of_the_teacher_has_a_layout_of_its_own() -> None:
     assert correction.parallel != Parallel()
     assert fullest(stage_memory(cfg)["correct_teacher"]).total <= limit(cfg)
     assert not any(key.startswith("distill.teacher_correction.micro") for key in cfg.automatic)
+
+
+# 72 B parameters as of Qwen2.5-72B, whose weights alone are 135 GiB.
+LARGE_TEACHER = (
+    "teacher={hf_path: owner/large, family: qwen2, shape: {num_layers: 80, hidden_size: 8192, ffn_hidden_size: 29568, "
+    "num_attention_heads: 64, num_query_groups: 8, kv_channels: 128, vocab_size: 152064, "
+    "max_position_embeddings: 32768}}"
+)
+
+
+def test_a_cache_in_a_layout_of_its_own_does_not_limit_the_students() -> None:
+    cached = (DEPTH, "distill.teacher_logits=cached")
+    alone = compose(cached).distill
+    shared = compose([*cached, LARGE_TEACHER])
+    assert shared.distill.parallel.tensor_model_parallel_size * shared.distill.parallel.pipeline_model_parallel_size > 2
+    cfg = compose([*cached, LARGE_TEACHER, "teacher.parallel=auto", "teacher.micro_batch_size=auto"])
+    assert (cfg.distill.parallel, cfg.distill.micro_batch_size) == (alone.parallel, alone.micro_batch_size)
+    assert cfg.distill.kd.chunk_tokens == alone.kd.chunk_tokens
+    assert cfg.teacher.parallel is not None
+    # 68 GiB of weights on each of two GPUs leave room for the logits of a micro batch.
+    sizes = cfg.teacher.parallel.tensor_model_parallel_size, cfg.teacher.parallel.pipeline_model_parallel_size
+    assert sizes == (2, 1)
+    assert fullest(stage_memory(cfg)["cache_logits"]).total <= limit(cfg)
+    assert {key for key in cfg.automatic if "teacher" in key} == {
+        key for key in AUTOMATIC if key.startswith("teacher.")
+    }
+    # What is set stays, although it does not fit.
+    full = compose([*cached, LARGE_TEACHER, "teacher.parallel={}"])
+    assert full.distill.parallel == alone.parallel
+    assert make_plan(full).fits is False
+
+
+def test_a_cache_for_which_no_layout_fits() -> None:
+    cached = (DEPTH, "layout=published", "distill.teacher_logits=cached", LARGE_TEACHER, "cluster.gpu.memory_gib=16")
+    fault = fault_of(*cached, "teacher.parallel=auto")
+    assert fault.startswith("teacher.parallel.tensor_model_parallel_size=auto: cache_logits needs at least ")
+    with pytest.raises(ConfigError, match=r"teacher.parallel: one model takes 5 ranks"):
+        compose([*cached, "teacher.parallel=auto", "teacher.parallel.pipeline_model_parallel_size=5"])
+    with pytest.raises(ConfigError, match=r"set distill.teacher_logits=cached, or teacher.micro_batch_size=null"):
+        compose([DEPTH, "layout=published", "teacher.micro_batch_size=auto"])
 
 
 def test_the_chunk_of_the_loss_is_the_smallest_that_is_nearly_as_fast_as_any() -> None:

@@ -20,6 +20,7 @@ from prune_distill.schema import (
     PruneConfig,
     Recompute,
     Shape,
+    TeacherConfig,
     Training,
 )
 from prune_distill.units import GIB
@@ -206,7 +207,9 @@ def test_fp8_of_experts() -> None:
 def test_cached_logits_of_a_teacher_in_fp8() -> None:
     distill = DistillConfig(**vars(TRAINING))
     plain, fp8 = (
-        cached_logits_memory(dataclasses.replace(distill, teacher_fp8=teacher_fp8), TEACHER, Family.qwen3)
+        cached_logits_memory(
+            TeacherConfig(), dataclasses.replace(distill, teacher_fp8=teacher_fp8), TEACHER, Family.qwen3
+        )
         for teacher_fp8 in (False, True)
     )
     assert fp8.weights == plain.weights + 4 * 576

@@ -181,6 +181,32 @@ def test_a_teacher_of_its_own_by_hand() -> None:
     assert stored.signal.flops_a_token == own.work.flops_a_token.teacher
 
 
+def test_the_teachers_cache_in_a_layout_of_its_own_by_hand() -> None:
+    """A teacher that is cached with TP 4 and PP 2, while its student has the published TP 8."""
+    cached = (DEPTH, AS_PUBLISHED, OWN_TEACHER, "distill.teacher_logits=cached")
+    layout = "teacher.parallel={tensor_model_parallel_size: 4, pipeline_model_parallel_size: 2}"
+    shared, own = planned(*cached), planned(*cached, layout, "teacher.micro_batch_size=1")
+    assert own.memory["distill"] == shared.memory["distill"]
+    hidden, ffn, queries, keys, ids = 5120, 14336, 40 * 128, 8 * 128, 151_808
+    matrices = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * ffn
+    # The last stage: half of the layers and the output weight, a quarter of each; norms whole.
+    weights = 24 * (matrices // 4 + 2 * hidden) + ids * hidden // 4 + hidden
+    (memory,) = own.memory["cache_logits"]
+    assert memory.weights == 2 * weights
+    # Whole bf16 logits of a micro batch of 1 x 4096, 3 copies in fp32 of 256 tokens; a quarter of the vocabulary.
+    assert memory.loss == (2 * 4096 + 3 * 4 * 256) * ids // 4
+    assert own.signal is not None
+    assert (own.signal.tensor, own.signal.pipeline, own.signal.micro_batch_size) == (4, 2, 1)
+    assert "the teacher runs once (TP 4, PP 2, micro batch 1)" in to_table(own)
+    # At a stated share of the peak the same work takes the same time; the time model has fewer exchanges.
+    assert hours_by_stage(own)["cache_logits"] == hours_by_stage(shared)["cache_logits"]
+    modeled = [hours_by_stage(planned(DEPTH, *cached[2:], *more))["cache_logits"] for more in ((), (layout,))]
+    assert modeled[1] < modeled[0]
+    full = planned(*cached, "teacher.parallel={}", "cluster.gpu.memory_gib=28")
+    assert full.fits is False
+    assert "for cache_logits lower teacher.micro_batch_size, or raise teacher.parallel" in full.fix
+
+
 def by_source(weights: tuple[int | None, int | None]) -> str:
     """A source `code` with a teacher of its own, half of `OWN_TEACHER`'s depth, and one, `web`, without."""
     teacher = OWN_TEACHER.removeprefix("teacher=").replace("num_layers: 48", "num_layers: 24")
@@ -450,7 +476,7 @@ def test_the_kv_cache_of_the_student() -> None:
     assert f"KV cache takes {cache.token / 1024:.1f} KiB a token in 16 bits:" in text
     halved = planned(DEPTH, "quantize.formats=[fp8]", "quantize.fp8_kv_cache=true")
     assert "in 16 bits, half of that in the quantized formats:" in " ".join(to_table(halved).split())
-    # No hours are claimed for these stages.
+    # No hours are claimed for these stages, of which parts are known.
     hours_found = hours_by_stage(run_plan)
     assert [hours_found[name] for name in ("quantize.fp8", "evaluate.fp8", "benchmark")] == [None] * 3
     assert planned(DEPTH, "quantize.formats=[]", "benchmark.enabled=false").kv_cache is None

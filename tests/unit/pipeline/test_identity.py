@@ -11,7 +11,7 @@ from launch.planning.automatic import compose
 from prune_distill.config.rules.evaluation import OWN_TASK
 from prune_distill.config.values import replace_values
 from prune_distill.pipeline.artifact import locate
-from prune_distill.schema import ExportDtype, MatmulPrecision, Precision, RunConfig
+from prune_distill.schema import ExportDtype, MatmulPrecision, Parallel, Precision, RunConfig
 
 STORED = ("distill.teacher_logits=cached", "distill.controls=[]")
 SEARCHED = (
@@ -56,6 +56,11 @@ def changed(overrides: tuple[str, ...], key: str, value: Any) -> set[str]:
 )
 def test_cached_logits_are_those_of_their_settings(change: tuple[str, Any]) -> None:
     assert {"cache_logits", "distill"} <= changed(STORED, *change)
+
+
+def test_cached_logits_do_not_depend_on_the_layout() -> None:
+    layout = Parallel(tensor_model_parallel_size=2)
+    assert changed(STORED, "teacher.parallel", layout) == changed(STORED, "teacher.micro_batch_size", 2) == set()
 
 
 @pytest.mark.parametrize("change", [("distill.lr", 0.5), ("distill.kd.lm_weight", 0.25)])
