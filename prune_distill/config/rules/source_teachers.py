@@ -13,9 +13,9 @@ from prune_distill.config.rules import fp8, model, training
 from prune_distill.config.values import named_source_teachers
 from prune_distill.schema import MOST_SOURCE_TEACHERS, Loss, RunConfig, TeacherConfig, TeacherLogits
 
-# Rules of the teacher of the run that others do not follow: they concern the run's keys, or a live teacher.
+# Rules of the run's teacher that concern settings of the run, or a teacher that runs next to the student.
 OF_RUN = ("teacher.source", "teacher.layout", "teacher.vocabulary")
-# Rules that the distillation's layout has of its own.
+# Rules that do not concern a teacher in the distillation's layout, which has rules of its own.
 OF_OWN_LAYOUT = ("teacher.parallel", "training.ranks")
 SIZES = tuple(f"distill.parallel.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
 
@@ -54,14 +54,13 @@ def _rename(finding: Finding, at: str, inherits: bool) -> Finding:
 
 
 def _rules_to_follow() -> Iterator[Rule]:
-    for module in (model, training, fp8):
-        values: list[Any] = [
-            one for value in vars(module).values() for one in (value if isinstance(value, list) else [value])
-        ]
-        for one in values:
-            of_layout = isinstance(one, Rule) and any(read.startswith("teacher.parallel.") for read in one.reads)
-            if isinstance(one, Rule) and one.id not in OF_RUN and (one.id.startswith("teacher.") or of_layout):
-                yield one
+    """Yield the rules of the run's teacher: of its group, and of the layout in which it is cached."""
+    values: list[Any] = [value for module in (model, training, fp8) for value in vars(module).values()]
+    for one in (one for value in values for one in (value if isinstance(value, list) else [value])):
+        if not isinstance(one, Rule) or one.id in OF_RUN:
+            continue
+        if one.id.startswith("teacher.") or any(read.startswith("teacher.parallel.") for read in one.reads):
+            yield one
 
 
 def _following(followed: Rule) -> Rule:
