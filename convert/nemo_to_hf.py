@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.exporting import export_model, find_carried_files
+from prune_distill.config.values import describe_teachers
 from prune_distill.model.huggingface import local_folder
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pipeline.stage_main import command_line
@@ -51,13 +52,11 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
 
 
 def _describe_loss(cfg: RunConfig, name: str) -> str:
-    distill, teacher = cfg.distill, ""
+    distill, teachers = cfg.distill, describe_teachers(cfg, past=True)
     if name in WITHOUT_TEACHER:
-        distill = dataclasses.replace(distill, loss=Loss.ce)
-    elif cfg.has_own_teacher:
-        teacher = f" The teacher was {cfg.teacher.hf_path}."
+        distill, teachers = dataclasses.replace(distill, loss=Loss.ce), ""
     alone = ", without a teacher" if distill.loss is Loss.ce else ""
-    return f"The training's loss was {distill.loss_in_words}{alone}.{teacher}"
+    return f"The training's loss was {distill.loss_in_words}{alone}. {teachers}".rstrip()
 
 
 def main() -> None:

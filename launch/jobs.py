@@ -16,6 +16,7 @@ from launch import torchrun
 from launch.environment import ROOT, environment, nodes_and_ranks, stage_arguments
 from prune_distill.config.data_files import is_on_hub
 from prune_distill.config.input_files import HUB_FOLDERS, HUB_SETTINGS, absolute
+from prune_distill.config.values import named_models
 from prune_distill.pipeline.artifact import Located
 from prune_distill.pipeline.names import LOG, RESOLVED, SLURM
 from prune_distill.pipeline.stage import Output
@@ -51,7 +52,7 @@ def make_paths_absolute(cfg: RunConfig) -> RunConfig:
     """Return a copy with absolute paths, which are valid on every node."""
     cfg = copy.deepcopy(cfg)
     cfg.run_dir = absolute(cfg.run_dir)
-    for model in (cfg.model, cfg.teacher):
+    for model in named_models(cfg).values():
         if model.hf_path is not None and Path(absolute(model.hf_path)).exists():
             model.hf_path = absolute(model.hf_path)
     for key in ("train", "validation"):

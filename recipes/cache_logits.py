@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from torch.utils.data import Subset
 
 from prune_distill.config.values import caching_layout
 from prune_distill.data.folder import read_training_data
@@ -23,14 +24,15 @@ from prune_distill.distillation.cached_logits import (
     Description,
     ShardWriter,
     encode,
-    packing_digest,
     prediction_loss,
     shard_sizes,
     tokens_crc,
     whole_shards,
     write_index,
 )
+from prune_distill.distillation.cached_logits_batch import SequenceSources, subset_digest
 from prune_distill.distillation.teacher_forward import compute_top_k
+from prune_distill.errors import InputError
 from prune_distill.nemo import backend, nemo_api
 from prune_distill.nemo.chance import require_better_than_chance
 from prune_distill.nemo.precision import require_fp8
@@ -77,18 +79,20 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         fp8=distill.fp8_of_teacher,
         max_steps=distill.max_steps,
     )
-    sequences = Batches(model.tokenizer, data, out, distill, cfg.seed).sequences(0)
+    batches = Batches(model.tokenizer, data, out, distill, cfg.seed)
+    dataset = batches.sequences(0)
+    own = _own_sequences(batches.sources(dataset, 0), cfg.cached_sources)
+    sequences, count = Subset(dataset, own), len(own)  # type: ignore[arg-type]
     teacher = nemo_api.core_model(model)
-    # The documents are in ids of the student.
-    shared = min(teacher.vocab_size, data.vocab_size)
-    count = distill.max_steps * distill.global_batch_size
+    # The documents are in ids of the student; one loss compares it with all teachers of the run.
+    shared = min(teacher.vocab_size, data.vocab_size, cfg.shared_vocabulary)
     description = Description(
         top_k=distill.cached_logits_top_k,
         temperature=distill.kd.temperature,
         vocab_size=shared,
         seq_length=distill.seq_length,
         sequences=count,
-        packing=packing_digest(lambda index: sequences[index]["tokens"].numpy(), count),
+        packing=subset_digest(dataset, own),
     )
     sizes = shard_sizes(count, distill.cached_logits_shard_sequences)
     missing = _missing(out, sizes)
@@ -116,6 +120,22 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         "tokens": count * distill.seq_length,
         "bytes": sum(shard.stat().st_size for shard in out.glob("shard-*.bin")),
     }
+
+
+def _own_sequences(sources: SequenceSources, own: list[str] | None) -> np.ndarray:
+    """Return the numbers of the sequences that the teacher teaches.
+
+    Args:
+        own: the teacher's sources; None: all.
+    """
+    is_own = np.array([own is None or name in own for name in sources.names])
+    numbers = np.flatnonzero(is_own[sources.parts])
+    if not len(numbers):
+        raise InputError(
+            f"none of the {len(sources.parts)} sequences is from the data's sources {', '.join(own or ())}, which this"
+            " teacher teaches; raise their weights, or leave them out"
+        )
+    return numbers
 
 
 def _missing(out: Path, sizes: list[int]) -> list[int]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from prune_distill.config.values import utilization_meter
 from prune_distill.data.folder import read_training_data
 from prune_distill.distillation.cached_logits import CachedLogitsReader
+from prune_distill.distillation.cached_logits_batch import TeacherCaches
 from prune_distill.distillation.distillation import TeacherSwap, student_to_train
+from prune_distill.pipeline.names import cached_logits_name
 from prune_distill.pipeline.run_arguments import Metrics
 from prune_distill.pruning.successive_halving import resume_from_winner
 from prune_distill.schema import Init, RunConfig
@@ -22,9 +24,10 @@ from prune_distill.training.training import train
 
 @dataclass(frozen=True)
 class Inputs:
-    """NeMo checkpoints, prepared data, and the teacher's cached logits.
+    """NeMo checkpoints, prepared data, and the teachers' cached logits.
 
     Attributes:
+        cached_logits: by the names of `prune_distill.pipeline.names.cached_logits_name`.
         teacher: None if the student learns from the data alone or from `cached_logits`.
         corrected_teacher: replaces the teacher at a step.
         winner: checkpoint of the first steps of this distillation, from successive halving.
@@ -33,23 +36,22 @@ class Inputs:
 
     student: Path
     data: Path
+    cached_logits: dict[str, Path]
     teacher: Path | None = None
     corrected_teacher: Path | None = None
-    cached_logits: Path | None = None
     winner: Path | None = None
     completions: Path | None = None
 
 
 def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
     """Output: `nemo/`, the student as its own model class; `metrics.jsonl`; `checkpoints/`."""
-    cached_logits = shared_ids = None
-    if inputs.cached_logits is not None:
-        cached_logits = CachedLogitsReader(inputs.cached_logits)
-        shared_ids = cached_logits.description.vocab_size
+    caches = _open_caches(cfg, inputs.cached_logits)
+    shared_ids = None if caches is None else caches.readers[0].description.vocab_size
     model = student_to_train(cfg.distill, inputs.student, inputs.teacher, cfg.quantize, shared_ids)
-    if cached_logits is not None and shared_ids is not None:
+    if caches is not None and shared_ids is not None:
         most = min(shared_ids, model.config.vocab_size)
-        cached_logits.require(temperature=cfg.distill.kd.temperature, vocab_size=most)
+        for reader in caches.readers:
+            reader.require(temperature=cfg.distill.kd.temperature, vocab_size=most)
     callbacks = []
     if inputs.corrected_teacher is not None and cfg.distill.swap_teacher_at_step is not None:
         callbacks.append(TeacherSwap(inputs.corrected_teacher, cfg.distill.swap_teacher_at_step))
@@ -62,6 +64,17 @@ def run(cfg: RunConfig, inputs: Inputs, out: Path) -> Metrics:
         seed=cfg.seed,
         start=start,
         meter=utilization_meter(cfg),
-        cached_logits=cached_logits,
+        cached_logits=caches,
         callbacks=callbacks,
     )
+
+
+def _open_caches(cfg: RunConfig, folders: dict[str, Path]) -> TeacherCaches | None:
+    """Open the cached logits of all teachers; None: there are none."""
+    if not folders:
+        return None
+    names = list(folders)
+    by_source: dict[str, int] = {}
+    if cfg.source_teachers:
+        by_source = {source: names.index(cached_logits_name(number)) for source, number in cfg.teacher_numbers.items()}
+    return TeacherCaches([CachedLogitsReader(folder) for folder in folders.values()], by_source)

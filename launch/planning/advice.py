@@ -8,8 +8,10 @@ from collections.abc import Collection, Sequence
 
 from launch.planning.disk import FIX, Disk
 from launch.planning.layouts import Layout, Task, fitting
+from prune_distill.config.values import cached_share
 from prune_distill.model.model_size import parameters
 from prune_distill.model.student import shape_to_prune, student_shape
+from prune_distill.pipeline.stages import select_stages
 from prune_distill.schema import RunConfig
 
 # Beyond it, prune and distill twice (Minitron's advice: at most a third a round, no more than half).
@@ -38,7 +40,7 @@ def warnings(cfg: RunConfig, disk: Disk) -> list[str]:
         for number, cut in enumerate(cuts, 1)
         if cut > LARGEST_CUT
     ]
-    found += _repeated_completions(cfg)
+    found += [*_repeated_completions(cfg), *_unknown_shares(cfg)]
     return found if disk.has_room else [*found, f"{disk.describe(cfg.run_dir)}; {FIX}"]
 
 
@@ -55,6 +57,18 @@ def _repeated_completions(cfg: RunConfig) -> list[str]:
         return []
     fix = "raise distill.on_policy.prompts_per_round or samples_per_prompt, or lower distill.on_policy.steps"
     return [f"on-policy rounds read each completion {times:.1f} times or more; {fix}"]
+
+
+def _unknown_shares(cfg: RunConfig) -> list[str]:
+    """Report stages whose share of the sequences is not known before their documents are prepared."""
+    stages = [stage for stage in select_stages(cfg) if stage.module == "recipes.cache_logits"]
+    unknown = [stage.name for stage in stages if cached_share(stage.configure(cfg)) is None]
+    if not unknown:
+        return []
+    return [
+        f"the hours of {' and '.join(unknown)} are those of all sequences, an upper limit, as the share of each source"
+        " is not known; set the sources' weights"
+    ]
 
 
 def _in_rounds(cut: float) -> str:
@@ -76,7 +90,8 @@ def suggest_fix(task: Task, layouts: Sequence[Layout], stages: Collection[str], 
     parts = []
     if "distill" in stages:
         parts.append("set " + _changes(task, layouts[0]) if layouts else suggest_shorter(task, limit))
-    return "; ".join([*parts, *(fix for stage, fix in FIXES.items() if stage in stages)])
+    kinds = {stage.partition(".")[0] for stage in stages}
+    return "; ".join([*parts, *(fix for kind, fix in FIXES.items() if kind in kinds)])
 
 
 def _changes(task: Task, layout: Layout) -> str:

@@ -29,7 +29,7 @@ from prune_distill.config.validate import validate
 from prune_distill.config.values import count_ranks, get_value, replace_values
 from prune_distill.config.wording import divisors
 from prune_distill.errors import ConfigError, Fault
-from prune_distill.pipeline.names import RESOLVED
+from prune_distill.pipeline.names import RESOLVED, cache_stage
 from prune_distill.schema import Gpu, Precision, Recompute, RunConfig
 from prune_distill.schema.run import LAYOUT
 from prune_distill.units import GIB
@@ -126,11 +126,10 @@ def _fits(cfg: RunConfig, memory: Mapping[str, list[Memory]]) -> bool:
 
 
 def _chosen_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
-    """The memory of a rank by stage, without a teacher's cache in a layout of its own."""
-    memory = stage_memory(cfg)
-    if cfg.teacher.parallel is not None:
-        memory.pop("cache_logits", None)
-    return memory
+    """The memory of a rank by stage, without teachers' caches in layouts of their own."""
+    teachers = enumerate([cfg.teacher, *cfg.source_teachers])
+    own = {cache_stage(number) for number, teacher in teachers if teacher.parallel is not None}
+    return {stage: memory for stage, memory in stage_memory(cfg).items() if stage not in own}
 
 
 def _kept(cfg: RunConfig, automatic: Collection[str]) -> RunConfig | None:
@@ -195,11 +194,7 @@ def _all_fit(task: Task, layout: Layout) -> bool:
     cfg = replace_values(task.cfg, {f"{DISTILL}.{name}": value for name, value in layout.values.items()})
     return _fits(
         cfg,
-        {
-            stage: memory
-            for stage, memory in _chosen_memory(cfg).items()
-            if stage.startswith(DISTILL) or stage == "cache_logits"
-        },
+        {stage: memory for stage, memory in _chosen_memory(cfg).items() if stage.startswith((DISTILL, cache_stage(0)))},
     )
 
 
@@ -262,9 +257,9 @@ def _choose_caching(cfg: RunConfig, automatic: Collection[str], accept_nearest: 
     choices = ({**dict(zip(CACHE_SIZES, split, strict=True)), CACHE_BATCH: size} for split in splits for size in sizes)
     tried = [replace_values(cfg, {key: choice[key] for key in keys}) for choice in choices]
     options = [option for option in tried if not validate(option)]
-    if cfg.cluster.gpu is None or not options:
+    if cfg.cluster.gpu is None or not options or cache_stage(0) not in stage_memory(options[0]):
         return (options or tried)[0]
-    needed = [fullest(stage_memory(option)["cache_logits"]).total for option in options]
+    needed = [fullest(stage_memory(option)[cache_stage(0)]).total for option in options]
     fix = "lower distill.seq_length, or take more GPUs, or GPUs of more memory"
     return _first_fit(options, needed, accept_nearest, keys[0], "cache_logits", fix)
 

@@ -69,11 +69,12 @@ def bytes_needed(cfg: RunConfig) -> dict[str, int]:
     - `tokens`: as many as distillation reads, each once. An assumption: what prepare_data writes is what the JSONL
       files hold, and their tokens are not known before.
     - `teacher`: as a NeMo checkpoint; a demo's also as the two models that it is made as. Where the teacher is not the
-      model that is pruned, both models.
+      model that is pruned, both models; and all teachers of single sources.
     - `students`: pruned, distilled and controls, each for NeMo and for Hugging Face; the candidates of successive
       halving; what earlier rounds leave, for NeMo; a byte per parameter of each quantized format.
     - `checkpoints`: of each training, those that are kept and the one being written.
-    - `signal`: the teacher's, where it is stored: at most, before compression (see `cached_logits_bytes`).
+    - `signal`: the teacher's, where it is stored: at most, before compression (see `cached_logits_bytes`). Each
+      sequence is in the cache of one teacher.
     - `completions`: of on-policy rounds, at most. Their students count among `students` and `checkpoints`.
 
     A corrected teacher counts among `teacher` (for NeMo and for Hugging Face), its training among `checkpoints`.
@@ -81,7 +82,8 @@ def bytes_needed(cfg: RunConfig) -> dict[str, int]:
     student = parameters(student_shape(cfg), cfg.model.family)
     original, teacher = require(cfg.model.shape), require(cfg.teacher_shape)
     original_params, teacher_params = parameters(original, cfg.model.family), parameters(teacher, cfg.teacher_family)
-    own_teacher = weight_bytes(Precision.bf16) * teacher_params if cfg.has_own_teacher else 0
+    others = [parameters(require(other.shape), require(other.family)) for other in cfg.source_teachers]
+    own_teachers = weight_bytes(Precision.bf16) * (teacher_params * cfg.has_own_teacher + sum(others))
     trained, stored = weight_bytes(cfg.distill.precision), teacher_weight_bytes(cfg)
     on_policy = cfg.distill.on_policy
     rounds = 0 if on_policy is None else on_policy.rounds
@@ -94,7 +96,7 @@ def bytes_needed(cfg: RunConfig) -> dict[str, int]:
     correction_bytes = 0 if correction is None else 2 * weight_bytes(correction.precision) * teacher_params
     needed = {
         "tokens": training_tokens(cfg.distill) * token_bytes(original.vocab_size),
-        "teacher": (1 if demo is None else 3) * stored * original_params + own_teacher + correction_bytes,
+        "teacher": (1 if demo is None else 3) * stored * original_params + own_teachers + correction_bytes,
         "students": (2 * (stored + trainings * trained) + taking_part * stored + len(cfg.quantize.formats)) * student
         + (stored + trained) * sum(between),
         "checkpoints": (trainings + taking_part) * _checkpoints(cfg.distill, student)
@@ -106,9 +108,7 @@ def bytes_needed(cfg: RunConfig) -> dict[str, int]:
         tokens = training_tokens(cfg.distill)
         if on_policy is not None:
             tokens += rounds * on_policy.steps * cfg.distill.global_batch_size * cfg.distill.seq_length
-        needed["signal"] = tokens * cached_logits_bytes(
-            cfg.distill.cached_logits_top_k, min(original.vocab_size, teacher.vocab_size)
-        )
+        needed["signal"] = tokens * cached_logits_bytes(cfg.distill.cached_logits_top_k, cfg.shared_vocabulary)
     if on_policy is not None:
         completions = rounds * on_policy.prompts_per_round * on_policy.samples_per_prompt
         length = on_policy.prompt_tokens + on_policy.max_new_tokens

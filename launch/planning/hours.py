@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from launch.planning.machine import Machine, describe_machine
 from launch.planning.memory import Models, caching_settings
 from launch.planning.time import forward_seconds, training_seconds
-from prune_distill.config.values import halving_rounds, halving_steps, require
+from prune_distill.config.values import cached_share, halving_rounds, halving_steps, require
 from prune_distill.model.flops import forward_flops, training_flops
 from prune_distill.model.student import shape_to_prune, student_shape, student_shapes
 from prune_distill.pipeline.stages import Stage, select_stages
@@ -147,7 +147,12 @@ def stage_work(stage: Stage, cfg: RunConfig) -> Work | None:
         flops = calibration_flops(own.prune, family, shape)
         return ForwardWork(shape, family, flops, _calibration(own.prune), sequential=True)
     if stage.module == "recipes.cache_logits":
-        flops = training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
+        teacher, teacher_family = require(own.teacher_shape), own.teacher_family
+        # All sequences, an upper limit, where the share is not known; the plan warns of that.
+        share = cached_share(own) or 1.0
+        flops = round(
+            share * training_tokens(own.distill) * forward_flops(teacher, teacher_family, own.distill.seq_length)
+        )
         settings = caching_settings(own.teacher, own.distill)
         return ForwardWork(teacher, teacher_family, flops, settings, sequential=False)
     if stage.module == "recipes.correct_teacher" and cfg.distill.teacher_correction is not None:

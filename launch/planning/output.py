@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from launch.planning.layouts import Layout
 from launch.planning.memory import Memory, fullest
-from launch.planning.plan import Model, Plan
+from launch.planning.plan import CachedLogits, Model, Plan, SourceTeacher
 from launch.planning.what_if import Variant, to_notes, to_rows
 from prune_distill.schema import Gpu
 from prune_distill.schema.run import LAYOUT
@@ -62,6 +62,10 @@ def to_json(plan: Plan) -> dict[str, object]:
             "teacher": _model_to_json(plan.teacher),
             "original": None if plan.original is None else _model_to_json(plan.original),
             "student": _model_to_json(plan.student),
+            "source_teachers": {
+                name: {**vars(teacher), "model": _model_to_json(teacher.model)}
+                for name, teacher in plan.source_teachers.items()
+            },
             "candidates": None if plan.candidates is None else dataclasses.asdict(plan.candidates),
             "cut": plan.cut,
         },
@@ -131,6 +135,12 @@ def summarize(plan: Plan) -> list[str]:
     most = "" if plan.candidates is None else "at most "
     pruned = plan.original or plan.teacher
     taught = f", taught by {_count(plan.teacher.parameters)}" if plan.original else ""
+    if plan.source_teachers:
+        own = [
+            f"{_count(teacher.model.parameters)} ({', '.join(teacher.sources)})"
+            for teacher in plan.source_teachers.values()
+        ]
+        taught += f"{' and' if taught else ', taught by'} {', '.join(own)}"
     lines = [
         f"plan: {_count(pruned.parameters)} -> {most}{_count(plan.student.parameters)} parameters"
         f" ({-plan.cut:.0%}){taught}, {plan.work.steps:,} steps, {_count(plan.work.tokens)} tokens"
@@ -194,7 +204,8 @@ def _heading(plan: Plan) -> list[str]:
 
 def _models(plan: Plan) -> list[str]:
     work, flops = plan.work, plan.work.flops_a_token
-    models = {"teacher": plan.teacher, "original": plan.original, "student": plan.student}
+    own = {name: teacher.model for name, teacher in plan.source_teachers.items()}
+    models = {"teacher": plan.teacher, **own, "original": plan.original, "student": plan.student}
     mixture = _has_experts(plan)
     sizes = SIZES | (SIZES_OF_EXPERTS if mixture else {})
     rows = [["model", "parameters", *(["active"] if mixture else []), *sizes]]
@@ -211,8 +222,16 @@ def _models(plan: Plan) -> list[str]:
             f"student: the largest of {plan.candidates.shapes} candidates, of which the run chooses; they have "
             f"{plan.candidates.least:,} to {plan.candidates.most:,} parameters"
         ]
+    taught = [
+        line
+        for name, teacher in plan.source_teachers.items()
+        for line in WRAP.wrap(
+            f"{name}: {teacher.hf_path}, for the sequences of {', '.join(teacher.sources)} ({_caching(teacher)})"
+        )
+    ]
     return [
         *_columns(rows),
+        *taught,
         *searched,
         f"pruning removes {plan.cut:.1%} of the parameters{' of the original' if plan.original else ''}",
         "",
@@ -224,7 +243,7 @@ def _models(plan: Plan) -> list[str]:
 
 
 def _has_experts(plan: Plan) -> bool:
-    models = (plan.teacher, plan.original, plan.student)
+    models = (plan.teacher, plan.original, plan.student, *(teacher.model for teacher in plan.source_teachers.values()))
     return any(model.shape.num_moe_experts for model in models if model is not None)
 
 
@@ -232,13 +251,20 @@ def _cached_logits(plan: Plan) -> list[str]:
     signal = plan.signal
     if signal is None:
         return []
+    who, students = f"the teacher runs once ({_caching(signal)})", " (a successive halving's candidates)"
+    if plan.source_teachers:
+        of_run = f" (that of the run with {_caching(signal)})" if "cache_logits" in plan.memory else ""
+        who, students = f"each teacher runs once over its sources{of_run}", ""
     text = (
-        f"the teacher runs once (TP {signal.tensor}, PP {signal.pipeline}, micro batch {signal.micro_batch_size}), "
-        f"{_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
-        f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run (a "
-        f"successive halving's candidates) saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
+        f"{who}, {_giga(signal.flops_a_token)} GFLOP a token, and keeps its {signal.top_k} most "
+        f"probable tokens, at most {_gib(signal.bytes)} GiB; every further student of this run"
+        f"{students} saves {signal.spared_share:.0%} of the FLOP of a step with the teacher"
     )
     return WRAP.wrap(text)
+
+
+def _caching(teacher: CachedLogits | SourceTeacher) -> str:
+    return f"TP {teacher.tensor}, PP {teacher.pipeline}, micro batch {teacher.micro_batch_size}"
 
 
 def _time(plan: Plan) -> list[str]:

@@ -23,12 +23,12 @@ from launch.planning.memory import (
     training_memory,
 )
 from launch.planning.time import Seconds, step_seconds
-from prune_distill.config.values import caching_layout, count_ranks, require
+from prune_distill.config.values import cached_share, caching_layout, count_ranks, require, sources_of_teacher
 from prune_distill.errors import ConfigError
 from prune_distill.model.flops import TokenFlops, forward_flops, training_flops
 from prune_distill.model.model_size import active_parameters, parameters
 from prune_distill.model.student import student_shape, student_shapes
-from prune_distill.pipeline.stages import select_stages
+from prune_distill.pipeline.stages import Stage, select_stages
 from prune_distill.schema import (
     ClusterConfig,
     DistillConfig,
@@ -50,6 +50,24 @@ class Model:
     parameters: int
     active_parameters: int
     shape: Shape
+
+
+@dataclass(frozen=True)
+class SourceTeacher:
+    """A teacher of single sources.
+
+    Attributes:
+        hf_path: its folder or Hub id.
+        sources: the sources of the data whose sequences it teaches.
+        tensor, pipeline, micro_batch_size: the layout in which its logits are cached.
+    """
+
+    hf_path: str
+    sources: list[str]
+    tensor: int
+    pipeline: int
+    micro_batch_size: int
+    model: Model
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,8 @@ class CachedLogits:
     Attributes:
         tensor, pipeline, micro_batch_size: the layout of the teacher.
         bytes: on disk, at most.
-        flops_a_token: of the teacher's forward pass.
+        flops_a_token: of the teacher's forward pass; of several teachers the mean over all tokens, or the largest
+            where the shares of their sources are not known.
         spared_share: of the FLOP of a step with the teacher, what each further student saves.
     """
 
@@ -116,6 +135,7 @@ class Plan:
         automatic: the keys for which values were chosen.
         original: the model that is pruned, where it is not the teacher.
         student: with a budget, the largest candidate.
+        source_teachers: those of single sources, by the suffix of their stages.
         candidates: None without a budget.
         fp8: the scales of FP8 by model, of those whose layers compute in FP8 in the distillation.
         signal: None where the teacher runs next to the student.
@@ -139,6 +159,7 @@ class Plan:
     teacher: Model
     original: Model | None
     student: Model
+    source_teachers: dict[str, SourceTeacher]
     candidates: Candidates | None
     work: Work
     fp8: dict[str, str]
@@ -226,10 +247,11 @@ def make_plan(cfg: RunConfig) -> Plan:
         teacher=_model(teacher, cfg.teacher_family),
         original=_model(original, family) if cfg.has_own_teacher else None,
         student=_model(student, family),
+        source_teachers=_source_teachers(cfg),
         candidates=_candidates(cfg),
         work=Work(steps, tokens, tokens // steps, tokens * flops.total, flops),
         fp8=_fp8(cfg.distill),
-        signal=_cached_logits(cfg, teacher, flops.total, disk),
+        signal=_cached_logits(cfg, flops.total, disk),
         stages=estimate_hours(cfg),
         partial=estimate_parts(cfg),
         memory=memory,
@@ -295,13 +317,36 @@ def stage_memory(cfg: RunConfig) -> dict[str, list[Memory]]:
     if cfg.distill.teacher_correction is not None:
         models = Models(cfg.teacher_family, teacher, None)
         memory["correct_teacher"] = training_memory(cfg.distill.teacher_correction, Loss.ce, models, ranks)
-    if cfg.distill.reads_cached_logits:
-        memory["cache_logits"] = [cached_logits_memory(cfg.teacher, cfg.distill, teacher, cfg.teacher_family)]
+    for stage in _caching_stages(cfg):
+        own = stage.configure(cfg)
+        shape, family = require(own.teacher_shape), own.teacher_family
+        memory[stage.name] = [cached_logits_memory(own.teacher, own.distill, shape, family)]
     return memory
+
+
+def _caching_stages(cfg: RunConfig) -> list[Stage]:
+    """The stages that cache the logits of the distillation's sequences. Those of on-policy rounds need the same."""
+    stages = select_stages(cfg)
+    return [stage for stage in stages if stage.module == "recipes.cache_logits" and ".on_policy" not in stage.name]
 
 
 def _model(shape: Shape, family: Family) -> Model:
     return Model(parameters(shape, family), active_parameters(shape, family), shape)
+
+
+def _source_teachers(cfg: RunConfig) -> dict[str, SourceTeacher]:
+    found = {}
+    for number, teacher in enumerate(cfg.source_teachers, 1):
+        parallel, micro_batch_size = caching_layout(teacher, cfg.distill)
+        found[f"source_teacher{number}"] = SourceTeacher(
+            str(teacher.hf_path),
+            sources_of_teacher(cfg, number),
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            micro_batch_size,
+            _model(require(teacher.shape), require(teacher.family)),
+        )
+    return found
 
 
 def _fp8(distill: DistillConfig) -> dict[str, str]:
@@ -316,10 +361,14 @@ def _candidates(cfg: RunConfig) -> Candidates | None:
     return Candidates(len(sizes), min(sizes), max(sizes))
 
 
-def _cached_logits(cfg: RunConfig, teacher: Shape, student_flops: int, disk: Disk) -> CachedLogits | None:
+def _cached_logits(cfg: RunConfig, student_flops: int, disk: Disk) -> CachedLogits | None:
     if not cfg.distill.reads_cached_logits:
         return None
-    flops = forward_flops(teacher, cfg.teacher_family, cfg.distill.seq_length)
+    runs = [stage.configure(cfg) for stage in _caching_stages(cfg)]
+    each = [forward_flops(require(own.teacher_shape), own.teacher_family, own.distill.seq_length) for own in runs]
+    shares = [share for own in runs if (share := cached_share(own)) is not None]
+    known = len(shares) == len(runs)
+    flops = round(sum(share * one for share, one in zip(shares, each, strict=True))) if known else max(each)
     parallel, micro_batch_size = caching_layout(cfg.teacher, cfg.distill)
     return CachedLogits(
         parallel.tensor_model_parallel_size,

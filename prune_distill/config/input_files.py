@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from prune_distill.config.data_files import find_existing, is_on_hub
+from prune_distill.config.values import named_models
 from prune_distill.model.hf_shape import may_be_hub_id
 from prune_distill.schema import RunConfig
 
@@ -58,7 +59,7 @@ def hub_folders(cfg: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _models(cfg: RunConfig) -> dict[str, str]:
     """Return the folders or Hub ids of a run's models, by key."""
-    paths = {"model.hf_path": cfg.model.hf_path, "teacher.hf_path": cfg.teacher.hf_path}
+    paths = {f"{key}.hf_path": model.hf_path for key, model in named_models(cfg).items()}
     return {key: path for key, path in paths.items() if path is not None}
 
 

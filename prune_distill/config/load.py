@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from prune_distill.atomic_files import write_text
 from prune_distill.config.typed import UNRESOLVED, Reader, plain
 from prune_distill.config.validate import missing_files, validate
+from prune_distill.config.values import named_models
 from prune_distill.credentials import redact
 from prune_distill.errors import ConfigError, Fault
 from prune_distill.model.hf_shape import read_family, read_shape
 from prune_distill.schema import RunConfig
 from prune_distill.schema.fields import AUTO
 from prune_distill.schema.run import AUTOMATIC
-
-# The groups that name a model.
-MODELS = ("model", "teacher")
 
 Choose = Callable[[RunConfig, Collection[str]], RunConfig]
 
@@ -145,14 +143,13 @@ def _typed(
     require_site: bool = True,
 ) -> RunConfig:
     """The config that a plain tree describes; `faults` were found before."""
-    faults = faults + [fault for group in MODELS for fault in _fill_in_family(tree, group)]
+    faults = faults + [fault for group, model in _model_trees(tree) for fault in _fill_in_family(model, group)]
     automatic = remove_automatic(tree) if choose is not None else []
     reader = Reader(RunConfig, refuse_credentials, require_site)
     cfg = reader.group(RunConfig, tree)
     faults += reader.faults
     unreadable = set(reader.unreadable)
-    for group in MODELS:
-        model = getattr(cfg, group)
+    for group, model in named_models(cfg).items():
         if not any(key == group or key.startswith(f"{group}.") for key in unreadable):
             model.shape, shape_faults = read_shape(model, group)
             faults += _config_json_faults(shape_faults, group)
@@ -191,9 +188,18 @@ def _config_json_faults(messages: list[str], group: str) -> list[Fault]:
     return [Fault(f"{group}.config_json", (f"{group}.hf_path",), message) for message in messages]
 
 
-def _fill_in_family(tree: Any, group: str) -> list[Fault]:
+def _model_trees(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The groups of a plain tree that may name a model, by key."""
+    yield from ((group, tree.get(group)) for group in ("model", "teacher"))
+    data = tree.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for name, source in sources.items() if isinstance(sources, dict) else ():
+        if isinstance(source, dict):
+            yield f"data.sources.{name}.teacher", source.get("teacher")
+
+
+def _fill_in_family(model: Any, group: str) -> list[Fault]:
     """Set a family that is missing to what the model's `config.json` says; the faults where it cannot be read."""
-    model = tree.get(group)
     if not isinstance(model, dict) or model.get("family", MISSING) not in (MISSING, None):
         return []
     if not isinstance(model.get("hf_path"), str):

@@ -23,6 +23,7 @@ from prune_distill.config.rules import (
     prune,
     quantize,
     slurm,
+    source_teachers,
     training,
 )
 from prune_distill.errors import Fault
@@ -35,7 +36,21 @@ def _rules_in(module: ModuleType) -> Iterator[Rule]:
 
 
 # In the order in which their faults are printed.
-MODULES = (cluster, model, data, prune, budget, evaluation, quantize, distill, on_policy, training, fp8, slurm)
+MODULES = (
+    cluster,
+    model,
+    data,
+    prune,
+    budget,
+    evaluation,
+    quantize,
+    distill,
+    on_policy,
+    training,
+    fp8,
+    source_teachers,
+    slurm,
+)
 ALL_RULES = [rule for module in MODULES for rule in _rules_in(module)]
 RULES = [rule for rule in ALL_RULES if not rule.on_machine]
 

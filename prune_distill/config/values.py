@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from prune_distill.schema import (
     BenchmarkConfig,
     DistillConfig,
     Init,
+    ModelConfig,
     Parallel,
     Phase,
     Precision,
@@ -90,6 +92,59 @@ def on_policy_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
         "distill.skip_steps": [],
         "distill.controls": [],
     }
+
+
+def named_models(cfg: RunConfig) -> dict[str, ModelConfig | TeacherConfig]:
+    """The groups of a config that name a model, by key: the model that is pruned, and all teachers."""
+    return {"model": cfg.model, "teacher": cfg.teacher, **named_source_teachers(cfg)}
+
+
+def named_source_teachers(cfg: RunConfig) -> dict[str, TeacherConfig]:
+    """The teachers that sources of the data name, by key."""
+    # A config that is being checked may have unreadable sources.
+    teachers = {name: getattr(source, "teacher", None) for name, source in (cfg.data.sources or {}).items()}
+    return {f"data.sources.{name}.teacher": teacher for name, teacher in teachers.items() if teacher is not None}
+
+
+def sources_of_teacher(cfg: RunConfig, number: int) -> list[str]:
+    """The sources that a teacher teaches, by its number in `RunConfig.teacher_numbers`."""
+    return [name for name, own in cfg.teacher_numbers.items() if own == number]
+
+
+def cache_stage_settings(cfg: RunConfig, number: int) -> dict[str, Any]:
+    """The settings, by dotted key, of a stage that caches the logits of teacher `number`; 0: the teacher of the run."""
+    if not cfg.source_teachers:
+        return {}
+    sources = {
+        name: dataclasses.replace(source, teacher=source.teacher or cfg.teacher)
+        for name, source in require(cfg.data.sources).items()
+    }
+    return {"teacher": [cfg.teacher, *cfg.source_teachers][number], "data.sources": sources}
+
+
+def cached_share(cfg: RunConfig) -> float | None:
+    """The share of a training's sequences that a stage cache_logits caches, from the weights of the sources; None: not
+    known, as they have no weights. `cfg`: the config of the stage."""
+    own = cfg.cached_sources
+    if own is None:
+        return 1.0
+    weights = {name: source.weight for name, source in require(cfg.data.sources).items()}
+    if None in weights.values():
+        return 1.0 if len(own) == len(weights) else None
+    return sum(require(weights[name]) for name in own) / sum(map(require, weights.values()))
+
+
+def describe_teachers(cfg: RunConfig, past: bool = False) -> str:
+    """The teachers of a run as a sentence; empty where the model that is pruned is the only one."""
+    if not cfg.source_teachers:
+        return f"The teacher {'was' if past else 'is'} {cfg.teacher.hf_path}." if cfg.has_own_teacher else ""
+    names = [
+        cfg.teacher.hf_path or "the model that is pruned",
+        *(str(teacher.hf_path) for teacher in cfg.source_teachers),
+    ]
+    taught = [(name, sources_of_teacher(cfg, number)) for number, name in enumerate(names)]
+    clauses = [f"{name} for {', '.join(sources)}" for name, sources in taught if sources]
+    return f"The teachers by source of the data {'were' if past else 'are'} {'; '.join(clauses)}."
 
 
 def count_ranks(cfg: RunConfig) -> int:

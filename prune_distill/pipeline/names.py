@@ -82,6 +82,16 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def cache_stage(number: int) -> str:
+    """Return the name of the stage that caches the logits of teacher `number`; 0: the teacher of the run."""
+    return f"cache_logits.source_teacher{number}" if number else "cache_logits"
+
+
+def cached_logits_name(number: int) -> str:
+    """Return the name of a distillation's input with the logits of teacher `number`; 0: the teacher of the run."""
+    return f"source_teacher{number}" if number else "cached_logits"
+
+
 def quantized_name(quant_format: QuantFormat) -> str:
     """Return the name of the student in a quantized format: of its folder, and in reports."""
     return f"student_{quant_format.value}"

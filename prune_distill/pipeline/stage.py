@@ -59,7 +59,8 @@ class Stage:
     Attributes:
         name: the stage's name, unique in the table; a variant of a stage is named `<stage>.<variant>`.
         module: the module that holds its `run`.
-        sections: dotted config keys that affect the result, in addition to the inputs and `seed`.
+        sections: dotted config keys, or properties of `RunConfig`, that affect the result, in addition to the inputs
+            and `seed`.
         inputs: the stage's inputs by name, for a config.
         ranks: number of processes; above 1, torchrun starts them.
         wanted: whether a config needs the stage.

@@ -18,12 +18,15 @@ from prune_distill.pipeline.names import (
     NEMO,
     TOKENIZER,
     WINNER,
+    cache_stage,
+    cached_logits_name,
     quantized_name,
 )
 from prune_distill.pipeline.stage import External, Output, Source
 from prune_distill.schema import DocumentFormat, Engine, Init, QuantFormat, RunConfig
 
 IMPORTED = Output("hf_to_nemo", NEMO)
+STUDENT_TOKENIZER = Output("hf_to_nemo", f"{NEMO}/{CONTEXT}/{TOKENIZER}")
 IMPORTED_TEACHER = Output("hf_to_nemo.teacher", NEMO)
 DATA = Output("prepare_data")
 
@@ -42,6 +45,16 @@ def teacher_hf(cfg: RunConfig) -> Source:
     if not cfg.has_own_teacher:
         return original_hf(cfg)
     return External((str(cfg.teacher.hf_path),), cfg.teacher.revision, hub=True)
+
+
+def source_teacher_hf(cfg: RunConfig, number: int) -> Source:
+    """Return the Hugging Face folder or Hub id of a teacher of single sources."""
+    teacher = cfg.source_teachers[number - 1]
+    return External((str(teacher.hf_path),), teacher.revision, hub=True)
+
+
+def imported_source_teacher(number: int) -> Output:
+    return Output(f"hf_to_nemo.source_teacher{number}", NEMO)
 
 
 def prepare_data_inputs(cfg: RunConfig) -> Sources:
@@ -67,7 +80,11 @@ def hf_to_nemo_inputs(cfg: RunConfig) -> Sources:
 
 
 def import_teacher_inputs(cfg: RunConfig) -> Sources:
-    return {"hf_model": teacher_hf(cfg), "student_tokenizer": Output("hf_to_nemo", f"{NEMO}/{CONTEXT}/{TOKENIZER}")}
+    return {"hf_model": teacher_hf(cfg), "student_tokenizer": STUDENT_TOKENIZER}
+
+
+def import_source_teacher_inputs(cfg: RunConfig, number: int) -> Sources:
+    return {"hf_model": source_teacher_hf(cfg, number), "student_tokenizer": STUDENT_TOKENIZER}
 
 
 def verify_import_inputs(cfg: RunConfig) -> Sources:
@@ -76,6 +93,10 @@ def verify_import_inputs(cfg: RunConfig) -> Sources:
 
 def verify_teacher_inputs(cfg: RunConfig) -> Sources:
     return {"teacher_hf": teacher_hf(cfg), "teacher_nemo": IMPORTED_TEACHER, "data": DATA}
+
+
+def verify_source_teacher_inputs(cfg: RunConfig, number: int) -> Sources:
+    return {"teacher_hf": source_teacher_hf(cfg, number), "teacher_nemo": imported_source_teacher(number), "data": DATA}
 
 
 def correct_teacher_inputs(cfg: RunConfig) -> Sources:
@@ -138,6 +159,16 @@ def cache_logits_inputs(cfg: RunConfig) -> Sources:
     return {"teacher": _teacher(cfg), "data": DATA}
 
 
+def cache_source_teacher_inputs(_: RunConfig, number: int) -> Sources:
+    return {"teacher": imported_source_teacher(number), "data": DATA}
+
+
+def _cached_logits(cfg: RunConfig) -> Sources:
+    """Return the caches of all teachers. The name of each is that of `cached_logits_name`."""
+    numbers = sorted({*cfg.teacher_numbers.values()} or {0})
+    return {cached_logits_name(number): Output(cache_stage(number)) for number in numbers}
+
+
 def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     distill = cfg.distill
     inputs: Sources = {"student": Output(f"prune{suffix}", NEMO), "data": DATA}
@@ -146,7 +177,7 @@ def distill_inputs(cfg: RunConfig, suffix: str = "") -> Sources:
     if cfg.prune.successive_halving is not None and as_in_halving:
         inputs["winner"] = Output("successive_halving", WINNER)
     if distill.reads_cached_logits:
-        inputs["cached_logits"] = Output("cache_logits")
+        inputs |= _cached_logits(cfg)
     elif distill.runs_teacher and distill.swap_teacher_at_step is not None:
         inputs["teacher"] = _imported_teacher(cfg)
         inputs["corrected_teacher"] = Output("correct_teacher", NEMO)

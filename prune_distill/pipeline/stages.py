@@ -12,13 +12,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prune_distill.config.values import count_ranks, on_policy_settings, replace_values, require
+from prune_distill.config.values import (
+    cache_stage_settings,
+    count_ranks,
+    on_policy_settings,
+    replace_values,
+    require,
+)
 from prune_distill.model.student import MOST_ROUNDS, needs_importance, round_settings
 from prune_distill.pipeline import stage_inputs as inputs
-from prune_distill.pipeline.names import REPORT
+from prune_distill.pipeline.names import REPORT, cache_stage
 from prune_distill.pipeline.stage import Output, Source, Stage
 from prune_distill.schema import (
     MOST_ON_POLICY_ROUNDS,
+    MOST_SOURCE_TEACHERS,
     Engine,
     GenerationEngine,
     Init,
@@ -57,7 +64,10 @@ READ_BY_PREPARE_DATA = {
         "for a warning that documents are repeated",
     ),
 }
+SOURCES_OF_CACHES = {"data.sources": "which of them have other teachers, in the hash of the caches"}
 READ_BY_SIGNAL = {
+    **SOURCES_OF_CACHES,
+    **dict.fromkeys(("teacher", "model.shape"), "for sources with teachers of their own, with which they are hashed"),
     "distill.phases": "null with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.skip_steps": "empty with cached logits, as prune_distill.config.rules.teacher checks",
     "distill.val_batches": "for the check that there are enough validation documents",
@@ -81,6 +91,7 @@ READ_BY_HALVING = {
 # For the utilization in metrics.jsonl, which is computed from the sizes of the student and the teacher.
 READ_BY_DISTILL = {
     **READ_BY_FAKE_QUANTIZERS,
+    **SOURCES_OF_CACHES,
     **dict.fromkeys(
         ("model.shape", "model.family", "teacher", "prune", "convert.export_dtype"),
         "for the speed in metrics.jsonl; weights depend on the input models",
@@ -88,7 +99,7 @@ READ_BY_DISTILL = {
 }
 READ_BY_EXPORT = {
     **REVISION,
-    **dict.fromkeys(("distill", "teacher.hf_path"), "for cards; in the hash of the distillation, an input"),
+    **dict.fromkeys(("distill", "teacher", "data.sources"), "for cards; in the hash of the distillation, an input"),
 }
 READ_BY_QUANTIZE = {
     **dict.fromkeys(
@@ -111,7 +122,8 @@ READ_BY_REPORT = {
     "evaluate.seq_length": "in the hash of evaluate, an input",
     "evaluate.max_sequences": "in the hash of evaluate, an input",
     "model.shape": "read from the teacher's files, inputs of stages that are inputs",
-    "teacher.hf_path": "in the hash of hf_to_nemo.teacher, an input",
+    "teacher": "in the hash of hf_to_nemo.teacher, an input",
+    "data.sources": "in the hash of prepare_data, an input; their teachers in those of the caches",
 }
 
 
@@ -126,16 +138,18 @@ def _fake_quantization(cfg: RunConfig) -> tuple[str, ...]:
 def _cached_sequences(cfg: RunConfig) -> tuple[str, ...]:
     """Return the keys that decide cached logits where they are set."""
     fp8 = ("distill.fp8",) if cfg.distill.teacher_fp8 else ()
-    return (*fp8, *(("distill.packing",) if cfg.distill.packing is Packing.documents else ()))
+    own = () if cfg.cached_sources is None else ("cached_sources", "shared_vocabulary")
+    return (*fp8, *(("distill.packing",) if cfg.distill.packing is Packing.documents else ()), *own)
 
 
 def _is_verified(cfg: RunConfig) -> bool:
     return cfg.evaluate.verify_tokens > 0
 
 
-def _as_model(cfg: RunConfig) -> dict[str, Any]:
-    """Return the settings of a stage for which a teacher of its own is the model."""
-    return {f"model.{name}": getattr(cfg.teacher, name) for name in ("hf_path", "revision", "family", "shape")}
+def _as_model(cfg: RunConfig, number: int = 0) -> dict[str, Any]:
+    """Return the settings of a stage for which a teacher of its own is the model; `number`: of one of sources."""
+    teacher = [cfg.teacher, *cfg.source_teachers][number]
+    return {f"model.{name}": getattr(teacher, name) for name in ("hf_path", "revision", "family", "shape")}
 
 
 def _scoring_libraries(cfg: RunConfig) -> tuple[str, ...]:
@@ -188,7 +202,8 @@ CACHE_LOGITS = Stage(
     inputs.cache_logits_inputs,
     count_ranks,
     more_sections=_cached_sequences,
-    wanted=lambda cfg: cfg.distill.reads_cached_logits,
+    wanted=lambda cfg: cfg.distill.reads_cached_logits and 0 in (cfg.teacher_numbers.values() or [0]),
+    settings=partial(cache_stage_settings, number=0),
     trains=True,
     reads=READ_BY_SIGNAL,
     needs_nemo=True,
@@ -313,6 +328,38 @@ def _round(number: int) -> tuple[Stage, ...]:
     )
 
 
+def _import_source_teacher(number: int) -> tuple[Stage, ...]:
+    """Return the stages that convert and check a teacher of single sources."""
+
+    def is_wanted(cfg: RunConfig) -> bool:
+        return len(cfg.source_teachers) >= number
+
+    suffix, settings = f".source_teacher{number}", partial(_as_model, number=number)
+    converted = partial(inputs.import_source_teacher_inputs, number=number)
+    checked = partial(inputs.verify_source_teacher_inputs, number=number)
+    return (
+        replace(HF_TO_NEMO, name=f"hf_to_nemo{suffix}", inputs=converted, wanted=is_wanted, settings=settings),
+        replace(
+            VERIFY_IMPORT,
+            name=f"verify_import{suffix}",
+            inputs=checked,
+            wanted=lambda cfg: is_wanted(cfg) and _is_verified(cfg),
+            settings=settings,
+        ),
+    )
+
+
+def _cache_source_teacher(number: int) -> Stage:
+    """Return the stage that caches the logits of a teacher of single sources, of their sequences."""
+    return replace(
+        CACHE_LOGITS,
+        name=cache_stage(number),
+        inputs=partial(inputs.cache_source_teacher_inputs, number=number),
+        wanted=lambda cfg: cfg.distill.reads_cached_logits and len(cfg.source_teachers) >= number,
+        settings=partial(cache_stage_settings, number=number),
+    )
+
+
 def _on_policy_round(number: int) -> tuple[Stage, ...]:
     """Return the stages of an on-policy round: its student's export, the completions, and the training on them."""
 
@@ -376,6 +423,7 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda cfg: cfg.has_own_teacher and _is_verified(cfg),
         settings=_as_model,
     ),
+    *(stage for number in range(1, MOST_SOURCE_TEACHERS + 1) for stage in _import_source_teacher(number)),
     Stage(
         "correct_teacher",
         "recipes.correct_teacher",
@@ -414,6 +462,7 @@ STAGES: tuple[Stage, ...] = (
     ),
     PRUNE,
     CACHE_LOGITS,
+    *map(_cache_source_teacher, range(1, MOST_SOURCE_TEACHERS + 1)),
     DISTILL,
     *(stage for number in range(1, MOST_ON_POLICY_ROUNDS + 1) for stage in _on_policy_round(number)),
     *(_train_control(name, settings) for name, settings in CONTROLS.items()),

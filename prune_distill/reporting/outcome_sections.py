@@ -32,6 +32,7 @@ from prune_distill.reporting.results import (
 )
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
+from prune_distill.schema import MOST_SOURCE_TEACHERS
 
 # With more tasks, the overview only shows their mean.
 TASKS_IN_OVERVIEW = 2
@@ -175,6 +176,10 @@ def quality(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
         labels = {
             "import_max_abs_logit_diff": f"{LABELS[report['reference']]}, after import",
             "teacher_import_max_abs_logit_diff": "Teacher, after import",
+            **{
+                f"source_teacher{number}_import_max_abs_logit_diff": f"Source teacher {number}, after import"
+                for number in range(1, MOST_SOURCE_TEACHERS + 1)
+            },
             "export_max_abs_logit_diff": "Student, after export",
         }
         columns = [Column("Logits, NeMo and Hugging Face", text=True), Column("Largest difference")]

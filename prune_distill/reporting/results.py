@@ -11,6 +11,7 @@ from prune_distill.pipeline.names import BENCHMARK, DISTILLED, EVALUATION, RECOV
 from prune_distill.reporting import Json
 from prune_distill.reporting.run_folder import RunFolder
 from prune_distill.reporting.words import finite
+from prune_distill.schema import MOST_SOURCE_TEACHERS
 
 QUANTIZED = {
     "student_fp8": "Student, FP8",
@@ -35,6 +36,15 @@ LABELS = {
 REFERENCES = {"teacher": "the teacher", "original": "the original model"}
 # Metrics of a task in order of preference; tables show the first one that exists.
 HEADLINE_METRICS = ("acc_mutual_info", "acc_norm", "acc", "exact_match")
+# Prefixes of the checks of conversions, by stage.
+CHECKS = {
+    "verify_import": "",
+    **{
+        f"verify_import.{teacher}": f"{teacher}_"
+        for teacher in ("teacher", *(f"source_teacher{number}" for number in range(1, MOST_SOURCE_TEACHERS + 1)))
+    },
+    "verify": "",
+}
 TRAINED = {"student": "distill", "ce": "distill.ce", "scratch": "distill.scratch"}
 
 
@@ -110,7 +120,7 @@ def summarize(run: RunFolder) -> Report:
         "benchmark": _benchmark(run),
         "checks": {
             f"{prefix}{key}": value
-            for stage, prefix in (("verify_import", ""), ("verify_import.teacher", "teacher_"), ("verify", ""))
+            for stage, prefix in CHECKS.items()
             for key, value in run.metrics(stage).items()
             if key.endswith("_diff")
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prune_distill.config.values import describe_teachers
 from prune_distill.reporting import outcome_sections, speed_section, words, work_sections
 from prune_distill.reporting.blocks import Block, Code, Note, Page, Section, Tile, Tiles
 from prune_distill.reporting.cells import Clean, agreement, compute_ratios, median, spread_words
@@ -121,8 +122,8 @@ def _describe_task(cfg: RunConfig) -> str:
             cuts.insert(0, f"without layers {', '.join(map(str, prune.drop_layers))}")
         sizes = f"({', '.join(cuts)})"
     steps = f"{cfg.distill.max_steps:,} steps"
-    teacher = f" The teacher is {cfg.teacher.hf_path}." if cfg.has_own_teacher else ""
-    return f"Prune {cfg.model.name} {sizes}, then distill for {steps} with {cfg.distill.loss_in_words}.{teacher}"
+    plan = f"Prune {cfg.model.name} {sizes}, then distill for {steps} with {cfg.distill.loss_in_words}."
+    return f"{plan} {describe_teachers(cfg)}".rstrip()
 
 
 def _meta(run: RunFolder, report: Report) -> str:

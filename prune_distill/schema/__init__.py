@@ -38,7 +38,7 @@ from prune_distill.schema.prune import (
     TaskScore,
 )
 from prune_distill.schema.quantize import QuantFormat, QuantizeConfig
-from prune_distill.schema.run import RunConfig
+from prune_distill.schema.run import MOST_SOURCE_TEACHERS, RunConfig
 from prune_distill.schema.training import (
     Fp8,
     MatmulPrecision,
@@ -55,6 +55,7 @@ from prune_distill.schema.training import (
 
 __all__ = [
     "MOST_ON_POLICY_ROUNDS",
+    "MOST_SOURCE_TEACHERS",
     "BenchmarkConfig",
     "Budget",
     "ClusterConfig",

@@ -15,9 +15,11 @@ from prune_distill.schema.fields import (
     ShareAboveZero,
     ShareBelowOne,
     Text,
+    hashed_elsewhere,
     hashed_if,
     placement,
 )
+from prune_distill.schema.model import TeacherConfig
 
 
 class DocumentFormat(Enum):
@@ -69,6 +71,9 @@ class DataSource:
     max_tokens: PositiveInt | None = None
     # Share of the documents to use, drawn at random before they are tokenized.
     sample: ShareAboveZero = 1.0
+    # Teacher of the source's sequences, with distill.teacher_logits=cached; null: the teacher of the run. Part of the
+    # identity of the stages cache_logits, whose inputs are the teachers.
+    teacher: TeacherConfig | None = hashed_elsewhere(None)
 
 
 @dataclass

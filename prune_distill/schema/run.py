@@ -28,6 +28,8 @@ LAYOUT = (
     "micro_batch_size",
     "recompute",
 )
+# Most teachers of single sources that the stage table has stages for.
+MOST_SOURCE_TEACHERS = 4
 # The keys that may be `auto`.
 AUTOMATIC = (
     *(f"distill.{key}" for key in LAYOUT),
@@ -71,6 +73,41 @@ class RunConfig:
     def has_own_teacher(self) -> bool:
         """Whether the teacher is another model than the one that is pruned."""
         return self.teacher.hf_path is not None
+
+    @property
+    def source_teachers(self) -> list[TeacherConfig]:
+        """The teachers that only some sources of the data have, in the order of the sources. Equal ones are one."""
+        # A config that is being checked may have unreadable sources.
+        named = [getattr(source, "teacher", None) for source in (self.data.sources or {}).values()]
+        return [
+            teacher
+            for number, teacher in enumerate(named)
+            if teacher not in (None, self.teacher) and teacher not in named[:number]
+        ]
+
+    @property
+    def teacher_numbers(self) -> dict[str, int]:
+        """The number of each source's teacher in `source_teachers`, counted from 1; 0: the teacher of the run."""
+        teachers = [self.teacher, *self.source_teachers]
+        return {
+            name: teachers.index(source.teacher or self.teacher) for name, source in (self.data.sources or {}).items()
+        }
+
+    @property
+    def cached_sources(self) -> list[str] | None:
+        """The sources whose sequences a stage cache_logits caches; None: all. In the config of that stage, `teacher` is
+        the teacher that it runs, and all sources have theirs (`prune_distill.config.values.cache_stage_settings`)."""
+        named = self.data.sources or {}
+        if all(source.teacher is None for source in named.values()):
+            return None
+        return [name for name, source in named.items() if source.teacher == self.teacher]
+
+    @property
+    def shared_vocabulary(self) -> int:
+        """The number of ids that the student and all teachers have, the first of each vocabulary."""
+        named = [getattr(source, "teacher", None) for source in (self.data.sources or {}).values()]
+        shapes = [self.model.shape, *((teacher or self.teacher).shape for teacher in named or [None])]
+        return min(shape.vocab_size for shape in shapes if shape is not None)
 
     @property
     def original_name(self) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
@@ -25,8 +26,7 @@ from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset
 
 from prune_distill.data.folder import DataFolder
-from prune_distill.distillation.cached_logits import CachedLogitsReader
-from prune_distill.distillation.cached_logits_batch import attach_cached_logits
+from prune_distill.distillation.cached_logits_batch import SequenceSources, TeacherCaches, attach_cached_logits
 from prune_distill.errors import InputError
 from prune_distill.nemo import backend
 from prune_distill.nemo.datasets import make_data_module
@@ -61,7 +61,7 @@ class Batches(LightningDataModule):
         out: Path,
         cfg: Training,
         seed: int,
-        cached_logits: CachedLogitsReader | None = None,
+        cached_logits: TeacherCaches | None = None,
     ) -> None:
         super().__init__()
         self.cached_logits = cached_logits
@@ -89,6 +89,24 @@ class Batches(LightningDataModule):
         """Build the dataset of a phase, with its sequences in the order of the steps."""
         phase = self.phases[number]
         return self._dataset(phase, phase.steps, self.seed + number)
+
+    def sources(self, dataset: Any, number: int) -> SequenceSources:
+        """Return the sources of the sequences of a phase.
+
+        Each part of the training documents, and so of a source, is a Megatron dataset of its own, within which
+        documents are concatenated and shuffled (blended_megatron_dataset_builder.py:280): a sequence never mixes parts.
+        The blend only chooses a part for each sequence (blended_dataset.py:92-94, with the indices of
+        helpers.cpp:build_blending_indices); a single part is not blended (blended_megatron_dataset_builder.py:244).
+
+        Args:
+            dataset: the phase's, from `sequences`.
+        """
+        phase = self.phases[number]
+        count = phase.steps * phase.global_batch_size
+        names = {str(self.data.folder / part["prefix"]): part["source"] for part in self.data.train}
+        if not isinstance(dataset, BlendedDataset):
+            return SequenceSources([names[dataset.dataset_path]], np.zeros(count, dtype=np.int16))
+        return SequenceSources([names[part.dataset_path] for part in dataset.datasets], dataset.dataset_index[:count])
 
     def _dataset(self, phase: TrainingPhase, steps: int, seed: int) -> Any:
         data = self.data if phase.weights is None else self.data.weighted(phase.weights)
@@ -129,9 +147,7 @@ class Batches(LightningDataModule):
         if self.cached_logits is not None:
             (phase,) = self.phases
             datasets = [
-                attach_cached_logits(
-                    datasets[0], self.cached_logits, phase.seq_length, phase.steps * phase.global_batch_size
-                )
+                attach_cached_logits(datasets[0], self.cached_logits, phase.seq_length, self.sources(datasets[0], 0))
             ]
         return WrappedDataLoader(
             mode="train",

@@ -21,7 +21,7 @@ from nemo.lightning.io.pl import ckpt_to_weights_subdir
 from nemo.lightning.pytorch.trainer import configure_no_restart_validation_training_loop
 
 from prune_distill.data.folder import DataFolder
-from prune_distill.distillation.cached_logits import CachedLogitsReader
+from prune_distill.distillation.cached_logits_batch import TeacherCaches
 from prune_distill.errors import ConfigError, InputError
 from prune_distill.model.flops import Meter
 from prune_distill.nemo import backend, nemo_api
@@ -53,7 +53,7 @@ def train(
     start: Path | None,
     key: str = "distill",
     meter: Meter | None = None,
-    cached_logits: CachedLogitsReader | None = None,
+    cached_logits: TeacherCaches | None = None,
     validate_first: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:

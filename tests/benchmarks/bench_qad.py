@@ -73,7 +73,7 @@ def measure(demo: Demo, folder: Path, steps: int) -> Iterator[dict[str, Any]]:
             out = folder / f"seed{seed}-{trained}"
             out.mkdir(parents=True, exist_ok=True)
             cfg = demo.config(steps, seed, trained, formats)
-            distill.run(cfg, distill.Inputs(student, demo.stage("prepare_data"), teacher), out)
+            distill.run(cfg, distill.Inputs(student, demo.stage("prepare_data"), {}, teacher), out)
             finalists.release()
             for name, loss in losses(demo, cfg, out):
                 yield {"seed": seed, "trained": trained, "format": name, "steps": steps, "val_loss": loss}

@@ -21,12 +21,12 @@ from tests.helpers.fork_site.sitecustomize import FORK_SERVER
 SHARED = (
     *("test_layouts.py", "test_mixture.py", "test_correct_teacher.py", "test_conversion.py", "test_cached_logits.py"),
     *("test_search.py", "test_masked_losses.py", "test_report_page.py", "test_fake_quantization.py"),
-    *("test_on_policy.py", "test_own_teacher.py"),
+    *("test_on_policy.py", "test_own_teacher.py", "test_source_teachers.py"),
 )
 # The longest modules start first. The first two do not need `finished`, which the third makes in the meantime.
 LONGEST = (
     *SHARED[:6],
-    *("test_own_teacher.py", "test_on_policy.py"),
+    *("test_own_teacher.py", "test_on_policy.py", "test_source_teachers.py"),
     *("test_a_training_killed_ten_times_gives_the_same_curve", "test_a_run_that_prunes_all_axes"),
     *("test_each_round_prunes_the_student_of_the_previous_round", "test_masked_losses.py"),
 )

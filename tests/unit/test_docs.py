@@ -68,7 +68,7 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
-MODELS = ("models/mine", "models/larger", "models/Qwen3-8B", "shared/models/Qwen3-8B")
+MODELS = ("models/mine", "models/larger", "models/coder", "models/Qwen3-8B", "shared/models/Qwen3-8B")
 CHATS = "data/chats.jsonl"
 DOCUMENTS = ("data/docs.jsonl", "data/code.jsonl", CHATS)
 CLIMBMIX = ("data/climbmix", "shared/climbmix")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prune_distill.config.rule import Finding, rule
-from prune_distill.config.rules.model import TEACHER, shared_vocabulary
+from prune_distill.config.rules.model import TEACHER
 from prune_distill.config.rules.prune import STUDENT
 from prune_distill.config.rules.quantize import is_kept, linear_layers
 from prune_distill.config.rules.training import list_models
@@ -76,7 +76,7 @@ def cached_logits(cfg: RunConfig) -> Iterator[Finding]:
     *("distill.teacher_logits", "distill.cached_logits_top_k", "model.shape.vocab_size", *TEACHER),
 )
 def cached_logits_top_k(cfg: RunConfig) -> Iterator[Finding]:
-    key, vocabulary = "distill.cached_logits_top_k", shared_vocabulary(cfg)
+    key, vocabulary = "distill.cached_logits_top_k", cfg.shared_vocabulary
     if cfg.distill.teacher_logits is TeacherLogits.cached and cfg.distill.cached_logits_top_k >= vocabulary:
         yield Finding(
             key,
@@ -110,7 +110,7 @@ def swap_teacher(cfg: RunConfig) -> Iterator[Finding]:
 
 @rule("kd.top_k", TOP_K, "model.shape.vocab_size", *TEACHER)
 def top_k(cfg: RunConfig) -> Iterator[Finding]:
-    count, vocabulary = cfg.distill.kd.top_k, shared_vocabulary(cfg)
+    count, vocabulary = cfg.distill.kd.top_k, cfg.shared_vocabulary
     if count is not None and count >= vocabulary:
         yield Finding(TOP_K, f"covers the whole vocabulary of {vocabulary} tokens; set {TOP_K} to null or to less")
 

@@ -21,8 +21,8 @@ from prune_distill.schema import Family, Loss, LossImplementation, Packing, RunC
 # The groups that name a model.
 MODELS = ("model", "teacher")
 IMPLEMENTATION = "distill.kd.implementation"
-# What tells the teacher's shape apart from that of the model that is pruned.
-TEACHER = ("teacher.hf_path", "teacher.shape")
+# What tells the teachers' shapes apart from that of the model that is pruned.
+TEACHER = ("teacher.hf_path", "teacher.shape", "data.sources?")
 OWN_LAYOUT = ("teacher.parallel?", "teacher.micro_batch_size")
 # Those that `cache_logits` does not use (prune_distill/nemo/nemo_api.py:restore).
 UNUSED_SIZES = ("context_parallel_size", "expert_model_parallel_size")
@@ -182,8 +182,3 @@ def tokenizer(cfg: RunConfig) -> Iterator[Finding]:
 def _tokenizer_folder(hf_path: str | None, revision: str | None) -> Path | None:
     folder = None if hf_path is None else local_folder(hf_path, revision)
     return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
-
-
-def shared_vocabulary(cfg: RunConfig) -> int:
-    """The number of ids that both the student and its teacher have."""
-    return min(require(shape).vocab_size for shape in (cfg.model.shape, cfg.teacher_shape))

@@ -358,7 +358,10 @@ def teacher_shares_layout(cfg: RunConfig) -> bool:
 def _unpruned(cfg: RunConfig, at: str) -> list[Shape]:
     """The shapes of the teacher and of the model that is pruned, of those that a training runs or descends from."""
     shapes = {DEMO: [cfg.model.shape], CORRECTION: [cfg.teacher_shape]}
-    return [require(shape) for shape in shapes.get(at, [cfg.model.shape, cfg.teacher_shape])]
+    if at in shapes:
+        return [require(shape) for shape in shapes[at]]
+    found = (cfg.model.shape, cfg.teacher_shape, *(teacher.shape for teacher in cfg.source_teachers))
+    return [shape for shape in found if shape is not None]
 
 
 def get_training(cfg: RunConfig, at: str) -> Any:

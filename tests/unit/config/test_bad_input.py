@@ -21,11 +21,24 @@ MOE = [
     "model.shape.moe_router_topk=2",
 ]
 # With a teacher that no one checks on this machine.
-TAUGHT = [
+TEACHER = (
+    "{hf_path: owner/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
+    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}"
+)
+TAUGHT = [*DEMO, f"teacher={TEACHER}"]
+CODE = "data.sources.code.teacher"
+BY_SOURCE = [
     *DEMO,
-    "teacher={hf_path: owner/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
-    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}",
+    "distill.teacher_logits=cached",
+    f"data.sources={{web: {{files: [w.jsonl]}}, code: {{files: [c.jsonl], teacher: {TEACHER}}}}}",
 ]
+TWO_STAGES = ("cluster.devices_per_node=2", "distill.parallel.pipeline_model_parallel_size=2")
+
+
+def _named(number: int) -> str:
+    return TEACHER.replace("/teacher", f"/teacher{number}")
+
+
 BF16 = [*DEMO, "distill.precision=bf16"]
 TWO_RANKS = ["cluster.devices_per_node=2", "distill.micro_batch_size=2"]
 TP_OF_2 = [*TWO_RANKS, "distill.parallel.tensor_model_parallel_size=2"]
@@ -109,6 +122,107 @@ CASES: list[tuple[list[str], str, str, str]] = [
     ([*DEMO, "~distill.lr"], "value.missing", "distill.lr", "set distill.lr to a number"),
     ([*DEMO, "name=???"], "value.missing", "name", "set name to some text"),
     ([*DEMO, "run_dir=${oc.env:NO_SUCH_VARIABLE}"], "value.interpolation", "run_dir", "set run_dir to a plain value"),
+    # Teachers of sources.
+    ([*BY_SOURCE, f"{CODE}.hf_path=null"], "source_teacher.source", f"{CODE}.hf_path", f"or {CODE}=null"),
+    (
+        [*DEMO, "distill.teacher_logits=cached", "data.sources={code: {files: [c], teacher: {hf_path: /nowhere}}}"],
+        f"{CODE}.config_json",
+        f"{CODE}.hf_path",
+        f"set {CODE}.hf_path",
+    ),
+    (
+        [*BY_SOURCE, f"{CODE}.shape.num_query_groups=3"],
+        "source_teacher.heads",
+        f"{CODE}.shape.num_attention_heads",
+        f"set {CODE}.shape.num_query_groups",
+    ),
+    (
+        [*BY_SOURCE, f"{CODE}.shape.num_moe_experts=4"],
+        "source_teacher.experts",
+        f"{CODE}.shape.num_moe_experts",
+        "=null",
+    ),
+    (
+        [*BY_SOURCE, "distill.loss=ce", "distill.controls=[]", "distill.teacher_logits=live"],
+        "source_teacher.supported",
+        CODE,
+        f"set {CODE}=null",
+    ),
+    (
+        [*BY_SOURCE, "distill.teacher_logits=live"],
+        "source_teacher.supported",
+        "distill.teacher_logits",
+        "set distill.teacher_logits=cached, or the teachers of the sources to null",
+    ),
+    (
+        [*BY_SOURCE, "distill.on_policy={steps: 9, lr: 1e-4, prompts_per_round: 8}", "distill.seq_length=256"],
+        "source_teacher.supported",
+        "distill.on_policy",
+        "set distill.on_policy=null",
+    ),
+    (
+        [*BY_SOURCE, "prune.rounds=[{steps: 20, num_layers: 5}]", "prune.num_layers=4"],
+        "source_teacher.supported",
+        "prune.rounds",
+        "set prune.rounds=[]",
+    ),
+    (
+        [
+            *BY_SOURCE,
+            *("prune.num_layers=null", "prune.budget.params_fraction=0.8"),
+            "prune.successive_halving.round_tokens=10000",
+        ],
+        "source_teacher.supported",
+        "prune.successive_halving",
+        "set prune.successive_halving=null",
+    ),
+    (
+        [
+            *TAUGHT,
+            "teacher.hf_path=owner/run",
+            *BY_SOURCE[2:],
+            f"data.sources.web.teacher={TEACHER.replace('/teacher', '/other')}",
+        ],
+        "source_teacher.source",
+        "teacher.hf_path",
+        "set teacher.hf_path=null",
+    ),
+    (
+        [*BY_SOURCE, f"data.sources.web.teacher={TEACHER}", *CORRECTION, "distill.teacher_correction.lr=1e-4"],
+        "source_teacher.supported",
+        "distill.teacher_correction",
+        "set distill.teacher_correction=null",
+    ),
+    (
+        [*BY_SOURCE, *(f"data.sources.s{n}={{files: [s.jsonl], teacher: {_named(n)}}}" for n in range(4))],
+        "source_teacher.source",
+        "data.sources",
+        "give some sources the same one",
+    ),
+    (
+        [*BY_SOURCE, f"{CODE}.shape.vocab_size=48", "distill.cached_logits_top_k=48"],
+        "distill.cached_logits_top_k",
+        "distill.cached_logits_top_k",
+        "to at most 47",
+    ),
+    (
+        [*BY_SOURCE, *TWO_STAGES, f"{CODE}.shape.num_layers=7"],
+        "training.source_teacher_layers",
+        "distill.parallel.pipeline_model_parallel_size",
+        "set distill.parallel.pipeline_model_parallel_size to 1",
+    ),
+    (
+        [*BY_SOURCE, *TWO_RANKS, f"{CODE}.parallel.pipeline_model_parallel_size=2", f"{CODE}.shape.num_layers=7"],
+        "training.source_teacher_layers",
+        f"{CODE}.parallel.pipeline_model_parallel_size",
+        f"set {CODE}.parallel.pipeline_model_parallel_size to 1",
+    ),
+    (
+        [*BY_SOURCE, *TWO_RANKS, f"{CODE}.parallel.context_parallel_size=2"],
+        "source_teacher.parallel",
+        f"{CODE}.parallel.context_parallel_size",
+        f"set {CODE}.parallel.context_parallel_size=1",
+    ),
     # A teacher of its own.
     ([*DEMO, "teacher.revision=main"], "teacher.source", "teacher.revision", "or teacher.revision=null"),
     ([*DEMO, "teacher.family=qwen9"], "value.choice", "teacher.family", "qwen3"),

@@ -54,9 +54,18 @@ ABOVE_ZERO = [
     "benchmark.request_rates[N]",
     *(
         f"{group}.shape.{field.name}"
-        for group in ("model", "teacher")
+        for group in ("model", "teacher", "data.sources.NAME.teacher")
         for field in dataclasses.fields(Shape)
         if field.name != "tie_word_embeddings"
+    ),
+    *(
+        key
+        for teacher in ("teacher", "data.sources.NAME.teacher")
+        for key in (
+            f"{teacher}.micro_batch_size",
+            *keys_below(f"{teacher}.parallel", "tensor_model_parallel_size pipeline_model_parallel_size"),
+            *keys_below(f"{teacher}.parallel", "context_parallel_size expert_model_parallel_size"),
+        )
     ),
     *(
         key

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from launch.jobs import make_paths_absolute
 from launch.planning.automatic import compose
 from launch.planning.plan import make_plan
 from prune_distill.config.composition import CONFIG_DIR, config_groups, sweep
+from prune_distill.config.input_files import input_files
 from prune_distill.config.load import load_resolved, save_resolved
 from prune_distill.config.typed import plain, schema_keys
 from prune_distill.errors import ConfigError
@@ -351,6 +353,29 @@ def test_the_second_link_of_a_chain_prunes_the_first_student_with_the_first_teac
     assert (plan.original.parameters, plan.teacher.parameters) == (5_875_378_176, 8_190_735_360)
     assert plan.cut == 1 - 4_331_806_720 / 5_875_378_176
     assert {"hf_to_nemo.teacher", "verify_import.teacher"} <= {stage.stage for stage in plan.stages}
+
+
+def test_the_teacher_of_a_source_is_read_from_its_folder(
+    hf_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hf_folder(model_type="llama", hidden_size=192)
+    monkeypatch.chdir(tmp_path)
+    for name in ("web", "code"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    cfg = compose(
+        [
+            *("experiment=demo", "distill.teacher_logits=cached", "data.sources.web.files=[web.jsonl]"),
+            *("data.sources.code.files=[code.jsonl]", "data.sources.code.teacher.hf_path=hf"),
+        ]
+    )
+    (teacher,) = cfg.source_teachers
+    assert teacher.shape is not None
+    assert (teacher.family, teacher.shape.hidden_size) == (Family.llama, 192)
+    assert dict(input_files(cfg))["data.sources.code.teacher.hf_path"] == str(folder)
+    placed = make_paths_absolute(cfg)
+    assert [one.hf_path for one in placed.source_teachers] == [str(folder)]
+    save_resolved(placed, tmp_path / "r.yaml")
+    assert load_resolved(tmp_path / "r.yaml") == placed
 
 
 def test_the_own_experiment_needs_a_path_documents_and_a_size(hf_folder: Callable[..., Path]) -> None:

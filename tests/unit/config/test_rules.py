@@ -33,6 +33,11 @@ CACHE_LAYOUT = [
     "teacher.micro_batch_size=3",
 ]
 SLURM = [*DEMO, "cluster=slurm", "cluster.slurm.partition=a b", "cluster.slurm.account=null"]
+TEACHER = (
+    "{hf_path: m/t, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
+    "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}"
+)
+BY_SOURCE = f"data.sources={{web: {{files: [w.jsonl]}}, code: {{files: [c.jsonl], teacher: {TEACHER}}}}}"
 # Configs that cover as many branches of the rules as possible.
 CONFIGS = [
     *([f"experiment={name}"] for name in config_groups()["experiment"] if name != "own"),
@@ -63,6 +68,8 @@ CONFIGS = [
     [*DEMO, f"distill.on_policy={ON_POLICY}", "distill.on_policy.engine=server", "distill.on_policy.prompts=[]"],
     [*DEMO, "distill.parallel={tensor_model_parallel_size: 3, pipeline_model_parallel_size: 2}", PAIRS],
     [*DEMO, "data.sources={web: {files: [w.jsonl], weight: 1}, code: {files: []}}", "data.validation=[w.jsonl]"],
+    [*DEMO, BY_SOURCE, "distill.teacher_logits=cached", "distill.parallel.pipeline_model_parallel_size=2"],
+    [*DEMO, BY_SOURCE, f"distill.teacher_correction={CORRECTION}", f"distill.on_policy={ON_POLICY}"],
     [
         *DEMO,
         *FP8,

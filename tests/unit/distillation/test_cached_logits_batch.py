@@ -31,6 +31,7 @@ from prune_distill.distillation.teacher_forward import compute_top_k  # noqa: E4
 from tests.helpers.one_rank import VOCABULARY, core_model, one_rank, positions  # noqa: E402
 
 SEQUENCES, LENGTH, TOP_K = 5, 6, 3
+ONE_SOURCE = cached_logits_batch.SequenceSources(["train"], np.zeros(SEQUENCES, dtype=np.int16))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,19 +58,32 @@ def signal(index: int) -> CachedLogits:
     return CachedLogits(ids, logprobs, np.full(LENGTH, np.log(0.125), np.float32))
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> CachedLogitsReader:
-    writer = ShardWriter(tmp_path, 0, 0)
-    for index in range(SEQUENCES):
+def write(folder: Path, numbers: list[int]) -> CachedLogitsReader:
+    """The cache of some sequences."""
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, 0, 0)
+    for index in numbers:
         writer.add(encode(signal(index)), tokens_crc(tokens(index).numpy()))
     writer.close()
-    packing = packing_digest(lambda index: tokens(index).numpy(), SEQUENCES)
-    write_index(tmp_path, Description(TOP_K, 1.0, VOCABULARY, LENGTH, SEQUENCES, packing), SEQUENCES)
-    return CachedLogitsReader(tmp_path)
+    packing = packing_digest(lambda place: tokens(numbers[place]).numpy(), len(numbers))
+    write_index(folder, Description(TOP_K, 1.0, VOCABULARY, LENGTH, len(numbers), packing), SEQUENCES)
+    return CachedLogitsReader(folder)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> CachedLogitsReader:
+    return write(tmp_path, list(range(SEQUENCES)))
+
+
+def attach(sequences: Any, reader: CachedLogitsReader, length: int = LENGTH, count: int = SEQUENCES) -> Any:
+    sources = ONE_SOURCE._replace(parts=ONE_SOURCE.parts[:count])
+    return cached_logits_batch.attach_cached_logits(
+        sequences, cached_logits_batch.TeacherCaches([reader]), length, sources
+    )
 
 
 def test_a_sequence_has_the_columns_of_its_own(reader: CachedLogitsReader) -> None:
-    dataset = cached_logits_batch.attach_cached_logits(Sequences(), reader, LENGTH, SEQUENCES)
+    dataset = attach(Sequences(), reader)
     assert len(dataset) == SEQUENCES
     for index in (3, 0):
         item = dataset[index]
@@ -86,7 +100,7 @@ def test_cached_logits_of_another_training_are_rejected(
     reader: CachedLogitsReader, length: int, count: int, named: str
 ) -> None:
     with pytest.raises(InputError, match=named):
-        cached_logits_batch.attach_cached_logits(Sequences(), reader, length, count)
+        attach(Sequences(), reader, length, count)
 
 
 def test_other_sequences_are_detected_before_reading(reader: CachedLogitsReader) -> None:
@@ -95,7 +109,20 @@ def test_other_sequences_are_detected_before_reading(reader: CachedLogitsReader)
             return super().__getitem__((index + 1) % SEQUENCES)
 
     with pytest.raises(InputError, match="packing"):
-        cached_logits_batch.attach_cached_logits(Other(), reader, LENGTH, SEQUENCES)
+        attach(Other(), reader)
+
+
+def test_each_sequence_has_the_logits_of_its_sources_teacher(tmp_path: Path) -> None:
+    parts = np.array([2, 0, 1, 2, 0], dtype=np.int16)  # web, code and web again
+    sources = cached_logits_batch.SequenceSources(["code", "web", "web"], parts)
+    readers = [write(tmp_path / "web", [0, 2, 3]), write(tmp_path / "code", [1, 4])]
+    caches = cached_logits_batch.TeacherCaches(readers, {"web": 0, "code": 1})
+    dataset = cached_logits_batch.attach_cached_logits(Sequences(), caches, LENGTH, sources)
+    for index in range(SEQUENCES):
+        np.testing.assert_array_equal(dataset[index]["cached_ids"].numpy(), signal(index).ids)
+    swapped = cached_logits_batch.TeacherCaches(readers[::-1], {"web": 0, "code": 1})
+    with pytest.raises(InputError, match="sequences 2, not 3"):
+        cached_logits_batch.attach_cached_logits(Sequences(), swapped, LENGTH, sources)
 
 
 def test_only_the_last_pipeline_stage_reads_cached_logits(
@@ -103,12 +130,12 @@ def test_only_the_last_pipeline_stage_reads_cached_logits(
 ) -> None:
     monkeypatch.setattr(cached_logits_batch.parallel_state, "is_pipeline_last_stage", lambda: False)
     sequences = Sequences()
-    assert cached_logits_batch.attach_cached_logits(sequences, reader, LENGTH, SEQUENCES) is sequences
+    assert attach(sequences, reader) is sequences
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_step_keeps_the_columns_and_what_nemo_keeps(reader: CachedLogitsReader, wrapped: bool) -> None:
-    dataset = cached_logits_batch.attach_cached_logits(Sequences(), reader, LENGTH, SEQUENCES)
+    dataset = attach(Sequences(), reader)
     items = [dataset[0], dataset[1]]
     batch: dict[str, Any] = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     batch |= {"loss_mask": torch.ones(2, LENGTH), "position_ids": positions(batch["tokens"])}

@@ -207,6 +207,54 @@ def test_the_teachers_cache_in_a_layout_of_its_own_by_hand() -> None:
     assert "for cache_logits lower teacher.micro_batch_size, or raise teacher.parallel" in full.fix
 
 
+def by_source(weights: tuple[int | None, int | None]) -> str:
+    """A source `code` with a teacher of its own, half of `OWN_TEACHER`'s depth, and one, `web`, without."""
+    teacher = OWN_TEACHER.removeprefix("teacher=").replace("num_layers: 48", "num_layers: 24")
+    web, code = ("null" if weight is None else weight for weight in weights)
+    return (
+        f"data.sources={{web: {{files: [w.jsonl], weight: {web}}}, "
+        f"code: {{files: [c.jsonl], weight: {code}, teacher: {teacher}}}}}"
+    )
+
+
+def test_teachers_of_sources_by_hand() -> None:
+    cached = (DEPTH, AS_PUBLISHED, "distill.teacher_logits=cached", "distill.cached_logits_top_k=10", "data.train=null")
+    plain = planned(*cached[:4])
+    found = planned(*cached, by_source((3, 1)))
+    hidden, ffn, queries, keys, ids = 5120, 14336, 40 * 128, 8 * 128, 151_808
+    layer = 2 * hidden * queries + 2 * hidden * keys + 3 * hidden * ffn + 2 * hidden
+    parameters = 24 * layer + 2 * ids * hidden + hidden
+    own = found.source_teachers["source_teacher1"]
+    assert (own.hf_path, own.sources, own.model.parameters) == ("/models/teacher", ["code"], parameters)
+    assert found.teacher == plain.teacher
+    assert found.original is None
+    # An eighth of the weights, norms whole.
+    norms = hidden * (2 * 24 + 1)
+    (memory,) = found.memory["cache_logits.source_teacher1"]
+    assert memory.weights == 2 * ((parameters - norms) // 8 + norms)
+    assert found.memory["cache_logits"] == plain.memory["cache_logits"]
+    # Each sequence is cached once, by a teacher that runs over its share.
+    before, after = hours_by_stage(plain), hours_by_stage(found)
+    flops = 2 * (24 * (layer - 2 * hidden) + ids * hidden) + 24 * 2 * 4096 * queries
+    of_run = plain.signal.flops_a_token
+    assert after["cache_logits"] == pytest.approx(before["cache_logits"] * 3 / 4)
+    assert after["cache_logits.source_teacher1"] == pytest.approx(before["cache_logits"] / 4 * flops / of_run)
+    assert found.signal.flops_a_token == round(3 / 4 * of_run + flops / 4)
+    assert found.disk.needed["signal"] == plain.disk.needed["signal"]
+    assert found.disk.needed["teacher"] == plain.disk.needed["teacher"] + 2 * parameters
+    table = to_table(found)
+    assert "source_teacher1: /models/teacher, for the sequences of code" in table
+    assert "each teacher runs once over its sources" in table
+    assert f"taught by {parameters / 1e9:.2f} B (code)" in summarize(found)[0]
+    assert not [warning for warning in found.warnings if "upper limit" in warning]
+    # Without weights the shares are not known.
+    unknown = planned(*cached, by_source((None, None)))
+    assert hours_by_stage(unknown)["cache_logits"] == before["cache_logits"]
+    assert unknown.signal.flops_a_token == max(of_run, flops)
+    (warning,) = [warning for warning in unknown.warnings if "upper limit" in warning]
+    assert "the hours of cache_logits and cache_logits.source_teacher1 are those of all sequences" in warning
+
+
 def test_a_teacher_that_does_not_fit_is_refused() -> None:
     large = OWN_TEACHER.replace("num_layers: 48", "num_layers: 960")
     found = planned(DEPTH, AS_PUBLISHED, large)

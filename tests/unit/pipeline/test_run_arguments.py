@@ -33,6 +33,12 @@ TEACHER = (
     "teacher={hf_path: /models/teacher, family: llama, shape: {num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, "
     "num_attention_heads: 5, num_query_groups: 5, kv_channels: 64, vocab_size: 1088, max_position_embeddings: 2048}}"
 )
+BY_SOURCE = "data.sources={{{}}}".format(
+    ", ".join(
+        f"{name}: {{files: [{name}.jsonl], {TEACHER.replace('=', ': ').replace('/teacher', f'/{name}')}}}"
+        for name in "abcd"
+    )
+)
 # Together they use every stage of the table.
 VARIANTS = {
     "stored": ("distill.teacher_logits=cached", "distill.controls=[ce,scratch]", "evaluate.recovery=true"),
@@ -44,6 +50,7 @@ VARIANTS = {
     ),
     "on_policy": ("distill.teacher_logits=cached", ON_POLICY),
     "taught": (TEACHER, *CORRECTED),
+    "taught_by_source": ("distill.teacher_logits=cached", BY_SOURCE, "evaluate.verify_tokens=8"),
     "tokens": ("data.train=[a.jsonl]", "data.format=tokens", "data.validation=[v.jsonl]"),
 }
 EXPERIMENTS = [name for name in config_groups()["experiment"] if name != "own"]

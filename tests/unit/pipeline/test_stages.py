@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from prune_distill.model.student import student_shape
 from prune_distill.pipeline.artifact import locate
 from prune_distill.pipeline.stage import External, Output
 from prune_distill.pipeline.stages import STAGES, find, select_stages
-from prune_distill.schema import Family, Loss, QuantFormat, RunConfig
+from prune_distill.schema import MOST_SOURCE_TEACHERS, Family, Loss, QuantFormat, RunConfig
 from prune_distill.schema.fields import Identity, identity_of
 
 DROP = "prune.drop_layers=[2]"
@@ -82,6 +83,7 @@ def test_selected_stages(demo: Callable[..., RunConfig]) -> None:
         for stage in STAGES
         if stage.name not in ("search", "successive_halving")
         and not stage.name.endswith(".teacher")
+        and ".source_teacher" not in stage.name
         and not is_round(stage.name)
     ]
     everything = demo(*CORRECTED, "distill.teacher_logits=cached", CONTROLS, *QUANTIZED)
@@ -122,6 +124,84 @@ def test_a_teacher_of_its_own_is_converted_verified_and_read_by_what_trains(demo
     assert find("cache_logits").inputs(corrected)["teacher"] == Output("correct_teacher", "nemo")
     assert "corrected_teacher" not in find("nemo_to_hf").inputs(corrected)
     assert find("evaluate").inputs(corrected)["corrected_teacher"] == Output("nemo_to_hf.teacher", "corrected_teacher")
+
+
+SHAPE = (
+    "{num_layers: 8, hidden_size: 320, ffn_hidden_size: 960, num_attention_heads: 5, num_query_groups: 5,"
+    " kv_channels: 64, vocab_size: %d, max_position_embeddings: 2048}"
+)
+
+
+def by_source(*named: tuple[str, str, int]) -> str:
+    """The sources of the data: name, folder of the teacher (empty: none), and entries of its vocabulary."""
+    taught = {
+        name: f", teacher: {{hf_path: {path}, family: llama, shape: {SHAPE % size}}}" if path else ""
+        for name, path, size in named
+    }
+    return f"data.sources={{{', '.join(f'{name}: {{files: [{name}.jsonl]{own}}}' for name, own in taught.items())}}}"
+
+
+CACHED = "distill.teacher_logits=cached"
+
+
+def test_teachers_of_sources_have_stages_of_their_own(demo: Callable[..., RunConfig]) -> None:
+    """Equal teachers are one. The teacher of the run caches the sequences of the sources without another one."""
+    mixed = demo(
+        CACHED, by_source(("web", "", 0), ("code", "/m/a", 1088), ("math", "/m/b", 1030), ("go", "/m/a", 1088))
+    )
+    plain = demo(CACHED)
+    names = [stage.name for stage in select_stages(mixed)]
+    stages = ("hf_to_nemo", "verify_import", "cache_logits")
+    assert [name for name in names if name not in {stage.name for stage in select_stages(plain)}] == [
+        *(f"{stage}.source_teacher{number}" for number in (1, 2) for stage in stages[:2]),
+        *(f"cache_logits.source_teacher{number}" for number in (1, 2)),
+    ]
+    assert mixed.teacher_numbers == {"web": 0, "code": 1, "math": 2, "go": 1}
+    owns = [find(name).configure(mixed) for name in names if name.startswith("cache_logits")]
+    assert [own.cached_sources for own in owns] == [["web"], ["code", "go"], ["math"]]
+    assert {own.shared_vocabulary for own in owns} == {mixed.shared_vocabulary} == {1024}
+    assert [own.teacher.hf_path for own in owns] == [None, "/m/a", "/m/b"]
+    inputs = find("distill").inputs(mixed)
+    assert {name: source for name, source in inputs.items() if name not in ("student", "data")} == {
+        "cached_logits": Output("cache_logits"),
+        **{f"source_teacher{number}": Output(f"cache_logits.source_teacher{number}") for number in (1, 2)},
+    }
+    assert find("cache_logits.source_teacher2").inputs(mixed)["teacher"] == Output("hf_to_nemo.source_teacher2", "nemo")
+    assert find("hf_to_nemo.source_teacher2").inputs(mixed)["hf_model"] == External(("/m/b",), hub=True)
+    assert find("hf_to_nemo.source_teacher2").configure(mixed).model.hf_path == "/m/b"
+    for_all = demo(CACHED, by_source(("code", "/m/a", 1088)))
+    assert "cache_logits" not in [stage.name for stage in select_stages(for_all)]
+    assert set(find("distill").inputs(for_all)) == {"student", "data", "source_teacher1"}
+    assert plain.cached_sources is None
+    assert find("cache_logits").configure(plain) == plain
+
+
+def test_a_teacher_of_a_source_is_in_the_hashes_of_what_reads_it(
+    demo: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+
+    def hashes(*more: str) -> dict[str, str]:
+        return {name: one.config_hash for name, one in locate(demo(CACHED, *more)).items()}
+
+    def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+        return {name for name in before if name in after and before[name] != after[name]} & {
+            *("prepare_data", "hf_to_nemo", "prune", "distill", "cache_logits"),
+            *(f"cache_logits.source_teacher{number}" for number in (1, 2)),
+        }
+
+    none = hashes(by_source(("a", "", 0), ("b", "", 0), ("c", "", 0)))
+    one = hashes(by_source(("a", "", 0), ("b", "m/b", 1088), ("c", "", 0)))
+    assert changed(none, one) == {"distill", "cache_logits"}  # the latter has fewer sequences
+    two = hashes(by_source(("a", "", 0), ("b", "m/b", 1088), ("c", "m/c", 1088)))
+    assert changed(one, two) == {"distill", "cache_logits"}
+    other = hashes(by_source(("a", "", 0), ("b", "m/b", 1088), ("c", "m/a", 1088)))
+    assert changed(two, other) == {"distill", "cache_logits.source_teacher2"}
+    smaller = hashes(by_source(("a", "", 0), ("b", "m/b", 1088), ("c", "m/c", 1000)))
+    caches = {"cache_logits", "cache_logits.source_teacher1", "cache_logits.source_teacher2"}
+    assert changed(two, smaller) == {"distill", *caches}
 
 
 def test_the_teacher_and_the_documents_are_the_demos_or_the_users(demo: Callable[..., RunConfig]) -> None:
@@ -250,6 +330,7 @@ def test_ranks(demo: Callable[..., RunConfig]) -> None:
     ]
     ranks = {stage.name: stage.ranks(cfg) for stage in named}
     of_all_ranks = {"correct_teacher", "cache_logits", "distill", "distill.ce", "distill.scratch"}
+    of_all_ranks |= {f"cache_logits.source_teacher{number}" for number in range(1, MOST_SOURCE_TEACHERS + 1)}
     of_all_ranks |= {"evaluate", *(f"evaluate.{name}" for name in ("ce", "scratch", *FORMATS))}
     assert {name for name, count in ranks.items() if count == 2} == {"importance", "prune", *of_all_ranks}
 
@@ -258,7 +339,8 @@ def test_the_import_is_verified_before_it_is_used(demo: Callable[..., RunConfig]
     names = [stage.name for stage in select_stages(demo(*CORRECTED, CONTROLS))]
     assert names[names.index("hf_to_nemo") + 1] == "verify_import"
     gates = [stage for stage in STAGES if stage.gate]
-    assert [stage.name for stage in gates] == ["verify_import", "verify_import.teacher"]
+    own = [f"verify_import.source_teacher{number}" for number in range(1, MOST_SOURCE_TEACHERS + 1)]
+    assert [stage.name for stage in gates] == ["verify_import", "verify_import.teacher", *own]
     assert set(gates[0].inputs(demo())) == {"teacher_hf", "teacher_nemo", "data"}
     assert set(find("verify").inputs(demo())) == {"student_hf", "student_nemo", "data"}
 

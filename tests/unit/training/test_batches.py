@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ backend.activate()
 
 from megatron.core import num_microbatches_calculator, parallel_state  # noqa: E402
 
-from prune_distill.schema import Phase, Training  # noqa: E402
+from prune_distill.schema import Packing, Phase, Training  # noqa: E402
 from prune_distill.training import batches as module  # noqa: E402
 from prune_distill.training.batches import Batches, ConcatenatedDatasets, MicroBatches, UsePhase  # noqa: E402
 from tests.helpers.one_rank import TOKENIZER, one_rank, write_data  # noqa: E402
@@ -58,9 +59,9 @@ def batches(tmp_path: Path) -> Batches:
     return make(tmp_path)
 
 
-def make(folder: Path, cfg: Training = CFG, **options: Any) -> Batches:
-    data = write_data(folder, DOCUMENTS, [[20] * 30 + [0]] * 4, weights={"a": 40.0, "b": 47.0})
-    made = Batches(TOKENIZER, data, folder, cfg, 7, **options)
+def make(folder: Path, cfg: Training = CFG, shares: tuple[float, float] = (40.0, 47.0)) -> Batches:
+    data = write_data(folder, DOCUMENTS, [[20] * 30 + [0]] * 4, weights=dict(zip("ab", shares, strict=True)))
+    made = Batches(TOKENIZER, data, folder, cfg, 7)
     made.trainer = SimpleNamespace(  # type: ignore[assignment]
         max_steps=cfg.max_steps, val_check_interval=1, limit_val_batches=1, limit_test_batches=0, global_step=0
     )
@@ -236,3 +237,28 @@ def test_a_loss_is_divided_by_the_learned_tokens_of_its_step(batches: Batches, m
     reduction.learned = -1.0
     sampler.on_megatron_step_start(Step(iter([]), forward_only=True))
     assert reduction.learned == -1.0
+
+
+@pytest.mark.parametrize("packing", Packing)
+@pytest.mark.parametrize("shares", [(40.0, 47.0), (3.0, 1.0)])
+def test_the_source_of_each_sequence(tmp_path: Path, packing: Packing, shares: tuple[float, float]) -> None:
+    """The ids of the two sources are different ones, so that a sequence shows where it is from."""
+    cfg = dataclasses.replace(CFG, max_steps=20, phases=None, packing=packing, micro_batch_size=1)
+    batches = make(tmp_path, cfg, shares)
+    dataset = batches.sequences(0)
+    names, parts = batches.sources(dataset, 0)
+    assert names == ["a", "b"]
+    assert parts.shape == (80,)
+    assert 0 < np.count_nonzero(parts) < 80
+    for number, part in enumerate(parts):
+        ids = set(dataset[number]["tokens"].tolist()) - {0}
+        assert ids <= set(IDS[names[part]]), number
+
+
+@pytest.mark.parametrize("packing", Packing)
+def test_a_single_part_is_the_source_of_all_sequences(tmp_path: Path, packing: Packing) -> None:
+    cfg = dataclasses.replace(CFG, phases=None, packing=packing, micro_batch_size=1)
+    data = write_data(tmp_path, {"a": DOCUMENTS["a"]}, [[20] * 30 + [0]] * 4)
+    batches = Batches(TOKENIZER, data, tmp_path, cfg, 7)
+    names, parts = batches.sources(batches.sequences(0), 0)
+    assert (names, parts.tolist()) == (["a"], [0] * 20)
