@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from prune_distill.serving import server
 from prune_distill.serving.worker import Worker
 
 _CLIENT = Path(server.__file__).with_name("load_worker.py")
-# Requests of the warm-up.
+# Requests before a measurement, which do not count.
 WARM_UP = 8
 # Sequences that vLLM computes at the same time, at most.
 MOST_SEQUENCES = 256
@@ -62,14 +63,21 @@ def measure(folders: Mapping[str, Path], cfg: BenchmarkConfig, seed: int, share:
     with contextlib.ExitStack() as stack:
         urls = {name: stack.enter_context(_serve(folder, cfg, share)) for name, folder in folders.items()}
         client = stack.enter_context(Worker(_CLIENT, serve_python(cfg), {}))
-        for url in urls.values():
-            _send(client, url, ids[:WARM_UP], None, cfg, seed)
         for number in range(cfg.rounds):
             names = list(urls) if number % 2 == 0 else list(urls)[::-1]
             for rate, rounds in zip(cfg.request_rates, found, strict=True):
                 # All models get the requests at the same times.
-                rounds.append({name: _send(client, urls[name], ids, rate, cfg, seed + number) for name in names})
+                rounds.append({name: _take_turn(client, urls[name], ids, rate, cfg, seed + number) for name in names})
     return found
+
+
+def _take_turn(
+    client: Worker, url: str, ids: torch.Tensor, rate: float | None, cfg: BenchmarkConfig, seed: int
+) -> Load:
+    """Measure one server at one rate, once the others are idle and this one is not."""
+    time.sleep(vllm_engine.SECONDS_TO_REST)
+    _send(client, url, ids[:WARM_UP], None, cfg, seed)
+    return _send(client, url, ids, rate, cfg, seed)
 
 
 def _serve(folder: Path, cfg: BenchmarkConfig, share: float) -> contextlib.AbstractContextManager[str]:

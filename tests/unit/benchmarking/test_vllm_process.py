@@ -91,7 +91,8 @@ def test_a_missing_environment(model: Path, tmp_path: Path) -> None:
         VllmProcess(model, tmp_path / "nowhere", dtype="auto")
 
 
-def test_the_engine_times_generations(python: Path, model: Path) -> None:
+def test_the_engine_times_generations(python: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "SECONDS_TO_REST", 0)
     cfg = BenchmarkConfig(batch_size=2, prompt_tokens=8, new_tokens=3, serve_python=str(python))
     engine = vllm_engine.Model(model, torch.zeros(2, 8, dtype=torch.long), cfg, share=0.4)
     try:
@@ -101,3 +102,30 @@ def test_the_engine_times_generations(python: Path, model: Path) -> None:
     assert memory.peak == memory.weights + memory.kv_cache > 0
     assert timed.first_token > 0
     assert timed.others > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        # The first times are those of waking the processes.
+        ([9.0, 2.0, 5.0], (2.0, 3.0)),
+        # An attempt that something else has disturbed is repeated.
+        ([9.0, 4.0, 3.0, 2.0, 5.0], (2.0, 3.0)),
+        ([9.0, *[4.0, 3.0] * vllm_engine.ATTEMPTS], None),
+    ],
+)
+def test_noise_never_becomes_a_speed(
+    seconds: list[float], expected: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "SECONDS_TO_REST", 0)
+    engine = object.__new__(vllm_engine.Model)
+    engine.folder, engine.cfg = Path("student"), BenchmarkConfig(new_tokens=32)
+    times = iter(seconds)
+    monkeypatch.setattr(engine, "_seconds", lambda new_tokens: next(times))
+    if expected is None:
+        with pytest.raises(RuntimeError, match="32 new tokens took no longer than one"):
+            engine.generate()
+    else:
+        timed = engine.generate()
+        assert (timed.first_token, timed.others) == expected
+    assert next(times, None) is None
