@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prune_distill.benchmarking.vllm_engine import SECONDS_TO_REST
 from prune_distill.config.values import SERVE_PYTHON
 from prune_distill.generation.engines import Engine, Request, TransformersEngine, VllmEngine
 from prune_distill.model import hf_config
@@ -97,6 +98,7 @@ def measure(
             ids = torch.randint(3, vocabulary - 1, (count, prompt_tokens), generator=torch.Generator().manual_seed(1))
             requests = [Request(prompt, count * number + n) for n, prompt in enumerate(ids.tolist())]
             for name, engine in engines.items():
+                time.sleep(SECONDS_TO_REST)
                 speeds[name].append(tokens_per_second(engine, requests))
     counted = {name: values[1:] for name, values in speeds.items()}
     ratios = [mine / other for mine, other in zip(counted["vllm"], counted["transformers"], strict=True)]
