@@ -10,7 +10,8 @@ experiment      its name
 cluster         name, nodes, devices_per_node, ranks, gpu (name, memory_bytes, bf16_flops, utilisation), time_limit
 automatic       the keys that were `auto`, for which values were chosen
 models          teacher, student, and original (the model that is pruned; null if it is the teacher): parameters and
-                sizes (with a budget, of the largest candidate); candidates: shapes, least and most parameters, or null;
+                sizes (with a budget, of the largest candidate); source_teachers: those of single sources, by the suffix
+                of their stages, with their sources and layout; candidates: shapes, least and most parameters, or null;
                 cut: share of the parameters that pruning removes
 training        steps, tokens, tokens_a_step, flops, flops_a_token (student, teacher, recompute, total)
 fp8             the scales of FP8 by model (student, teacher); empty without FP8
