@@ -29,6 +29,11 @@ def pick_color(name: str, index: int = 0) -> str:
     return COLORS.get(name, SERIES[index % len(SERIES)])
 
 
+def pick_marker(name: str, index: int) -> str:
+    """Return the marker of a model, which is the same in all plots, or else one by `index`."""
+    return MARKERS[(list(COLORS).index(name) if name in COLORS else index) % len(MARKERS)]
+
+
 def format_label(name: str) -> str:
     return LABELS.get(name, name)
 
@@ -118,7 +123,7 @@ def _curves(
         xs, ys = zip(*points, strict=True)
         color = pick_color(name, index)
         plot.axes[0].plot(xs, ys, color=color, linewidth=1.5)
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
+        marks = {"marker": pick_marker(name, index), "s": 26, "label": format_label(name)}
         shown = plot.axes[0].scatter(xs, ys, color=color, **marks)
         plot.set_tooltips(shown, [f"{format_label(name)}, {x:.4g} {x_label}: {y:.4f}" for x, y in points])
     plot.label(x_label, y_label, title)
@@ -152,7 +157,7 @@ def scores(tasks: Mapping[str, Mapping[str, TaskScores]]) -> Plot | None:
         color = pick_color(name, index)
         bars = {"fmt": "none", "ecolor": color, "elinewidth": 1.2, "capsize": 2}
         plot.axes[0].errorbar(xs, ys, xerr=[error or 0 for error in errors], **bars)
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 26, "label": format_label(name)}
+        marks = {"marker": pick_marker(name, index), "s": 26, "label": format_label(name)}
         points = plot.axes[0].scatter(xs, ys, color=color, **marks)
         plot.set_tooltips(
             points, [f"{format_label(name)}: {x:.4f}" + (f" ± {e:.4f}" if e else "") for x, _, e in model_scores]
@@ -178,7 +183,7 @@ def trade(
         return None
     plot = Plot()
     for index, (name, x, y) in enumerate(found):
-        marks = {"marker": MARKERS[index % len(MARKERS)], "s": 44, "label": format_label(name)}
+        marks = {"marker": pick_marker(name, index), "s": 44, "label": format_label(name)}
         point = plot.axes[0].scatter([x], [y], color=pick_color(name, index), **marks)
         plot.set_tooltips(point, [f"{format_label(name)}: {x:.4g} {x_label}, loss {y:.4f}"])
     if front:

@@ -18,13 +18,19 @@ COLORS = {
     "corrected_teacher": "#6d45c4",
     "original": "#8a5a44",
     "pruned": "#9a6700",
+    "distilled": "#0e7490",
     "student": "#0a7c59",
+    "student_fp8": "#c2410c",
+    "student_fp8_tensor": "#b45309",
+    "student_nvfp4": "#4d7c0f",
+    "student_int8": "#0369a1",
+    "student_int4": "#7c3aed",
     "ce": "#2b62d9",
     "scratch": "#b3246b",
 }
 # Colors of items without their own color, in order. Markers differ too, for color-blind readers.
 SERIES = tuple(COLORS[name] for name in ("ce", "student", "pruned", "scratch", "corrected_teacher", "teacher"))
-MARKERS = "osD^v<>P*X"
+MARKERS = "ohD^vsd<>PX*p"
 # Inches. On a phone, text keeps its size if a plot is not much wider than the screen.
 SIZE = (4.8, 3.1)
 

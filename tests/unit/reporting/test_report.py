@@ -16,7 +16,9 @@ from prune_distill.pipeline.artifact import write_json
 from prune_distill.pipeline.names import LOCK, MANIFEST, PLAN, RESOLVED
 from prune_distill.reporting import words
 from prune_distill.reporting.comparison import name_runs
+from prune_distill.reporting.figures import pick_color, pick_marker
 from prune_distill.reporting.privacy import Privacy
+from prune_distill.reporting.results import LABELS
 from prune_distill.reporting.run_folder import read_run
 from recipes import report
 from tests.helpers import report_runs
@@ -158,6 +160,13 @@ def test_planned_and_actual(finished: Path) -> None:
     assert "distill: memory of a rank 114 MiB 1.40 GiB (the whole process)" in output
     (finished / PLAN).unlink()
     assert "This run has no plan" in text_of(build(finished)[0])
+
+
+def test_each_model_has_a_color_and_a_marker_of_its_own() -> None:
+    style = (Path(report.__file__).parents[1] / "prune_distill/reporting/templates/report.css").read_text()
+    for name in LABELS:
+        assert style.count(f"--{name}: #") == 2, f"{name}: the page has light and dark colors"
+    assert len({pick_color(name) for name in LABELS}) == len({pick_marker(name, 0) for name in LABELS}) == len(LABELS)
 
 
 def test_the_page_has_no_external_resources(finished: Path) -> None:
