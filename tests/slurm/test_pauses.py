@@ -75,6 +75,8 @@ def test_a_warning_before_the_trainer_is_up_and_a_stale_stop_file(chain: Chain) 
 def test_a_preempted_training_resumes_after_the_urgent_job(chain: Chain) -> None:
     chain.submit({"second": "steps 150"})
     wait_for_step(chain, 5)
+    # Only trainings pause; another stage would fail.
+    chain.wait(lambda: "aside" in chain.complete())
     started = time.monotonic()
     urgent = slurm(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 2"
