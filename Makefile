@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 NEMO26 := .venv-nemo26
 SERVE := .venv-serve
-PIP := pip --disable-pip-version-check
+PIP := python -m pip --disable-pip-version-check
 
 .PHONY: demo test docs bench-convert bench-data bench-distill bench-generate bench-gpu bench-prune kills mutants screenshots test-gpu test-nemo26 test-serve test-slurm lint types unit integration setup serve-env lock lock-serve clean
 
