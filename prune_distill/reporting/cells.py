@@ -75,6 +75,18 @@ def compute_ratios(report: Report, name: str) -> Ratios:
     return found if isinstance(found, dict) else {}
 
 
+def benchmark_settings(report: Report) -> list[str]:
+    """Return what the benchmark measured with, and on what."""
+    benchmark = report["benchmark"] or {}
+    return [
+        f"{benchmark.get('engine', '?')} {benchmark.get('engine_version', '')}".strip()
+        + f" on {benchmark.get('device', '?')}",
+        f"{benchmark.get('dtype', '?')}",
+        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} prompt tokens,"
+        f" {benchmark.get('new_tokens', '?')} new tokens",
+    ]
+
+
 def load_by_rate(figures: ModelFigures | Ratios) -> dict[str, LoadFigures]:
     """Return the figures of a server by the rate of requests."""
     load = figures.get("load")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prune_distill.atomic_files import write_text
 from prune_distill.reporting import words
-from prune_distill.reporting.cells import Clean, agreement, benchmarked, load_by_rate, median
+from prune_distill.reporting.cells import Clean, agreement, benchmark_settings, benchmarked, load_by_rate, median
 from prune_distill.reporting.figures import format_label
 from prune_distill.reporting.results import QUANTIZED, Report, headline
 from prune_distill.reporting.run_folder import RunFolder
@@ -44,12 +44,13 @@ def _card(run: RunFolder, report: Report, name: str) -> str | None:
 
 
 def _results(report: Report, name: str) -> Iterator[str]:
-    models = dict.fromkeys((report["reference"], "teacher", "student", name))
+    compared = dict.fromkeys((report["reference"], "teacher", "student", name))
+    models = [found for found in compared if found in report["models"]]
     yield from ("", "## Results", "")
     tasks = report["tasks"]
     scores = [_task_name(task, scores) for task, scores in tasks.items()]
     rows = []
-    for found in (found for found in models if found in report["models"]):
+    for found in models:
         entry = report["models"][found]
         same = agreement(entry, "top1")
         cells = [words.number(entry.get("val_loss"), 4), words.NOTHING if same is None else words.percent(same, 1)]
@@ -61,7 +62,7 @@ def _results(report: Report, name: str) -> Iterator[str]:
     engine = report["models"][name].get("engine")
     if engine is not None:
         yield from ("", f"Its loss is that of {engine}.")
-    yield from _speed(report, name, list(models))
+    yield from _speed(report, name, models)
 
 
 def _task_name(task: str, scores: Mapping[str, object]) -> str:
@@ -74,7 +75,6 @@ def _speed(report: Report, name: str, models: Sequence[str]) -> Iterator[str]:
     measured = benchmarked(report)
     if name not in measured:
         return
-    benchmark = report["benchmark"] or {}
     rates = list(load_by_rate(measured[name]))
     rows = []
     for found in (found for found in models if found in measured):
@@ -94,13 +94,7 @@ def _speed(report: Report, name: str, models: Sequence[str]) -> Iterator[str]:
     heads = ["", "prefill, tokens/s", "generation, tokens/s", "first token after", "weights"]
     yield ""
     yield from _table([*heads, *(f"server, {_rate(rate)}: tokens/s" for rate in rates)], rows)
-    engine = f"{benchmark.get('engine', '?')} {benchmark.get('engine_version', '')}".strip()
-    yield ""
-    yield (
-        f"Medians of interleaved rounds with {engine} on {benchmark.get('device', '?')}, {benchmark.get('dtype', '?')}:"
-        f" batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} prompt tokens,"
-        f" {benchmark.get('new_tokens', '?')} new tokens."
-    )
+    yield from ("", f"Medians of interleaved rounds: {', '.join(benchmark_settings(report))}.")
 
 
 def _rate(rate: str) -> str:

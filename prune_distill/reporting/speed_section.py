@@ -10,6 +10,7 @@ from prune_distill.reporting import figures, words
 from prune_distill.reporting.blocks import Block, Cell, Code, Column, Note, Table
 from prune_distill.reporting.cells import (
     Clean,
+    benchmark_settings,
     benchmarked,
     compute_ratios,
     draw,
@@ -72,11 +73,7 @@ def speed(run: RunFolder, report: Report, clean: Clean) -> Iterator[Block]:
             " Times are those of the median request."
         )
     facts = [
-        f"{benchmark.get('engine', '?')} {benchmark.get('engine_version', '')}".strip()
-        + f" on {benchmark.get('device', '?')}",
-        f"{benchmark.get('dtype', '?')}",
-        f"batch {benchmark.get('batch_size', '?')}, {benchmark.get('prompt_tokens', '?')} prompt tokens,"
-        f" {benchmark.get('new_tokens', '?')} new tokens",
+        *benchmark_settings(report),
         f"{benchmark.get('rounds', '?')} interleaved rounds",
         *([f"{benchmark['threads']} threads"] if benchmark.get("threads") else []),
     ]
