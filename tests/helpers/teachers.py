@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,3 +120,21 @@ def launch(arguments: list[str], *flags: str, check: bool = True) -> subprocess.
 
 def stages(arguments: list[str]) -> dict[str, Located]:
     return locate(compose(arguments))
+
+
+def kill_and_resume(arguments: list[str]) -> Path:
+    """Kill launcher and ranks after the distillation's first checkpoint, run it again, and return its folder."""
+    folder = stages(arguments)["distill"].folder
+    launcher = subprocess.Popen(
+        [*command(arguments), "--until", "distill"],
+        env=tiny.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    tiny.wait_for_checkpoint(folder, launcher)
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    launch(arguments, "--until", "distill")
+    assert "training from " + str(folder / "checkpoints") in (folder / "log.txt").read_text()
+    return folder

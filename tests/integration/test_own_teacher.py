@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -142,19 +139,7 @@ def test_pairs_of_layers_project_the_students_width(complete: list[str], tmp_pat
 @pytest.mark.usefixtures("real_start")
 def test_a_killed_training_resumes(complete: list[str], tmp_path: Path) -> None:
     arguments = copy(complete, tmp_path / "run", *TP2)
-    folder = teachers.stages(arguments)["distill"].folder
-    launcher = subprocess.Popen(
-        [*teachers.command(arguments), "--until", "distill"],
-        env=tiny.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    tiny.wait_for_checkpoint(folder, launcher)
-    os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
-    teachers.launch(arguments, "--until", "distill")
-    assert "training from " + str(folder / "checkpoints") in (folder / "log.txt").read_text()
+    folder = teachers.kill_and_resume(arguments)
     one_rank = tiny.losses(teachers.stages(complete)["distill"].folder)
     assert tiny.losses(folder) == pytest.approx(one_rank, abs=tolerance.LOSS)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,19 +170,7 @@ def test_whole_documents_in_each_sequence(complete: list[str], tmp_path: Path) -
 @pytest.mark.usefixtures("real_start")
 def test_a_killed_training_resumes(complete: list[str], tmp_path: Path) -> None:
     arguments = copy(complete, tmp_path / "run")
-    folder = teachers.stages(arguments)["distill"].folder
-    launcher = subprocess.Popen(
-        [*teachers.command(arguments), "--until", "distill"],
-        env=tiny.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    tiny.wait_for_checkpoint(folder, launcher)
-    os.killpg(launcher.pid, signal.SIGKILL)
-    launcher.wait()
-    teachers.launch(arguments, "--until", "distill")
-    assert "training from " + str(folder / "checkpoints") in (folder / "log.txt").read_text()
+    folder = teachers.kill_and_resume(arguments)
     whole = tiny.losses(teachers.stages(complete)["distill"].folder)
     assert tiny.losses(folder) == pytest.approx(whole, abs=tolerance.RESUMED)
 
